@@ -1,0 +1,1 @@
+"""layerwise trains deep networks that do not fit on the GPU, one gradient-isolated module at a time."""

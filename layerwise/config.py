@@ -1,0 +1,285 @@
+"""Every option once: its name, default, unit, check and what it touches. TOML in, resolved TOML out.
+
+An option's scope says what follows when it changes between two starts of a run:
+    shape     it shapes the data or the network of all stages; only a new run can change it
+    training  it acts on the training of a stage; `--from-stage` may change it from that stage on
+    place     where things lie and how they are run; it may change at any time
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from layerwise.errors import ConfigError
+
+Scope = Literal["shape", "training", "place"]
+
+
+def _option(default: Any, scope: Scope, help: str, flag: str | None = None, **checks: Any) -> Any:
+    return Field(default, description=help, json_schema_extra={"scope": scope, "flag": flag}, **checks)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class DataOptions(_Section):
+    """Where samples come from and how they are cut into frames."""
+
+    source: str = _option("demo", "place", "demo, or KIND:PATH (speech, fsdd, librispeech, images, stl10, cifar10)", "--data")
+    sample_rate: int = _option(16_000, "shape", "speech: rate that recordings are resampled to, Hz", ge=1)
+    window: int = _option(20_480, "shape", "speech: length of a training window, samples", ge=1)
+    pattern: str = _option("", "shape", "speech: regular expression on the path whose named groups become labels; empty: speaker = folder")
+    picture: int = _option(96, "shape", "images: side that pictures are resized and centre-cropped to, pixels", ge=1)
+    crop: int = _option(64, "shape", "images: side of the random crop, pixels", ge=1)
+    patch: int = _option(16, "shape", "images: side of a patch, pixels", ge=1)
+    patch_stride: int = _option(8, "shape", "images: distance between patches, pixels", ge=1)
+    gray: bool = _option(True, "shape", "images: convert to one grey channel")
+    flip: bool = _option(True, "shape", "images: train on mirrored pictures too (a second view in the cache)")
+    held_out: float = _option(0.1, "shape", "part of the training samples kept for the held-out loss", gt=0, lt=1)
+    test: float = _option(0.2, "shape", "part of the samples kept for probes, where there is no customary test split", gt=0, lt=1)
+
+
+class NetOptions(_Section):
+    """The network. Defaults: the speech network of Löwe et al. 2019, appendix A.2."""
+
+    name: Literal["speech", "vision"] = _option("speech", "shape", "network: speech or vision", "--net")
+    width: int = _option(512, "shape", "channels of the speech layers; of the first vision module before its expansion by 4", ge=1)
+    kernels: tuple[int, ...] = _option((10, 8, 4, 4, 4), "shape", "speech: kernel of each convolution, frames")
+    strides: tuple[int, ...] = _option((5, 4, 2, 2, 2), "shape", "speech: stride of each convolution, frames")
+    paddings: tuple[int, ...] = _option((2, 2, 2, 2, 1), "shape", "speech: zero padding of each convolution, frames")
+    context: int = _option(256, "shape", "speech: width of the recurrent layer; 0: none", ge=0)
+    blocks: tuple[int, ...] = _option((3, 4, 6), "shape", "vision: residual blocks of each module")
+    stem_stride: int = _option(1, "shape", "vision: stride of the 5x5 stem inside a patch", ge=1)
+
+    @model_validator(mode="after")
+    def _one_geometry_per_convolution(self) -> "NetOptions":
+        if not (len(self.kernels) == len(self.strides) == len(self.paddings)):
+            raise ValueError("kernels, strides and paddings need one entry per convolution")
+        if not self.blocks or min(self.blocks) < 1:
+            raise ValueError("blocks needs at least one module of at least one block")
+        if min((*self.kernels, *self.strides), default=1) < 1 or min(self.paddings, default=0) < 0:
+            raise ValueError("kernels and strides must be at least 1, paddings at least 0")
+        if any(stride > kernel for kernel, stride in zip(self.kernels, self.strides, strict=True)):
+            raise ValueError("a stride larger than its kernel would skip frames")
+        return self
+
+
+class ObjectiveOptions(_Section):
+    """InfoNCE. Defaults: speech, Löwe et al. 2019, appendix A.2."""
+
+    name: Literal["infonce"] = _option("infonce", "training", "local objective of each stage")
+    steps: int = _option(12, "training", "rows ahead that are predicted", ge=1)
+    skip: int = _option(0, "training", "rows left out between context and first target", ge=0)
+    negatives: int = _option(10, "training", "negatives of each target, drawn from the whole batch", ge=1)
+    anchors: int = _option(128, "training", "rows of a window that serve as contexts and targets", ge=2)
+
+
+class TrainingOptions(_Section):
+    """The stage loop."""
+
+    stages: int | None = _option(None, "shape", "number of stages; default: the network's own", "--stages", ge=1)
+    max_epochs: int = _option(100, "training", "most epochs that a stage is trained", "--max-epochs", ge=1)
+    patience: int = _option(3, "training", "epochs without improvement before a stage has converged", "--patience", ge=1)
+    min_delta: float = _option(1e-3, "training", "smallest relative improvement of the held-out loss that counts", ge=0)
+    batch_size: int = _option(8, "training", "windows in a batch", "--batch-size", ge=1)
+    lr: float = _option(2e-4, "training", "learning rate of Adam", "--lr", gt=0)
+    precision: Literal["float32", "bfloat16"] = _option("float32", "training", "float32, or bfloat16 autocast", "--precision")
+    seed: int = _option(0, "shape", "seed of weights, splits, windows and negatives", "--seed", ge=0)
+    device: str = _option("auto", "place", "auto, cpu, cuda or cuda:N", "--device", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    checkpoint_seconds: float = _option(60, "place", "time between checkpoints inside an epoch, seconds", ge=0)
+
+
+class MemoryOptions(_Section):
+    """The device budget."""
+
+    gpu_mem: ByteSize | None = _option(None, "place", "most device memory of the run, such as 4GB; default: no limit", "--gpu-mem")
+
+    @field_validator("gpu_mem", mode="before")
+    @classmethod
+    def _a_size(cls, value: Any) -> Any:
+        try:
+            size = TypeAdapter(ByteSize | None).validate_python(value)
+        except ValidationError:
+            raise ValueError(f"{value!r} is not a size; write it like 4GB, 3.5GiB or 800MB") from None
+        if size is not None and size <= 0:
+            raise ValueError(f"a budget of {value} holds nothing; write it like 4GB, 3.5GiB or 800MB")
+        return size
+
+
+class CacheOptions(_Section):
+    """The activation caches."""
+
+    dir: str = _option("cache", "place", "folder of the activation caches", "--cache-dir")
+    dtype: Literal["float16", "bfloat16", "float32"] = _option("float16", "training", "dtype of cached activations")
+    block: ByteSize = _option("32MiB", "place", "what shares a checksum and is synced at once; a kill costs at most this", ge=1)
+
+
+class Config(_Section):
+    """All options of one run, resolved."""
+
+    out: str = _option("", "place", "run directory; default: runs/RECIPE", "--out")
+    data: DataOptions = DataOptions()
+    net: NetOptions = NetOptions()
+    objective: ObjectiveOptions = ObjectiveOptions()
+    training: TrainingOptions = TrainingOptions()
+    memory: MemoryOptions = MemoryOptions()
+    cache: CacheOptions = CacheOptions()
+
+    def to_toml(self) -> str:
+        """The resolved configuration as TOML; options without a value are left out."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option as the command line and the documentation see it."""
+
+    key: str
+    """Dotted name, for example training.lr."""
+    flag: str | None
+    """Its own command line flag, or None where only `--set key=value` reaches it."""
+    scope: Scope
+    help: str
+    default: Any
+
+
+def options() -> Iterator[Option]:
+    """Every option, in the order of the file."""
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+            for inner, inner_field in field.annotation.model_fields.items():
+                yield _as_option(f"{name}.{inner}", inner_field)
+        else:
+            yield _as_option(name, field)
+
+
+def _as_option(key: str, field: Any) -> Option:
+    extra = field.json_schema_extra
+    return Option(key, extra["flag"], extra["scope"], field.description, field.default)
+
+
+def changed_options(old: Config, new: Config, scopes: set[Scope]) -> list[tuple[Option, Any, Any]]:
+    """Options of the given scopes whose values differ: (option, old value, new value)."""
+    return [
+        (option, value_of(old, option.key), value_of(new, option.key))
+        for option in options()
+        if option.scope in scopes and value_of(old, option.key) != value_of(new, option.key)
+    ]
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+DATA_KINDS = ("demo", "speech", "fsdd", "librispeech", "images", "stl10", "cifar10")
+"""What may stand before the colon of --data."""
+
+RECIPE_OF_KIND = {"speech": "librispeech", "images": "stl10"}
+"""The recipe that a kind of data is trained with when none is named; other kinds have a recipe of their own name."""
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = resources.files("layerwise.recipes")
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def resolve(
+    recipe: str | None = None, config_file: Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> Config:
+    """One Config from a recipe, then a TOML file, then single options; later ones win.
+
+    `overrides` maps dotted keys to values. Raises ConfigError with the option, the value and what would be right.
+    """
+    overrides = dict(overrides or {})
+    file_tree = _read_toml(config_file) if config_file else {}
+    source = str(overrides.get("data.source") or file_tree.get("data", {}).get("source") or "demo")
+    kind = source.partition(":")[0]
+    if kind not in DATA_KINDS:
+        raise ConfigError(f"--data {source}: write demo, or one of {', '.join(f'{k}:DIR' for k in DATA_KINDS if k != 'demo')}.")
+    recipe = recipe or RECIPE_OF_KIND.get(kind, kind)
+    tree = _merge(_recipe(recipe), file_tree)
+    for key, value in overrides.items():
+        tree = _merge(tree, _nested(key, value))
+    if not tree.get("out"):
+        tree["out"] = f"runs/{recipe}"
+    return validated(tree)
+
+
+def load(path: Path) -> Config:
+    """The Config in a resolved TOML file. Raises ConfigError."""
+    return validated(_read_toml(path))
+
+
+def validated(tree: Mapping[str, Any]) -> Config:
+    """A Config from nested dicts. Raises ConfigError."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from None
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`key=value` of `--set`; the value is read as TOML, and as plain text where it is not TOML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: write it as key=value, for example --set objective.negatives=16.")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    return key.strip(), parsed
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    if name not in recipe_names():
+        raise ConfigError(f"There is no recipe {name!r}; the recipes are {', '.join(recipe_names())}.")
+    return tomllib.loads((resources.files("layerwise.recipes") / f"{name}.toml").read_text())
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"The configuration {path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration {path} is not valid TOML: {error}.") from None
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = [option.key for option in options()]
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or [k for k in known if k.split(".")[0] == key.split(".")[0]]
+        return f"There is no option {key!r}; did you mean {' or '.join(near or known)}?"
+    flag = next((option.flag for option in options() if option.key == key), None)
+    message = first["msg"].removeprefix("Value error, ")
+    shown = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+    return f"{flag or key}: {message[0].lower() + message[1:]}{shown}."

@@ -1,0 +1,143 @@
+"""Batches of windows, drawn at read time: new crops of the full-length samples in every epoch.
+
+An epoch is planned before it begins, from the seed alone, so a resume goes on at the very next batch. One thread reads
+ahead while the device works. Samples shorter than the window are padded with zeros, and their real lengths go along.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from layerwise.data.source import FrameSource
+
+T = TypeVar("T")
+
+READ_AHEAD = 2
+"""Batches that are read before they are asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Size of a window, in rows and columns of frames of the stage's input."""
+
+    rows: int
+    columns: int
+
+    @property
+    def frames(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Windows on the host."""
+
+    frames: torch.Tensor
+    """CPU tensor [B, L, *frame shape] of the source's dtype, zero behind the real frames."""
+    lengths: np.ndarray
+    """int64 [B], real frames of each window."""
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """Which windows are read, in which order; row i of each array is one window."""
+
+    samples: np.ndarray
+    views: np.ndarray
+    first_rows: np.ndarray
+    first_columns: np.ndarray
+    window: Window
+    batch_size: int
+    steps: int
+
+    def read(self, source: FrameSource, step: int) -> Batch:
+        """The batch of one step."""
+        rows = slice(step * self.batch_size, (step + 1) * self.batch_size)
+        return collate(
+            [
+                _read_window(source, sample, view, first_row, first_column, self.window)
+                for sample, view, first_row, first_column in zip(
+                    self.samples[rows].tolist(),
+                    self.views[rows].tolist(),
+                    self.first_rows[rows].tolist(),
+                    self.first_columns[rows].tolist(),
+                    strict=True,
+                )
+            ]
+        )
+
+
+def training_epoch(
+    source: FrameSource, samples: np.ndarray, window: Window, batch_size: int, rng: np.random.Generator
+) -> Epoch:
+    """Every sample once, in random order, at a random view and place; a last batch that is not full is left out."""
+    order = rng.permutation(samples)
+    steps = max(len(order) // batch_size, 1)
+    return _place_windows(source, order[: steps * batch_size], window, batch_size, steps, rng)
+
+
+def held_out_epoch(
+    source: FrameSource, samples: np.ndarray, window: Window, batch_size: int, rng: np.random.Generator
+) -> Epoch:
+    """Every sample once, in order, at a place that `rng` fixes; the last batch may be smaller."""
+    return _place_windows(source, samples, window, batch_size, -(-len(samples) // batch_size), rng)
+
+
+def collate(windows: list[torch.Tensor]) -> Batch:
+    """Windows [l, *frame shape] of several lengths as one batch, padded with zeros to the longest."""
+    lengths = np.array([len(window) for window in windows], dtype=np.int64)
+    frames = torch.zeros(len(windows), int(lengths.max()), *windows[0].shape[1:], dtype=windows[0].dtype)
+    # Copied as bytes by numpy: a torch copy would start a second team of threads, which fights with the device's work.
+    into = frames.view(torch.uint8).numpy()
+    for row, window in enumerate(windows):
+        into[row, : len(window)] = window.contiguous().view(torch.uint8).numpy()
+    return Batch(frames, lengths)
+
+
+def read_ahead(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """The results of the jobs, in order, each computed in one background thread before it is asked for."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[Future[T]] = deque()
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(job))
+                if len(waiting) > READ_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _place_windows(
+    source: FrameSource, samples: np.ndarray, window: Window, batch_size: int, steps: int, rng: np.random.Generator
+) -> Epoch:
+    spare_rows = np.maximum(source.lengths[samples] // source.columns - window.rows, 0)
+    spare_columns = max(source.columns - window.columns, 0)
+    return Epoch(
+        samples,
+        views=rng.integers(0, source.views, size=len(samples)),
+        first_rows=rng.integers(0, spare_rows + 1),
+        first_columns=rng.integers(0, spare_columns + 1, size=len(samples)),
+        window=window,
+        batch_size=batch_size,
+        steps=steps,
+    )
+
+
+def _read_window(
+    source: FrameSource, sample: int, view: int, first_row: int, first_column: int, window: Window
+) -> torch.Tensor:
+    start = first_row * source.columns
+    stop = min(start + window.rows * source.columns, int(source.lengths[sample]))
+    frames = source.read(sample, start, stop, view)
+    if window.columns >= source.columns:
+        return frames
+    grid = frames.unflatten(0, (-1, source.columns))
+    return grid[:, first_column : first_column + window.columns].flatten(0, 1)

@@ -1,0 +1,63 @@
+"""Whole samples in groups that fit the device: the other way of reading a source, beside windows.
+
+Neighbouring short samples share a padded batch; a sample longer than a piece stands alone and is read piece by piece.
+Groups depend on lengths alone, so that a pass which goes on after a kill sees the same batches.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from layerwise.data.batches import Batch, collate
+from layerwise.data.source import FrameSource
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Renderings first to stop, which pass through a module together; rendering i * views + v is sample i in view v."""
+
+    first: int
+    stop: int
+    longest: int
+    """Frames of the longest of them."""
+    piece: int
+    """Most frames that are on the device at once."""
+
+    @property
+    def streamed(self) -> bool:
+        """Whether it is one long sample, read in several pieces."""
+        return self.longest > self.piece
+
+    @property
+    def starts(self) -> range:
+        """First frame of each piece."""
+        return range(0, max(self.longest, 1), self.piece)
+
+    def is_last(self, start: int) -> bool:
+        """Whether the piece that begins at frame `start` is the last one."""
+        return start + self.piece >= self.longest
+
+
+def group_renderings(lengths: np.ndarray, piece: int) -> list[Group]:
+    """Neighbouring renderings whose padded batch has at most `piece` frames. lengths: int64 [renderings]."""
+    groups: list[Group] = []
+    first, longest = 0, 0
+    for rendering, length in enumerate(lengths.tolist()):
+        if rendering > first and max(longest, length) * (rendering - first + 1) > piece:
+            groups.append(Group(first, rendering, longest, piece))
+            first, longest = rendering, 0
+        longest = max(longest, length)
+    if len(lengths):
+        groups.append(Group(first, len(lengths), longest, piece))
+    return groups
+
+
+def read_piece(source: FrameSource, group: Group, start: int) -> Batch:
+    """Frames start to start + piece of each rendering of the group."""
+    return collate([_read_rendering(source, rendering, start, group.piece) for rendering in range(group.first, group.stop)])
+
+
+def _read_rendering(source: FrameSource, rendering: int, start: int, piece: int) -> torch.Tensor:
+    sample, view = divmod(rendering, source.views)
+    return source.read(sample, start, min(start + piece, int(source.lengths[sample])), view)

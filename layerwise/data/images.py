@@ -1,0 +1,272 @@
+"""Pictures as samples: each one is resized, cropped to a square and cut into a grid of overlapping patches.
+
+A picture always delivers its whole grid; random crops are drawn later, as sub-grids, so that a cached stage can be
+cropped anew in every epoch. Files are decoded at each read: host memory stays the same whatever the size of the data
+set, and a small JPEG takes about a tenth of a millisecond. Opening a folder decodes every picture once, because a
+truncated file opens without complaint and fails only there: no damaged file is met during training.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from layerwise.data.source import Skipped
+from layerwise.errors import ConfigError, DataError
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+# Pillow looks at the contents, not at the name. Without this list an EPS file called x.jpg would run Ghostscript.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
+
+# Mean and standard deviation of STL-10, pixels from 0 to 1, as in the reference code of Greedy InfoMax. They serve for
+# every data set: they only have to bring pixels near zero mean and unit variance, and to be the same at every reading.
+GRAY_MEAN, GRAY_STD = (0.4120,), (0.2570,)
+COLOUR_MEAN, COLOUR_STD = (0.4313, 0.4156, 0.3663), (0.2683, 0.2610, 0.2687)
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """How pictures become patches; all sizes in pixels.
+
+    Raises ConfigError where the patches do not tile the picture from edge to edge.
+    """
+
+    picture: int
+    """Side of the square that every picture is resized and centre-cropped to."""
+    patch: int
+    """Side of a patch."""
+    patch_stride: int
+    """From one patch to the next, across and down."""
+    gray: bool
+    """One channel rather than three."""
+    flip: bool
+    """Offer the horizontal mirror as view 1."""
+
+    def __post_init__(self) -> None:
+        if self.patch < 1 or self.patch_stride < 1:
+            raise ConfigError(
+                f"A patch of {self.patch} pixels every {self.patch_stride} is impossible; both must be at least 1."
+            )
+        steps = (self.picture - self.patch) / self.patch_stride
+        if steps < 0 or steps != int(steps):
+            nearest = self.patch + self.patch_stride * max(0, round(steps))
+            raise ConfigError(
+                f"A picture of {self.picture} pixels cannot be cut into patches of {self.patch} pixels every "
+                f"{self.patch_stride} pixels; the nearest picture size that can is {nearest}."
+            )
+
+    @property
+    def columns(self) -> int:
+        """Patches per row, which is also the number of rows."""
+        return (self.picture - self.patch) // self.patch_stride + 1
+
+    @property
+    def channels(self) -> int:
+        """1 for gray, 3 for colour."""
+        return 1 if self.gray else 3
+
+
+class PictureSet:
+    """A DataSet of pictures cut into patches, over anything that can deliver picture i as pixels."""
+
+    frame_label_names: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        pixels: Callable[[int], torch.Tensor],
+        options: PatchOptions,
+        ids: Sequence[str],
+        labels: dict[str, np.ndarray],
+        test: np.ndarray | None,
+        skipped: Sequence[Skipped],
+        identity: str,
+    ) -> None:
+        """`pixels(i)` gives uint8 [channels, picture, picture] and is safe to call from several threads."""
+        self.ids = ids
+        self.labels = labels
+        self.test = test
+        self.skipped = skipped
+        self.identity = identity
+        self.columns = options.columns
+        self.lengths = np.full(len(ids), options.columns**2, dtype=np.int64)
+        self.frame_shape = (options.channels, options.patch, options.patch)
+        self.views = 2 if options.flip else 1
+        self._pixels = pixels
+        self._options = options
+
+    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+        """Patches start to stop, row after row: normalised float32 [stop - start, channels, patch, patch] on the CPU.
+
+        View 1 is cut from the mirrored picture. Raises IndexError outside the grid or the views, DataError where the
+        file has become unreadable.
+        """
+        if not (0 <= start <= stop <= self.columns**2 and 0 <= view < self.views):
+            raise IndexError(f"no patches {start} to {stop} of view {view} of sample {sample}")
+        pixels = normalise(self._pixels(sample))
+        if view == 1:
+            pixels = pixels.flip(-1)
+        first_row, last_row = start // self.columns, -(-stop // self.columns)
+        patches = cut_patches(pixels, self._options.patch, self._options.patch_stride, first_row, last_row)
+        return patches[start - first_row * self.columns : stop - first_row * self.columns]
+
+    def frame_labels(self, name: str, sample: int, positions: np.ndarray) -> np.ndarray:
+        """Raises DataError always: pictures have no labels per patch."""
+        raise DataError(f"Pictures have no label {name!r} per patch; use a label of the whole picture, such as class.")
+
+
+def open_image_folder(folder: str | os.PathLike[str], options: PatchOptions) -> PictureSet:
+    """The pictures anywhere below a folder, sorted by id, which is the path below the folder, with '/'.
+
+    Each sub-folder is a class, found in the label "class"; without sub-folders there is no such label. Where
+    `train` and `test` both hold pictures, those are the customary split, and the classes lie one level further down.
+    Names that start with a dot are ignored, linked folders are not entered. What cannot be decoded is in `skipped`.
+
+    Raises DataError where the folder is missing or holds fewer than two usable pictures.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise DataError(f"The picture folder {folder} does not exist; check the path.")
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; name the folder that holds the pictures.")
+    found, skipped = _find_pictures(folder)
+    if not found and not skipped:
+        raise DataError(
+            f"There are no pictures in {folder} or below; name a folder with {', '.join(sorted(EXTENSIONS))} files."
+        )
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow frees the interpreter lock while it decodes
+        faults = list(pool.map(partial(_fault, folder, options), found))
+    skipped += [Skipped(str(folder / name), fault) for name, fault in zip(found, faults, strict=True) if fault]
+    ids = [name for name, fault in zip(found, faults, strict=True) if not fault]
+    if len(ids) < 2:
+        why = f" ({len(skipped)} could not be read, such as {skipped[0].path}: {skipped[0].reason})" if skipped else ""
+        raise DataError(f"{folder} holds {len(ids)} usable pictures{why}; training needs at least 2.")
+
+    split = {"train", "test"} <= {name.split("/")[0] for name in found if "/" in name}
+    classes = np.array([_class_of(name, split) for name in ids])
+    return PictureSet(
+        pixels=partial(_read_file, folder, options, ids),
+        options=options,
+        ids=ids,
+        labels={"class": classes} if any(classes) else {},
+        test=np.array([name.startswith("test/") for name in ids]) if split else None,
+        skipped=skipped,
+        identity=identity("images", options, [(name, (folder / name).stat().st_size) for name in ids]),
+    )
+
+
+def square_pixels(image: Image.Image, options: PatchOptions) -> torch.Tensor:
+    """Any Pillow image as uint8 [channels, picture, picture]: upright, resized by its shorter side, centre-cropped.
+
+    Transparent parts are laid over white, as viewers show them. Values of 16 bits are scaled to 8. Raises ValueError
+    for pixels without a known range (floating point, 32 bits).
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if image.mode.startswith("I"):
+        image = _scale_16_bits(image)
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if options.gray else "RGB")
+    pixels = np.array(ImageOps.fit(image, (options.picture, options.picture)))
+    return torch.from_numpy(pixels).reshape(options.picture, options.picture, options.channels).permute(2, 0, 1)
+
+
+def cut_patches(picture: torch.Tensor, patch: int, patch_stride: int, first_row: int, last_row: int) -> torch.Tensor:
+    """Rows first_row to last_row (excluded) of the grid of patches of a picture [C, H, W].
+
+    Returns [rows * columns, C, patch, patch] in the dtype of the picture, row after row.
+    """
+    columns = (picture.shape[2] - patch) // patch_stride + 1
+    rows = picture.unfold(1, patch, patch_stride)[:, first_row:last_row]
+    patches = rows.unfold(2, patch, patch_stride).permute(1, 2, 0, 3, 4)
+    return patches.reshape((last_row - first_row) * columns, picture.shape[0], patch, patch)
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., C, H, W] to float32 of the same shape, by the constants above for C = 1 or 3."""
+    mean, std = (GRAY_MEAN, GRAY_STD) if pixels.shape[-3] == 1 else (COLOUR_MEAN, COLOUR_STD)
+    return (pixels / 255 - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+
+
+def identity(kind: str, options: PatchOptions, files: Iterable[tuple[str, int]]) -> str:
+    """SHA-256, as hex, over the kind of source, the options and each file's name and size in bytes."""
+    constants = [GRAY_MEAN, GRAY_STD, COLOUR_MEAN, COLOUR_STD]
+    return hashlib.sha256(json.dumps([kind, asdict(options), constants, sorted(files)]).encode()).hexdigest()
+
+
+def _find_pictures(folder: Path) -> tuple[list[str], list[Skipped]]:
+    """Sorted names below the folder with a picture's extension, and what cannot even be tried."""
+    found, skipped, unreadable = [], [], []
+    for parent, folders, files in os.walk(folder, onerror=unreadable.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(parent, name) for name in files):
+            if path.suffix.lower() not in EXTENSIONS or path.name.startswith("."):
+                continue
+            if not _is_utf8(path):
+                skipped.append(Skipped(os.fsencode(path).decode(errors="replace"), "its name is not valid UTF-8"))
+            elif not path.is_file():  # a broken link, or a pipe that would block for ever
+                skipped.append(Skipped(str(path), "not a regular file"))
+            else:
+                found.append(path.relative_to(folder).as_posix())
+    skipped += [Skipped(str(error.filename), error.strerror or "folder cannot be read") for error in unreadable]
+    return sorted(found), skipped
+
+
+def _is_utf8(path: Path) -> bool:
+    """Names are stored as UTF-8 in caches and reports; others cannot be written there."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _class_of(name: str, split: bool) -> str:
+    """The first folder below the split, or an empty string."""
+    folders = name.split("/")[1 if split else 0 : -1]
+    return folders[0] if folders else ""
+
+
+def _fault(folder: Path, options: PatchOptions, name: str) -> str | None:
+    """Why a file cannot be decoded, in a few words, or None."""
+    try:
+        _decode(folder / name, options)
+    except UnidentifiedImageError:
+        return "not a picture"
+    except Exception as error:  # damaged files make Pillow raise nearly anything: OSError, SyntaxError, struct.error
+        return str(error) or type(error).__name__
+    return None
+
+
+def _read_file(folder: Path, options: PatchOptions, ids: Sequence[str], sample: int) -> torch.Tensor:
+    """A picture that was fine when the folder was opened."""
+    path = folder / ids[sample]
+    try:
+        return _decode(path, options)
+    except Exception as error:
+        raise DataError(f"The picture {path} can no longer be read ({error}); restore it, or start afresh.") from error
+
+
+def _decode(path: Path, options: PatchOptions) -> torch.Tensor:
+    """One file as uint8 [channels, picture, picture]."""
+    with Image.open(path, formats=FORMATS) as image:
+        image.draft(None, (2 * options.picture, 2 * options.picture))  # large JPEGs decode faster at a reduced size
+        return square_pixels(image, options)
+
+
+def _scale_16_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit gray image as mode L. Pillow's own conversion clips at 255."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("32-bit pixels have no known range")
+    return Image.fromarray(np.rint(values / 257).astype(np.uint8))

@@ -1,0 +1,61 @@
+"""What every stage reads: samples made of frames, with ids and labels. Data sets and activation caches both have this shape."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+class FrameSource(Protocol):
+    """N samples, each a run of frames.
+
+    A sample of a sequence has one frame per row. A sample of a picture has `columns` frames (patches) per row, row after
+    row. `view` picks one of several renderings of the same sample (view 0 is the plain one).
+    """
+
+    ids: Sequence[str]
+    """[N] unique names."""
+    lengths: np.ndarray
+    """int64 [N], frames of each sample; a multiple of `columns`."""
+    columns: int
+    """Frames per row: 1 for sequences, patches per row for pictures."""
+    frame_shape: tuple[int, ...]
+    """Shape of one frame: (1,) for raw speech, (channels, height, width) for raw patches."""
+    views: int
+    """Number of renderings of each sample, at least 1."""
+    labels: dict[str, np.ndarray]
+    """Label name to str [N]; an empty string means that the sample has no such label."""
+
+    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+        """Frames start to stop of one sample: CPU tensor [stop - start, *frame_shape], float32 or the cache's dtype.
+
+        Safe to call from several threads.
+        """
+        ...
+
+
+class DataSet(FrameSource, Protocol):
+    """A FrameSource at the bottom of the network: what a user names with --data."""
+
+    identity: str
+    """A hash that changes when the samples, their order or the way in which they are read change."""
+    test: np.ndarray | None
+    """bool [N], the customary test split, or None where the data set has none."""
+    skipped: Sequence["Skipped"]
+    """Files that could not be used, and why."""
+    frame_label_names: tuple[str, ...]
+    """Names of the labels that exist per frame, for example ("phone",)."""
+
+    def frame_labels(self, name: str, sample: int, positions: np.ndarray) -> np.ndarray:
+        """The label at each position (in raw frames, float64 [P]) of one sample: str [P]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A file that was left out, and the reason in a few words."""
+
+    path: str
+    reason: str

@@ -1,0 +1,214 @@
+"""Recordings as samples: any tree of audio files, mixed to mono and resampled to one rate.
+
+Windows are read straight from the files, so host memory stays the same whatever the size of the data set. A window of a
+file at another rate is resampled from the stretch around it, which gives what resampling the whole file would give.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from layerwise.data.source import Skipped
+from layerwise.errors import ConfigError, DataError
+
+EXTENSIONS = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
+_FILTER_WIDTH = 6
+_ROLLOFF = 0.99
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """One audio file."""
+
+    path: Path
+    rate: int
+    """Of the file, Hz."""
+    frames: int
+    """Of the file, samples per channel."""
+    length: int
+    """At the rate of the set, samples."""
+
+
+class RecordingSet:
+    """A DataSet of recordings; a frame is one audio sample, of shape (1,)."""
+
+    columns = 1
+    frame_shape = (1,)
+    views = 1
+    frame_label_names: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        recordings: Sequence[Recording],
+        rate: int,
+        labels: dict[str, np.ndarray],
+        test: np.ndarray | None,
+        skipped: Sequence[Skipped],
+    ) -> None:
+        self.ids = tuple(ids)
+        self.rate = rate
+        self.labels = labels
+        self.test = test
+        self.skipped = tuple(skipped)
+        self.lengths = np.array([recording.length for recording in recordings], dtype=np.int64)
+        self._recordings = recordings
+        files = [(name, recording.rate, recording.frames) for name, recording in zip(ids, recordings, strict=True)]
+        described = {"rate": rate, "files": files, "labels": {name: values.tolist() for name, values in labels.items()}}
+        self.identity = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+        """Samples start to stop: float32 [stop - start, 1], from -1 to 1. Raises DataError for a damaged file."""
+        recording = self._recordings[sample]
+        if recording.rate == self.rate:
+            return torch.from_numpy(_decode(recording, start, stop))[:, None]
+        return _read_resampled(recording, start, stop, self.rate)[:, None]
+
+    def frame_labels(self, name: str, sample: int, positions: np.ndarray) -> np.ndarray:
+        """Recordings have no labels per frame."""
+        raise DataError(f"Recordings have no {name!r} label per frame.")
+
+
+def open_recordings(folder: Path, rate: int, pattern: str = "", shortest: int = 1) -> RecordingSet:
+    """Every audio file below the folder, in the order of its path.
+
+    pattern: a regular expression searched in each path relative to the folder, with / between its parts; its named
+    groups become labels. Empty: the label `speaker` is the name of the folder that holds the file.
+    shortest: recordings with fewer samples at `rate` are skipped.
+    Raises DataError where the folder is missing or fewer than two recordings can be used, ConfigError for the pattern.
+    """
+    expression = _compiled(pattern)
+    ids = _audio_files(folder)
+    if not ids:
+        raise DataError(f"{folder} holds no recordings ({', '.join(sorted(EXTENSIONS))}); name the folder that does.")
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        found = list(pool.map(lambda name: _inspect(folder, name, rate, shortest), ids))
+    skipped = [entry for entry in found if isinstance(entry, Skipped)]
+    usable = [(name, entry) for name, entry in zip(ids, found, strict=True) if isinstance(entry, Recording)]
+    if len(usable) < 2:
+        first = f"; the first: {skipped[0].path}, {skipped[0].reason}" if skipped else ""
+        raise DataError(
+            f"{folder} holds {len(usable)} usable recordings and {len(skipped)} unusable ones{first}. Two are the least."
+        )
+    kept = [name for name, _ in usable]
+    return RecordingSet(kept, [entry for _, entry in usable], rate, _labels(kept, expression), None, skipped)
+
+
+def _compiled(pattern: str) -> re.Pattern[str] | None:
+    try:
+        expression = re.compile(pattern) if pattern else None
+    except re.error as error:
+        raise ConfigError(f"data.pattern {pattern!r} is not a regular expression: {error}.") from None
+    if expression is not None and not expression.groupindex:
+        raise ConfigError(f"data.pattern {pattern!r} names no label; write a group such as (?P<speaker>[^/_]+).")
+    return expression
+
+
+def _audio_files(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise DataError(f"The data folder {folder} {what}; name the one that holds the recordings.")
+    paths = (Path(root) / name for root, _, names in os.walk(folder) for name in names if not name.startswith("."))
+    return sorted(path.relative_to(folder).as_posix() for path in paths if path.suffix.lower() in EXTENSIONS)
+
+
+def _inspect(folder: Path, name: str, rate: int, shortest: int) -> Recording | Skipped:
+    path = folder / name
+    try:
+        with soundfile.SoundFile(path) as file:
+            frames, file_rate = file.frames, file.samplerate
+            if frames <= 0:
+                return Skipped(name, "holds no sound")
+            # A compressed file that was cut off still declares its full length; its last sample tells.
+            file.seek(frames - 1)
+            if len(file.read(1)) != 1:
+                return Skipped(name, "is cut off")
+        if _wav_is_cut_off(path):
+            return Skipped(name, "is cut off")
+    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+        return Skipped(name, f"cannot be decoded ({_reason(error)})")
+    length = -(-frames * rate // file_rate)
+    if length < shortest:
+        return Skipped(name, f"lasts {length / rate:.3f} s, less than the {shortest / rate:.3f} s that the network needs")
+    return Recording(path, file_rate, frames, length)
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "error_string", error)).rstrip(".")
+
+
+def _wav_is_cut_off(path: Path) -> bool:
+    """Whether the data chunk of a WAV file declares more bytes than follow; libsndfile reads such a file in silence."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"RIFF":
+            return False
+        file.seek(12)
+        while len(header := file.read(8)) == 8:
+            kind, size = struct.unpack("<4sI", header)
+            if kind == b"data":
+                streamed = size in (0, 0xFFFFFFFF)
+                return not streamed and file.tell() + size > os.fstat(file.fileno()).st_size
+            file.seek(size + size % 2, os.SEEK_CUR)
+    return False
+
+
+def _labels(ids: Sequence[str], expression: re.Pattern[str] | None) -> dict[str, np.ndarray]:
+    if expression is None:
+        return {"speaker": np.array([Path(name).parent.name for name in ids], dtype=str)}
+    matches = [expression.search(name) for name in ids]
+    if not any(matches):
+        raise DataError(f"data.pattern {expression.pattern!r} matches no path; the first one is {ids[0]!r}.")
+    return {
+        label: np.array([(match and match[label]) or "" for match in matches], dtype=str)
+        for label in expression.groupindex
+    }
+
+
+def _decode(recording: Recording, start: int, stop: int) -> np.ndarray:
+    """Samples start to stop of the file at its own rate: float32 [stop - start], the mean of its channels."""
+    try:
+        with soundfile.SoundFile(recording.path) as file:
+            file.seek(start)
+            samples = file.read(stop - start, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+        raise DataError(f"{recording.path} cannot be read any more ({_reason(error)}); restore or remove it.") from None
+    if len(samples) != stop - start:
+        raise DataError(
+            f"{recording.path} gave {len(samples)} of {stop - start} samples from {start} on: it is damaged or has "
+            "changed; restore or remove it."
+        )
+    return samples.mean(axis=1)
+
+
+def _read_resampled(recording: Recording, start: int, stop: int, rate: int) -> torch.Tensor:
+    divisor = math.gcd(recording.rate, rate)
+    step_in, step_out = recording.rate // divisor, rate // divisor
+    # The filter repeats its phase every step_out outputs, so the stretch starts at a multiple of step_in.
+    reach = math.ceil(_FILTER_WIDTH * step_in / (min(step_in, step_out) * _ROLLOFF)) + step_in
+    first = max(start // step_out - math.ceil(reach / step_in), 0)
+    last = -(-stop // step_out) * step_in + reach
+    samples = torch.from_numpy(_decode(recording, first * step_in, min(last, recording.frames)))
+    resampled = _resample()(samples, recording.rate, rate, lowpass_filter_width=_FILTER_WIDTH, rolloff=_ROLLOFF)
+    return resampled[start - first * step_out : stop - first * step_out]
+
+
+def _resample():  # noqa: ANN202
+    try:
+        from torchaudio.functional import resample
+    except (ImportError, OSError, RuntimeError) as error:
+        raise DataError(
+            f"torchaudio does not load beside torch {torch.__version__} ({error}); install the versions that belong "
+            "together: pip install -c constraints.txt torch torchaudio."
+        ) from None
+    return resample

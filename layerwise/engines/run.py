@@ -1,0 +1,93 @@
+"""A run from its configuration to its encoder: prepare or resume the run directory, perform the tasks, stitch.
+
+Starting a run and resuming it are the same call. What is done is read from the disk, never from a flag.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerwise.config import Config
+from layerwise.data.open import open_data
+from layerwise.data.source import DataSet
+from layerwise.engines import local
+from layerwise.errors import RunError
+from layerwise.events import Message, Notify, silent
+from layerwise.files import exclusive
+from layerwise.memory.device import cap, find_device
+from layerwise.nets.speech import shortest_input
+from layerwise.run_directory import RunPaths, RunState
+from layerwise.stop import StopFlag
+from layerwise.training.budget import check_budget
+from layerwise.training.encoder import stitch
+from layerwise.training.plan import StagePlan, plan_stages, rows_needed
+from layerwise.training.resume import prepare
+from layerwise.training.schedule import tasks_of_run
+from layerwise.training.split import split_samples
+from layerwise.training.task import Run, perform
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A finished run."""
+
+    paths: RunPaths
+    state: RunState
+    config: Config
+
+
+def run(
+    config: Config,
+    *,
+    from_stage: int | None = None,
+    overwrite: bool = False,
+    stop: StopFlag | None = None,
+    notify: Notify = silent,
+) -> RunResult:
+    """Trains every stage that is not done yet, and writes the encoder.
+
+    from_stage: retrain this stage and those above it from the cache below. overwrite: delete the run in `config.out`
+    first. stop: a flag that ends the run after the step in hand. notify: is told what happens.
+    Raises Interrupted after saving when asked to stop, and other LayerwiseErrors where the request cannot be met.
+    """
+    device = find_device(config.training.device)
+    paths = RunPaths.of(config.out, config.cache.dir)
+    data = _open(config)
+    plans = plan_stages(config, data)
+    split = split_samples(data, config)
+    check_budget(config, plans, device)
+    busy = RunError(f"Another process is running {paths.out}; wait for it, or name another --out.")
+    _refuse_foreign_folder(paths.out)
+    with exclusive(paths.lock, busy):
+        state = prepare(config, paths, data, plans, device, from_stage=from_stage, overwrite=overwrite)
+        for line in _described(config, data, plans):
+            notify(Message(line))
+        cap(device, state.budget_bytes)
+        shared = Run(config, paths, state, data, split, plans, device, stop or StopFlag(), notify)
+        local.execute(tasks_of_run(len(plans)), lambda task: perform(task, shared))
+        stitch(config, paths, plans)
+        state.from_stage = None
+        state.save(paths.state)
+    return RunResult(paths, state, config)
+
+
+def _open(config: Config) -> DataSet:
+    shortest = shortest_input(config.net, rows_needed(config)) if config.net.name == "speech" else 1
+    return open_data(config.data, shortest)
+
+
+def _refuse_foreign_folder(out: Path) -> None:
+    """Raises RunError where the run directory would mix with files that are not a run's."""
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out {out} is a file; name a folder.")
+    if out.is_dir() and not (out / "run.json").exists():
+        others = sorted(entry.name for entry in out.iterdir() if entry.name != "lock")
+        if others:
+            raise RunError(f"--out {out} holds something else ({others[0]}); name a new or empty folder.")
+
+
+def _described(config: Config, data: DataSet, plans: list[StagePlan]) -> list[str]:
+    lines = [f"{len(data.ids)} samples from {config.data.source}, {len(plans)} stages"]
+    if data.skipped:
+        lines.append(f"{len(data.skipped)} files skipped:")
+        lines += [f"  {entry.path}: {entry.reason}" for entry in data.skipped]
+    return lines

@@ -1,0 +1,135 @@
+"""Linear probes: how well each stage's frozen representation tells a label, against the same stage with random weights.
+
+The test samples were never seen by the encoder's training nor by the probe's.
+"""
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from layerwise.cache import SPLITS, ActivationCache
+from layerwise.config import load
+from layerwise.data.open import open_data
+from layerwise.errors import DataError, RunError
+from layerwise.evaluate.features import cached_features, choose_frames
+from layerwise.evaluate.linear import test_error
+from layerwise.evaluate.untrained import untrained_features
+from layerwise.files import write_atomically
+from layerwise.memory.device import find_device
+from layerwise.run_directory import RunPaths, open_run
+from layerwise.stop import StopFlag
+
+
+@dataclass(frozen=True, slots=True)
+class StageError:
+    """Error rates from 0 to 1; train and test count samples, or frames where the label is per frame."""
+
+    stage: int
+    error: float
+    untrained_error: float
+    train: int
+    test: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """One probe of every finished stage."""
+
+    label: str
+    stages: list[StageError]
+
+
+def probe(
+    run_directory: Path,
+    label: str,
+    *,
+    stop: StopFlag | None = None,
+    notify: Callable[[str], None] = lambda line: None,
+) -> ProbeResult:
+    """Fits a linear classifier for `label` on each cached stage; also written to probes/LABEL.json.
+
+    Raises RunError where no stage is cached, DataError where the label does not exist or has one value only.
+    """
+    stop = stop or StopFlag()
+    paths, state = open_run(run_directory)
+    stages = [record.stage for record in state.stages if record.status == "done"]
+    if not stages:
+        raise RunError(f"No stage of {run_directory} is done yet; go on with the run first.")
+    with ExitStack() as open_caches:
+        caches = [open_caches.enter_context(ActivationCache(paths.cache(stage))) for stage in stages]
+        per_frame = label in caches[0].layout.frame_labels
+        samples = _labelled_samples(caches[0], label, per_frame, run_directory)
+        notify("features of the same network with random weights")
+        untrained = _untrained(paths, caches[0], samples, per_frame)
+        results = []
+        for cache, untrained_of_stage in zip(caches, untrained, strict=False):
+            stop.raise_if_set(f"before the probe of stage {cache.layout.stage}")
+            notify(f"stage {cache.layout.stage}")
+            results.append(_probe_stage(cache, label, samples, per_frame, untrained_of_stage))
+    result = ProbeResult(label, results)
+    write_atomically(paths.probe(label), (json.dumps(asdict(result), indent=2) + "\n").encode())
+    return result
+
+
+def _labelled_samples(cache: ActivationCache, label: str, per_frame: bool, run_directory: Path) -> np.ndarray:
+    """Numbers of the samples that carry the label."""
+    layout = cache.layout
+    if not per_frame and label not in layout.labels:
+        known = sorted({*layout.labels, *layout.frame_labels})
+        raise DataError(f"The data of {run_directory} has no label {label!r}; it has {', '.join(known) or 'none at all'}.")
+    values = layout.frame_labels[label] if per_frame else layout.labels[label]
+    classes = np.unique(values[values != ""])
+    if len(classes) < 2:
+        only = f"is {classes[0]!r} everywhere" if len(classes) else "is empty everywhere"
+        raise DataError(f"The label {label!r} {only}: there is nothing to tell apart.")
+    samples = np.arange(len(layout.ids)) if per_frame else np.flatnonzero(values != "")
+    for part in ("train", "test"):
+        if not (layout.split[samples] == SPLITS.index(part)).any():
+            raise DataError(f"No sample of the {part} split carries the label {label!r}.")
+    return samples
+
+
+def _untrained(paths: RunPaths, cache: ActivationCache, samples: np.ndarray, per_frame: bool) -> list[np.ndarray]:
+    config = load(paths.config)
+    data = open_data(config.data, shortest=1)
+    index = {name: number for number, name in enumerate(data.ids)}
+    missing = [name for name in cache.ids if name not in index]
+    if missing:
+        raise DataError(f"{missing[0]} is no longer in {config.data.source}; the untrained comparison needs all samples.")
+    numbers = np.array([index[cache.ids[sample]] for sample in samples.tolist()], dtype=np.int64)
+    piece = config.training.batch_size * (config.data.window if data.columns == 1 else int(data.lengths[0]))
+    return untrained_features(config, data, numbers, piece, per_frame, find_device(config.training.device))
+
+
+def _probe_stage(
+    cache: ActivationCache, label: str, samples: np.ndarray, per_frame: bool, untrained: np.ndarray
+) -> StageError:
+    values, split = _values_and_split(cache, label, samples, per_frame)
+    classes = np.unique(values, return_inverse=True)[1].astype(np.int64)
+    train, held_out, test = (np.flatnonzero(split == number) for number in range(len(SPLITS)))
+    trained = cached_features(cache, samples, per_frame)
+    return StageError(
+        stage=cache.layout.stage,
+        error=test_error(trained, classes, train, held_out, test),
+        untrained_error=test_error(untrained, classes, train, held_out, test),
+        train=len(train) + len(held_out),
+        test=len(test),
+    )
+
+
+def _values_and_split(
+    cache: ActivationCache, label: str, samples: np.ndarray, per_frame: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Label and split of each row of the features."""
+    layout = cache.layout
+    if not per_frame:
+        return layout.labels[label][samples], layout.split[samples]
+    firsts = np.concatenate([[0], np.cumsum(layout.lengths)])
+    chosen = [choose_frames(sample, int(layout.lengths[sample]), per_frame=True) for sample in samples.tolist()]
+    rows = np.concatenate([firsts[sample] + frames for sample, frames in zip(samples.tolist(), chosen, strict=True)])
+    split = np.repeat(layout.split[samples], [len(frames) for frames in chosen])
+    return layout.frame_labels[label][rows], split

@@ -1,0 +1,97 @@
+"""The same features from the same network with its first, random weights: what training has to beat.
+
+Each group of samples passes through all stages before the next is read, one module on the device at a time, so nothing
+is cached and the device holds no more than in the caching pass.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+from layerwise.config import Config
+from layerwise.data.batches import Batch, read_ahead
+from layerwise.data.groups import Group, group_renderings, read_piece
+from layerwise.data.source import DataSet
+from layerwise.evaluate.features import SampleSummary, choose_frames
+from layerwise.memory.device import on_device
+from layerwise.nets import build_network
+from layerwise.nets.module import Module
+
+
+def untrained_features(
+    config: Config, data: DataSet, samples: np.ndarray, piece: int, per_frame: bool, device: torch.device
+) -> list[np.ndarray]:
+    """For each stage: float32 [N, C], or [frames, C] where per_frame; view 0 of the samples, in their order.
+
+    piece: most input frames on the device at once.
+    """
+    network = build_network(config.net, data.frame_shape)
+    modules = [network.build(layers, config.training.seed, "cpu") for layers in network.cut(config.training.stages)]
+    groups = group_renderings(data.lengths[samples], piece)
+    chosen = _PlainView(data, samples)
+    pieces = read_ahead(partial(read_piece, chosen, group, start) for group in groups for start in group.starts)
+    per_stage: list[list[np.ndarray]] = [[] for _ in modules]
+    with torch.no_grad():
+        for group in groups:
+            numbers = samples[group.first : group.stop]
+            summaries = _summaries(modules, data.lengths[numbers], numbers, per_frame)
+            _pass(modules, group, pieces, summaries, device)
+            for features, of_group in zip(per_stage, summaries, strict=True):
+                features += [summary.chosen_frames if per_frame else summary.mean[None] for summary in of_group]
+    return [np.concatenate(features) for features in per_stage]
+
+
+class _PlainView:
+    """View 0 of some samples, as a source of its own."""
+
+    views = 1
+
+    def __init__(self, data: DataSet, samples: np.ndarray) -> None:
+        self._data, self._samples = data, samples
+        self.lengths = data.lengths[samples]
+
+    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+        return self._data.read(int(self._samples[sample]), start, stop)
+
+
+def _summaries(
+    modules: list[Module], lengths: np.ndarray, samples: np.ndarray, per_frame: bool
+) -> list[list[SampleSummary]]:
+    """Empty summaries for each stage and each sample."""
+    summaries = []
+    for module in modules:
+        lengths = module.out_length(lengths)
+        summaries.append(
+            [
+                SampleSummary(choose_frames(sample, length, per_frame))
+                for sample, length in zip(samples.tolist(), lengths.tolist(), strict=True)
+            ]
+        )
+    return summaries
+
+
+def _pass(
+    modules: list[Module],
+    group: Group,
+    pieces: Iterator[Batch],
+    summaries: list[list[SampleSummary]],
+    device: torch.device,
+) -> None:
+    states: list[list[object] | None] = [None] * len(modules)
+    for start in group.starts:
+        batch = next(pieces)
+        frames, lengths = on_device(batch.frames, device), batch.lengths
+        for stage, module in enumerate(modules):
+            module.to(device)
+            if group.streamed:
+                frames, states[stage] = module.push(frames, states[stage], group.is_last(start))
+                lengths = np.array([frames.shape[1]])
+            else:
+                _, frames = module(frames, lengths)
+                lengths = module.out_length(lengths)
+            if device.type != "cpu":
+                module.to("cpu")
+            for summary, sample, length in zip(summaries[stage], frames, lengths.tolist(), strict=True):
+                summary.add(sample[:length])

@@ -1,0 +1,80 @@
+"""What a run tells while it works. Whoever wants to show it passes a function that takes these."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Something worth a line in the log."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageStarted:
+    """A stage is loaded onto the device; `epoch` and `step` are not 0 where it goes on from a checkpoint."""
+
+    stage: int
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """One optimizer step; `steps` is the number in an epoch, `live_bytes` what the device holds after it."""
+
+    stage: int
+    epoch: int
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+    live_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EpochDone:
+    """One pass over the training samples and over the held-out ones."""
+
+    stage: int
+    epoch: int
+    loss: float
+    accuracy: float
+    held_out_loss: float
+    held_out_accuracy: float
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CachingProgress:
+    """Rows of the stage's activation cache that are handed to the writer."""
+
+    stage: int
+    rows: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageDone:
+    """The stage is trained, cached, sealed and off the device."""
+
+    stage: int
+    epochs: int
+    converged: bool
+    best_loss: float
+    train_peak_bytes: int
+    cache_peak_bytes: int
+    device_bytes_left: int
+    cache_bytes: int
+    seconds: float
+
+
+Event = Message | StageStarted | StepDone | EpochDone | CachingProgress | StageDone
+Notify = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """Shows nothing."""

@@ -1,0 +1,67 @@
+"""Files that survive a crash: written whole or not at all, and locked while a run uses their folder."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from layerwise.errors import LayerwiseError, RunError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces the file by the content: after a crash it holds either the old bytes or the new ones.
+
+    Raises RunError where the folder cannot be written or the disk is full.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise RunError(unwritable(path, error)) from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in the folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def unwritable(path: Path, error: OSError) -> str:
+    """The sentence for an error of the operating system on a file that is written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"No room is left on the disk for {path}; free some and start the same command again, nothing is lost."
+    return f"{path} cannot be written: {error.strerror}."
+
+
+@contextmanager
+def exclusive(path: Path, busy: LayerwiseError) -> Iterator[None]:
+    """Holds the lock file; raises `busy` where another process holds it. The lock ends with the process."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RunError(unwritable(path, error)) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise busy from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""The device budget: parse it, measure against it, predict what fits."""

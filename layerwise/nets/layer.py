@@ -1,0 +1,47 @@
+"""A layer: the smallest piece that a network is cut into. It maps frames to frames, whole or streamed piece by piece.
+
+Frames lie in front of their channels, (B, L, *frame), because that is how they are cached: a window is one contiguous read.
+Samples of different lengths share a batch: `lengths` says how many frames of each are real, and every layer sets the
+rest to zero, so that a padded sample gives exactly what it gives alone.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class Layer(nn.Module):
+    """Base of all layers. Sequence layers set the geometry below; layers that work inside a frame keep the defaults."""
+
+    kernel = 1
+    stride = 1
+    padding = 0
+    recurrent = False
+    """Whether the output summarises all frames so far; its InfoNCE targets are then the layer's inputs (as in CPC)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L, *frame) to (B, out_length(L), *output frame)."""
+        raise TypeError(f"{type(self).__name__} defines no forward.")
+
+    def out_length(self, length: Any) -> Any:
+        """Frames that come out of `length` frames (an int or an int64 array)."""
+        return np.maximum((length + 2 * self.padding - self.kernel) // self.stride + 1, 0)
+
+    def push(self, x: torch.Tensor, state: Any, last: bool) -> tuple[torch.Tensor, Any]:
+        """The next piece of a stream: (B, n, *frame) to the output frames that are complete by now, and the new state.
+
+        The state of the first piece is None; `last` marks the final piece. All outputs together equal `forward` of all
+        inputs together.
+        """
+        return self(x), None
+
+
+def mask_padding(x: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
+    """Sets the frames of x (B, L, *frame) from lengths[b] on to zero; x itself where there are none."""
+    if (lengths >= x.shape[1]).all():
+        return x
+    frames = torch.arange(x.shape[1], device=x.device)
+    padding = frames >= torch.as_tensor(lengths, device=x.device)[:, None]
+    return x.masked_fill(padding.reshape(*padding.shape, *[1] * (x.dim() - 2)), 0)

@@ -1,0 +1,71 @@
+"""A gradient-isolated module: consecutive layers that are trained together by one local objective."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from layerwise.nets.layer import Layer, mask_padding
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Where a stage's frames lie on the network's input: frame t is centred on input frame hop * t + offset."""
+
+    hop: int = 1
+    offset: float = 0.0
+
+    def after(self, layer: Layer) -> "Geometry":
+        """The geometry one layer further on."""
+        middle = (layer.kernel - 1) / 2 - layer.padding
+        return Geometry(self.hop * layer.stride, self.offset + self.hop * middle)
+
+
+class Module(nn.Module):
+    """Layers by their index in the whole network; the names of the weights are those of the stitched encoder."""
+
+    def __init__(self, layers: Mapping[int, Layer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({str(index): layer for index, layer in layers.items()})
+
+    def forward(self, x: torch.Tensor, lengths: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input frames (B, L, *frame) with int64 [B] real lengths to (targets, outputs) of the local objective.
+
+        Outputs (B, L', *frame) are what the next module reads, and the contexts of InfoNCE. Targets are the outputs
+        too, or the inputs of the recurrent layer where the module ends in one.
+        """
+        targets = x
+        for layer in self.layers.values():
+            targets = x
+            lengths = layer.out_length(lengths)
+            x = mask_padding(layer(x), lengths)
+        return (targets if layer.recurrent else x), x
+
+    def out_length(self, length: Any) -> Any:
+        """Frames that come out of `length` frames (an int or an int64 array)."""
+        for layer in self.layers.values():
+            length = layer.out_length(length)
+        return length
+
+    def geometry(self, below: Geometry) -> Geometry:
+        """Geometry of the outputs, given that of the inputs."""
+        for layer in self.layers.values():
+            below = below.after(layer)
+        return below
+
+    def push(self, x: torch.Tensor, states: list[Any] | None, last: bool) -> tuple[torch.Tensor, list[Any]]:
+        """The next piece of one sample (1, n, *frame) to the outputs that are complete by now, and the new states."""
+        states = states or [None] * len(self.layers)
+        after = []
+        for layer, state in zip(self.layers.values(), states, strict=True):
+            x, state = layer.push(x, state, last)
+            after.append(state)
+        return x, after
+
+
+def vectors(frames: torch.Tensor) -> torch.Tensor:
+    """One vector per frame: (B, L, C, ...) to (B, L, C), the mean over what lies behind the channels."""
+    return frames if frames.dim() == 3 else frames.flatten(3).mean(3)

@@ -1,0 +1,62 @@
+"""The two layers of the paper's speech network: a convolution with ReLU, and a GRU."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from layerwise.nets.layer import Layer
+
+
+class Convolution(Layer):
+    """Conv1d and ReLU, without normalisation.
+
+    Computed as a flat two-dimensional convolution in channels-last order: input and output then lie frame-major in
+    memory as they are cached, with no transposed copies, and at width 128 on a CPU it takes half the time of Conv1d.
+    """
+
+    def __init__(self, channels_in: int, channels: int, kernel: int, stride: int, padding: int) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+        conv = nn.Conv1d(channels_in, channels, kernel)
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._convolve(x, self.padding)
+
+    def push(
+        self, x: torch.Tensor, state: torch.Tensor | None, last: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The state is the tail of the input that later outputs still need."""
+        edge = x.new_zeros(x.shape[0], self.padding, *x.shape[2:])
+        x = torch.cat([edge if state is None else state, x] + [edge] * last, dim=1)
+        ready = max((x.shape[1] - self.kernel) // self.stride + 1, 0)
+        tail = None if last else x[:, ready * self.stride :].clone()
+        if ready == 0:
+            return x.new_zeros(x.shape[0], 0, self.weight.shape[0]), tail
+        return self._convolve(x[:, : (ready - 1) * self.stride + self.kernel], padding=0), tail
+
+    def _convolve(self, x: torch.Tensor, padding: int) -> torch.Tensor:
+        image = x.transpose(1, 2).unsqueeze(2)
+        y = F.conv2d(image, self.weight.unsqueeze(2), self.bias, stride=(1, self.stride), padding=(0, padding))
+        return F.relu_(y).squeeze(2).transpose(1, 2)
+
+
+class Recurrence(Layer):
+    """A GRU over the frames; its output at t is the context c_t of frames 0 to t."""
+
+    recurrent = True
+
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__()
+        self.gru = nn.GRU(channels_in, channels, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gru(x)[0]
+
+    def push(
+        self, x: torch.Tensor, state: torch.Tensor | None, last: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The state is the hidden state after the last frame."""
+        if x.shape[1] == 0:
+            return x.new_zeros(x.shape[0], 0, self.gru.hidden_size), state
+        return self.gru(x, state)

@@ -1,0 +1,1 @@
+"""One TOML file of defaults per experiment; `layerwise.config` reads them."""

@@ -1,0 +1,149 @@
+"""A run on disk: the name of every file of a run, and its state in run.json."""
+
+import json
+import secrets
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from layerwise.errors import RunError
+from layerwise.files import write_atomically
+
+VERSION = 1
+
+Status = Literal["pending", "training", "caching", "done"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaths:
+    """Every path of one run."""
+
+    out: Path
+    """The run directory."""
+    caches: Path
+    """The folder of its activation caches."""
+
+    @classmethod
+    def of(cls, out: str | Path, cache_dir: str | Path) -> "RunPaths":
+        """The caches of runs/NAME lie in CACHE_DIR/NAME."""
+        out = Path(out).expanduser()
+        return cls(out, (Path(cache_dir).expanduser() / out.resolve().name).resolve())
+
+    @property
+    def state(self) -> Path:
+        return self.out / "run.json"
+
+    @property
+    def config(self) -> Path:
+        return self.out / "config.toml"
+
+    @property
+    def log(self) -> Path:
+        return self.out / "log.txt"
+
+    @property
+    def lock(self) -> Path:
+        return self.out / "lock"
+
+    @property
+    def encoder(self) -> Path:
+        return self.out / "encoder.safetensors"
+
+    @property
+    def cache_owner(self) -> Path:
+        """Holds the id of the run that the caches belong to."""
+        return self.caches / "run-id"
+
+    def probe(self, label: str) -> Path:
+        return self.out / "probes" / f"{label}.json"
+
+    def stage(self, stage: int) -> Path:
+        return self.out / "stages" / str(stage)
+
+    def stage_config(self, stage: int) -> Path:
+        """The resolved options that the stage was trained with."""
+        return self.stage(stage) / "config.toml"
+
+    def weights(self, stage: int) -> Path:
+        return self.stage(stage) / "weights.safetensors"
+
+    def checkpoint(self, stage: int) -> Path:
+        return self.stage(stage) / "checkpoint.safetensors"
+
+    def metrics(self, stage: int) -> Path:
+        return self.stage(stage) / "metrics.jsonl"
+
+    def cache(self, stage: int) -> Path:
+        return self.caches / f"stage-{stage}.h5"
+
+
+@dataclass(slots=True)
+class StageRecord:
+    """What run.json says of a stage; sizes in bytes."""
+
+    stage: int
+    status: Status = "pending"
+    epochs: int = 0
+    converged: bool | None = None
+    best_loss: float | None = None
+    peak_bytes: int | None = None
+    """The larger of the two peaks below."""
+    train_peak_bytes: int | None = None
+    cache_peak_bytes: int | None = None
+    micro_batch: int | None = None
+    cache: str | None = None
+    cache_bytes: int | None = None
+    fingerprint: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class RunState:
+    """run.json."""
+
+    stages: list[StageRecord]
+    data_identity: str
+    budget_bytes: int | None
+    device: str
+    caches: str
+    """Absolute path of the folder of the caches."""
+    from_stage: int | None = None
+    """The `--from-stage` that is being carried out; None where there is none or it is finished."""
+    run_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    version: int = VERSION
+
+    @property
+    def done(self) -> bool:
+        return all(record.status == "done" for record in self.stages)
+
+    def record(self, stage: int) -> StageRecord:
+        return self.stages[stage - 1]
+
+    def save(self, path: Path) -> None:
+        """Replaces run.json atomically. Raises RunError."""
+        write_atomically(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: Path) -> "RunState":
+        """Raises RunError where there is no readable run.json of this version."""
+        try:
+            tree: dict[str, Any] = json.loads(path.read_text())
+            if tree["version"] != VERSION:
+                raise RunError(f"{path} is of version {tree['version']}; this layerwise reads version {VERSION}.")
+            known = {entry.name for entry in fields(StageRecord)}
+            records = [StageRecord(**{k: v for k, v in stage.items() if k in known}) for stage in tree.pop("stages")]
+            return cls(stages=records, **tree)
+        except FileNotFoundError:
+            raise RunError(f"{path.parent} is not a run directory: it holds no run.json; name one, or start a run.") from None
+        except OSError as error:
+            raise RunError(f"{path} cannot be read: {error.strerror}.") from None
+        except (ValueError, KeyError, TypeError):
+            raise RunError(f"{path} is damaged; restore it, or start anew with --overwrite or another --out.") from None
+
+
+def open_run(out: Path) -> tuple[RunPaths, RunState]:
+    """Paths and state of an existing run. Raises RunError."""
+    if not out.is_dir():
+        raise RunError(f"There is no run directory {out}; start one with: layerwise run --out {out}.")
+    state = RunState.load(out / "run.json")
+    return RunPaths(out, Path(state.caches)), state

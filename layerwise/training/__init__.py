@@ -1,0 +1,1 @@
+"""Training one stage, caching its outputs, and the state of a run."""

@@ -1,0 +1,44 @@
+"""Refuses, before anything is trained, a budget that a stage cannot be trained in."""
+
+import numpy as np
+import torch
+
+from layerwise.config import Config
+from layerwise.errors import BudgetError
+from layerwise.memory.estimate import predicted_peak
+from layerwise.data.batches import Batch
+from layerwise.training.plan import StagePlan
+from layerwise.training.stage import build_optimizer, train_step
+
+
+def check_budget(config: Config, plans: list[StagePlan], device: torch.device) -> None:
+    """Raises BudgetError that names the stage, what it needs and what to change."""
+    budget = config.memory.gpu_mem
+    if budget is None:
+        return
+    peaks = [training_peak(config, plan, device) for plan in plans]
+    largest = max(range(len(peaks)), key=peaks.__getitem__)
+    if peaks[largest] > budget:
+        raise BudgetError(
+            f"--gpu-mem {budget.human_readable(decimal=True)} is too small: stage {largest + 1} needs "
+            f"{peaks[largest] / 1e6:.1f} MB to train at batch size {config.training.batch_size}. Give at least that, or "
+            "lower --batch-size, the window or net.width, or cut into more --stages."
+        )
+
+
+def training_peak(config: Config, plan: StagePlan, device: torch.device) -> int:
+    """Predicted bytes of the training pass of a stage, at full windows."""
+
+    def two_steps() -> None:
+        module = plan.build_module(config.training.seed, device)
+        objective = plan.build_objective(config, device)
+        optimizer = build_optimizer(module, objective, config.training.lr)
+        size = config.training.batch_size
+        # The optimizer's state appears at the end of the first step, so the second one stands higher.
+        for _ in range(2):
+            frames = torch.zeros(size, plan.window.frames, *plan.frame_shape, device="meta")
+            batch = Batch(frames, np.full(size, plan.window.frames))
+            rng = np.random.default_rng(0)
+            train_step(module, objective, optimizer, batch, plan, rng, device, config.training.precision)
+
+    return predicted_peak(two_steps, device)

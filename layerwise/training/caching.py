@@ -1,0 +1,78 @@
+"""The caching pass: the outputs of a trained module for every sample and view, whole, into the cache writer.
+
+At most `piece` input frames are on the device at a time, as many as a training batch holds: without gradients and
+optimizer that always fits where training fitted. A sample longer than that is streamed through the module, whose layers
+carry their state, and gives what one pass would give.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+from layerwise.cache import CacheWriter
+from layerwise.cache.format import as_stored
+from layerwise.data.batches import read_ahead
+from layerwise.data.groups import Group, group_renderings, read_piece
+from layerwise.data.source import FrameSource
+from layerwise.errors import TrainingError
+from layerwise.events import CachingProgress, Notify
+from layerwise.memory.device import autocast, on_device
+from layerwise.nets.module import Module
+from layerwise.stop import StopFlag
+
+
+def cache_outputs(
+    module: Module,
+    source: FrameSource,
+    writer: CacheWriter,
+    piece: int,
+    precision: str,
+    device: torch.device,
+    stop: StopFlag,
+    notify: Notify,
+) -> None:
+    """Writes what the writer lacks. Raises Interrupted between two pieces; what is written so far stays."""
+    layout = writer.layout
+    rows_done = writer.rows_done
+    groups = group_renderings(np.repeat(source.lengths, source.views), piece)
+    missing = [group for group in groups if layout.offsets[group.stop] > rows_done]
+    row = int(layout.offsets[missing[0].first]) if missing else 0
+    with torch.no_grad():
+        for outputs in _outputs(module, source, missing, precision, device):
+            stored = _as_stored(outputs, layout.dtype, layout.stage)
+            writer.write(stored[max(rows_done - row, 0) :])
+            row += len(stored)
+            notify(CachingProgress(layout.stage, row, layout.rows))
+            stop.raise_if_set(f"in the cache of stage {layout.stage}, after row {row}")
+
+
+def _outputs(
+    module: Module, source: FrameSource, groups: list[Group], precision: str, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Device tensors [n, *frame shape], rendering after rendering."""
+    pieces = read_ahead(partial(read_piece, source, group, start) for group in groups for start in group.starts)
+    for group in groups:
+        states = None
+        for start in group.starts:
+            batch = next(pieces)
+            with autocast(device, precision):
+                if group.streamed:
+                    outputs, states = module.push(on_device(batch.frames, device), states, group.is_last(start))
+                    yield outputs[0]
+                    continue
+                _, outputs = module(on_device(batch.frames, device), batch.lengths)
+            for sample, length in zip(outputs, module.out_length(batch.lengths).tolist(), strict=True):
+                yield sample[:length]
+
+
+def _as_stored(rows: torch.Tensor, dtype: str, stage: int) -> np.ndarray:
+    """Rows on the host as the cache stores them. Raises TrainingError where the dtype cannot hold them."""
+    stored = rows.to(getattr(torch, dtype))
+    if not torch.isfinite(stored).all():
+        raise TrainingError(
+            f"An output of stage {stage} of {rows.abs().max().item():.3g} does not fit into {dtype}; start again with "
+            f"--from-stage {stage} --set cache.dtype=bfloat16."
+        )
+    return as_stored(stored.cpu().contiguous(), dtype)

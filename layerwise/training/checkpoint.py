@@ -1,0 +1,151 @@
+"""What is saved of a stage, and how it comes back: safetensors throughout, so loading one runs no code.
+
+A checkpoint is one file, replaced whole: weights, predictors, optimizer, best weights so far, and the progress as JSON in
+its header. All of it is copied to host memory as numpy arrays, so that nothing of it counts on the device.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from layerwise.errors import RunError
+from layerwise.files import write_atomically
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where the training of a stage stands; the next batch is step `step` of epoch `epoch`, both from 0."""
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    """Over the steps of this epoch that are done."""
+    accuracy_sum: float = 0.0
+    best_loss: float | None = None
+    """Lowest held-out loss."""
+    best_epoch: int | None = None
+    plateau_loss: float | None = None
+    """Held-out loss at the last improvement that counted."""
+    plateau_epochs: int = 0
+    """Epochs since then."""
+    seconds: float = 0.0
+    """Spent on training, over all starts."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """One entry per finished epoch."""
+
+
+def to_host(tensors: dict[str, torch.Tensor]) -> Arrays:
+    """Copies in host memory, independent of the device."""
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
+
+
+def load_weights(module: nn.Module, weights: Arrays) -> None:
+    """Copies host arrays into the module. Raises RunError where names or shapes differ."""
+    parameters = dict(module.named_parameters())
+    if {name: value.shape for name, value in weights.items()} != {n: tuple(p.shape) for n, p in parameters.items()}:
+        raise RunError("The saved weights belong to another network; start anew with --overwrite or another --out.")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(weights[name]))
+
+
+def save_arrays(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:
+    """One safetensors file, replaced atomically. Raises RunError."""
+    write_atomically(path, safetensors.numpy.save(arrays, metadata))
+
+
+def load_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
+    """Arrays and metadata of a safetensors file. Raises RunError where it is missing or damaged."""
+    try:
+        with safe_open(path, "np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read ({error}); delete it and start the same command again.") from None
+
+
+def digest(arrays: Arrays) -> str:
+    """SHA-256 over names, shapes, dtypes and values."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        value = arrays[name]
+        total.update(f"{name} {value.dtype} {value.shape}".encode())
+        total.update(np.ascontiguousarray(value).tobytes())
+    return total.hexdigest()
+
+
+def save_checkpoint(
+    path: Path,
+    made_for: str,
+    progress: Progress,
+    module: nn.Module,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    best: Arrays | None,
+) -> None:
+    """Everything that the next step needs. `made_for` names the stage's input and options."""
+    arrays = to_host({f"module/{name}": value for name, value in module.named_parameters()})
+    arrays |= to_host({f"objective/{name}": value for name, value in objective.named_parameters()})
+    arrays |= to_host(_optimizer_tensors(optimizer, module, objective))
+    arrays |= {f"best/{name}": value for name, value in (best or {}).items()}
+    save_arrays(path, arrays, {"made_for": made_for, "progress": json.dumps(asdict(progress))})
+
+
+def load_checkpoint(
+    path: Path, made_for: str, module: nn.Module, objective: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[Progress, Arrays | None] | None:
+    """Restores all three and returns the progress and the best weights; None where there is no checkpoint.
+
+    Raises RunError where it is damaged or was made for something else.
+    """
+    if not path.exists():
+        return None
+    arrays, metadata = load_arrays(path)
+    if metadata.get("made_for") != made_for:
+        raise RunError(
+            f"{path} was saved with other data or options; give the old ones, or start anew with --overwrite."
+        )
+    load_weights(module, _under("module/", arrays))
+    load_weights(objective, _under("objective/", arrays))
+    _load_optimizer(optimizer, module, objective, _under("optimizer/", arrays))
+    return Progress(**json.loads(metadata["progress"])), _under("best/", arrays) or None
+
+
+def _under(prefix: str, arrays: Arrays) -> Arrays:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+def _named(module: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:
+    named = {f"module/{name}": value for name, value in module.named_parameters()}
+    return named | {f"objective/{name}": value for name, value in objective.named_parameters()}
+
+
+def _optimizer_tensors(
+    optimizer: torch.optim.Optimizer, module: nn.Module, objective: nn.Module
+) -> dict[str, torch.Tensor]:
+    return {
+        f"optimizer/{name}/{key}": value
+        for name, parameter in _named(module, objective).items()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, module: nn.Module, objective: nn.Module, arrays: Arrays
+) -> None:
+    for name, parameter in _named(module, objective).items():
+        state = _under(f"{name}/", arrays)
+        if state:
+            # A counter is a scalar; moments have the parameter's shape and live beside it.
+            optimizer.state[parameter] = {
+                key: torch.from_numpy(value).to(parameter.device, copy=True) for key, value in state.items()
+            }

@@ -1,0 +1,14 @@
+"""Stitches the trained modules into one file, on the host."""
+
+from layerwise.config import Config
+from layerwise.run_directory import RunPaths
+from layerwise.training.checkpoint import load_arrays, save_arrays
+from layerwise.training.plan import StagePlan
+
+
+def stitch(config: Config, paths: RunPaths, plans: list[StagePlan]) -> None:
+    """Writes encoder.safetensors: the weights of all layers under their names in the whole network."""
+    arrays = {}
+    for plan in plans:
+        arrays |= load_arrays(paths.weights(plan.stage))[0]
+    save_arrays(paths.encoder, arrays, {"config": config.to_toml()})

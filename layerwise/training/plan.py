@@ -1,0 +1,125 @@
+"""The stages of a run, worked out before anything is trained: what each reads, builds and puts out."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from layerwise.config import Config
+from layerwise.data.source import DataSet
+from layerwise.errors import ConfigError
+from layerwise.nets import Network, build_network
+from layerwise.nets.module import Geometry, Module
+from layerwise.objectives import Objective, build_objective
+from layerwise.data.batches import Window
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage, described and not yet built."""
+
+    stage: int
+    layers: range
+    """Its layers in the whole network."""
+    network: Network
+    frame_shape: tuple[int, ...]
+    """Of its input."""
+    target_channels: int
+    """Channels of the vectors that the objective scores."""
+    context_channels: int
+    output_shape: tuple[int, ...]
+    """Frame shape of its output."""
+    parameters: int
+    """Of the module, without those of the objective."""
+    window: Window
+    """Of its input."""
+    lengths: np.ndarray
+    """int64 [N], frames of each sample of its input."""
+    output_lengths: np.ndarray
+    """int64 [N], frames of each sample of its output."""
+    geometry: Geometry
+    """Of its output."""
+
+    def build_module(self, seed: int, device: torch.device) -> Module:
+        """The module with its first weights, on the device."""
+        return self.network.build(self.layers, seed, device)
+
+    def build_objective(self, config: Config, device: torch.device) -> Objective:
+        """The objective with its first weights, on the device."""
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            torch.manual_seed(_objective_seed(config.training.seed, self.stage))
+            return build_objective(config.objective, self.target_channels, self.context_channels)
+
+
+def plan_stages(config: Config, data: DataSet) -> list[StagePlan]:
+    """The stages in order. Raises ConfigError where the network, the cut or the window do not fit the data."""
+    network = build_network(config.net, data.frame_shape)
+    window = input_window(config, data.columns)
+    frame_shape, lengths, geometry = data.frame_shape, data.lengths, Geometry()
+    stages = []
+    for stage, layers in enumerate(network.cut(config.training.stages), start=1):
+        module = network.build(layers, 0, "meta")
+        targets, outputs = module(
+            torch.empty(1, window.frames, *frame_shape, device="meta"), np.array([window.frames])
+        )
+        output_lengths = module.out_length(lengths)
+        geometry = module.geometry(geometry)
+        stages.append(
+            StagePlan(
+                stage=stage,
+                layers=layers,
+                network=network,
+                frame_shape=frame_shape,
+                target_channels=targets.shape[2],
+                context_channels=outputs.shape[2],
+                output_shape=tuple(outputs.shape[2:]),
+                parameters=sum(parameter.numel() for parameter in module.parameters()),
+                window=window,
+                lengths=lengths,
+                output_lengths=output_lengths,
+                geometry=geometry,
+            )
+        )
+        window = Window(int(module.out_length(window.rows)), window.columns)
+        frame_shape, lengths = tuple(outputs.shape[2:]), output_lengths
+    _check_rows(config, window.rows)
+    return stages
+
+
+def input_window(config: Config, columns: int) -> Window:
+    """The window that stage 1 reads: samples of a recording, or a sub-grid of the patches of a picture.
+
+    columns: patches per row of the whole picture; 1 for sequences. Raises ConfigError.
+    """
+    if config.net.name == "speech":
+        if columns != 1:
+            raise ConfigError("--net speech trains on recordings; for pictures give --net vision.")
+        return Window(config.data.window, 1)
+    if columns == 1:
+        raise ConfigError("--net vision trains on pictures; for recordings give --net speech.")
+    data = config.data
+    side = (data.crop - data.patch) // data.patch_stride + 1
+    if data.crop < data.patch or (data.crop - data.patch) % data.patch_stride or side > columns:
+        raise ConfigError(
+            f"data.crop {data.crop}: a crop must be the patch of {data.patch} pixels plus a multiple of "
+            f"data.patch_stride {data.patch_stride}, and at most the picture of {data.picture} pixels."
+        )
+    return Window(side, side)
+
+
+def rows_needed(config: Config) -> int:
+    """Rows of output that give the objective at least one pair of context and target."""
+    return config.objective.skip + 2
+
+
+def _check_rows(config: Config, rows: int) -> None:
+    needed = rows_needed(config)
+    if rows < needed:
+        option = "data.window" if config.net.name == "speech" else "data.crop"
+        raise ConfigError(
+            f"{option} is too small: the last stage sees {rows} rows of a window, and the objective needs {needed}."
+        )
+
+
+def _objective_seed(seed: int, stage: int) -> int:
+    return int(np.random.SeedSequence([seed, stage, 1]).generate_state(1, np.uint64)[0] >> 1)

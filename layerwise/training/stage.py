@@ -1,0 +1,236 @@
+"""One stage to convergence: what `layerwise run` does between two caches.
+
+Each epoch draws new windows, trains on every batch, then measures the loss on the held-out samples at fixed windows with
+fixed negatives. The best weights are kept. The stage has converged when the held-out loss has not fallen by the part
+`min_delta` for `patience` epochs. Everything random is a function of (seed, stage, epoch, step), so a stage that was
+stopped anywhere ends with the same bits as one that was not.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from layerwise.config import Config
+from layerwise.data.source import FrameSource
+from layerwise.errors import TrainingError
+from layerwise.events import EpochDone, Notify, StageStarted, StepDone
+from layerwise.files import write_atomically
+from layerwise.memory.device import autocast, on_device
+from layerwise.memory.meter import Meter
+from layerwise.nets.module import vectors
+from layerwise.objectives import Objective
+from layerwise.objectives.protocol import Score
+from layerwise.stop import StopFlag
+from layerwise.data.batches import Batch, Epoch, held_out_epoch, read_ahead, training_epoch
+from layerwise.training.checkpoint import Arrays, Progress, load_checkpoint, save_checkpoint, to_host
+from layerwise.training.plan import StagePlan
+from layerwise.streams import stream
+
+
+@dataclass(frozen=True, slots=True)
+class StageFiles:
+    """Where the training of a stage is saved."""
+
+    checkpoint: Path
+    metrics: Path
+    made_for: str
+    """Names the stage's input and options; a checkpoint of another name is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The outcome of a stage's training."""
+
+    weights: Arrays
+    """Of the epoch with the lowest held-out loss."""
+    epochs: int
+    converged: bool
+    best_loss: float
+    seconds: float
+    peak_bytes: int
+    """Highest of all epochs, those before a resume included."""
+
+
+def train_stage(
+    plan: StagePlan,
+    config: Config,
+    source: FrameSource,
+    train: np.ndarray,
+    held_out: np.ndarray,
+    device: torch.device,
+    meter: Meter,
+    files: StageFiles,
+    stop: StopFlag,
+    notify: Notify,
+) -> Trained:
+    """Trains to convergence or to max_epochs, from the checkpoint where there is one.
+
+    train, held_out: int64 sample numbers. Raises Interrupted after saving, TrainingError where the loss is not a number.
+    """
+    options = config.training
+    module = plan.build_module(options.seed, device)
+    objective = plan.build_objective(config, device)
+    optimizer = build_optimizer(module, objective, options.lr)
+    progress, best = load_checkpoint(files.checkpoint, files.made_for, module, objective, optimizer) or (Progress(), None)
+    notify(StageStarted(plan.stage, progress.epoch, progress.step))
+    started = time.monotonic() - progress.seconds
+    last_save = time.monotonic()
+
+    def save() -> None:
+        progress.seconds = time.monotonic() - started
+        save_checkpoint(files.checkpoint, files.made_for, progress, module, objective, optimizer, best)
+
+    while not _finished(progress, config):
+        epoch_started = time.monotonic()
+        rng = stream(options.seed, "epoch", plan.stage, progress.epoch)
+        epoch = training_epoch(source, train, plan.window, options.batch_size, rng)
+        for step, batch in _batches(epoch, source, first=progress.step):
+            draw_rng = stream(options.seed, "negatives", plan.stage, progress.epoch, step)
+            score = train_step(module, objective, optimizer, batch, plan, draw_rng, device, options.precision)
+            loss, accuracy = score.loss.item(), score.accuracy.item()
+            _check_finite(loss, plan.stage, progress.epoch, options.lr)
+            progress.step = step + 1
+            progress.loss_sum += loss
+            progress.accuracy_sum += accuracy
+            notify(StepDone(plan.stage, progress.epoch, step, epoch.steps, loss, accuracy, meter.live, meter.peak))
+            if stop.reason or time.monotonic() - last_save > config.training.checkpoint_seconds:
+                save()
+                last_save = time.monotonic()
+                stop.raise_if_set(f"in stage {plan.stage}, epoch {progress.epoch + 1}, after step {progress.step}")
+
+        held_out_loss, held_out_accuracy = evaluate(module, objective, source, held_out, plan, config, device)
+        _check_finite(held_out_loss, plan.stage, progress.epoch, options.lr)
+        if progress.best_loss is None or held_out_loss < progress.best_loss:
+            best = to_host(dict(module.named_parameters()))
+        seconds = time.monotonic() - epoch_started
+        _close_epoch(progress, epoch.steps, held_out_loss, held_out_accuracy, options.min_delta, seconds, meter.peak)
+        lines = "".join(json.dumps(entry) + "\n" for entry in progress.history)
+        write_atomically(files.metrics, lines.encode())
+        save()
+        last_save = time.monotonic()
+        notify(EpochDone(plan.stage, **progress.history[-1]))
+        stop.raise_if_set(f"in stage {plan.stage}, after epoch {progress.epoch}")
+
+    assert best is not None and progress.best_loss is not None
+    converged = progress.plateau_epochs >= options.patience
+    peak = max(entry["peak_bytes"] for entry in progress.history)
+    return Trained(best, progress.epoch, converged, progress.best_loss, time.monotonic() - started, peak)
+
+
+def build_optimizer(module: nn.Module, objective: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Adam over the module and its predictors; the fused form holds no temporary copies of the gradients."""
+    return torch.optim.Adam([*module.parameters(), *objective.parameters()], lr=lr, fused=True)
+
+
+def train_step(
+    module: nn.Module,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    plan: StagePlan,
+    rng: np.random.Generator,
+    device: torch.device,
+    precision: str,
+) -> Score:
+    """Forward, backward and one optimizer step; leaves no gradients behind."""
+    score = _score(module, objective, batch, plan, rng, device, precision)
+    score.loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return Score(score.loss.detach(), score.accuracy)
+
+
+def evaluate(
+    module: nn.Module,
+    objective: Objective,
+    source: FrameSource,
+    samples: np.ndarray,
+    plan: StagePlan,
+    config: Config,
+    device: torch.device,
+) -> tuple[float, float]:
+    """Loss and accuracy on samples at windows and negatives that are the same at every call."""
+    options = config.training
+    windows = stream(options.seed, "held-out windows", plan.stage)
+    epoch = held_out_epoch(source, samples, plan.window, options.batch_size, windows)
+    loss = accuracy = 0.0
+    with torch.no_grad():
+        for step, batch in _batches(epoch, source, first=0):
+            rng = stream(options.seed, "held-out negatives", plan.stage, step)
+            score = _score(module, objective, batch, plan, rng, device, options.precision)
+            share = len(batch.lengths) / len(samples)
+            loss += share * score.loss.item()
+            accuracy += share * score.accuracy.item()
+    return loss, accuracy
+
+
+def _score(
+    module: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    plan: StagePlan,
+    rng: np.random.Generator,
+    device: torch.device,
+    precision: str,
+) -> Score:
+    with autocast(device, precision):
+        targets, outputs = module(on_device(batch.frames, device), batch.lengths)
+        lengths = module.out_length(batch.lengths)
+        draw = objective.draw(lengths, outputs.shape[1], plan.window.columns, rng)
+        return objective(vectors(targets), vectors(outputs), draw)
+
+
+def _batches(epoch: Epoch, source: FrameSource, first: int) -> Iterator[tuple[int, Batch]]:
+    steps = range(first, epoch.steps)
+    return zip(steps, read_ahead(partial(epoch.read, source, step) for step in steps), strict=True)
+
+
+def _check_finite(loss: float, stage: int, epoch: int, lr: float) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"The loss of stage {stage} became {loss} in epoch {epoch + 1}; lower --lr, which is {lr}, and start again "
+            f"with --from-stage {stage}."
+        )
+
+
+def _finished(progress: Progress, config: Config) -> bool:
+    options = config.training
+    return progress.epoch >= options.max_epochs or progress.plateau_epochs >= options.patience
+
+
+def _close_epoch(
+    progress: Progress,
+    steps: int,
+    held_out_loss: float,
+    held_out_accuracy: float,
+    min_delta: float,
+    seconds: float,
+    peak_bytes: int,
+) -> None:
+    progress.history.append(
+        {
+            "epoch": progress.epoch + 1,
+            "loss": progress.loss_sum / steps,
+            "accuracy": progress.accuracy_sum / steps,
+            "held_out_loss": held_out_loss,
+            "held_out_accuracy": held_out_accuracy,
+            "seconds": seconds,
+            "peak_bytes": peak_bytes,
+        }
+    )
+    if progress.best_loss is None or held_out_loss < progress.best_loss:
+        progress.best_loss, progress.best_epoch = held_out_loss, progress.epoch
+    if progress.plateau_loss is None or held_out_loss < progress.plateau_loss * (1 - min_delta):
+        progress.plateau_loss, progress.plateau_epochs = held_out_loss, 0
+    else:
+        progress.plateau_epochs += 1
+    progress.epoch += 1
+    progress.step, progress.loss_sum, progress.accuracy_sum = 0, 0.0, 0.0

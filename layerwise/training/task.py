@@ -1,0 +1,209 @@
+"""One task from its input to its sealed cache; doing it twice does it once.
+
+Whatever an earlier start has finished is found on the disk and kept: the best weights, the blocks of a half-written
+cache, the sealed cache.
+"""
+
+import gc
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from layerwise.cache import ActivationCache, CacheWriter, Layout
+from layerwise.config import Config
+from layerwise.data.source import DataSet, FrameSource
+from layerwise.errors import BudgetError, RunError
+from layerwise.events import Notify, StageDone
+from layerwise.files import write_atomically
+from layerwise.memory.meter import Meter
+from layerwise.run_directory import RunPaths, RunState, StageRecord
+from layerwise.stop import StopFlag
+from layerwise.training.caching import cache_outputs
+from layerwise.training.checkpoint import digest, load_arrays, load_weights, save_arrays
+from layerwise.training.fingerprint import fingerprint, training_key
+from layerwise.training.plan import StagePlan
+from layerwise.training.schedule import Task
+from layerwise.training.split import HELD_OUT, TRAIN
+from layerwise.training.stage import StageFiles, train_stage
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything that the tasks of one run share."""
+
+    config: Config
+    paths: RunPaths
+    state: RunState
+    data: DataSet
+    split: np.ndarray
+    """uint8 [N], see training.split."""
+    plans: list[StagePlan]
+    device: torch.device
+    stop: StopFlag
+    notify: Notify
+
+    def key(self, stage: int) -> str:
+        """The training key of a stage whose lower stages are done."""
+        below = self.state.record(stage - 1).fingerprint if stage > 1 else None
+        return training_key(self.config, self.data.identity, below, stage)
+
+
+def perform(task: Task, run: Run) -> None:
+    """Trains, caches and seals one stage, and records it in run.json. Raises Interrupted after saving."""
+    record = run.state.record(task.stage)
+    if record.status == "done":
+        return
+    plan = run.plans[task.stage - 1]
+    source = _open_input(task.stage, run)
+    meter = Meter(run.device, run.state.budget_bytes)
+    try:
+        with meter:
+            _train(plan, source, run, record, meter)
+            meter.reset_peak()
+            _cache(plan, source, run, record, meter)
+    except (BudgetError, torch.cuda.OutOfMemoryError) as error:
+        what = "cache its outputs" if record.status == "caching" else "train"
+        raise BudgetError(
+            f"Stage {task.stage} does not fit into the device budget to {what}: {error} A smaller --batch-size or "
+            "data.window needs less."
+        ) from None
+    finally:
+        if isinstance(source, ActivationCache):
+            source.close()
+    left = _device_bytes_left(meter, run.device)
+    _finish(run, record)
+    run.notify(
+        StageDone(
+            stage=task.stage,
+            epochs=record.epochs,
+            converged=bool(record.converged),
+            best_loss=float(record.best_loss or 0),
+            train_peak_bytes=record.train_peak_bytes or 0,
+            cache_peak_bytes=record.cache_peak_bytes or 0,
+            device_bytes_left=left,
+            cache_bytes=record.cache_bytes or 0,
+            seconds=record.seconds,
+        )
+    )
+
+
+def _open_input(stage: int, run: Run) -> FrameSource:
+    if stage == 1:
+        return run.data
+    cache = ActivationCache(run.paths.cache(stage - 1))
+    expected = run.state.record(stage - 1).fingerprint
+    if cache.layout.fingerprint != expected:
+        cache.close()
+        raise RunError(
+            f"{cache.path} was not made by this run (its fingerprint is {cache.layout.fingerprint[:12]}, expected "
+            f"{str(expected)[:12]}); retrain with --from-stage {stage - 1}, or name another --cache-dir."
+        )
+    cache.verify()
+    return cache
+
+
+def _train(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, meter: Meter) -> None:
+    """Leaves the best weights in the stage's folder and the outcome in its record."""
+    stage = plan.stage
+    weights_path = run.paths.weights(stage)
+    if record.status == "caching" and weights_path.exists():
+        return
+    record.status = "training"
+    run.state.save(run.paths.state)
+    write_atomically(run.paths.stage_config(stage), run.config.to_toml().encode())
+    trained = train_stage(
+        plan,
+        run.config,
+        source,
+        train=np.flatnonzero(run.split == TRAIN),
+        held_out=np.flatnonzero(run.split == HELD_OUT),
+        device=run.device,
+        meter=meter,
+        files=StageFiles(run.paths.checkpoint(stage), run.paths.metrics(stage), run.key(stage)),
+        stop=run.stop,
+        notify=run.notify,
+    )
+    save_arrays(weights_path, trained.weights, {"stage": str(stage), "made_for": run.key(stage)})
+    record.status = "caching"
+    record.epochs, record.converged, record.best_loss = trained.epochs, trained.converged, trained.best_loss
+    record.train_peak_bytes = max(meter.peak, trained.peak_bytes)
+    record.micro_batch = run.config.training.batch_size
+    record.seconds = trained.seconds
+    record.fingerprint = fingerprint(run.key(stage), digest(trained.weights))
+    run.state.save(run.paths.state)
+
+
+def _cache(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, meter: Meter) -> None:
+    """Leaves the sealed cache, and its peak and size in the record."""
+    path = run.paths.cache(plan.stage)
+    started = time.monotonic()
+    if not _is_sealed(path, record.fingerprint):
+        module = plan.build_module(run.config.training.seed, run.device)
+        weights, _ = load_arrays(run.paths.weights(plan.stage))
+        load_weights(module, weights)
+        piece = run.config.training.batch_size * plan.window.frames
+        with CacheWriter(path, _layout(plan, run, record)) as writer:
+            cache_outputs(
+                module, source, writer, piece, run.config.training.precision, run.device, run.stop, run.notify
+            )
+            writer.seal()
+    record.cache, record.cache_bytes = str(path), path.stat().st_size
+    record.cache_peak_bytes = meter.peak
+    record.seconds += time.monotonic() - started
+
+
+def _is_sealed(path: Path, expected: str | None) -> bool:
+    if not path.exists():
+        return False
+    with ActivationCache(path) as cache:
+        if cache.layout.fingerprint == expected:
+            return True
+    raise RunError(f"{path} holds another run's activations; move it away, or name another --cache-dir.")
+
+
+def _finish(run: Run, record: StageRecord) -> None:
+    record.status = "done"
+    record.peak_bytes = max(record.train_peak_bytes or 0, record.cache_peak_bytes or 0)
+    run.state.save(run.paths.state)
+    run.paths.checkpoint(record.stage).unlink(missing_ok=True)
+
+
+def _device_bytes_left(meter: Meter, device: torch.device) -> int:
+    """What the device still holds of ours. Raises RunError where it is not nothing: that would break the promise."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if meter.live:
+        raise AssertionError(f"{meter.live} bytes of the finished stage are still on the device")
+    return meter.live
+
+
+def _layout(plan: StagePlan, run: Run, record: StageRecord) -> Layout:
+    data = run.data
+    return Layout(
+        fingerprint=str(record.fingerprint),
+        stage=plan.stage,
+        dtype=run.config.cache.dtype,
+        frame_shape=plan.output_shape,
+        columns=data.columns,
+        views=data.views,
+        lengths=plan.output_lengths,
+        ids=tuple(data.ids),
+        split=run.split,
+        labels=data.labels,
+        frame_labels={name: _frame_labels(name, plan, data) for name in data.frame_label_names},
+        hop=plan.geometry.hop,
+        offset=plan.geometry.offset,
+        block_bytes=int(run.config.cache.block),
+    )
+
+
+def _frame_labels(name: str, plan: StagePlan, data: DataSet) -> np.ndarray:
+    labels = [
+        data.frame_labels(name, sample, np.arange(length) * plan.geometry.hop + plan.geometry.offset)
+        for sample, length in enumerate(plan.output_lengths.tolist())
+    ]
+    return np.concatenate(labels)

@@ -1,0 +1,38 @@
+"""Packaging of layerwise. Only the package is installed: a top-level `cache` or `cli` would clash with other projects."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+?)"', (here / "layerwise/version.py").read_text()).group(1)
+
+setup(
+    name="layerwise",
+    version=version,
+    description="Train deep networks that do not fit on the GPU, one gradient-isolated module at a time",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["layerwise", "layerwise.*"]),
+    package_data={"layerwise": ["recipes/*.toml"]},
+    install_requires=[
+        "torch>=2.9",
+        "torchvision>=0.24",
+        "torchaudio>=2.9",
+        "h5py>=3.11",
+        "numpy>=2.0",
+        "click>=8.2",
+        "psutil>=6.0",
+        "rich>=14.0",
+        "pydantic>=2.10",
+        "safetensors>=0.5",
+        "soundfile>=0.13",
+        "tomli-w>=1.1",
+        "pillow>=10.3",
+    ],
+    extras_require={"dev": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.14"]},
+    entry_points={"console_scripts": ["layerwise = layerwise.commands:main"]},
+)
