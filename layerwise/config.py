@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from layerwise.errors import ConfigError
 
@@ -33,10 +42,14 @@ class _Section(BaseModel):
 class DataOptions(_Section):
     """Where samples come from and how they are cut into frames."""
 
-    source: str = _option("demo", "place", "demo, or KIND:PATH (speech, fsdd, librispeech, images, stl10, cifar10)", "--data")
+    source: str = _option(
+        "demo", "place", "demo, or KIND:PATH (speech, fsdd, librispeech, images, stl10, cifar10)", "--data"
+    )
     sample_rate: int = _option(16_000, "shape", "speech: rate that recordings are resampled to, Hz", ge=1)
     window: int = _option(20_480, "shape", "speech: length of a training window, samples", ge=1)
-    pattern: str = _option("", "shape", "speech: regular expression on the path whose named groups become labels; empty: speaker = folder")
+    pattern: str = _option(
+        "", "shape", "speech: regular expression on the path whose named groups become labels; empty: speaker = folder"
+    )
     picture: int = _option(96, "shape", "images: side that pictures are resized and centre-cropped to, pixels", ge=1)
     crop: int = _option(64, "shape", "images: side of the random crop, pixels", ge=1)
     patch: int = _option(16, "shape", "images: side of a patch, pixels", ge=1)
@@ -44,14 +57,18 @@ class DataOptions(_Section):
     gray: bool = _option(True, "shape", "images: convert to one grey channel")
     flip: bool = _option(True, "shape", "images: train on mirrored pictures too (a second view in the cache)")
     held_out: float = _option(0.1, "shape", "part of the training samples kept for the held-out loss", gt=0, lt=1)
-    test: float = _option(0.2, "shape", "part of the samples kept for probes, where there is no customary test split", gt=0, lt=1)
+    test: float = _option(
+        0.2, "shape", "part of the samples kept for probes, where there is no customary test split", gt=0, lt=1
+    )
 
 
 class NetOptions(_Section):
     """The network. Defaults: the speech network of Löwe et al. 2019, appendix A.2."""
 
     name: Literal["speech", "vision"] = _option("speech", "shape", "network: speech or vision", "--net")
-    width: int = _option(512, "shape", "channels of the speech layers; of the first vision module before its expansion by 4", ge=1)
+    width: int = _option(
+        512, "shape", "channels of the speech layers; of the first vision module before its expansion by 4", ge=1
+    )
     kernels: tuple[int, ...] = _option((10, 8, 4, 4, 4), "shape", "speech: kernel of each convolution, frames")
     strides: tuple[int, ...] = _option((5, 4, 2, 2, 2), "shape", "speech: stride of each convolution, frames")
     paddings: tuple[int, ...] = _option((2, 2, 2, 2, 1), "shape", "speech: zero padding of each convolution, frames")
@@ -87,11 +104,15 @@ class TrainingOptions(_Section):
 
     stages: int | None = _option(None, "shape", "number of stages; default: the network's own", "--stages", ge=1)
     max_epochs: int = _option(100, "training", "most epochs that a stage is trained", "--max-epochs", ge=1)
-    patience: int = _option(3, "training", "epochs without improvement before a stage has converged", "--patience", ge=1)
+    patience: int = _option(
+        3, "training", "epochs without improvement before a stage has converged", "--patience", ge=1
+    )
     min_delta: float = _option(1e-3, "training", "smallest relative improvement of the held-out loss that counts", ge=0)
     batch_size: int = _option(8, "training", "windows in a batch", "--batch-size", ge=1)
     lr: float = _option(2e-4, "training", "learning rate of Adam", "--lr", gt=0)
-    precision: Literal["float32", "bfloat16"] = _option("float32", "training", "float32, or bfloat16 autocast", "--precision")
+    precision: Literal["float32", "bfloat16"] = _option(
+        "float32", "training", "float32, or bfloat16 autocast", "--precision"
+    )
     seed: int = _option(0, "shape", "seed of weights, splits, windows and negatives", "--seed", ge=0)
     device: str = _option("auto", "place", "auto, cpu, cuda or cuda:N", "--device", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     checkpoint_seconds: float = _option(60, "place", "time between checkpoints inside an epoch, seconds", ge=0)
@@ -100,7 +121,9 @@ class TrainingOptions(_Section):
 class MemoryOptions(_Section):
     """The device budget."""
 
-    gpu_mem: ByteSize | None = _option(None, "place", "most device memory of the run, such as 4GB; default: no limit", "--gpu-mem")
+    gpu_mem: ByteSize | None = _option(
+        None, "place", "most device memory of the run, such as 4GB; default: no limit", "--gpu-mem"
+    )
 
     @field_validator("gpu_mem", mode="before")
     @classmethod
@@ -119,7 +142,9 @@ class CacheOptions(_Section):
 
     dir: str = _option("cache", "place", "folder of the activation caches", "--cache-dir")
     dtype: Literal["float16", "bfloat16", "float32"] = _option("float16", "training", "dtype of cached activations")
-    block: ByteSize = _option("32MiB", "place", "what shares a checksum and is synced at once; a kill costs at most this", ge=1)
+    block: ByteSize = _option(
+        "32MiB", "place", "what shares a checksum and is synced at once; a kill costs at most this", ge=1
+    )
 
 
 class Config(_Section):
@@ -208,7 +233,9 @@ def resolve(
     source = str(overrides.get("data.source") or file_tree.get("data", {}).get("source") or "demo")
     kind = source.partition(":")[0]
     if kind not in DATA_KINDS:
-        raise ConfigError(f"--data {source}: write demo, or one of {', '.join(f'{k}:DIR' for k in DATA_KINDS if k != 'demo')}.")
+        raise ConfigError(
+            f"--data {source}: write demo, or one of {', '.join(f'{k}:DIR' for k in DATA_KINDS if k != 'demo')}."
+        )
     recipe = recipe or RECIPE_OF_KIND.get(kind, kind)
     tree = _merge(_recipe(recipe), file_tree)
     for key, value in overrides.items():
@@ -277,7 +304,9 @@ def _sentence(error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = [option.key for option in options()]
-        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or [k for k in known if k.split(".")[0] == key.split(".")[0]]
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or [
+            k for k in known if k.split(".")[0] == key.split(".")[0]
+        ]
         return f"There is no option {key!r}; did you mean {' or '.join(near or known)}?"
     flag = next((option.flag for option in options() if option.key == key), None)
     message = first["msg"].removeprefix("Value error, ")

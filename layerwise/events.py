@@ -12,6 +12,17 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class RunStarted:
+    """The run is prepared or found again; nothing is trained yet."""
+
+    stages: int
+    done: tuple[int, ...]
+    """Stages that an earlier start has finished."""
+    max_epochs: int
+    budget_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class StageStarted:
     """A stage is loaded onto the device; `epoch` and `step` are not 0 where it goes on from a checkpoint."""
 
@@ -72,7 +83,7 @@ class StageDone:
     seconds: float
 
 
-Event = Message | StageStarted | StepDone | EpochDone | CachingProgress | StageDone
+Event = Message | RunStarted | StageStarted | StepDone | EpochDone | CachingProgress | StageDone
 Notify = Callable[[Event], None]
 
 

@@ -134,7 +134,9 @@ class RunState:
             records = [StageRecord(**{k: v for k, v in stage.items() if k in known}) for stage in tree.pop("stages")]
             return cls(stages=records, **tree)
         except FileNotFoundError:
-            raise RunError(f"{path.parent} is not a run directory: it holds no run.json; name one, or start a run.") from None
+            raise RunError(
+                f"{path.parent} is not a run directory: it holds no run.json; name one, or start a run."
+            ) from None
         except OSError as error:
             raise RunError(f"{path} cannot be read: {error.strerror}.") from None
         except (ValueError, KeyError, TypeError):

@@ -82,7 +82,9 @@ class Layout:
 
 def create(path: Path, layout: Layout) -> None:
     """Creates the file with everything in it but the activations and their checksums, not yet marked complete."""
-    with h5py.File(path, "w", libver=("v110", "v110"), alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT) as file:
+    with h5py.File(
+        path, "w", libver=("v110", "v110"), alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT
+    ) as file:
         file.attrs.update(
             {
                 "format": FORMAT,
@@ -98,15 +100,15 @@ def create(path: Path, layout: Layout) -> None:
                 "block_bytes": layout.block_bytes,
             }
         )
-        file["offsets"] = layout.offsets
-        file["ids"] = _as_bytes(layout.ids)
-        file["split"] = layout.split.astype(np.uint8)
+        _store(file, "offsets", layout.offsets)
+        _store(file, "ids", _as_bytes(layout.ids))
+        _store(file, "split", layout.split.astype(np.uint8))
         for group, labels in (("labels", layout.labels), ("frame_labels", layout.frame_labels)):
             for name, values in labels.items():
                 classes, codes = np.unique(values, return_inverse=True)
-                file[f"{group}/{name}"] = codes.astype(np.int32)
-                file[f"{group}_classes/{name}"] = _as_bytes(classes)
-        file.create_dataset("checksums", shape=(layout.blocks,), dtype="<u4")
+                _store(file, f"{group}/{name}", codes.astype(np.int32))
+                _store(file, f"{group}_classes/{name}", _as_bytes(classes))
+        _store(file, "checksums", np.zeros(layout.blocks, dtype=np.uint32))
         _create_unfilled(file, "activations", (layout.rows, *layout.frame_shape), STORED_AS[layout.dtype])
 
 
@@ -139,7 +141,9 @@ def open_checked(path: Path, mode: str = "r") -> h5py.File:
     try:
         file = h5py.File(path, mode, locking=False)
     except FileNotFoundError:
-        raise CacheError(f"The cache {path} is missing; start the run again to rebuild it from the stage below.") from None
+        raise CacheError(
+            f"The cache {path} is missing; start the run again to rebuild it from the stage below."
+        ) from None
     except OSError as error:
         raise CacheError(
             f"{path} is not a readable HDF5 file ({error}); delete it and start the run again to rebuild it."
@@ -182,11 +186,16 @@ def reserve(path: Path, layout: Layout) -> None:
             os.close(descriptor)
 
 
+def _store(file: h5py.File, name: str, values: np.ndarray) -> None:
+    file.create_dataset(name, data=values, track_times=False)  # the same content is the same bytes
+
+
 def _create_unfilled(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> None:
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    creation.set_obj_track_times(False)
     space = h5py.h5s.create_simple(shape)
     h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, dcpl=creation)
 

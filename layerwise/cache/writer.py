@@ -56,22 +56,26 @@ class CacheWriter:
 
     def write(self, rows: np.ndarray) -> None:
         """Appends rows [n, *frame shape] of the stored dtype. Raises CacheError where the disk does not take them."""
+        if not rows.size:
+            return
         content = memoryview(np.ascontiguousarray(rows)).cast("B")
         if self._overlap:
             dropped = min(self._overlap, len(content))
             content, self._overlap = content[dropped:], self._overlap - dropped
         self._pending += content
         while len(self._pending) >= self.layout.block_bytes:
-            self._write_block(bytes(self._pending[:self.layout.block_bytes]))
-            del self._pending[:self.layout.block_bytes]
+            self._write_block(bytes(self._pending[: self.layout.block_bytes]))
+            del self._pending[: self.layout.block_bytes]
 
     def seal(self) -> None:
         """Ends the file and gives it its name. Raises CacheError where rows are missing."""
+        rows, row_bytes = self.layout.rows, self.layout.row_bytes
+        handed_over = min(len(self._checksums) * self.layout.block_bytes + len(self._pending), rows * row_bytes)
+        if handed_over < rows * row_bytes and len(self._checksums) < self.layout.blocks:
+            raise CacheError(f"{self._part} has {handed_over // row_bytes} of {rows} rows; start the run again.")
         if self._pending:
             self._write_block(bytes(self._pending))
             self._pending.clear()
-        if len(self._checksums) != self.layout.blocks:
-            raise CacheError(f"{self._part} has {self.rows_done} of {self.layout.rows} rows; start the run again.")
         try:
             with open_checked(self._part, "r+") as file:
                 file["checksums"][:] = np.array(self._checksums, dtype=np.uint32)

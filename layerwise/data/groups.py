@@ -55,7 +55,9 @@ def group_renderings(lengths: np.ndarray, piece: int) -> list[Group]:
 
 def read_piece(source: FrameSource, group: Group, start: int) -> Batch:
     """Frames start to start + piece of each rendering of the group."""
-    return collate([_read_rendering(source, rendering, start, group.piece) for rendering in range(group.first, group.stop)])
+    return collate(
+        [_read_rendering(source, rendering, start, group.piece) for rendering in range(group.first, group.stop)]
+    )
 
 
 def _read_rendering(source: FrameSource, rendering: int, start: int, piece: int) -> torch.Tensor:

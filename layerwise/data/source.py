@@ -1,4 +1,4 @@
-"""What every stage reads: samples made of frames, with ids and labels. Data sets and activation caches both have this shape."""
+"""What every stage reads: samples made of frames, with ids and labels. Data sets and caches both have this shape."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -2,6 +2,8 @@
 
 Windows are read straight from the files, so host memory stays the same whatever the size of the data set. A window of a
 file at another rate is resampled from the stretch around it, which gives what resampling the whole file would give.
+Samples are divided by one number for the whole set, so that their mean square is 1, as in the reference code of Greedy
+InfoMax (a constant measured on LibriSpeech there): otherwise the first layer sees little but its own biases.
 """
 
 import hashlib
@@ -10,7 +12,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,10 @@ from layerwise.errors import ConfigError, DataError
 EXTENSIONS = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
 _FILTER_WIDTH = 6
 _ROLLOFF = 0.99
+
+LEVEL_RECORDINGS = 200
+LEVEL_SECONDS = 10
+"""The level of a set is measured on this many recordings, spread over the set, and this much of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +70,19 @@ class RecordingSet:
         self.skipped = tuple(skipped)
         self.lengths = np.array([recording.length for recording in recordings], dtype=np.int64)
         self._recordings = recordings
+        self._level = _measure_level(recordings)
         files = [(name, recording.rate, recording.frames) for name, recording in zip(ids, recordings, strict=True)]
         described = {"rate": rate, "files": files, "labels": {name: values.tolist() for name, values in labels.items()}}
         self.identity = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
-        """Samples start to stop: float32 [stop - start, 1], from -1 to 1. Raises DataError for a damaged file."""
+        """Samples start to stop: float32 [stop - start, 1] at the level of the set. Raises DataError for a damaged file."""
         recording = self._recordings[sample]
         if recording.rate == self.rate:
-            return torch.from_numpy(_decode(recording, start, stop))[:, None]
-        return _read_resampled(recording, start, stop, self.rate)[:, None]
+            samples = torch.from_numpy(_decode(recording, start, stop))
+        else:
+            samples = _read_resampled(recording, start, stop, self.rate)
+        return samples[:, None] / self._level
 
     def frame_labels(self, name: str, sample: int, positions: np.ndarray) -> np.ndarray:
         """Recordings have no labels per frame."""
@@ -140,7 +149,9 @@ def _inspect(folder: Path, name: str, rate: int, shortest: int) -> Recording | S
         return Skipped(name, f"cannot be decoded ({_reason(error)})")
     length = -(-frames * rate // file_rate)
     if length < shortest:
-        return Skipped(name, f"lasts {length / rate:.3f} s, less than the {shortest / rate:.3f} s that the network needs")
+        return Skipped(
+            name, f"lasts {length / rate:.3f} s, less than the {shortest / rate:.3f} s that the network needs"
+        )
     return Recording(path, file_rate, frames, length)
 
 
@@ -175,6 +186,17 @@ def _labels(ids: Sequence[str], expression: re.Pattern[str] | None) -> dict[str,
     }
 
 
+def _measure_level(recordings: Sequence[Recording]) -> float:
+    """Root of the mean square over recordings spread evenly over the set; 1 where all is silence."""
+    chosen = np.unique(np.linspace(0, len(recordings) - 1, LEVEL_RECORDINGS).astype(int))
+    energy = count = 0.0
+    for recording in (recordings[number] for number in chosen.tolist()):
+        samples = _decode(recording, 0, min(recording.frames, LEVEL_SECONDS * recording.rate))
+        energy += float(np.square(samples, dtype=np.float64).sum())
+        count += len(samples)
+    return float(np.sqrt(energy / count)) or 1.0
+
+
 def _decode(recording: Recording, start: int, stop: int) -> np.ndarray:
     """Samples start to stop of the file at its own rate: float32 [stop - start], the mean of its channels."""
     try:
@@ -203,7 +225,7 @@ def _read_resampled(recording: Recording, start: int, stop: int, rate: int) -> t
     return resampled[start - first * step_out : stop - first * step_out]
 
 
-def _resample():  # noqa: ANN202
+def _resample() -> Callable[..., torch.Tensor]:
     try:
         from torchaudio.functional import resample
     except (ImportError, OSError, RuntimeError) as error:

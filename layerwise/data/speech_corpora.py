@@ -30,5 +30,7 @@ def open_librispeech(folder: Path, rate: int, shortest: int) -> RecordingSet:
     recordings = open_recordings(folder, rate, LIBRISPEECH_PATTERN, shortest)
     if (recordings.labels["speaker"] == "").any():
         odd = recordings.ids[int(np.argmax(recordings.labels["speaker"] == ""))]
-        raise DataError(f"{folder} is not LibriSpeech: {odd} is not named SPEAKER-CHAPTER-UTTERANCE.flac; try speech:{folder}.")
+        raise DataError(
+            f"{folder} is not LibriSpeech: {odd} is not named SPEAKER-CHAPTER-UTTERANCE.flac; try speech:{folder}."
+        )
     return recordings

@@ -11,7 +11,7 @@ from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.engines import local
 from layerwise.errors import RunError
-from layerwise.events import Message, Notify, silent
+from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import exclusive
 from layerwise.memory.device import cap, find_device
 from layerwise.nets.speech import shortest_input
@@ -33,6 +33,8 @@ class RunResult:
     paths: RunPaths
     state: RunState
     config: Config
+    labels: tuple[str, ...]
+    """Labels that the data carry, for probes."""
 
 
 def run(
@@ -61,13 +63,15 @@ def run(
         state = prepare(config, paths, data, plans, device, from_stage=from_stage, overwrite=overwrite)
         for line in _described(config, data, plans):
             notify(Message(line))
+        done = tuple(record.stage for record in state.stages if record.status == "done")
+        notify(RunStarted(len(plans), done, config.training.max_epochs, state.budget_bytes))
         cap(device, state.budget_bytes)
         shared = Run(config, paths, state, data, split, plans, device, stop or StopFlag(), notify)
         local.execute(tasks_of_run(len(plans)), lambda task: perform(task, shared))
         stitch(config, paths, plans)
         state.from_stage = None
         state.save(paths.state)
-    return RunResult(paths, state, config)
+    return RunResult(paths, state, config, (*data.labels, *data.frame_label_names))
 
 
 def _open(config: Config) -> DataSet:

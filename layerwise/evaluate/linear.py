@@ -10,7 +10,9 @@ PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 ITERATIONS = 200
 
 
-def test_error(features: np.ndarray, classes: np.ndarray, train: np.ndarray, held_out: np.ndarray, test: np.ndarray) -> float:
+def test_error(
+    features: np.ndarray, classes: np.ndarray, train: np.ndarray, held_out: np.ndarray, test: np.ndarray
+) -> float:
     """Error rate on the test rows, from 0 to 1.
 
     features: float32 [N, C]; classes: int64 [N] from 0; train, held_out, test: row numbers. The penalty with the lowest
@@ -20,7 +22,10 @@ def test_error(features: np.ndarray, classes: np.ndarray, train: np.ndarray, hel
     y = torch.from_numpy(classes)
     penalty = PENALTIES[-1]
     if len(held_out):
-        errors = [_error(_fit(x[train], y[train], int(y.max()) + 1, penalty), x[held_out], y[held_out]) for penalty in PENALTIES]
+        errors = [
+            _error(_fit(x[train], y[train], int(y.max()) + 1, penalty), x[held_out], y[held_out])
+            for penalty in PENALTIES
+        ]
         penalty = PENALTIES[int(np.argmin(errors))]
     both = np.concatenate([train, held_out])
     return _error(_fit(x[both], y[both], int(y.max()) + 1, penalty), x[test], y[test])
@@ -29,7 +34,9 @@ def test_error(features: np.ndarray, classes: np.ndarray, train: np.ndarray, hel
 def _standardised(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
     mean, std = features[rows].mean(0), features[rows].std(0)
     # A channel that never varies carries nothing; dividing by its spread would turn rounding into a feature.
-    return np.where(std > 1e-6 * (np.abs(mean) + std.max()), (features - mean) / np.maximum(std, 1e-12), 0).astype(np.float32)
+    return np.where(std > 1e-6 * (np.abs(mean) + std.max()), (features - mean) / np.maximum(std, 1e-12), 0).astype(
+        np.float32
+    )
 
 
 def _fit(x: torch.Tensor, y: torch.Tensor, classes: int, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:

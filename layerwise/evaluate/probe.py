@@ -80,7 +80,9 @@ def _labelled_samples(cache: ActivationCache, label: str, per_frame: bool, run_d
     layout = cache.layout
     if not per_frame and label not in layout.labels:
         known = sorted({*layout.labels, *layout.frame_labels})
-        raise DataError(f"The data of {run_directory} has no label {label!r}; it has {', '.join(known) or 'none at all'}.")
+        raise DataError(
+            f"The data of {run_directory} has no label {label!r}; it has {', '.join(known) or 'none at all'}."
+        )
     values = layout.frame_labels[label] if per_frame else layout.labels[label]
     classes = np.unique(values[values != ""])
     if len(classes) < 2:
@@ -99,7 +101,9 @@ def _untrained(paths: RunPaths, cache: ActivationCache, samples: np.ndarray, per
     index = {name: number for number, name in enumerate(data.ids)}
     missing = [name for name in cache.ids if name not in index]
     if missing:
-        raise DataError(f"{missing[0]} is no longer in {config.data.source}; the untrained comparison needs all samples.")
+        raise DataError(
+            f"{missing[0]} is no longer in {config.data.source}; the untrained comparison needs all samples."
+        )
     numbers = np.array([index[cache.ids[sample]] for sample in samples.tolist()], dtype=np.int64)
     piece = config.training.batch_size * (config.data.window if data.columns == 1 else int(data.lengths[0]))
     return untrained_features(config, data, numbers, piece, per_frame, find_device(config.training.device))

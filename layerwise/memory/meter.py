@@ -40,7 +40,6 @@ class Meter(TorchDispatchMode):
                     self._count(value)
         return result
 
-
     def _count(self, tensor: torch.Tensor) -> None:
         if tensor.device.type != self.device_type:
             return

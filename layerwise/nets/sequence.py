@@ -23,9 +23,7 @@ class Convolution(Layer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._convolve(x, self.padding)
 
-    def push(
-        self, x: torch.Tensor, state: torch.Tensor | None, last: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def push(self, x: torch.Tensor, state: torch.Tensor | None, last: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The state is the tail of the input that later outputs still need."""
         edge = x.new_zeros(x.shape[0], self.padding, *x.shape[2:])
         x = torch.cat([edge if state is None else state, x] + [edge] * last, dim=1)
@@ -53,9 +51,7 @@ class Recurrence(Layer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.gru(x)[0]
 
-    def push(
-        self, x: torch.Tensor, state: torch.Tensor | None, last: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def push(self, x: torch.Tensor, state: torch.Tensor | None, last: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The state is the hidden state after the last frame."""
         if x.shape[1] == 0:
             return x.new_zeros(x.shape[0], 0, self.gru.hidden_size), state

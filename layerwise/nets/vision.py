@@ -1,4 +1,4 @@
-"""The paper's vision network: the first three modules of a ResNet-50 on overlapping patches (Löwe et al. 2019, appendix A.1)."""
+"""The paper's vision network: the first three modules of a ResNet-50, on patches (Löwe et al. 2019, appendix A.1)."""
 
 from functools import partial
 

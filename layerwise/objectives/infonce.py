@@ -89,7 +89,8 @@ class InfoNCE(nn.Module):
         # One gather and one product for all steps: candidates (B, T, 1 + N, C), predictions (B, T, K, C).
         z = F.embedding(candidates, targets.flatten(0, 1))
         predictions = self._predict(contexts.flatten(0, 1)[anchors], draw.offsets)
-        logits = (z @ predictions.transpose(2, 3)).float()
+        logits = z @ predictions.transpose(2, 3)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast leaves them in bfloat16
 
         loss = (weights * -F.log_softmax(logits, dim=2)[:, :, 0]).sum()
         hits = logits[:, :, 0] > logits[:, :, 1:].amax(dim=2)

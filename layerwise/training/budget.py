@@ -4,9 +4,9 @@ import numpy as np
 import torch
 
 from layerwise.config import Config
+from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
 from layerwise.memory.estimate import predicted_peak
-from layerwise.data.batches import Batch
 from layerwise.training.plan import StagePlan
 from layerwise.training.stage import build_optimizer, train_step
 

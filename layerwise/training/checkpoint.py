@@ -139,9 +139,7 @@ def _optimizer_tensors(
     }
 
 
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, module: nn.Module, objective: nn.Module, arrays: Arrays
-) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, objective: nn.Module, arrays: Arrays) -> None:
     for name, parameter in _named(module, objective).items():
         state = _under(f"{name}/", arrays)
         if state:

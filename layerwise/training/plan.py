@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from layerwise.config import Config
+from layerwise.data.batches import Window
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError
 from layerwise.nets import Network, build_network
 from layerwise.nets.module import Geometry, Module
 from layerwise.objectives import Objective, build_objective
-from layerwise.data.batches import Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,7 @@ def plan_stages(config: Config, data: DataSet) -> list[StagePlan]:
     stages = []
     for stage, layers in enumerate(network.cut(config.training.stages), start=1):
         module = network.build(layers, 0, "meta")
-        targets, outputs = module(
-            torch.empty(1, window.frames, *frame_shape, device="meta"), np.array([window.frames])
-        )
+        targets, outputs = module(torch.empty(1, window.frames, *frame_shape, device="meta"), np.array([window.frames]))
         output_lengths = module.out_length(lengths)
         geometry = module.geometry(geometry)
         stages.append(

@@ -42,7 +42,9 @@ def prepare(
         _check_same_options(state, paths, config)
     else:
         if from_stage not in (None, 1):
-            raise RunError(f"--from-stage {from_stage}: {paths.out} holds no run yet; leave --from-stage out to start one.")
+            raise RunError(
+                f"--from-stage {from_stage}: {paths.out} holds no run yet; leave --from-stage out to start one."
+            )
         records = [StageRecord(plan.stage) for plan in plans]
         state = RunState(records, data.identity, config.memory.gpu_mem, str(device), str(paths.caches))
         _claim_caches(state, paths)
@@ -99,7 +101,9 @@ def _check_same_options(state: RunState, paths: RunPaths, config: Config) -> Non
     begun = [record.stage for record in state.stages if record.status != "pending"]
     kept = [stage for stage in begun if state.from_stage is not None and stage < state.from_stage]
     _refuse(_changes(paths, config, kept, {"shape"}), paths, config)
-    _refuse(_changes(paths, config, [stage for stage in begun if stage not in kept], {"shape", "training"}), paths, config)
+    _refuse(
+        _changes(paths, config, [stage for stage in begun if stage not in kept], {"shape", "training"}), paths, config
+    )
 
 
 def _changes(
@@ -124,7 +128,9 @@ def _refuse(changes: list[tuple[int, Option, object, object]], paths: RunPaths, 
         ways = f"give {old} again, or retrain with --from-stage {stage}"
     else:
         ways = f"give {old} again, or start anew with --overwrite or another --out"
-    raise ConfigError(f"{name} was {old} when stage {stage} of {paths.out} was trained and is {new} now{others}: {ways}.")
+    raise ConfigError(
+        f"{name} was {old} when stage {stage} of {paths.out} was trained and is {new} now{others}: {ways}."
+    )
 
 
 def _delete_stage(paths: RunPaths, stage: int) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from layerwise.config import Config
+from layerwise.data.batches import Batch, Epoch, held_out_epoch, read_ahead, training_epoch
 from layerwise.data.source import FrameSource
 from layerwise.errors import TrainingError
 from layerwise.events import EpochDone, Notify, StageStarted, StepDone
@@ -29,10 +30,9 @@ from layerwise.nets.module import vectors
 from layerwise.objectives import Objective
 from layerwise.objectives.protocol import Score
 from layerwise.stop import StopFlag
-from layerwise.data.batches import Batch, Epoch, held_out_epoch, read_ahead, training_epoch
+from layerwise.streams import stream
 from layerwise.training.checkpoint import Arrays, Progress, load_checkpoint, save_checkpoint, to_host
 from layerwise.training.plan import StagePlan
-from layerwise.streams import stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,10 @@ def train_stage(
     module = plan.build_module(options.seed, device)
     objective = plan.build_objective(config, device)
     optimizer = build_optimizer(module, objective, options.lr)
-    progress, best = load_checkpoint(files.checkpoint, files.made_for, module, objective, optimizer) or (Progress(), None)
+    progress, best = load_checkpoint(files.checkpoint, files.made_for, module, objective, optimizer) or (
+        Progress(),
+        None,
+    )
     notify(StageStarted(plan.stage, progress.epoch, progress.step))
     started = time.monotonic() - progress.seconds
     last_save = time.monotonic()

@@ -1,0 +1,59 @@
+"""The command line: options in, library calls, text out. Errors become one sentence and an exit code here."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from layerwise.commands.probe import probe
+from layerwise.commands.run import run
+from layerwise.commands.status import status
+from layerwise.errors import Interrupted, LayerwiseError
+from layerwise.version import __version__
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="layerwise")
+def layerwise() -> None:
+    """Train deep networks that do not fit on the GPU, one gradient-isolated module at a time."""
+
+
+for command in (run, status, probe):
+    layerwise.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command and exits: 0 done, 2 the request cannot be met, 75 stopped and resumable, 1 a defect of ours."""
+    sys.exit(_exit_code(arguments))
+
+
+def _exit_code(arguments: Sequence[str] | None) -> int:
+    try:
+        # Without standalone mode click raises its errors, and returns the code of --help and --version.
+        return layerwise.main(arguments, prog_name="layerwise", standalone_mode=False) or 0
+    except LayerwiseError as error:
+        _say(str(error))
+        return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 2
+    except click.ClickException as error:
+        _say(error.format_message())
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        _say("Stopped by Ctrl-C before anything had to be saved; start the same command again.")
+        return Interrupted.exit_code
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `layerwise status | head`; the interpreter must not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:
+        traceback.print_exc()
+        _say("This is a defect of layerwise, not of your request; please report it with the lines above.")
+        return 1
+
+
+def _say(sentence: str) -> None:
+    click.echo(f"layerwise: {sentence}", err=True)

@@ -1,0 +1,33 @@
+"""`layerwise probe`: linear classifiers on the frozen stages of a run."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from layerwise.evaluate.probe import probe as probe_library
+from layerwise.report.summary import probe_table
+from layerwise.stop import stop_on_signals
+
+
+@click.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--label", required=True, help="What to tell apart: speaker, phone, digit, class, or a label of your own."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for scripts.")
+def probe(directory: Path, label: str, as_json: bool) -> None:
+    """Fit a linear classifier for a label on every stage of the run in DIR.
+
+    Prints the error on the test samples, beside that of the same network with random weights.
+    """
+    console = Console(stderr=True)
+    with stop_on_signals() as stop, console.status("probing", spinner="dots") as shown:
+        result = probe_library(directory, label, stop=stop, notify=lambda line: shown.update(f"probing: {line}"))
+    if as_json:
+        click.echo(json.dumps(asdict(result)))
+    else:
+        Console(file=sys.stdout).print(probe_table(result))

@@ -1,0 +1,93 @@
+"""`layerwise run`: start a run, or go on with it."""
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from layerwise import config as configuration
+from layerwise.engines.run import RunResult
+from layerwise.engines.run import run as run_library
+from layerwise.errors import LayerwiseError
+from layerwise.events import Notify
+from layerwise.report.lines import LogFile, PlainLines
+from layerwise.report.live import LiveTable
+from layerwise.report.summary import stage_table, totals, what_next, where_things_lie
+from layerwise.run_directory import RunPaths
+from layerwise.stop import stop_on_signals
+
+
+def _config_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """One click option for every option of the configuration that has a flag of its own."""
+    flagged = [option for option in configuration.options() if option.flag]
+    for option in reversed(flagged):
+        default = "" if option.default in (None, "") else f" [default: {option.default}]"
+        add = click.option(option.flag, option.key.replace(".", "__"), help=f"{option.help}{default}", metavar="VALUE")
+        command = add(command)
+    return command
+
+
+@click.command()
+@click.option("--recipe", help=f"Defaults of an experiment: {', '.join(configuration.recipe_names())}.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML file of options, over the recipe.")
+@_config_flags
+@click.option("--from-stage", type=int, help="Retrain this stage and those above it from the cache of the stage below.")
+@click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any other option, such as objective.negatives=16."
+)
+def run(
+    recipe: str | None,
+    config_file: Path | None,
+    from_stage: int | None,
+    overwrite: bool,
+    assignments: tuple[str, ...],
+    **flags: Any,
+) -> None:
+    """Train every stage that is not done yet, each from the activation cache of the one below.
+
+    The same command starts a run and goes on with it. With no --data it trains the demo.
+    """
+    overrides = {key.replace("__", "."): value for key, value in flags.items() if value is not None}
+    overrides |= dict(configuration.parse_assignment(text) for text in assignments)
+    config = configuration.resolve(recipe, config_file, overrides)
+    paths = RunPaths.of(config.out, config.cache.dir)
+    log = LogFile(paths.log)
+    console = Console()
+    with stop_on_signals() as stop:
+        try:
+            with _display(console) as show:
+                result = run_library(
+                    config,
+                    from_stage=from_stage,
+                    overwrite=overwrite,
+                    stop=stop,
+                    notify=lambda event: (show(event), log(event)),
+                )
+        except LayerwiseError as error:
+            log.write(str(error))
+            raise
+    _print_summary(console, result)
+
+
+def _display(console: Console) -> AbstractContextManager[Notify]:
+    """The live table on a terminal, plain lines elsewhere."""
+    return LiveTable(console) if console.is_terminal else nullcontext(PlainLines(sys.stdout))
+
+
+def _print_summary(console: Console, result: RunResult) -> None:
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print()
+    console.print(stage_table(result.state))
+    for line in (
+        f"\ndone: {totals(result.state)}",
+        *where_things_lie(result.paths),
+        "next:",
+        *(f"  {command}" for command in what_next(result.paths, list(result.labels))),
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,29 @@
+"""`layerwise status`: what each stage of a run is at."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from layerwise.report.summary import stage_table, totals
+from layerwise.run_directory import open_run
+
+
+@click.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for scripts.")
+def status(directory: Path, as_json: bool) -> None:
+    """Show each stage of the run in DIR."""
+    _, state = open_run(directory)
+    overall = "done" if state.done else next(r.status for r in state.stages if r.status != "done")
+    if as_json:
+        stages = [asdict(record) for record in state.stages]
+        click.echo(
+            json.dumps({"state": overall, "budget_bytes": state.budget_bytes, "device": state.device, "stages": stages})
+        )
+        return
+    console = Console()
+    console.print(stage_table(state))
+    console.print(f"{overall}: {totals(state)}", highlight=False)

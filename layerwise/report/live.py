@@ -1,0 +1,104 @@
+"""The live table: one row per stage, redrawn in place on a terminal."""
+
+import time
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from layerwise.events import CachingProgress, EpochDone, Event, Message, RunStarted, StageDone, StageStarted, StepDone
+from layerwise.report.units import duration, size
+
+REFRESH_PER_SECOND = 4
+
+
+@dataclass(slots=True)
+class _Row:
+    status: str = "pending"
+    epoch: str = ""
+    loss: str = ""
+    held_out: str = ""
+    accuracy: str = ""
+    memory: str = ""
+    left: str = ""
+
+
+@dataclass(slots=True)
+class _Pace:
+    """Epochs of the stage in hand, to say how long it may take at most."""
+
+    seconds: list[float] = field(default_factory=list)
+    started: float = 0.0
+
+
+class LiveTable:
+    """A context manager; takes events while it is open, the RunStarted first."""
+
+    def __init__(self, console: Console) -> None:
+        self._rows: dict[int, _Row] = {}
+        self._max_epochs = 0
+        self._budget: int | None = None
+        self._pace = _Pace()
+        self._live = Live(console=console, refresh_per_second=REFRESH_PER_SECOND)
+
+    def __enter__(self) -> "LiveTable":
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.__exit__(None, None, None)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Message):
+            self._live.console.print(Text(event.text))
+            return
+        if isinstance(event, RunStarted):
+            self._max_epochs, self._budget = event.max_epochs, event.budget_bytes
+            done = {stage: _Row("done before") for stage in event.done}
+            self._rows = {stage: done.get(stage, _Row()) for stage in range(1, event.stages + 1)}
+            return
+        row = self._rows[event.stage]
+        match event:
+            case StageStarted():
+                row.status, row.epoch = "training", f"{event.epoch + 1}/{self._max_epochs}"
+                self._pace = _Pace(started=time.monotonic())
+            case StepDone():
+                row.epoch = f"{event.epoch + 1}/{self._max_epochs}"
+                row.loss, row.accuracy = f"{event.loss:.4f}", f"{event.accuracy:.3f}"
+                row.memory = self._memory(event.live_bytes, event.peak_bytes)
+                row.left = self._time_left(event.epoch, (event.step + 1) / event.steps)
+            case EpochDone():
+                row.loss, row.held_out = f"{event.loss:.4f}", f"{event.held_out_loss:.4f}"
+                row.accuracy = f"{event.held_out_accuracy:.3f}"
+                self._pace.seconds.append(event.seconds)
+                self._pace.started = time.monotonic()
+            case CachingProgress():
+                row.status, row.left = f"caching {event.rows / max(event.total, 1):.0%}", ""
+            case StageDone():
+                row.status = "converged" if event.converged else "max epochs"
+                row.memory = self._memory(event.device_bytes_left, max(event.train_peak_bytes, event.cache_peak_bytes))
+                row.left, row.held_out = "", f"{event.best_loss:.4f}"
+        self._live.update(self._render())
+
+    def _memory(self, live: int, peak: int) -> str:
+        of_budget = f" of {size(self._budget)}" if self._budget else ""
+        return f"{size(live)}, peak {size(peak)}{of_budget}"
+
+    def _time_left(self, epoch: int, part: float) -> str:
+        in_hand = time.monotonic() - self._pace.started
+        per_epoch = (
+            sum(self._pace.seconds[-3:]) / len(self._pace.seconds[-3:]) if self._pace.seconds else in_hand / part
+        )
+        return f"at most {duration(max(per_epoch * (self._max_epochs - epoch - part), 0))}"
+
+    def _render(self) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("stage", "status", "epoch", "loss", "held-out", "accuracy", "device memory", "stage's time left"):
+            table.add_column(name, justify="right" if name in ("loss", "held-out", "accuracy") else "left")
+        for stage, row in self._rows.items():
+            style = "dim" if row.status == "pending" else None
+            cells = (row.status, row.epoch, row.loss, row.held_out, row.accuracy, row.memory, row.left)
+            table.add_row(str(stage), *cells, style=style)
+        return table

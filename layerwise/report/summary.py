@@ -1,0 +1,77 @@
+"""The tables of a run and of a probe, and what to type next."""
+
+import shlex
+
+from rich.table import Table
+
+from layerwise.evaluate.probe import ProbeResult
+from layerwise.report.lines import outcome
+from layerwise.report.units import duration, percent, size
+from layerwise.run_directory import RunPaths, RunState
+
+
+def stage_table(state: RunState) -> Table:
+    """One row per stage, as in `layerwise status`."""
+    table = _table(
+        "stage", "status", "training", "best held-out loss", "peak training", "peak caching", "cache", "time"
+    )
+    for record in state.stages:
+        table.add_row(
+            str(record.stage),
+            record.status,
+            outcome(record.epochs, record.converged) if record.epochs else "",
+            f"{record.best_loss:.4f}" if record.best_loss is not None else "",
+            size(record.train_peak_bytes),
+            size(record.cache_peak_bytes),
+            size(record.cache_bytes),
+            duration(record.seconds) if record.seconds else "",
+        )
+    return table
+
+
+def totals(state: RunState) -> str:
+    """The largest peak against the budget, the room of the caches, the time."""
+    peak = max((record.peak_bytes or 0 for record in state.stages), default=0)
+    of_budget = f" of {size(state.budget_bytes)}" if state.budget_bytes else ""
+    caches = sum(record.cache_bytes or 0 for record in state.stages)
+    seconds = sum(record.seconds for record in state.stages)
+    return f"device peak {size(peak)}{of_budget} on {state.device}, caches {size(caches)}, {duration(seconds)}"
+
+
+def where_things_lie(paths: RunPaths) -> list[str]:
+    """Lines of name and path."""
+    return [
+        f"encoder   {paths.encoder}",
+        f"weights   {paths.out / 'stages'}/S/weights.safetensors, metrics.jsonl beside them",
+        f"caches    {paths.caches}/stage-S.h5",
+        f"options   {paths.config}",
+        f"log       {paths.log}",
+    ]
+
+
+def what_next(paths: RunPaths, labels: list[str]) -> list[str]:
+    """Commands that make sense now."""
+    out = shlex.quote(str(paths.out))
+    probes = [f"layerwise probe {out} --label {shlex.quote(label)}" for label in labels]
+    return [
+        *probes,
+        f"layerwise status {out}",
+        f"layerwise run --out {out} … --from-stage S   to retrain from stage S on",
+    ]
+
+
+def probe_table(result: ProbeResult) -> Table:
+    """Error of each stage beside its untrained twin."""
+    table = _table("stage", f"{result.label} error", "random weights", "train", "test")
+    for stage in result.stages:
+        table.add_row(
+            str(stage.stage), percent(stage.error), percent(stage.untrained_error), str(stage.train), str(stage.test)
+        )
+    return table
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        table.add_column(name)
+    return table

@@ -1,0 +1,122 @@
+"""What all tests share: real data where it is present, tiny recordings and configurations where it is not needed."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from layerwise.config import Config, resolve
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# Two test processes share two cores; more threads than cores would only fight.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def fsdd() -> Path:
+    """The Free Spoken Digits recordings."""
+    folder = SHARED_DATA / "fsdd"
+    if not folder.is_dir():
+        pytest.skip(f"the Free Spoken Digit Dataset is not at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> Path:
+    """CIFAR-10 pictures in class folders."""
+    folder = SHARED_DATA / "cifar10"
+    if not folder.is_dir():
+        pytest.skip(f"the CIFAR-10 pictures are not at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(fsdd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty-eight real recordings: digits 0 to 3, six speakers, indices 0 (test) and 5."""
+    folder = tmp_path_factory.mktemp("digits")
+    for path in sorted((fsdd / "recordings").glob("[0-3]_*_[05].wav")):
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.fixture
+def write_tone(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a recording of noise around a tone: write_tone(name, seconds, rate=8000, channels=1)."""
+
+    def write(name: str, seconds: float = 0.2, rate: int = 8000, channels: int = 1) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        count = round(seconds * rate)
+        rng = np.random.default_rng(len(name))
+        tone = 0.3 * np.sin(np.arange(count) * (0.05 + 0.01 * len(name)))[:, None]
+        soundfile.write(path, tone + 0.05 * rng.standard_normal((count, channels)), rate)
+        return path
+
+    return write
+
+
+TINY_SPEECH = {
+    "net.width": 8,
+    "net.context": 8,
+    "net.kernels": [10, 8, 4],
+    "net.strides": [5, 4, 2],
+    "net.paddings": [2, 2, 1],
+    "data.sample_rate": 8000,
+    "data.window": 1600,
+    "objective.steps": 3,
+    "objective.negatives": 4,
+    "objective.anchors": 16,
+    "training.batch_size": 4,
+    "training.max_epochs": 2,
+    "cache.block": "4kB",
+}
+"""A speech network of four stages that trains in a second."""
+
+TINY_VISION = {
+    "net.name": "vision",
+    "net.width": 4,
+    "net.blocks": [1, 2, 1],
+    "net.stem_stride": 2,
+    "data.picture": 32,
+    "data.crop": 24,
+    "data.patch": 8,
+    "data.patch_stride": 4,
+    "data.gray": False,
+    "objective.steps": 2,
+    "objective.skip": 1,
+    "objective.negatives": 4,
+    "training.batch_size": 8,
+    "training.max_epochs": 2,
+    "cache.block": "4kB",
+}
+"""A vision network of three stages (four layers) that trains in seconds."""
+
+
+@pytest.fixture
+def tiny_speech(tmp_path: Path) -> Callable[..., Config]:
+    """tiny_speech(source, **{"dotted.key": value}): a configuration whose run lies in the test's own folder."""
+    return lambda source, **changes: _tiny(TINY_SPEECH, tmp_path, source, changes)
+
+
+@pytest.fixture
+def tiny_vision(tmp_path: Path) -> Callable[..., Config]:
+    """The same for pictures."""
+    return lambda source, **changes: _tiny(TINY_VISION, tmp_path, source, changes)
+
+
+def _tiny(base: dict[str, object], folder: Path, source: str, changes: dict[str, object]) -> Config:
+    places = {"data.source": source, "out": str(folder / "run"), "cache.dir": str(folder / "cache")}
+    return resolve(overrides={**base, **places, **changes})

@@ -1,0 +1,101 @@
+"""Cutting, building and the shapes of the paper's two networks."""
+
+import numpy as np
+import pytest
+import torch
+
+from layerwise.config import NetOptions
+from layerwise.errors import ConfigError
+from layerwise.nets import build_network
+from layerwise.nets.module import Geometry
+from layerwise.nets.speech import shortest_input
+
+SPEECH = NetOptions()
+VISION = NetOptions(name="vision", width=64)
+
+
+def sizes(net: NetOptions, stages: int | None, channels: int = 1) -> list[int]:
+    return [len(layers) for layers in build_network(net, (channels, 16, 16)).cut(stages)]
+
+
+def test_the_natural_cuts_are_the_papers() -> None:
+    assert sizes(SPEECH, None) == [1, 1, 1, 1, 1, 1]
+    assert sizes(VISION, None) == [3, 4, 6]
+
+
+def test_fewer_stages_group_neighbouring_modules() -> None:
+    assert sizes(SPEECH, 1) == [6]
+    assert sizes(SPEECH, 4) == [2, 2, 1, 1]
+    assert sizes(VISION, 2) == [7, 6]
+
+
+def test_more_stages_cut_between_blocks() -> None:
+    assert sizes(VISION, 5) == [3, 3, 3, 2, 2]
+    assert sizes(VISION, 13) == [1] * 13
+
+
+@pytest.mark.parametrize(("net", "most"), [(SPEECH, 6), (VISION, 13)])
+def test_more_stages_than_layers_are_refused_with_the_largest_number(net: NetOptions, most: int) -> None:
+    with pytest.raises(ConfigError, match=f"at most {most} stages"):
+        build_network(net, (1, 16, 16)).cut(most + 1)
+
+
+def test_the_speech_network_has_the_papers_shapes() -> None:
+    network = build_network(SPEECH, (1,))
+    module = network.build(range(6), 0, "meta")
+    targets, outputs = module(torch.empty(2, 20480, 1, device="meta"), np.array([20480, 20480]))
+    assert [int(network.build(range(0, n), 0, "meta").out_length(20480)) for n in range(1, 6)] == [
+        4095,
+        1023,
+        512,
+        257,
+        128,
+    ]
+    assert targets.shape == (2, 128, 512)
+    assert outputs.shape == (2, 128, 256)
+    assert module.geometry(Geometry()).hop == 160
+
+
+def test_the_vision_network_has_the_papers_shapes() -> None:
+    network = build_network(VISION, (1, 16, 16))
+    frames = torch.empty(1, 49, 1, 16, 16, device="meta")
+    for layers, shape in zip(network.cut(3), [(256, 16, 16), (512, 8, 8), (1024, 4, 4)], strict=True):
+        _, frames = network.build(layers, 0, "meta")(frames, np.array([49]))
+        assert frames.shape == (1, 49, *shape)
+
+
+def test_first_weights_do_not_depend_on_the_cut() -> None:
+    network = build_network(NetOptions(width=4, context=3), (1,))
+    together = dict(network.build(range(6), 7, "cpu").named_parameters())
+    apart = {name: value for i in range(6) for name, value in network.build(range(i, i + 1), 7, "cpu").named_parameters()}
+    assert together.keys() == apart.keys()
+    assert all(torch.equal(together[name], apart[name]) for name in together)
+
+
+def test_building_leaves_the_callers_random_state_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    build_network(NetOptions(width=4), (1,)).build(range(2), 7, "cpu")
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 14])
+def test_shortest_input_is_the_shortest_that_gives_so_many_frames(frames: int) -> None:
+    module = build_network(SPEECH, (1,)).build(range(6), 0, "meta")
+    shortest = shortest_input(SPEECH, frames)
+    assert module.out_length(shortest) >= frames > module.out_length(shortest - 1)
+
+
+def test_geometry_points_at_the_centre_of_what_a_frame_sees() -> None:
+    module = build_network(NetOptions(width=4, context=0), (1,)).build(range(5), 0, "cpu")
+    geometry = module.geometry(Geometry())
+    x = torch.zeros(1, 4000, 1, requires_grad=True)
+    frame = 10
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(0.01)
+    module(x, np.array([4000]))[1][0, frame].sum().backward()
+    seen = x.grad[0, :, 0].nonzero()
+    middle = (seen.min() + seen.max()).item() / 2
+    assert middle == pytest.approx(geometry.hop * frame + geometry.offset, abs=1)

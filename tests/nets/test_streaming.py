@@ -1,0 +1,84 @@
+"""Streamed equals whole; padded equals alone."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerwise.config import NetOptions
+from layerwise.nets import build_network
+from layerwise.nets.module import Module
+
+
+def speech_module(stage: int | None = None) -> Module:
+    network = build_network(NetOptions(width=6, context=5), (1,))
+    layers = range(6) if stage is None else range(stage, stage + 1)
+    return network.build(layers, seed=3, device="cpu")
+
+
+def whole(module: Module, x: torch.Tensor) -> torch.Tensor:
+    return module(x, np.full(len(x), x.shape[1]))[1]
+
+
+def streamed(module: Module, x: torch.Tensor, cuts: list[int]) -> torch.Tensor:
+    states, pieces = None, []
+    edges = [0, *sorted(cuts), x.shape[1]]
+    for number, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        piece, states = module.push(x[:, start:stop], states, last=number == len(edges) - 2)
+        pieces.append(piece)
+    return torch.cat(pieces, dim=1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data(), st.integers(1, 3000), st.one_of(st.none(), st.integers(0, 5)))
+def test_streamed_outputs_equal_one_pass(data: st.DataObject, length: int, stage: int | None) -> None:
+    cuts = data.draw(st.lists(st.integers(0, length), max_size=6))
+    module = speech_module(stage)
+    x = torch.randn(1, length, 1 if stage in (None, 0) else 6, generator=torch.Generator().manual_seed(length))
+    with torch.no_grad():
+        if int(module.out_length(length)) == 0:
+            assert streamed(module, x, cuts).shape[1] == 0
+        else:
+            torch.testing.assert_close(streamed(module, x, cuts), whole(module, x), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(400, 3000), min_size=2, max_size=4))
+def test_a_padded_sample_gives_what_it_gives_alone(lengths: list[int]) -> None:
+    module = speech_module()
+    samples = [torch.randn(length, 1, generator=torch.Generator().manual_seed(length)) for length in lengths]
+    batch = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
+    with torch.no_grad():
+        targets, outputs = module(batch, np.array(lengths))
+        for row, sample in enumerate(samples):
+            alone_targets, alone = module(sample[None], np.array([len(sample)]))
+            count = alone.shape[1]
+            torch.testing.assert_close(outputs[row, :count], alone[0], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(targets[row, :count], alone_targets[0], rtol=1e-5, atol=1e-5)
+            assert not outputs[row, count:].any()
+
+
+@given(st.integers(1, 40_000))
+@settings(deadline=None, max_examples=20)
+def test_out_length_is_the_length_that_comes_out(length: int) -> None:
+    module = speech_module(stage=0)
+    expected = int(module.out_length(length))
+    if expected:
+        assert whole(module, torch.zeros(1, length, 1)).shape[1] == expected
+
+
+def test_the_convolution_is_torchs_own() -> None:
+    module = speech_module(stage=1)
+    layer = module.layers["1"]
+    x = torch.randn(2, 57, 6)
+    reference = torch.relu(
+        torch.nn.functional.conv1d(x.transpose(1, 2), layer.weight, layer.bias, layer.stride, layer.padding)
+    )
+    torch.testing.assert_close(whole(module, x), reference.transpose(1, 2), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [200, 201, 1777])
+def test_the_output_of_a_long_stream_does_not_keep_its_input(length: int) -> None:
+    _, states = speech_module(stage=0).push(torch.zeros(1, length, 1), None, last=False)
+    assert states[0].untyped_storage().nbytes() <= 10 * 4
