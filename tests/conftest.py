@@ -81,6 +81,7 @@ TINY_SPEECH = {
     "objective.anchors": 16,
     "training.batch_size": 4,
     "training.max_epochs": 2,
+    "training.lr": 1e-3,
     "cache.block": "4kB",
 }
 """A speech network of four stages that trains in a second."""

@@ -1,7 +1,6 @@
 """`layerwise probe`: linear classifiers on the frozen stages of a run."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import click
 from rich.console import Console
 
 from layerwise.evaluate.probe import probe as probe_library
-from layerwise.report.summary import probe_table
+from layerwise.report.summary import console_for_results, probe_table
 from layerwise.stop import stop_on_signals
 
 
@@ -30,4 +29,4 @@ def probe(directory: Path, label: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(result)))
     else:
-        Console(file=sys.stdout).print(probe_table(result))
+        console_for_results().print(probe_table(result))

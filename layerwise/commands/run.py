@@ -16,7 +16,7 @@ from layerwise.errors import LayerwiseError
 from layerwise.events import Notify
 from layerwise.report.lines import LogFile, PlainLines
 from layerwise.report.live import LiveTable
-from layerwise.report.summary import stage_table, totals, what_next, where_things_lie
+from layerwise.report.summary import console_for_results, stage_table, totals, what_next, where_things_lie
 from layerwise.run_directory import RunPaths
 from layerwise.stop import stop_on_signals
 
@@ -57,7 +57,7 @@ def run(
     config = configuration.resolve(recipe, config_file, overrides)
     paths = RunPaths.of(config.out, config.cache.dir)
     log = LogFile(paths.log)
-    console = Console()
+    console = console_for_results()
     with stop_on_signals() as stop:
         try:
             with _display(console) as show:
@@ -80,8 +80,6 @@ def _display(console: Console) -> AbstractContextManager[Notify]:
 
 
 def _print_summary(console: Console, result: RunResult) -> None:
-    if not console.is_terminal:
-        console = Console(width=140)
     console.print()
     console.print(stage_table(result.state))
     for line in (

@@ -5,9 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from rich.console import Console
 
-from layerwise.report.summary import stage_table, totals
+from layerwise.report.summary import console_for_results, stage_table, totals
 from layerwise.run_directory import open_run
 
 
@@ -24,6 +23,6 @@ def status(directory: Path, as_json: bool) -> None:
             json.dumps({"state": overall, "budget_bytes": state.budget_bytes, "device": state.device, "stages": stages})
         )
         return
-    console = Console()
+    console = console_for_results()
     console.print(stage_table(state))
     console.print(f"{overall}: {totals(state)}", highlight=False)

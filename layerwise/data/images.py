@@ -147,7 +147,7 @@ def open_image_folder(folder: str | os.PathLike[str], options: PatchOptions) -> 
     ids = [name for name, fault in zip(found, faults, strict=True) if not fault]
     if len(ids) < 2:
         why = f" ({len(skipped)} could not be read, such as {skipped[0].path}: {skipped[0].reason})" if skipped else ""
-        raise DataError(f"{folder} holds {len(ids)} usable pictures{why}; training needs at least 2.")
+        raise DataError(f"{folder} holds {len(ids)} usable pictures{why}; too few to train on.")
 
     split = {"train", "test"} <= {name.split("/")[0] for name in found if "/" in name}
     classes = np.array([_class_of(name, split) for name in ids])

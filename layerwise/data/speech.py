@@ -108,7 +108,7 @@ def open_recordings(folder: Path, rate: int, pattern: str = "", shortest: int = 
     if len(usable) < 2:
         first = f"; the first: {skipped[0].path}, {skipped[0].reason}" if skipped else ""
         raise DataError(
-            f"{folder} holds {len(usable)} usable recordings and {len(skipped)} unusable ones{first}. Two are the least."
+            f"{folder} holds {len(usable)} usable recordings and {len(skipped)} unusable ones{first}: too few to train on."
         )
     kept = [name for name, _ in usable]
     return RecordingSet(kept, [entry for _, entry in usable], rate, _labels(kept, expression), None, skipped)

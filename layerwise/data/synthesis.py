@@ -5,7 +5,10 @@ through the resonances of the vocal tract, and frication noise through a resonan
 filters change from frame to frame, so frames are filtered in the frequency domain and overlap-added.
 
 The labels must not be readable from plain spectral energy, or random features would do as well as learned ones. Level,
-recording channel, background noise, pitch contour and speaking rate are therefore drawn anew for every utterance. What
+recording channel, background noise, pitch contour and speaking rate are therefore drawn anew for every utterance; level
+and channel only a little, since what stays the same through an utterance is the easiest way to tell its frames from
+those of others: with channels spread by 5 dB instead of 0.5, InfoNCE learned the channel, and six trained stages told
+speakers no better than random ones (81 and 77 % error). What
 stays with a speaker is the vocal tract (length, formant bandwidths) and the glottis (pitch range, open quotient,
 spectral tilt, breathiness). What makes a phone is where its formants head, relative to that vocal tract, and how it is
 excited; its neighbours pull the formants away from there (coarticulation).
@@ -98,7 +101,7 @@ class Voice:
     breathiness: float  # breath noise relative to the peak of the glottal pulse
 
 
-def synthesise_corpus(speakers: int = 10, utterances: int = 24, seconds: float = 1.5, seed: int = 0) -> list[Utterance]:
+def synthesise_corpus(speakers: int = 10, utterances: int = 48, seconds: float = 1.5, seed: int = 0) -> list[Utterance]:
     """`utterances` utterances of each speaker, speaker by speaker; `seconds` is about the mean length.
 
     The same arguments give the same samples (on another machine up to rounding). An utterance depends on `seconds`,
@@ -207,10 +210,10 @@ def record(rng: np.random.Generator, speech: np.ndarray, length: int) -> np.ndar
     """Speech, as spectra [T, F], through a random channel, in coloured noise, at a level below 1: float64 [length]."""
     speech = speech * draw_equaliser(rng)
     noise = frame_spectra(rng.normal(size=length)) * draw_equaliser(rng)
-    snr = rng.uniform(8, 28)  # dB
+    snr = rng.uniform(15, 30)  # dB
     noise *= speech.std() / noise.std() * 10 ** (-snr / 20)
     recording = overlap_add(speech + noise, length)
-    peak = 10 ** (rng.uniform(-20, -1) / 20)
+    peak = 10 ** (rng.uniform(-6, -1) / 20)
     return recording * peak / np.abs(recording).max()
 
 
@@ -219,7 +222,7 @@ def draw_equaliser(rng: np.random.Generator) -> np.ndarray:
     hertz = np.fft.rfftfreq(FFT_SIZE, 1 / RATE)
     mel = np.log1p(hertz / 700) / np.log1p(RATE / 2 / 700)
     orders = np.arange(1, 5)
-    cepstrum = rng.normal(0, 5, len(orders)) / np.sqrt(orders)  # dB
+    cepstrum = rng.normal(0, 0.5, len(orders)) / np.sqrt(orders)  # dB
     gain = (np.cos(np.pi * mel[:, None] * orders) * cepstrum).sum(axis=1)
     return 10 ** (gain / 20)
 

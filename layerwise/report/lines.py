@@ -24,7 +24,7 @@ def line(event: Event) -> str | None:
             )
         case StageDone():
             return (
-                f"stage {event.stage}: {outcome(event.epochs, event.converged)}, best held-out loss "
+                f"stage {event.stage}: {outcome(event.epochs, event.converged)} epochs, best held-out loss "
                 f"{event.best_loss:.4f}; device peak {size(event.train_peak_bytes)} training, "
                 f"{size(event.cache_peak_bytes)} caching, {event.device_bytes_left} bytes left on it; "
                 f"cache {size(event.cache_bytes)}; {duration(event.seconds)}"
@@ -33,8 +33,8 @@ def line(event: Event) -> str | None:
 
 
 def outcome(epochs: int, converged: bool | None) -> str:
-    """How the training of a stage ended."""
-    return f"{'converged' if converged else 'reached max epochs'} after {epochs}"
+    """How the training of a stage ended, and after how many epochs."""
+    return f"{'converged' if converged else 'reached max epochs'}, {epochs}"
 
 
 class PlainLines:
@@ -61,7 +61,7 @@ class LogFile:
             self.write(text)
 
     def write(self, text: str) -> None:
-        """One line; silently nothing where the run directory does not exist (yet)."""
-        if self._path.parent.is_dir():
+        """One line; silently nothing where the folder is not (yet) a run directory."""
+        if (self._path.parent / "run.json").exists():
             with self._path.open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

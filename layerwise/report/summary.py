@@ -2,6 +2,7 @@
 
 import shlex
 
+from rich.console import Console
 from rich.table import Table
 
 from layerwise.evaluate.probe import ProbeResult
@@ -9,17 +10,23 @@ from layerwise.report.lines import outcome
 from layerwise.report.units import duration, percent, size
 from layerwise.run_directory import RunPaths, RunState
 
+WIDTH_OF_FILES = 100
+"""Columns of text where it does not go to a terminal."""
+
+
+def console_for_results() -> Console:
+    """Standard output, wide enough for the tables where it is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH_OF_FILES)
+
 
 def stage_table(state: RunState) -> Table:
-    """One row per stage, as in `layerwise status`."""
-    table = _table(
-        "stage", "status", "training", "best held-out loss", "peak training", "peak caching", "cache", "time"
-    )
+    """One row per stage, within 80 columns; the loss is the lowest held-out one."""
+    table = _table("stage", "status", "loss", "train peak", "cache peak", "cache", "time")
     for record in state.stages:
         table.add_row(
             str(record.stage),
-            record.status,
-            outcome(record.epochs, record.converged) if record.epochs else "",
+            outcome(record.epochs, record.converged) if record.status == "done" else record.status,
             f"{record.best_loss:.4f}" if record.best_loss is not None else "",
             size(record.train_peak_bytes),
             size(record.cache_peak_bytes),
@@ -71,7 +78,7 @@ def probe_table(result: ProbeResult) -> Table:
 
 
 def _table(*names: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     for name in names:
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     return table

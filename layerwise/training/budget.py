@@ -34,11 +34,14 @@ def training_peak(config: Config, plan: StagePlan, device: torch.device) -> int:
         objective = plan.build_objective(config, device)
         optimizer = build_optimizer(module, objective, config.training.lr)
         size = config.training.batch_size
-        # The optimizer's state appears at the end of the first step, so the second one stands higher.
+        # The optimizer's state appears at the end of the first step, so the second one stands higher; and as in training,
+        # the score of a step lives until that of the next one takes its place.
+        score = None
         for _ in range(2):
             frames = torch.zeros(size, plan.window.frames, *plan.frame_shape, device="meta")
             batch = Batch(frames, np.full(size, plan.window.frames))
             rng = np.random.default_rng(0)
-            train_step(module, objective, optimizer, batch, plan, rng, device, config.training.precision)
+            score = train_step(module, objective, optimizer, batch, plan, rng, device, config.training.precision)
+        del score
 
     return predicted_peak(two_steps, device)

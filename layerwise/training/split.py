@@ -26,7 +26,7 @@ def split_samples(data: DataSet, config: Config) -> np.ndarray:
     rest = order[split[order] == TRAIN]
     if len(rest) < 2 or len(rest) == count:
         raise DataError(
-            f"The data set has {count} usable samples, too few to train, to hold out and to test on; four are the least."
+            f"The data set has {count} usable samples, too few to train, to hold out and to test on; three are the least."
         )
     split[rest[: max(1, round(len(rest) * config.data.held_out))]] = HELD_OUT
     if not (split == TRAIN).any():

@@ -62,7 +62,9 @@ def test_a_resampled_window_equals_the_resampled_whole(
     expected = torchaudio.functional.resample(torch.from_numpy(noise), file_rate, rate)
     assert len(expected) == length
     level = np.sqrt(np.square(noise, dtype=np.float64).mean())
-    torch.testing.assert_close(recordings.read(0, start, stop)[:, 0] * level, expected[start:stop], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        recordings.read(0, start, stop)[:, 0] * level, expected[start:stop], rtol=1e-4, atol=1e-6
+    )
 
 
 def test_damaged_empty_and_short_recordings_are_named_and_skipped(write_tone: Write, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_finished_run_is_not_trained_again(tiny_speech: Tiny, digits: Path) ->
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("training.lr", 0.01, r"--lr \(training.lr\) was 0.0002 .* is 0.01 now.*--from-stage 1"),
+        ("training.lr", 0.01, r"--lr \(training.lr\) was 0.001 .* is 0.01 now.*--from-stage 1"),
         ("objective.negatives", 7, r"objective.negatives was 4 .* is 7 now"),
         ("net.width", 9, r"net.width was 8 .* is 9 now.*--overwrite or another --out"),
         ("training.seed", 3, r"--seed .* was 0"),

@@ -44,7 +44,7 @@ def test_the_speech_network_has_the_papers_shapes() -> None:
     network = build_network(SPEECH, (1,))
     module = network.build(range(6), 0, "meta")
     targets, outputs = module(torch.empty(2, 20480, 1, device="meta"), np.array([20480, 20480]))
-    assert [int(network.build(range(0, n), 0, "meta").out_length(20480)) for n in range(1, 6)] == [
+    assert [int(network.build(range(n), 0, "meta").out_length(20480)) for n in range(1, 6)] == [
         4095,
         1023,
         512,
@@ -67,7 +67,9 @@ def test_the_vision_network_has_the_papers_shapes() -> None:
 def test_first_weights_do_not_depend_on_the_cut() -> None:
     network = build_network(NetOptions(width=4, context=3), (1,))
     together = dict(network.build(range(6), 7, "cpu").named_parameters())
-    apart = {name: value for i in range(6) for name, value in network.build(range(i, i + 1), 7, "cpu").named_parameters()}
+    apart = {
+        name: value for i in range(6) for name, value in network.build(range(i, i + 1), 7, "cpu").named_parameters()
+    }
     assert together.keys() == apart.keys()
     assert all(torch.equal(together[name], apart[name]) for name in together)
 

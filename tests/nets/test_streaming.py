@@ -1,5 +1,7 @@
 """Streamed equals whole; padded equals alone."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,7 @@ def whole(module: Module, x: torch.Tensor) -> torch.Tensor:
 def streamed(module: Module, x: torch.Tensor, cuts: list[int]) -> torch.Tensor:
     states, pieces = None, []
     edges = [0, *sorted(cuts), x.shape[1]]
-    for number, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for number, (start, stop) in enumerate(pairwise(edges)):
         piece, states = module.push(x[:, start:stop], states, last=number == len(edges) - 2)
         pieces.append(piece)
     return torch.cat(pieces, dim=1)

@@ -1,0 +1,293 @@
+"""The command line as a person uses it: exit codes, one sentence per error, JSON that scripts can read."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from layerwise import config as configuration
+from layerwise.commands import layerwise, main
+
+TINY = [
+    *(
+        "--set",
+        "net.width=8",
+        "--set",
+        "net.context=8",
+        "--set",
+        "net.kernels=[10,8,4]",
+        "--set",
+        "net.strides=[5,4,2]",
+    ),
+    *("--set", "net.paddings=[2,2,1]", "--set", "objective.steps=3", "--set", "objective.anchors=16"),
+    *("--set", "data.sample_rate=8000", "--set", "data.window=1600", "--max-epochs", "1", "--batch-size", "8"),
+]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """call(*arguments) gives exit code, stdout and stderr."""
+
+    def run_main(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return run_main
+
+
+@pytest.fixture(scope="module")
+def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run in `run` and its caches in `cache`."""
+    folder = tmp_path_factory.mktemp("finished")
+    places = ["--data", f"fsdd:{digits}", "--out", str(folder / "run"), "--cache-dir", str(folder / "cache")]
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", *TINY, *places, "--gpu-mem", "40MB"])
+    assert stopped.value.code == 0
+    return folder
+
+
+def test_status_prints_the_contracts_json(finished: Path, call: Callable) -> None:
+    code, out, err = call("status", finished / "run", "--json")
+    assert (code, err) == (0, "")
+    status = json.loads(out)
+    assert status.keys() == {"state", "budget_bytes", "device", "stages"}
+    assert (status["state"], status["budget_bytes"], status["device"]) == ("done", 40_000_000, "cpu")
+    required = {"stage", "status", "epochs", "converged", "best_loss", "peak_bytes", "micro_batch", "cache"}
+    required |= {"cache_bytes", "fingerprint", "seconds"}
+    assert all(required <= stage.keys() for stage in status["stages"])
+
+
+def test_status_shows_a_table(finished: Path, call: Callable) -> None:
+    code, out, _ = call("status", finished / "run")
+    assert code == 0
+    assert "reached max epochs" in " ".join(out.split())
+    assert "device peak" in out
+
+
+def test_probe_prints_the_contracts_json(finished: Path, call: Callable) -> None:
+    code, out, _ = call("probe", finished / "run", "--label", "speaker", "--json")
+    assert code == 0
+    probe = json.loads(out)
+    assert probe["label"] == "speaker"
+    assert [stage["stage"] for stage in probe["stages"]] == [1, 2, 3, 4]
+    for stage in probe["stages"]:
+        assert stage.keys() == {"stage", "error", "untrained_error", "train", "test"}
+        assert 0 <= stage["error"] <= 1
+        assert (stage["train"], stage["test"]) == (24, 24)
+
+
+def test_the_summary_says_where_things_lie_and_what_to_type(digits: Path, call: Callable) -> None:
+    code, out, err = call("run", *TINY, "--data", f"fsdd:{digits}", "--out", "my run")
+    assert (code, err) == (0, "")
+    assert "0 bytes left on it" in out
+    assert "encoder   my run/encoder.safetensors" in out
+    assert "layerwise probe 'my run' --label digit" in out
+    assert "\x1b" not in out
+    log = Path("my run/log.txt").read_text()
+    assert "stage 4: reached max epochs, 1 epochs" in log
+
+
+def test_run_goes_on_with_the_same_command(digits: Path, call: Callable) -> None:
+    arguments = ("run", *TINY, "--data", f"fsdd:{digits}")
+    assert call(*arguments)[0] == 0
+    code, out, _ = call(*arguments)
+    assert code == 0
+    assert "training" not in out.split("stage  status")[0]
+
+
+def test_version_and_help(call: Callable) -> None:
+    assert call("--version")[1].startswith("layerwise, version ")
+    code, out, _ = call("run", "--help")
+    assert code == 0
+    for option in configuration.options():
+        if option.flag:
+            assert option.flag in out
+
+
+def test_the_command_line_has_exactly_these_options() -> None:
+    named = {option for parameter in layerwise.commands["run"].params for option in parameter.opts}
+    assert named == {
+        *("--recipe", "--config", "--data", "--net", "--stages", "--gpu-mem", "--out", "--cache-dir", "--max-epochs"),
+        *("--patience", "--batch-size", "--lr", "--precision", "--device", "--seed", "--from-stage", "--overwrite"),
+        "--set",
+    }
+
+
+def recordings(folder: Path, count: int, seconds: float = 0.3) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        samples = np.random.default_rng(number).standard_normal(round(8000 * seconds)) * 0.1
+        soundfile.write(folder / f"{number}.wav", samples, 8000)
+    return folder
+
+
+BAD_REQUESTS = {
+    "budget of nothing": (["--gpu-mem", "0"], "--gpu-mem: a budget of 0"),
+    "budget of fruit": (["--gpu-mem", "4 bananas"], "'4 bananas' is not a size"),
+    "negative budget": (["--gpu-mem=-4GB"], "--gpu-mem: "),
+    "budget too small": (["--gpu-mem", "10kB"], "is too small: stage"),
+    "too many stages": (["--stages", "9"], "at most 4 stages"),
+    "no stages": (["--stages", "0"], "--stages: "),
+    "stages in words": (["--stages", "six"], "--stages: "),
+    "unknown recipe": (["--recipe", "imagenet"], "the recipes are cifar10, demo"),
+    "unknown data kind": (["--data", "video:x"], "--data video:x"),
+    "data without a folder": (["--data", "speech"], "name the folder too"),
+    "missing folder": (["--data", "speech:nowhere"], "nowhere does not exist"),
+    "missing picture folder": (["--data", "images:nowhere", "--recipe", "cifar10"], "nowhere does not exist"),
+    "missing librispeech": (["--data", "librispeech:nowhere"], "nowhere does not exist"),
+    "missing stl10": (["--data", "stl10:nowhere", "--recipe", "stl10"], "STL10 is not complete"),
+    "missing cifar10": (["--data", "cifar10:nowhere", "--recipe", "cifar10"], "CIFAR10 is not complete"),
+    "misspelt option": (["--set", "training.larning_rate=1"], "There is no option 'training.larning_rate'"),
+    "set without a value": (["--set", "training.lr"], "write it as key=value"),
+    "misspelt flag": (["--max-epoch", "3"], "--max-epochs"),
+    "learning rate of zero": (["--lr", "0"], "--lr: "),
+    "unknown precision": (["--precision", "float8"], "--precision: "),
+    "unknown net": (["--net", "transformer"], "--net: "),
+    "pictures for the speech net": (["--net", "vision"], "--net vision trains on pictures"),
+    "device that is not there": (["--device", "cuda:7"], "--device cuda:7"),
+    "device that does not exist": (["--device", "tpu"], "--device: "),
+    "missing configuration": (["--config", "none.toml"], "none.toml cannot be read"),
+    "from a stage that is not there": (["--from-stage", "3"], "holds no run yet"),
+    "window too small": (["--set", "data.window=60"], "data.window is too small"),
+    "kernels without strides": (["--set", "net.kernels=[3]"], "one entry per convolution"),
+    "pattern without a group": (["--set", "data.pattern=abc"], "names no label"),
+    "window of nothing": (["--set", "data.window=0"], "data.window: "),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_REQUESTS.values(), ids=BAD_REQUESTS.keys())
+def test_a_bad_request_is_one_sentence_and_exit_code_2(
+    arguments: list[str], message: str, call: Callable, tmp_path: Path
+) -> None:
+    folder = recordings(tmp_path / "recordings", 6)
+    code, out, err = call("run", *TINY, "--data", f"speech:{folder}", *arguments)
+    assert code == 2
+    assert message in err
+    assert out == ""
+    assert err.startswith("layerwise: ")
+    assert "Traceback" not in err
+    assert err.strip().count("\n") == 0
+    assert not Path("runs").exists() or not list(Path("runs").rglob("run.json"))
+    assert not Path("cache").exists()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_too_few_recordings_are_a_sentence(count: int, call: Callable, tmp_path: Path) -> None:
+    folder = recordings(tmp_path / "recordings", count)
+    code, _, err = call("run", *TINY, "--data", f"speech:{folder}")
+    assert code == 2
+    assert str(folder) in err or "usable samples" in err
+
+
+def test_recordings_shorter_than_a_window_train_anyway(call: Callable, tmp_path: Path) -> None:
+    folder = recordings(tmp_path / "recordings", 8, seconds=0.1)
+    code, out, _ = call("run", *TINY, "--data", f"speech:{folder}")
+    assert code == 0, out
+
+
+def test_recordings_that_give_no_frame_are_counted_and_refused(call: Callable, tmp_path: Path) -> None:
+    folder = recordings(tmp_path / "recordings", 8, seconds=0.002)
+    code, _, err = call("run", *TINY, "--data", f"speech:{folder}")
+    assert code == 2
+    assert "0 usable recordings and 8 unusable ones; the first: 0.wav, lasts 0.002 s" in err
+
+
+def test_skipped_recordings_are_named_and_counted(call: Callable, tmp_path: Path) -> None:
+    folder = recordings(tmp_path / "recordings", 8)
+    (folder / "broken.wav").write_bytes(b"RIFF no sound")
+    code, out, _ = call("run", *TINY, "--data", f"speech:{folder}")
+    assert code == 0
+    assert "1 files skipped:" in out
+    assert "broken.wav: cannot be decoded" in out
+
+
+def test_one_speaker_only_trains_but_cannot_be_told_apart(call: Callable, tmp_path: Path) -> None:
+    folder = recordings(tmp_path / "recordings", 8)
+    assert call("run", *TINY, "--data", f"speech:{folder}", "--out", "one")[0] == 0
+    code, _, err = call("probe", "one", "--label", "speaker")
+    assert code == 2
+    assert "nothing to tell apart" in err
+
+
+def test_an_unknown_label_lists_the_known_ones(finished: Path, call: Callable) -> None:
+    code, _, err = call("probe", finished / "run", "--label", "mood")
+    assert code == 2
+    assert "has no label 'mood'; it has digit, speaker" in err
+
+
+@pytest.mark.parametrize("command", [["status"], ["probe", "--label", "speaker"]])
+def test_commands_on_what_is_no_run_are_a_sentence(command: list[str], call: Callable, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "missing"):
+        code, _, err = call(command[0], folder, *command[1:])
+        assert code == 2
+        assert "run directory" in err
+    (tmp_path / "empty" / "run.json").write_text("{}")
+    code, _, err = call(command[0], tmp_path / "empty", *command[1:])
+    assert code == 2
+    assert "damaged" in err
+
+
+def test_an_output_folder_that_holds_something_else_stays_as_it_is(call: Callable, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "main.tex").write_text("years")
+    folder = recordings(tmp_path / "recordings", 6)
+    for extra in ([], ["--overwrite"]):
+        code, _, err = call("run", *TINY, "--data", f"speech:{folder}", "--out", tmp_path / "thesis", *extra)
+        assert code == 2
+        assert "holds something else (main.tex)" in err
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["main.tex"]
+
+
+def test_no_room_on_the_disk_is_a_sentence(
+    call: Callable, tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    code, _, err = call("run", *TINY, "--data", f"fsdd:{digits}")
+    assert code == 2
+    assert "No room is left on the disk" in err
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path / "here")
+    assert call("run", *TINY, "--data", f"fsdd:{digits}")[0] == 0
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence(call: Callable, tmp_path: Path) -> None:
+    folder = recordings(tmp_path / "recordings", 6)
+    (tmp_path / "file").write_text("")
+    for option in ("--out", "--cache-dir"):
+        code, _, err = call("run", *TINY, "--data", f"speech:{folder}", option, tmp_path / "file" / "below")
+        assert code == 2
+        assert "cannot be written" in err
+
+
+def test_a_defect_of_ours_is_exit_code_1(call: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["layerwise.commands.status"], "open_run", lambda path: 1 / 0)
+    code, _, err = call("status", "x")
+    assert code == 1
+    assert "ZeroDivisionError" in err
+    assert "a defect of layerwise" in err
+
+
+def test_the_launcher_of_a_checkout_is_the_same_command() -> None:
+    launcher = Path(__file__).resolve().parents[2] / "cli.py"
+    result = subprocess.run([sys.executable, launcher, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("layerwise, version")

@@ -1,0 +1,96 @@
+"""Real processes, really killed: the next start ends with the bits of a run that nobody disturbed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+OPTIONS = [
+    *("--set", "net.width=16", "--set", "net.context=16", "--set", "net.kernels=[10,8]", "--set", "net.strides=[5,4]"),
+    *("--set", "net.paddings=[2,2]", "--set", "objective.steps=3", "--set", "objective.anchors=32"),
+    *("--set", "data.sample_rate=8000", "--set", "data.window=1600", "--max-epochs", "8", "--batch-size", "4"),
+    *("--set", "cache.block=512", "--set", "training.checkpoint_seconds=0.02", "--out", "run"),
+]
+
+
+@pytest.fixture
+def start(tmp_path: Path, digits: Path) -> Callable[[str], subprocess.Popen]:
+    """start(folder) begins or resumes a run there, in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def begin(folder: str) -> subprocess.Popen:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "layerwise", "run", "--data", f"fsdd:{digits}", *OPTIONS]
+        return subprocess.Popen(
+            command, cwd=tmp_path / folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    return begin
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert process.poll() is None, f"ended before it could be disturbed: {process.communicate()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def bits(folder: Path) -> dict[str, bytes]:
+    weights = {name: value.tobytes() for name, value in load_file(folder / "run" / "encoder.safetensors").items()}
+    return weights | {path.name: path.read_bytes() for path in (folder / "cache" / "run").glob("*.h5")}
+
+
+def test_killed_in_a_stage_and_in_a_cache_a_run_ends_with_the_same_bits(
+    start: Callable[[str], subprocess.Popen], tmp_path: Path
+) -> None:
+    finish(start("undisturbed"))
+    run, caches = tmp_path / "killed" / "run", tmp_path / "killed" / "cache" / "run"
+
+    process = start("killed")
+    wait_for((run / "stages" / "1" / "checkpoint.safetensors").exists, process)
+    process.kill()
+    process.communicate()
+    assert not (caches / "stage-1.h5").exists()
+
+    journal = caches / "stage-1.h5.journal"
+    process = start("killed")
+    wait_for(lambda: journal.exists() and journal.stat().st_size > 40 * 16, process)
+    process.kill()
+    process.communicate()
+    assert (caches / "stage-1.h5.part").exists()
+
+    process = start("killed")
+    wait_for((run / "stages" / "3" / "checkpoint.safetensors").exists, process)
+    process.kill()
+    process.communicate()
+
+    finish(start("killed"))
+    assert bits(tmp_path / "killed") == bits(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_exits_75_and_the_same_command_goes_on(
+    start: Callable[[str], subprocess.Popen], tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start("stopped")
+    wait_for((tmp_path / "stopped" / "run" / "stages" / "1" / "checkpoint.safetensors").exists, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert f"Stopped by {number.name}" in err
+    assert "start the same command again" in err
+    assert "Traceback" not in err
+    assert "going on in epoch" in finish(start("stopped"))

@@ -1,0 +1,97 @@
+"""Options: recipes below files below flags, and errors that say what would be right."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from pydantic import ByteSize
+
+from layerwise import config
+from layerwise.errors import ConfigError
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[training]\nlr = 0.5\nbatch_size = 3\n")
+    resolved = config.resolve("fsdd", tmp_path / "mine.toml", {"training.lr": 0.25})
+    assert (resolved.training.lr, resolved.training.batch_size) == (0.25, 3)
+    assert resolved.data.sample_rate == 8000
+
+
+@pytest.mark.parametrize(
+    ("source", "out"),
+    [
+        ("demo", "runs/demo"),
+        ("fsdd:x", "runs/fsdd"),
+        ("speech:x", "runs/librispeech"),
+        ("images:x", "runs/stl10"),
+        ("cifar10:x", "runs/cifar10"),
+    ],
+)
+def test_the_recipe_follows_the_data(source: str, out: str) -> None:
+    assert config.resolve(overrides={"data.source": source}).out == out
+
+
+def test_every_recipe_is_valid() -> None:
+    assert config.recipe_names() == ["cifar10", "demo", "fsdd", "librispeech", "stl10"]
+    for name in config.recipe_names():
+        config.resolve(name)
+
+
+def test_the_librispeech_recipe_is_the_papers() -> None:
+    paper = config.resolve("librispeech")
+    assert (paper.net.width, paper.net.context, paper.net.kernels) == (512, 256, (10, 8, 4, 4, 4))
+    assert (paper.objective.steps, paper.objective.negatives, paper.objective.anchors) == (12, 10, 128)
+    assert (paper.data.window, paper.data.sample_rate) == (20480, 16000)
+    assert (paper.training.lr, paper.training.batch_size) == (2e-4, 8)
+
+
+def test_a_resolved_configuration_round_trips_through_toml(tmp_path: Path) -> None:
+    resolved = config.resolve("cifar10", overrides={"memory.gpu_mem": "3.5GiB", "training.stages": 2})
+    (tmp_path / "config.toml").write_text(resolved.to_toml())
+    assert config.load(tmp_path / "config.toml") == resolved
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("4GB", 4 * 10**9), ("4GiB", 4 * 2**30), ("3.5 GB", 35 * 10**8), ("800mb", 8 * 10**8)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert config.resolve(overrides={"memory.gpu_mem": text}).memory.gpu_mem == ByteSize(size)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.b=1", ("a.b", 1)),
+        ("a.b=[1, 2]", ("a.b", [1, 2])),
+        ("a.b=true", ("a.b", True)),
+        ("a.b=runs/x", ("a.b", "runs/x")),
+        ("a.b=x=y", ("a.b", "x=y")),
+    ],
+)
+def test_assignments_are_toml_or_plain_text(text: str, expected: tuple[str, object]) -> None:
+    assert config.parse_assignment(text) == expected
+
+
+def test_a_misspelt_option_names_its_neighbours() -> None:
+    with pytest.raises(ConfigError, match=r"'objective.negative'; did you mean objective.negatives"):
+        config.resolve(overrides={"objective.negative": 3})
+
+
+def test_broken_toml_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "broken.toml").write_text("[training\n")
+    with pytest.raises(ConfigError, match=r"broken\.toml is not valid TOML"):
+        config.resolve(config_file=tmp_path / "broken.toml")
+
+
+def test_every_option_has_help_and_a_scope() -> None:
+    listed = list(config.options())
+    assert all(option.help and option.scope in ("shape", "training", "place") for option in listed)
+    flat = {f"{s}.{k}" for s, v in tomllib.loads(config.resolve().to_toml()).items() if isinstance(v, dict) for k in v}
+    assert flat <= {option.key for option in listed}
+
+
+def test_changes_are_listed_by_scope() -> None:
+    old = config.resolve()
+    new = config.resolve(overrides={"training.lr": 0.5, "net.width": 3, "memory.gpu_mem": "1GB"})
+    assert [option.key for option, _, _ in config.changed_options(old, new, {"training"})] == ["training.lr"]
+    assert [option.key for option, _, _ in config.changed_options(old, new, {"shape"})] == ["net.width"]
