@@ -84,6 +84,8 @@ class NetOptions(_Section):
             raise ValueError("blocks needs at least one module of at least one block")
         if min((*self.kernels, *self.strides), default=1) < 1 or min(self.paddings, default=0) < 0:
             raise ValueError("kernels and strides must be at least 1, paddings at least 0")
+        if not self.kernels and not self.context:
+            raise ValueError("a speech network needs at least one layer: give kernels, or a context")
         if any(stride > kernel for kernel, stride in zip(self.kernels, self.strides, strict=True)):
             raise ValueError("a stride larger than its kernel would skip frames")
         return self
@@ -143,7 +145,7 @@ class CacheOptions(_Section):
     dir: str = _option("cache", "place", "folder of the activation caches", "--cache-dir")
     dtype: Literal["float16", "bfloat16", "float32"] = _option("float16", "training", "dtype of cached activations")
     block: ByteSize = _option(
-        "32MiB", "place", "what shares a checksum and is synced at once; a kill costs at most this", ge=1
+        "32MiB", "place", "bytes that share a checksum and are synced at once; a kill costs no more", ge=512
     )
 
 
@@ -230,7 +232,9 @@ def resolve(
     """
     overrides = dict(overrides or {})
     file_tree = _read_toml(config_file) if config_file else {}
-    source = str(overrides.get("data.source") or file_tree.get("data", {}).get("source") or "demo")
+    in_file = file_tree.get("data", {})
+    source = overrides.get("data.source") or (in_file.get("source") if isinstance(in_file, dict) else None)
+    source = str(source or "demo")
     kind = source.partition(":")[0]
     if kind not in DATA_KINDS:
         raise ConfigError(

@@ -26,8 +26,11 @@ class RunPaths:
     @classmethod
     def of(cls, out: str | Path, cache_dir: str | Path) -> "RunPaths":
         """The caches of runs/NAME lie in CACHE_DIR/NAME."""
-        out = Path(out).expanduser()
-        return cls(out, (Path(cache_dir).expanduser() / out.resolve().name).resolve())
+        try:
+            out = Path(out).expanduser()
+            return cls(out, (Path(cache_dir).expanduser() / out.resolve().name).resolve())
+        except RuntimeError as error:
+            raise RunError(f"--out {out} or --cache-dir {cache_dir} cannot be found: {error}.") from None
 
     @property
     def state(self) -> Path:
@@ -54,8 +57,12 @@ class RunPaths:
         """Holds the id of the run that the caches belong to."""
         return self.caches / "run-id"
 
+    @property
+    def probes(self) -> Path:
+        return self.out / "probes"
+
     def probe(self, label: str) -> Path:
-        return self.out / "probes" / f"{label}.json"
+        return self.probes / f"{label}.json"
 
     def stage(self, stage: int) -> Path:
         return self.out / "stages" / str(stage)
@@ -109,6 +116,8 @@ class RunState:
     """Absolute path of the folder of the caches."""
     from_stage: int | None = None
     """The `--from-stage` that is being carried out; None where there is none or it is finished."""
+    kept_stages: int = 0
+    """Stages 1 to this kept the training options of an earlier start when `--from-stage` retrained those above."""
     run_id: str = field(default_factory=lambda: secrets.token_hex(8))
     version: int = VERSION
 
@@ -140,7 +149,7 @@ class RunState:
         except OSError as error:
             raise RunError(f"{path} cannot be read: {error.strerror}.") from None
         except (ValueError, KeyError, TypeError):
-            raise RunError(f"{path} is damaged; restore it, or start anew with --overwrite or another --out.") from None
+            raise RunError(f"{path} is damaged; restore it, or move the folder away and start anew.") from None
 
 
 def open_run(out: Path) -> tuple[RunPaths, RunState]:

@@ -24,6 +24,8 @@ BLOCK_BYTES = 32 * 2**20
 STORED_AS = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}
 """Cache dtype to HDF5 dtype. bfloat16 has none there: its 16 bits are stored as unsigned integers."""
 
+_ATTRIBUTES = ("complete", "fingerprint", "stage", "dtype", "columns", "views", "hop", "offset", "block_bytes")
+
 SPLITS = ("train", "held-out", "test")
 """Meaning of the numbers in the data set `split`."""
 
@@ -81,9 +83,13 @@ class Layout:
 
 
 def create(path: Path, layout: Layout) -> None:
-    """Creates the file with everything in it but the activations and their checksums, not yet marked complete."""
+    """Creates the file with everything in it but the activations and their checksums, not yet marked complete.
+
+    Of a library version whose files carry no "open for write" mark: a kill while sealing would leave that mark behind, and
+    HDF5 would never open the file again.
+    """
     with h5py.File(
-        path, "w", libver=("v110", "v110"), alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT
+        path, "w", libver=("earliest", "v108"), alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT
     ) as file:
         file.attrs.update(
             {
@@ -115,6 +121,7 @@ def create(path: Path, layout: Layout) -> None:
 def read_layout(path: Path) -> Layout:
     """The layout of a cache file, sealed or not. Raises CacheError where it is none, or of another version."""
     with open_checked(path) as file:
+        _check_structure(path, file)
         attrs = file.attrs
         offsets = file["offsets"][:]
         views = int(attrs["views"])
@@ -184,6 +191,33 @@ def reserve(path: Path, layout: Layout) -> None:
             os.posix_fallocate(descriptor, data_offset(path), size)
         finally:
             os.close(descriptor)
+
+
+def _check_structure(path: Path, file: h5py.File) -> None:
+    """Raises CacheError unless every data set is plain: h5py would follow links and storage into other files."""
+    names = ["offsets", "ids", "split", "checksums", "activations"]
+    for group in ("labels", "labels_classes", "frame_labels", "frame_labels_classes"):
+        if isinstance(file.get(group, getlink=True), h5py.HardLink):
+            names += [f"{group}/{name}" for name in file[group]]
+    missing = [name for name in _ATTRIBUTES if name not in file.attrs]
+    odd = missing or [name for name in names if not _is_plain(file, name)]
+    if odd:
+        raise CacheError(
+            f"{path} is not a whole cache: {odd[0]} is missing or stored in a way that layerwise never writes."
+        )
+
+
+def _is_plain(file: h5py.File, name: str) -> bool:
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        return False
+    entry = file[name]
+    return (
+        isinstance(entry, h5py.Dataset)
+        and entry.chunks is None
+        and not entry.is_virtual
+        and entry.external is None
+        and entry.dtype.kind in "iufS"
+    )
 
 
 def _store(file: h5py.File, name: str, values: np.ndarray) -> None:

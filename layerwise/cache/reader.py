@@ -5,6 +5,7 @@ Only the path travels between processes; each reader opens its own descriptor.
 
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +54,15 @@ class ActivationCache:
         first = int(self._offsets[sample * self.views + view]) + start
         return self._rows(first, stop - start)
 
-    def verify(self) -> None:
-        """Compares every block with its checksum. Raises CacheError that names the first damaged one."""
+    def verify(self, poll: Callable[[], None] = lambda: None) -> None:
+        """Compares every block with its checksum, and calls `poll` between them, which may raise.
+
+        Raises CacheError that names the first damaged block.
+        """
         end = self.layout.rows * self.layout.row_bytes
         buffer = np.empty(min(self.layout.block_bytes, end), dtype=np.uint8)
         for block, expected in enumerate(self._checksums):
+            poll()
             start = block * self.layout.block_bytes
             part = buffer[: min(self.layout.block_bytes, end - start)]
             self._read_into(part, start)

@@ -79,7 +79,7 @@ class CacheWriter:
         try:
             with open_checked(self._part, "r+") as file:
                 file["checksums"][:] = np.array(self._checksums, dtype=np.uint32)
-                file.attrs["complete"] = True
+                file.attrs.modify("complete", True)  # in place: doing it twice gives the same bytes
             os.fsync(self._descriptor)
             os.replace(self._part, self.path)
             sync_folder(self.path.parent)

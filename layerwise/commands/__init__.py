@@ -1,6 +1,5 @@
 """The command line: options in, library calls, text out. Errors become one sentence and an exit code here."""
 
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -45,10 +44,13 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
     except (click.Abort, KeyboardInterrupt):
         _say("Stopped by Ctrl-C before anything had to be saved; start the same command again.")
         return Interrupted.exit_code
-    except BrokenPipeError:
-        # The reader of our output has gone, as in `layerwise status | head`; the interpreter must not complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit:
+        return 0  # click leaves so when the reader of our output has gone, as in `layerwise status | head`
+    except OSError as error:
+        _say(
+            f"{error.filename or 'The system'}: {error.strerror or error}; mend that and start the same command again."
+        )
+        return LayerwiseError.exit_code
     except Exception:
         traceback.print_exc()
         _say("This is a defect of layerwise, not of your request; please report it with the lines above.")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from layerwise.data.listing import list_files
 from layerwise.data.source import Skipped
 from layerwise.errors import ConfigError, DataError
 
@@ -132,18 +133,10 @@ def open_image_folder(folder: str | os.PathLike[str], options: PatchOptions) -> 
     Raises DataError where the folder is missing or holds fewer than two usable pictures.
     """
     folder = Path(folder)
-    if not folder.exists():
-        raise DataError(f"The picture folder {folder} does not exist; check the path.")
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; name the folder that holds the pictures.")
-    found, skipped = _find_pictures(folder)
-    if not found and not skipped:
-        raise DataError(
-            f"There are no pictures in {folder} or below; name a folder with {', '.join(sorted(EXTENSIONS))} files."
-        )
+    found, skipped = list_files(folder, EXTENSIONS, "pictures")
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow frees the interpreter lock while it decodes
         faults = list(pool.map(partial(_fault, folder, options), found))
-    skipped += [Skipped(str(folder / name), fault) for name, fault in zip(found, faults, strict=True) if fault]
+    skipped += [Skipped(name, fault) for name, fault in zip(found, faults, strict=True) if fault]
     ids = [name for name, fault in zip(found, faults, strict=True) if not fault]
     if len(ids) < 2:
         why = f" ({len(skipped)} could not be read, such as {skipped[0].path}: {skipped[0].reason})" if skipped else ""
@@ -202,33 +195,6 @@ def identity(kind: str, options: PatchOptions, files: Iterable[tuple[str, int]])
     """SHA-256, as hex, over the kind of source, the options and each file's name and size in bytes."""
     constants = [GRAY_MEAN, GRAY_STD, COLOUR_MEAN, COLOUR_STD]
     return hashlib.sha256(json.dumps([kind, asdict(options), constants, sorted(files)]).encode()).hexdigest()
-
-
-def _find_pictures(folder: Path) -> tuple[list[str], list[Skipped]]:
-    """Sorted names below the folder with a picture's extension, and what cannot even be tried."""
-    found, skipped, unreadable = [], [], []
-    for parent, folders, files in os.walk(folder, onerror=unreadable.append):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(parent, name) for name in files):
-            if path.suffix.lower() not in EXTENSIONS or path.name.startswith("."):
-                continue
-            if not _is_utf8(path):
-                skipped.append(Skipped(os.fsencode(path).decode(errors="replace"), "its name is not valid UTF-8"))
-            elif not path.is_file():  # a broken link, or a pipe that would block for ever
-                skipped.append(Skipped(str(path), "not a regular file"))
-            else:
-                found.append(path.relative_to(folder).as_posix())
-    skipped += [Skipped(str(error.filename), error.strerror or "folder cannot be read") for error in unreadable]
-    return sorted(found), skipped
-
-
-def _is_utf8(path: Path) -> bool:
-    """Names are stored as UTF-8 in caches and reports; others cannot be written there."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _class_of(name: str, split: bool) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from layerwise.config import DATA_KINDS, DataOptions
 from layerwise.data.source import DataSet
-from layerwise.errors import ConfigError
+from layerwise.errors import ConfigError, DataError
 
 
 def open_data(options: DataOptions, shortest: int) -> DataSet:
@@ -19,7 +19,10 @@ def open_data(options: DataOptions, shortest: int) -> DataSet:
         return open_demo()
     if not place or kind not in DATA_KINDS:
         raise ConfigError(f"--data {options.source}: name the folder too, like {kind}:DIR.")
-    folder = Path(place).expanduser()
+    try:
+        folder = Path(place).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"--data {options.source} cannot be found: {error}.") from None
     if kind in ("speech", "fsdd", "librispeech"):
         return _open_speech(kind, folder, options, shortest)
     return _open_pictures(kind, folder, options)

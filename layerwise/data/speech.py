@@ -21,6 +21,7 @@ import numpy as np
 import soundfile
 import torch
 
+from layerwise.data.listing import list_files
 from layerwise.data.source import Skipped
 from layerwise.errors import ConfigError, DataError
 
@@ -47,7 +48,10 @@ class Recording:
 
 
 class RecordingSet:
-    """A DataSet of recordings; a frame is one audio sample, of shape (1,)."""
+    """A DataSet of recordings; a frame is one audio sample, of shape (1,).
+
+    Its identity covers names, rates, lengths and labels, not contents: hashing those would read the whole set at each start.
+    """
 
     columns = 1
     frame_shape = (1,)
@@ -98,12 +102,10 @@ def open_recordings(folder: Path, rate: int, pattern: str = "", shortest: int = 
     Raises DataError where the folder is missing or fewer than two recordings can be used, ConfigError for the pattern.
     """
     expression = _compiled(pattern)
-    ids = _audio_files(folder)
-    if not ids:
-        raise DataError(f"{folder} holds no recordings ({', '.join(sorted(EXTENSIONS))}); name the folder that does.")
+    ids, skipped = list_files(folder, EXTENSIONS, "recordings")
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         found = list(pool.map(lambda name: _inspect(folder, name, rate, shortest), ids))
-    skipped = [entry for entry in found if isinstance(entry, Skipped)]
+    skipped += [entry for entry in found if isinstance(entry, Skipped)]
     usable = [(name, entry) for name, entry in zip(ids, found, strict=True) if isinstance(entry, Recording)]
     if len(usable) < 2:
         first = f"; the first: {skipped[0].path}, {skipped[0].reason}" if skipped else ""
@@ -122,14 +124,6 @@ def _compiled(pattern: str) -> re.Pattern[str] | None:
     if expression is not None and not expression.groupindex:
         raise ConfigError(f"data.pattern {pattern!r} names no label; write a group such as (?P<speaker>[^/_]+).")
     return expression
-
-
-def _audio_files(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise DataError(f"The data folder {folder} {what}; name the one that holds the recordings.")
-    paths = (Path(root) / name for root, _, names in os.walk(folder) for name in names if not name.startswith("."))
-    return sorted(path.relative_to(folder).as_posix() for path in paths if path.suffix.lower() in EXTENSIONS)
 
 
 def _inspect(folder: Path, name: str, rate: int, shortest: int) -> Recording | Skipped:
@@ -210,6 +204,8 @@ def _decode(recording: Recording, start: int, stop: int) -> np.ndarray:
             f"{recording.path} gave {len(samples)} of {stop - start} samples from {start} on: it is damaged or has "
             "changed; restore or remove it."
         )
+    if not np.isfinite(samples).all():
+        raise DataError(f"{recording.path} holds samples that are not numbers; repair or remove it.")
     return samples.mean(axis=1)
 
 

@@ -14,12 +14,12 @@ from layerwise.errors import RunError
 from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import exclusive
 from layerwise.memory.device import cap, find_device
-from layerwise.nets.speech import shortest_input
+from layerwise.nets import shortest_sample
 from layerwise.run_directory import RunPaths, RunState
 from layerwise.stop import StopFlag
 from layerwise.training.budget import check_budget
 from layerwise.training.encoder import stitch
-from layerwise.training.plan import StagePlan, plan_stages, rows_needed
+from layerwise.training.plan import StagePlan, plan_stages
 from layerwise.training.resume import prepare
 from layerwise.training.schedule import tasks_of_run
 from layerwise.training.split import split_samples
@@ -53,7 +53,7 @@ def run(
     """
     device = find_device(config.training.device)
     paths = RunPaths.of(config.out, config.cache.dir)
-    data = _open(config)
+    data = open_data(config.data, shortest_sample(config))
     plans = plan_stages(config, data)
     split = split_samples(data, config)
     check_budget(config, plans, device)
@@ -74,17 +74,13 @@ def run(
     return RunResult(paths, state, config, (*data.labels, *data.frame_label_names))
 
 
-def _open(config: Config) -> DataSet:
-    shortest = shortest_input(config.net, rows_needed(config)) if config.net.name == "speech" else 1
-    return open_data(config.data, shortest)
-
-
 def _refuse_foreign_folder(out: Path) -> None:
     """Raises RunError where the run directory would mix with files that are not a run's."""
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} is a file; name a folder.")
     if out.is_dir() and not (out / "run.json").exists():
-        others = sorted(entry.name for entry in out.iterdir() if entry.name != "lock")
+        ours = {"lock", "run.json.tmp"}
+        others = sorted(entry.name for entry in out.iterdir() if entry.name not in ours)
         if others:
             raise RunError(f"--out {out} holds something else ({others[0]}); name a new or empty folder.")
 

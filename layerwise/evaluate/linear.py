@@ -10,7 +10,7 @@ PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 ITERATIONS = 200
 
 
-def test_error(
+def probe_error(
     features: np.ndarray, classes: np.ndarray, train: np.ndarray, held_out: np.ndarray, test: np.ndarray
 ) -> float:
     """Error rate on the test rows, from 0 to 1.

@@ -16,10 +16,11 @@ from layerwise.config import load
 from layerwise.data.open import open_data
 from layerwise.errors import DataError, RunError
 from layerwise.evaluate.features import cached_features, choose_frames
-from layerwise.evaluate.linear import test_error
+from layerwise.evaluate.linear import probe_error
 from layerwise.evaluate.untrained import untrained_features
 from layerwise.files import write_atomically
 from layerwise.memory.device import find_device
+from layerwise.nets import shortest_sample
 from layerwise.run_directory import RunPaths, open_run
 from layerwise.stop import StopFlag
 
@@ -64,7 +65,7 @@ def probe(
         per_frame = label in caches[0].layout.frame_labels
         samples = _labelled_samples(caches[0], label, per_frame, run_directory)
         notify("features of the same network with random weights")
-        untrained = _untrained(paths, caches[0], samples, per_frame)
+        untrained = _untrained(paths, state.data_identity, samples, per_frame, stop)
         results = []
         for cache, untrained_of_stage in zip(caches, untrained, strict=False):
             stop.raise_if_set(f"before the probe of stage {cache.layout.stage}")
@@ -95,18 +96,18 @@ def _labelled_samples(cache: ActivationCache, label: str, per_frame: bool, run_d
     return samples
 
 
-def _untrained(paths: RunPaths, cache: ActivationCache, samples: np.ndarray, per_frame: bool) -> list[np.ndarray]:
+def _untrained(
+    paths: RunPaths, identity: str, samples: np.ndarray, per_frame: bool, stop: StopFlag
+) -> list[np.ndarray]:
     config = load(paths.config)
-    data = open_data(config.data, shortest=1)
-    index = {name: number for number, name in enumerate(data.ids)}
-    missing = [name for name in cache.ids if name not in index]
-    if missing:
+    data = open_data(config.data, shortest_sample(config))
+    if data.identity != identity:
         raise DataError(
-            f"{missing[0]} is no longer in {config.data.source}; the untrained comparison needs all samples."
+            f"The data at {config.data.source} are not those of the run any more; the comparison with random weights "
+            "needs them. Bring the old ones back."
         )
-    numbers = np.array([index[cache.ids[sample]] for sample in samples.tolist()], dtype=np.int64)
     piece = config.training.batch_size * (config.data.window if data.columns == 1 else int(data.lengths[0]))
-    return untrained_features(config, data, numbers, piece, per_frame, find_device(config.training.device))
+    return untrained_features(config, data, samples, piece, per_frame, find_device(config.training.device), stop)
 
 
 def _probe_stage(
@@ -118,8 +119,8 @@ def _probe_stage(
     trained = cached_features(cache, samples, per_frame)
     return StageError(
         stage=cache.layout.stage,
-        error=test_error(trained, classes, train, held_out, test),
-        untrained_error=test_error(untrained, classes, train, held_out, test),
+        error=probe_error(trained, classes, train, held_out, test),
+        untrained_error=probe_error(untrained, classes, train, held_out, test),
         train=len(train) + len(held_out),
         test=len(test),
     )

@@ -18,14 +18,21 @@ from layerwise.evaluate.features import SampleSummary, choose_frames
 from layerwise.memory.device import on_device
 from layerwise.nets import build_network
 from layerwise.nets.module import Module
+from layerwise.stop import StopFlag
 
 
 def untrained_features(
-    config: Config, data: DataSet, samples: np.ndarray, piece: int, per_frame: bool, device: torch.device
+    config: Config,
+    data: DataSet,
+    samples: np.ndarray,
+    piece: int,
+    per_frame: bool,
+    device: torch.device,
+    stop: StopFlag,
 ) -> list[np.ndarray]:
     """For each stage: float32 [N, C], or [frames, C] where per_frame; view 0 of the samples, in their order.
 
-    piece: most input frames on the device at once.
+    piece: most input frames on the device at once. Raises Interrupted between two groups.
     """
     network = build_network(config.net, data.frame_shape)
     modules = [network.build(layers, config.training.seed, "cpu") for layers in network.cut(config.training.stages)]
@@ -35,6 +42,7 @@ def untrained_features(
     per_stage: list[list[np.ndarray]] = [[] for _ in modules]
     with torch.no_grad():
         for group in groups:
+            stop.raise_if_set("while probing")
             numbers = samples[group.first : group.stop]
             summaries = _summaries(modules, data.lengths[numbers], numbers, per_frame)
             _pass(modules, group, pieces, summaries, device)

@@ -10,20 +10,20 @@ from layerwise.errors import ConfigError
 def find_device(name: str) -> torch.device:
     """auto: the first GPU, or the CPU where there is none. Raises ConfigError where the named GPU is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {name}: torch {torch.__version__} sees no CUDA device; give --device cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def cap(device: torch.device, budget: int | None) -> None:
-    """On CUDA the allocator itself refuses to pass the budget (bytes); elsewhere the meter does."""
-    if device.type == "cuda" and budget is not None:
+    """On CUDA the allocator itself refuses to pass the budget (bytes; None: all there is); elsewhere the meter does."""
+    if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0), device)
+        torch.cuda.set_per_process_memory_fraction(1.0 if budget is None else min(budget / total, 1.0), device)
 
 
 def on_device(frames: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Networks and how they are cut into gradient-isolated modules."""
 
-from layerwise.config import NetOptions
+from layerwise.config import Config, NetOptions
 from layerwise.nets.network import Network
-from layerwise.nets.speech import speech_network
+from layerwise.nets.speech import shortest_input, speech_network
 from layerwise.nets.vision import vision_network
 
 
@@ -10,3 +10,8 @@ def build_network(net: NetOptions, frame_shape: tuple[int, ...]) -> Network:
     """The network named by the options, for input frames of this shape (channels first)."""
     make = {"speech": speech_network, "vision": vision_network}[net.name]
     return make(net, frame_shape[0])
+
+
+def shortest_sample(config: Config) -> int:
+    """Fewest frames of a sample that give the objective a pair of context and target at the last stage."""
+    return shortest_input(config.net, config.objective.skip + 2) if config.net.name == "speech" else 1

@@ -1,5 +1,6 @@
 """Events as plain lines: for log files, and for terminals that are none."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import TextIO
@@ -41,12 +42,16 @@ class PlainLines:
     """Prints events as lines."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self._stream, self._closed = stream, False
 
     def __call__(self, event: Event) -> None:
         text = line(event)
-        if text is not None:
+        if text is None or self._closed:
+            return
+        try:
             print(text, file=self._stream, flush=True)
+        except BrokenPipeError:
+            self._closed = True  # whoever read along has gone; the training goes on
 
 
 class LogFile:
@@ -61,7 +66,8 @@ class LogFile:
             self.write(text)
 
     def write(self, text: str) -> None:
-        """One line; silently nothing where the folder is not (yet) a run directory."""
-        if (self._path.parent / "run.json").exists():
-            with self._path.open("a") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        """One line; nothing where the folder is not (yet) a run directory, or takes no more: a log decides nothing."""
+        with contextlib.suppress(OSError):
+            if (self._path.parent / "run.json").exists():
+                with self._path.open("a") as file:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

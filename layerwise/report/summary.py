@@ -23,6 +23,7 @@ def console_for_results() -> Console:
 def stage_table(state: RunState) -> Table:
     """One row per stage, within 80 columns; the loss is the lowest held-out one."""
     table = _table("stage", "status", "loss", "train peak", "cache peak", "cache", "time")
+    table.collapse_padding = True
     for record in state.stages:
         table.add_row(
             str(record.stage),
@@ -78,7 +79,7 @@ def probe_table(result: ProbeResult) -> Table:
 
 
 def _table(*names: str) -> Table:
-    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for name in names:
         table.add_column(name, no_wrap=True)
     return table

@@ -1,8 +1,7 @@
 """The caching pass: the outputs of a trained module for every sample and view, whole, into the cache writer.
 
-At most `piece` input frames are on the device at a time, as many as a training batch holds: without gradients and
-optimizer that always fits where training fitted. A sample longer than that is streamed through the module, whose layers
-carry their state, and gives what one pass would give.
+At most `piece` input frames are on the device at a time. A sample longer than that is streamed through the module, whose
+layers carry their state, and gives what one pass would give.
 """
 
 from collections.abc import Iterator
@@ -11,8 +10,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from layerwise.cache import CacheWriter
+from layerwise.cache import CacheWriter, Layout
 from layerwise.cache.format import as_stored
+from layerwise.config import Config
 from layerwise.data.batches import read_ahead
 from layerwise.data.groups import Group, group_renderings, read_piece
 from layerwise.data.source import FrameSource
@@ -21,6 +21,16 @@ from layerwise.events import CachingProgress, Notify
 from layerwise.memory.device import autocast, on_device
 from layerwise.nets.module import Module
 from layerwise.stop import StopFlag
+from layerwise.training.plan import StagePlan
+
+
+def caching_piece(plan: StagePlan, config: Config) -> int:
+    """Input frames that are on the device at once: half a training batch.
+
+    A streamed convolution holds its input twice, so half keeps the caching pass below the training pass, and no budget
+    needs to be asked: the bytes of a cache do not depend on it.
+    """
+    return max(config.training.batch_size * plan.window.frames // 2, 1)
 
 
 def cache_outputs(
@@ -40,31 +50,34 @@ def cache_outputs(
     missing = [group for group in groups if layout.offsets[group.stop] > rows_done]
     row = int(layout.offsets[missing[0].first]) if missing else 0
     with torch.no_grad():
-        for outputs in _outputs(module, source, missing, precision, device):
-            stored = _as_stored(outputs, layout.dtype, layout.stage)
+        for stored in _stored_outputs(module, source, missing, precision, device, layout):
             writer.write(stored[max(rows_done - row, 0) :])
             row += len(stored)
             notify(CachingProgress(layout.stage, row, layout.rows))
             stop.raise_if_set(f"in the cache of stage {layout.stage}, after row {row}")
 
 
-def _outputs(
-    module: Module, source: FrameSource, groups: list[Group], precision: str, device: torch.device
-) -> Iterator[torch.Tensor]:
-    """Device tensors [n, *frame shape], rendering after rendering."""
+def _stored_outputs(
+    module: Module, source: FrameSource, groups: list[Group], precision: str, device: torch.device, layout: Layout
+) -> Iterator[np.ndarray]:
+    """Rows [n, *frame shape] as they are stored, rendering after rendering; nothing stays on the device between them."""
     pieces = read_ahead(partial(read_piece, source, group, start) for group in groups for start in group.starts)
     for group in groups:
         states = None
         for start in group.starts:
             batch = next(pieces)
+            frames = on_device(batch.frames, device)
             with autocast(device, precision):
                 if group.streamed:
-                    outputs, states = module.push(on_device(batch.frames, device), states, group.is_last(start))
-                    yield outputs[0]
-                    continue
-                _, outputs = module(on_device(batch.frames, device), batch.lengths)
-            for sample, length in zip(outputs, module.out_length(batch.lengths).tolist(), strict=True):
-                yield sample[:length]
+                    outputs, states = module.push(frames, states, group.is_last(start))
+                    lengths = [outputs.shape[1]]
+                else:
+                    _, outputs = module(frames, batch.lengths)
+                    lengths = module.out_length(batch.lengths).tolist()
+            del frames
+            for sample, length in zip(outputs, lengths, strict=True):
+                yield _as_stored(sample[:length], layout.dtype, layout.stage)
+            del outputs, sample
 
 
 def _as_stored(rows: torch.Tensor, dtype: str, stage: int) -> np.ndarray:

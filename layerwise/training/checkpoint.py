@@ -33,7 +33,6 @@ class Progress:
     accuracy_sum: float = 0.0
     best_loss: float | None = None
     """Lowest held-out loss."""
-    best_epoch: int | None = None
     plateau_loss: float | None = None
     """Held-out loss at the last improvement that counted."""
     plateau_epochs: int = 0

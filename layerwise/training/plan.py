@@ -1,5 +1,6 @@
 """The stages of a run, worked out before anything is trained: what each reads, builds and puts out."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from layerwise.config import Config
 from layerwise.data.batches import Window
 from layerwise.data.source import DataSet
-from layerwise.errors import ConfigError
+from layerwise.errors import ConfigError, DataError
 from layerwise.nets import Network, build_network
 from layerwise.nets.module import Geometry, Module
 from layerwise.objectives import Objective, build_objective
@@ -59,8 +60,11 @@ def plan_stages(config: Config, data: DataSet) -> list[StagePlan]:
     stages = []
     for stage, layers in enumerate(network.cut(config.training.stages), start=1):
         module = network.build(layers, 0, "meta")
-        targets, outputs = module(torch.empty(1, window.frames, *frame_shape, device="meta"), np.array([window.frames]))
+        # Shapes do not depend on the length, and a GRU takes its time on every frame even without values.
+        frames = next(count for count in itertools.count(1) if module.out_length(count) >= 1)
+        targets, outputs = module(torch.empty(1, frames, *frame_shape, device="meta"), np.array([frames]))
         output_lengths = module.out_length(lengths)
+        _check_lengths(stage, output_lengths, data)
         geometry = module.geometry(geometry)
         stages.append(
             StagePlan(
@@ -108,6 +112,14 @@ def input_window(config: Config, columns: int) -> Window:
 def rows_needed(config: Config) -> int:
     """Rows of output that give the objective at least one pair of context and target."""
     return config.objective.skip + 2
+
+
+def _check_lengths(stage: int, output_lengths: np.ndarray, data: DataSet) -> None:
+    if output_lengths.min() < 1:
+        name = data.ids[int(output_lengths.argmin())]
+        raise DataError(
+            f"{name} is too short: stage {stage} gives not a single frame of it; remove it, or change the network."
+        )
 
 
 def _check_rows(config: Config, rows: int) -> None:

@@ -2,6 +2,9 @@
 
 A stage that is done or begun keeps the options it was trained with. Where they differ from those of this start, the
 start is refused and the option is named: silently mixing two configurations would be worse than any error.
+
+Every check comes before the first change. Whatever is changed, run.json says so first: a start after a kill between two
+steps then finds nothing that it would wrongly believe in.
 """
 
 import shutil
@@ -31,126 +34,168 @@ def prepare(
     """The state to go on from; run.json and config.toml are written. Raises RunError or ConfigError."""
     if from_stage is not None and not 1 <= from_stage <= len(plans):
         raise ConfigError(f"--from-stage {from_stage}: this run has stages 1 to {len(plans)}.")
-    if overwrite and paths.state.exists():
-        _delete_run(paths)
-    if paths.state.exists():
-        state = RunState.load(paths.state)
-        paths = RunPaths(paths.out, paths.caches)
-        _check_same_data(state, data, paths)
-        _check_same_cache_folder(state, paths)
-        _begin_from_stage(state, paths, config, from_stage)
-        _check_same_options(state, paths, config)
+    old = RunState.load(paths.state) if paths.state.exists() else None
+    if from_stage not in (None, 1) and (overwrite or old is None):
+        raise RunError(f"--from-stage {from_stage}: {paths.out} would begin anew and has no stage below; leave it out.")
+    # Killed before its options were written, a run has nothing to go on with.
+    if old is None or overwrite or not paths.config.exists():
+        state = _begin(config, paths, data, plans, device, old)
     else:
-        if from_stage not in (None, 1):
-            raise RunError(
-                f"--from-stage {from_stage}: {paths.out} holds no run yet; leave --from-stage out to start one."
-            )
-        records = [StageRecord(plan.stage) for plan in plans]
-        state = RunState(records, data.identity, config.memory.gpu_mem, str(device), str(paths.caches))
-        _claim_caches(state, paths)
+        state = _go_on(old, config, paths, data, from_stage)
     state.budget_bytes, state.device = config.memory.gpu_mem, str(device)
-    write_atomically(paths.config, config.to_toml().encode())
     state.save(paths.state)
+    write_atomically(paths.cache_owner, state.run_id.encode())
+    write_atomically(paths.config, config.to_toml().encode())
     return state
 
 
-def _check_same_data(state: RunState, data: DataSet, paths: RunPaths) -> None:
-    if state.data_identity != data.identity:
-        raise RunError(
-            f"The data set is not the one that {paths.out} was trained on: files, their sizes or the options under "
-            "[data] have changed. Bring the old ones back, or start anew with --overwrite or another --out."
-        )
+def _begin(
+    config: Config, paths: RunPaths, data: DataSet, plans: list[StagePlan], device: torch.device, old: RunState | None
+) -> RunState:
+    """A new run, in place of the old one where there is one."""
+    _check_cache_owner(paths, old)
+    if old is not None:
+        _delete_run(paths, old)
+    records = [StageRecord(plan.stage) for plan in plans]
+    return RunState(records, data.identity, config.memory.gpu_mem, str(device), str(paths.caches))
 
 
-def _check_same_cache_folder(state: RunState, paths: RunPaths) -> None:
+def _go_on(state: RunState, config: Config, paths: RunPaths, data: DataSet, from_stage: int | None) -> RunState:
     if Path(state.caches) != paths.caches and Path(state.caches).exists():
         raise ConfigError(
             f"--cache-dir: the caches of {paths.out} lie in {state.caches}, not in {paths.caches}. Give the old place, or "
             "move the folder there first."
         )
-    state.caches = str(paths.caches)
-    _claim_caches(state, paths)
+    _check_cache_owner(paths, state)
+    _check_shape(paths, config)
+    _check_same_data(state, data, paths)
+    if from_stage is not None and not _is_in_hand(state, paths, config, from_stage):
+        _reset_from(state, paths, from_stage)
+    else:
+        _check_training(state, paths, config)
+    if Path(state.caches) != paths.caches:
+        state.caches = str(paths.caches)
+        for record in state.stages:
+            record.cache = str(paths.cache(record.stage)) if record.cache else None
+    _find_what_is_missing(state, paths)
+    state.save(paths.state)
+    for record in state.stages:
+        # A stage leaves "pending" before it writes its first file, so what lies there is left over.
+        if record.status == "pending":
+            _delete_stage(paths, record.stage)
+    return state
 
 
-def _claim_caches(state: RunState, paths: RunPaths) -> None:
-    """Marks the folder of the caches as this run's. Raises RunError where it is another's."""
-    if paths.cache_owner.exists() and paths.cache_owner.read_text() != state.run_id:
+def _check_cache_owner(paths: RunPaths, state: RunState | None) -> None:
+    """Raises RunError where the folder for the caches holds another run's; `state` is None for a new run."""
+    if paths.cache_owner.exists():
+        foreign = state is None or paths.cache_owner.read_text() != state.run_id
+    else:
+        foreign = state is None and any(paths.caches.glob("stage-*.h5*"))
+    if foreign:
         raise RunError(
-            f"{paths.caches} holds the caches of another run of the same name; give another --out name or --cache-dir."
+            f"{paths.caches} holds caches of another run of the same name; give another --out name or --cache-dir, or "
+            "delete that folder if its run is gone."
         )
-    write_atomically(paths.cache_owner, state.run_id.encode())
 
 
-def _begin_from_stage(state: RunState, paths: RunPaths, config: Config, from_stage: int | None) -> None:
-    """Sets the stages from `from_stage` on back to the beginning, unless an earlier start already did so."""
-    if from_stage is None or state.from_stage == from_stage:
-        return
+def _check_shape(paths: RunPaths, config: Config) -> None:
+    """Raises ConfigError where an option that shapes all stages differs from the run's."""
+    changes = changed_options(load(paths.config), config, {"shape"})
+    if changes:
+        option, old, new = changes[0]
+        raise ConfigError(
+            f"{_named(option)} was {_shown(old)} when {paths.out} was started and is {_shown(new)} now"
+            f"{_and_more(len(changes))}: give {_shown(old)} again, or start anew with --overwrite or another --out."
+        )
+
+
+def _check_training(state: RunState, paths: RunPaths, config: Config) -> None:
+    """Raises ConfigError where a begun stage was trained with other options, unless an earlier start kept it so."""
+    changes = _training_changes(state, paths, config, range(state.kept_stages + 1, len(state.stages) + 1))
+    if changes:
+        stage, option, old, new = changes[0]
+        raise ConfigError(
+            f"{_named(option)} was {_shown(old)} when stage {stage} of {paths.out} was trained and is {_shown(new)} now"
+            f"{_and_more(len({change[1].key for change in changes}))}: give {_shown(old)} again, or retrain with "
+            f"--from-stage {stage}."
+        )
+
+
+def _check_same_data(state: RunState, data: DataSet, paths: RunPaths) -> None:
+    if state.data_identity != data.identity:
+        raise RunError(
+            f"The data set is not the one that {paths.out} was trained on: files or their sizes have changed. Bring the "
+            "old ones back, or start anew with --overwrite or another --out."
+        )
+
+
+def _is_in_hand(state: RunState, paths: RunPaths, config: Config, from_stage: int) -> bool:
+    """Whether an earlier start was asked the same and did not end, so that this one goes on."""
+    stages = range(from_stage, len(state.stages) + 1)
+    return state.from_stage == from_stage and not _training_changes(state, paths, config, stages)
+
+
+def _reset_from(state: RunState, paths: RunPaths, from_stage: int) -> None:
+    """Sets this stage and those above it back to the beginning; those below keep their options from now on."""
     unfinished = [record.stage for record in state.stages[: from_stage - 1] if record.status != "done"]
     if unfinished:
         raise RunError(f"--from-stage {from_stage}: stage {unfinished[0]} is not done yet; leave --from-stage out.")
-    _refuse(_changes(paths, config, range(1, from_stage), {"shape"}), paths, config)
-    state.from_stage = from_stage
-    for record in state.stages[from_stage - 1 :]:
-        state.stages[record.stage - 1] = StageRecord(record.stage)
-    state.save(paths.state)
-    for stage in range(from_stage, len(state.stages) + 1):
-        _delete_stage(paths, stage)
+    state.from_stage, state.kept_stages = from_stage, from_stage - 1
+    state.stages[from_stage - 1 :] = [StageRecord(record.stage) for record in state.stages[from_stage - 1 :]]
 
 
-def _check_same_options(state: RunState, paths: RunPaths, config: Config) -> None:
-    begun = [record.stage for record in state.stages if record.status != "pending"]
-    kept = [stage for stage in begun if state.from_stage is not None and stage < state.from_stage]
-    _refuse(_changes(paths, config, kept, {"shape"}), paths, config)
-    _refuse(
-        _changes(paths, config, [stage for stage in begun if stage not in kept], {"shape", "training"}), paths, config
-    )
+def _find_what_is_missing(state: RunState, paths: RunPaths) -> None:
+    """Weights that were deleted are trained again; caches, from those weights, where a stage above still needs them."""
+    for record in reversed(state.stages):
+        needed = record.stage < len(state.stages) and state.record(record.stage + 1).status != "done"
+        if record.status in ("caching", "done") and not paths.weights(record.stage).exists():
+            state.stages[record.stage - 1] = StageRecord(record.stage)
+        elif needed and record.status == "done" and not paths.cache(record.stage).exists():
+            record.status = "caching"
 
 
-def _changes(
-    paths: RunPaths, config: Config, stages: Iterable[int], scopes: set[str]
+def _training_changes(
+    state: RunState, paths: RunPaths, config: Config, stages: Iterable[int]
 ) -> list[tuple[int, Option, object, object]]:
     return [
         (stage, *change)
         for stage in stages
-        if paths.stage_config(stage).exists()
-        for change in changed_options(load(paths.stage_config(stage)), config, scopes)
+        if state.record(stage).status != "pending" and paths.stage_config(stage).exists()
+        for change in changed_options(load(paths.stage_config(stage)), config, {"training"})
     ]
 
 
-def _refuse(changes: list[tuple[int, Option, object, object]], paths: RunPaths, config: Config) -> None:
-    if not changes:
-        return
-    stage, option, old, new = changes[0]
-    name = f"{option.flag} ({option.key})" if option.flag else option.key
-    more = len({change[1].key for change in changes}) - 1
-    others = f" (and {more} more)" if more else ""
-    if option.scope == "training":
-        ways = f"give {old} again, or retrain with --from-stage {stage}"
-    else:
-        ways = f"give {old} again, or start anew with --overwrite or another --out"
-    raise ConfigError(
-        f"{name} was {old} when stage {stage} of {paths.out} was trained and is {new} now{others}: {ways}."
-    )
+def _named(option: Option) -> str:
+    return f"{option.flag} ({option.key})" if option.flag else option.key
+
+
+def _shown(value: object) -> str:
+    return "not given" if value is None else str(value)
+
+
+def _and_more(changes: int) -> str:
+    return f" (and {changes - 1} more)" if changes > 1 else ""
 
 
 def _delete_stage(paths: RunPaths, stage: int) -> None:
-    shutil.rmtree(paths.stage(stage), ignore_errors=True)
     cache = paths.cache(stage)
-    for path in (cache, cache.with_name(cache.name + ".part"), cache.with_name(cache.name + ".journal")):
+    for path in (paths.encoder, cache, cache.with_name(cache.name + ".part"), cache.with_name(cache.name + ".journal")):
         path.unlink(missing_ok=True)
-    paths.encoder.unlink(missing_ok=True)
+    for folder in (paths.stage(stage), paths.probes):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _delete_run(paths: RunPaths) -> None:
-    """Deletes what a run writes, and nothing else: a user's own notes in the folder stay."""
-    state = RunState.load(paths.state)
+def _delete_run(paths: RunPaths, state: RunState) -> None:
+    """Deletes what a run writes, and nothing else: a user's own notes in the folder stay. run.json stays to the end."""
+    state.stages = [StageRecord(record.stage) for record in state.stages]
+    state.save(paths.state)
     old = RunPaths(paths.out, Path(state.caches))
     if old.cache_owner.exists() and old.cache_owner.read_text() == state.run_id:
         for record in state.stages:
             _delete_stage(old, record.stage)
         old.cache_owner.unlink()
-    # run.json goes last: until then the folder is still known as a run's.
-    for path in (old.out / "stages", old.out / "probes"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in (old.encoder, old.config, old.log, old.out / "report.html", old.state):
+    for folder in (old.out / "stages", old.probes):
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in (old.encoder, old.config, old.log, old.out / "report.html"):
         path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ stopped anywhere ends with the same bits as one that was not.
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,6 +91,11 @@ def train_stage(
         progress.seconds = time.monotonic() - started
         save_checkpoint(files.checkpoint, files.made_for, progress, module, objective, optimizer, best)
 
+    def poll() -> None:
+        if stop.reason:
+            save()
+            stop.raise_if_set(f"in stage {plan.stage}, epoch {progress.epoch + 1}, after step {progress.step}")
+
     while not _finished(progress, config):
         epoch_started = time.monotonic()
         rng = stream(options.seed, "epoch", plan.stage, progress.epoch)
@@ -104,23 +109,24 @@ def train_stage(
             progress.loss_sum += loss
             progress.accuracy_sum += accuracy
             notify(StepDone(plan.stage, progress.epoch, step, epoch.steps, loss, accuracy, meter.live, meter.peak))
-            if stop.reason or time.monotonic() - last_save > config.training.checkpoint_seconds:
+            if time.monotonic() - last_save > config.training.checkpoint_seconds:
                 save()
                 last_save = time.monotonic()
-                stop.raise_if_set(f"in stage {plan.stage}, epoch {progress.epoch + 1}, after step {progress.step}")
+            poll()
 
-        held_out_loss, held_out_accuracy = evaluate(module, objective, source, held_out, plan, config, device)
+        held_out_loss, held_out_accuracy = evaluate(module, objective, source, held_out, plan, config, device, poll)
         _check_finite(held_out_loss, plan.stage, progress.epoch, options.lr)
-        if progress.best_loss is None or held_out_loss < progress.best_loss:
-            best = to_host(dict(module.named_parameters()))
         seconds = time.monotonic() - epoch_started
-        _close_epoch(progress, epoch.steps, held_out_loss, held_out_accuracy, options.min_delta, seconds, meter.peak)
+        if _close_epoch(
+            progress, epoch.steps, held_out_loss, held_out_accuracy, options.min_delta, seconds, meter.peak
+        ):
+            best = to_host(dict(module.named_parameters()))
         lines = "".join(json.dumps(entry) + "\n" for entry in progress.history)
         write_atomically(files.metrics, lines.encode())
         save()
         last_save = time.monotonic()
         notify(EpochDone(plan.stage, **progress.history[-1]))
-        stop.raise_if_set(f"in stage {plan.stage}, after epoch {progress.epoch}")
+        poll()
 
     assert best is not None and progress.best_loss is not None
     converged = progress.plateau_epochs >= options.patience
@@ -159,8 +165,12 @@ def evaluate(
     plan: StagePlan,
     config: Config,
     device: torch.device,
+    poll: Callable[[], None],
 ) -> tuple[float, float]:
-    """Loss and accuracy on samples at windows and negatives that are the same at every call."""
+    """Loss and accuracy on samples at windows and negatives that are the same at every call.
+
+    `poll` is called between batches and may raise.
+    """
     options = config.training
     windows = stream(options.seed, "held-out windows", plan.stage)
     epoch = held_out_epoch(source, samples, plan.window, options.batch_size, windows)
@@ -169,6 +179,7 @@ def evaluate(
         for step, batch in _batches(epoch, source, first=0):
             rng = stream(options.seed, "held-out negatives", plan.stage, step)
             score = _score(module, objective, batch, plan, rng, device, options.precision)
+            poll()
             share = len(batch.lengths) / len(samples)
             loss += share * score.loss.item()
             accuracy += share * score.accuracy.item()
@@ -217,7 +228,8 @@ def _close_epoch(
     min_delta: float,
     seconds: float,
     peak_bytes: int,
-) -> None:
+) -> bool:
+    """Enters the epoch into the progress; says whether its held-out loss is the lowest so far."""
     progress.history.append(
         {
             "epoch": progress.epoch + 1,
@@ -229,11 +241,13 @@ def _close_epoch(
             "peak_bytes": peak_bytes,
         }
     )
-    if progress.best_loss is None or held_out_loss < progress.best_loss:
-        progress.best_loss, progress.best_epoch = held_out_loss, progress.epoch
+    is_best = progress.best_loss is None or held_out_loss < progress.best_loss
+    if is_best:
+        progress.best_loss = held_out_loss
     if progress.plateau_loss is None or held_out_loss < progress.plateau_loss * (1 - min_delta):
         progress.plateau_loss, progress.plateau_epochs = held_out_loss, 0
     else:
         progress.plateau_epochs += 1
     progress.epoch += 1
     progress.step, progress.loss_sum, progress.accuracy_sum = 0, 0.0, 0.0
+    return is_best

@@ -5,6 +5,7 @@ cache, the sealed cache.
 """
 
 import gc
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,12 @@ from layerwise.cache import ActivationCache, CacheWriter, Layout
 from layerwise.config import Config
 from layerwise.data.source import DataSet, FrameSource
 from layerwise.errors import BudgetError, RunError
-from layerwise.events import Notify, StageDone
+from layerwise.events import EpochDone, Event, Notify, StageDone
 from layerwise.files import write_atomically
 from layerwise.memory.meter import Meter
 from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.stop import StopFlag
-from layerwise.training.caching import cache_outputs
+from layerwise.training.caching import cache_outputs, caching_piece
 from layerwise.training.checkpoint import digest, load_arrays, load_weights, save_arrays
 from layerwise.training.fingerprint import fingerprint, training_key
 from layerwise.training.plan import StagePlan
@@ -58,6 +59,7 @@ def perform(task: Task, run: Run) -> None:
         return
     plan = run.plans[task.stage - 1]
     source = _open_input(task.stage, run)
+    before = _allocated(run.device)
     meter = Meter(run.device, run.state.budget_bytes)
     try:
         with meter:
@@ -66,14 +68,11 @@ def perform(task: Task, run: Run) -> None:
             _cache(plan, source, run, record, meter)
     except (BudgetError, torch.cuda.OutOfMemoryError) as error:
         what = "cache its outputs" if record.status == "caching" else "train"
-        raise BudgetError(
-            f"Stage {task.stage} does not fit into the device budget to {what}: {error} A smaller --batch-size or "
-            "data.window needs less."
-        ) from None
+        raise BudgetError(f"Stage {task.stage} does not fit into the device budget to {what}. {error}") from None
     finally:
         if isinstance(source, ActivationCache):
             source.close()
-    left = _device_bytes_left(meter, run.device)
+    left = _device_bytes_left(meter, run.device, before)
     _finish(run, record)
     run.notify(
         StageDone(
@@ -101,7 +100,11 @@ def _open_input(stage: int, run: Run) -> FrameSource:
             f"{cache.path} was not made by this run (its fingerprint is {cache.layout.fingerprint[:12]}, expected "
             f"{str(expected)[:12]}); retrain with --from-stage {stage - 1}, or name another --cache-dir."
         )
-    cache.verify()
+    try:
+        cache.verify(lambda: run.stop.raise_if_set(f"before stage {stage}"))
+    except BaseException:
+        cache.close()
+        raise
     return cache
 
 
@@ -114,6 +117,14 @@ def _train(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, 
     record.status = "training"
     run.state.save(run.paths.state)
     write_atomically(run.paths.stage_config(stage), run.config.to_toml().encode())
+
+    def record_epoch(event: Event) -> None:
+        if isinstance(event, EpochDone):
+            record.epochs = event.epoch
+            record.best_loss = min(event.held_out_loss, math.inf if record.best_loss is None else record.best_loss)
+            run.state.save(run.paths.state)
+        run.notify(event)
+
     trained = train_stage(
         plan,
         run.config,
@@ -124,7 +135,7 @@ def _train(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, 
         meter=meter,
         files=StageFiles(run.paths.checkpoint(stage), run.paths.metrics(stage), run.key(stage)),
         stop=run.stop,
-        notify=run.notify,
+        notify=record_epoch,
     )
     save_arrays(weights_path, trained.weights, {"stage": str(stage), "made_for": run.key(stage)})
     record.status = "caching"
@@ -139,20 +150,27 @@ def _train(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, 
 def _cache(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, meter: Meter) -> None:
     """Leaves the sealed cache, and its peak and size in the record."""
     path = run.paths.cache(plan.stage)
-    started = time.monotonic()
     if not _is_sealed(path, record.fingerprint):
         module = plan.build_module(run.config.training.seed, run.device)
         weights, _ = load_arrays(run.paths.weights(plan.stage))
         load_weights(module, weights)
-        piece = run.config.training.batch_size * plan.window.frames
+        piece = caching_piece(plan, run.config)
+        started, seconds = time.monotonic(), record.seconds
+
+        def record_progress() -> None:
+            record.cache_peak_bytes = max(meter.peak, record.cache_peak_bytes or 0)
+            record.seconds = seconds + time.monotonic() - started
+            run.state.save(run.paths.state)
+
         with CacheWriter(path, _layout(plan, run, record)) as writer:
-            cache_outputs(
-                module, source, writer, piece, run.config.training.precision, run.device, run.stop, run.notify
-            )
+            try:
+                cache_outputs(
+                    module, source, writer, piece, run.config.training.precision, run.device, run.stop, run.notify
+                )
+            finally:
+                record_progress()
             writer.seal()
     record.cache, record.cache_bytes = str(path), path.stat().st_size
-    record.cache_peak_bytes = meter.peak
-    record.seconds += time.monotonic() - started
 
 
 def _is_sealed(path: Path, expected: str | None) -> bool:
@@ -171,14 +189,20 @@ def _finish(run: Run, record: StageRecord) -> None:
     run.paths.checkpoint(record.stage).unlink(missing_ok=True)
 
 
-def _device_bytes_left(meter: Meter, device: torch.device) -> int:
-    """What the device still holds of ours. Raises RunError where it is not nothing: that would break the promise."""
+def _allocated(device: torch.device) -> int:
+    """Bytes that CUDA's allocator has handed out; 0 on a CPU, where the meter alone counts."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _device_bytes_left(meter: Meter, device: torch.device, before: int) -> int:
+    """What the device holds of ours beyond the `before` bytes of allocator; anything is a defect and raises."""
     gc.collect()
+    left = max(meter.live, _allocated(device) - before)
+    if left:
+        raise AssertionError(f"{left} bytes of the finished stage are still on the device")
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    if meter.live:
-        raise AssertionError(f"{meter.live} bytes of the finished stage are still on the device")
-    return meter.live
+    return left
 
 
 def _layout(plan: StagePlan, run: Run, record: StageRecord) -> Layout:

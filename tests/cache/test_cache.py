@@ -1,6 +1,8 @@
 """The activation cache: what is written comes back, a kill costs one block, and damage is found."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,3 +212,36 @@ def test_a_full_disk_is_met_before_the_first_row(tmp_path: Path, monkeypatch: py
     with pytest.raises(CacheError, match="No room is left"):
         CacheWriter(tmp_path / "c.h5", layout([5]))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_while_the_file_is_sealed_costs_nothing(tmp_path: Path) -> None:
+    a_layout = layout([50])
+    with CacheWriter(tmp_path / "c.h5", a_layout) as writer:
+        writer.write(rows_of(a_layout).numpy())
+        done = writer.rows_done
+    # A process that dies with the file open for writing, after a flush: what sealing does before the rename.
+    script = "import h5py, os, sys; f = h5py.File(sys.argv[1], 'r+', locking=False); f.flush(); os._exit(9)"
+    subprocess.run([sys.executable, "-c", script, tmp_path / "c.h5.part"], check=False)
+    with CacheWriter(tmp_path / "c.h5", a_layout) as writer:
+        assert writer.rows_done == done > 0
+
+
+@pytest.mark.parametrize("name", ["split", "activations", "labels/speaker"])
+def test_a_link_into_another_file_is_refused(tmp_path: Path, name: str) -> None:
+    a_layout = layout([5, 5])
+    write(tmp_path / "c.h5", a_layout, rows_of(a_layout))
+    write(tmp_path / "other.h5", a_layout, rows_of(a_layout))
+    with h5py.File(tmp_path / "c.h5", "r+") as file:
+        del file[name]
+        file[name] = h5py.ExternalLink("other.h5", name)
+    with pytest.raises(CacheError, match=f"{name} is missing or stored in a way"):
+        ActivationCache(tmp_path / "c.h5")
+
+
+def test_a_file_without_its_offsets_is_refused(tmp_path: Path) -> None:
+    a_layout = layout([5, 5])
+    write(tmp_path / "c.h5", a_layout, rows_of(a_layout))
+    with h5py.File(tmp_path / "c.h5", "r+") as file:
+        del file["offsets"]
+    with pytest.raises(CacheError, match="offsets is missing"):
+        ActivationCache(tmp_path / "c.h5")

@@ -163,7 +163,7 @@ BAD_REQUESTS = {
     "device that is not there": (["--device", "cuda:7"], "--device cuda:7"),
     "device that does not exist": (["--device", "tpu"], "--device: "),
     "missing configuration": (["--config", "none.toml"], "none.toml cannot be read"),
-    "from a stage that is not there": (["--from-stage", "3"], "holds no run yet"),
+    "from a stage that is not there": (["--from-stage", "3"], "would begin anew"),
     "window too small": (["--set", "data.window=60"], "data.window is too small"),
     "kernels without strides": (["--set", "net.kernels=[3]"], "one entry per convolution"),
     "pattern without a group": (["--set", "data.pattern=abc"], "names no label"),

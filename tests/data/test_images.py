@@ -197,7 +197,7 @@ def test_truncated_jpeg_is_named_and_skipped(folder: Path, size: tuple[int, int]
     Image.open(path).close()  # it opens fine
     pictures = open_image_folder(folder, COLOUR)
     assert len(pictures.ids) == 4
-    assert [skip.path for skip in pictures.skipped] == [str(path)]
+    assert [skip.path for skip in pictures.skipped] == ["dog/3.jpg"]
     assert "truncated" in pictures.skipped[0].reason
 
 

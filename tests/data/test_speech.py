@@ -1,5 +1,6 @@
 """Recordings of all kinds become samples; what cannot be used is named."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -172,3 +173,21 @@ def test_a_folder_that_is_not_librispeech_is_refused(write_tone: Write, tmp_path
     write_tone("84/1/odd.flac")
     with pytest.raises(DataError, match=r"odd\.flac is not named"):
         open_librispeech(tmp_path, 16000, shortest=1)
+
+
+def test_a_name_that_is_not_utf8_is_skipped(write_tone: Write, tmp_path: Path) -> None:
+    write_tone("a.wav")
+    write_tone("b.wav")
+    os.link(tmp_path / "a.wav", os.fsencode(tmp_path) + b"/caf\xe9.wav")
+    os.mkfifo(tmp_path / "pipe.wav")
+    data = open_recordings(tmp_path, 8000)
+    assert data.ids == ("a.wav", "b.wav")
+    assert sorted(entry.reason for entry in data.skipped) == ["its name is not valid UTF-8", "not a regular file"]
+
+
+def test_samples_that_are_not_numbers_are_named(write_tone: Write, tmp_path: Path) -> None:
+    write_tone("a.wav")
+    write_tone("b.wav")
+    soundfile.write(tmp_path / "nan.wav", np.full(2000, np.nan, dtype=np.float32), 8000, subtype="FLOAT")
+    with pytest.raises(DataError, match=r"nan\.wav holds samples that are not numbers"):
+        open_recordings(tmp_path, 8000)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from layerwise.evaluate.features import FRAMES_PER_SAMPLE, SampleSummary, choose_frames
-from layerwise.evaluate.linear import test_error as error_of_probe
+from layerwise.evaluate.linear import probe_error
 
 
 def split(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -17,21 +17,21 @@ def test_separable_classes_are_told_apart_at_any_scale() -> None:
     classes = rng.integers(0, 3, 400)
     features = np.eye(3)[classes] + 0.05 * rng.standard_normal((400, 3))
     features = (features * [1e-4, 1, 1e4] + [5, -1e3, 7]).astype(np.float32)
-    assert error_of_probe(features, classes, *split(400)) == 0
+    assert probe_error(features, classes, *split(400)) == 0
 
 
 def test_noise_is_not_told_apart() -> None:
     rng = np.random.default_rng(0)
     classes = rng.integers(0, 4, 4000)
     features = rng.standard_normal((4000, 8)).astype(np.float32)
-    assert error_of_probe(features, classes, *split(4000)) == pytest.approx(0.75, abs=0.05)
+    assert probe_error(features, classes, *split(4000)) == pytest.approx(0.75, abs=0.05)
 
 
 def test_dead_channels_do_no_harm() -> None:
     rng = np.random.default_rng(0)
     classes = rng.integers(0, 2, 200)
     features = np.stack([classes + 0.01 * rng.standard_normal(200), np.zeros(200), np.full(200, 3.0)], 1)
-    assert error_of_probe(features.astype(np.float32), classes, *split(200)) == 0
+    assert probe_error(features.astype(np.float32), classes, *split(200)) == 0
 
 
 def test_many_useless_channels_are_held_down_by_the_penalty() -> None:
@@ -39,7 +39,7 @@ def test_many_useless_channels_are_held_down_by_the_penalty() -> None:
     classes = rng.integers(0, 2, 400)
     features = rng.standard_normal((400, 150)).astype(np.float32)
     features[:, 0] += 4 * classes
-    assert error_of_probe(features, classes, *split(400)) < 0.15
+    assert probe_error(features, classes, *split(400)) < 0.15
 
 
 def test_a_summary_does_not_depend_on_the_pieces() -> None:

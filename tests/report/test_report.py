@@ -1,0 +1,91 @@
+"""What a person sees: units, lines, and the live table on a terminal."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from layerwise.events import (
+    CachingProgress,
+    EpochDone,
+    Message,
+    RunStarted,
+    StageDone,
+    StageStarted,
+    StepDone,
+)
+from layerwise.report.lines import line
+from layerwise.report.live import LiveTable
+from layerwise.report.units import duration, percent, size
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (999_499, "999 kB"),
+        (999_600, "1 MB"),
+        (4_000_000_000, "4 GB"),
+        (1_234_567, "1.23 MB"),
+        (None, "-"),
+    ],
+)
+def test_sizes_are_decimal_and_short(count: int | None, text: str) -> None:
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")]
+)
+def test_durations_are_short(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_rates_are_percent() -> None:
+    assert percent(0.0367) == "3.7 %"
+
+
+EPOCH = EpochDone(1, 1, 2.0, 0.3, 1.9, 0.4, 12.0, 5_000_000)
+DONE = StageDone(1, 8, True, 1.5, 5_000_000, 3_000_000, 0, 40_000_000, 100.0)
+
+
+def test_lines_say_converged_or_reached_max_epochs() -> None:
+    assert "converged, 8 epochs" in (line(DONE) or "")
+    assert "0 bytes left" in (line(DONE) or "")
+    stopped = StageDone(1, 8, False, 1.5, 5, 3, 0, 40, 100.0)
+    assert "reached max epochs, 8" in (line(stopped) or "")
+
+
+def test_steps_do_not_fill_a_log() -> None:
+    assert line(StepDone(1, 0, 0, 5, 2.0, 0.1, 10, 20)) is None
+    assert line(CachingProgress(1, 5, 10)) is None
+
+
+def test_the_live_table_shows_memory_against_the_budget_and_time_left() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=130, color_system=None)
+    with LiveTable(console) as table:
+        for event in (
+            RunStarted(3, (1,), 8, 4_000_000_000),
+            Message("12 files skipped"),
+            StageStarted(2, 0, 0),
+            StepDone(2, 0, 1, 4, 2.1, 0.2, 1_000_000, 3_000_000),
+            EpochDone(2, 1, 2.0, 0.3, 1.9, 0.4, 12.0, 5_000_000),
+            StepDone(2, 1, 1, 4, 1.8, 0.25, 1_000_000, 3_000_000),
+        ):
+            table(event)
+    shown = screen.getvalue()
+    assert "12 files skipped" in shown
+    for text in ("done before", "2/8", "1.8000", "1.9000", "0.250", "1 MB, peak 3 MB of 4 GB", "at most 1 min"):
+        assert text in shown, text
+    assert "pending" in shown
+
+
+def test_the_live_table_ends_with_what_was_reached() -> None:
+    screen = io.StringIO()
+    with LiveTable(Console(file=screen, force_terminal=True, width=130, color_system=None)) as table:
+        for event in (RunStarted(1, (), 8, None), StageStarted(1, 0, 0), EPOCH, CachingProgress(1, 5, 10), DONE):
+            table(event)
+    assert "converged" in screen.getvalue().rsplit("device memory", 1)[-1]
