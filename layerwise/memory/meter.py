@@ -8,11 +8,18 @@ Only tensors that are made inside the `with` block, by this thread, count; numpy
 import weakref
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
 from layerwise.errors import BudgetError
+
+
+def host_tensor(array: np.ndarray) -> torch.Tensor:
+    """The array as a tensor that shares its memory and does not count: it lies on the host, on a CPU too."""
+    with _disable_current_modes():
+        return torch.from_numpy(array)
 
 
 class Meter(TorchDispatchMode):

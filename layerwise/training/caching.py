@@ -88,4 +88,5 @@ def _as_stored(rows: torch.Tensor, dtype: str, stage: int) -> np.ndarray:
             f"An output of stage {stage} of {rows.abs().max().item():.3g} does not fit into {dtype}; start again with "
             f"--from-stage {stage} --set cache.dtype=bfloat16."
         )
-    return as_stored(stored.cpu().contiguous(), dtype)
+    # Copied: on a CPU the array would share the tensor's memory and keep it on the device.
+    return as_stored(stored.cpu().contiguous(), dtype).copy()

@@ -18,6 +18,7 @@ from torch import nn
 
 from layerwise.errors import RunError
 from layerwise.files import write_atomically
+from layerwise.memory.meter import host_tensor
 
 Arrays = dict[str, np.ndarray]
 
@@ -55,7 +56,7 @@ def load_weights(module: nn.Module, weights: Arrays) -> None:
         raise RunError("The saved weights belong to another network; start anew with --overwrite or another --out.")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(torch.from_numpy(weights[name]))
+            parameter.copy_(host_tensor(weights[name]))
 
 
 def save_arrays(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:
@@ -144,5 +145,5 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, objecti
         if state:
             # A counter is a scalar; moments have the parameter's shape and live beside it.
             optimizer.state[parameter] = {
-                key: torch.from_numpy(value).to(parameter.device, copy=True) for key, value in state.items()
+                key: host_tensor(value).to(parameter.device, copy=True) for key, value in state.items()
             }

@@ -16,7 +16,7 @@ from layerwise.engines.run import run
 from layerwise.errors import BudgetError
 from layerwise.memory.estimate import predicted_peak
 from layerwise.memory.meter import Meter
-from layerwise.training.budget import check_budget, training_peak
+from layerwise.training.budget import caching_peak, check_budget, training_peak
 from layerwise.training.plan import plan_stages
 
 CPU = torch.device("cpu")
@@ -114,10 +114,26 @@ def test_the_predicted_training_peak_is_the_measured_one(planned: tuple[Config, 
     assert predicted == measured
 
 
+@pytest.mark.parametrize("width", [2, 32])
+def test_the_caching_pass_stays_below_its_prediction(planned: tuple[Config, DataSet], width: int) -> None:
+    config, data = planned
+    # Windows of 0.025 s: most recordings are longer than a piece and stream.
+    config = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"window": 200}),
+            "net": config.net.model_copy(update={"width": width}),
+        }
+    )
+    measured = [record.cache_peak_bytes for record in run(config).state.stages]
+    predicted = [caching_peak(config, plan, CPU) for plan in plan_stages(config, data)]
+    for real, expected in zip(measured, predicted, strict=True):
+        assert 0.5 * expected < real <= expected
+
+
 def test_a_budget_that_is_too_small_is_refused_with_what_is_needed(planned: tuple[Config, DataSet]) -> None:
     config, data = planned
     plans = plan_stages(config, data)
-    needed = max(training_peak(config, plan, CPU) for plan in plans)
+    needed = max(max(training_peak(config, plan, CPU), caching_peak(config, plan, CPU)) for plan in plans)
 
     def with_budget(size: int) -> Config:
         return config.model_copy(update={"memory": config.memory.model_copy(update={"gpu_mem": ByteSize(size)})})
