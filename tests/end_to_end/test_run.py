@@ -160,3 +160,14 @@ def test_the_demo_needs_no_files(tmp_path: Path) -> None:
     phones = probe(result.paths.out, "phone")
     assert all(0 <= stage.error <= 1 for stage in phones.stages)
     assert (result.paths.out / "probes" / "phone.json").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_reduced_precision_and_other_cache_dtypes_train(tiny_speech: Tiny, digits: Path, dtype: str) -> None:
+    changes = {"training.precision": "bfloat16", "cache.dtype": dtype, "memory.gpu_mem": "20MB"}
+    result = run(tiny_speech(f"fsdd:{digits}", **changes))
+    with ActivationCache(result.paths.cache(4)) as cache:
+        rows = cache.read(3, 0, int(cache.lengths[3]))
+    assert rows.dtype == getattr(torch, dtype)
+    assert rows.isfinite().all()
+    assert rows.any()
