@@ -7,12 +7,17 @@ The public API, in the words of the command line:
     layerwise.probe(result.paths.out, "speaker")
 """
 
-from layerwise.config import Config, resolve
-from layerwise.engines.run import RunResult, run
-from layerwise.errors import LayerwiseError
-from layerwise.evaluate.probe import ProbeResult, probe
-from layerwise.run_directory import RunState, open_run
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from layerwise.version import __version__
+
+if TYPE_CHECKING:
+    from layerwise.config import Config, resolve
+    from layerwise.engines.run import RunResult, run
+    from layerwise.errors import LayerwiseError
+    from layerwise.evaluate.probe import ProbeResult, probe
+    from layerwise.run_directory import RunState, open_run
 
 __all__ = [
     "Config",
@@ -26,3 +31,22 @@ __all__ = [
     "resolve",
     "run",
 ]
+
+_HOME = {
+    "Config": "layerwise.config",
+    "resolve": "layerwise.config",
+    "RunResult": "layerwise.engines.run",
+    "run": "layerwise.engines.run",
+    "LayerwiseError": "layerwise.errors",
+    "ProbeResult": "layerwise.evaluate.probe",
+    "probe": "layerwise.evaluate.probe",
+    "RunState": "layerwise.run_directory",
+    "open_run": "layerwise.run_directory",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Looked up when first used: importing torch takes seconds, and `layerwise status` does without it.
+    if name not in _HOME:
+        raise AttributeError(f"module 'layerwise' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)

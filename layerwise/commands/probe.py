@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from layerwise.evaluate.probe import probe as probe_library
 from layerwise.report.summary import console_for_results, probe_table
 from layerwise.stop import stop_on_signals
 
@@ -23,6 +22,8 @@ def probe(directory: Path, label: str, as_json: bool) -> None:
 
     Prints the error on the test samples, beside that of the same network with random weights.
     """
+    from layerwise.evaluate.probe import probe as probe_library  # imports torch, which --help need not wait for
+
     console = Console(stderr=True)
     with stop_on_signals() as stop, console.status("probing", spinner="dots") as shown:
         result = probe_library(directory, label, stop=stop, notify=lambda line: shown.update(f"probing: {line}"))

@@ -4,14 +4,12 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
 from layerwise import config as configuration
-from layerwise.engines.run import RunResult
-from layerwise.engines.run import run as run_library
 from layerwise.errors import LayerwiseError
 from layerwise.events import Notify
 from layerwise.report.lines import LogFile, PlainLines
@@ -19,6 +17,9 @@ from layerwise.report.live import LiveTable
 from layerwise.report.summary import console_for_results, stage_table, totals, what_next, where_things_lie
 from layerwise.run_directory import RunPaths
 from layerwise.stop import stop_on_signals
+
+if TYPE_CHECKING:
+    from layerwise.engines.run import RunResult
 
 
 def _config_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -57,6 +58,9 @@ def run(
     config = configuration.resolve(recipe, config_file, overrides)
     paths = RunPaths.of(config.out, config.cache.dir)
     log = LogFile(paths.log)
+
+    from layerwise.engines.run import run as run_library  # imports torch, which --help need not wait for
+
     console = console_for_results()
     with stop_on_signals() as stop:
         try:
@@ -79,7 +83,7 @@ def _display(console: Console) -> AbstractContextManager[Notify]:
     return LiveTable(console) if console.is_terminal else nullcontext(PlainLines(sys.stdout))
 
 
-def _print_summary(console: Console, result: RunResult) -> None:
+def _print_summary(console: Console, result: "RunResult") -> None:
     console.print()
     console.print(stage_table(result.state))
     for line in (

@@ -1,14 +1,17 @@
 """The tables of a run and of a probe, and what to type next."""
 
 import shlex
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from layerwise.evaluate.probe import ProbeResult
 from layerwise.report.lines import outcome
 from layerwise.report.units import duration, percent, size
 from layerwise.run_directory import RunPaths, RunState
+
+if TYPE_CHECKING:
+    from layerwise.evaluate.probe import ProbeResult
 
 WIDTH_OF_FILES = 100
 """Columns of text where it does not go to a terminal."""
@@ -68,7 +71,7 @@ def what_next(paths: RunPaths, labels: list[str]) -> list[str]:
     ]
 
 
-def probe_table(result: ProbeResult) -> Table:
+def probe_table(result: "ProbeResult") -> Table:
     """Error of each stage beside its untrained twin."""
     table = _table("stage", f"{result.label} error", "random weights", "train", "test")
     for stage in result.stages:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import soundfile
 
+import layerwise
 from layerwise import config as configuration
-from layerwise.commands import layerwise, main
+from layerwise.commands import layerwise as group
+from layerwise.commands import main
 
 TINY = [
     *(
@@ -121,7 +123,7 @@ def test_version_and_help(call: Callable) -> None:
 
 
 def test_the_command_line_has_exactly_these_options() -> None:
-    named = {option for parameter in layerwise.commands["run"].params for option in parameter.opts}
+    named = {option for parameter in group.commands["run"].params for option in parameter.opts}
     assert named == {
         *("--recipe", "--config", "--data", "--net", "--stages", "--gpu-mem", "--out", "--cache-dir", "--max-epochs"),
         *("--patience", "--batch-size", "--lr", "--precision", "--device", "--seed", "--from-stage", "--overwrite"),
@@ -291,3 +293,16 @@ def test_the_launcher_of_a_checkout_is_the_same_command() -> None:
     launcher = Path(__file__).resolve().parents[2] / "cli.py"
     result = subprocess.run([sys.executable, launcher, "--version"], capture_output=True, text=True, check=True)
     assert result.stdout.startswith("layerwise, version")
+
+
+def test_help_and_status_do_not_wait_for_torch() -> None:
+    code = "import sys, layerwise.commands; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_public_api_is_there() -> None:
+
+    for name in layerwise.__all__:
+        assert getattr(layerwise, name)
+    with pytest.raises(AttributeError, match="has no attribute 'trian'; it has Config"):
+        layerwise.trian  # noqa: B018
