@@ -130,6 +130,8 @@ class MemoryOptions(_Section):
     @field_validator("gpu_mem", mode="before")
     @classmethod
     def _a_size(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.strip().isdigit() and int(value):
+            raise ValueError(f"{value} has no unit; write it like 4GB, 3.5GiB or 800MB")
         try:
             size = TypeAdapter(ByteSize | None).validate_python(value)
         except ValidationError:
@@ -303,16 +305,29 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
+_PLAIN_WORDS = {
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "string_pattern_mismatch": "must be auto, cpu, cuda or cuda:N",
+}
+
+
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = [option.key for option in options()]
-        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or [
-            k for k in known if k.split(".")[0] == key.split(".")[0]
-        ]
-        return f"There is no option {key!r}; did you mean {' or '.join(near or known)}?"
+        return f"There is no option {key!r}; did you mean {' or '.join(_near(key))}?"
     flag = next((option.flag for option in options() if option.key == key), None)
-    message = first["msg"].removeprefix("Value error, ")
+    message = _PLAIN_WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
     shown = "" if first["type"] == "value_error" else f", got {first['input']!r}"
     return f"{flag or key}: {message[0].lower() + message[1:]}{shown}."
+
+
+def _near(key: str) -> list[str]:
+    """Options with a like name: whole, or behind their section."""
+    known = [option.key for option in options()]
+    same_ending = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    return same_ending or difflib.get_close_matches(key, known, n=3, cutoff=0.0)

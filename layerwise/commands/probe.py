@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from layerwise.report.summary import console_for_results, probe_table
+from layerwise.report.summary import console_for_results, few_test_samples, probe_table
 from layerwise.stop import stop_on_signals
 
 
-@click.command()
+@click.command(short_help="Test a label on every frozen stage.")
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--label", required=True, help="What to tell apart: speaker, phone, digit, class, or a label of your own."
@@ -30,4 +30,7 @@ def probe(directory: Path, label: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(result)))
     else:
-        console_for_results().print(probe_table(result))
+        console = console_for_results()
+        console.print(probe_table(result))
+        if warning := few_test_samples(result):
+            console.print(warning, highlight=False)

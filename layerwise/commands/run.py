@@ -14,7 +14,14 @@ from layerwise.errors import LayerwiseError
 from layerwise.events import Notify
 from layerwise.report.lines import LogFile, PlainLines
 from layerwise.report.live import LiveTable
-from layerwise.report.summary import console_for_results, stage_table, totals, what_next, where_things_lie
+from layerwise.report.summary import (
+    console_for_results,
+    stage_table,
+    stages_at_chance,
+    totals,
+    what_next,
+    where_things_lie,
+)
 from layerwise.run_directory import RunPaths
 from layerwise.stop import stop_on_signals
 
@@ -32,7 +39,7 @@ def _config_flags(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command()
+@click.command(short_help="Train every stage that is not done yet.")
 @click.option("--recipe", help=f"Defaults of an experiment: {', '.join(configuration.recipe_names())}.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML file of options, over the recipe.")
 @_config_flags
@@ -86,8 +93,10 @@ def _display(console: Console) -> AbstractContextManager[Notify]:
 def _print_summary(console: Console, result: "RunResult") -> None:
     console.print()
     console.print(stage_table(result.state))
+    warning = stages_at_chance(result.state, result.config.objective.negatives)
     for line in (
         f"\ndone: {totals(result.state)}",
+        *([warning] if warning else []),
         *where_things_lie(result.paths),
         "next:",
         *(f"  {command}" for command in what_next(result.paths, list(result.labels))),

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import click
 
+from layerwise.files import is_locked
 from layerwise.report.summary import console_for_results, stage_table, totals
 from layerwise.run_directory import open_run
 
 
-@click.command()
+@click.command(short_help="Show what each stage is at.")
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for scripts.")
 def status(directory: Path, as_json: bool) -> None:
     """Show each stage of the run in DIR."""
-    _, state = open_run(directory)
-    overall = "done" if state.done else next(r.status for r in state.stages if r.status != "done")
+    paths, state = open_run(directory)
+    overall = "done" if state.done else "running" if is_locked(paths.lock) else "stopped"
     if as_json:
         stages = [asdict(record) for record in state.stages]
         click.echo(

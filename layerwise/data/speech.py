@@ -93,12 +93,14 @@ class RecordingSet:
         raise DataError(f"Recordings have no {name!r} label per frame.")
 
 
-def open_recordings(folder: Path, rate: int, pattern: str = "", shortest: int = 1) -> RecordingSet:
+def open_recordings(
+    folder: Path, rate: int, pattern: str = "", shortest: int = 1, mismatch: str = "data.pattern matches no path"
+) -> RecordingSet:
     """Every audio file below the folder, in the order of its path.
 
     pattern: a regular expression searched in each path relative to the folder, with / between its parts; its named
     groups become labels. Empty: the label `speaker` is the name of the folder that holds the file.
-    shortest: recordings with fewer samples at `rate` are skipped.
+    shortest: recordings with fewer samples at `rate` are skipped. mismatch: what is said where no path matches.
     Raises DataError where the folder is missing or fewer than two recordings can be used, ConfigError for the pattern.
     """
     expression = _compiled(pattern)
@@ -110,10 +112,11 @@ def open_recordings(folder: Path, rate: int, pattern: str = "", shortest: int = 
     if len(usable) < 2:
         first = f"; the first: {skipped[0].path}, {skipped[0].reason}" if skipped else ""
         raise DataError(
-            f"{folder} holds {len(usable)} usable recordings and {len(skipped)} unusable ones{first}: too few to train on."
+            f"{folder} holds {len(usable)} usable recordings and {len(skipped)} unusable ones{first}. "
+            "That is too few to train on."
         )
     kept = [name for name, _ in usable]
-    return RecordingSet(kept, [entry for _, entry in usable], rate, _labels(kept, expression), None, skipped)
+    return RecordingSet(kept, [entry for _, entry in usable], rate, _labels(kept, expression, mismatch), None, skipped)
 
 
 def _compiled(pattern: str) -> re.Pattern[str] | None:
@@ -168,12 +171,12 @@ def _wav_is_cut_off(path: Path) -> bool:
     return False
 
 
-def _labels(ids: Sequence[str], expression: re.Pattern[str] | None) -> dict[str, np.ndarray]:
+def _labels(ids: Sequence[str], expression: re.Pattern[str] | None, mismatch: str) -> dict[str, np.ndarray]:
     if expression is None:
         return {"speaker": np.array([Path(name).parent.name for name in ids], dtype=str)}
     matches = [expression.search(name) for name in ids]
     if not any(matches):
-        raise DataError(f"data.pattern {expression.pattern!r} matches no path; the first one is {ids[0]!r}.")
+        raise DataError(f"{mismatch}; the first one is {ids[0]}.")
     return {
         label: np.array([(match and match[label]) or "" for match in matches], dtype=str)
         for label in expression.groupindex

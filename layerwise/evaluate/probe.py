@@ -62,6 +62,8 @@ def probe(
         raise RunError(f"No stage of {run_directory} is done yet; go on with the run first.")
     with ExitStack() as open_caches:
         caches = [open_caches.enter_context(ActivationCache(paths.cache(stage))) for stage in stages]
+        for cache in caches:
+            cache.verify(lambda: stop.raise_if_set("while probing"))
         per_frame = label in caches[0].layout.frame_labels
         samples = _labelled_samples(caches[0], label, per_frame, run_directory)
         notify("features of the same network with random weights")
@@ -87,7 +89,7 @@ def _labelled_samples(cache: ActivationCache, label: str, per_frame: bool, run_d
     values = layout.frame_labels[label] if per_frame else layout.labels[label]
     classes = np.unique(values[values != ""])
     if len(classes) < 2:
-        only = f"is {classes[0]!r} everywhere" if len(classes) else "is empty everywhere"
+        only = f"is '{classes[0]}' everywhere" if len(classes) else "is empty everywhere"
         raise DataError(f"The label {label!r} {only}: there is nothing to tell apart.")
     samples = np.arange(len(layout.ids)) if per_frame else np.flatnonzero(values != "")
     for part in ("train", "test"):

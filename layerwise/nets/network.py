@@ -39,7 +39,7 @@ class Network:
         else:
             raise ConfigError(
                 f"--stages {stages}: this network can be cut into at most {len(self.layers)} stages; "
-                f"give a number from 1 to {len(self.layers)} ({natural} is the paper's)."
+                f"give a number from 1 to {len(self.layers)} (its natural number is {natural})."
             )
         stops = np.cumsum(sizes)
         return [range(int(stop - size), int(stop)) for size, stop in zip(sizes, stops, strict=True)]

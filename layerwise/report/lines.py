@@ -25,7 +25,7 @@ def line(event: Event) -> str | None:
             )
         case StageDone():
             return (
-                f"stage {event.stage}: {outcome(event.epochs, event.converged)} epochs, best held-out loss "
+                f"stage {event.stage}: {outcome(event.epochs, event.converged)}, best held-out loss "
                 f"{event.best_loss:.4f}; device peak {size(event.train_peak_bytes)} training, "
                 f"{size(event.cache_peak_bytes)} caching, {event.device_bytes_left} bytes left on it; "
                 f"cache {size(event.cache_bytes)}; {duration(event.seconds)}"
@@ -35,7 +35,7 @@ def line(event: Event) -> str | None:
 
 def outcome(epochs: int, converged: bool | None) -> str:
     """How the training of a stage ended, and after how many epochs."""
-    return f"{'converged' if converged else 'reached max epochs'}, {epochs}"
+    return f"{'converged' if converged else 'reached max epochs'} ({epochs})"
 
 
 class PlainLines:

@@ -21,7 +21,7 @@ class _Row:
     loss: str = ""
     held_out: str = ""
     accuracy: str = ""
-    memory: str = ""
+    peak: str = ""
     left: str = ""
 
 
@@ -41,7 +41,9 @@ class LiveTable:
         self._max_epochs = 0
         self._budget: int | None = None
         self._pace = _Pace()
-        self._live = Live(console=console, refresh_per_second=REFRESH_PER_SECOND)
+        self._memory = ""
+        # Cleared at the end: the summary, or the sentence of an error, takes its place.
+        self._live = Live(console=console, refresh_per_second=REFRESH_PER_SECOND, transient=True)
 
     def __enter__(self) -> "LiveTable":
         self._live.__enter__()
@@ -67,7 +69,8 @@ class LiveTable:
             case StepDone():
                 row.epoch = f"{event.epoch + 1}/{self._max_epochs}"
                 row.loss, row.accuracy = f"{event.loss:.4f}", f"{event.accuracy:.3f}"
-                row.memory = self._memory(event.live_bytes, event.peak_bytes)
+                row.peak = size(event.peak_bytes)
+                self._memory = self._against_budget(event.live_bytes, event.peak_bytes)
                 row.left = self._time_left(event.epoch, (event.step + 1) / event.steps)
             case EpochDone():
                 row.loss, row.held_out = f"{event.loss:.4f}", f"{event.held_out_loss:.4f}"
@@ -78,27 +81,29 @@ class LiveTable:
                 row.status, row.left = f"caching {event.rows / max(event.total, 1):.0%}", ""
             case StageDone():
                 row.status = "converged" if event.converged else "max epochs"
-                row.memory = self._memory(event.device_bytes_left, max(event.train_peak_bytes, event.cache_peak_bytes))
+                row.peak = size(max(event.train_peak_bytes, event.cache_peak_bytes))
+                self._memory = self._against_budget(event.device_bytes_left, event.train_peak_bytes)
                 row.left, row.held_out = "", f"{event.best_loss:.4f}"
         self._live.update(self._render())
 
-    def _memory(self, live: int, peak: int) -> str:
-        of_budget = f" of {size(self._budget)}" if self._budget else ""
-        return f"{size(live)}, peak {size(peak)}{of_budget}"
+    def _against_budget(self, live: int, peak: int) -> str:
+        budget = f", budget {size(self._budget)}" if self._budget else ""
+        return f"device memory: {size(live)} now, peak {size(peak)}{budget}"
 
     def _time_left(self, epoch: int, part: float) -> str:
         in_hand = time.monotonic() - self._pace.started
         per_epoch = (
             sum(self._pace.seconds[-3:]) / len(self._pace.seconds[-3:]) if self._pace.seconds else in_hand / part
         )
-        return f"at most {duration(max(per_epoch * (self._max_epochs - epoch - part), 0))}"
+        return f"< {duration(max(per_epoch * (self._max_epochs - epoch - part), 0))}"
 
     def _render(self) -> Table:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("stage", "status", "epoch", "loss", "held-out", "accuracy", "device memory", "stage's time left"):
-            table.add_column(name, justify="right" if name in ("loss", "held-out", "accuracy") else "left")
+        table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold", caption_justify="left")
+        table.caption = self._memory
+        for name in ("stage", "status", "epoch", "loss", "held-out", "accuracy", "peak", "time left"):
+            table.add_column(name, no_wrap=True)
         for stage, row in self._rows.items():
             style = "dim" if row.status == "pending" else None
-            cells = (row.status, row.epoch, row.loss, row.held_out, row.accuracy, row.memory, row.left)
+            cells = (row.status, row.epoch, row.loss, row.held_out, row.accuracy, row.peak, row.left)
             table.add_row(str(stage), *cells, style=style)
         return table

@@ -1,6 +1,8 @@
 """The tables of a run and of a probe, and what to type next."""
 
+import math
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -8,10 +10,12 @@ from rich.table import Table
 
 from layerwise.report.lines import outcome
 from layerwise.report.units import duration, percent, size
-from layerwise.run_directory import RunPaths, RunState
+from layerwise.run_directory import RunPaths, RunState, StageRecord
 
 if TYPE_CHECKING:
     from layerwise.evaluate.probe import ProbeResult
+
+FEW_TEST_SAMPLES = 50
 
 WIDTH_OF_FILES = 100
 """Columns of text where it does not go to a terminal."""
@@ -30,14 +34,35 @@ def stage_table(state: RunState) -> Table:
     for record in state.stages:
         table.add_row(
             str(record.stage),
-            outcome(record.epochs, record.converged) if record.status == "done" else record.status,
+            _status(record),
             f"{record.best_loss:.4f}" if record.best_loss is not None else "",
             size(record.train_peak_bytes),
             size(record.cache_peak_bytes),
-            size(record.cache_bytes),
+            "missing" if record.cache and not Path(record.cache).exists() else size(record.cache_bytes),
             duration(record.seconds) if record.seconds else "",
         )
     return table
+
+
+def _status(record: StageRecord) -> str:
+    if record.status == "done":
+        return outcome(record.epochs, record.converged)
+    return f"{record.status} ({record.epochs})" if record.epochs else record.status
+
+
+def stages_at_chance(state: RunState, negatives: int) -> str | None:
+    """A sentence where a stage tells its target from the negatives no better than a guess does."""
+    chance = math.log(1 + negatives)
+    stages = [str(r.stage) for r in state.stages if r.best_loss is not None and r.best_loss > 0.995 * chance]
+    if not stages:
+        return None
+    return f"Stage {', '.join(stages)} did not get below chance, a loss of {chance:.3f}: train longer, or raise --lr."
+
+
+def few_test_samples(result: "ProbeResult") -> str | None:
+    """A sentence where the errors are too coarse to be compared."""
+    test = min(stage.test for stage in result.stages)
+    return f"Only {test} test samples: one of them is {percent(1 / test)}." if test < FEW_TEST_SAMPLES else None
 
 
 def totals(state: RunState) -> str:
@@ -54,10 +79,15 @@ def where_things_lie(paths: RunPaths) -> list[str]:
     return [
         f"encoder   {paths.encoder}",
         f"weights   {paths.out / 'stages'}/S/weights.safetensors, metrics.jsonl beside them",
-        f"caches    {paths.caches}/stage-S.h5",
+        f"caches    {_as_typed(paths.caches)}/stage-S.h5",
         f"options   {paths.config}",
         f"log       {paths.log}",
     ]
+
+
+def _as_typed(path: Path) -> Path:
+    """Relative to this folder where it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def what_next(paths: RunPaths, labels: list[str]) -> list[str]:

@@ -21,10 +21,10 @@ def check_budget(config: Config, plans: list[StagePlan], device: torch.device) -
     peaks = [max(training_peak(config, plan, device), caching_peak(config, plan, device)) for plan in plans]
     largest = max(range(len(peaks)), key=peaks.__getitem__)
     if peaks[largest] > budget:
+        finer = ", or cut into more --stages" if len(plans) < len(plans[0].network.layers) else ""
         raise BudgetError(
-            f"--gpu-mem {budget.human_readable(decimal=True)} is too small: stage {largest + 1} needs "
-            f"{peaks[largest] / 1e6:.1f} MB at batch size {config.training.batch_size}. Give at least that, or lower "
-            "--batch-size, the window or net.width, or cut into more --stages."
+            f"--gpu-mem {budget / 1e6:g} MB is too small: stage {largest + 1} needs {peaks[largest] / 1e6:.1f} MB at batch "
+            f"size {config.training.batch_size}. Give at least that, or lower --batch-size, data.window or net.width{finer}."
         )
 
 

@@ -12,6 +12,7 @@ from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, DataError
 from layerwise.nets import Network, build_network
 from layerwise.nets.module import Geometry, Module
+from layerwise.nets.speech import shortest_input
 from layerwise.objectives import Objective, build_objective
 
 
@@ -125,10 +126,12 @@ def _check_lengths(stage: int, output_lengths: np.ndarray, data: DataSet) -> Non
 def _check_rows(config: Config, rows: int) -> None:
     needed = rows_needed(config)
     if rows < needed:
-        option = "data.window" if config.net.name == "speech" else "data.crop"
-        raise ConfigError(
-            f"{option} is too small: the last stage sees {rows} rows of a window, and the objective needs {needed}."
+        ways = (
+            f"data.window {config.data.window} is too small; give at least {shortest_input(config.net, needed)}"
+            if config.net.name == "speech"
+            else "data.crop is too small for the steps of the objective; give a larger one, or a smaller data.patch_stride"
         )
+        raise ConfigError(f"{ways}: the last stage sees {rows} rows of a window, and the objective needs {needed}.")
 
 
 def _objective_seed(seed: int, stage: int) -> int:

@@ -103,23 +103,21 @@ def _check_shape(paths: RunPaths, config: Config) -> None:
     """Raises ConfigError where an option that shapes all stages differs from the run's."""
     changes = changed_options(load(paths.config), config, {"shape"})
     if changes:
-        option, old, new = changes[0]
         raise ConfigError(
-            f"{_named(option)} was {_shown(old)} when {paths.out} was started and is {_shown(new)} now"
-            f"{_and_more(len(changes))}: give {_shown(old)} again, or start anew with --overwrite or another --out."
+            f"{_listed(changes, f'when {paths.out} was started')}. Give the old back, or start anew with --overwrite or "
+            "another --out."
         )
 
 
 def _check_training(state: RunState, paths: RunPaths, config: Config) -> None:
     """Raises ConfigError where a begun stage was trained with other options, unless an earlier start kept it so."""
-    changes = _training_changes(state, paths, config, range(state.kept_stages + 1, len(state.stages) + 1))
-    if changes:
-        stage, option, old, new = changes[0]
-        raise ConfigError(
-            f"{_named(option)} was {_shown(old)} when stage {stage} of {paths.out} was trained and is {_shown(new)} now"
-            f"{_and_more(len({change[1].key for change in changes}))}: give {_shown(old)} again, or retrain with "
-            f"--from-stage {stage}."
-        )
+    for stage in range(state.kept_stages + 1, len(state.stages) + 1):
+        changes = _training_changes(state, paths, config, [stage])
+        if changes:
+            raise ConfigError(
+                f"{_listed(changes, f'when stage {stage} of {paths.out} was trained')}. Give the old back, or retrain "
+                f"with --from-stage {stage}."
+            )
 
 
 def _check_same_data(state: RunState, data: DataSet, paths: RunPaths) -> None:
@@ -157,25 +155,26 @@ def _find_what_is_missing(state: RunState, paths: RunPaths) -> None:
 
 def _training_changes(
     state: RunState, paths: RunPaths, config: Config, stages: Iterable[int]
-) -> list[tuple[int, Option, object, object]]:
+) -> list[tuple[Option, object, object]]:
     return [
-        (stage, *change)
+        change
         for stage in stages
         if state.record(stage).status != "pending" and paths.stage_config(stage).exists()
         for change in changed_options(load(paths.stage_config(stage)), config, {"training"})
     ]
 
 
-def _named(option: Option) -> str:
-    return f"{option.flag} ({option.key})" if option.flag else option.key
+def _listed(changes: list[tuple[Option, object, object]], when: str) -> str:
+    """Every change: name, old value, new value."""
+    named = [
+        f"{f'{option.flag} ({option.key})' if option.flag else option.key} was {_shown(old)} {when} and is {_shown(new)} now"
+        for option, old, new in changes
+    ]
+    return "; ".join(named)
 
 
 def _shown(value: object) -> str:
     return "not given" if value is None else str(value)
-
-
-def _and_more(changes: int) -> str:
-    return f" (and {changes - 1} more)" if changes > 1 else ""
 
 
 def _delete_stage(paths: RunPaths, stage: int) -> None:

@@ -120,7 +120,8 @@ def _train(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, 
 
     def record_epoch(event: Event) -> None:
         if isinstance(event, EpochDone):
-            record.epochs = event.epoch
+            record.epochs, record.train_peak_bytes = event.epoch, event.peak_bytes
+            record.seconds += event.seconds
             record.best_loss = min(event.held_out_loss, math.inf if record.best_loss is None else record.best_loss)
             run.state.save(run.paths.state)
         run.notify(event)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import soundfile
@@ -15,6 +16,8 @@ import layerwise
 from layerwise import config as configuration
 from layerwise.commands import layerwise as group
 from layerwise.commands import main
+from layerwise.errors import RunError
+from layerwise.files import exclusive
 
 TINY = [
     *(
@@ -102,7 +105,7 @@ def test_the_summary_says_where_things_lie_and_what_to_type(digits: Path, call: 
     assert "layerwise probe 'my run' --label digit" in out
     assert "\x1b" not in out
     log = Path("my run/log.txt").read_text()
-    assert "stage 4: reached max epochs, 1 epochs" in log
+    assert "stage 4: reached max epochs (1)" in log
 
 
 def test_run_goes_on_with_the_same_command(digits: Path, call: Callable) -> None:
@@ -158,6 +161,9 @@ BAD_REQUESTS = {
     "misspelt option": (["--set", "training.larning_rate=1"], "There is no option 'training.larning_rate'"),
     "set without a value": (["--set", "training.lr"], "write it as key=value"),
     "misspelt flag": (["--max-epoch", "3"], "--max-epochs"),
+    "budget without a unit": (["--gpu-mem", "4"], "4 has no unit; write it like 4GB"),
+    "option without its section": (["--set", "lr=3"], "There is no option 'lr'; did you mean training.lr?"),
+    "half a stage": (["--stages", "2.5"], "--stages: must be a whole number"),
     "learning rate of zero": (["--lr", "0"], "--lr: "),
     "unknown precision": (["--precision", "float8"], "--precision: "),
     "unknown net": (["--net", "transformer"], "--net: "),
@@ -166,7 +172,7 @@ BAD_REQUESTS = {
     "device that does not exist": (["--device", "tpu"], "--device: "),
     "missing configuration": (["--config", "none.toml"], "none.toml cannot be read"),
     "from a stage that is not there": (["--from-stage", "3"], "would begin anew"),
-    "window too small": (["--set", "data.window=60"], "data.window is too small"),
+    "window too small": (["--set", "data.window=60"], "data.window 60 is too small; give at least 81"),
     "kernels without strides": (["--set", "net.kernels=[3]"], "one entry per convolution"),
     "pattern without a group": (["--set", "data.pattern=abc"], "names no label"),
     "window of nothing": (["--set", "data.window=0"], "data.window: "),
@@ -225,6 +231,44 @@ def test_one_speaker_only_trains_but_cannot_be_told_apart(call: Callable, tmp_pa
     code, _, err = call("probe", "one", "--label", "speaker")
     assert code == 2
     assert "nothing to tell apart" in err
+
+
+def test_a_run_that_learned_nothing_says_so(finished: Path, call: Callable, digits: Path) -> None:
+    places = ["--data", f"fsdd:{digits}", "--out", finished / "run", "--cache-dir", finished / "cache"]
+    out = call("run", *TINY, *places, "--gpu-mem", "40MB")[1]
+    assert "did not get below chance, a loss of 2.398: train longer, or raise --lr." in out
+
+
+def test_few_test_samples_are_pointed_out(finished: Path, call: Callable) -> None:
+    assert "Only 24 test samples: one of them is 4.2 %." in call("probe", finished / "run", "--label", "digit")[1]
+
+
+def test_probe_does_not_use_a_damaged_cache(finished: Path, call: Callable, tmp_path: Path) -> None:
+    cache = finished / "cache" / "run" / "stage-2.h5"
+    content = cache.read_bytes()
+    with h5py.File(cache) as file:
+        position = file["activations"].id.get_offset() + 100
+    cache.write_bytes(content[:position] + b"XXXX" + content[position + 4 :])
+    code, _, err = call("probe", finished / "run", "--label", "digit")
+    cache.write_bytes(content)
+    assert code == 2
+    assert "stage-2.h5 is damaged" in err
+
+
+def test_status_tells_a_stopped_run_from_a_running_one_and_missing_caches(finished: Path, call: Callable) -> None:
+    state = json.loads((finished / "run" / "run.json").read_text())
+    changed = json.loads(json.dumps(state))
+    changed["stages"][3]["status"] = "training"
+    changed["stages"][2]["cache"] = "gone.h5"
+    (finished / "run" / "run.json").write_text(json.dumps(changed))
+    stopped = call("status", finished / "run")[1]
+    with exclusive(finished / "run" / "lock", RunError("busy")):
+        running = call("status", finished / "run")[1]
+    (finished / "run" / "run.json").write_text(json.dumps(state))
+    assert "stopped: device peak" in stopped
+    assert "training (1)" in stopped
+    assert "missing" in stopped
+    assert "running: device peak" in running
 
 
 def test_an_unknown_label_lists_the_known_ones(finished: Path, call: Callable) -> None:
