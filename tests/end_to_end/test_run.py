@@ -68,7 +68,7 @@ def test_each_cache_is_the_output_of_the_stitched_encoder_on_whole_recordings(ti
                 samples = data.read(index, 0, int(data.lengths[index]))[None]
                 _, expected = module(samples, np.array([samples.shape[1]]))
                 cached = cache.read(sample, 0, int(cache.lengths[sample]))
-                torch.testing.assert_close(cached, expected[0], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(cached, expected[0], rtol=1e-5, atol=1e-5)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
