@@ -7,8 +7,8 @@ filters change from frame to frame, so frames are filtered in the frequency doma
 The labels must not be readable from plain spectral energy, or random features would do as well as learned ones. Level,
 recording channel, background noise, pitch contour and speaking rate are therefore drawn anew for every utterance; level
 and channel only a little, since what stays the same through an utterance is the easiest way to tell its frames from
-those of others: with channels spread by 5 dB instead of 0.5, InfoNCE learned the channel, and six trained stages told
-speakers no better than random ones (81 and 77 % error). What
+those of others, and InfoNCE will learn it. A first corpus, half as large, with channels spread by 5 dB and levels by 19,
+left six trained stages no better at telling speakers than random ones (81 and 77 % error). What
 stays with a speaker is the vocal tract (length, formant bandwidths) and the glottis (pitch range, open quotient,
 spectral tilt, breathiness). What makes a phone is where its formants head, relative to that vocal tract, and how it is
 excited; its neighbours pull the formants away from there (coarticulation).
