@@ -69,10 +69,10 @@ def probe(
         notify("features of the same network with random weights")
         untrained = _untrained(paths, state.data_identity, samples, per_frame, stop)
         results = []
-        for cache, untrained_of_stage in zip(caches, untrained, strict=False):
+        for cache in caches:
             stop.raise_if_set(f"before the probe of stage {cache.layout.stage}")
             notify(f"stage {cache.layout.stage}")
-            results.append(_probe_stage(cache, label, samples, per_frame, untrained_of_stage))
+            results.append(_probe_stage(cache, label, samples, per_frame, untrained[cache.layout.stage - 1]))
     result = ProbeResult(label, results)
     write_atomically(paths.probe(label), (json.dumps(asdict(result), indent=2) + "\n").encode())
     return result

@@ -12,6 +12,11 @@ def build_network(net: NetOptions, frame_shape: tuple[int, ...]) -> Network:
     return make(net, frame_shape[0])
 
 
+def rows_needed(config: Config) -> int:
+    """Rows of output that give the objective at least one pair of context and target."""
+    return config.objective.skip + 2
+
+
 def shortest_sample(config: Config) -> int:
     """Fewest frames of a sample that give the objective a pair of context and target at the last stage."""
-    return shortest_input(config.net, config.objective.skip + 2) if config.net.name == "speech" else 1
+    return shortest_input(config.net, rows_needed(config)) if config.net.name == "speech" else 1

@@ -10,7 +10,7 @@ from layerwise.config import Config
 from layerwise.data.batches import Window
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, DataError
-from layerwise.nets import Network, build_network
+from layerwise.nets import Network, build_network, rows_needed
 from layerwise.nets.module import Geometry, Module
 from layerwise.nets.speech import shortest_input
 from layerwise.objectives import Objective, build_objective
@@ -108,11 +108,6 @@ def input_window(config: Config, columns: int) -> Window:
             f"data.patch_stride {data.patch_stride}, and at most the picture of {data.picture} pixels."
         )
     return Window(side, side)
-
-
-def rows_needed(config: Config) -> int:
-    """Rows of output that give the objective at least one pair of context and target."""
-    return config.objective.skip + 2
 
 
 def _check_lengths(stage: int, output_lengths: np.ndarray, data: DataSet) -> None:

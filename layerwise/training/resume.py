@@ -144,11 +144,14 @@ def _reset_from(state: RunState, paths: RunPaths, from_stage: int) -> None:
 
 
 def _find_what_is_missing(state: RunState, paths: RunPaths) -> None:
-    """Weights that were deleted are trained again; caches, from those weights, where a stage above still needs them."""
+    """Where weights were deleted, the stage and those above it are trained again: on a GPU it may not end with the same bits.
+
+    Caches that were deleted are written again from the weights, where a stage above still needs them.
+    """
     for record in reversed(state.stages):
         needed = record.stage < len(state.stages) and state.record(record.stage + 1).status != "done"
         if record.status in ("caching", "done") and not paths.weights(record.stage).exists():
-            state.stages[record.stage - 1] = StageRecord(record.stage)
+            state.stages[record.stage - 1 :] = [StageRecord(above.stage) for above in state.stages[record.stage - 1 :]]
         elif needed and record.status == "done" and not paths.cache(record.stage).exists():
             record.status = "caching"
 

@@ -333,7 +333,9 @@ def test_weights_that_were_deleted_are_trained_again_to_the_same_bits(tiny_speec
     first = run(config)
     before = bits(first.paths.encoder)
     first.paths.weights(2).unlink()
-    assert bits(run(config).paths.encoder) == before
+    events: list[Event] = []
+    assert bits(run(config, notify=events.append).paths.encoder) == before
+    assert [event.stage for event in events if isinstance(event, StageStarted)] == [2, 3, 4]
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(tiny_speech: Tiny, digits: Path) -> None:
