@@ -104,7 +104,13 @@ class ObjectiveOptions(_Section):
 class TrainingOptions(_Section):
     """The stage loop."""
 
-    stages: int | None = _option(None, "shape", "number of stages; default: the network's own", "--stages", ge=1)
+    stages: int | None = _option(
+        None,
+        "shape",
+        "number of stages; default: the fewest that --gpu-mem holds, without it the network's own",
+        "--stages",
+        ge=1,
+    )
     max_epochs: int = _option(100, "training", "most epochs that a stage is trained", "--max-epochs", ge=1)
     patience: int = _option(
         3, "training", "epochs without improvement before a stage has converged", "--patience", ge=1
@@ -112,8 +118,8 @@ class TrainingOptions(_Section):
     min_delta: float = _option(1e-3, "training", "smallest relative improvement of the held-out loss that counts", ge=0)
     batch_size: int = _option(8, "training", "windows in a batch", "--batch-size", ge=1)
     lr: float = _option(2e-4, "training", "learning rate of Adam", "--lr", gt=0)
-    precision: Literal["float32", "bfloat16"] = _option(
-        "float32", "training", "float32, or bfloat16 autocast", "--precision"
+    precision: Literal["float32", "bfloat16", "float16"] = _option(
+        "float32", "training", "float32, or autocast to bfloat16 or float16", "--precision"
     )
     seed: int = _option(0, "shape", "seed of weights, splits, windows and negatives", "--seed", ge=0)
     device: str = _option("auto", "place", "auto, cpu, cuda or cuda:N", "--device", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -125,6 +131,15 @@ class MemoryOptions(_Section):
 
     gpu_mem: ByteSize | None = _option(
         None, "place", "most device memory of the run, such as 4GB; default: no limit", "--gpu-mem"
+    )
+    micro_batch: int | None = _option(
+        None, "place", "samples that are on the device at once; default: as many as the budget holds", ge=1
+    )
+    recompute: Literal["auto", "always", "never"] = _option(
+        "auto", "place", "keep only the inputs of layers and run these again in the backward pass; auto: where it helps"
+    )
+    optimizer: Literal["auto", "device", "host"] = _option(
+        "auto", "place", "where the optimizer's state lies; auto: on the host where the budget needs it"
     )
 
     @field_validator("gpu_mem", mode="before")

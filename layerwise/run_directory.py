@@ -114,6 +114,8 @@ class RunState:
     device: str
     caches: str
     """Absolute path of the folder of the caches."""
+    cut: list[int]
+    """Layers in each stage."""
     from_stage: int | None = None
     """The `--from-stage` that is being carried out; None where there is none or it is finished."""
     kept_stages: int = 0

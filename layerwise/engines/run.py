@@ -15,11 +15,13 @@ from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import exclusive
 from layerwise.memory.device import cap, find_device
 from layerwise.nets import shortest_sample
+from layerwise.nets.network import Network
 from layerwise.run_directory import RunPaths, RunState
 from layerwise.stop import StopFlag
-from layerwise.training.budget import check_budget
+from layerwise.training.cutting import plan_run
 from layerwise.training.encoder import stitch
-from layerwise.training.plan import StagePlan, plan_stages
+from layerwise.training.plan import StagePlan
+from layerwise.training.planner import StageLayout, lay_out
 from layerwise.training.resume import prepare
 from layerwise.training.schedule import tasks_of_run
 from layerwise.training.split import split_samples
@@ -42,31 +44,33 @@ def run(
     *,
     from_stage: int | None = None,
     overwrite: bool = False,
+    network: Network | None = None,
     stop: StopFlag | None = None,
     notify: Notify = silent,
 ) -> RunResult:
     """Trains every stage that is not done yet, and writes the encoder.
 
     from_stage: retrain this stage and those above it from the cache below. overwrite: delete the run in `config.out`
-    first. stop: a flag that ends the run after the step in hand. notify: is told what happens.
+    first. network: in place of the one that the options name. stop: a flag that ends the run after the step in hand.
+    notify: is told what happens.
     Raises Interrupted after saving when asked to stop, and other LayerwiseErrors where the request cannot be met.
     """
     device = find_device(config.training.device)
     paths = RunPaths.of(config.out, config.cache.dir)
     data = open_data(config.data, shortest_sample(config))
-    plans = plan_stages(config, data)
+    plans = plan_run(config, data, device, network, None if overwrite else _earlier_cut(paths, config))
     split = split_samples(data, config)
-    check_budget(config, plans, device)
+    layouts = [lay_out(config, stage, device) for stage in plans]
     busy = RunError(f"Another process is running {paths.out}; wait for it, or name another --out.")
     _refuse_foreign_folder(paths.out)
     with exclusive(paths.lock, busy):
         state = prepare(config, paths, data, plans, device, from_stage=from_stage, overwrite=overwrite)
-        for line in _described(config, data, plans):
+        for line in _described(config, data, plans, layouts):
             notify(Message(line))
         done = tuple(record.stage for record in state.stages if record.status == "done")
         notify(RunStarted(len(plans), done, config.training.max_epochs, state.budget_bytes))
         cap(device, state.budget_bytes)
-        shared = Run(config, paths, state, data, split, plans, device, stop or StopFlag(), notify)
+        shared = Run(config, paths, state, data, split, plans, layouts, device, stop or StopFlag(), notify)
         local.execute(tasks_of_run(len(plans)), lambda task: perform(task, shared))
         stitch(config, paths, plans)
         state.from_stage = None
@@ -85,8 +89,19 @@ def _refuse_foreign_folder(out: Path) -> None:
             raise RunError(f"--out {out} holds something else ({others[0]}); name a new or empty folder.")
 
 
-def _described(config: Config, data: DataSet, plans: list[StagePlan]) -> list[str]:
+def _earlier_cut(paths: RunPaths, config: Config) -> list[int] | None:
+    """How an earlier start has cut the network, so that this one goes on with it whatever its budget."""
+    if not paths.state.exists():
+        return None
+    cut = RunState.load(paths.state).cut
+    return cut if config.training.stages in (None, len(cut)) else None
+
+
+def _described(config: Config, data: DataSet, plans: list[StagePlan], layouts: list[StageLayout]) -> list[str]:
     lines = [f"{len(data.ids)} samples from {config.data.source}, {len(plans)} stages"]
+    for stage, layout in zip(plans, layouts, strict=True):
+        if layout.why:
+            lines.append(f"stage {stage.stage}: {layout.placement}, because {layout.why}")
     if data.skipped:
         lines.append(f"{len(data.skipped)} files skipped:")
         lines += [f"  {entry.path}: {entry.reason}" for entry in data.skipped]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from layerwise.cache import ActivationCache
-from layerwise.nets.module import vectors
+from layerwise.nets.frames import vectors
 from layerwise.streams import stream
 
 FRAMES_PER_SAMPLE = 32

@@ -21,7 +21,7 @@ from layerwise.evaluate.untrained import untrained_features
 from layerwise.files import write_atomically
 from layerwise.memory.device import find_device
 from layerwise.nets import shortest_sample
-from layerwise.run_directory import RunPaths, open_run
+from layerwise.run_directory import RunPaths, RunState, open_run
 from layerwise.stop import StopFlag
 
 
@@ -67,7 +67,7 @@ def probe(
         per_frame = label in caches[0].layout.frame_labels
         samples = _labelled_samples(caches[0], label, per_frame, run_directory)
         notify("features of the same network with random weights")
-        untrained = _untrained(paths, state.data_identity, samples, per_frame, stop)
+        untrained = _untrained(paths, state, samples, per_frame, stop)
         results = []
         for cache in caches:
             stop.raise_if_set(f"before the probe of stage {cache.layout.stage}")
@@ -99,17 +99,19 @@ def _labelled_samples(cache: ActivationCache, label: str, per_frame: bool, run_d
 
 
 def _untrained(
-    paths: RunPaths, identity: str, samples: np.ndarray, per_frame: bool, stop: StopFlag
+    paths: RunPaths, state: RunState, samples: np.ndarray, per_frame: bool, stop: StopFlag
 ) -> list[np.ndarray]:
     config = load(paths.config)
     data = open_data(config.data, shortest_sample(config))
-    if data.identity != identity:
+    if data.identity != state.data_identity:
         raise DataError(
             f"The data at {config.data.source} are not those of the run any more; the comparison with random weights "
             "needs them. Bring the old ones back."
         )
     piece = config.training.batch_size * (config.data.window if data.columns == 1 else int(data.lengths[0]))
-    return untrained_features(config, data, samples, piece, per_frame, find_device(config.training.device), stop)
+    return untrained_features(
+        config, state.cut, data, samples, piece, per_frame, find_device(config.training.device), stop
+    )
 
 
 def _probe_stage(

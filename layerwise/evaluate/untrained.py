@@ -4,7 +4,7 @@ Each group of samples passes through all stages before the next is read, one mod
 is cached and the device holds no more than in the caching pass.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -18,11 +18,13 @@ from layerwise.evaluate.features import SampleSummary, choose_frames
 from layerwise.memory.device import on_device
 from layerwise.nets import build_network
 from layerwise.nets.module import Module
+from layerwise.nets.network import ranges
 from layerwise.stop import StopFlag
 
 
 def untrained_features(
     config: Config,
+    cut: Sequence[int],
     data: DataSet,
     samples: np.ndarray,
     piece: int,
@@ -32,10 +34,10 @@ def untrained_features(
 ) -> list[np.ndarray]:
     """For each stage: float32 [N, C], or [frames, C] where per_frame; view 0 of the samples, in their order.
 
-    piece: most input frames on the device at once. Raises Interrupted between two groups.
+    cut: layers in each stage; piece: most input frames on the device at once. Raises Interrupted between two groups.
     """
     network = build_network(config.net, data.frame_shape)
-    modules = [network.build(layers, config.training.seed, "cpu") for layers in network.cut(config.training.stages)]
+    modules = [network.build(layers, config.training.seed, "cpu") for layers in ranges(cut)]
     groups = group_renderings(data.lengths[samples], piece)
     chosen = _PlainView(data, samples)
     pieces = read_ahead(partial(read_piece, chosen, group, start) for group in groups for start in group.starts)

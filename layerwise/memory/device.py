@@ -1,10 +1,16 @@
 """The device of a run: which one, the hard cap on it, and how data gets there."""
 
 import contextlib
+import gc
+import os
 
 import torch
 
 from layerwise.errors import ConfigError
+from layerwise.memory.meter import uncounted
+
+CUDA_WORKSPACE = 32 * 2**20
+"""Bytes; what torch gives cuBLAS at most by default (on Hopper; 8 MiB elsewhere)."""
 
 
 def find_device(name: str) -> torch.device:
@@ -20,19 +26,73 @@ def find_device(name: str) -> torch.device:
 
 
 def cap(device: torch.device, budget: int | None) -> None:
-    """On CUDA the allocator itself refuses to pass the budget (bytes; None: all there is); elsewhere the meter does."""
+    """On CUDA the allocator itself refuses to pass the budget (bytes; None: all there is); elsewhere the meter does.
+
+    The context counts too: what the driver's own tool shows for the process stays under the budget.
+    """
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(1.0 if budget is None else min(budget / total, 1.0), device)
+        tensors = total if budget is None else max(budget - context_bytes(device), 0)
+        torch.cuda.set_per_process_memory_fraction(min(tensors / total, 1.0), device)
 
 
-def on_device(frames: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Frames from the host as float32 on the device; a copy on a CPU too, so that it counts there as on a GPU."""
-    return frames.to(device, copy=True).float()
+def context_bytes(device: torch.device) -> int:
+    """What this process holds on the device beside tensors: CUDA's context and the kernels it has loaded; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    return max(process_bytes(device) - torch.cuda.memory_reserved(device), 0)
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """What of the budget is not there for tensors: the context, and room for the workspaces of CUDA's matrix products."""
+    return context_bytes(device) + (CUDA_WORKSPACE if device.type == "cuda" else 0)
+
+
+def process_bytes(device: torch.device) -> int:
+    """What the driver reports for this process; 0 on a CPU.
+
+    Where the driver does not tell processes apart (containers hide them from it), all that is taken on the device: with
+    others on it that is too much, and the cap is lower than it need be, never higher.
+    """
+    if device.type != "cuda":
+        return 0
+    torch.cuda.init()
+    torch.zeros(1, device=device)
+    free, total = torch.cuda.mem_get_info(device)
+    return _driver_figure(device) or total - free
+
+
+def _driver_figure(device: torch.device) -> int | None:
+    """NVML's figure for this process, or None where NVML or the process cannot be found."""
+    try:
+        import pynvml  # of the extra "gpu"
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
+    except pynvml.NVMLError:
+        return None
+
+
+def release(device: torch.device) -> None:
+    """Gives back what no tensor holds any more: cycles to the collector, free blocks to the driver."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def on_device(frames: torch.Tensor, device: torch.device, samples: slice = slice(None)) -> torch.Tensor:
+    """Frames of some samples from the host as float32 on the device; a copy on a CPU too, so that it counts there."""
+    with uncounted():
+        part = frames[samples]
+    return part.to(device, copy=True).float()
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """The context that a forward pass runs in: float32, or bfloat16 autocast."""
+    """The context that a forward pass runs in: float32, or autocast to a shorter type."""
     if precision == "float32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    return torch.autocast(device.type, dtype=getattr(torch, precision))

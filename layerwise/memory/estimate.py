@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from layerwise.memory.meter import Meter
 
 
-def predicted_peak(work: Callable[[], None], device: torch.device) -> int:
-    """Bytes at the highest point of `work`, which builds all its tensors itself, on `device`."""
+def rehearse(work: Callable[[Meter], None], device: torch.device) -> Meter:
+    """The meter after `work`, which builds all its tensors itself, on `device`."""
     with FakeTensorMode(), Meter(device) as meter:
-        work()
-    return meter.peak
+        work(meter)
+    return meter

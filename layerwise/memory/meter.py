@@ -5,8 +5,10 @@ sight until it is freed. That works on any device, so each promise about memory 
 Only tensors that are made inside the `with` block, by this thread, count; numpy arrays and loader threads are the host's.
 """
 
+import contextlib
 import weakref
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +17,12 @@ from torch.utils._pytree import tree_iter
 
 from layerwise.errors import BudgetError
 
+Kind = Literal["parameters", "gradients", "optimizer", "activations"]
+KINDS: tuple[Kind, ...] = ("parameters", "gradients", "optimizer", "activations")
+
+LOOK_EVERY = 64
+"""Steps of a known size between two that are metered: looking at every operation of a GRU on a CPU costs half a step."""
+
 
 def host_tensor(array: np.ndarray) -> torch.Tensor:
     """The array as a tensor that shares its memory and does not count: it lies on the host, on a CPU too."""
@@ -22,8 +30,23 @@ def host_tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
+def uncounted() -> contextlib.AbstractContextManager[object]:
+    """What is made inside lies on the host, on a CPU too: no meter sees it."""
+    return _disable_current_modes()
+
+
+def metered(look: bool) -> contextlib.AbstractContextManager[object]:
+    """Runs a step under the meter, or at full speed; what that leaves on the device must be what it found."""
+    return contextlib.nullcontext() if look else _disable_current_modes()
+
+
 class Meter(TorchDispatchMode):
     """`live` and `peak` are bytes on the device; BudgetError where `live` would pass `limit`."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Otherwise torch wraps every look in a guard for its compiler, which costs more than the look.
+        return False
 
     def __init__(self, device: torch.device, limit: int | None = None) -> None:
         super().__init__()
@@ -31,11 +54,37 @@ class Meter(TorchDispatchMode):
         self.limit = limit
         self.live = 0
         self.peak = 0
-        self._storages: dict[int, tuple[weakref.ref, int]] = {}
+        self._live_by_kind = [0] * len(KINDS)
+        self._peak_by_kind = [0] * len(KINDS)
+        self._storages: dict[int, tuple[weakref.ref, int, int]] = {}
+        self._steps: dict[str, _Steps] = {}
+
+    @property
+    def peak_by_kind(self) -> dict[Kind, int]:
+        """Of what the peak was made, in bytes. Workspaces and gradients of activations count as activations."""
+        return dict(zip(KINDS, self._peak_by_kind, strict=True))
 
     def reset_peak(self) -> None:
         """Starts a new peak from what is live now."""
-        self.peak = self.live
+        self.peak, self._peak_by_kind = self.live, self._live_by_kind.copy()
+
+    def label(self, kind: Kind, tensors: Iterable[torch.Tensor | None]) -> None:
+        """Says what these tensors are; what nobody labels is an activation."""
+        to = KINDS.index(kind)
+        for tensor in tensors:
+            key = None if tensor is None else tensor.untyped_storage()._cdata
+            if key in self._storages:
+                reference, size, was = self._storages[key]
+                self._live_by_kind[was] -= size
+                self._live_by_kind[to] += size
+                self._storages[key] = reference, size, to
+
+    def looks(self, name: str, *sizes: int) -> bool:
+        """Whether to meter the next of many like steps, whose memory depends on `sizes` alone; see `metered`.
+
+        Yes where a size is larger than in any metered step of this name, for the first two, and now and then.
+        """
+        return self._steps.setdefault(name, _Steps(len(sizes))).look(sizes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -56,11 +105,15 @@ class Meter(TorchDispatchMode):
         size = storage.nbytes()
         if known is not None and known[1] == size:
             return
+        kind = KINDS.index("activations")
         if known is not None:
-            self.live -= known[1]
-        self._storages[key] = (weakref.ref(storage, lambda _: self._release(key)), size)
+            kind = known[2]
+            self._release(key)
+        self._storages[key] = (weakref.ref(storage, lambda _: self._release(key)), size, kind)
         self.live += size
-        self.peak = max(self.peak, self.live)
+        self._live_by_kind[kind] += size
+        if self.live > self.peak:
+            self.peak, self._peak_by_kind = self.live, self._live_by_kind.copy()
         if self.limit is not None and self.live > self.limit:
             raise BudgetError(
                 f"The device holds {self.live:,} bytes, more than the budget of {self.limit:,} bytes; "
@@ -68,5 +121,22 @@ class Meter(TorchDispatchMode):
             )
 
     def _release(self, key: int) -> None:
-        _, size = self._storages.pop(key)
+        _, size, kind = self._storages.pop(key)
         self.live -= size
+        self._live_by_kind[kind] -= size
+
+
+class _Steps:
+    """Which of many like steps are looked at."""
+
+    def __init__(self, sizes: int) -> None:
+        self._count = 0
+        self._largest = (-1,) * sizes
+
+    def look(self, sizes: tuple[int, ...]) -> bool:
+        self._count += 1
+        larger = any(size > largest for size, largest in zip(sizes, self._largest, strict=True))
+        look = larger or self._count <= 2 or self._count % LOOK_EVERY == 0
+        if look:
+            self._largest = tuple(map(max, sizes, self._largest))
+        return look

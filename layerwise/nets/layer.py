@@ -25,6 +25,17 @@ class Layer(nn.Module):
         """(B, L, *frame) to (B, out_length(L), *output frame)."""
         raise TypeError(f"{type(self).__name__} defines no forward.")
 
+    def before_activation(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward` up to `activation`, which together are `forward`."""
+        return self(x)
+
+    def activation(self, y: torch.Tensor) -> torch.Tensor:
+        """The non-linearity at the end, frame by frame, so that it can wait until it is known which frames are needed.
+
+        y (..., *output frame); may overwrite it.
+        """
+        return y
+
     def out_length(self, length: Any) -> Any:
         """Frames that come out of `length` frames (an int or an int64 array)."""
         return np.maximum((length + 2 * self.padding - self.kernel) // self.stride + 1, 0)

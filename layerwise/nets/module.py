@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from layerwise.nets.frames import take, vectors
 from layerwise.nets.layer import Layer, mask_padding
 
 
@@ -44,6 +46,28 @@ class Module(nn.Module):
             x = mask_padding(layer(x), lengths)
         return (targets if layer.recurrent else x), x
 
+    def representations(
+        self, x: torch.Tensor, lengths: np.ndarray, rows: torch.Tensor, recompute: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """The vectors that the local objective scores, of some frames only: what is not scored is not kept.
+
+        x (B, L, *frame) with int64 [B] real lengths; rows: int64 [R] numbers b * L' + t of output frames, each once;
+        recompute: keep what passes between the layers, and work the rest out again in the backward pass (activation
+        checkpointing; Chen et al. 2016, arXiv 1604.06174). Gives (targets (R, C), contexts (R, D)), or one tensor where
+        they are the same.
+        """
+        *below, last = self.layers.values()
+        for layer in below:
+            lengths = layer.out_length(lengths)
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+            x = mask_padding(x, lengths)
+        if last.recurrent:
+            return take(vectors(x), rows), take(vectors(last(x)), rows)
+        outputs = last.before_activation(x)
+        if outputs.dim() > 3:
+            return (take(vectors(last.activation(outputs)), rows),)
+        return (last.activation(take(outputs, rows)),)
+
     def out_length(self, length: Any) -> Any:
         """Frames that come out of `length` frames (an int or an int64 array)."""
         for layer in self.layers.values():
@@ -64,8 +88,3 @@ class Module(nn.Module):
             x, state = layer.push(x, state, last)
             after.append(state)
         return x, after
-
-
-def vectors(frames: torch.Tensor) -> torch.Tensor:
-    """One vector per frame: (B, L, C, ...) to (B, L, C), the mean over what lies behind the channels."""
-    return frames if frames.dim() == 3 else frames.flatten(3).mean(3)

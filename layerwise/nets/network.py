@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from layerwise.errors import ConfigError
 from layerwise.nets.layer import Layer
 from layerwise.nets.module import Module
 
@@ -24,25 +23,10 @@ class Network:
     natural_cut: tuple[int, ...]
     """Number of layers in each of the paper's modules; sums to len(layers)."""
 
-    def cut(self, stages: int | None) -> list[range]:
-        """The layers of each stage. None: the paper's modules; fewer: neighbouring modules together; more: finer.
-
-        Raises ConfigError where there are fewer layers than stages.
-        """
-        natural = len(self.natural_cut)
-        if stages is None or stages == natural:
-            sizes = list(self.natural_cut)
-        elif stages < natural:
-            sizes = [sum(group) for group in np.array_split(self.natural_cut, stages)]
-        elif stages <= len(self.layers):
-            sizes = [len(group) for group in np.array_split(range(len(self.layers)), stages)]
-        else:
-            raise ConfigError(
-                f"--stages {stages}: this network can be cut into at most {len(self.layers)} stages; "
-                f"give a number from 1 to {len(self.layers)} (its natural number is {natural})."
-            )
-        stops = np.cumsum(sizes)
-        return [range(int(stop - size), int(stop)) for size, stop in zip(sizes, stops, strict=True)]
+    @property
+    def natural_ranges(self) -> list[range]:
+        """The layers of each of the paper's modules."""
+        return ranges(self.natural_cut)
 
     def build(self, layers: range, seed: int, device: torch.device | str) -> Module:
         """The module of these layers on the device, with its first weights."""
@@ -56,3 +40,9 @@ class Network:
 
 def _layer_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def ranges(sizes: Sequence[int]) -> list[range]:
+    """Stages of so many layers each, as ranges of layers: [2, 1] to [range(0, 2), range(2, 3)]."""
+    stops = np.cumsum(sizes).tolist()
+    return [range(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]

@@ -21,7 +21,13 @@ class Convolution(Layer):
         self.weight, self.bias = conv.weight, conv.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.before_activation(x))
+
+    def before_activation(self, x: torch.Tensor) -> torch.Tensor:
         return self._convolve(x, self.padding)
+
+    def activation(self, y: torch.Tensor) -> torch.Tensor:
+        return F.relu_(y)
 
     def push(self, x: torch.Tensor, state: torch.Tensor | None, last: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The state is the tail of the input that later outputs still need."""
@@ -31,12 +37,13 @@ class Convolution(Layer):
         tail = None if last else x[:, ready * self.stride :].clone()
         if ready == 0:
             return x.new_zeros(x.shape[0], 0, self.weight.shape[0]), tail
-        return self._convolve(x[:, : (ready - 1) * self.stride + self.kernel], padding=0), tail
+        complete = x[:, : (ready - 1) * self.stride + self.kernel]
+        return self.activation(self._convolve(complete, padding=0)), tail
 
     def _convolve(self, x: torch.Tensor, padding: int) -> torch.Tensor:
         image = x.transpose(1, 2).unsqueeze(2)
         y = F.conv2d(image, self.weight.unsqueeze(2), self.bias, stride=(1, self.stride), padding=(0, padding))
-        return F.relu_(y).squeeze(2).transpose(1, 2)
+        return y.squeeze(2).transpose(1, 2)
 
 
 class Recurrence(Layer):

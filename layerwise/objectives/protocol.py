@@ -1,7 +1,7 @@
 """What a local objective is: it draws what it needs on the host, then scores on the device."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -9,23 +9,36 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The value of an objective on a batch; both are scalars on the device."""
+    """The value of an objective on a batch, or on a part of it; both are scalars on the device."""
 
     loss: torch.Tensor
     accuracy: torch.Tensor
     """Part of the predictions in which the positive scores above every negative, without gradient."""
 
 
+class Draw(Protocol):
+    """Everything random about one pass over a batch."""
+
+    rows: np.ndarray
+    """int64 [R], sorted, each once: the frames that are scored, numbered b * L + t over the padded batch."""
+
+
 class Objective(Protocol):
     """An `nn.Module` whose parameters are trained with the stage's and thrown away after it."""
 
-    def draw(self, lengths: np.ndarray, frames: int, columns: int, rng: np.random.Generator) -> Any:
-        """Everything random about one batch.
+    def draw(
+        self, lengths: np.ndarray, frames: int, columns: int, rng: np.random.Generator, passes: int = 1
+    ) -> list[Draw]:
+        """Everything random about one batch, as one draw per pass: the losses of the passes add up to the batch's.
 
-        lengths: int64 [B], real frames of each sample; frames: L of the padded batch; columns: frames per row.
+        lengths: int64 [B], real frames of each sample; frames: L of the padded batch; columns: frames per row;
+        passes: at most B. More passes hold fewer rows at once; what is drawn does not depend on them.
         """
         ...
 
-    def __call__(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Any) -> Score:
-        """targets (B, L, C), contexts (B, L, D), padded to the L of the draw."""
+    def __call__(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int) -> Score:
+        """targets (R, C) and contexts (R, D) at the rows of the draw; the same tensor where they are the same.
+
+        room: bytes that the work may take on the device beside these, their gradients and the objective's own.
+        """
         ...

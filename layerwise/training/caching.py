@@ -19,18 +19,26 @@ from layerwise.data.source import FrameSource
 from layerwise.errors import TrainingError
 from layerwise.events import CachingProgress, Notify
 from layerwise.memory.device import autocast, on_device
+from layerwise.memory.meter import Meter, metered
 from layerwise.nets.module import Module
 from layerwise.stop import StopFlag
 from layerwise.training.plan import StagePlan
 
+SHORTEST = 64
+"""Frames."""
 
-def caching_piece(plan: StagePlan, config: Config) -> int:
-    """Input frames that are on the device at once: half a training batch.
 
-    A streamed convolution holds its input twice, so half keeps the caching pass below the training pass, and no budget
-    needs to be asked: the bytes of a cache do not depend on it.
+def longest_piece(plan: StagePlan, config: Config) -> int:
+    """Input frames that are on the device at once where the budget does not ask for less: half a training batch.
+
+    A streamed convolution holds its input twice, so half keeps the caching pass below the training pass.
     """
     return max(config.training.batch_size * plan.window.frames // 2, 1)
+
+
+def shortest_piece(plan: StagePlan, config: Config) -> int:
+    """Below this, pieces would cost more time than they save room: a row of a picture, or SHORTEST frames."""
+    return min(longest_piece(plan, config), plan.window.columns if plan.window.columns > 1 else SHORTEST)
 
 
 def cache_outputs(
@@ -40,6 +48,7 @@ def cache_outputs(
     piece: int,
     precision: str,
     device: torch.device,
+    meter: Meter,
     stop: StopFlag,
     notify: Notify,
 ) -> None:
@@ -49,8 +58,9 @@ def cache_outputs(
     groups = group_renderings(np.repeat(source.lengths, source.views), piece)
     missing = [group for group in groups if layout.offsets[group.stop] > rows_done]
     row = int(layout.offsets[missing[0].first]) if missing else 0
+    module.eval()
     with torch.no_grad():
-        for stored in _stored_outputs(module, source, missing, precision, device, layout):
+        for stored in _stored_outputs(module, source, missing, precision, device, meter, layout):
             writer.write(stored[max(rows_done - row, 0) :])
             row += len(stored)
             notify(CachingProgress(layout.stage, row, layout.rows))
@@ -58,26 +68,36 @@ def cache_outputs(
 
 
 def _stored_outputs(
-    module: Module, source: FrameSource, groups: list[Group], precision: str, device: torch.device, layout: Layout
+    module: Module,
+    source: FrameSource,
+    groups: list[Group],
+    precision: str,
+    device: torch.device,
+    meter: Meter,
+    layout: Layout,
 ) -> Iterator[np.ndarray]:
     """Rows [n, *frame shape] as they are stored, rendering after rendering; nothing stays on the device between them."""
     pieces = read_ahead(partial(read_piece, source, group, start) for group in groups for start in group.starts)
     for group in groups:
         states = None
+        look = meter.looks("caching", (group.stop - group.first) * group.longest)
         for start in group.starts:
             batch = next(pieces)
-            frames = on_device(batch.frames, device)
-            with autocast(device, precision):
+            with metered(look), autocast(device, precision):
+                frames = on_device(batch.frames, device)
                 if group.streamed:
                     outputs, states = module.push(frames, states, group.is_last(start))
                     lengths = [outputs.shape[1]]
                 else:
-                    _, outputs = module(frames, batch.lengths)
+                    outputs = module(frames, batch.lengths)[1]
                     lengths = module.out_length(batch.lengths).tolist()
-            del frames
-            for sample, length in zip(outputs, lengths, strict=True):
-                yield _as_stored(sample[:length], layout.dtype, layout.stage)
-            del outputs, sample
+                del frames
+                stored = [
+                    _as_stored(sample[:length], layout.dtype, layout.stage)
+                    for sample, length in zip(outputs, lengths, strict=True)
+                ]
+                del outputs
+            yield from stored
 
 
 def _as_stored(rows: torch.Tensor, dtype: str, stage: int) -> np.ndarray:

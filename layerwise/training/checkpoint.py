@@ -6,6 +6,7 @@ its header. All of it is copied to host memory as numpy arrays, so that nothing 
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from torch import nn
 
 from layerwise.errors import RunError
 from layerwise.files import write_atomically
-from layerwise.memory.meter import host_tensor
+from layerwise.memory.meter import host_tensor, uncounted
+from layerwise.training.loaded import LoadedStage
 
 Arrays = dict[str, np.ndarray]
 
@@ -40,23 +42,27 @@ class Progress:
     """Epochs since then."""
     seconds: float = 0.0
     """Spent on training, over all starts."""
+    loss_scale: float = 1.0
+    good_steps: int = 0
+    """See training.scaling."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry per finished epoch."""
 
 
 def to_host(tensors: dict[str, torch.Tensor]) -> Arrays:
     """Copies in host memory, independent of the device."""
-    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
+    with uncounted():
+        return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
 
 
 def load_weights(module: nn.Module, weights: Arrays) -> None:
-    """Copies host arrays into the module. Raises RunError where names or shapes differ."""
-    parameters = dict(module.named_parameters())
-    if {name: value.shape for name, value in weights.items()} != {n: tuple(p.shape) for n, p in parameters.items()}:
+    """Copies host arrays into the module, buffers included. Raises RunError where names or shapes differ."""
+    tensors = module.state_dict()
+    if {name: value.shape for name, value in weights.items()} != {n: tuple(t.shape) for n, t in tensors.items()}:
         raise RunError("The saved weights belong to another network; start anew with --overwrite or another --out.")
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(host_tensor(weights[name]))
+        for name, tensor in tensors.items():
+            tensor.copy_(host_tensor(weights[name]))
 
 
 def save_arrays(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:
@@ -83,27 +89,20 @@ def digest(arrays: Arrays) -> str:
     return total.hexdigest()
 
 
-def save_checkpoint(
-    path: Path,
-    made_for: str,
-    progress: Progress,
-    module: nn.Module,
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    best: Arrays | None,
-) -> None:
+def save_checkpoint(path: Path, made_for: str, progress: Progress, loaded: LoadedStage, best: Arrays | None) -> None:
     """Everything that the next step needs. `made_for` names the stage's input and options."""
-    arrays = to_host({f"module/{name}": value for name, value in module.named_parameters()})
-    arrays |= to_host({f"objective/{name}": value for name, value in objective.named_parameters()})
-    arrays |= to_host(_optimizer_tensors(optimizer, module, objective))
+    progress.loss_scale, progress.good_steps = loaded.scale.factor, loaded.scale.good_steps
+    arrays = to_host(_named("module", loaded.module.state_dict()))
+    arrays |= to_host(_named("objective", loaded.objective.state_dict()))
+    for part, optimizer in (("module", loaded.optimizer), ("objective", loaded.predictor_optimizer)):
+        for name, state in optimizer.state().items():
+            arrays |= to_host(_named(f"optimizer/{part}/{name}", state))
     arrays |= {f"best/{name}": value for name, value in (best or {}).items()}
     save_arrays(path, arrays, {"made_for": made_for, "progress": json.dumps(asdict(progress))})
 
 
-def load_checkpoint(
-    path: Path, made_for: str, module: nn.Module, objective: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[Progress, Arrays | None] | None:
-    """Restores all three and returns the progress and the best weights; None where there is no checkpoint.
+def load_checkpoint(path: Path, made_for: str, loaded: LoadedStage) -> tuple[Progress, Arrays | None] | None:
+    """Restores the stage and returns the progress and the best weights; None where there is no checkpoint.
 
     Raises RunError where it is damaged or was made for something else.
     """
@@ -114,36 +113,23 @@ def load_checkpoint(
         raise RunError(
             f"{path} was saved with other data or options; give the old ones, or start anew with --overwrite."
         )
-    load_weights(module, _under("module/", arrays))
-    load_weights(objective, _under("objective/", arrays))
-    _load_optimizer(optimizer, module, objective, _under("optimizer/", arrays))
-    return Progress(**json.loads(metadata["progress"])), _under("best/", arrays) or None
+    load_weights(loaded.module, _under("module/", arrays))
+    load_weights(loaded.objective, _under("objective/", arrays))
+    for part, optimizer, trained in (
+        ("module", loaded.optimizer, loaded.module),
+        ("objective", loaded.predictor_optimizer, loaded.objective),
+    ):
+        names = [name for name, _ in trained.named_parameters()]
+        states = {name: _under(f"optimizer/{part}/{name}/", arrays) for name in names}
+        optimizer.load({n: {key: host_tensor(value) for key, value in state.items()} for n, state in states.items()})
+    progress = Progress(**json.loads(metadata["progress"]))
+    loaded.scale.factor, loaded.scale.good_steps = progress.loss_scale, progress.good_steps
+    return progress, _under("best/", arrays) or None
+
+
+def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 
 def _under(prefix: str, arrays: Arrays) -> Arrays:
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
-
-
-def _named(module: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:
-    named = {f"module/{name}": value for name, value in module.named_parameters()}
-    return named | {f"objective/{name}": value for name, value in objective.named_parameters()}
-
-
-def _optimizer_tensors(
-    optimizer: torch.optim.Optimizer, module: nn.Module, objective: nn.Module
-) -> dict[str, torch.Tensor]:
-    return {
-        f"optimizer/{name}/{key}": value
-        for name, parameter in _named(module, objective).items()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, objective: nn.Module, arrays: Arrays) -> None:
-    for name, parameter in _named(module, objective).items():
-        state = _under(f"{name}/", arrays)
-        if state:
-            # A counter is a scalar; moments have the parameter's shape and live beside it.
-            optimizer.state[parameter] = {
-                key: host_tensor(value).to(parameter.device, copy=True) for key, value in state.items()
-            }

@@ -1,6 +1,7 @@
 """The stages of a run, worked out before anything is trained: what each reads, builds and puts out."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from layerwise.config import Config
 from layerwise.data.batches import Window
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, DataError
-from layerwise.nets import Network, build_network, rows_needed
+from layerwise.nets import Network, rows_needed
 from layerwise.nets.module import Geometry, Module
 from layerwise.nets.speech import shortest_input
 from layerwise.objectives import Objective, build_objective
@@ -53,13 +54,15 @@ class StagePlan:
             return build_objective(config.objective, self.target_channels, self.context_channels)
 
 
-def plan_stages(config: Config, data: DataSet) -> list[StagePlan]:
-    """The stages in order. Raises ConfigError where the network, the cut or the window do not fit the data."""
-    network = build_network(config.net, data.frame_shape)
+def plan_stages(config: Config, data: DataSet, network: Network, cut: Sequence[range]) -> list[StagePlan]:
+    """The stages of a network that is cut into these ranges of layers, in order.
+
+    Raises ConfigError where the network, the cut or the window do not fit the data.
+    """
     window = input_window(config, data.columns)
     frame_shape, lengths, geometry = data.frame_shape, data.lengths, Geometry()
     stages = []
-    for stage, layers in enumerate(network.cut(config.training.stages), start=1):
+    for stage, layers in enumerate(cut, start=1):
         module = network.build(layers, 0, "meta")
         # Shapes do not depend on the length, and a GRU takes its time on every frame even without values.
         frames = next(count for count in itertools.count(1) if module.out_length(count) >= 1)

@@ -57,7 +57,8 @@ def _begin(
     if old is not None:
         _delete_run(paths, old)
     records = [StageRecord(plan.stage) for plan in plans]
-    return RunState(records, data.identity, config.memory.gpu_mem, str(device), str(paths.caches))
+    cut = [len(plan.layers) for plan in plans]
+    return RunState(records, data.identity, config.memory.gpu_mem, str(device), str(paths.caches), cut)
 
 
 def _go_on(state: RunState, config: Config, paths: RunPaths, data: DataSet, from_stage: int | None) -> RunState:

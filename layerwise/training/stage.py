@@ -16,22 +16,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
-from layerwise.config import Config
+from layerwise.config import Config, TrainingOptions
 from layerwise.data.batches import Batch, Epoch, held_out_epoch, read_ahead, training_epoch
 from layerwise.data.source import FrameSource
 from layerwise.errors import TrainingError
 from layerwise.events import EpochDone, Notify, StageStarted, StepDone
 from layerwise.files import write_atomically
-from layerwise.memory.device import autocast, on_device
 from layerwise.memory.meter import Meter
-from layerwise.nets.module import vectors
-from layerwise.objectives import Objective
-from layerwise.objectives.protocol import Score
+from layerwise.memory.placement import Placement
 from layerwise.stop import StopFlag
 from layerwise.streams import stream
 from layerwise.training.checkpoint import Arrays, Progress, load_checkpoint, save_checkpoint, to_host
+from layerwise.training.loaded import LoadedStage, Randomness
 from layerwise.training.plan import StagePlan
 
 
@@ -57,6 +54,8 @@ class Trained:
     seconds: float
     peak_bytes: int
     """Highest of all epochs, those before a resume included."""
+    placement: Placement
+    """At the end: smaller than at the beginning where a step ran out of memory."""
 
 
 def train_stage(
@@ -66,6 +65,7 @@ def train_stage(
     train: np.ndarray,
     held_out: np.ndarray,
     device: torch.device,
+    placement: Placement,
     meter: Meter,
     files: StageFiles,
     stop: StopFlag,
@@ -76,20 +76,15 @@ def train_stage(
     train, held_out: int64 sample numbers. Raises Interrupted after saving, TrainingError where the loss is not a number.
     """
     options = config.training
-    module = plan.build_module(options.seed, device)
-    objective = plan.build_objective(config, device)
-    optimizer = build_optimizer(module, objective, options.lr)
-    progress, best = load_checkpoint(files.checkpoint, files.made_for, module, objective, optimizer) or (
-        Progress(),
-        None,
-    )
+    loaded = LoadedStage(plan, config, device, placement, meter)
+    progress, best = load_checkpoint(files.checkpoint, files.made_for, loaded) or (Progress(), None)
     notify(StageStarted(plan.stage, progress.epoch, progress.step))
     started = time.monotonic() - progress.seconds
     last_save = time.monotonic()
 
     def save() -> None:
         progress.seconds = time.monotonic() - started
-        save_checkpoint(files.checkpoint, files.made_for, progress, module, objective, optimizer, best)
+        save_checkpoint(files.checkpoint, files.made_for, progress, loaded, best)
 
     def poll() -> None:
         if stop.reason:
@@ -101,8 +96,9 @@ def train_stage(
         rng = stream(options.seed, "epoch", plan.stage, progress.epoch)
         epoch = training_epoch(source, train, plan.window, options.batch_size, rng)
         for step, batch in _batches(epoch, source, first=progress.step):
-            draw_rng = stream(options.seed, "negatives", plan.stage, progress.epoch, step)
-            score = train_step(module, objective, optimizer, batch, plan, draw_rng, device, options.precision)
+            key = (plan.stage, progress.epoch, step)
+            module_seed = int(stream(options.seed, "module", *key).integers(2**62))
+            score = loaded.train(batch, Randomness(partial(stream, options.seed, "negatives", *key), module_seed))
             loss, accuracy = score.loss.item(), score.accuracy.item()
             _check_finite(loss, plan.stage, progress.epoch, options.lr)
             progress.step = step + 1
@@ -114,13 +110,13 @@ def train_stage(
                 last_save = time.monotonic()
             poll()
 
-        held_out_loss, held_out_accuracy = evaluate(module, objective, source, held_out, plan, config, device, poll)
+        held_out_loss, held_out_accuracy = evaluate(loaded, source, held_out, options, poll)
         _check_finite(held_out_loss, plan.stage, progress.epoch, options.lr)
         seconds = time.monotonic() - epoch_started
         if _close_epoch(
             progress, epoch.steps, held_out_loss, held_out_accuracy, options.min_delta, seconds, meter.peak
         ):
-            best = to_host(dict(module.named_parameters()))
+            best = to_host(loaded.module.state_dict())
         lines = "".join(json.dumps(entry) + "\n" for entry in progress.history)
         write_atomically(files.metrics, lines.encode())
         save()
@@ -131,75 +127,33 @@ def train_stage(
     assert best is not None and progress.best_loss is not None
     converged = progress.plateau_epochs >= options.patience
     peak = max(entry["peak_bytes"] for entry in progress.history)
-    return Trained(best, progress.epoch, converged, progress.best_loss, time.monotonic() - started, peak)
-
-
-def build_optimizer(module: nn.Module, objective: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Adam over the module and its predictors; the fused form holds no temporary copies of the gradients."""
-    return torch.optim.Adam([*module.parameters(), *objective.parameters()], lr=lr, fused=True)
-
-
-def train_step(
-    module: nn.Module,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    plan: StagePlan,
-    rng: np.random.Generator,
-    device: torch.device,
-    precision: str,
-) -> Score:
-    """Forward, backward and one optimizer step; leaves no gradients behind."""
-    score = _score(module, objective, batch, plan, rng, device, precision)
-    score.loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return Score(score.loss.detach(), score.accuracy)
+    return Trained(
+        best, progress.epoch, converged, progress.best_loss, time.monotonic() - started, peak, loaded.placement
+    )
 
 
 def evaluate(
-    module: nn.Module,
-    objective: Objective,
+    loaded: LoadedStage,
     source: FrameSource,
     samples: np.ndarray,
-    plan: StagePlan,
-    config: Config,
-    device: torch.device,
+    options: TrainingOptions,
     poll: Callable[[], None],
 ) -> tuple[float, float]:
     """Loss and accuracy on samples at windows and negatives that are the same at every call.
 
     `poll` is called between batches and may raise.
     """
-    options = config.training
-    windows = stream(options.seed, "held-out windows", plan.stage)
-    epoch = held_out_epoch(source, samples, plan.window, options.batch_size, windows)
+    stage = loaded.plan.stage
+    windows = stream(options.seed, "held-out windows", stage)
+    epoch = held_out_epoch(source, samples, loaded.plan.window, options.batch_size, windows)
     loss = accuracy = 0.0
-    with torch.no_grad():
-        for step, batch in _batches(epoch, source, first=0):
-            rng = stream(options.seed, "held-out negatives", plan.stage, step)
-            score = _score(module, objective, batch, plan, rng, device, options.precision)
-            poll()
-            share = len(batch.lengths) / len(samples)
-            loss += share * score.loss.item()
-            accuracy += share * score.accuracy.item()
+    for step, batch in _batches(epoch, source, first=0):
+        score = loaded.evaluate(batch, Randomness(partial(stream, options.seed, "held-out negatives", stage, step)))
+        poll()
+        share = len(batch.lengths) / len(samples)
+        loss += share * score.loss.item()
+        accuracy += share * score.accuracy.item()
     return loss, accuracy
-
-
-def _score(
-    module: nn.Module,
-    objective: Objective,
-    batch: Batch,
-    plan: StagePlan,
-    rng: np.random.Generator,
-    device: torch.device,
-    precision: str,
-) -> Score:
-    with autocast(device, precision):
-        targets, outputs = module(on_device(batch.frames, device), batch.lengths)
-        lengths = module.out_length(batch.lengths)
-        draw = objective.draw(lengths, outputs.shape[1], plan.window.columns, rng)
-        return objective(vectors(targets), vectors(outputs), draw)
 
 
 def _batches(epoch: Epoch, source: FrameSource, first: int) -> Iterator[tuple[int, Batch]]:

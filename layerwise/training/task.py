@@ -4,9 +4,9 @@ Whatever an earlier start has finished is found on the disk and kept: the best w
 cache, the sealed cache.
 """
 
-import gc
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,15 @@ from layerwise.data.source import DataSet, FrameSource
 from layerwise.errors import BudgetError, RunError
 from layerwise.events import EpochDone, Event, Notify, StageDone
 from layerwise.files import write_atomically
+from layerwise.memory.device import release
 from layerwise.memory.meter import Meter
 from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.stop import StopFlag
-from layerwise.training.caching import cache_outputs, caching_piece
+from layerwise.training.caching import cache_outputs, shortest_piece
 from layerwise.training.checkpoint import digest, load_arrays, load_weights, save_arrays
 from layerwise.training.fingerprint import fingerprint, training_key
 from layerwise.training.plan import StagePlan
+from layerwise.training.planner import StageLayout
 from layerwise.training.schedule import Task
 from layerwise.training.split import HELD_OUT, TRAIN
 from layerwise.training.stage import StageFiles, train_stage
@@ -42,6 +44,7 @@ class Run:
     split: np.ndarray
     """uint8 [N], see training.split."""
     plans: list[StagePlan]
+    layouts: list[StageLayout]
     device: torch.device
     stop: StopFlag
     notify: Notify
@@ -49,7 +52,7 @@ class Run:
     def key(self, stage: int) -> str:
         """The training key of a stage whose lower stages are done."""
         below = self.state.record(stage - 1).fingerprint if stage > 1 else None
-        return training_key(self.config, self.data.identity, below, stage)
+        return training_key(self.config, self.data.identity, below, stage, self.plans[stage - 1].layers)
 
 
 def perform(task: Task, run: Run) -> None:
@@ -66,7 +69,7 @@ def perform(task: Task, run: Run) -> None:
             _train(plan, source, run, record, meter)
             meter.reset_peak()
             _cache(plan, source, run, record, meter)
-    except (BudgetError, torch.cuda.OutOfMemoryError) as error:
+    except (BudgetError, torch.OutOfMemoryError) as error:
         what = "cache its outputs" if record.status == "caching" else "train"
         raise BudgetError(f"Stage {task.stage} does not fit into the device budget to {what}. {error}") from None
     finally:
@@ -133,6 +136,7 @@ def _train(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, 
         train=np.flatnonzero(run.split == TRAIN),
         held_out=np.flatnonzero(run.split == HELD_OUT),
         device=run.device,
+        placement=run.layouts[stage - 1].placement,
         meter=meter,
         files=StageFiles(run.paths.checkpoint(stage), run.paths.metrics(stage), run.key(stage)),
         stop=run.stop,
@@ -142,7 +146,7 @@ def _train(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, 
     record.status = "caching"
     record.epochs, record.converged, record.best_loss = trained.epochs, trained.converged, trained.best_loss
     record.train_peak_bytes = max(meter.peak, trained.peak_bytes)
-    record.micro_batch = run.config.training.batch_size
+    record.micro_batch = trained.placement.micro_batch
     record.seconds = trained.seconds
     record.fingerprint = fingerprint(run.key(stage), digest(trained.weights))
     run.state.save(run.paths.state)
@@ -153,9 +157,8 @@ def _cache(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, 
     path = run.paths.cache(plan.stage)
     if not _is_sealed(path, record.fingerprint):
         module = plan.build_module(run.config.training.seed, run.device)
-        weights, _ = load_arrays(run.paths.weights(plan.stage))
-        load_weights(module, weights)
-        piece = caching_piece(plan, run.config)
+        load_weights(module, load_arrays(run.paths.weights(plan.stage))[0])
+        meter.label("parameters", module.state_dict().values())
         started, seconds = time.monotonic(), record.seconds
 
         def record_progress() -> None:
@@ -163,15 +166,31 @@ def _cache(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, 
             record.seconds = seconds + time.monotonic() - started
             run.state.save(run.paths.state)
 
-        with CacheWriter(path, _layout(plan, run, record)) as writer:
-            try:
-                cache_outputs(
-                    module, source, writer, piece, run.config.training.precision, run.device, run.stop, run.notify
-                )
-            finally:
-                record_progress()
-            writer.seal()
+        def write(piece: int) -> None:
+            with CacheWriter(path, _layout(plan, run, record)) as writer:
+                try:
+                    precision = run.config.training.precision
+                    cache_outputs(module, source, writer, piece, precision, run.device, meter, run.stop, run.notify)
+                finally:
+                    record_progress()
+                writer.seal()
+
+        _in_pieces_that_fit(write, run.layouts[plan.stage - 1].piece, shortest_piece(plan, run.config), run.device)
     record.cache, record.cache_bytes = str(path), path.stat().st_size
+
+
+def _in_pieces_that_fit(write: Callable[[int], None], piece: int, shortest: int, device: torch.device) -> None:
+    """Writes in pieces of `piece` frames, and goes on in shorter ones where the device runs out of memory."""
+    while True:
+        try:
+            write(piece)
+            return
+        except (BudgetError, torch.OutOfMemoryError) as error:
+            reason = str(error)
+        if piece == shortest:
+            raise BudgetError(reason)
+        piece = max(piece // 2, shortest)
+        release(device)
 
 
 def _is_sealed(path: Path, expected: str | None) -> bool:
@@ -197,12 +216,10 @@ def _allocated(device: torch.device) -> int:
 
 def _device_bytes_left(meter: Meter, device: torch.device, before: int) -> int:
     """What the device holds of ours beyond the `before` bytes of allocator; anything is a defect and raises."""
-    gc.collect()
+    release(device)
     left = max(meter.live, _allocated(device) - before)
     if left:
         raise AssertionError(f"{left} bytes of the finished stage are still on the device")
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return left
 
 

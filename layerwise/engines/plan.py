@@ -1,0 +1,116 @@
+"""A run before it is started: what each stage will take on the device, on the disk and on the host, and whether it fits."""
+
+import math
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from layerwise.config import Config
+from layerwise.data.batches import READ_AHEAD
+from layerwise.data.open import open_data
+from layerwise.data.source import DataSet
+from layerwise.memory.device import find_device, reserved_bytes
+from layerwise.memory.meter import Kind
+from layerwise.nets import shortest_sample
+from layerwise.nets.network import Network
+from layerwise.training.cutting import plan_run
+from layerwise.training.plan import StagePlan
+from layerwise.training.planner import (
+    caching_peak,
+    fitting_layout,
+    rehearsed_training,
+    smallest_budget,
+    smallest_layout,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StageForecast:
+    """One stage; sizes in bytes."""
+
+    stage: int
+    layers: int
+    parameters: int
+    train_peak_bytes: int
+    """Of tensors in training; on CUDA the context comes on top."""
+    train_peak_by_kind: dict[Kind, int]
+    cache_peak_bytes: int
+    micro_batch: int
+    layout: str
+    why: str
+    """Why the stage is not laid out in the cheapest way; empty where it is."""
+    fits: bool
+    cache_bytes: int
+    host_bytes: int
+    input: str
+    """Where its samples come from: data or cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run will take; sizes in bytes."""
+
+    budget_bytes: int | None
+    fits: bool
+    smallest_budget_bytes: int
+    peak_bytes: int
+    """Largest of all stages, on CUDA with the context."""
+    cache_bytes: int
+    host_bytes: int
+    device: str
+    stages: list[StageForecast]
+
+
+def plan(config: Config, *, network: Network | None = None) -> Forecast:
+    """Predicts a run without running anything. Raises LayerwiseErrors where it could not even be begun."""
+    device = find_device(config.training.device)
+    data = open_data(config.data, shortest_sample(config))
+    plans = plan_run(config, data, device, network)
+    stages = [_forecast(config, data, stage, device) for stage in plans]
+    return Forecast(
+        budget_bytes=config.memory.gpu_mem,
+        fits=all(stage.fits for stage in stages),
+        smallest_budget_bytes=max(smallest_budget(config, stage, device) for stage in plans),
+        peak_bytes=max(max(s.train_peak_bytes, s.cache_peak_bytes) for s in stages) + reserved_bytes(device),
+        cache_bytes=sum(stage.cache_bytes for stage in stages),
+        host_bytes=max(stage.host_bytes for stage in stages),
+        device=str(device),
+        stages=stages,
+    )
+
+
+def _forecast(config: Config, data: DataSet, stage: StagePlan, device: torch.device) -> StageForecast:
+    fitting = fitting_layout(config, stage, device)
+    layout = fitting or smallest_layout(config, stage)
+    training = rehearsed_training(config, stage, device, layout.placement)
+    rows = int(stage.output_lengths.sum()) * data.views
+    return StageForecast(
+        stage=stage.stage,
+        layers=len(stage.layers),
+        parameters=stage.parameters,
+        train_peak_bytes=training.peak,
+        train_peak_by_kind=training.peak_by_kind,
+        cache_peak_bytes=caching_peak(config, stage, device, layout.piece),
+        micro_batch=layout.placement.micro_batch,
+        layout=str(layout.placement),
+        why=layout.why,
+        fits=fitting is not None,
+        cache_bytes=rows * math.prod(stage.output_shape) * getattr(torch, config.cache.dtype).itemsize,
+        host_bytes=_host_bytes(config, stage, layout.placement.optimizer_on_host),
+        input="data" if stage.stage == 1 else "cache",
+    )
+
+
+def _host_bytes(config: Config, stage: StagePlan, optimizer_on_host: bool) -> int:
+    """What the process holds in host memory: itself, batches that are read ahead, blocks that are written, checkpoints."""
+    stored = 4 if stage.stage == 1 else getattr(torch, config.cache.dtype).itemsize
+    batch = config.training.batch_size * stage.window.frames * math.prod(stage.frame_shape) * stored
+    objective = stage.build_objective(config, torch.device("meta"))
+    predictors = sum(parameter.numel() for parameter in objective.parameters())
+    trained = 4 * (stage.parameters + predictors)
+    # A checkpoint is gathered, then serialised: values and two moments, twice; the best weights stay.
+    checkpoint = 2 * 3 * trained + 4 * stage.parameters
+    itself = psutil.Process().memory_info().rss
+    on_host = 4 * trained if optimizer_on_host else 0
+    return itself + (READ_AHEAD + 2) * batch + 2 * int(config.cache.block) + checkpoint + on_host

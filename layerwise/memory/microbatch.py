@@ -1,0 +1,148 @@
+"""The loss and the gradients of a whole batch, with a slice of it on the device at a time, exactly.
+
+A contrastive loss ties all samples of a batch together, so gradients of slices do not add up to the gradient of the
+batch. Three steps make them (Gao et al. 2021, arXiv 2101.06983): the representations of all slices, without a graph; the
+loss on them, and its gradients; the forward pass of each slice once more, through which these gradients run back. The
+second forward pass repeats the first to the bit, its random numbers included.
+
+Of the representations only the rows that the loss scores are kept. Where even those are too many, the batch is gone
+through in several passes, each of which scores a part of the targets: their losses add up.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+class Scored(Protocol):
+    """What an objective gives: two scalars."""
+
+    loss: torch.Tensor
+    accuracy: torch.Tensor
+
+
+class Part(Protocol):
+    """What one pass scores."""
+
+    rows: np.ndarray
+    """int64 [R], sorted: frames of the batch, numbered b * L + t."""
+
+
+Encode = Callable[[slice, np.ndarray], tuple[torch.Tensor, ...]]
+"""Representations (R, ...) of some samples of the batch, at rows that are numbered from the first frame of these samples;
+one or more tensors. The same call gives the same bits, with or without gradients."""
+
+Loss = Callable[[tuple[torch.Tensor, ...], Part], Scored]
+"""The score of one part at all its representations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """The score of a part or of a batch; scalars on the device, without a graph."""
+
+    loss: torch.Tensor
+    accuracy: torch.Tensor
+
+
+@dataclass(slots=True)
+class Pending:
+    """A part whose loss is known, and whose gradients have come as far as the representations."""
+
+    part: Part
+    score: Total
+    gradients: list[torch.Tensor]
+    """Of the representations at the part's rows."""
+    encoded: tuple[torch.Tensor, ...] | None
+    """The representations with their graph, where the whole batch was encoded at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """How a batch is encoded."""
+
+    encode: Encode
+    samples: int
+    frames: int
+    """Output frames of each sample, padding included."""
+
+
+def score(batch: Batch, loss: Loss, parts: Sequence[Part], micro_batch: int) -> Total:
+    """The score of a batch, without gradients."""
+    slices = _slices(batch.samples, micro_batch)
+    with torch.no_grad():
+        return total([loss(_encoded(batch, part.rows, slices), part) for part in parts])
+
+
+def loss_gradients(batch: Batch, loss: Loss, part: Part, micro_batch: int, scale: float = 1.0) -> Pending:
+    """The loss of a part, the gradients of the loss's own parameters in their `.grad`, and those of the representations.
+
+    scale: what the gradients of the representations are multiplied by, to keep short floats from losing small ones.
+    """
+    slices = _slices(batch.samples, micro_batch)
+    with torch.set_grad_enabled(len(slices) == 1):
+        encoded = _encoded(batch, part.rows, slices)
+    leaves = tuple(tensor.detach().requires_grad_() for tensor in encoded)
+    scored = loss(leaves, part)
+    scored.loss.backward()
+    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.mul_(scale) for leaf in leaves]
+    found = Total(scored.loss.detach(), scored.accuracy)
+    return Pending(part, found, gradients, encoded if len(slices) == 1 else None)
+
+
+def run_back(pending: Pending, batch: Batch, micro_batch: int) -> None:
+    """Runs the gradients of a part back through the module, into the `.grad` of its parameters."""
+    encoded, pending.encoded = pending.encoded, None
+    if encoded is not None:
+        _backward(encoded, pending.gradients)
+        return
+    rows = pending.part.rows
+    for samples in _slices(batch.samples, micro_batch):
+        here = _rows_of(rows, samples, batch.frames)
+        if here.start < here.stop:
+            encoded = batch.encode(samples, rows[here] - samples.start * batch.frames)
+            _backward(encoded, [gradient[here] for gradient in pending.gradients])
+            del encoded
+
+
+def total(scores: Sequence[Scored]) -> Total:
+    """The sum over parts."""
+    first, *others = scores
+    loss, accuracy = first.loss, first.accuracy
+    for other in others:
+        loss, accuracy = loss + other.loss, accuracy + other.accuracy
+    return Total(loss, accuracy)
+
+
+def _slices(samples: int, micro_batch: int) -> list[slice]:
+    return [slice(start, min(start + micro_batch, samples)) for start in range(0, samples, micro_batch)]
+
+
+def _encoded(batch: Batch, rows: np.ndarray, slices: list[slice]) -> tuple[torch.Tensor, ...]:
+    """The representations at `rows`, of all slices."""
+    if len(slices) == 1:
+        return batch.encode(slices[0], rows)
+    whole: tuple[torch.Tensor, ...] = ()
+    for samples in slices:
+        here = _rows_of(rows, samples, batch.frames)
+        encoded = batch.encode(samples, rows[here] - samples.start * batch.frames)
+        # Filled slice by slice: joining them in the end would hold all of them twice.
+        whole = whole or tuple(tensor.new_empty(len(rows), *tensor.shape[1:]) for tensor in encoded)
+        for into, tensor in zip(whole, encoded, strict=True):
+            into[here] = tensor
+        del encoded
+    return whole
+
+
+def _backward(encoded: tuple[torch.Tensor, ...], gradients: list[torch.Tensor]) -> None:
+    # The inputs of a stage may be targets themselves; nothing below them is trained.
+    trained = [number for number, tensor in enumerate(encoded) if tensor.requires_grad]
+    torch.autograd.backward([encoded[number] for number in trained], [gradients[number] for number in trained])
+
+
+def _rows_of(rows: np.ndarray, samples: slice, frames: int) -> slice:
+    """Where the rows of some samples stand among all rows."""
+    start, stop = np.searchsorted(rows, [samples.start * frames, samples.stop * frames])
+    return slice(int(start), int(stop))

@@ -1,0 +1,197 @@
+"""A stage that is loaded onto the device: module, objective and optimizers, and one step on a batch under the budget.
+
+Where a step runs out of memory all the same, it is repeated in smaller slices with the same random numbers; the result
+does not change. Everything random is seeded by the caller, so that nothing has to be remembered for that.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from layerwise.config import Config
+from layerwise.data.batches import Batch
+from layerwise.errors import BudgetError
+from layerwise.memory import microbatch
+from layerwise.memory.device import autocast, on_device, release
+from layerwise.memory.meter import Meter, metered
+from layerwise.memory.microbatch import Pending, Total
+from layerwise.memory.placement import Placement
+from layerwise.nets.mixing import draws_at_random, mixes_samples
+from layerwise.objectives.protocol import Draw
+from layerwise.training.optimizer import DeviceAdam, HostAdam, Optimizer
+from layerwise.training.plan import StagePlan
+from layerwise.training.scaling import LossScale
+
+
+class NoSmallerSlices(BudgetError):
+    """Out of memory, and the slices cannot be made smaller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Randomness:
+    """What a step draws: negatives from a generator that is made anew at each attempt, and what the module draws."""
+
+    negatives: Callable[[], np.random.Generator]
+    seed: int = 0
+
+
+class LoadedStage:
+    """Module, objective and their optimizers on the device, and the placement of a batch, which may become smaller."""
+
+    def __init__(
+        self, plan: StagePlan, config: Config, device: torch.device, placement: Placement, meter: Meter
+    ) -> None:
+        self.plan, self.device, self.placement, self.meter = plan, device, placement, meter
+        self.module = plan.build_module(config.training.seed, device)
+        self.objective = plan.build_objective(config, device)
+        self.optimizer = self._adam(self.module, config.training.lr)
+        self.predictor_optimizer = self._adam(self.objective, config.training.lr)
+        self.scale = LossScale.of(config.training.precision)
+        self._precision = config.training.precision
+        self._label()
+
+    def train(self, batch: Batch, randomness: Randomness) -> Total:
+        """One optimizer step; leaves no gradients behind. Raises BudgetError where not even the smallest slices fit."""
+        self.module.train()
+        draws = self._draws(batch, randomness)
+        with metered(self._looks("training", batch, draws)):
+            score = self._repeat_in_smaller_slices(self._attempt, draws, batch, randomness)
+            if self.scale.unscale(self.module.parameters()):
+                self.optimizer.step()
+            self._forget_gradients()
+        return score
+
+    def evaluate(self, batch: Batch, randomness: Randomness) -> Total:
+        """The score of a batch, without a step."""
+        self.module.eval()
+        draws = self._draws(batch, randomness)
+        with metered(self._looks("held-out", batch, draws)):
+            return self._repeat_in_smaller_slices(self._score, draws, batch, randomness)
+
+    def _score(self, encoded: microbatch.Batch, draws: list[Draw]) -> Total:
+        return microbatch.score(encoded, self._loss, draws, self.placement.micro_batch)
+
+    def _attempt(self, encoded: microbatch.Batch, draws: list[Draw]) -> Total:
+        """All gradients of the module in place, and the predictors' step taken."""
+        if len(draws) > 1 or draws_at_random(self.module):
+            scores = []
+            for draw in draws:
+                pending = self._loss_gradients(encoded, draw)
+                microbatch.run_back(pending, encoded, self.placement.micro_batch)
+                scores.append(pending.score)
+            self.predictor_optimizer.step()
+            return microbatch.total(scores)
+        pending = self._loss_gradients(encoded, draws[0])
+        # The predictors step at once and let go of their gradients: the module's come into their room.
+        self.predictor_optimizer.step()
+        self._run_back(pending, encoded)
+        return pending.score
+
+    def _loss_gradients(self, encoded: microbatch.Batch, draw: Draw) -> Pending:
+        pending = microbatch.loss_gradients(encoded, self._loss, draw, self.placement.micro_batch, self.scale.factor)
+        self.meter.label("gradients", (parameter.grad for parameter in self.objective.parameters()))
+        return pending
+
+    def _run_back(self, pending: Pending, encoded: microbatch.Batch) -> None:
+        """Cannot be left half done once the predictors have stepped, so it sees to its own memory."""
+        while True:
+            try:
+                microbatch.run_back(pending, encoded, self.placement.micro_batch)
+                return
+            except (BudgetError, torch.OutOfMemoryError) as error:
+                reason = str(error)
+            self.module.zero_grad()
+            if self.placement.micro_batch == 1:
+                raise NoSmallerSlices(reason)
+            self._shrink(reason)
+
+    def _repeat_in_smaller_slices(
+        self,
+        work: Callable[[microbatch.Batch, list[Draw]], Total],
+        draws: list[Draw],
+        batch: Batch,
+        randomness: Randomness,
+    ) -> Total:
+        encoded = self._encoded(batch, randomness.seed)
+        while True:
+            try:
+                return work(encoded, draws)
+            except NoSmallerSlices:
+                raise
+            except (BudgetError, torch.OutOfMemoryError) as error:
+                reason = str(error)
+            # Outside of the handler: while the error is known, so are the tensors of the attempt.
+            self._forget_gradients()
+            self._shrink(reason)
+            draws = self._draws(batch, randomness)
+
+    def _shrink(self, reason: str) -> None:
+        mixing = mixes_samples(self.module)
+        if mixing:
+            raise NoSmallerSlices(f"{reason} {mixing} ties the samples of a batch together, so it cannot be sliced.")
+        smaller = self.placement.smaller()
+        if smaller is None:
+            raise NoSmallerSlices(reason)
+        self.placement = smaller
+        release(self.device)
+
+    def _draws(self, batch: Batch, randomness: Randomness) -> list[Draw]:
+        lengths = self.module.out_length(batch.lengths)
+        frames = int(self.module.out_length(batch.frames.shape[1]))
+        passes = min(self.placement.passes, len(lengths))
+        return self.objective.draw(lengths, frames, self.plan.window.columns, randomness.negatives(), passes)
+
+    def _samples(self, batch: Batch) -> int:
+        """Samples of the batch that a step goes through."""
+        return len(batch.lengths)
+
+    def _encoded(self, batch: Batch, seed: int) -> microbatch.Batch:
+        def encode(samples: slice, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
+            with self._seeded(seed, samples.start), autocast(self.device, self._precision):
+                return self.module.representations(
+                    on_device(batch.frames, self.device, samples),
+                    batch.lengths[samples],
+                    torch.as_tensor(rows, device=self.device),
+                    self.placement.recompute,
+                )
+
+        return microbatch.Batch(encode, self._samples(batch), int(self.module.out_length(batch.frames.shape[1])))
+
+    def _loss(self, representations: tuple[torch.Tensor, ...], draw: Draw) -> Total:
+        return self.objective(representations[0], representations[-1], draw, self.placement.loss_room)
+
+    @contextlib.contextmanager
+    def _seeded(self, seed: int, first_sample: int) -> Iterator[None]:
+        """What a module draws for some samples is the same at every call, and the caller's generators stay as they are."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(int(np.random.SeedSequence([seed, first_sample]).generate_state(1)[0]))
+            yield
+
+    def _looks(self, name: str, batch: Batch, draws: list[Draw]) -> bool:
+        return self.meter.looks(name, batch.frames.shape[1], max(len(draw.rows) for draw in draws))
+
+    def _adam(self, trained: nn.Module, lr: float) -> Optimizer:
+        make = HostAdam if self.placement.optimizer_on_host else DeviceAdam
+        return make(dict(trained.named_parameters()), lr)
+
+    def _label(self) -> None:
+        """Tells the meter what is what."""
+        parameters = [*self.module.parameters(), *self.objective.parameters()]
+        self.meter.label("parameters", [*parameters, *self.module.buffers()])
+        self.meter.label("optimizer", [*self.optimizer.on_device(), *self.predictor_optimizer.on_device()])
+        for parameter in self.module.parameters():
+            # The hook knows the meter alone: a way back to the parameter would be a cycle that nobody collects.
+            parameter.register_post_accumulate_grad_hook(partial(_label_gradient, self.meter))
+
+    def _forget_gradients(self) -> None:
+        self.module.zero_grad()
+        self.objective.zero_grad()
+
+
+def _label_gradient(meter: Meter, parameter: torch.Tensor) -> None:
+    meter.label("gradients", [parameter.grad])

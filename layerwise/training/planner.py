@@ -1,0 +1,250 @@
+"""What each stage needs and how it is laid out under the budget, worked out before anything is trained.
+
+The very steps of a run are rehearsed on fake tensors, so a prediction is not a model of the code but the code itself.
+Of many like slices only the first are rehearsed: the others need the same room.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import torch
+from torch import nn
+
+from layerwise.config import Config
+from layerwise.data.batches import Batch
+from layerwise.errors import BudgetError
+from layerwise.memory.device import autocast, on_device, reserved_bytes
+from layerwise.memory.estimate import rehearse
+from layerwise.memory.meter import Meter
+from layerwise.memory.placement import Placement, cheapest, families
+from layerwise.nets.mixing import mixes_samples
+from layerwise.nets.module import Module
+from layerwise.objectives.protocol import Draw
+from layerwise.training.caching import longest_piece, shortest_piece
+from layerwise.training.loaded import LoadedStage, Randomness
+from layerwise.training.optimizer import Stepping
+from layerwise.training.plan import StagePlan
+
+REHEARSED_SLICES = 3
+"""The first makes the gradients, the second adds to them, and the third is like all that follow."""
+
+REHEARSED_PASSES = 2
+
+REHEARSED_STEPS = 32
+"""Frames of a recurrent layer in the caching pass."""
+
+SPREAD = 5
+"""Standard deviations by which the rows of a draw may exceed those of the rehearsed one."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageLayout:
+    """How one stage is laid out on the device."""
+
+    placement: Placement
+    piece: int
+    """Input frames that are on the device at once in the caching pass."""
+    why: str
+    """Why it is not laid out in the cheapest way; empty where it is."""
+
+
+def lay_out(config: Config, plan: StagePlan, device: torch.device) -> StageLayout:
+    """The cheapest layout that the budget holds. Raises BudgetError where it holds none."""
+    layout = fitting_layout(config, plan, device)
+    if layout is None:
+        raise _too_small(config, plan, device)
+    return layout
+
+
+def fitting_layout(config: Config, plan: StagePlan, device: torch.device) -> StageLayout | None:
+    """The cheapest layout that the budget holds, if there is any."""
+    first = every_layout(config, plan)[0][0]
+    longest, shortest = longest_piece(plan, config), shortest_piece(plan, config)
+    if config.memory.gpu_mem is None:
+        return StageLayout(first, longest, "")
+    room = config.memory.gpu_mem - reserved_bytes(device)
+    peak = cache(lambda placement: training_peak(config, plan, device, placement))
+    placement = cheapest(iter(every_layout(config, plan)), lambda placement: peak(placement) <= room)
+    piece = _longest_that_fits(longest, shortest, lambda n: caching_peak(config, plan, device, n) <= room)
+    if placement is None or piece is None:
+        return None
+    return StageLayout(placement, piece, "" if placement == first else _why(first, peak(first), plan))
+
+
+def smallest_layout(config: Config, plan: StagePlan) -> StageLayout:
+    """The layout that takes the least memory."""
+    return StageLayout(every_layout(config, plan)[-1][-1], shortest_piece(plan, config), "nothing smaller is left")
+
+
+def every_layout(config: Config, plan: StagePlan) -> list[list[Placement]]:
+    """All placements of a stage that the options allow, cheapest first; see `memory.placement.families`."""
+    module = plan.build_module(config.training.seed, torch.device("meta"))
+    memory = config.memory
+    return list(
+        families(
+            config.training.batch_size,
+            sliceable=mixes_samples(module) is None,
+            layers=len(module.layers),
+            micro_batch=memory.micro_batch,
+            recompute=None if memory.recompute == "auto" else memory.recompute == "always",
+            on_host=None if memory.optimizer == "auto" else memory.optimizer == "host",
+        )
+    )
+
+
+def smallest_budget(config: Config, plan: StagePlan, device: torch.device) -> int:
+    """Bytes below which the stage cannot be trained or cached in any layout that the options allow."""
+    last = every_layout(config, plan)[-1][-1]
+    least = max(
+        training_peak(config, plan, device, last),
+        caching_peak(config, plan, device, shortest_piece(plan, config)),
+    )
+    return least + reserved_bytes(device)
+
+
+def training_peak(config: Config, plan: StagePlan, device: torch.device, placement: Placement) -> int:
+    """Predicted bytes of the training pass of a stage, at full windows."""
+    return rehearsed_training(config, plan, device, placement).peak
+
+
+def rehearsed_training(config: Config, plan: StagePlan, device: torch.device, placement: Placement) -> Meter:
+    """The meter after a rehearsed training step of a stage, at full windows."""
+    size, window = config.training.batch_size, plan.window.frames
+
+    def step(meter: Meter) -> None:
+        rehearsal = _Rehearsal(plan, config, device, placement, meter)
+        # As in training, loss and accuracy of a step live until those of the next one take their place.
+        before = torch.zeros((), device=device), torch.zeros((), device=device)
+        frames = torch.zeros(size, window, *plan.frame_shape, device="meta")
+        rehearsal.train(Batch(frames, np.full(size, window)), Randomness(lambda: np.random.default_rng(0)))
+        del before
+
+    return rehearse(step, device)
+
+
+class _Rehearsal(LoadedStage):
+    """Goes through the first slices of a batch and its first passes."""
+
+    def _draws(self, batch: Batch, randomness: Randomness) -> list[Draw]:
+        draws = super()._draws(batch, randomness)[:REHEARSED_PASSES]
+        samples, frames = len(batch.lengths), int(self.module.out_length(batch.frames.shape[1]))
+        return [replace(draw, rows=_most_rows(len(draw.rows), samples, frames, self._samples(batch))) for draw in draws]
+
+    def _adam(self, trained: nn.Module, lr: float) -> Stepping:
+        return _Elsewhere(trained) if self.placement.optimizer_on_host else super()._adam(trained, lr)
+
+    def _samples(self, batch: Batch) -> int:
+        return min(len(batch.lengths), REHEARSED_SLICES * self.placement.micro_batch)
+
+
+class _Elsewhere:
+    """What an optimizer on the host leaves to see on the device: the gradients go."""
+
+    def __init__(self, trained: nn.Module) -> None:
+        self._trained = trained
+
+    def step(self) -> None:
+        self._trained.zero_grad()
+
+    def on_device(self) -> list[torch.Tensor]:
+        return []
+
+
+def _most_rows(rows: int, samples: int, frames: int, first: int) -> np.ndarray:
+    """More rows than a draw of about `rows` out of samples * frames ever has, and more in the first samples.
+
+    Where n out of N frames are hit by independent draws, a = -ln(1 - n / N) draws fall on each, and n has the variance
+    N e^-a (1 - (1 + a) e^-a).
+    """
+    total = samples * frames
+    missed = max(1 - rows / total, 1e-9)
+    spread = math.sqrt(max(total * missed * (1 - (1 - math.log(missed)) * missed), 0))
+    most = min(total, math.ceil(rows + SPREAD * spread))
+    share = first / samples
+    here = min(first * frames, math.ceil(most * share + SPREAD * math.sqrt(most * share * (1 - share))), most)
+    return np.concatenate(
+        [
+            np.arange(here) * (first * frames) // max(here, 1),
+            first * frames + np.arange(most - here) * (total - first * frames) // max(most - here, 1),
+        ]
+    )
+
+
+def caching_peak(config: Config, plan: StagePlan, device: torch.device, piece: int) -> int:
+    """Predicted bytes of the caching pass of a stage: of a long sample that is streamed, or of short ones with padding."""
+    module = plan.build_module(config.training.seed, torch.device("meta"))
+    *below, last = module.layers.values()
+    if not last.recurrent or module.out_length(piece) <= 2 * REHEARSED_STEPS:
+        return _rehearsed_caching(config, plan, device, piece, len(module.layers))
+    # A recurrent layer takes its time for every frame, fake ones too, and the same room: two short pieces give the line
+    # that a long one lies on, and the layers below it are rehearsed at full length.
+    short = -(-REHEARSED_STEPS * piece // int(module.out_length(piece)))
+    first, second = (_rehearsed_caching(config, plan, device, n * short, len(module.layers)) for n in (1, 2))
+    whole = first + math.ceil((second - first) * (piece - short) / short)
+    return max(whole, _rehearsed_caching(config, plan, device, piece, len(below)) if below else 0)
+
+
+def _rehearsed_caching(config: Config, plan: StagePlan, device: torch.device, piece: int, layers: int) -> int:
+    """Of the first layers of a stage."""
+    cached = getattr(torch, config.cache.dtype)
+    stored = torch.float32 if plan.stage == 1 else cached
+
+    def read(samples: int, frames: int) -> torch.Tensor:
+        return on_device(torch.zeros(samples, frames, *plan.frame_shape, dtype=stored, device="meta"), device)
+
+    def build() -> Module:
+        module = plan.build_module(config.training.seed, device).eval()
+        return Module(dict(list(module.layers.items())[:layers]))
+
+    def stream(_: Meter) -> None:
+        module, states = build(), None
+        with torch.no_grad(), autocast(device, config.training.precision):
+            # How much input a layer carries over depends on where a piece ends within its stride: every place once.
+            pieces = 2 + max(layer.stride for layer in module.layers.values())
+            for last in [False] * pieces + [True]:
+                frames = read(1, piece)
+                outputs, states = module.push(frames, states, last)
+                del frames
+                outputs.to(cached).isfinite().all()
+                del outputs
+
+    def pad(_: Meter) -> None:
+        module = build()
+        lengths = np.array([piece - piece // 2, max(piece // 2 - 1, 0)])
+        with torch.no_grad(), autocast(device, config.training.precision):
+            outputs = module(read(2, int(lengths[0])), lengths)[1]
+            outputs.to(cached).isfinite().all()
+
+    return max(rehearse(stream, device).peak, rehearse(pad, device).peak)
+
+
+def _longest_that_fits(longest: int, shortest: int, fits: Callable[[int], bool]) -> int | None:
+    """The longest piece by halves, or None where not even the shortest fits."""
+    piece = longest
+    while not fits(piece):
+        if piece == shortest:
+            return None
+        piece = max(piece // 2, shortest)
+    return piece
+
+
+def _why(cheapest_one: Placement, needed: int, plan: StagePlan) -> str:
+    mixing = mixes_samples(plan.build_module(0, torch.device("meta")))
+    forbidden = f"; {mixing} ties the samples together, so the batch cannot be sliced" if mixing else ""
+    return f"{cheapest_one} would take {needed / 1e6:.1f} MB{forbidden}"
+
+
+def _too_small(config: Config, plan: StagePlan, device: torch.device) -> BudgetError:
+    budget, needed = config.memory.gpu_mem, smallest_budget(config, plan, device)
+    last = every_layout(config, plan)[-1][-1]
+    mixing = mixes_samples(plan.build_module(0, torch.device("meta")))
+    why = f" ({mixing} ties the samples of a batch together, so it cannot be sliced)" if mixing else ""
+    finer = ", or cut into more --stages" if len(plan.layers) > 1 else ""
+    smaller = "--batch-size, data.window or net.width" if mixing else "data.window or net.width"
+    return BudgetError(
+        f"--gpu-mem {(budget or 0) / 1e6:g} MB is too small: stage {plan.stage} needs {math.ceil(needed / 1e4) / 100:g} MB "
+        f"even as {last}{why}. Give at least that, or lower {smaller}{finer}."
+    )
