@@ -3,6 +3,7 @@
 The public API, in the words of the command line:
 
     config = layerwise.resolve(overrides={"data.source": "speech:recordings", "memory.gpu_mem": "4GB"})
+    layerwise.plan(config)
     result = layerwise.run(config)
     layerwise.probe(result.paths.out, "speaker")
 """
@@ -14,6 +15,7 @@ from layerwise.version import __version__
 
 if TYPE_CHECKING:
     from layerwise.config import Config, resolve
+    from layerwise.engines.plan import Forecast, plan
     from layerwise.engines.run import RunResult, run
     from layerwise.errors import LayerwiseError
     from layerwise.evaluate.probe import ProbeResult, probe
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Config",
+    "Forecast",
     "LayerwiseError",
     "ProbeResult",
     "RunResult",
     "RunState",
     "__version__",
     "open_run",
+    "plan",
     "probe",
     "resolve",
     "run",
@@ -35,6 +39,8 @@ __all__ = [
 _HOME = {
     "Config": "layerwise.config",
     "resolve": "layerwise.config",
+    "Forecast": "layerwise.engines.plan",
+    "plan": "layerwise.engines.plan",
     "RunResult": "layerwise.engines.run",
     "run": "layerwise.engines.run",
     "LayerwiseError": "layerwise.errors",

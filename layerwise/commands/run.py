@@ -1,15 +1,14 @@
 """`layerwise run`: start a run, or go on with it."""
 
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
-from layerwise import config as configuration
+from layerwise.commands.options import configured
+from layerwise.config import Config
 from layerwise.errors import LayerwiseError
 from layerwise.events import Notify
 from layerwise.report.lines import LogFile, PlainLines
@@ -29,40 +28,15 @@ if TYPE_CHECKING:
     from layerwise.engines.run import RunResult
 
 
-def _config_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """One click option for every option of the configuration that has a flag of its own."""
-    flagged = [option for option in configuration.options() if option.flag]
-    for option in reversed(flagged):
-        default = "" if option.default in (None, "") else f" [default: {option.default}]"
-        add = click.option(option.flag, option.key.replace(".", "__"), help=f"{option.help}{default}", metavar="VALUE")
-        command = add(command)
-    return command
-
-
 @click.command(short_help="Train every stage that is not done yet.")
-@click.option("--recipe", help=f"Defaults of an experiment: {', '.join(configuration.recipe_names())}.")
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML file of options, over the recipe.")
-@_config_flags
+@configured
 @click.option("--from-stage", type=int, help="Retrain this stage and those above it from the cache of the stage below.")
 @click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")
-@click.option(
-    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any other option, such as objective.negatives=16."
-)
-def run(
-    recipe: str | None,
-    config_file: Path | None,
-    from_stage: int | None,
-    overwrite: bool,
-    assignments: tuple[str, ...],
-    **flags: Any,
-) -> None:
+def run(config: Config, from_stage: int | None, overwrite: bool) -> None:
     """Train every stage that is not done yet, each from the activation cache of the one below.
 
     The same command starts a run and goes on with it. With no --data it trains the demo.
     """
-    overrides = {key.replace("__", "."): value for key, value in flags.items() if value is not None}
-    overrides |= dict(configuration.parse_assignment(text) for text in assignments)
-    config = configuration.resolve(recipe, config_file, overrides)
     paths = RunPaths.of(config.out, config.cache.dir)
     log = LogFile(paths.log)
 

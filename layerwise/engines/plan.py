@@ -19,9 +19,9 @@ from layerwise.training.plan import StagePlan
 from layerwise.training.planner import (
     caching_peak,
     fitting_layout,
-    rehearsed_training,
     smallest_budget,
     smallest_layout,
+    training_peak,
 )
 
 
@@ -83,14 +83,14 @@ def plan(config: Config, *, network: Network | None = None) -> Forecast:
 def _forecast(config: Config, data: DataSet, stage: StagePlan, device: torch.device) -> StageForecast:
     fitting = fitting_layout(config, stage, device)
     layout = fitting or smallest_layout(config, stage)
-    training = rehearsed_training(config, stage, device, layout.placement)
+    training = training_peak(config, stage, device, layout.placement)
     rows = int(stage.output_lengths.sum()) * data.views
     return StageForecast(
         stage=stage.stage,
         layers=len(stage.layers),
         parameters=stage.parameters,
-        train_peak_bytes=training.peak,
-        train_peak_by_kind=training.peak_by_kind,
+        train_peak_bytes=training.bytes,
+        train_peak_by_kind=training.by_kind,
         cache_peak_bytes=caching_peak(config, stage, device, layout.piece),
         micro_batch=layout.placement.micro_batch,
         layout=str(layout.placement),

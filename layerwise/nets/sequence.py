@@ -21,10 +21,11 @@ class Convolution(Layer):
         self.weight, self.bias = conv.weight, conv.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.activation(self.before_activation(x))
+        # In place before the views of it are made: autograd would copy a view twice on its way back.
+        return _frames(F.relu_(self._convolve(x, self.padding)))
 
     def before_activation(self, x: torch.Tensor) -> torch.Tensor:
-        return self._convolve(x, self.padding)
+        return _frames(self._convolve(x, self.padding))
 
     def activation(self, y: torch.Tensor) -> torch.Tensor:
         return F.relu_(y)
@@ -38,12 +39,17 @@ class Convolution(Layer):
         if ready == 0:
             return x.new_zeros(x.shape[0], 0, self.weight.shape[0]), tail
         complete = x[:, : (ready - 1) * self.stride + self.kernel]
-        return self.activation(self._convolve(complete, padding=0)), tail
+        return _frames(F.relu_(self._convolve(complete, padding=0))), tail
 
     def _convolve(self, x: torch.Tensor, padding: int) -> torch.Tensor:
-        image = x.transpose(1, 2).unsqueeze(2)
-        y = F.conv2d(image, self.weight.unsqueeze(2), self.bias, stride=(1, self.stride), padding=(0, padding))
-        return y.squeeze(2).transpose(1, 2)
+        """Frames (B, L, C) to a picture (B, C', 1, L') in channels-last order."""
+        picture = x.transpose(1, 2).unsqueeze(2)
+        return F.conv2d(picture, self.weight.unsqueeze(2), self.bias, stride=(1, self.stride), padding=(0, padding))
+
+
+def _frames(picture: torch.Tensor) -> torch.Tensor:
+    """(B, C, 1, L) to (B, L, C), a view."""
+    return picture.squeeze(2).transpose(1, 2)
 
 
 class Recurrence(Layer):

@@ -29,10 +29,10 @@ def console_for_results() -> Console:
 
 def stage_table(state: RunState) -> Table:
     """One row per stage, within 80 columns; the loss is the lowest held-out one."""
-    table = _table("stage", "status", "loss", "train peak", "cache peak", "cache", "time")
-    table.collapse_padding = True
+    shown = table("stage", "status", "loss", "train peak", "cache peak", "cache", "time")
+    shown.collapse_padding = True
     for record in state.stages:
-        table.add_row(
+        shown.add_row(
             str(record.stage),
             _status(record),
             f"{record.best_loss:.4f}" if record.best_loss is not None else "",
@@ -41,7 +41,7 @@ def stage_table(state: RunState) -> Table:
             "missing" if record.cache and not Path(record.cache).exists() else size(record.cache_bytes),
             duration(record.seconds) if record.seconds else "",
         )
-    return table
+    return shown
 
 
 def _status(record: StageRecord) -> str:
@@ -103,16 +103,17 @@ def what_next(paths: RunPaths, labels: list[str]) -> list[str]:
 
 def probe_table(result: "ProbeResult") -> Table:
     """Error of each stage beside its untrained twin."""
-    table = _table("stage", f"{result.label} error", "random weights", "train", "test")
+    shown = table("stage", f"{result.label} error", "random weights", "train", "test")
     for stage in result.stages:
-        table.add_row(
+        shown.add_row(
             str(stage.stage), percent(stage.error), percent(stage.untrained_error), str(stage.train), str(stage.test)
         )
-    return table
+    return shown
 
 
-def _table(*names: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def table(*names: str) -> Table:
+    """An empty table in the style of all of them."""
+    empty = Table(box=None, pad_edge=False, header_style="bold")
     for name in names:
-        table.add_column(name, no_wrap=True)
-    return table
+        empty.add_column(name, no_wrap=True)
+    return empty

@@ -17,9 +17,9 @@ from layerwise.nets.speech import shortest_input
 from layerwise.objectives import Objective, build_objective
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StagePlan:
-    """One stage, described and not yet built."""
+    """One stage, described and not yet built. Equal to itself alone: what is predicted of it can be remembered."""
 
     stage: int
     layers: range

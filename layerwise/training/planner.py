@@ -7,7 +7,7 @@ Of many like slices only the first are rehearsed: the others need the same room.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
 from layerwise.memory.device import autocast, on_device, reserved_bytes
 from layerwise.memory.estimate import rehearse
-from layerwise.memory.meter import Meter
+from layerwise.memory.meter import Kind, Meter
 from layerwise.memory.placement import Placement, cheapest, families
 from layerwise.nets.mixing import mixes_samples
 from layerwise.nets.module import Module
@@ -28,8 +28,8 @@ from layerwise.training.loaded import LoadedStage, Randomness
 from layerwise.training.optimizer import Stepping
 from layerwise.training.plan import StagePlan
 
-REHEARSED_SLICES = 3
-"""The first makes the gradients, the second adds to them, and the third is like all that follow."""
+REHEARSED_SLICES = 2
+"""The first makes the gradients; the second adds to them, like all that follow."""
 
 REHEARSED_PASSES = 2
 
@@ -66,12 +66,14 @@ def fitting_layout(config: Config, plan: StagePlan, device: torch.device) -> Sta
     if config.memory.gpu_mem is None:
         return StageLayout(first, longest, "")
     room = config.memory.gpu_mem - reserved_bytes(device)
-    peak = cache(lambda placement: training_peak(config, plan, device, placement))
-    placement = cheapest(iter(every_layout(config, plan)), lambda placement: peak(placement) <= room)
+    placement = cheapest(
+        iter(every_layout(config, plan)),
+        lambda placement: training_peak(config, plan, device, placement).bytes <= room,
+    )
     piece = _longest_that_fits(longest, shortest, lambda n: caching_peak(config, plan, device, n) <= room)
     if placement is None or piece is None:
         return None
-    return StageLayout(placement, piece, "" if placement == first else _why(first, peak(first), plan))
+    return StageLayout(placement, piece, "" if placement == first else _why(config, plan, device, first))
 
 
 def smallest_layout(config: Config, plan: StagePlan) -> StageLayout:
@@ -99,19 +101,23 @@ def smallest_budget(config: Config, plan: StagePlan, device: torch.device) -> in
     """Bytes below which the stage cannot be trained or cached in any layout that the options allow."""
     last = every_layout(config, plan)[-1][-1]
     least = max(
-        training_peak(config, plan, device, last),
+        training_peak(config, plan, device, last).bytes,
         caching_peak(config, plan, device, shortest_piece(plan, config)),
     )
     return least + reserved_bytes(device)
 
 
-def training_peak(config: Config, plan: StagePlan, device: torch.device, placement: Placement) -> int:
-    """Predicted bytes of the training pass of a stage, at full windows."""
-    return rehearsed_training(config, plan, device, placement).peak
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """A predicted peak in bytes, and what it is made of."""
+
+    bytes: int
+    by_kind: dict[Kind, int]
 
 
-def rehearsed_training(config: Config, plan: StagePlan, device: torch.device, placement: Placement) -> Meter:
-    """The meter after a rehearsed training step of a stage, at full windows."""
+@lru_cache(maxsize=1024)
+def training_peak(config: Config, plan: StagePlan, device: torch.device, placement: Placement) -> Peak:
+    """Predicted peak of the training pass of a stage, at full windows."""
     size, window = config.training.batch_size, plan.window.frames
 
     def step(meter: Meter) -> None:
@@ -122,7 +128,8 @@ def rehearsed_training(config: Config, plan: StagePlan, device: torch.device, pl
         rehearsal.train(Batch(frames, np.full(size, window)), Randomness(lambda: np.random.default_rng(0)))
         del before
 
-    return rehearse(step, device)
+    meter = rehearse(step, device)
+    return Peak(meter.peak, meter.peak_by_kind)
 
 
 class _Rehearsal(LoadedStage):
@@ -173,6 +180,7 @@ def _most_rows(rows: int, samples: int, frames: int, first: int) -> np.ndarray:
     )
 
 
+@lru_cache(maxsize=1024)
 def caching_peak(config: Config, plan: StagePlan, device: torch.device, piece: int) -> int:
     """Predicted bytes of the caching pass of a stage: of a long sample that is streamed, or of short ones with padding."""
     module = plan.build_module(config.training.seed, torch.device("meta"))
@@ -214,6 +222,8 @@ def _rehearsed_caching(config: Config, plan: StagePlan, device: torch.device, pi
     def pad(_: Meter) -> None:
         module = build()
         lengths = np.array([piece - piece // 2, max(piece // 2 - 1, 0)])
+        if module.out_length(lengths[0]) < 1:
+            return  # no two samples are that short
         with torch.no_grad(), autocast(device, config.training.precision):
             outputs = module(read(2, int(lengths[0])), lengths)[1]
             outputs.to(cached).isfinite().all()
@@ -231,10 +241,11 @@ def _longest_that_fits(longest: int, shortest: int, fits: Callable[[int], bool])
     return piece
 
 
-def _why(cheapest_one: Placement, needed: int, plan: StagePlan) -> str:
+def _why(config: Config, plan: StagePlan, device: torch.device, cheapest_one: Placement) -> str:
+    needed = training_peak(config, plan, device, cheapest_one).bytes
     mixing = mixes_samples(plan.build_module(0, torch.device("meta")))
     forbidden = f"; {mixing} ties the samples together, so the batch cannot be sliced" if mixing else ""
-    return f"{cheapest_one} would take {needed / 1e6:.1f} MB{forbidden}"
+    return f"the cheapest way ({cheapest_one}) would take {needed / 1e6:.1f} MB{forbidden}"
 
 
 def _too_small(config: Config, plan: StagePlan, device: torch.device) -> BudgetError:

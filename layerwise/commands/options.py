@@ -1,0 +1,47 @@
+"""The options that `run` and `plan` share: all of the configuration."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from layerwise import config as configuration
+
+
+def configured(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds --recipe, --config, every flag of the configuration and --set; the command is called with `options`."""
+
+    @functools.wraps(command)
+    def with_options(recipe: str | None, config_file: Path | None, assignments: tuple[str, ...], **flags: Any) -> None:
+        named = {option.key.replace(".", "__"): option.key for option in configuration.options() if option.flag}
+        overrides = {named[name]: flags[name] for name in named if flags[name] is not None}
+        overrides |= dict(configuration.parse_assignment(text) for text in assignments)
+        others = {name: value for name, value in flags.items() if name not in named}
+        command(config=configuration.resolve(recipe, config_file, overrides), **others)
+
+    recipes = f"Defaults of an experiment: {', '.join(configuration.recipe_names())}."
+    added = [
+        click.option("--recipe", help=recipes),
+        click.option(
+            "--config", "config_file", type=click.Path(path_type=Path), help="TOML file of options, over the recipe."
+        ),
+        *(_flag(option) for option in configuration.options() if option.flag),
+        click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Any other option, such as objective.negatives=16.",
+        ),
+    ]
+    for add in reversed(added):
+        with_options = add(with_options)
+    return with_options
+
+
+def _flag(option: configuration.Option) -> Callable[..., Any]:
+    default = "" if option.default in (None, "") else f" [default: {option.default}]"
+    name = option.key.replace(".", "__")
+    return click.option(option.flag, name, help=f"{option.help}{default}", metavar="VALUE")

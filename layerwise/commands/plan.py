@@ -1,0 +1,33 @@
+"""`layerwise plan`: what a run would take, with nothing run."""
+
+import json
+from dataclasses import asdict
+
+import click
+from rich.console import Console
+
+from layerwise.commands.options import configured
+from layerwise.config import Config
+from layerwise.report.forecast import forecast_table, reasons, verdict
+from layerwise.report.summary import console_for_results
+
+
+@click.command(short_help="Predict what a run would take; runs nothing.")
+@configured
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for scripts.")
+def plan(config: Config, as_json: bool) -> None:
+    """Predict, for each stage, what it takes on the device, on the disk and on the host, and whether --gpu-mem holds it.
+
+    Takes the options of `run`. Nothing is trained and nothing is written.
+    """
+    from layerwise.engines.plan import plan as plan_library  # imports torch, which --help need not wait for
+
+    with Console(stderr=True).status("rehearsing", spinner="dots"):
+        forecast = plan_library(config)
+    if as_json:
+        click.echo(json.dumps(asdict(forecast)))
+        return
+    console = console_for_results()
+    console.print(forecast_table(forecast))
+    for line in (*reasons(forecast), verdict(forecast)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
