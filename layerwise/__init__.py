@@ -15,10 +15,11 @@ from layerwise.version import __version__
 
 if TYPE_CHECKING:
     from layerwise.config import Config, resolve
-    from layerwise.engines.plan import Forecast, plan
+    from layerwise.engines.plan import plan
     from layerwise.engines.run import RunResult, run
     from layerwise.errors import LayerwiseError
     from layerwise.evaluate.probe import ProbeResult, probe
+    from layerwise.forecast import Forecast
     from layerwise.run_directory import RunState, open_run
 
 __all__ = [
@@ -39,7 +40,7 @@ __all__ = [
 _HOME = {
     "Config": "layerwise.config",
     "resolve": "layerwise.config",
-    "Forecast": "layerwise.engines.plan",
+    "Forecast": "layerwise.forecast",
     "plan": "layerwise.engines.plan",
     "RunResult": "layerwise.engines.run",
     "run": "layerwise.engines.run",

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "layerwise"
 
-LEAVES = {"errors", "version", "config", "events", "files", "run_directory", "stop", "streams"}
+LEAVES = {"errors", "version", "config", "events", "files", "forecast", "run_directory", "stop", "streams"}
 ROOMS = {
     "cache": {"errors", "files"},
     "data": {"errors", "config", "streams"},

@@ -8,6 +8,7 @@ import click
 from rich.console import Console
 
 from layerwise.report.summary import console_for_results, few_test_samples, probe_table
+from layerwise.report.units import size
 from layerwise.stop import stop_on_signals
 
 
@@ -32,5 +33,6 @@ def probe(directory: Path, label: str, as_json: bool) -> None:
     else:
         console = console_for_results()
         console.print(probe_table(result))
+        console.print(f"device peak {size(result.peak_bytes)}", highlight=False)
         if warning := few_test_samples(result):
             console.print(warning, highlight=False)

@@ -1,7 +1,6 @@
 """A run before it is started: what each stage will take on the device, on the disk and on the host, and whether it fits."""
 
 import math
-from dataclasses import dataclass
 
 import psutil
 import torch
@@ -10,8 +9,8 @@ from layerwise.config import Config
 from layerwise.data.batches import READ_AHEAD
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
+from layerwise.forecast import Forecast, StageForecast
 from layerwise.memory.device import find_device, reserved_bytes
-from layerwise.memory.meter import Kind
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
 from layerwise.training.cutting import plan_run
@@ -23,43 +22,6 @@ from layerwise.training.planner import (
     smallest_layout,
     training_peak,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class StageForecast:
-    """One stage; sizes in bytes."""
-
-    stage: int
-    layers: int
-    parameters: int
-    train_peak_bytes: int
-    """Of tensors in training; on CUDA the context comes on top."""
-    train_peak_by_kind: dict[Kind, int]
-    cache_peak_bytes: int
-    micro_batch: int
-    layout: str
-    why: str
-    """Why the stage is not laid out in the cheapest way; empty where it is."""
-    fits: bool
-    cache_bytes: int
-    host_bytes: int
-    input: str
-    """Where its samples come from: data or cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """What a run will take; sizes in bytes."""
-
-    budget_bytes: int | None
-    fits: bool
-    smallest_budget_bytes: int
-    peak_bytes: int
-    """Largest of all stages, on CUDA with the context."""
-    cache_bytes: int
-    host_bytes: int
-    device: str
-    stages: list[StageForecast]
 
 
 def plan(config: Config, *, network: Network | None = None) -> Forecast:
@@ -90,7 +52,7 @@ def _forecast(config: Config, data: DataSet, stage: StagePlan, device: torch.dev
         layers=len(stage.layers),
         parameters=stage.parameters,
         train_peak_bytes=training.bytes,
-        train_peak_by_kind=training.by_kind,
+        train_peak_by_kind=dict(training.by_kind),
         cache_peak_bytes=caching_peak(config, stage, device, layout.piece),
         micro_batch=layout.placement.micro_batch,
         layout=str(layout.placement),

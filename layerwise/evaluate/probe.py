@@ -10,19 +10,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from layerwise.cache import SPLITS, ActivationCache
 from layerwise.config import load
 from layerwise.data.open import open_data
-from layerwise.errors import DataError, RunError
+from layerwise.errors import BudgetError, DataError, RunError
 from layerwise.evaluate.features import cached_features, choose_frames
 from layerwise.evaluate.linear import probe_error
 from layerwise.evaluate.untrained import untrained_features
 from layerwise.files import write_atomically
-from layerwise.memory.device import find_device
+from layerwise.memory.allocator import meter_for
+from layerwise.memory.device import cap, find_device, release
 from layerwise.nets import shortest_sample
 from layerwise.run_directory import RunPaths, RunState, open_run
 from layerwise.stop import StopFlag
+
+SHORTEST_PIECE = 64
+"""Frames of a sequence, or rows of a picture, below which pieces are not made smaller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,8 @@ class ProbeResult:
 
     label: str
     stages: list[StageError]
+    peak_bytes: int
+    """Most that the probe held on the device."""
 
 
 def probe(
@@ -67,13 +74,13 @@ def probe(
         per_frame = label in caches[0].layout.frame_labels
         samples = _labelled_samples(caches[0], label, per_frame, run_directory)
         notify("features of the same network with random weights")
-        untrained = _untrained(paths, state, samples, per_frame, stop)
+        untrained, peak = _untrained(paths, state, samples, per_frame, stop)
         results = []
         for cache in caches:
             stop.raise_if_set(f"before the probe of stage {cache.layout.stage}")
             notify(f"stage {cache.layout.stage}")
             results.append(_probe_stage(cache, label, samples, per_frame, untrained[cache.layout.stage - 1]))
-    result = ProbeResult(label, results)
+    result = ProbeResult(label, results, peak)
     write_atomically(paths.probe(label), (json.dumps(asdict(result), indent=2) + "\n").encode())
     return result
 
@@ -100,7 +107,8 @@ def _labelled_samples(cache: ActivationCache, label: str, per_frame: bool, run_d
 
 def _untrained(
     paths: RunPaths, state: RunState, samples: np.ndarray, per_frame: bool, stop: StopFlag
-) -> list[np.ndarray]:
+) -> tuple[list[np.ndarray], int]:
+    """Features of each stage with random weights, and the bytes on the device that they took."""
     config = load(paths.config)
     data = open_data(config.data, shortest_sample(config))
     if data.identity != state.data_identity:
@@ -108,10 +116,21 @@ def _untrained(
             f"The data at {config.data.source} are not those of the run any more; the comparison with random weights "
             "needs them. Bring the old ones back."
         )
-    piece = config.training.batch_size * (config.data.window if data.columns == 1 else int(data.lengths[0]))
-    return untrained_features(
-        config, state.cut, data, samples, piece, per_frame, find_device(config.training.device), stop
-    )
+    device, budget = find_device(config.training.device), config.memory.gpu_mem
+    cap(device, budget)
+    piece = config.training.batch_size * (config.data.window if data.columns == 1 else int(data.lengths[0])) // 2
+    while True:
+        meter = meter_for(device, budget)
+        try:
+            with meter:
+                features = untrained_features(config, state.cut, data, samples, piece, per_frame, device, stop)
+            return features, meter.peak
+        except (BudgetError, torch.OutOfMemoryError) as error:
+            reason = str(error)
+        if piece <= SHORTEST_PIECE * data.columns:
+            raise BudgetError(f"--gpu-mem {budget} cannot hold the probe: {reason}")
+        piece //= 2
+        release(device)
 
 
 def _probe_stage(

@@ -4,6 +4,7 @@ Each group of samples passes through all stages before the next is read, one mod
 is cached and the device holds no more than in the caching pass.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -16,6 +17,7 @@ from layerwise.data.groups import Group, group_renderings, read_piece
 from layerwise.data.source import DataSet
 from layerwise.evaluate.features import SampleSummary, choose_frames
 from layerwise.memory.device import on_device
+from layerwise.memory.meter import uncounted
 from layerwise.nets import build_network
 from layerwise.nets.module import Module
 from layerwise.nets.network import ranges
@@ -37,7 +39,8 @@ def untrained_features(
     cut: layers in each stage; piece: most input frames on the device at once. Raises Interrupted between two groups.
     """
     network = build_network(config.net, data.frame_shape)
-    modules = [network.build(layers, config.training.seed, "cpu") for layers in ranges(cut)]
+    with uncounted():
+        modules = [network.build(layers, config.training.seed, "cpu").eval() for layers in ranges(cut)]
     groups = group_renderings(data.lengths[samples], piece)
     chosen = _PlainView(data, samples)
     pieces = read_ahead(partial(read_piece, chosen, group, start) for group in groups for start in group.starts)
@@ -93,15 +96,14 @@ def _pass(
     for start in group.starts:
         batch = next(pieces)
         frames, lengths = on_device(batch.frames, device), batch.lengths
-        for stage, module in enumerate(modules):
-            module.to(device)
+        for stage, on_host in enumerate(modules):
+            module = copy.deepcopy(on_host).to(device)
             if group.streamed:
                 frames, states[stage] = module.push(frames, states[stage], group.is_last(start))
                 lengths = np.array([frames.shape[1]])
             else:
                 _, frames = module(frames, lengths)
                 lengths = module.out_length(lengths)
-            if device.type != "cpu":
-                module.to("cpu")
+            del module
             for summary, sample, length in zip(summaries[stage], frames, lengths.tolist(), strict=True):
                 summary.add(sample[:length])

@@ -1,17 +1,13 @@
 """The table of a plan, and what it comes to."""
 
-from typing import TYPE_CHECKING
-
 from rich.table import Table
 
+from layerwise.forecast import Forecast
 from layerwise.report.summary import table
 from layerwise.report.units import size
 
-if TYPE_CHECKING:
-    from layerwise.engines.plan import Forecast
 
-
-def forecast_table(forecast: "Forecast") -> Table:
+def forecast_table(forecast: Forecast) -> Table:
     """One row per stage, and one for all of them."""
     shown = table("stage", "parameters", "train peak", "cache peak", "layout", "cache", "host", "")
     shown.collapse_padding = True
@@ -39,12 +35,12 @@ def forecast_table(forecast: "Forecast") -> Table:
     return shown
 
 
-def reasons(forecast: "Forecast") -> list[str]:
+def reasons(forecast: Forecast) -> list[str]:
     """Why stages are not laid out in the cheapest way."""
     return [f"stage {stage.stage}: {stage.layout}, because {stage.why}" for stage in forecast.stages if stage.why]
 
 
-def verdict(forecast: "Forecast") -> str:
+def verdict(forecast: Forecast) -> str:
     """Whether the budget holds, and the smallest that would."""
     smallest = f"the smallest budget for this cut is {exact(forecast.smallest_budget_bytes)}"
     peak = f"device peak {size(forecast.peak_bytes)} on {forecast.device}"

@@ -18,8 +18,9 @@ from layerwise.data.groups import Group, group_renderings, read_piece
 from layerwise.data.source import FrameSource
 from layerwise.errors import TrainingError
 from layerwise.events import CachingProgress, Notify
+from layerwise.memory.allocator import AnyMeter
 from layerwise.memory.device import autocast, on_device
-from layerwise.memory.meter import Meter, metered
+from layerwise.memory.meter import metered
 from layerwise.nets.module import Module
 from layerwise.stop import StopFlag
 from layerwise.training.plan import StagePlan
@@ -48,7 +49,7 @@ def cache_outputs(
     piece: int,
     precision: str,
     device: torch.device,
-    meter: Meter,
+    meter: AnyMeter,
     stop: StopFlag,
     notify: Notify,
 ) -> None:
@@ -73,7 +74,7 @@ def _stored_outputs(
     groups: list[Group],
     precision: str,
     device: torch.device,
-    meter: Meter,
+    meter: AnyMeter,
     layout: Layout,
 ) -> Iterator[np.ndarray]:
     """Rows [n, *frame shape] as they are stored, rendering after rendering; nothing stays on the device between them."""

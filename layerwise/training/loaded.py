@@ -17,8 +17,9 @@ from layerwise.config import Config
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
 from layerwise.memory import microbatch
+from layerwise.memory.allocator import AnyMeter
 from layerwise.memory.device import autocast, on_device, release
-from layerwise.memory.meter import Meter, metered
+from layerwise.memory.meter import metered
 from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.placement import Placement
 from layerwise.nets.mixing import draws_at_random, mixes_samples
@@ -44,7 +45,7 @@ class LoadedStage:
     """Module, objective and their optimizers on the device, and the placement of a batch, which may become smaller."""
 
     def __init__(
-        self, plan: StagePlan, config: Config, device: torch.device, placement: Placement, meter: Meter
+        self, plan: StagePlan, config: Config, device: torch.device, placement: Placement, meter: AnyMeter
     ) -> None:
         self.plan, self.device, self.placement, self.meter = plan, device, placement, meter
         self.module = plan.build_module(config.training.seed, device)
@@ -193,5 +194,5 @@ class LoadedStage:
         self.objective.zero_grad()
 
 
-def _label_gradient(meter: Meter, parameter: torch.Tensor) -> None:
+def _label_gradient(meter: AnyMeter, parameter: torch.Tensor) -> None:
     meter.label("gradients", [parameter.grad])

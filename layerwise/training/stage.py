@@ -23,7 +23,7 @@ from layerwise.data.source import FrameSource
 from layerwise.errors import TrainingError
 from layerwise.events import EpochDone, Notify, StageStarted, StepDone
 from layerwise.files import write_atomically
-from layerwise.memory.meter import Meter
+from layerwise.memory.allocator import AnyMeter
 from layerwise.memory.placement import Placement
 from layerwise.stop import StopFlag
 from layerwise.streams import stream
@@ -66,7 +66,7 @@ def train_stage(
     held_out: np.ndarray,
     device: torch.device,
     placement: Placement,
-    meter: Meter,
+    meter: AnyMeter,
     files: StageFiles,
     stop: StopFlag,
     notify: Notify,

@@ -19,8 +19,8 @@ from layerwise.data.source import DataSet, FrameSource
 from layerwise.errors import BudgetError, RunError
 from layerwise.events import EpochDone, Event, Notify, StageDone
 from layerwise.files import write_atomically
+from layerwise.memory.allocator import AnyMeter, meter_for
 from layerwise.memory.device import release
-from layerwise.memory.meter import Meter
 from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.stop import StopFlag
 from layerwise.training.caching import cache_outputs, shortest_piece
@@ -63,7 +63,7 @@ def perform(task: Task, run: Run) -> None:
     plan = run.plans[task.stage - 1]
     source = _open_input(task.stage, run)
     before = _allocated(run.device)
-    meter = Meter(run.device, run.state.budget_bytes)
+    meter = meter_for(run.device, run.state.budget_bytes)
     try:
         with meter:
             _train(plan, source, run, record, meter)
@@ -111,7 +111,7 @@ def _open_input(stage: int, run: Run) -> FrameSource:
     return cache
 
 
-def _train(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, meter: Meter) -> None:
+def _train(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, meter: AnyMeter) -> None:
     """Leaves the best weights in the stage's folder and the outcome in its record."""
     stage = plan.stage
     weights_path = run.paths.weights(stage)
@@ -152,7 +152,7 @@ def _train(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, 
     run.state.save(run.paths.state)
 
 
-def _cache(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, meter: Meter) -> None:
+def _cache(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, meter: AnyMeter) -> None:
     """Leaves the sealed cache, and its peak and size in the record."""
     path = run.paths.cache(plan.stage)
     if not _is_sealed(path, record.fingerprint):
@@ -214,7 +214,7 @@ def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _device_bytes_left(meter: Meter, device: torch.device, before: int) -> int:
+def _device_bytes_left(meter: AnyMeter, device: torch.device, before: int) -> int:
     """What the device holds of ours beyond the `before` bytes of allocator; anything is a defect and raises."""
     release(device)
     left = max(meter.live, _allocated(device) - before)

@@ -1,0 +1,40 @@
+"""What a run will take, before it is started."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StageForecast:
+    """One stage; sizes in bytes."""
+
+    stage: int
+    layers: int
+    parameters: int
+    train_peak_bytes: int
+    """Of tensors in training; on CUDA the context comes on top."""
+    train_peak_by_kind: dict[str, int]
+    cache_peak_bytes: int
+    micro_batch: int
+    layout: str
+    why: str
+    """Why the stage is not laid out in the cheapest way; empty where it is."""
+    fits: bool
+    cache_bytes: int
+    host_bytes: int
+    input: str
+    """Where its samples come from: data or cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run will take; sizes in bytes."""
+
+    budget_bytes: int | None
+    fits: bool
+    smallest_budget_bytes: int
+    peak_bytes: int
+    """Largest of all stages, on CUDA with the context."""
+    cache_bytes: int
+    host_bytes: int
+    device: str
+    stages: list[StageForecast]
