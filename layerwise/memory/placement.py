@@ -89,7 +89,7 @@ def families(
         micro_batches = [batch_size]
     recomputes = ([False, True] if layers > 1 and sliceable else [False]) if recompute is None else [recompute]
     hosts = [False, True] if on_host is None else [on_host]
-    for passes in _doubles(batch_size) if sliceable else [1]:
+    for passes in _passes(batch_size) if sliceable else [1]:
         for host in hosts:
             for again in recomputes:
                 yield [Placement(batch_size, micro, passes, again, host) for micro in micro_batches]
@@ -102,8 +102,10 @@ def _halves(batch_size: int) -> list[int]:
     return sizes
 
 
-def _doubles(batch_size: int) -> list[int]:
-    return sorted({min(2**power, batch_size) for power in range((batch_size - 1).bit_length() + 1)})
+def _passes(batch_size: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16 and so on, up to one sample's targets a pass."""
+    powers = range(batch_size.bit_length() + 1)
+    return sorted({min(steps, batch_size) for power in powers for steps in (2**power, 3 * 2**power)})
 
 
 def _largest(family: list[Placement], fits: Callable[[Placement], bool]) -> Placement:

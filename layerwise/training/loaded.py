@@ -85,6 +85,7 @@ class LoadedStage:
                 pending = self._loss_gradients(encoded, draw)
                 microbatch.run_back(pending, encoded, self.placement.micro_batch)
                 scores.append(pending.score)
+                del pending  # its gradients would stay through the next pass
             self.predictor_optimizer.step()
             return microbatch.total(scores)
         pending = self._loss_gradients(encoded, draws[0])

@@ -124,7 +124,8 @@ def training_peak(config: Config, plan: StagePlan, device: torch.device, placeme
         rehearsal = _Rehearsal(plan, config, device, placement, meter)
         # As in training, loss and accuracy of a step live until those of the next one take their place.
         before = torch.zeros((), device=device), torch.zeros((), device=device)
-        frames = torch.zeros(size, window, *plan.frame_shape, device="meta")
+        stored = torch.float32 if plan.stage == 1 else getattr(torch, config.cache.dtype)
+        frames = torch.zeros(size, window, *plan.frame_shape, dtype=stored, device="meta")
         rehearsal.train(Batch(frames, np.full(size, window)), Randomness(lambda: np.random.default_rng(0)))
         del before
 
@@ -136,9 +137,12 @@ class _Rehearsal(LoadedStage):
     """Goes through the first slices of a batch and its first passes."""
 
     def _draws(self, batch: Batch, randomness: Randomness) -> list[Draw]:
-        draws = super()._draws(batch, randomness)[:REHEARSED_PASSES]
+        draws = super()._draws(batch, randomness)
         samples, frames = len(batch.lengths), int(self.module.out_length(batch.frames.shape[1]))
-        return [replace(draw, rows=_most_rows(len(draw.rows), samples, frames, self._samples(batch))) for draw in draws]
+        most = max(_most_hit(len(draw.rows), samples * frames) for draw in draws)
+        in_slice = max(_most_in_a_slice(draw.rows, samples, frames, self.placement.micro_batch) for draw in draws)
+        rows = _spread_out(most, min(in_slice, most), samples, frames, self.placement.micro_batch)
+        return [replace(draw, rows=rows) for draw in draws[:REHEARSED_PASSES]]
 
     def _adam(self, trained: nn.Module, lr: float) -> Stepping:
         return _Elsewhere(trained) if self.placement.optimizer_on_host else super()._adam(trained, lr)
@@ -160,24 +164,32 @@ class _Elsewhere:
         return []
 
 
-def _most_rows(rows: int, samples: int, frames: int, first: int) -> np.ndarray:
-    """More rows than a draw of about `rows` out of samples * frames ever has, and more in the first samples.
+def _most_hit(rows: int, frames: int) -> int:
+    """More rows than a draw of about `rows` out of `frames` ever has.
 
     Where n out of N frames are hit by independent draws, a = -ln(1 - n / N) draws fall on each, and n has the variance
     N e^-a (1 - (1 + a) e^-a).
     """
-    total = samples * frames
-    missed = max(1 - rows / total, 1e-9)
-    spread = math.sqrt(max(total * missed * (1 - (1 - math.log(missed)) * missed), 0))
-    most = min(total, math.ceil(rows + SPREAD * spread))
-    share = first / samples
-    here = min(first * frames, math.ceil(most * share + SPREAD * math.sqrt(most * share * (1 - share))), most)
-    return np.concatenate(
-        [
-            np.arange(here) * (first * frames) // max(here, 1),
-            first * frames + np.arange(most - here) * (total - first * frames) // max(most - here, 1),
-        ]
-    )
+    missed = max(1 - rows / frames, 1e-9)
+    spread = math.sqrt(max(frames * missed * (1 - (1 - math.log(missed)) * missed), 0))
+    return min(frames, math.ceil(rows + SPREAD * spread))
+
+
+def _most_in_a_slice(rows: np.ndarray, samples: int, frames: int, micro_batch: int) -> int:
+    """More rows than ever fall into one slice, where those of a draw fall as these do."""
+    starts = np.arange(0, samples + micro_batch, micro_batch) * frames
+    most, size = int(np.diff(np.searchsorted(rows, starts)).max()), micro_batch * frames
+    return min(size, math.ceil(most + SPREAD * math.sqrt(most * max(1 - most / size, 0))))
+
+
+def _spread_out(most: int, in_slice: int, samples: int, frames: int, micro_batch: int) -> np.ndarray:
+    """`most` rows, `in_slice` of them in each of the slices that are rehearsed."""
+    size = micro_batch * frames
+    slices = [start + np.arange(in_slice) * size // in_slice for start in range(0, REHEARSED_SLICES * size, size)]
+    first = np.concatenate(slices)[:most]
+    behind = min(REHEARSED_SLICES * size, samples * frames)
+    others = behind + np.arange(most - len(first)) * (samples * frames - behind) // max(most - len(first), 1)
+    return np.concatenate([first[first < samples * frames], others])
 
 
 @lru_cache(maxsize=1024)

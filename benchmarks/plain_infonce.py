@@ -1,0 +1,27 @@
+"""InfoNCE by plain autograd, as one would write it first: what the lean version is measured and tested against."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from layerwise.objectives.infonce import Draw
+
+
+def plain_infonce(
+    targets: torch.Tensor, contexts: torch.Tensor, predictors: torch.Tensor, draw: Draw
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and accuracy. targets (B, L, C), contexts (B, L, D), predictors (K, C, D); the draw of one whole batch."""
+    device = targets.device
+    anchors = torch.as_tensor(draw.rows[draw.anchors], device=device)
+    candidates = torch.as_tensor(draw.rows[np.column_stack([draw.anchors, draw.negatives])], device=device)
+    weights = torch.as_tensor(draw.weights, device=device)
+    z = F.embedding(candidates, targets.flatten(0, 1))
+    windows = F.embedding(anchors, contexts.flatten(0, 1))
+    shifted = [
+        F.pad(windows[: max(len(windows) - offset, 0)] @ predictor.t(), (0, 0, min(offset, len(windows)), 0))
+        for predictor, offset in zip(predictors, draw.offsets, strict=True)
+    ]
+    logits = z @ torch.stack(shifted, dim=2)
+    loss = (weights * -F.log_softmax(logits, dim=1)[:, 0]).sum()
+    hits = logits[:, 0] > logits[:, 1:].amax(dim=1)
+    return loss, (weights * hits).sum().detach()
