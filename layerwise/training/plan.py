@@ -63,7 +63,7 @@ def plan_stages(config: Config, data: DataSet, network: Network, cut: Sequence[r
     frame_shape, lengths, geometry = data.frame_shape, data.lengths, Geometry()
     stages = []
     for stage, layers in enumerate(cut, start=1):
-        module = network.build(layers, 0, "meta")
+        module = network.build(layers, 0, "meta").eval()
         # Shapes do not depend on the length, and a GRU takes its time on every frame even without values.
         frames = next(count for count in itertools.count(1) if module.out_length(count) >= 1)
         targets, outputs = module(torch.empty(1, frames, *frame_shape, device="meta"), np.array([frames]))

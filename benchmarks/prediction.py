@@ -1,0 +1,89 @@
+"""Predicted against measured peaks of training steps: both of the paper's networks, a ResNet-50 and a ViT, several budgets.
+
+python benchmarks/prediction.py [--device cpu]
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from steps import machine, our_stage, paper, peak_of
+from torchvision.models import VisionTransformer, resnet50
+
+from layerwise.config import Config
+from layerwise.data.source import DataSet
+from layerwise.memory.device import reserved_bytes
+from layerwise.nets.network import Network
+from layerwise.nets.traced import traced_network
+from layerwise.training.cutting import plan_run
+from layerwise.training.plan import StagePlan
+from layerwise.training.planner import fitting_layout, training_peak
+
+BUDGETS = (1.0, 0.7, 0.45)
+"""Parts of what the cheapest layout takes."""
+
+PATCHES = {
+    "data.patch": 32,
+    "data.patch_stride": 16,
+    "data.crop": 64,
+    "data.gray": False,
+    "objective.steps": 1,
+    "objective.skip": 0,
+}
+"""A 3x3 grid of patches of 32 x 32 pixels, each of which goes through the network by itself."""
+
+
+def networks() -> Iterator[tuple[str, Config, DataSet, Network | None]]:
+    yield "speech", *paper("speech", 8), None
+    yield "vision", *paper("vision", 4), None
+    torch.manual_seed(0)
+    config, data = paper("vision", 4, **PATCHES, **{"training.stages": 4})
+    yield "resnet50", config, data, traced_network(resnet50(), data.frame_shape)
+    vit = VisionTransformer(32, 4, num_layers=6, num_heads=4, hidden_dim=192, mlp_dim=768)
+    config, data = paper("vision", 4, **PATCHES, **{"training.stages": 3})
+    yield "vit", config, data, traced_network(vit, data.frame_shape)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    device = torch.device(parser.parse_args().device)
+    print(f"{machine(device)}\n")
+    print("| network | stage | budget MB | layout | predicted MB | measured MB | ratio | predicted in s |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    ratios = []
+    for name, config, data, network in networks():
+        started = time.perf_counter()
+        plans = plan_run(config, data, device, network)
+        if network is not None:
+            print(f"(cut into {[len(plan.layers) for plan in plans]} units in {time.perf_counter() - started:.1f} s)")
+        for plan in plans:
+            ratios += list(_cases(name, config, plan, device))
+    print(f"\n{len(ratios)} cases: predicted / measured from {min(ratios):.4f} to {max(ratios):.4f}")
+
+
+def _cases(name: str, config: Config, plan: StagePlan, device: torch.device) -> Iterator[float]:
+    cheapest = fitting_layout(config, plan, device).placement
+    full = training_peak(config, plan, device, cheapest).bytes
+    seen = set()
+    for part in BUDGETS:
+        budget = int(part * full) + reserved_bytes(device)
+        memory = config.memory.model_copy(update={"gpu_mem": budget})
+        limited = config.model_copy(update={"memory": memory})
+        started = time.perf_counter()
+        layout = fitting_layout(limited, plan, device)
+        took = time.perf_counter() - started
+        if layout is None or layout.placement in seen:
+            continue
+        seen.add(layout.placement)
+        predicted = training_peak(limited, plan, device, layout.placement).bytes
+        measured = peak_of(partial(our_stage, limited, plan, device, layout.placement), device, steps=3)
+        yield predicted / measured
+        sizes = f"{budget / 1e6:.1f} | {layout.placement} | {predicted / 1e6:.2f} | {measured / 1e6:.2f}"
+        print(f"| {name} | {plan.stage} | {sizes} | {predicted / measured:.4f} | {took:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
