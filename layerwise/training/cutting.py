@@ -70,7 +70,7 @@ def plan_run(
     if stages is not None and stages > len(network.layers):
         raise ConfigError(
             f"--stages {stages}: this network can be cut into at most {len(network.layers)} stages; "
-            f"give a number from 1 to {len(network.layers)} (its natural number is {len(natural)})."
+            f"give a number from 1 to {len(network.layers)} (its natural number is {len(natural)}). {network.why_no_finer()}".rstrip()
         )
     costs = layer_costs(config, data, network, device)
     if stages is not None:

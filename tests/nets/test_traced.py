@@ -14,7 +14,8 @@ from torchvision.models import VisionTransformer, resnet18, resnet50
 from layerwise.errors import ConfigError
 from layerwise.memory.meter import Meter
 from layerwise.nets.mixing import mixes_samples
-from layerwise.nets.traced import FrameUnit, trace, traced_network, why_uncut
+from layerwise.nets.traced import FrameUnit, traced_network
+from layerwise.nets.tracing import trace, why_uncut
 
 PICTURES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SOUNDS = torch.rand(3, 2, 40, generator=torch.Generator().manual_seed(0))
@@ -343,7 +344,7 @@ def test_a_traced_network_computes_what_the_model_does_on_every_frame(
 def test_a_traced_network_has_a_stage_per_unit_and_the_models_names() -> None:
     model = transformer()
     network = traced_network(model, (3, 32, 32))
-    assert network.cut(None) == [range(index, index + 1) for index in range(11)]
+    assert network.natural_ranges == [range(index, index + 1) for index in range(11)]
     module = network.build(range(2, 4), 0, "cpu")
     assert set(module.layers["2"].state_dict()) == {"unit.encoder.pos_embedding"}
     assert "unit.encoder.layers.encoder_layer_0.ln_1.weight" in module.layers["3"].state_dict()

@@ -1,0 +1,140 @@
+"""Cuts any nn.Module into gradient-isolated units.
+
+Wherever a single tensor is all that the rest of the network still needs, the network can be cut: that tensor is what
+one unit hands on to the next, and what is cached between them.
+"""
+
+import operator
+from itertools import chain, pairwise
+
+import torch
+from torch import fx, nn
+
+from layerwise.nets.recording import description, recorded
+
+
+def trace(model: nn.Module, example: torch.Tensor) -> list[fx.GraphModule]:
+    """The finest units that the model can be cut into, in order; called one after another they compute what it does.
+
+    `example` (N, *frame) shows the shape, type and device of the input; nothing is computed. Each unit maps one tensor
+    with a leading batch axis to one such tensor, holds parameters, shares them with the model, and names them as the
+    model does. Units switch between training and evaluation by their own train() and eval(). The model stays as it is.
+
+    Raises ConfigError, naming the operation and where it stands, for a forward that torch.fx cannot record (decisions
+    by tensor values, for example), that takes several inputs, gives anything but one tensor with a row per sample, or
+    does other operations in training than in evaluation. A model without a cut is one unit: see `why_uncut`.
+    """
+    root, nodes = recorded(model, example)
+    stops = _unit_stops(root, nodes)
+    alive = _alive_after(nodes)
+    values = [nodes[0], *(alive[stop][0] for stop in stops)]
+    return [
+        _unit(root, nodes[start + 1 : stop + 1], entering, leaving)
+        for (start, stop), (entering, leaving) in zip(pairwise([0, *stops]), pairwise(values), strict=True)
+    ]
+
+
+def why_uncut(model: nn.Module, example: torch.Tensor) -> str:
+    """One sentence that names the value or weight which forbids the most cuts, for a model with fewer than wanted.
+
+    Raises ConfigError as `trace` does.
+    """
+    root, nodes = recorded(model, example)
+    holds = _holds_parameters(root, nodes)
+    names = {id(tensor): name for name, tensor in chain(root.named_parameters(), root.named_buffers())}
+    spans = {
+        description(node): sum(holds[stops.start + 1 : stops.stop + 1]) for node, stops in _lifetimes(nodes).items()
+    } | {
+        f"the weight '{names.get(tensor)}'": sum(holds[stops.start : stops.stop + 1])
+        for tensor, stops in _tied(root, nodes).items()
+    }
+    longest = max(spans, key=spans.__getitem__)
+    if spans[longest] < 2:
+        return "The network is cut between all of its operations that hold parameters already; ask for fewer stages."
+    return (
+        f"Modules hand on a single tensor, but {longest} is needed across {spans[longest]} of the {sum(holds)} operations "
+        "with parameters, so the network cannot be cut between these; ask for fewer stages, or change that part."
+    )
+
+
+def _unit(root: nn.Module, nodes: list[fx.Node], entering: fx.Node, leaving: fx.Node) -> fx.GraphModule:
+    """The operations of `nodes` as a module that maps the value of `entering` to that of `leaving`."""
+    graph = fx.Graph()
+    copies = {entering: graph.placeholder("input")}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copied)
+        return copies[node]
+
+    for node in nodes:
+        copied(node)
+    graph.output(copies[leaving])
+    unit = fx.GraphModule(root, graph)
+    saved = root.state_dict(keep_vars=True)
+    for name, _ in unit.named_buffers(remove_duplicate=False):
+        if name not in saved:
+            *path, field = name.split(".")
+            unit.get_submodule(".".join(path))._non_persistent_buffers_set.add(field)
+    return unit
+
+
+def _unit_stops(root: nn.Module, nodes: list[fx.Node]) -> list[int]:
+    """Index of the last operation of each unit. What has no parameters goes with the unit before it, or the first."""
+    holds = _holds_parameters(root, nodes)
+    last = len(nodes) - 2
+    candidates = [*_candidate_cuts(root, nodes), last]
+    return [
+        stop
+        for stop, following in pairwise(candidates)
+        if any(holds[: stop + 1]) and any(holds[stop + 1 : following + 1])
+    ] + [last]
+
+
+def _holds_parameters(root: nn.Module, nodes: list[fx.Node]) -> list[bool]:
+    return [any(isinstance(tensor, nn.Parameter) for tensor in _tensors(root, node)) for node in nodes]
+
+
+def _candidate_cuts(root: nn.Module, nodes: list[fx.Node]) -> list[int]:
+    """Indices of the operations after which a single value is alive that can be cached, and no weight is used again."""
+    tied = set(chain.from_iterable(_tied(root, nodes).values()))
+    return [
+        index
+        for index, alive in enumerate(_alive_after(nodes))
+        if 0 < index < len(nodes) - 2 and len(alive) == 1 and alive[0].meta["cacheable"] and index not in tied
+    ]
+
+
+def _alive_after(nodes: list[fx.Node]) -> list[list[fx.Node]]:
+    """After each operation: the values that later ones still use."""
+    alive: list[list[fx.Node]] = [[] for _ in nodes]
+    for node, stops in _lifetimes(nodes).items():
+        for index in stops:
+            alive[index].append(node)
+    return alive
+
+
+def _lifetimes(nodes: list[fx.Node]) -> dict[fx.Node, range]:
+    """Indices of the operations after which each value is alive."""
+    index = {node: position for position, node in enumerate(nodes)}
+    return {node: range(index[node], max((index[user] for user in node.users), default=0)) for node in nodes}
+
+
+def _tied(root: nn.Module, nodes: list[fx.Node]) -> dict[int, range]:
+    """By the id of each parameter and buffer: indices of the operations after which it is used again."""
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for index, node in enumerate(nodes):
+        for tensor in _tensors(root, node):
+            first.setdefault(id(tensor), index)
+            last[id(tensor)] = index
+    return {tensor: range(first[tensor], last[tensor]) for tensor in first}
+
+
+def _tensors(root: nn.Module, node: fx.Node) -> list[torch.Tensor]:
+    """Parameters, buffers and constants that an operation uses."""
+    named = [operator.attrgetter(use.target)(root) for use in node.all_input_nodes if use.op == "get_attr"]
+    if node.op == "call_module":
+        module = root.get_submodule(node.target)
+        named += [*module.parameters(), *module.buffers()]
+    return [tensor for tensor in named if isinstance(tensor, torch.Tensor)]
