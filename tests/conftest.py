@@ -3,6 +3,7 @@
 import os
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ import soundfile
 import torch
 
 from layerwise.config import Config, resolve
+from layerwise.nets.network import Network
+from layerwise.training.cutting import plan_run
+from layerwise.training.plan import StagePlan
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -133,3 +137,53 @@ def tiny_vision(tmp_path: Path) -> Callable[..., Config]:
 def _tiny(base: dict[str, object], folder: Path, source: str, changes: dict[str, object]) -> Config:
     places = {"data.source": source, "out": str(folder / "run"), "cache.dir": str(folder / "cache")}
     return resolve(overrides={**base, **places, **changes})
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A data set of noise, without files: what plans are made from."""
+
+    lengths: np.ndarray
+    """int64 [N]"""
+    frame_shape: tuple[int, ...] = (1,)
+    columns: int = 1
+    views: int = 1
+    identity: str = "noise"
+    test: np.ndarray | None = None
+    skipped: tuple[()] = ()
+    frame_label_names: tuple[()] = ()
+    labels: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> list[str]:
+        return [str(number) for number in range(len(self.lengths))]
+
+    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(sample)
+        return torch.randn(int(self.lengths[sample]), *self.frame_shape, generator=generator)[start:stop]
+
+
+PlannedStages = Callable[..., tuple[Config, list[StagePlan]]]
+
+
+@pytest.fixture(scope="session")
+def planned_stages() -> PlannedStages:
+    """planned_stages("speech" or "vision", network=None, **{"dotted.key": value}): a tiny configuration and its stages.
+
+    The data are noise, four windows long each, so nothing is read and every batch is full.
+    """
+
+    def plan(kind: str, network: Network | None = None, **changes: object) -> tuple[Config, list[StagePlan]]:
+        config = resolve(overrides={**{"speech": TINY_SPEECH, "vision": TINY_VISION}[kind], **changes})
+        return config, plan_run(config, noise_for(config), torch.device("cpu"), network)
+
+    return plan
+
+
+def noise_for(config: Config) -> Noise:
+    """Noise of the shape that the configuration's data have."""
+    data = config.data
+    if config.net.name == "speech":
+        return Noise(np.full(24, 4 * data.window))
+    side = (data.picture - data.patch) // data.patch_stride + 1
+    return Noise(np.full(24, side * side), (1 if data.gray else 3, data.patch, data.patch), columns=side)

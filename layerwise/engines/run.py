@@ -98,7 +98,10 @@ def _earlier_cut(paths: RunPaths, config: Config) -> list[int] | None:
 
 
 def _described(config: Config, data: DataSet, plans: list[StagePlan], layouts: list[StageLayout]) -> list[str]:
-    lines = [f"{len(data.ids)} samples from {config.data.source}, {len(plans)} stages"]
+    chosen = config.training.stages is None and config.memory.gpu_mem is not None
+    why = ", the fewest that --gpu-mem holds in one pass (--stages N cuts otherwise)" if chosen else ""
+    stages = "1 stage" if len(plans) == 1 else f"{len(plans)} stages"
+    lines = [f"{len(data.ids)} samples from {config.data.source}, {stages}{why}"]
     for stage, layout in zip(plans, layouts, strict=True):
         if layout.why:
             lines.append(f"stage {stage.stage}: {layout.placement}, because {layout.why}")

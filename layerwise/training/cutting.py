@@ -68,9 +68,10 @@ def plan_run(
     if stages == len(natural) or (stages is None and config.memory.gpu_mem is None):
         return natural
     if stages is not None and stages > len(network.layers):
+        most = len(network.layers)
         raise ConfigError(
-            f"--stages {stages}: this network can be cut into at most {len(network.layers)} stages; "
-            f"give a number from 1 to {len(network.layers)} (its natural number is {len(natural)}). {network.why_no_finer()}".rstrip()
+            f"--stages {stages}: this network can be cut into at most {most} stages; give a number from 1 to {most} "
+            f"(its natural number is {len(natural)}). {network.why_no_finer()}".rstrip()
         )
     costs = layer_costs(config, data, network, device)
     if stages is not None:

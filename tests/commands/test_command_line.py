@@ -62,7 +62,7 @@ def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     places = ["--data", f"fsdd:{digits}", "--out", str(folder / "run"), "--cache-dir", str(folder / "cache")]
     with pytest.raises(SystemExit) as stopped:
-        main(["run", *TINY, *places, "--gpu-mem", "40MB"])
+        main(["run", *TINY, *places, "--gpu-mem", "40MB", "--stages", "4"])
     assert stopped.value.code == 0
     return folder
 
@@ -235,7 +235,7 @@ def test_one_speaker_only_trains_but_cannot_be_told_apart(call: Callable, tmp_pa
 
 def test_a_run_that_learned_nothing_says_so(finished: Path, call: Callable, digits: Path) -> None:
     places = ["--data", f"fsdd:{digits}", "--out", finished / "run", "--cache-dir", finished / "cache"]
-    out = call("run", *TINY, *places, "--gpu-mem", "40MB")[1]
+    out = call("run", *TINY, *places, "--gpu-mem", "40MB", "--stages", "4")[1]
     assert "did not get below chance, a loss of 2.398: train longer, or raise --lr." in out
 
 

@@ -260,7 +260,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tiny_speech: Tiny, digits: Pa
 
 
 def test_a_configuration_survives_its_own_file(tiny_speech: Tiny, digits: Path) -> None:
-    config = tiny_speech(f"fsdd:{digits}", **{"memory.gpu_mem": "1GB"})
+    config = tiny_speech(f"fsdd:{digits}", **{"memory.gpu_mem": "1GB", "training.stages": 4})
     result = run(config)
     assert load(result.paths.config) == config
     assert np.isfinite([record.best_loss for record in result.state.stages]).all()
@@ -349,7 +349,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(tiny_speech: Tiny, digits: P
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_run_stays_under_its_budget(tiny_speech: Tiny, digits: Path) -> None:
-    config = tiny_speech(f"fsdd:{digits}", **{"memory.gpu_mem": "1GB", "training.device": "cuda"})
+    config = tiny_speech(f"fsdd:{digits}", **{"memory.gpu_mem": "1GB", "training.stages": 4, "training.device": "cuda"})
     state = run(config).state
     assert state.device == "cuda:0"
     assert all(0 < (record.peak_bytes or 0) < 10**9 for record in state.stages)

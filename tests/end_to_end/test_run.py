@@ -30,7 +30,7 @@ def encoders_equal(one: Path, other: Path) -> bool:
 
 def test_a_run_leaves_what_its_contract_says(tiny_speech: Tiny, digits: Path) -> None:
     events: list[Event] = []
-    result = run(tiny_speech(f"fsdd:{digits}", **{"memory.gpu_mem": "50MB"}), notify=events.append)
+    result = run(tiny_speech(f"fsdd:{digits}", **{"memory.gpu_mem": "50MB", "training.stages": 4}), notify=events.append)
     out = result.paths.out
     assert {path.name for path in out.iterdir()} >= {"config.toml", "run.json", "stages", "encoder.safetensors"}
     state = json.loads((out / "run.json").read_text())
@@ -164,7 +164,7 @@ def test_the_demo_needs_no_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_reduced_precision_and_other_cache_dtypes_train(tiny_speech: Tiny, digits: Path, dtype: str) -> None:
-    changes = {"training.precision": "bfloat16", "cache.dtype": dtype, "memory.gpu_mem": "20MB"}
+    changes = {"training.precision": "bfloat16", "cache.dtype": dtype, "memory.gpu_mem": "20MB", "training.stages": 4}
     result = run(tiny_speech(f"fsdd:{digits}", **changes))
     with ActivationCache(result.paths.cache(4)) as cache:
         rows = cache.read(3, 0, int(cache.lengths[3]))

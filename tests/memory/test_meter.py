@@ -1,23 +1,26 @@
-"""The meter counts live storages, whatever happens to the tensors on them."""
+"""The meter counts live storages, whatever happens to the tensors on them, and says what they are."""
 
+import contextlib
 import gc
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from pydantic import ByteSize
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from layerwise.config import Config
-from layerwise.data.open import open_data
-from layerwise.data.source import DataSet
-from layerwise.engines.run import run
+from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
-from layerwise.memory.estimate import predicted_peak
-from layerwise.memory.meter import Meter
-from layerwise.training.budget import caching_peak, check_budget, training_peak
-from layerwise.training.plan import plan_stages
+from layerwise.memory.estimate import rehearse
+from layerwise.memory.meter import KINDS, LOOK_EVERY, Kind, Meter, host_tensor, metered, uncounted
+from layerwise.memory.placement import Placement
+from layerwise.training.loaded import LoadedStage, Randomness
+from layerwise.training.plan import StagePlan
 
 CPU = torch.device("cpu")
 KILO = 250  # float32 values in 1000 bytes
@@ -85,67 +88,207 @@ def test_the_limit_is_kept() -> None:
         assert meter.peak == 3000
 
 
-def test_a_prediction_equals_the_measurement_of_the_same_work() -> None:
-    def work() -> None:
-        model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8))
-        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8)), (16, 64)),
+    "convolution": (lambda: nn.Sequential(nn.Conv1d(4, 64, 5), nn.ReLU(), nn.Conv1d(64, 64, 5)), (8, 4, 300)),
+    "attention": (lambda: nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True), (4, 30, 16)),
+}
+"""Kind to how it is built, and the shape of its input."""
+
+
+class Steps:
+    """Adam on a small network of a kind, from the weights on."""
+
+    def __init__(self, kind: str) -> None:
+        build, self.shape = NETWORKS[kind]
+        self.model = build()
+        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
+
+    def take(self, between: Callable[[], None] = lambda: None) -> None:
         for _ in range(2):
-            model(torch.zeros(16, 64)).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            self.model(torch.zeros(self.shape)).square().mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            between()
 
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_prediction_equals_the_measurement_of_the_same_work(kind: str) -> None:
     with Meter(CPU) as meter:
-        work()
-    assert predicted_peak(work, CPU) == meter.peak
+        Steps(kind).take()
+    assert rehearse(lambda _: Steps(kind).take(), CPU).peak == meter.peak
 
 
-@pytest.fixture
-def planned(tiny_speech: Callable[..., Config], digits: object) -> tuple[Config, DataSet]:
-    config = tiny_speech(f"fsdd:{digits}")
-    return config, open_data(config.data, shortest=1)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_the_meter_agrees_with_torchs_own_tracker(kind: str) -> None:
+    with FakeTensorMode():
+        steps, tracker = Steps(kind), MemTracker()
+        tracker.track_external(steps.model, steps.optimizer)
+        with tracker:
+            steps.take(between=tracker.reset_mod_stats)
+    with FakeTensorMode(), Meter(CPU) as meter:
+        Steps(kind).take()
+    assert meter.peak == tracker.get_tracker_snapshot("peak")[CPU]["Total"]
 
 
-def test_the_predicted_training_peak_is_the_measured_one(planned: tuple[Config, DataSet]) -> None:
-    config, data = planned
-    # Every recording fills this window, so full batches occur.
-    config = config.model_copy(update={"data": config.data.model_copy(update={"window": 1200})})
-    measured = [record.train_peak_bytes for record in run(config).state.stages]
-    predicted = [training_peak(config, plan, CPU) for plan in plan_stages(config, data)]
-    assert predicted == measured
-
-
-@pytest.mark.parametrize("width", [2, 32])
-def test_the_caching_pass_stays_below_its_prediction(planned: tuple[Config, DataSet], width: int) -> None:
-    config, data = planned
-    # Windows of 0.025 s: most recordings are longer than a piece and stream.
-    config = config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"window": 200}),
-            "net": config.net.model_copy(update={"width": width}),
-        }
-    )
-    measured = [record.cache_peak_bytes for record in run(config).state.stages]
-    predicted = [caching_peak(config, plan, CPU) for plan in plan_stages(config, data)]
-    for real, expected in zip(measured, predicted, strict=True):
-        assert 0.5 * expected < real <= expected
-
-
-def test_a_budget_that_is_too_small_is_refused_with_what_is_needed(planned: tuple[Config, DataSet]) -> None:
-    config, data = planned
-    plans = plan_stages(config, data)
-    needed = max(max(training_peak(config, plan, CPU), caching_peak(config, plan, CPU)) for plan in plans)
-
-    def with_budget(size: int) -> Config:
-        return config.model_copy(update={"memory": config.memory.model_copy(update={"gpu_mem": ByteSize(size)})})
-
-    check_budget(with_budget(needed), plans, CPU)
-    with pytest.raises(BudgetError, match=r"--gpu-mem .* is too small: stage \d needs .* MB"):
-        check_budget(with_budget(needed - 1), plans, CPU)
+def test_tensors_on_the_host_do_not_count() -> None:
+    with Meter(CPU) as meter:
+        shared = host_tensor(np.zeros(1000))
+        with uncounted():
+            made = torch.zeros(1000)
+        assert meter.live == 0
+        copies = [shared.to("cpu", copy=True), made.clone()]
+        assert meter.live == 8000 + 4000
+        del copies
 
 
 def test_lengths_on_the_host_do_not_count() -> None:
     with Meter(CPU) as meter:
         np.zeros(1000)
+        assert meter.live == 0
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["make", "label", "drop", "grow", "reset"]), st.integers(0, 5), st.sampled_from(KINDS)
+        ),
+        max_size=30,
+    )
+)
+def test_the_kinds_add_up_whatever_is_made_labelled_and_dropped(acts: list[tuple[str, int, Kind]]) -> None:
+    held: dict[int, torch.Tensor] = {}
+    kinds: dict[int, Kind] = {}
+    with Meter(CPU) as meter:
+        for act, place, kind in acts:
+            if act == "make":
+                held[place], kinds[place] = torch.zeros(10 * (place + 1)), "activations"
+            elif act == "label" and place in held:
+                meter.label(kind, [held[place][1:], None])  # a view stands for its storage
+                kinds[place] = kind
+            elif act == "drop":
+                held.pop(place, None)
+            elif act == "grow" and place in held:
+                held[place].resize_(len(held[place]) + 7)
+            elif act == "reset":
+                meter.reset_peak()
+            assert meter.live == sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+            assert sum(meter.peak_by_kind.values()) == meter.peak
+        meter.reset_peak()
+        for kind in KINDS:
+            now = sum(t.untyped_storage().nbytes() for place, t in held.items() if kinds[place] == kind)
+            assert meter.peak_by_kind[kind] == now
+        held.clear()
+
+
+def test_what_was_made_outside_cannot_be_labelled() -> None:
+    outside = torch.zeros(KILO)
+    with Meter(CPU) as meter:
+        meter.label("parameters", [outside])
+        assert meter.peak_by_kind == dict.fromkeys(KINDS, 0)
+
+
+@pytest.mark.parametrize("optimizer_on_host", [False, True])
+def test_a_training_step_is_split_into_what_it_is_made_of(
+    planned_stages: Callable[..., tuple[Config, list[StagePlan]]], optimizer_on_host: bool
+) -> None:
+    config, plans = planned_stages("speech", **{"net.width": 16})
+    plan = plans[1]
+    numbers = 16 * 16 * 8 + 16  # a convolution over 8 frames, and its bias
+    predictors = 3 * 16 * 16
+    at_step: dict[Kind, int] = {}
+    batch = noise_batch(plan, 4)
+    with Meter(CPU) as meter:
+        loaded = LoadedStage(plan, config, CPU, Placement(4, 4, optimizer_on_host=optimizer_on_host), meter)
+        meter.reset_peak()
+        assert meter.peak_by_kind == {
+            "parameters": 4 * (numbers + predictors),
+            "gradients": 0,
+            # Two moments, and the number of the step for each of three tensors.
+            "optimizer": 0 if optimizer_on_host else 4 * (2 * (numbers + predictors) + 3),
+            "activations": 0,
+        }
+        take_step = loaded.optimizer.step
+
+        def look_and_step() -> None:
+            meter.reset_peak()
+            at_step.update(meter.peak_by_kind)
+            take_step()
+
+        loaded.optimizer.step = look_and_step
+        loaded.train(batch, Randomness(lambda: np.random.default_rng(0)))
+        # The predictors have stepped by now, and their gradients are gone.
+        assert at_step["gradients"] == 4 * numbers
+        assert at_step["parameters"] == 4 * (numbers + predictors)
+        assert at_step["activations"] <= 16  # loss and accuracy
+        assert sum(meter.peak_by_kind.values()) == meter.peak
+        meter.reset_peak()
+        assert meter.peak_by_kind["gradients"] == meter.peak_by_kind["activations"] == 0
+
+
+def noise_batch(plan: StagePlan, samples: int) -> Batch:
+    """Full windows on the host."""
+    frames = torch.randn(samples, plan.window.frames, *plan.frame_shape, generator=torch.Generator().manual_seed(0))
+    return Batch(frames, np.full(samples, plan.window.frames))
+
+
+def test_it_looks_at_the_first_two_steps_at_larger_ones_and_now_and_then() -> None:
+    meter = Meter(CPU)
+    assert [step for step in range(1, 4 * LOOK_EVERY) if meter.looks("training", 5)] == [
+        1,
+        2,
+        LOOK_EVERY,
+        2 * LOOK_EVERY,
+        3 * LOOK_EVERY,
+    ]
+    assert meter.looks("training", 6)
+    assert not meter.looks("training", 6)
+    assert not meter.looks("training", 5)
+
+
+def test_every_size_counts_by_itself_and_every_kind_of_step_too() -> None:
+    meter = Meter(CPU)
+    for sizes in [(5, 5), (5, 5), (5, 5)]:
+        meter.looks("training", *sizes)
+    assert not meter.looks("training", 5, 5)
+    assert meter.looks("training", 5, 6)
+    assert meter.looks("training", 6, 1)
+    assert not meter.looks("training", 6, 6)
+    assert meter.looks("caching", 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=200))
+def test_no_step_that_is_larger_than_all_that_were_metered_goes_unmetered(steps: list[tuple[int, int]]) -> None:
+    meter = Meter(CPU)
+    largest = [-1, -1]
+    for sizes in steps:
+        larger = any(size > most for size, most in zip(sizes, largest, strict=True))
+        if meter.looks("training", *sizes):
+            largest = [max(size, most) for size, most in zip(sizes, largest, strict=True)]
+        else:
+            assert not larger
+
+
+def test_a_step_that_is_not_metered_leaves_the_count_as_it_is() -> None:
+    with Meter(CPU) as meter:
+        kept = torch.zeros(KILO)
+        with metered(False):
+            torch.ones(10 * KILO).exp()
+            kept.add_(1)
+        assert (meter.live, meter.peak) == (1000, 1000)
+        with metered(True):
+            torch.ones(10 * KILO)
+        assert meter.peak == 11_000
+
+
+def test_a_storage_is_released_however_it_ends() -> None:
+    with Meter(CPU) as meter:
+        with contextlib.suppress(ZeroDivisionError):
+            torch.zeros(KILO).numel() / 0
+        cycle = [torch.zeros(KILO)]
+        cycle.append(cycle)
+        del cycle
+        gc.collect()
         assert meter.live == 0
 
 

@@ -1,43 +1,37 @@
-"""Cutting, building and the shapes of the paper's two networks."""
+"""The natural cuts, building, and the shapes of the paper's two networks; cuts under a budget: training/test_cutting."""
 
 import numpy as np
 import pytest
 import torch
 
 from layerwise.config import NetOptions
-from layerwise.errors import ConfigError
 from layerwise.nets import build_network
 from layerwise.nets.module import Geometry
+from layerwise.nets.network import ranges
 from layerwise.nets.speech import shortest_input
 
 SPEECH = NetOptions()
 VISION = NetOptions(name="vision", width=64)
 
 
-def sizes(net: NetOptions, stages: int | None, channels: int = 1) -> list[int]:
-    return [len(layers) for layers in build_network(net, (channels, 16, 16)).cut(stages)]
+def sizes(net: NetOptions) -> list[int]:
+    return [len(layers) for layers in build_network(net, (1, 16, 16)).natural_ranges]
 
 
 def test_the_natural_cuts_are_the_papers() -> None:
-    assert sizes(SPEECH, None) == [1, 1, 1, 1, 1, 1]
-    assert sizes(VISION, None) == [3, 4, 6]
+    assert sizes(SPEECH) == [1, 1, 1, 1, 1, 1]
+    assert sizes(VISION) == [3, 4, 6]
 
 
-def test_fewer_stages_group_neighbouring_modules() -> None:
-    assert sizes(SPEECH, 1) == [6]
-    assert sizes(SPEECH, 4) == [2, 2, 1, 1]
-    assert sizes(VISION, 2) == [7, 6]
+def test_the_natural_ranges_are_all_layers_in_order() -> None:
+    for net in (SPEECH, VISION):
+        network = build_network(net, (1, 16, 16))
+        layers = [layer for part in network.natural_ranges for layer in part]
+        assert layers == list(range(len(network.layers)))
 
 
-def test_more_stages_cut_between_blocks() -> None:
-    assert sizes(VISION, 5) == [3, 3, 3, 2, 2]
-    assert sizes(VISION, 13) == [1] * 13
-
-
-@pytest.mark.parametrize(("net", "most"), [(SPEECH, 6), (VISION, 13)])
-def test_more_stages_than_layers_are_refused_with_the_largest_number(net: NetOptions, most: int) -> None:
-    with pytest.raises(ConfigError, match=f"at most {most} stages"):
-        build_network(net, (1, 16, 16)).cut(most + 1)
+def test_sizes_become_ranges_that_lie_side_by_side() -> None:
+    assert ranges([2, 1, 3]) == [range(2), range(2, 3), range(3, 6)]
 
 
 def test_the_speech_network_has_the_papers_shapes() -> None:
@@ -59,7 +53,7 @@ def test_the_speech_network_has_the_papers_shapes() -> None:
 def test_the_vision_network_has_the_papers_shapes() -> None:
     network = build_network(VISION, (1, 16, 16))
     frames = torch.empty(1, 49, 1, 16, 16, device="meta")
-    for layers, shape in zip(network.cut(3), [(256, 16, 16), (512, 8, 8), (1024, 4, 4)], strict=True):
+    for layers, shape in zip(network.natural_ranges, [(256, 16, 16), (512, 8, 8), (1024, 4, 4)], strict=True):
         _, frames = network.build(layers, 0, "meta")(frames, np.array([49]))
         assert frames.shape == (1, 49, *shape)
 
