@@ -96,7 +96,13 @@ class StageRecord:
     peak_bytes: int | None = None
     """The larger of the two peaks below."""
     train_peak_bytes: int | None = None
+    train_peak_by_kind: dict[str, int] | None = None
+    """What the training peak of the newest start was made of: parameters, gradients, optimizer, activations."""
     cache_peak_bytes: int | None = None
+    allocator_bytes: int | None = None
+    """On CUDA: most that the allocator has held for the stage, in use or in reserve."""
+    driver_bytes: int | None = None
+    """On CUDA: what the driver reports for the process at the end of the stage, the context included."""
     micro_batch: int | None = None
     cache: str | None = None
     cache_bytes: int | None = None

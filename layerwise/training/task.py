@@ -20,7 +20,7 @@ from layerwise.errors import BudgetError, RunError
 from layerwise.events import EpochDone, Event, Notify, StageDone
 from layerwise.files import write_atomically
 from layerwise.memory.allocator import AnyMeter, meter_for
-from layerwise.memory.device import release
+from layerwise.memory.device import process_bytes, release
 from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.stop import StopFlag
 from layerwise.training.caching import cache_outputs, shortest_piece
@@ -75,6 +75,9 @@ def perform(task: Task, run: Run) -> None:
     finally:
         if isinstance(source, ActivationCache):
             source.close()
+    if run.device.type == "cuda":
+        record.allocator_bytes = torch.cuda.max_memory_reserved(run.device)
+        record.driver_bytes = process_bytes(run.device)
     left = _device_bytes_left(meter, run.device, before)
     _finish(run, record)
     run.notify(
@@ -146,6 +149,7 @@ def _train(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, 
     record.status = "caching"
     record.epochs, record.converged, record.best_loss = trained.epochs, trained.converged, trained.best_loss
     record.train_peak_bytes = max(meter.peak, trained.peak_bytes)
+    record.train_peak_by_kind = dict(meter.peak_by_kind)
     record.micro_batch = trained.placement.micro_batch
     record.seconds = trained.seconds
     record.fingerprint = fingerprint(run.key(stage), digest(trained.weights))
