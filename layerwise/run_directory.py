@@ -9,7 +9,7 @@ from typing import Any, Literal
 from layerwise.errors import RunError
 from layerwise.files import write_atomically
 
-VERSION = 1
+VERSION = 2
 
 Status = Literal["pending", "training", "caching", "done"]
 
@@ -148,6 +148,9 @@ class RunState:
             if tree["version"] != VERSION:
                 raise RunError(f"{path} is of version {tree['version']}; this layerwise reads version {VERSION}.")
             known = {entry.name for entry in fields(StageRecord)}
+            cut = tree["cut"]
+            if not all(isinstance(size, int) and size > 0 for size in cut) or len(cut) != len(tree["stages"]):
+                raise ValueError("cut")
             records = [StageRecord(**{k: v for k, v in stage.items() if k in known}) for stage in tree.pop("stages")]
             return cls(stages=records, **tree)
         except FileNotFoundError:

@@ -44,7 +44,7 @@ def plan(config: Config, *, network: Network | None = None) -> Forecast:
 
 def _forecast(config: Config, data: DataSet, stage: StagePlan, device: torch.device) -> StageForecast:
     fitting = fitting_layout(config, stage, device)
-    layout = fitting or smallest_layout(config, stage)
+    layout = fitting or smallest_layout(config, stage, device)
     training = training_peak(config, stage, device, layout.placement)
     rows = int(stage.output_lengths.sum()) * data.views
     return StageForecast(

@@ -9,8 +9,8 @@ import torch
 from layerwise.errors import ConfigError
 from layerwise.memory.meter import uncounted
 
-CUDA_WORKSPACE = 32 * 2**20
-"""Bytes; what torch gives cuBLAS at most by default (on Hopper; 8 MiB elsewhere)."""
+CUDA_WORKSPACE = 2 * 32 * 2**20
+"""Bytes; what torch gives cuBLAS at most by default (on Hopper; 8 MiB elsewhere), forward and in autograd's own thread."""
 
 
 def find_device(name: str) -> torch.device:
@@ -81,6 +81,7 @@ def release(device: torch.device) -> None:
     """Gives back what no tensor holds any more: cycles to the collector, free blocks to the driver."""
     gc.collect()
     if device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()  # they come from the allocator, and would count as tensors of ours
         torch.cuda.empty_cache()
 
 

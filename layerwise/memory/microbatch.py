@@ -84,7 +84,10 @@ def loss_gradients(batch: Batch, loss: Loss, part: Part, micro_batch: int, scale
     slices = _slices(batch.samples, micro_batch)
     with torch.set_grad_enabled(len(slices) == 1):
         encoded = _encoded(batch, part.rows, slices)
-    leaves = tuple(tensor.detach().requires_grad_() for tensor in encoded)
+    # In float32 at least: short floats would lose small gradients before they are scaled.
+    leaves = tuple(
+        tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).requires_grad_() for tensor in encoded
+    )
     scored = loss(leaves, part)
     scored.loss.backward()
     gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.mul_(scale) for leaf in leaves]
@@ -139,7 +142,10 @@ def _encoded(batch: Batch, rows: np.ndarray, slices: list[slice]) -> tuple[torch
 def _backward(encoded: tuple[torch.Tensor, ...], gradients: list[torch.Tensor]) -> None:
     # The inputs of a stage may be targets themselves; nothing below them is trained.
     trained = [number for number, tensor in enumerate(encoded) if tensor.requires_grad]
-    torch.autograd.backward([encoded[number] for number in trained], [gradients[number] for number in trained])
+    torch.autograd.backward(
+        [encoded[number] for number in trained],
+        [gradients[number].to(encoded[number].dtype) for number in trained],
+    )
 
 
 def _rows_of(rows: np.ndarray, samples: slice, frames: int) -> slice:

@@ -87,7 +87,9 @@ def families(
     micro_batches = [micro_batch] if micro_batch else _halves(batch_size)
     if not sliceable:
         micro_batches = [batch_size]
-    recomputes = ([False, True] if layers > 1 and sliceable else [False]) if recompute is None else [recompute]
+    recomputes = ([False, True] if layers > 1 else [False]) if recompute is None else [recompute]
+    if not sliceable:
+        recomputes = [False]  # running statistics would count every batch twice
     hosts = [False, True] if on_host is None else [on_host]
     for passes in _passes(batch_size) if sliceable else [1]:
         for host in hosts:

@@ -119,7 +119,7 @@ def load_checkpoint(path: Path, made_for: str, loaded: LoadedStage) -> tuple[Pro
         ("module", loaded.optimizer, loaded.module),
         ("objective", loaded.predictor_optimizer, loaded.objective),
     ):
-        names = [name for name, _ in trained.named_parameters()]
+        names = [name for name, parameter in trained.named_parameters() if parameter.requires_grad]
         states = {name: _under(f"optimizer/{part}/{name}/", arrays) for name in names}
         optimizer.load({n: {key: host_tensor(value) for key, value in state.items()} for n, state in states.items()})
     progress = Progress(**json.loads(metadata["progress"]))

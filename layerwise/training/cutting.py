@@ -63,7 +63,7 @@ def plan_run(
     """
     network = network or build_network(config.net, data.frame_shape)
     stages, natural = config.training.stages, plan_stages(config, data, network, network.natural_ranges)
-    if sizes is not None:
+    if sizes is not None and sum(sizes) == len(network.layers):
         return plan_stages(config, data, network, ranges(sizes))
     if stages == len(natural) or (stages is None and config.memory.gpu_mem is None):
         return natural

@@ -179,14 +179,14 @@ class LoadedStage:
 
     def _adam(self, trained: nn.Module, lr: float) -> Optimizer:
         make = HostAdam if self.placement.optimizer_on_host else DeviceAdam
-        return make(dict(trained.named_parameters()), lr)
+        return make({name: value for name, value in trained.named_parameters() if value.requires_grad}, lr)
 
     def _label(self) -> None:
         """Tells the meter what is what."""
         parameters = [*self.module.parameters(), *self.objective.parameters()]
         self.meter.label("parameters", [*parameters, *self.module.buffers()])
         self.meter.label("optimizer", [*self.optimizer.on_device(), *self.predictor_optimizer.on_device()])
-        for parameter in self.module.parameters():
+        for parameter in filter(lambda parameter: parameter.requires_grad, self.module.parameters()):
             # The hook knows the meter alone: a way back to the parameter would be a cycle that nobody collects.
             parameter.register_post_accumulate_grad_hook(partial(_label_gradient, self.meter))
 

@@ -61,9 +61,11 @@ class DeviceAdam:
         return {name: dict(self._adam.state[parameter]) for name, parameter in self._parameters.items()}
 
     def load(self, state: Mapping[str, State]) -> None:
-        for name, tensors in state.items():
-            parameter = self._parameters[name]
-            self._adam.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in tensors.items()}
+        # Into the tensors that are there: two sets of moments may not fit.
+        with torch.no_grad():
+            for name, tensors in state.items():
+                for key, value in tensors.items():
+                    self._adam.state[self._parameters[name]][key].copy_(value)
 
     def on_device(self) -> Iterable[torch.Tensor]:
         return [tensor for state in self._adam.state.values() for tensor in state.values()]

@@ -76,9 +76,16 @@ def fitting_layout(config: Config, plan: StagePlan, device: torch.device) -> Sta
     return StageLayout(placement, piece, "" if placement == first else _why(config, plan, device, first))
 
 
-def smallest_layout(config: Config, plan: StagePlan) -> StageLayout:
-    """The layout that takes the least memory."""
-    return StageLayout(every_layout(config, plan)[-1][-1], shortest_piece(plan, config), "nothing smaller is left")
+def smallest_layout(config: Config, plan: StagePlan, device: torch.device) -> StageLayout:
+    """The layout that takes the least memory: with the smallest micro-batches, and of these the one that rehearses so.
+
+    More passes and more recomputing do not always take less, so all kinds of them are tried; among the numbers of passes
+    the least and the most.
+    """
+    smallest = [family[-1] for family in every_layout(config, plan)]
+    ends = [layout for layout in smallest if layout.passes in (smallest[0].passes, smallest[-1].passes)]
+    least = min(ends, key=lambda placement: training_peak(config, plan, device, placement).bytes)
+    return StageLayout(least, shortest_piece(plan, config), "nothing smaller is left")
 
 
 def every_layout(config: Config, plan: StagePlan) -> list[list[Placement]]:
@@ -99,12 +106,9 @@ def every_layout(config: Config, plan: StagePlan) -> list[list[Placement]]:
 
 def smallest_budget(config: Config, plan: StagePlan, device: torch.device) -> int:
     """Bytes below which the stage cannot be trained or cached in any layout that the options allow."""
-    last = every_layout(config, plan)[-1][-1]
-    least = max(
-        training_peak(config, plan, device, last).bytes,
-        caching_peak(config, plan, device, shortest_piece(plan, config)),
-    )
-    return least + reserved_bytes(device)
+    layout = smallest_layout(config, plan, device)
+    training = training_peak(config, plan, device, layout.placement).bytes
+    return max(training, caching_peak(config, plan, device, layout.piece)) + reserved_bytes(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +266,7 @@ def _why(config: Config, plan: StagePlan, device: torch.device, cheapest_one: Pl
 
 def _too_small(config: Config, plan: StagePlan, device: torch.device) -> BudgetError:
     budget, needed = config.memory.gpu_mem, smallest_budget(config, plan, device)
-    last = every_layout(config, plan)[-1][-1]
+    last = smallest_layout(config, plan, device).placement
     mixing = mixes_samples(plan.build_module(0, torch.device("meta")))
     why = f" ({mixing} ties the samples of a batch together, so it cannot be sliced)" if mixing else ""
     finer = ", or cut into more --stages" if len(plan.layers) > 1 else ""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 FIRST_SCALE = 2.0**16
 STEPS_UNTIL_DOUBLED = 2000
@@ -28,7 +29,9 @@ class LossScale:
         if self.factor == 1:
             return True
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if not math.isfinite(torch.nn.utils.get_total_norm(gradients).item()):
+        norm = torch.nn.utils.get_total_norm(gradients)
+        # A rehearsal has no values to look at.
+        if not isinstance(norm, FakeTensor) and not math.isfinite(norm.item()):
             self.factor, self.good_steps = max(self.factor / 2, 2.0), 0
             return False
         torch._foreach_div_(gradients, self.factor)
