@@ -1,6 +1,6 @@
 """The same run under budgets from the smallest possible upwards: what changes is the time, not the weights.
 
-    python benchmarks/budgets.py [--data demo] [--epochs 1] [--batch-size 8] [--lr 2e-4] [--dtype float32] [--plot benchmarks/budgets.svg]
+    python benchmarks/budgets.py [--data demo] [--epochs 1] [--batch-size 8] [--lr 2e-4] [--dtype float32] [--plot FILE]
 
 The plot needs matplotlib: pip install matplotlib.
 """

@@ -122,6 +122,8 @@ class RunState:
     """Absolute path of the folder of the caches."""
     cut: list[int]
     """Layers in each stage."""
+    network: str = ""
+    """Identity of a network that was given as an object; empty where the options name it."""
     from_stage: int | None = None
     """The `--from-stage` that is being carried out; None where there is none or it is finished."""
     kept_stages: int = 0

@@ -64,6 +64,8 @@ def probe(
     """
     stop = stop or StopFlag()
     paths, state = open_run(run_directory)
+    if state.network:
+        raise RunError(f"{run_directory} was trained with a network of its own, which probes cannot build again yet.")
     stages = [record.stage for record in state.stages if record.status == "done"]
     if not stages:
         raise RunError(f"No stage of {run_directory} is done yet; go on with the run first.")

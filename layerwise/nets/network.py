@@ -22,6 +22,8 @@ class Network:
     """Each call builds one layer on torch's default device."""
     natural_cut: tuple[int, ...]
     """Number of layers in each of the paper's modules; sums to len(layers)."""
+    identity: str = ""
+    """A hash of what it computes and of its first weights, where options do not say it."""
     why_no_finer: Callable[[], str] = str
     """A sentence on what forbids more layers, or nothing."""
 

@@ -1,6 +1,7 @@
 """A traced network as layers: each unit of it, applied to every frame."""
 
 import copy
+import hashlib
 from functools import partial
 from itertools import chain
 
@@ -21,7 +22,24 @@ def traced_network(model: nn.Module, frame_shape: tuple[int, ...]) -> Network:
     example = torch.zeros(1, *frame_shape)
     units = trace(model, example)
     layers = [partial(FrameUnit, unit, first=index == 0) for index, unit in enumerate(units)]
-    return Network(layers, natural_cut=(1,) * len(layers), why_no_finer=partial(why_uncut, model, example))
+    return Network(
+        layers,
+        natural_cut=(1,) * len(layers),
+        identity=_identity(units),
+        why_no_finer=partial(why_uncut, model, example),
+    )
+
+
+def _identity(units: list[fx.GraphModule]) -> str:
+    """SHA-256 over the operations and the weights."""
+    total = hashlib.sha256()
+    for unit in units:
+        total.update(unit.code.encode())
+        total.update("".join(f"{name}: {part}" for name, part in unit.named_children()).encode())
+        for name, tensor in unit.state_dict().items():
+            total.update(f"{name} {tuple(tensor.shape)}".encode())
+            total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 class FrameUnit(Layer):

@@ -42,6 +42,8 @@ class Progress:
     """Epochs since then."""
     seconds: float = 0.0
     """Spent on training, over all starts."""
+    shrunk: tuple[int, int] | None = None
+    """Micro-batch and passes, where a step ran out of memory and made them smaller."""
     loss_scale: float = 1.0
     good_steps: int = 0
     """See training.scaling."""
@@ -92,6 +94,7 @@ def digest(arrays: Arrays) -> str:
 def save_checkpoint(path: Path, made_for: str, progress: Progress, loaded: LoadedStage, best: Arrays | None) -> None:
     """Everything that the next step needs. `made_for` names the stage's input and options."""
     progress.loss_scale, progress.good_steps = loaded.scale.factor, loaded.scale.good_steps
+    progress.shrunk = (loaded.placement.micro_batch, loaded.placement.passes) if loaded.shrunk else None
     arrays = to_host(_named("module", loaded.module.state_dict()))
     arrays |= to_host(_named("objective", loaded.objective.state_dict()))
     for part, optimizer in (("module", loaded.optimizer), ("objective", loaded.predictor_optimizer)):
@@ -124,6 +127,8 @@ def load_checkpoint(path: Path, made_for: str, loaded: LoadedStage) -> tuple[Pro
         optimizer.load({n: {key: host_tensor(value) for key, value in state.items()} for n, state in states.items()})
     progress = Progress(**json.loads(metadata["progress"]))
     loaded.scale.factor, loaded.scale.good_steps = progress.loss_scale, progress.good_steps
+    if progress.shrunk:
+        loaded.go_on_shrunk(*progress.shrunk)
     return progress, _under("best/", arrays) or None
 
 

@@ -16,11 +16,11 @@ from layerwise.errors import ConfigError
 from layerwise.memory.estimate import rehearse
 from layerwise.memory.meter import Meter
 from layerwise.memory.partition import partition
-from layerwise.memory.placement import WIDE_ROOM
+from layerwise.memory.placement import Placement
 from layerwise.nets import Network, build_network
 from layerwise.nets.network import ranges
 from layerwise.training.plan import StagePlan, plan_stages
-from layerwise.training.planner import fitting_layout
+from layerwise.training.planner import fitting_layout, training_peak
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,21 +30,26 @@ class LayerCost:
     static: int
     """Its parameters, their gradients and Adam's two moments."""
     objective: int
-    """The same of the objective, and the rows that it scores with their gradients, were this the last layer of a stage."""
+    """The objective's parameters and moments, were this the last layer of a stage."""
     inputs: int
     kept: int
     """From its forward to its backward pass, its output included."""
     transient: int
     """The larger of its two highest points, forward and backward, above its inputs; what is kept included."""
+    last: int
+    """Its highest point as the last layer of a stage, with the loss, above its inputs: of its output a part is kept."""
 
 
 def stage_cost(layers: list[LayerCost]) -> int:
-    """Estimated peak of a stage of these layers, in bytes."""
-    below = highest = 0
-    for layer in layers:
+    """Estimated peak of a stage of these layers, in bytes; exact for a single one."""
+    *lower, last = layers
+    highest, below = last.last, 0
+    for layer in lower:
         highest = max(highest, below + layer.transient)
         below += layer.kept
-    return sum(layer.static for layer in layers) + layers[0].inputs + max(highest, below + layers[-1].objective)
+    if lower:
+        highest = max(highest, below + last.last, below + last.transient)
+    return sum(layer.static for layer in layers) + last.objective + layers[0].inputs + highest
 
 
 def plan_run(
@@ -117,15 +122,14 @@ def _layer_cost(config: Config, plan: StagePlan, device: torch.device) -> LayerC
         found.update(transient=meter.peak - before)
 
     rehearse(forward_and_backward, device)
-    objective = plan.build_objective(config, torch.device("meta"))
-    channels = plan.target_channels
-    lengths = np.full(size, int(plan.build_module(0, torch.device("meta")).out_length(frames)))
-    draw = objective.draw(lengths, int(lengths[0]), plan.window.columns, np.random.default_rng(0))[0]
-    predictors = sum(parameter.numel() for parameter in objective.parameters())
+    predictors = sum(value.numel() for value in plan.build_objective(config, torch.device("meta")).parameters())
+    whole = training_peak(config, plan, device, Placement(size, size)).bytes
+    static, objective, inputs = 4 * found["static"], 3 * 4 * predictors, found["inputs"]
     return LayerCost(
-        static=4 * found["static"],
-        objective=4 * 4 * predictors + 2 * 4 * channels * len(draw.rows) + WIDE_ROOM,
-        inputs=found["inputs"],
+        static=static,
+        objective=objective,
+        inputs=inputs,
         kept=found["kept"],
         transient=found["transient"],
+        last=whole - static - objective - inputs,
     )

@@ -6,7 +6,7 @@ does not change. Everything random is seeded by the caller, so that nothing has 
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -52,9 +52,16 @@ class LoadedStage:
         self.objective = plan.build_objective(config, device)
         self.optimizer = self._adam(self.module, config.training.lr)
         self.predictor_optimizer = self._adam(self.objective, config.training.lr)
+        self.shrunk = False
+        """Whether a step ran out of memory, so that the placement is smaller than it was."""
         self.scale = LossScale.of(config.training.precision)
         self._precision = config.training.precision
         self._label()
+
+    def go_on_shrunk(self, micro_batch: int, passes: int) -> None:
+        """Takes slices at least as small as an earlier start had to: with these it got where it stopped."""
+        micro_batch, passes = min(micro_batch, self.placement.micro_batch), max(passes, self.placement.passes)
+        self.placement, self.shrunk = replace(self.placement, micro_batch=micro_batch, passes=passes), True
 
     def train(self, batch: Batch, randomness: Randomness) -> Total:
         """One optimizer step; leaves no gradients behind. Raises BudgetError where not even the smallest slices fit."""
@@ -140,6 +147,7 @@ class LoadedStage:
         if smaller is None:
             raise NoSmallerSlices(reason)
         self.placement = smaller
+        self.shrunk = True
         release(self.device)
 
     def _draws(self, batch: Batch, randomness: Randomness) -> list[Draw]:
@@ -175,7 +183,8 @@ class LoadedStage:
             yield
 
     def _looks(self, name: str, batch: Batch, draws: list[Draw]) -> bool:
-        return self.meter.looks(name, batch.frames.shape[1], max(len(draw.rows) for draw in draws))
+        padded = bool((batch.lengths < batch.frames.shape[1]).any())
+        return self.meter.looks(name, batch.frames.shape[1], max(len(draw.rows) for draw in draws), padded)
 
     def _adam(self, trained: nn.Module, lr: float) -> Optimizer:
         make = HostAdam if self.placement.optimizer_on_host else DeviceAdam

@@ -130,7 +130,9 @@ def training_peak(config: Config, plan: StagePlan, device: torch.device, placeme
         before = torch.zeros((), device=device), torch.zeros((), device=device)
         stored = torch.float32 if plan.stage == 1 else getattr(torch, config.cache.dtype)
         frames = torch.zeros(size, window, *plan.frame_shape, dtype=stored, device="meta")
-        rehearsal.train(Batch(frames, np.full(size, window)), Randomness(lambda: np.random.default_rng(0)))
+        lengths = np.full(size, window)
+        lengths[0] = min(window, plan.lengths.min())  # padding is masked, and masks take room
+        rehearsal.train(Batch(frames, lengths), Randomness(lambda: np.random.default_rng(0)))
         del before
 
     meter = rehearse(step, device)
@@ -141,7 +143,8 @@ class _Rehearsal(LoadedStage):
     """Goes through the first slices of a batch and its first passes."""
 
     def _draws(self, batch: Batch, randomness: Randomness) -> list[Draw]:
-        draws = super()._draws(batch, randomness)
+        full = Batch(batch.frames, np.full(len(batch.lengths), batch.frames.shape[1]))
+        draws = super()._draws(full, randomness)
         samples, frames = len(batch.lengths), int(self.module.out_length(batch.frames.shape[1]))
         most = max(_most_hit(len(draw.rows), samples * frames) for draw in draws)
         in_slice = max(_most_in_a_slice(draw.rows, samples, frames, self.placement.micro_batch) for draw in draws)

@@ -41,7 +41,7 @@ def prepare(
     if old is None or overwrite or not paths.config.exists():
         state = _begin(config, paths, data, plans, device, old)
     else:
-        state = _go_on(old, config, paths, data, from_stage)
+        state = _go_on(old, config, paths, data, plans, from_stage)
     state.budget_bytes, state.device = config.memory.gpu_mem, str(device)
     state.save(paths.state)
     write_atomically(paths.cache_owner, state.run_id.encode())
@@ -58,10 +58,14 @@ def _begin(
         _delete_run(paths, old)
     records = [StageRecord(plan.stage) for plan in plans]
     cut = [len(plan.layers) for plan in plans]
-    return RunState(records, data.identity, config.memory.gpu_mem, str(device), str(paths.caches), cut)
+    return RunState(
+        records, data.identity, config.memory.gpu_mem, str(device), str(paths.caches), cut, plans[0].network.identity
+    )
 
 
-def _go_on(state: RunState, config: Config, paths: RunPaths, data: DataSet, from_stage: int | None) -> RunState:
+def _go_on(
+    state: RunState, config: Config, paths: RunPaths, data: DataSet, plans: list[StagePlan], from_stage: int | None
+) -> RunState:
     if Path(state.caches) != paths.caches and Path(state.caches).exists():
         raise ConfigError(
             f"--cache-dir: the caches of {paths.out} lie in {state.caches}, not in {paths.caches}. Give the old place, or "
@@ -70,6 +74,11 @@ def _go_on(state: RunState, config: Config, paths: RunPaths, data: DataSet, from
     _check_cache_owner(paths, state)
     _check_shape(paths, config)
     _check_same_data(state, data, paths)
+    if state.network != plans[0].network.identity:
+        raise RunError(
+            f"The network is not the one that {paths.out} was begun with; give that one, or start anew with --overwrite "
+            "or another --out."
+        )
     if from_stage is not None and not _is_in_hand(state, paths, config, from_stage):
         _reset_from(state, paths, from_stage)
     else:
