@@ -12,6 +12,7 @@ import soundfile
 import torch
 
 from layerwise.config import Config, resolve
+from layerwise.data.source import DataSet
 from layerwise.nets.network import Network
 from layerwise.training.cutting import plan_run
 from layerwise.training.plan import StagePlan
@@ -180,8 +181,14 @@ def planned_stages() -> PlannedStages:
     return plan
 
 
+@pytest.fixture(scope="session")
+def noise_data() -> Callable[[Config], DataSet]:
+    """noise_data(config): noise of the shape that the configuration's data have."""
+    return noise_for
+
+
 def noise_for(config: Config) -> Noise:
-    """Noise of the shape that the configuration's data have."""
+    """Samples of four windows, or whole pictures."""
     data = config.data
     if config.net.name == "speech":
         return Noise(np.full(24, 4 * data.window))

@@ -36,6 +36,10 @@ class LayerCost:
     """From its forward to its backward pass, its output included."""
     transient: int
     """The larger of its two highest points, forward and backward, above its inputs; what is kept included."""
+    first: int
+    """The same as the first layer of a stage: its inputs need no gradient."""
+    rows: int
+    """What the objective scores, were this the last layer, and its gradient: both stay while the layers below run back."""
     last: int
     """Its highest point as the last layer of a stage, with the loss, above its inputs: of its output a part is kept."""
 
@@ -43,12 +47,14 @@ class LayerCost:
 def stage_cost(layers: list[LayerCost]) -> int:
     """Estimated peak of a stage of these layers, in bytes; exact for a single one."""
     *lower, last = layers
-    highest, below = last.last, 0
+    if not lower:
+        return last.static + last.objective + last.inputs + last.last
+    highest, below = 0, 0
     for layer in lower:
-        highest = max(highest, below + layer.transient)
+        transient = layer.first if layer is layers[0] else layer.transient
+        highest = max(highest, below + transient + last.rows)
         below += layer.kept
-    if lower:
-        highest = max(highest, below + last.last, below + last.transient)
+    highest = max(highest, below + last.last, below + last.transient)
     return sum(layer.static for layer in layers) + last.objective + layers[0].inputs + highest
 
 
@@ -108,28 +114,44 @@ def _is_held(config: Config, plan: StagePlan, device: torch.device) -> bool:
 
 def _layer_cost(config: Config, plan: StagePlan, device: torch.device) -> LayerCost:
     size, frames = config.training.batch_size, plan.window.frames
-    found: dict[str, int] = {}
+    static, inputs, kept, transient = _alone(config, plan, device, below=plan.stage > 1)
+    first = _alone(config, plan, device, below=False)[3] if plan.stage > 1 else transient
+    lengths = np.full(size, int(plan.build_module(0, torch.device("meta")).out_length(frames)))
+    objective = plan.build_objective(config, torch.device("meta"))
+    draw = objective.draw(lengths, int(lengths[0]), plan.window.columns, np.random.default_rng(0))[0]
+    predictors = 3 * 4 * sum(value.numel() for value in objective.parameters())
+    whole = training_peak(config, plan, device, Placement(size, size)).bytes
+    return LayerCost(
+        static=4 * static,
+        objective=predictors,
+        inputs=inputs,
+        kept=kept,
+        transient=transient,
+        first=first,
+        rows=2 * 4 * plan.target_channels * len(draw.rows),
+        last=whole - 4 * static - predictors - inputs,
+    )
+
+
+def _alone(config: Config, plan: StagePlan, device: torch.device, below: bool) -> tuple[int, int, int, int]:
+    """Bytes of a layer's parameters, of its inputs, of what it keeps, and of its highest point above its inputs.
+
+    below: whether there is a layer below it in its stage, which needs the gradient of the inputs.
+    """
+    size, frames = config.training.batch_size, plan.window.frames
+    found: list[int] = []
 
     def forward_and_backward(meter: Meter) -> None:
         module = plan.build_module(config.training.seed, device)
         static = meter.live
-        x = torch.zeros(size, frames, *plan.frame_shape, device=device, requires_grad=plan.stage > 1)
+        x = torch.zeros(size, frames, *plan.frame_shape, device=device, requires_grad=below)
         before = meter.live
         meter.reset_peak()
         _, outputs = module(x, np.full(size, frames))
-        found.update(static=static, inputs=before - static, kept=meter.live - before)
+        kept = meter.live - before
         outputs.backward(torch.zeros_like(outputs))
-        found.update(transient=meter.peak - before)
+        found.extend((static, before - static, kept, meter.peak - before))
 
     rehearse(forward_and_backward, device)
-    predictors = sum(value.numel() for value in plan.build_objective(config, torch.device("meta")).parameters())
-    whole = training_peak(config, plan, device, Placement(size, size)).bytes
-    static, objective, inputs = 4 * found["static"], 3 * 4 * predictors, found["inputs"]
-    return LayerCost(
-        static=static,
-        objective=objective,
-        inputs=inputs,
-        kept=found["kept"],
-        transient=found["transient"],
-        last=whole - static - objective - inputs,
-    )
+    static, inputs, kept, highest = found
+    return static, inputs, kept, highest

@@ -30,7 +30,9 @@ def encoders_equal(one: Path, other: Path) -> bool:
 
 def test_a_run_leaves_what_its_contract_says(tiny_speech: Tiny, digits: Path) -> None:
     events: list[Event] = []
-    result = run(tiny_speech(f"fsdd:{digits}", **{"memory.gpu_mem": "50MB", "training.stages": 4}), notify=events.append)
+    result = run(
+        tiny_speech(f"fsdd:{digits}", **{"memory.gpu_mem": "50MB", "training.stages": 4}), notify=events.append
+    )
     out = result.paths.out
     assert {path.name for path in out.iterdir()} >= {"config.toml", "run.json", "stages", "encoder.safetensors"}
     state = json.loads((out / "run.json").read_text())

@@ -1,0 +1,277 @@
+"""Where a network is cut, and into how many stages."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from layerwise.config import Config, resolve
+from layerwise.data.source import DataSet
+from layerwise.engines.run import run
+from layerwise.errors import ConfigError, Interrupted
+from layerwise.events import Event, StepDone
+from layerwise.nets import build_network
+from layerwise.nets.network import Network
+from layerwise.nets.traced import traced_network
+from layerwise.run_directory import RunState
+from layerwise.stop import StopFlag
+from layerwise.training.cutting import layer_costs, plan_run, stage_cost
+from layerwise.training.plan import StagePlan, plan_stages
+from layerwise.training.planner import every_layout, fitting_layout, training_peak
+
+CPU = torch.device("cpu")
+Tiny = Callable[..., Config]
+Planned = Callable[..., tuple[Config, list[StagePlan]]]
+
+# Predictions run on fake tensors, so these may have the widths of the paper.
+SPEECH = {"net.width": 512, "net.context": 0}
+PICTURES = {"net.width": 16, "net.blocks": [1, 2, 2], "training.batch_size": 4}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network of real size, without data."""
+
+    config: Config
+    data: DataSet
+    network: Network
+
+    @property
+    def layers(self) -> int:
+        return len(self.network.layers)
+
+    def with_options(self, stages: int | None = None, budget: int | None = None) -> Config:
+        training = self.config.training.model_copy(update={"stages": stages})
+        memory = self.config.memory.model_copy(update={"gpu_mem": budget})
+        return self.config.model_copy(update={"training": training, "memory": memory})
+
+    def plan(self, stages: int | None = None, budget: int | None = None) -> list[StagePlan]:
+        return plan_run(self.with_options(stages, budget), self.data, CPU, self.network)
+
+    def stage(self, layers: range) -> StagePlan:
+        """The stage of these layers, whatever the cut around it."""
+        around = (range(layers.start), layers, range(layers.stop, self.layers))
+        plans = plan_stages(self.config, self.data, self.network, [part for part in around if part])
+        return next(plan for plan in plans if plan.layers == layers)
+
+
+@pytest.fixture(scope="module")
+def case(noise_data: Callable[[Config], DataSet]) -> Callable[..., Case]:
+    """case(recipe, **{"dotted.key": value})"""
+
+    @cache
+    def make(recipe: str, changes: tuple[tuple[str, object], ...]) -> Case:
+        config = resolve(recipe, overrides=dict(changes))
+        data = noise_data(config)
+        return Case(config, data, build_network(config.net, data.frame_shape))
+
+    return lambda recipe, **changes: make(
+        recipe, tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in changes.items())
+    )
+
+
+def every_cut(layers: int, stages: int) -> list[list[range]]:
+    return [
+        [range(start, stop) for start, stop in pairwise([0, *cuts, layers])]
+        for cuts in combinations(range(1, layers), stages - 1)
+    ]
+
+
+def ranges_of(plans: list[StagePlan]) -> list[range]:
+    return [plan.layers for plan in plans]
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("speech", [1, 1, 1, 1]), ("vision", [1, 2, 1])])
+def test_without_a_budget_or_a_number_the_cut_is_the_natural_one(
+    planned_stages: Planned, kind: str, sizes: list[int]
+) -> None:
+    for options in ({}, {"training.stages": len(sizes)}, {"training.stages": len(sizes), "memory.gpu_mem": "50MB"}):
+        assert [len(plan.layers) for plan in planned_stages(kind, **options)[1]] == sizes
+
+
+@pytest.mark.parametrize("kind", ["speech", "vision"])
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_a_number_of_stages_is_kept_and_all_layers_are_there(planned_stages: Planned, kind: str, stages: int) -> None:
+    plans = planned_stages(kind, **{"training.stages": stages})[1]
+    assert [plan.stage for plan in plans] == list(range(1, stages + 1))
+    assert [layer for plan in plans for layer in plan.layers] == [0, 1, 2, 3]
+    for below, above in pairwise(plans):
+        assert above.frame_shape == below.output_shape
+        assert (above.lengths == below.output_lengths).all()
+
+
+@pytest.mark.parametrize(("recipe", "most"), [("librispeech", 6), ("stl10", 13)])
+def test_more_stages_than_layers_are_refused_with_the_largest_number(
+    case: Callable[..., Case], recipe: str, most: int
+) -> None:
+    with pytest.raises(ConfigError, match=f"--stages {most + 1}: .* at most {most} stages.* from 1 to {most}"):
+        case(recipe).plan(most + 1)
+
+
+def test_too_many_stages_of_a_given_network_name_what_forbids_them(planned_stages: Planned) -> None:
+    class Across(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            return self.second(x) + x
+
+    network = traced_network(Across(), (3, 8, 8))
+    assert len(planned_stages("vision", network, **{"training.stages": 2})[1]) == 2
+    with pytest.raises(ConfigError, match="at most 2 stages"):
+        planned_stages("vision", network, **{"training.stages": 3})
+
+
+@pytest.mark.parametrize(("recipe", "changes"), [("librispeech", SPEECH), ("stl10", PICTURES)])
+def test_no_cut_has_a_smaller_largest_estimate(
+    case: Callable[..., Case], recipe: str, changes: dict[str, object]
+) -> None:
+    made = case(recipe, **changes)
+    costs = layer_costs(made.config, made.data, made.network, CPU)
+
+    def largest(cut: list[range]) -> int:
+        return max(stage_cost(costs[layers.start : layers.stop]) for layers in cut)
+
+    natural = len(made.network.natural_cut)
+    for stages in range(1, made.layers + 1):
+        if stages != natural:
+            chosen = ranges_of(made.plan(stages))
+            assert largest(chosen) == min(map(largest, every_cut(made.layers, stages)))
+
+
+@pytest.mark.parametrize(("recipe", "changes"), [("librispeech", SPEECH), ("stl10", PICTURES)])
+def test_the_largest_predicted_peak_of_a_cut_is_within_5_percent_of_the_smallest_possible(
+    case: Callable[..., Case], recipe: str, changes: dict[str, object]
+) -> None:
+    made = case(recipe, **changes)
+
+    @cache
+    def of_stage(start: int, stop: int) -> int:
+        return cheapest_peak(made, range(start, stop))
+
+    def peak(part: range) -> int:
+        return of_stage(part.start, part.stop)
+
+    natural = len(made.network.natural_cut)
+    for stages in range(1, made.layers + 1):
+        if stages != natural:
+            chosen = ranges_of(made.plan(stages))
+            best = min(every_cut(made.layers, stages), key=lambda cut: max(map(peak, cut)))
+            assert max(map(peak, chosen)) <= 1.05 * max(map(peak, best)), (chosen, best)
+
+
+def cheapest_peak(made: Case, layers: range) -> int:
+    """Predicted bytes of a stage of these layers, laid out in the cheapest way."""
+    plan = made.stage(layers)
+    return training_peak(made.config, plan, CPU, every_layout(made.config, plan)[0][0]).bytes
+
+
+ESTIMATED = {
+    "speech, width 512": ("librispeech", SPEECH),
+    "speech, width 128": ("librispeech", {**SPEECH, "net.width": 128}),
+    "pictures, width 64": ("stl10", {"training.batch_size": 8, "net.blocks": [2, 2, 2]}),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATED)
+def test_the_estimate_of_a_single_layer_is_within_25_percent_of_its_predicted_peak(
+    case: Callable[..., Case], name: str
+) -> None:
+    recipe, changes = ESTIMATED[name]
+    made = case(recipe, **changes)
+    costs = layer_costs(made.config, made.data, made.network, CPU)
+    ratios = [stage_cost([cost]) / cheapest_peak(made, range(i, i + 1)) for i, cost in enumerate(costs)]
+    assert all(0.75 <= ratio <= 1.25 for ratio in ratios), [round(ratio, 2) for ratio in ratios]
+
+
+ON_DEVICE = {"memory.optimizer": "device", "memory.recompute": "never", "training.batch_size": 2}
+SMALL = {
+    "speech": (
+        "librispeech",
+        {"net.width": 64, "net.context": 0, "net.kernels": [10, 8, 4], "net.strides": [5, 4, 2]}
+        | {"net.paddings": [2, 2, 1], "data.window": 4096, **ON_DEVICE},
+    ),
+    "pictures": ("stl10", {"net.width": 16, "net.blocks": [1, 1, 1], **ON_DEVICE}),
+}
+"""Three layers each, so that every cut can be looked at under every budget."""
+
+
+def held_in_one_pass(made: Case, budget: int) -> Callable[[list[range]], bool]:
+    """Whether the budget holds each stage of a cut, in one pass over the batch."""
+    config = made.with_options(budget=budget)
+
+    @cache
+    def is_held(start: int, stop: int) -> bool:
+        layout = fitting_layout(config, made.stage(range(start, stop)), CPU)
+        return layout is not None and layout.placement.passes == 1
+
+    return lambda cut: all(is_held(part.start, part.stop) for part in cut)
+
+
+def least_in_one_pass(made: Case, layers: range) -> int:
+    """Bytes that a stage of these layers takes in its smallest layout of one pass."""
+    plan = made.stage(layers)
+    in_one_pass = [family[-1] for family in every_layout(made.config, plan) if family[0].passes == 1]
+    return min(training_peak(made.config, plan, CPU, placement).bytes for placement in in_one_pass)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("speech", 0.02), ("speech", 0.4), ("speech", 1), ("pictures", 0.3), ("pictures", 1)]
+)
+def test_under_a_budget_the_stages_are_the_fewest_that_it_holds(
+    case: Callable[..., Case], name: str, part: float
+) -> None:
+    recipe, changes = SMALL[name]
+    made = case(recipe, **changes)
+    least = max(least_in_one_pass(made, range(layer, layer + 1)) for layer in range(made.layers))
+    budget = least + int(part * (least_in_one_pass(made, range(made.layers)) - least))
+    chosen = ranges_of(made.plan(budget=budget))
+    is_held = held_in_one_pass(made, budget)
+    assert is_held(chosen)
+    for fewer in range(1, len(chosen)):
+        assert not any(is_held(cut) for cut in every_cut(made.layers, fewer))
+    if part == 1:
+        assert len(chosen) == 1
+
+
+def test_where_nothing_is_held_in_one_pass_the_finest_cut_is_taken(planned_stages: Planned) -> None:
+    short = {"net.kernels": [10, 8], "net.strides": [5, 4], "net.paddings": [2, 2], "net.context": 0}
+    config, plans = planned_stages("speech", **short, **{"memory.gpu_mem": "1kB", "training.batch_size": 1})
+    assert ranges_of(plans) == [range(1), range(1, 2)]
+    assert all(fitting_layout(config, plan, CPU) is None for plan in plans)
+
+
+@pytest.mark.parametrize(("first", "then"), [(None, "1GB"), ("1GB", None)])
+def test_a_resume_with_another_budget_keeps_the_cut(
+    tiny_speech: Tiny, write_tone: Callable[..., Path], first: str | None, then: str | None
+) -> None:
+    for number in range(8):
+        folder = write_tone(f"recordings/{number}.wav").parent
+
+    def config(budget: str | None) -> Config:
+        options = {"training.max_epochs": 1, "net.width": 32, "net.context": 0, "training.batch_size": 2}
+        options |= {"cache.block": "32MiB"}
+        return tiny_speech(f"speech:{folder}", **options, **({"memory.gpu_mem": budget} if budget else {}))
+
+    stop = StopFlag()
+
+    def stop_at_the_first_step(event: Event) -> None:
+        if isinstance(event, StepDone):
+            stop.reason = "the test"
+
+    with pytest.raises(Interrupted):
+        run(config(first), stop=stop, notify=stop_at_the_first_step)
+    cut = RunState.load(Path(config(first).out) / "run.json").cut
+    result = run(config(then))
+    assert result.state.cut == cut
+    assert [record.status for record in result.state.stages] == ["done"] * len(cut)
+    # Begun under the other budget it would have been cut otherwise.
+    afresh = run(config(then).model_copy(update={"out": f"{config(then).out}-afresh"}))
+    assert afresh.state.cut != cut

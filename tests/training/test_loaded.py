@@ -1,0 +1,555 @@
+"""A step under the budget: smaller slices where memory runs out, and the same step whatever happens on the way."""
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from layerwise.config import Config
+from layerwise.data.batches import Batch
+from layerwise.errors import BudgetError
+from layerwise.memory.meter import Meter
+from layerwise.memory.placement import Placement
+from layerwise.nets.layer import Layer
+from layerwise.nets.network import Network
+from layerwise.nets.traced import traced_network
+from layerwise.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from layerwise.training.loaded import LoadedStage, NoSmallerSlices, Randomness
+from layerwise.training.plan import StagePlan
+from layerwise.training.planner import lay_out
+from layerwise.training.scaling import FIRST_SCALE, STEPS_UNTIL_DOUBLED, LossScale
+
+CPU = torch.device("cpu")
+Planned = Callable[..., tuple[Config, list[StagePlan]]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A stage, and a batch for it."""
+
+    config: Config
+    plan: StagePlan
+    batch: Batch
+
+    @property
+    def whole(self) -> Placement:
+        return Placement(len(self.batch.lengths), len(self.batch.lengths))
+
+    @property
+    def smallest(self) -> Placement:
+        return Placement(len(self.batch.lengths), 1, len(self.batch.lengths))
+
+    def load(self, placement: Placement, meter: Meter) -> LoadedStage:
+        return LoadedStage(self.plan, self.config, CPU, placement, meter)
+
+    def changed(self, **options: object) -> "Task":
+        """The same with other options of training."""
+        training = self.config.training.model_copy(update=options)
+        return replace(self, config=self.config.model_copy(update={"training": training}))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step leaves, and the bytes it took."""
+
+    loss: float
+    accuracy: float
+    weights: torch.Tensor
+    """Of module and predictors, one after another."""
+    placement: Placement
+    held: int
+    """Before the step."""
+    peak: int
+
+
+def make_task(planned: tuple[Config, list[StagePlan]], stage: int, ragged: bool = False) -> Task:
+    config, plans = planned
+    plan = plans[stage - 1]
+    generator = torch.Generator().manual_seed(stage)
+    count, longest = config.training.batch_size, plan.window.frames
+    frames = torch.randn(count, longest, *plan.frame_shape, generator=generator)
+    lengths = np.full(count, longest)
+    if ragged:
+        lengths[1::2] = longest * 2 // 3 // plan.window.columns * plan.window.columns
+        for sample, length in enumerate(lengths):
+            frames[sample, length:] = 0
+    return Task(config, plan, Batch(frames, lengths))
+
+
+def randomness(number: int = 0) -> Randomness:
+    return Randomness(partial(np.random.default_rng, number), seed=number)
+
+
+def take_step(task: Task, placement: Placement, limit: int | None = None) -> Step:
+    """One step from the first weights, with `limit` bytes from when the stage is loaded."""
+    with Meter(CPU) as meter:
+        loaded = task.load(placement, meter)
+        held = meter.live
+        meter.reset_peak()
+        meter.limit = limit
+        score = loaded.train(task.batch, randomness())
+        meter.limit = None
+        weights = all_weights(loaded)
+        return Step(score.loss.item(), score.accuracy.item(), weights, loaded.placement, held, meter.peak)
+
+
+def all_weights(loaded: LoadedStage) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in [*loaded.module.parameters(), *loaded.objective.parameters()]])
+
+
+def assert_same_step(found: Step, expected: Step) -> None:
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert found.accuracy == pytest.approx(expected.accuracy, abs=1e-6)
+    assert (found.weights - expected.weights).norm() <= 1e-5 * expected.weights.norm()
+
+
+STAGES = {"convolution": ("speech", 2), "GRU": ("speech", 4), "picture blocks": ("vision", 2)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_short_way_for_the_collector() -> Iterator[None]:
+    """Each smaller slice calls it, and it need not look through torch and pytest every time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def tasks(planned_stages: Planned) -> dict[str, Task]:
+    planned = {
+        "speech": planned_stages("speech", **{"net.width": 16, "net.context": 16}),
+        "vision": planned_stages("vision", **{"net.width": 4, "training.batch_size": 4}),
+    }
+    return {name: make_task(planned[kind], stage, ragged=kind == "speech") for name, (kind, stage) in STAGES.items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tasks: dict[str, Task]) -> dict[str, tuple[Step, Step]]:
+    """A step at the whole batch, and one in the smallest slices."""
+    return {name: (take_step(task, task.whole), take_step(task, task.smallest)) for name, task in tasks.items()}
+
+
+@settings(max_examples=30, deadline=None)
+@given(name=st.sampled_from(list(STAGES)), part=st.floats(0, 1))
+def test_a_step_that_runs_out_of_memory_anywhere_ends_as_if_it_had_not(
+    tasks: dict[str, Task], undisturbed: dict[str, tuple[Step, Step]], name: str, part: float
+) -> None:
+    task, (whole, smallest) = tasks[name], undisturbed[name]
+    limit = smallest.peak + int(part * (whole.peak - smallest.peak))
+    found = take_step(task, task.whole, limit)
+    assert_same_step(found, whole)
+    assert (found.placement == task.whole) == (limit >= whole.peak)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_layout_takes_the_same_step(tasks: dict[str, Task], undisturbed: dict, name: str) -> None:
+    task, (whole, _) = tasks[name], undisturbed[name]
+    for micro_batch, passes, recompute, on_host in [(2, 1, True, False), (1, 2, False, True), (3, 3, True, True)]:
+        placement = Placement(len(task.batch.lengths), micro_batch, passes, recompute, on_host)
+        assert_same_step(take_step(task, placement), whole)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_least_memory_that_a_step_gets_by_with_is_that_of_the_smallest_slices(
+    tasks: dict[str, Task], undisturbed: dict[str, tuple[Step, Step]], name: str
+) -> None:
+    task, (whole, smallest) = tasks[name], undisturbed[name]
+
+    def succeeds(limit: int) -> bool:
+        try:
+            assert_same_step(take_step(task, task.whole, limit), whole)
+        except BudgetError:
+            return False
+        return True
+
+    too_little, enough = smallest.held, whole.peak
+    near = (enough - too_little) // 64
+    while enough - too_little > near:
+        middle = (too_little + enough) // 2
+        too_little, enough = (too_little, middle) if succeeds(middle) else (middle, enough)
+    assert smallest.peak - near <= enough <= smallest.peak + near
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_held_out_score_is_the_same_in_smaller_slices(tasks: dict[str, Task], name: str) -> None:
+    task = tasks[name]
+
+    def score(limit: int | None) -> tuple[float, Placement, int]:
+        with Meter(CPU) as meter:
+            loaded = task.load(task.whole, meter)
+            meter.reset_peak()
+            meter.limit = limit
+            return loaded.evaluate(task.batch, randomness()).loss.item(), loaded.placement, meter.peak
+
+    loss, _, peak = score(None)
+    for limit in (peak - 1, peak * 7 // 10):
+        in_slices, placement, _ = score(limit)
+        assert placement != task.whole
+        assert in_slices == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.95])
+def test_below_the_smallest_it_raises_and_leaves_nothing_behind(
+    tasks: dict[str, Task], undisturbed: dict[str, tuple[Step, Step]], name: str, part: float
+) -> None:
+    task, (_, smallest) = tasks[name], undisturbed[name]
+    with Meter(CPU) as meter:
+        loaded = task.load(task.whole, meter)
+        held = meter.live
+        meter.limit = held + int(part * (smallest.peak - held))
+        try:
+            loaded.train(task.batch, randomness())
+        except BudgetError as error:
+            assert "give a larger --gpu-mem" in str(error)
+        else:
+            raise AssertionError("a step ended below the memory that it needs")
+        meter.limit = None
+        # Torch keeps the graph of a backward pass that failed while adding up gradients until the next one (2.12).
+        torch.zeros((), requires_grad=True).backward()
+        gc.collect()
+        assert meter.live == held
+        del loaded
+        gc.collect()
+        assert meter.live == 0
+
+
+def test_a_step_leaves_no_gradients_and_only_its_score(tasks: dict[str, Task]) -> None:
+    task = tasks["convolution"]
+    for placement in (task.whole, task.smallest):
+        with Meter(CPU) as meter:
+            loaded = task.load(placement, meter)
+            held = meter.live
+            score = loaded.train(task.batch, randomness())
+            assert all(p.grad is None for p in [*loaded.module.parameters(), *loaded.objective.parameters()])
+            assert not score.loss.requires_grad
+            assert meter.live == held + 8
+            del score
+
+
+def test_an_unmetered_step_leaves_the_count_as_it_was(tasks: dict[str, Task]) -> None:
+    task = tasks["picture blocks"]
+    with Meter(CPU) as meter:
+        loaded = task.load(task.whole, meter)
+        held = meter.live
+        for step in range(4):
+            loaded.train(task.batch, randomness(step))
+            gc.collect()
+            assert meter.live == held
+
+
+class Dropping(Layer):
+    """Linear, and dropout."""
+
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(channels_in, channels), nn.Dropout(0.4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.linear(x).relu())
+
+
+@pytest.fixture(scope="module")
+def dropping(planned_stages: Planned) -> Task:
+    network = Network([partial(Dropping, 1, 12), partial(Dropping, 12, 12)], natural_cut=(2,))
+    return make_task(planned_stages("speech", network, **{"data.window": 400}), 1)
+
+
+def test_a_step_with_dropout_that_runs_out_of_memory_is_repeated_with_the_same_random_numbers(dropping: Task) -> None:
+    expected = {micro: take_step(dropping, Placement(4, micro)) for micro in (4, 2, 1)}
+    assert abs(expected[4].loss - expected[2].loss) > 1e-4  # each slice draws its own, so they can be told apart
+    for micro in (4, 2):
+        found = take_step(dropping, Placement(4, 4), limit=expected[micro].peak - 1)
+        assert found.placement.micro_batch == micro // 2
+        assert_same_step(found, expected[micro // 2])
+    assert_same_step(take_step(dropping, Placement(4, 2, recompute=True)), expected[2])
+    # Several passes give the slices other rows, and they still draw the same.
+    assert_same_step(take_step(dropping, Placement(4, 2, passes=4)), expected[2])
+
+
+def test_a_step_draws_from_its_own_generators_alone(dropping: Task) -> None:
+    with Meter(CPU) as meter:
+        loaded = dropping.load(Placement(4, 2), meter)
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        first = loaded.evaluate(dropping.batch, randomness(0)).loss.item()
+        loaded.train(dropping.batch, randomness(0))
+        assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    with Meter(CPU) as meter:
+        again = dropping.load(Placement(4, 2), meter)
+        assert again.evaluate(dropping.batch, randomness(0)).loss.item() == first
+        again.train(dropping.batch, randomness(0))
+    assert torch.equal(all_weights(loaded), all_weights(again))
+
+
+def normalised() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU()
+    )
+
+
+@pytest.fixture(scope="module")
+def mixing(planned_stages: Planned) -> Task:
+    network = traced_network(normalised(), (3, 8, 8))
+    return make_task(planned_stages("vision", network, **{"training.stages": 1}), 1)
+
+
+def test_a_module_that_ties_samples_together_is_not_sliced_and_the_sentence_names_it(mixing: Task) -> None:
+    peak = take_step(mixing, mixing.whole).peak
+    for limit in (peak - 1, peak // 2):
+        with pytest.raises(NoSmallerSlices, match=r"unit\.1 \(BatchNorm2d\) ties the samples of a batch together"):
+            take_step(mixing, mixing.whole, limit)
+
+
+def test_the_plan_of_a_module_that_ties_samples_together_names_it_too(mixing: Task) -> None:
+    memory = mixing.config.memory.model_copy(update={"gpu_mem": 100_000})
+    with pytest.raises(BudgetError, match=r"unit\.1 \(BatchNorm2d\) ties .* lower --batch-size"):
+        lay_out(mixing.config.model_copy(update={"memory": memory}), mixing.plan, CPU)
+
+
+@pytest.mark.parametrize("recompute", ["auto", "always", "never"])
+def test_running_statistics_count_each_batch_once(mixing: Task, recompute: str) -> None:
+    memory = mixing.config.memory.model_copy(update={"recompute": recompute})
+    config = mixing.config.model_copy(update={"memory": memory})
+    layout = lay_out(config, mixing.plan, CPU)
+    with Meter(CPU) as meter:
+        loaded = LoadedStage(mixing.plan, config, CPU, layout.placement, meter)
+        loaded.train(mixing.batch, randomness())
+        counts = [int(value) for name, value in loaded.module.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counts == [1, 1]
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_frozen_parameters_stay_as_they_are(planned_stages: Planned, tmp_path: Path, on_host: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3))
+    model[0].weight.requires_grad_(False)
+    task = make_task(
+        planned_stages("vision", traced_network(model, (3, 8, 8)), **{"training.stages": 1, "training.batch_size": 4}),
+        1,
+    )
+    placement = replace(task.whole, micro_batch=2, optimizer_on_host=on_host)
+    with Meter(CPU) as meter:
+        loaded = task.load(placement, meter)
+        for number in range(2):
+            loaded.train(task.batch, randomness(number))
+        save_checkpoint(tmp_path / "checkpoint", "test", Progress(), loaded, None)
+        resumed = task.load(placement, meter)
+        load_checkpoint(tmp_path / "checkpoint", "test", resumed)
+        for each in (loaded, resumed):
+            each.train(task.batch, randomness(2))
+    assert torch.equal(all_weights(loaded), all_weights(resumed))
+    trained = [value.detach() for value in loaded.module.parameters()]
+    for found, before in zip(trained, model.parameters(), strict=True):
+        assert torch.equal(found, before) == (not before.requires_grad)
+
+
+def test_adam_on_the_host_takes_the_same_steps_to_the_bit(tasks: dict[str, Task]) -> None:
+    task = tasks["convolution"]
+    weights = []
+    for on_host in (False, True):
+        with Meter(CPU) as meter:
+            loaded = task.load(replace(task.whole, optimizer_on_host=on_host), meter)
+            for number in range(3):
+                loaded.train(task.batch, randomness(number))
+            weights.append(all_weights(loaded))
+    assert torch.equal(*weights)
+
+
+def test_adam_on_the_host_holds_nothing_on_the_device(tasks: dict[str, Task]) -> None:
+    task = tasks["convolution"]
+    held = []
+    for on_host in (False, True):
+        with Meter(CPU) as meter:
+            loaded = task.load(replace(task.whole, optimizer_on_host=on_host), meter)
+            loaded.train(task.batch, randomness())
+            held.append(meter.live)
+    moments = 2 * 4 * len(all_weights(loaded))
+    tensors = len([*loaded.module.parameters(), *loaded.objective.parameters()])
+    assert held[0] - held[1] == moments + 4 * tensors
+
+
+LAYOUTS = {
+    "whole": Placement(4, 4),
+    "on the host": Placement(4, 4, optimizer_on_host=True),
+    "sliced, on the host": Placement(4, 2, 2, optimizer_on_host=True),
+    "sliced": Placement(4, 1, recompute=True),
+}
+
+
+@pytest.mark.parametrize("saved_with", LAYOUTS)
+@pytest.mark.parametrize("loaded_with", LAYOUTS)
+def test_a_checkpoint_of_one_layout_goes_on_in_another(
+    tasks: dict[str, Task], tmp_path: Path, saved_with: str, loaded_with: str
+) -> None:
+    task, path = tasks["GRU"], tmp_path / "checkpoint"
+    with Meter(CPU) as meter:
+        loaded = task.load(LAYOUTS[saved_with], meter)
+        for number in range(2):
+            loaded.train(task.batch, randomness(number))
+        save_checkpoint(path, "test", Progress(step=2), loaded, None)
+        loaded.train(task.batch, randomness(2))
+        expected = all_weights(loaded)
+    with Meter(CPU) as meter:
+        resumed = task.load(LAYOUTS[loaded_with], meter)
+        restored = load_checkpoint(path, "test", resumed)
+        assert restored is not None
+        assert restored[0].step == 2
+        resumed.train(task.batch, randomness(2))
+        found = all_weights(resumed)
+    same_slices = "sliced" not in saved_with + loaded_with or saved_with == loaded_with
+    if same_slices:
+        assert torch.equal(found, expected)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("part", [0.1, 0.6])
+def test_a_stage_that_had_to_shrink_goes_on_in_slices_as_small(
+    tasks: dict[str, Task], undisturbed: dict[str, tuple[Step, Step]], tmp_path: Path, part: float
+) -> None:
+    task, (whole, smallest), path = tasks["GRU"], undisturbed["GRU"], tmp_path / "checkpoint"
+    with Meter(CPU) as meter:
+        loaded = task.load(task.whole, meter)
+        meter.limit = smallest.peak + int(part * (whole.peak - smallest.peak))
+        loaded.train(task.batch, randomness(0))
+        save_checkpoint(path, "test", Progress(step=1), loaded, None)
+        loaded.train(task.batch, randomness(1))
+        expected, shrunk = all_weights(loaded), loaded.placement
+    assert shrunk != task.whole
+    for started_with in (task.whole, task.smallest):
+        with Meter(CPU) as meter:
+            resumed = task.load(started_with, meter)
+            load_checkpoint(path, "test", resumed)
+            if started_with == task.whole:
+                assert resumed.placement == shrunk
+            else:
+                # A smaller budget than before asks for slices that are smaller still.
+                assert resumed.placement == task.smallest
+            resumed.train(task.batch, randomness(1))
+            found = all_weights(resumed)
+        if started_with == task.whole:
+            assert torch.equal(found, expected)
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_after_a_resume_the_meter_still_knows_what_is_what(tasks: dict[str, Task], tmp_path: Path, layout: str) -> None:
+    task, path = tasks["convolution"], tmp_path / "checkpoint"
+    with Meter(CPU) as meter:
+        loaded = task.load(LAYOUTS[layout], meter)
+        loaded.train(task.batch, randomness())
+        save_checkpoint(path, "test", Progress(), loaded, None)
+        meter.reset_peak()
+        before, held = meter.peak_by_kind, meter.live
+    with Meter(CPU) as meter:
+        resumed = task.load(LAYOUTS[layout], meter)
+        load_checkpoint(path, "test", resumed)
+        meter.reset_peak()
+        assert meter.live == held
+        assert meter.peak_by_kind == before
+
+
+def test_the_loss_scale_survives_a_checkpoint(tasks: dict[str, Task], tmp_path: Path) -> None:
+    task, path = tasks["convolution"].changed(precision="float16"), tmp_path / "checkpoint"
+    with Meter(CPU) as meter:
+        loaded = task.load(task.whole, meter)
+        loaded.scale = LossScale(2.0**9, 77)
+        save_checkpoint(path, "test", Progress(), loaded, None)
+        resumed = task.load(task.whole, meter)
+        load_checkpoint(path, "test", resumed)
+    assert resumed.scale == LossScale(2.0**9, 77)
+
+
+def test_only_float16_is_scaled() -> None:
+    assert LossScale.of("float16").factor == FIRST_SCALE
+    assert LossScale.of("bfloat16").factor == LossScale.of("float32").factor == 1
+    untouched = with_gradient(float("inf"))
+    assert LossScale.of("bfloat16").unscale([untouched])
+
+
+def with_gradient(value: float) -> nn.Parameter:
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.full((3,), value)
+    return parameter
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_the_scale_halves_where_a_gradient_overflows_and_never_ends(bad: float) -> None:
+    scale = LossScale(8.0, 5)
+    factors = []
+    for _ in range(4):
+        assert not scale.unscale([with_gradient(1.0), with_gradient(bad)])
+        factors.append(scale.factor)
+    assert factors == [4, 2, 2, 2]
+    assert scale.good_steps == 0
+
+
+def test_the_scale_divides_and_doubles_after_many_good_steps() -> None:
+    scale = LossScale(8.0, STEPS_UNTIL_DOUBLED - 2)
+    parameter, without = with_gradient(4.0), nn.Parameter(torch.zeros(1))
+    assert scale.unscale([parameter, without])
+    assert torch.equal(parameter.grad, torch.full((3,), 0.5))
+    assert scale == LossScale(8.0, STEPS_UNTIL_DOUBLED - 1)
+    assert scale.unscale([with_gradient(1.0)])
+    assert scale == LossScale(16.0, 0)
+
+
+@pytest.mark.parametrize("micro_batch", [4, 1])
+def test_a_step_whose_gradients_overflow_is_left_out_until_the_scale_is_small_enough(
+    tasks: dict[str, Task], micro_batch: int
+) -> None:
+    task = tasks["convolution"].changed(precision="float16")
+    with Meter(CPU) as meter:
+        loaded = task.load(Placement(4, micro_batch), meter)
+        before = [parameter.detach().clone() for parameter in loaded.module.parameters()]
+        loaded.scale.factor = 2.0**40
+        loaded.train(task.batch, randomness())
+        assert loaded.scale.factor == 2.0**39
+        assert all(map(torch.equal, before, loaded.module.parameters()))
+        assert all(float(state["step"]) == 0 for state in loaded.optimizer.state().values())
+        while loaded.scale.good_steps == 0:
+            loaded.train(task.batch, randomness())
+            assert loaded.scale.factor >= 2
+        assert not any(map(torch.equal, before, loaded.module.parameters()))
+        assert all(parameter.isfinite().all() for parameter in loaded.module.parameters())
+
+
+def gradients_of_a_step(task: Task, micro_batch: int) -> torch.Tensor:
+    """Of the module, when it steps: unscaled."""
+    found: list[torch.Tensor] = []
+    with Meter(CPU) as meter:
+        loaded = task.load(Placement(len(task.batch.lengths), micro_batch), meter)
+        take = loaded.optimizer.step
+
+        def look_and_step() -> None:
+            found.extend(parameter.grad.detach().flatten() for parameter in loaded.module.parameters())
+            take()
+
+        loaded.optimizer.step = look_and_step
+        loaded.train(task.batch, randomness())
+        return torch.cat(found).clone()
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("micro_batch", [4, 1])
+@pytest.mark.parametrize(("precision", "most"), [("bfloat16", 0.05), ("float16", 0.03)])
+def test_steps_in_short_floats_have_gradients_near_those_of_float32(
+    tasks: dict[str, Task], name: str, micro_batch: int, precision: str, most: float
+) -> None:
+    task = tasks[name]
+    expected = gradients_of_a_step(task, micro_batch)
+    found = gradients_of_a_step(task.changed(precision=precision), micro_batch)
+    assert found.dtype == torch.float32
+    assert found.isfinite().all()
+    assert (found - expected).norm() < most * expected.norm()
