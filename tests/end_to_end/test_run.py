@@ -140,7 +140,7 @@ def test_a_stage_that_stops_improving_has_converged(tiny_speech: Tiny, digits: P
 
 
 def test_training_lowers_the_held_out_loss(tiny_speech: Tiny, digits: Path) -> None:
-    long_enough = {"training.max_epochs": 40, "training.patience": 40, "training.stages": 2}
+    long_enough = {"training.max_epochs": 80, "training.patience": 80, "training.stages": 2}
     result = run(tiny_speech(f"fsdd:{digits}", **long_enough, **{"training.lr": 3e-3}))
     for stage in (1, 2):
         lines = result.paths.metrics(stage).read_text().splitlines()
