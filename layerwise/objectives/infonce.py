@@ -164,6 +164,7 @@ def _score(
     size = min(len(anchors), _slice_length(room, targets.element_size() * channels, candidates.shape[1], steps))
     z_room = targets.new_empty(size, candidates.shape[1], channels)
     prediction_room = targets.new_empty(size, steps, channels)
+    of_prediction_room = None if gradients is None else torch.empty_like(prediction_room)
     loss, hits = targets.new_zeros(()), targets.new_zeros(())
     for start in range(0, len(anchors), size):
         piece = slice(start, start + size)
@@ -178,13 +179,13 @@ def _score(
         log_probability = logits.log_softmax(1)
         loss -= (weight * log_probability[:, 0]).sum()
         hits += (weight * (logits[:, 0] > logits[:, 1:].amax(1))).sum()
-        if gradients is None:
+        if gradients is None or of_prediction_room is None:
             continue
         of_targets, _, of_predictors = gradients
         of_logits = log_probability.exp_()
         of_logits[:, 0] -= 1
         of_logits *= weight[:, None]
-        of_predictions = torch.bmm(of_logits.transpose(1, 2), z)
+        of_predictions = torch.bmm(of_logits.transpose(1, 2), z, out=of_prediction_room[: len(weight)])
         # The candidates are not needed any more: their gradients take their room.
         torch.bmm(of_logits, predictions, out=z)
         of_targets.index_add_(0, candidates[piece].flatten(), z.flatten(0, 1))
