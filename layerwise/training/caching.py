@@ -81,7 +81,8 @@ def _stored_outputs(
     pieces = read_ahead(partial(read_piece, source, group, start) for group in groups for start in group.starts)
     for group in groups:
         states = None
-        look = meter.looks("caching", (group.stop - group.first) * group.longest)
+        kind = "streamed" if group.streamed else "side by side"
+        look = meter.looks(f"caching {kind}", (group.stop - group.first) * group.longest)
         for start in group.starts:
             batch = next(pieces)
             with metered(look), autocast(device, precision):

@@ -66,7 +66,7 @@ def plan_stages(config: Config, data: DataSet, network: Network, cut: Sequence[r
         module = network.build(layers, 0, "meta").eval()
         # Shapes do not depend on the length, and a GRU takes its time on every frame even without values.
         frames = next(count for count in itertools.count(1) if module.out_length(count) >= 1)
-        targets, outputs = module(torch.empty(1, frames, *frame_shape, device="meta"), np.array([frames]))
+        targets, outputs = _shapes(module, torch.empty(1, frames, *frame_shape, device="meta"))
         output_lengths = module.out_length(lengths)
         _check_lengths(stage, output_lengths, data)
         geometry = module.geometry(geometry)
@@ -111,6 +111,17 @@ def input_window(config: Config, columns: int) -> Window:
             f"data.patch_stride {data.patch_stride}, and at most the picture of {data.picture} pixels."
         )
     return Window(side, side)
+
+
+def _shapes(module: Module, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        return module(frames, np.array([frames.shape[1]]))
+    except (RuntimeError, ValueError) as error:
+        shape = " x ".join(str(size) for size in frames.shape[2:]) or "one number"
+        raise ConfigError(
+            f"The network does not take frames of {shape}: {str(error).splitlines()[0]} Change how the data are framed, "
+            "or the network's first layer."
+        ) from error
 
 
 def _check_lengths(stage: int, output_lengths: np.ndarray, data: DataSet) -> None:

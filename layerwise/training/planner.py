@@ -131,7 +131,8 @@ def training_peak(config: Config, plan: StagePlan, device: torch.device, placeme
         stored = torch.float32 if plan.stage == 1 else getattr(torch, config.cache.dtype)
         frames = torch.zeros(size, window, *plan.frame_shape, dtype=stored, device="meta")
         lengths = np.full(size, window)
-        lengths[0] = min(window, plan.lengths.min())  # padding is masked, and masks take room
+        # Padding is masked, and masks take room, in whichever slice it comes.
+        lengths[:: placement.micro_batch] = min(window, plan.lengths.min())
         rehearsal.train(Batch(frames, lengths), Randomness(lambda: np.random.default_rng(0)))
         del before
 

@@ -67,6 +67,7 @@ def perform(task: Task, run: Run) -> None:
     try:
         with meter:
             _train(plan, source, run, record, meter)
+            release(run.device)  # some modules, fx's among them, are cycles that only the collector frees
             meter.reset_peak()
             _cache(plan, source, run, record, meter)
     except (BudgetError, torch.OutOfMemoryError) as error:

@@ -132,18 +132,7 @@ MEASURED: list[tuple[str, dict[str, object]]] = [
 ]
 
 
-KNOWN = {"training": {3}, "caching": {0, 1}}
-"""Cases in which a prediction is known to miss: recomputed stages over recordings shorter than the window by 8 % below,
-the caching pass of a GRU by up to 12 % above."""
-
-
-def measured_but(what: str) -> list[object]:
-    """The cases, those that are known to miss marked so."""
-    misses = pytest.mark.xfail(reason="the prediction is known to miss here", strict=True)
-    return [pytest.param(*case, marks=misses if i in KNOWN[what] else ()) for i, case in enumerate(MEASURED)]
-
-
-@pytest.mark.parametrize(("name", "options"), measured_but("training"))
+@pytest.mark.parametrize(("name", "options"), MEASURED)
 def test_the_predicted_training_peak_is_never_below_and_at_most_5_percent_above(
     train: Callable[..., Ran], name: str, options: dict[str, object]
 ) -> None:
@@ -153,7 +142,7 @@ def test_the_predicted_training_peak_is_never_below_and_at_most_5_percent_above(
         assert 1 <= predicted / record.train_peak_bytes <= 1.05, f"stage {plan.stage}"
 
 
-@pytest.mark.parametrize(("name", "options"), measured_but("caching"))
+@pytest.mark.parametrize(("name", "options"), MEASURED)
 def test_the_predicted_caching_peak_is_never_below_and_at_most_5_percent_above(
     train: Callable[..., Ran], name: str, options: dict[str, object]
 ) -> None:
