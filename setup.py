@@ -33,6 +33,9 @@ setup(
         "tomli-w>=1.1",
         "pillow>=10.3",
     ],
-    extras_require={"dev": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.14"]},
+    extras_require={
+        "gpu": ["nvidia-ml-py>=12"],  # tells this process's memory from that of others on the GPU
+        "dev": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.14"],
+    },
     entry_points={"console_scripts": ["layerwise = layerwise.commands:main"]},
 )

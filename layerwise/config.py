@@ -118,6 +118,9 @@ class TrainingOptions(_Section):
     min_delta: float = _option(1e-3, "training", "smallest relative improvement of the held-out loss that counts", ge=0)
     batch_size: int = _option(8, "training", "windows in a batch", "--batch-size", ge=1)
     lr: float = _option(2e-4, "training", "learning rate of Adam", "--lr", gt=0)
+    adam_eps: float = _option(
+        1e-6, "training", "Adam's epsilon; at 1e-8 rounding moves the weights of channels that hardly learn", gt=0
+    )
     precision: Literal["float32", "bfloat16", "float16"] = _option(
         "float32", "training", "float32, or autocast to bfloat16 or float16", "--precision"
     )

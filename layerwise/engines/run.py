@@ -13,7 +13,7 @@ from layerwise.engines import local
 from layerwise.errors import RunError
 from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import exclusive
-from layerwise.memory.device import cap, find_device
+from layerwise.memory.device import find_device
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
 from layerwise.run_directory import RunPaths, RunState
@@ -69,7 +69,6 @@ def run(
             notify(Message(line))
         done = tuple(record.stage for record in state.stages if record.status == "done")
         notify(RunStarted(len(plans), done, config.training.max_epochs, state.budget_bytes))
-        cap(device, state.budget_bytes)
         shared = Run(config, paths, state, data, split, plans, layouts, device, stop or StopFlag(), notify)
         local.execute(tasks_of_run(len(plans)), lambda task: perform(task, shared))
         stitch(config, paths, plans)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from layerwise.config import Config
+from layerwise.config import Config, TrainingOptions
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
 from layerwise.memory import microbatch
@@ -50,8 +50,8 @@ class LoadedStage:
         self.plan, self.device, self.placement, self.meter = plan, device, placement, meter
         self.module = plan.build_module(config.training.seed, device)
         self.objective = plan.build_objective(config, device)
-        self.optimizer = self._adam(self.module, config.training.lr)
-        self.predictor_optimizer = self._adam(self.objective, config.training.lr)
+        self.optimizer = self._adam(self.module, config.training)
+        self.predictor_optimizer = self._adam(self.objective, config.training)
         self.shrunk = False
         """Whether a step ran out of memory, so that the placement is smaller than it was."""
         self.scale = LossScale.of(config.training.precision)
@@ -186,9 +186,10 @@ class LoadedStage:
         padded = bool((batch.lengths < batch.frames.shape[1]).any())
         return self.meter.looks(name, batch.frames.shape[1], max(len(draw.rows) for draw in draws), padded)
 
-    def _adam(self, trained: nn.Module, lr: float) -> Optimizer:
+    def _adam(self, trained: nn.Module, options: TrainingOptions) -> Optimizer:
         make = HostAdam if self.placement.optimizer_on_host else DeviceAdam
-        return make({name: value for name, value in trained.named_parameters() if value.requires_grad}, lr)
+        parameters = {name: value for name, value in trained.named_parameters() if value.requires_grad}
+        return make(parameters, options.lr, options.adam_eps)
 
     def _label(self) -> None:
         """Tells the meter what is what."""

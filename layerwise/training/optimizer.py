@@ -42,9 +42,9 @@ class Optimizer(Stepping, Protocol):
 class DeviceAdam:
     """State beside the parameters."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], lr: float) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], lr: float, eps: float) -> None:
         self._parameters = dict(parameters)
-        self._adam = torch.optim.Adam(self._parameters.values(), lr=lr, fused=True)
+        self._adam = torch.optim.Adam(self._parameters.values(), lr=lr, eps=eps, fused=True)
         for parameter in self._parameters.values():
             # As Adam itself would at its first step: made here, a step never asks for memory.
             self._adam.state[parameter] = {
@@ -74,12 +74,12 @@ class DeviceAdam:
 class HostAdam:
     """State and a second copy of the parameters in host memory; gradients go there, new values come back."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], lr: float) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], lr: float, eps: float) -> None:
         self._parameters = dict(parameters)
         with uncounted():
             copies = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
             self._copies = {name: nn.Parameter(copy) for name, copy in copies.items()}
-            self._adam = DeviceAdam(self._copies, lr)
+            self._adam = DeviceAdam(self._copies, lr, eps)
 
     def step(self) -> None:
         with torch.no_grad(), uncounted():

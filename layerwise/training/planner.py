@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from layerwise.config import Config
+from layerwise.config import Config, TrainingOptions
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
 from layerwise.memory.device import autocast, on_device, reserved_bytes
 from layerwise.memory.estimate import rehearse
 from layerwise.memory.meter import Kind, Meter
 from layerwise.memory.placement import Placement, cheapest, families
-from layerwise.nets.mixing import mixes_samples
+from layerwise.nets.mixing import draws_at_random, mixes_samples
 from layerwise.nets.module import Module
 from layerwise.objectives.protocol import Draw
 from layerwise.training.caching import longest_piece, shortest_piece
@@ -73,7 +73,7 @@ def fitting_layout(config: Config, plan: StagePlan, device: torch.device) -> Sta
     piece = _longest_that_fits(longest, shortest, lambda n: caching_peak(config, plan, device, n) <= room)
     if placement is None or piece is None:
         return None
-    return StageLayout(placement, piece, "" if placement == first else _why(config, plan, device, first))
+    return StageLayout(placement, piece, "" if placement == first else _why(config, plan, device, placement, first))
 
 
 def smallest_layout(config: Config, plan: StagePlan, device: torch.device) -> StageLayout:
@@ -152,8 +152,8 @@ class _Rehearsal(LoadedStage):
         rows = _spread_out(most, min(in_slice, most), samples, frames, self.placement.micro_batch)
         return [replace(draw, rows=rows) for draw in draws[:REHEARSED_PASSES]]
 
-    def _adam(self, trained: nn.Module, lr: float) -> Stepping:
-        return _Elsewhere(trained) if self.placement.optimizer_on_host else super()._adam(trained, lr)
+    def _adam(self, trained: nn.Module, options: TrainingOptions) -> Stepping:
+        return _Elsewhere(trained) if self.placement.optimizer_on_host else super()._adam(trained, options)
 
     def _samples(self, batch: Batch) -> int:
         return min(len(batch.lengths), REHEARSED_SLICES * self.placement.micro_batch)
@@ -261,11 +261,15 @@ def _longest_that_fits(longest: int, shortest: int, fits: Callable[[int], bool])
     return piece
 
 
-def _why(config: Config, plan: StagePlan, device: torch.device, cheapest_one: Placement) -> str:
+def _why(config: Config, plan: StagePlan, device: torch.device, chosen: Placement, cheapest_one: Placement) -> str:
+    module = plan.build_module(0, torch.device("meta"))
     needed = training_peak(config, plan, device, cheapest_one).bytes
-    mixing = mixes_samples(plan.build_module(0, torch.device("meta")))
-    forbidden = f"; {mixing} ties the samples together, so the batch cannot be sliced" if mixing else ""
-    return f"the cheapest way ({cheapest_one}) would take {needed / 1e6:.1f} MB{forbidden}"
+    why = f"the cheapest way ({cheapest_one}) would take {needed / 1e6:.1f} MB"
+    if mixing := mixes_samples(module):
+        why += f"; {mixing} ties the samples together, so the batch cannot be sliced"
+    if not chosen.whole and draws_at_random(module):
+        why += "; what the module draws at random, as in dropout, differs from what a whole batch would draw"
+    return why
 
 
 def _too_small(config: Config, plan: StagePlan, device: torch.device) -> BudgetError:

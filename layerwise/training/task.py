@@ -20,7 +20,7 @@ from layerwise.errors import BudgetError, RunError
 from layerwise.events import EpochDone, Event, Notify, StageDone
 from layerwise.files import write_atomically
 from layerwise.memory.allocator import AnyMeter, meter_for
-from layerwise.memory.device import process_bytes, release
+from layerwise.memory.device import cap, process_bytes, release
 from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.stop import StopFlag
 from layerwise.training.caching import cache_outputs, shortest_piece
@@ -62,6 +62,7 @@ def perform(task: Task, run: Run) -> None:
         return
     plan = run.plans[task.stage - 1]
     source = _open_input(task.stage, run)
+    cap(run.device, run.state.budget_bytes)  # anew: what the driver itself takes grows as kernels are loaded
     before = _allocated(run.device)
     meter = meter_for(run.device, run.state.budget_bytes)
     try:
