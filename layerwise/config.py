@@ -129,6 +129,19 @@ class TrainingOptions(_Section):
     checkpoint_seconds: float = _option(60, "place", "time between checkpoints inside an epoch, seconds", ge=0)
 
 
+def _size(value: Any) -> Any:
+    """A budget in bytes, from text with a unit. Raises ValueError."""
+    if isinstance(value, str) and value.strip().isdigit() and int(value):
+        raise ValueError(f"{value} has no unit; write it like 4GB, 3.5GiB or 800MB")
+    try:
+        size = TypeAdapter(ByteSize | None).validate_python(value)
+    except ValidationError:
+        raise ValueError(f"{value!r} is not a size; write it like 4GB, 3.5GiB or 800MB") from None
+    if size is not None and size <= 0:
+        raise ValueError(f"a budget of {value} holds nothing; write it like 4GB, 3.5GiB or 800MB")
+    return size
+
+
 class MemoryOptions(_Section):
     """The device budget."""
 
@@ -148,25 +161,39 @@ class MemoryOptions(_Section):
     @field_validator("gpu_mem", mode="before")
     @classmethod
     def _a_size(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.strip().isdigit() and int(value):
-            raise ValueError(f"{value} has no unit; write it like 4GB, 3.5GiB or 800MB")
-        try:
-            size = TypeAdapter(ByteSize | None).validate_python(value)
-        except ValidationError:
-            raise ValueError(f"{value!r} is not a size; write it like 4GB, 3.5GiB or 800MB") from None
-        if size is not None and size <= 0:
-            raise ValueError(f"a budget of {value} holds nothing; write it like 4GB, 3.5GiB or 800MB")
-        return size
+        return _size(value)
 
 
 class CacheOptions(_Section):
     """The activation caches."""
 
     dir: str = _option("cache", "place", "folder of the activation caches", "--cache-dir")
-    dtype: Literal["float16", "bfloat16", "float32"] = _option("float16", "training", "dtype of cached activations")
-    block: ByteSize = _option(
-        "32MiB", "place", "bytes that share a checksum and are synced at once; a kill costs no more", ge=512
+    dtype: Literal["float16", "bfloat16", "float32", "int8"] = _option(
+        "float16", "training", "dtype of cached activations; int8: with a scale per channel", "--cache-dtype"
     )
+    block: ByteSize = _option(
+        "32MiB", "place", "bytes that are written and synced at once; a kill costs no more", ge=512
+    )
+    disk: ByteSize | None = _option(
+        None, "place", "most disk that the caches may take, such as 200GB; default: what is free", "--disk"
+    )
+    keep: Literal["needed", "all", "last"] = _option(
+        "needed",
+        "place",
+        "which caches stay: needed: the newest, and the one that it could be made again from; all; last: the newest",
+        "--keep",
+    )
+    policy: Literal["auto", "always", "never"] = _option(
+        "auto",
+        "place",
+        "cache the outputs of a stage, or recompute them for the next one; auto: where they fit",
+        "--cache",
+    )
+
+    @field_validator("disk", mode="before")
+    @classmethod
+    def _a_size(cls, value: Any) -> Any:
+        return _size(value)
 
 
 class Config(_Section):

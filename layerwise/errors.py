@@ -1,5 +1,7 @@
 """Every error that a person can cause or mend. The command line alone turns them into sentences and exit codes."""
 
+from pathlib import Path
+
 
 class LayerwiseError(Exception):
     """What happened, with the value, and what to do; one or two sentences. Exit code 2."""
@@ -21,6 +23,18 @@ class BudgetError(LayerwiseError):
 
 class CacheError(LayerwiseError):
     """An activation cache is damaged, incomplete, of another version or of another run."""
+
+
+class DamagedCache(CacheError):
+    """A cache that was sealed no longer holds what was written; the stage below can rebuild it."""
+
+    def __init__(self, path: Path, damage: str) -> None:
+        super().__init__(path, damage)
+        self.path = path
+        self.damage = damage
+
+    def __str__(self) -> str:
+        return f"{self.path} is damaged: {self.damage}; delete it and start the run again to rebuild it."
 
 
 class RunError(LayerwiseError):

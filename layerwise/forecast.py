@@ -20,9 +20,11 @@ class StageForecast:
     """Why the stage is not laid out in the cheapest way; empty where it is."""
     fits: bool
     cache_bytes: int
+    """Of its outputs, cached or not."""
+    cached: bool
     host_bytes: int
     input: str
-    """Where its samples come from: data or cache."""
+    """Where its samples come from: data, cache, or recompute where the stage below is not cached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,12 @@ class Forecast:
     peak_bytes: int
     """Largest of all stages, on CUDA with the context."""
     cache_bytes: int
+    """Of all caches that are written."""
+    disk_bytes: int
+    """Most that the caches take at once, under --keep."""
+    disk_budget_bytes: int | None
+    notes: list[str]
+    """What is not cached, why, and what it costs."""
     host_bytes: int
     device: str
     stages: list[StageForecast]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from layerwise.errors import RunError
 from layerwise.files import write_atomically
 
-VERSION = 2
+VERSION = 3
 
 Status = Literal["pending", "training", "caching", "done"]
 
@@ -104,7 +104,12 @@ class StageRecord:
     driver_bytes: int | None = None
     """On CUDA: what the driver reports for the process at the end of the stage, the context included."""
     micro_batch: int | None = None
+    input: str | None = None
+    """Where its samples come from: data, cache, or recompute where the stage below is not cached."""
+    cached: bool | None = None
+    """Whether its outputs are to be cached; None until the stage is begun."""
     cache: str | None = None
+    """Where its cache lies; None where there is none, or none any more."""
     cache_bytes: int | None = None
     fingerprint: str | None = None
     seconds: float = 0.0
@@ -137,6 +142,10 @@ class RunState:
 
     def record(self, stage: int) -> StageRecord:
         return self.stages[stage - 1]
+
+    def source(self, stage: int) -> int:
+        """The stage whose cache is the nearest below `stage`; 0 for the data."""
+        return next((below for below in range(stage - 1, 0, -1) if self.record(below).cached), 0)
 
     def save(self, path: Path) -> None:
         """Replaces run.json atomically. Raises RunError."""

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "layerwise"
 
-LEAVES = {"errors", "version", "config", "events", "files", "forecast", "run_directory", "stop", "streams"}
+LEAVES = {"errors", "version", "config", "events", "files", "forecast", "run_directory", "stop", "streams", "units"}
 ROOMS = {
     "cache": {"errors", "files"},
     "data": {"errors", "config", "streams"},
@@ -15,7 +15,7 @@ ROOMS = {
     "objectives": {"errors", "config"},
     "memory": {"errors", "config"},
     "training": LEAVES | {"cache", "data", "nets", "objectives", "memory"},
-    "evaluate": LEAVES | {"cache", "data", "nets", "memory"},
+    "evaluate": LEAVES | {"training", "cache", "data", "nets", "memory"},
     "engines": LEAVES | {"training", "data", "nets", "memory"},
     "report": LEAVES | {"evaluate"},
     "commands": LEAVES | {"training", "engines", "evaluate", "report"},

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from layerwise.commands.options import configured
 from layerwise.config import Config
-from layerwise.report.forecast import forecast_table, reasons, verdict
+from layerwise.report.forecast import disk, forecast_table, reasons, verdict
 from layerwise.report.summary import console_for_results
 
 
@@ -29,5 +29,5 @@ def plan(config: Config, as_json: bool) -> None:
         return
     console = console_for_results()
     console.print(forecast_table(forecast))
-    for line in (*reasons(forecast), verdict(forecast)):
+    for line in (*reasons(forecast), disk(forecast), verdict(forecast)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

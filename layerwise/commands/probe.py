@@ -8,8 +8,8 @@ import click
 from rich.console import Console
 
 from layerwise.report.summary import console_for_results, few_test_samples, probe_table
-from layerwise.report.units import size
 from layerwise.stop import stop_on_signals
+from layerwise.units import size
 
 
 @click.command(short_help="Test a label on every frozen stage.")

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from layerwise.data.source import FrameSource
+from layerwise.data.source import Extent, FrameSource
 
 T = TypeVar("T")
 
@@ -73,19 +73,19 @@ class Epoch:
 
 
 def training_epoch(
-    source: FrameSource, samples: np.ndarray, window: Window, batch_size: int, rng: np.random.Generator
+    extent: Extent, samples: np.ndarray, window: Window, batch_size: int, rng: np.random.Generator
 ) -> Epoch:
     """Every sample once, in random order, at a random view and place; a last batch that is not full is left out."""
     order = rng.permutation(samples)
     steps = max(len(order) // batch_size, 1)
-    return _place_windows(source, order[: steps * batch_size], window, batch_size, steps, rng)
+    return _place_windows(extent, order[: steps * batch_size], window, batch_size, steps, rng)
 
 
 def held_out_epoch(
-    source: FrameSource, samples: np.ndarray, window: Window, batch_size: int, rng: np.random.Generator
+    extent: Extent, samples: np.ndarray, window: Window, batch_size: int, rng: np.random.Generator
 ) -> Epoch:
     """Every sample once, in order, at a place that `rng` fixes; the last batch may be smaller."""
-    return _place_windows(source, samples, window, batch_size, -(-len(samples) // batch_size), rng)
+    return _place_windows(extent, samples, window, batch_size, -(-len(samples) // batch_size), rng)
 
 
 def collate(windows: list[torch.Tensor]) -> Batch:
@@ -116,13 +116,13 @@ def read_ahead(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
 
 
 def _place_windows(
-    source: FrameSource, samples: np.ndarray, window: Window, batch_size: int, steps: int, rng: np.random.Generator
+    extent: Extent, samples: np.ndarray, window: Window, batch_size: int, steps: int, rng: np.random.Generator
 ) -> Epoch:
-    spare_rows = np.maximum(source.lengths[samples] // source.columns - window.rows, 0)
-    spare_columns = max(source.columns - window.columns, 0)
+    spare_rows = np.maximum(extent.lengths[samples] // extent.columns - window.rows, 0)
+    spare_columns = max(extent.columns - window.columns, 0)
     return Epoch(
         samples,
-        views=rng.integers(0, source.views, size=len(samples)),
+        views=rng.integers(0, extent.views, size=len(samples)),
         first_rows=rng.integers(0, spare_rows + 1),
         first_columns=rng.integers(0, spare_columns + 1, size=len(samples)),
         window=window,

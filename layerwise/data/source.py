@@ -8,7 +8,18 @@ import numpy as np
 import torch
 
 
-class FrameSource(Protocol):
+class Extent(Protocol):
+    """How many frames there are, and in which order."""
+
+    lengths: np.ndarray
+    """int64 [N], frames of each sample; a multiple of `columns`."""
+    columns: int
+    """Frames per row: 1 for sequences, patches per row for pictures."""
+    views: int
+    """Number of renderings of each sample, at least 1."""
+
+
+class FrameSource(Extent, Protocol):
     """N samples, each a run of frames.
 
     A sample of a sequence has one frame per row. A sample of a picture has `columns` frames (patches) per row, row after
@@ -17,14 +28,8 @@ class FrameSource(Protocol):
 
     ids: Sequence[str]
     """[N] unique names."""
-    lengths: np.ndarray
-    """int64 [N], frames of each sample; a multiple of `columns`."""
-    columns: int
-    """Frames per row: 1 for sequences, patches per row for pictures."""
     frame_shape: tuple[int, ...]
     """Shape of one frame: (1,) for raw speech, (channels, height, width) for raw patches."""
-    views: int
-    """Number of renderings of each sample, at least 1."""
     labels: dict[str, np.ndarray]
     """Label name to str [N]; an empty string means that the sample has no such label."""
 

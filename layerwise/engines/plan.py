@@ -13,14 +13,25 @@ from layerwise.forecast import Forecast, StageForecast
 from layerwise.memory.device import find_device, reserved_bytes
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
+from layerwise.run_directory import RunPaths
 from layerwise.training.cutting import plan_run
 from layerwise.training.plan import StagePlan
 from layerwise.training.planner import (
-    caching_peak,
     fitting_layout,
+    peaks,
     smallest_budget,
     smallest_layout,
     training_peak,
+)
+from layerwise.training.recomputed import BLOCK_BYTES
+from layerwise.training.storage import (
+    Storage,
+    below,
+    cache_bytes,
+    disk_peak,
+    free_for_caches,
+    input_of,
+    plan_storage,
 )
 
 
@@ -29,42 +40,52 @@ def plan(config: Config, *, network: Network | None = None) -> Forecast:
     device = find_device(config.training.device)
     data = open_data(config.data, shortest_sample(config))
     plans = plan_run(config, data, device, network)
-    stages = [_forecast(config, data, stage, device) for stage in plans]
+    folder = RunPaths.of(config.out, config.cache.dir).caches
+    storage = plan_storage(config, plans, data.views, free_for_caches(folder))
+    stages = [_forecast(config, data, plans, stage, storage, device) for stage in plans]
     return Forecast(
         budget_bytes=config.memory.gpu_mem,
         fits=all(stage.fits for stage in stages),
-        smallest_budget_bytes=max(smallest_budget(config, stage, device) for stage in plans),
+        smallest_budget_bytes=max(
+            smallest_budget(config, stage, device, below(plans, stage.stage, storage)) for stage in plans
+        ),
         peak_bytes=max(max(s.train_peak_bytes, s.cache_peak_bytes) for s in stages) + reserved_bytes(device),
-        cache_bytes=sum(stage.cache_bytes for stage in stages),
+        cache_bytes=sum(stage.cache_bytes for stage in stages if stage.cached),
+        disk_bytes=disk_peak(config, plans, storage, data.views),
+        disk_budget_bytes=config.cache.disk,
+        notes=list(storage.notes),
         host_bytes=max(stage.host_bytes for stage in stages),
         device=str(device),
         stages=stages,
     )
 
 
-def _forecast(config: Config, data: DataSet, stage: StagePlan, device: torch.device) -> StageForecast:
-    fitting = fitting_layout(config, stage, device)
-    layout = fitting or smallest_layout(config, stage, device)
-    training = training_peak(config, stage, device, layout.placement)
-    rows = int(stage.output_lengths.sum()) * data.views
+def _forecast(
+    config: Config, data: DataSet, plans: list[StagePlan], stage: StagePlan, storage: Storage, device: torch.device
+) -> StageForecast:
+    recomputed = below(plans, stage.stage, storage)
+    fitting = fitting_layout(config, stage, device, recomputed)
+    layout = fitting or smallest_layout(config, stage, device, recomputed)
+    training, caching = peaks(config, stage, device, recomputed, layout)
     return StageForecast(
         stage=stage.stage,
         layers=len(stage.layers),
         parameters=stage.parameters,
-        train_peak_bytes=training.bytes,
-        train_peak_by_kind=dict(training.by_kind),
-        cache_peak_bytes=caching_peak(config, stage, device, layout.piece),
+        train_peak_bytes=training,
+        train_peak_by_kind=dict(training_peak(config, stage, device, layout.placement).by_kind),
+        cache_peak_bytes=caching,
         micro_batch=layout.placement.micro_batch,
         layout=str(layout.placement),
         why=layout.why,
         fits=fitting is not None,
-        cache_bytes=rows * math.prod(stage.output_shape) * getattr(torch, config.cache.dtype).itemsize,
-        host_bytes=_host_bytes(config, stage, layout.placement.optimizer_on_host),
-        input="data" if stage.stage == 1 else "cache",
+        cache_bytes=cache_bytes(stage, data.views, config.cache.dtype),
+        cached=storage.cached[stage.stage - 1],
+        host_bytes=_host_bytes(config, stage, layout.placement.optimizer_on_host, recomputing=bool(recomputed)),
+        input=input_of(stage.stage, storage),
     )
 
 
-def _host_bytes(config: Config, stage: StagePlan, optimizer_on_host: bool) -> int:
+def _host_bytes(config: Config, stage: StagePlan, optimizer_on_host: bool, recomputing: bool) -> int:
     """What the process holds in host memory: itself, batches that are read ahead, blocks that are written, checkpoints."""
     stored = 4 if stage.stage == 1 else getattr(torch, config.cache.dtype).itemsize
     batch = config.training.batch_size * stage.window.frames * math.prod(stage.frame_shape) * stored
@@ -75,4 +96,5 @@ def _host_bytes(config: Config, stage: StagePlan, optimizer_on_host: bool) -> in
     checkpoint = 2 * 3 * trained + 4 * stage.parameters
     itself = psutil.Process().memory_info().rss
     on_host = 4 * trained if optimizer_on_host else 0
-    return itself + (READ_AHEAD + 2) * batch + 2 * int(config.cache.block) + checkpoint + on_host
+    block = BLOCK_BYTES + 3 * trained if recomputing else 0
+    return itself + block + (READ_AHEAD + 2) * batch + 2 * int(config.cache.block) + checkpoint + on_host

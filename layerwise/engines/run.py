@@ -10,7 +10,7 @@ from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.engines import local
-from layerwise.errors import RunError
+from layerwise.errors import DamagedCache, RunError
 from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import exclusive
 from layerwise.memory.device import find_device
@@ -22,9 +22,10 @@ from layerwise.training.cutting import plan_run
 from layerwise.training.encoder import stitch
 from layerwise.training.plan import StagePlan
 from layerwise.training.planner import StageLayout, lay_out
-from layerwise.training.resume import prepare
+from layerwise.training.resume import decided, find_what_is_missing, prepare
 from layerwise.training.schedule import tasks_of_run
 from layerwise.training.split import split_samples
+from layerwise.training.storage import Storage, below, free_for_caches, plan_storage
 from layerwise.training.task import Run, perform
 
 
@@ -60,21 +61,43 @@ def run(
     data = open_data(config.data, shortest_sample(config))
     plans = plan_run(config, data, device, network, None if overwrite else _earlier_cut(paths, config))
     split = split_samples(data, config)
-    layouts = [lay_out(config, stage, device) for stage in plans]
+    storage = plan_storage(
+        config, plans, data.views, free_for_caches(paths.caches), decided(paths, overwrite, from_stage)
+    )
+    layouts = [lay_out(config, stage, device, below(plans, stage.stage, storage)) for stage in plans]
     busy = RunError(f"Another process is running {paths.out}; wait for it, or name another --out.")
     _refuse_foreign_folder(paths.out)
     with exclusive(paths.lock, busy):
-        state = prepare(config, paths, data, plans, device, from_stage=from_stage, overwrite=overwrite)
-        for line in _described(config, data, plans, layouts):
+        state = prepare(
+            config, paths, data, plans, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
+        )
+        for line in _described(config, data, plans, layouts, storage):
             notify(Message(line))
         done = tuple(record.stage for record in state.stages if record.status == "done")
         notify(RunStarted(len(plans), done, config.training.max_epochs, state.budget_bytes))
-        shared = Run(config, paths, state, data, split, plans, layouts, device, stop or StopFlag(), notify)
-        local.execute(tasks_of_run(len(plans)), lambda task: perform(task, shared))
+        shared = Run(config, paths, state, data, split, plans, layouts, storage, device, stop or StopFlag(), notify)
+        _perform_all(shared)
         stitch(config, paths, plans)
         state.from_stage = None
         state.save(paths.state)
     return RunResult(paths, state, config, (*data.labels, *data.frame_label_names))
+
+
+def _perform_all(run: Run) -> None:
+    """Every task; a cache that turns out to be damaged is made anew, once."""
+    mended: set[Path] = set()
+    while True:
+        try:
+            local.execute(tasks_of_run(len(run.plans)), lambda task: perform(task, run))
+            return
+        except DamagedCache as error:
+            if error.path in mended:
+                raise
+            mended.add(error.path)
+            run.notify(Message(f"{error} It is made again from below."))
+            error.path.unlink(missing_ok=True)
+            find_what_is_missing(run.state, run.paths)
+            run.state.save(run.paths.state)
 
 
 def _refuse_foreign_folder(out: Path) -> None:
@@ -96,7 +119,9 @@ def _earlier_cut(paths: RunPaths, config: Config) -> list[int] | None:
     return cut if config.training.stages in (None, len(cut)) else None
 
 
-def _described(config: Config, data: DataSet, plans: list[StagePlan], layouts: list[StageLayout]) -> list[str]:
+def _described(
+    config: Config, data: DataSet, plans: list[StagePlan], layouts: list[StageLayout], storage: Storage
+) -> list[str]:
     chosen = config.training.stages is None and config.memory.gpu_mem is not None
     why = ", the fewest that --gpu-mem holds in one pass (--stages N cuts otherwise)" if chosen else ""
     stages = "1 stage" if len(plans) == 1 else f"{len(plans)} stages"
@@ -104,6 +129,7 @@ def _described(config: Config, data: DataSet, plans: list[StagePlan], layouts: l
     for stage, layout in zip(plans, layouts, strict=True):
         if layout.why:
             lines.append(f"stage {stage.stage}: {layout.placement}, because {layout.why}")
+    lines += storage.notes
     if data.skipped:
         lines.append(f"{len(data.skipped)} files skipped:")
         lines += [f"  {entry.path}: {entry.reason}" for entry in data.skipped]

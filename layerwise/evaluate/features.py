@@ -1,5 +1,6 @@
 """What a probe sees of a sample: the mean over its frames, or single frames where the label is per frame."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,10 +57,16 @@ def choose_frames(sample: int, length: int, per_frame: bool) -> np.ndarray:
     return np.sort(stream(0, "probe frames", sample).choice(length, count, replace=False))
 
 
-def cached_features(cache: ActivationCache, samples: np.ndarray, per_frame: bool) -> np.ndarray:
-    """Features of the samples from a cache: float32 [N, C], or [frames, C] where per_frame."""
+def cached_features(
+    cache: ActivationCache, samples: np.ndarray, per_frame: bool, poll: Callable[[], None] = lambda: None
+) -> np.ndarray:
+    """Features of the samples from a cache: float32 [N, C], or [frames, C] where per_frame.
+
+    `poll` is called before each sample and may raise.
+    """
     features = []
     for sample in samples.tolist():
+        poll()
         length = int(cache.lengths[sample])
         summary = SampleSummary(choose_frames(sample, length, per_frame))
         for start in range(0, length, READ_FRAMES):

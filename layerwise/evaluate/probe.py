@@ -1,30 +1,39 @@
 """Linear probes: how well each stage's frozen representation tells a label, against the same stage with random weights.
 
-The test samples were never seen by the encoder's training nor by the probe's.
+The test samples were never seen by the encoder's training nor by the probe's. Features come from the caches that are
+there; those of other stages are made again from the data.
 """
 
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from layerwise.cache import SPLITS, ActivationCache
-from layerwise.config import load
+from layerwise.config import Config, load
 from layerwise.data.open import open_data
+from layerwise.data.source import DataSet
 from layerwise.errors import BudgetError, DataError, RunError
 from layerwise.evaluate.features import cached_features, choose_frames
 from layerwise.evaluate.linear import probe_error
-from layerwise.evaluate.untrained import untrained_features
+from layerwise.evaluate.passed import passed_features
 from layerwise.files import write_atomically
 from layerwise.memory.allocator import meter_for
 from layerwise.memory.device import cap, find_device, release
-from layerwise.nets import shortest_sample
+from layerwise.memory.meter import uncounted
+from layerwise.nets import build_network, shortest_sample
+from layerwise.nets.module import Module
+from layerwise.nets.network import ranges
 from layerwise.run_directory import RunPaths, RunState, open_run
 from layerwise.stop import StopFlag
+from layerwise.training.checkpoint import load_arrays, load_weights
+from layerwise.training.labels import frame_labels
+from layerwise.training.plan import StagePlan, plan_stages
+from layerwise.training.split import split_samples
 
 SHORTEST_PIECE = 64
 """Frames of a sequence, or rows of a picture, below which pieces are not made smaller."""
@@ -58,9 +67,9 @@ def probe(
     stop: StopFlag | None = None,
     notify: Callable[[str], None] = lambda line: None,
 ) -> ProbeResult:
-    """Fits a linear classifier for `label` on each cached stage; also written to probes/LABEL.json.
+    """Fits a linear classifier for `label` on each finished stage; also written to probes/LABEL.json.
 
-    Raises RunError where no stage is cached, DataError where the label does not exist or has one value only.
+    Raises RunError where no stage is done, DataError where the label does not exist or has one value only.
     """
     stop = stop or StopFlag()
     paths, state = open_run(run_directory)
@@ -69,55 +78,82 @@ def probe(
     stages = [record.stage for record in state.stages if record.status == "done"]
     if not stages:
         raise RunError(f"No stage of {run_directory} is done yet; go on with the run first.")
-    with ExitStack() as open_caches:
-        caches = [open_caches.enter_context(ActivationCache(paths.cache(stage))) for stage in stages]
-        for cache in caches:
-            cache.verify(lambda: stop.raise_if_set("while probing"))
-        per_frame = label in caches[0].layout.frame_labels
-        samples = _labelled_samples(caches[0], label, per_frame, run_directory)
-        notify("features of the same network with random weights")
-        untrained, peak = _untrained(paths, state, samples, per_frame, stop)
-        results = []
-        for cache in caches:
-            stop.raise_if_set(f"before the probe of stage {cache.layout.stage}")
-            notify(f"stage {cache.layout.stage}")
-            results.append(_probe_stage(cache, label, samples, per_frame, untrained[cache.layout.stage - 1]))
+    config = load(paths.config)
+    data = _data_of_the_run(config, state)
+    plans = plan_stages(config, data, build_network(config.net, data.frame_shape), ranges(state.cut))
+    per_frame = label in data.frame_label_names
+    split = split_samples(data, config)
+    samples = _labelled_samples(data, split, label, per_frame, run_directory)
+    features_of = partial(_pass_under_budget, config, data, samples, per_frame, stop)
+
+    notify("features of the same network with random weights")
+    untrained, peak = features_of(_modules(config, plans[: len(stages)]))
+    trained = {stage: _cached_features(paths, state, stage, samples, per_frame, stop) for stage in stages}
+    if None in trained.values():
+        notify("features of stages that are not cached")
+        passed, more = features_of(_modules(config, plans[: len(stages)], paths))
+        trained = {stage: passed[stage - 1] if kept is None else kept for stage, kept in trained.items()}
+        peak = max(peak, more)
+    results = []
+    for stage, features in trained.items():
+        stop.raise_if_set(f"before the probe of stage {stage}")
+        notify(f"stage {stage}")
+        values, parts = _values_and_split(label, data, plans[stage - 1], split, samples, per_frame)
+        results.append(_probe_stage(stage, features, untrained[stage - 1], values, parts))
     result = ProbeResult(label, results, peak)
     write_atomically(paths.probe(label), (json.dumps(asdict(result), indent=2) + "\n").encode())
     return result
 
 
-def _labelled_samples(cache: ActivationCache, label: str, per_frame: bool, run_directory: Path) -> np.ndarray:
-    """Numbers of the samples that carry the label."""
-    layout = cache.layout
-    if not per_frame and label not in layout.labels:
-        known = sorted({*layout.labels, *layout.frame_labels})
-        raise DataError(
-            f"The data of {run_directory} has no label {label!r}; it has {', '.join(known) or 'none at all'}."
-        )
-    values = layout.frame_labels[label] if per_frame else layout.labels[label]
-    classes = np.unique(values[values != ""])
-    if len(classes) < 2:
-        only = f"is '{classes[0]}' everywhere" if len(classes) else "is empty everywhere"
-        raise DataError(f"The label {label!r} {only}: there is nothing to tell apart.")
-    samples = np.arange(len(layout.ids)) if per_frame else np.flatnonzero(values != "")
-    for part in ("train", "test"):
-        if not (layout.split[samples] == SPLITS.index(part)).any():
-            raise DataError(f"No sample of the {part} split carries the label {label!r}.")
-    return samples
-
-
-def _untrained(
-    paths: RunPaths, state: RunState, samples: np.ndarray, per_frame: bool, stop: StopFlag
-) -> tuple[list[np.ndarray], int]:
-    """Features of each stage with random weights, and the bytes on the device that they took."""
-    config = load(paths.config)
+def _data_of_the_run(config: Config, state: RunState) -> DataSet:
     data = open_data(config.data, shortest_sample(config))
     if data.identity != state.data_identity:
         raise DataError(
             f"The data at {config.data.source} are not those of the run any more; the comparison with random weights "
             "needs them. Bring the old ones back."
         )
+    return data
+
+
+def _labelled_samples(data: DataSet, split: np.ndarray, label: str, per_frame: bool, run_directory: Path) -> np.ndarray:
+    """Numbers of the samples that carry the label."""
+    if not per_frame and label not in data.labels:
+        known = sorted({*data.labels, *data.frame_label_names})
+        raise DataError(
+            f"The data of {run_directory} has no label {label!r}; it has {', '.join(known) or 'none at all'}."
+        )
+    if per_frame:
+        return np.arange(len(data.ids))
+    values = data.labels[label]
+    _check_classes(label, values)
+    samples = np.flatnonzero(values != "")
+    for part in ("train", "test"):
+        if not (split[samples] == SPLITS.index(part)).any():
+            raise DataError(f"No sample of the {part} split carries the label {label!r}.")
+    return samples
+
+
+def _check_classes(label: str, values: np.ndarray) -> None:
+    classes = np.unique(values[values != ""])
+    if len(classes) < 2:
+        only = f"is '{classes[0]}' everywhere" if len(classes) else "is empty everywhere"
+        raise DataError(f"The label {label!r} {only}: there is nothing to tell apart.")
+
+
+def _modules(config: Config, plans: list[StagePlan], trained: RunPaths | None = None) -> list[Module]:
+    """The modules of these stages in host memory: with random weights, or as trained in a run."""
+    with uncounted():
+        modules = [plan.build_module(config.training.seed, torch.device("cpu")).eval() for plan in plans]
+        if trained is not None:
+            for plan, module in zip(plans, modules, strict=True):
+                load_weights(module, load_arrays(trained.weights(plan.stage))[0])
+    return modules
+
+
+def _pass_under_budget(
+    config: Config, data: DataSet, samples: np.ndarray, per_frame: bool, stop: StopFlag, modules: list[Module]
+) -> tuple[list[np.ndarray], int]:
+    """Features of each stage, and the bytes on the device that they took."""
     device, budget = find_device(config.training.device), config.memory.gpu_mem
     cap(device, budget)
     piece = config.training.batch_size * (config.data.window if data.columns == 1 else int(data.lengths[0])) // 2
@@ -125,7 +161,7 @@ def _untrained(
         meter = meter_for(device, budget)
         try:
             with meter:
-                features = untrained_features(config, state.cut, data, samples, piece, per_frame, device, stop)
+                features = passed_features(modules, data, samples, piece, per_frame, device, stop)
             return features, meter.peak
         except (BudgetError, torch.OutOfMemoryError) as error:
             reason = str(error)
@@ -135,31 +171,40 @@ def _untrained(
         release(device)
 
 
+def _cached_features(
+    paths: RunPaths, state: RunState, stage: int, samples: np.ndarray, per_frame: bool, stop: StopFlag
+) -> np.ndarray | None:
+    """From the stage's cache, or None where it is not there."""
+    if not paths.cache(stage).exists():
+        return None
+    with ActivationCache(paths.cache(stage)) as cache:
+        if cache.layout.fingerprint != state.record(stage).fingerprint:
+            raise RunError(f"{cache.path} was not made by this run; move it away.")
+        return cached_features(cache, samples, per_frame, lambda: stop.raise_if_set("while probing"))
+
+
+def _values_and_split(
+    label: str, data: DataSet, plan: StagePlan, split: np.ndarray, samples: np.ndarray, per_frame: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Label and split of each row of the features."""
+    if not per_frame:
+        return data.labels[label][samples], split[samples]
+    chosen = [choose_frames(sample, int(plan.output_lengths[sample]), per_frame=True) for sample in samples.tolist()]
+    values = [
+        frame_labels(label, plan, data, sample, frames) for sample, frames in zip(samples.tolist(), chosen, strict=True)
+    ]
+    return np.concatenate(values), np.repeat(split[samples], [len(frames) for frames in chosen])
+
+
 def _probe_stage(
-    cache: ActivationCache, label: str, samples: np.ndarray, per_frame: bool, untrained: np.ndarray
+    stage: int, trained: np.ndarray, untrained: np.ndarray, values: np.ndarray, split: np.ndarray
 ) -> StageError:
-    values, split = _values_and_split(cache, label, samples, per_frame)
     classes = np.unique(values, return_inverse=True)[1].astype(np.int64)
     train, held_out, test = (np.flatnonzero(split == number) for number in range(len(SPLITS)))
-    trained = cached_features(cache, samples, per_frame)
     return StageError(
-        stage=cache.layout.stage,
+        stage=stage,
         error=probe_error(trained, classes, train, held_out, test),
         untrained_error=probe_error(untrained, classes, train, held_out, test),
         train=len(train) + len(held_out),
         test=len(test),
     )
-
-
-def _values_and_split(
-    cache: ActivationCache, label: str, samples: np.ndarray, per_frame: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Label and split of each row of the features."""
-    layout = cache.layout
-    if not per_frame:
-        return layout.labels[label][samples], layout.split[samples]
-    firsts = np.concatenate([[0], np.cumsum(layout.lengths)])
-    chosen = [choose_frames(sample, int(layout.lengths[sample]), per_frame=True) for sample in samples.tolist()]
-    rows = np.concatenate([firsts[sample] + frames for sample, frames in zip(samples.tolist(), chosen, strict=True)])
-    split = np.repeat(layout.split[samples], [len(frames) for frames in chosen])
-    return layout.frame_labels[label][rows], split

@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import os
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import nn
@@ -46,7 +46,7 @@ def context_bytes(device: torch.device) -> int:
     return max(process_bytes(device) - torch.cuda.memory_reserved(device), 0)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load_kernels(device: torch.device) -> None:
     """CUDA loads kernels at their first use, into memory that no allocator sees: a tiny step of each kind loads them."""
     x = torch.randn(2, 32, 16, 16, device=device)

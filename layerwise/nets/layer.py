@@ -25,6 +25,12 @@ class Layer(nn.Module):
         """(B, L, *frame) to (B, out_length(L), *output frame)."""
         raise TypeError(f"{type(self).__name__} defines no forward.")
 
+    def valid(self, x: torch.Tensor) -> torch.Tensor:
+        """The outputs that a piece (B, n, *frame) of the input determines by itself: `forward` without the padding."""
+        if self.padding or self.recurrent:
+            raise TypeError(f"{type(self).__name__} defines no outputs of a piece.")
+        return self(x)
+
     def before_activation(self, x: torch.Tensor) -> torch.Tensor:
         """`forward` up to `activation`, which together are `forward`."""
         return self(x)
@@ -51,8 +57,14 @@ class Layer(nn.Module):
 
 def mask_padding(x: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
     """Sets the frames of x (B, L, *frame) from lengths[b] on to zero; x itself where there are none."""
-    if (lengths >= x.shape[1]).all():
+    return mask_outside(x, np.zeros_like(lengths), lengths)
+
+
+def mask_outside(x: torch.Tensor, firsts: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
+    """x (B, n, *frame) holds frames firsts[b] on of samples of lengths[b] frames: sets those outside of these to zero."""
+    if (firsts >= 0).all() and (firsts + x.shape[1] <= lengths).all():
         return x
     frames = torch.arange(x.shape[1], device=x.device)
-    padding = frames >= torch.as_tensor(lengths, device=x.device)[:, None]
-    return x.masked_fill(padding.reshape(*padding.shape, *[1] * (x.dim() - 2)), 0)
+    start, stop = (torch.as_tensor(edge, device=x.device)[:, None] for edge in (-firsts, lengths - firsts))
+    outside = (frames < start) | (frames >= stop)
+    return x.masked_fill(outside.reshape(*outside.shape, *[1] * (x.dim() - 2)), 0)

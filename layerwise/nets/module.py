@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from layerwise.nets.frames import take, vectors
-from layerwise.nets.layer import Layer, mask_padding
+from layerwise.nets.layer import Layer, mask_outside, mask_padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,40 @@ class Module(nn.Module):
         for layer in self.layers.values():
             below = below.after(layer)
         return below
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether an output depends on all frames before it, however far."""
+        return any(layer.recurrent for layer in self.layers.values())
+
+    @property
+    def frame_by_frame(self) -> bool:
+        """Whether every output frame is made of the input frame at its place alone."""
+        return all(layer.kernel == layer.stride == 1 and not layer.recurrent for layer in self.layers.values())
+
+    def inputs_of(self, start: Any, stop: Any) -> tuple[Any, Any]:
+        """The input frames that output frames start to stop (ints or int64 arrays) are made of.
+
+        They may reach over both ends of the sample, where there are zeros. Not for recurrent modules.
+        """
+        for layer in reversed(self.layers.values()):
+            start = start * layer.stride - layer.padding
+            stop = (stop - 1) * layer.stride - layer.padding + layer.kernel
+        return start, stop
+
+    def window(
+        self, x: torch.Tensor, firsts: np.ndarray, lengths: np.ndarray
+    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        """Outputs of windows that are cut out of longer samples, as one pass over the samples would give them.
+
+        x (B, n, *frame) holds the frames `inputs_of` some outputs: firsts[b] on (int64 [B], may be negative) of a sample
+        of lengths[b] frames, zeros outside of it. Gives the same three of these outputs.
+        """
+        for layer in self.layers.values():
+            x = layer.valid(x)
+            firsts, lengths = (firsts + layer.padding) // layer.stride, layer.out_length(lengths)
+            x = mask_outside(x, firsts, lengths)
+        return x, firsts, lengths
 
     def push(self, x: torch.Tensor, states: list[Any] | None, last: bool) -> tuple[torch.Tensor, list[Any]]:
         """The next piece of one sample (1, n, *frame) to the outputs that are complete by now, and the new states."""

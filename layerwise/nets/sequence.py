@@ -24,6 +24,9 @@ class Convolution(Layer):
         # In place before the views of it are made: autograd would copy a view twice on its way back.
         return _frames(F.relu_(self._convolve(x, self.padding)))
 
+    def valid(self, x: torch.Tensor) -> torch.Tensor:
+        return _frames(F.relu_(self._convolve(x, padding=0)))
+
     def before_activation(self, x: torch.Tensor) -> torch.Tensor:
         return _frames(self._convolve(x, self.padding))
 
@@ -38,8 +41,7 @@ class Convolution(Layer):
         tail = None if last else x[:, ready * self.stride :].clone()
         if ready == 0:
             return x.new_zeros(x.shape[0], 0, self.weight.shape[0]), tail
-        complete = x[:, : (ready - 1) * self.stride + self.kernel]
-        return _frames(F.relu_(self._convolve(complete, padding=0))), tail
+        return self.valid(x[:, : (ready - 1) * self.stride + self.kernel]), tail
 
     def _convolve(self, x: torch.Tensor, padding: int) -> torch.Tensor:
         """Frames (B, L, C) to a picture (B, C', 1, L') in channels-last order."""

@@ -1,14 +1,12 @@
 """A traced network as layers: each unit of it, applied to every frame."""
 
-import copy
 import hashlib
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from layerwise.nets.copying import copied
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.nets.tracing import trace, why_uncut
@@ -66,19 +64,7 @@ class FrameUnit(Layer):
 
 
 def _copied(unit: fx.GraphModule) -> fx.GraphModule:
-    """The unit with tensors of its own on the default device; nothing else of that size is allocated there."""
-    tensors = chain(unit.parameters(), unit.buffers())
-    copied = copy.deepcopy(unit, {id(tensor): _tensor_copy(tensor) for tensor in tensors})
-    copied._non_persistent_buffers_set = set(unit._non_persistent_buffers_set)
-    for module in copied.modules():
-        if isinstance(module, nn.RNNBase):  # packs the weights for cuDNN, as its constructor does
-            module.flatten_parameters()
-    return copied
-
-
-@torch.no_grad()
-def _tensor_copy(host: torch.Tensor) -> torch.Tensor:
-    copied = torch.empty(host.shape, dtype=host.dtype)
-    if not (copied.is_meta or isinstance(copied, FakeTensor)):
-        copied.copy_(host)
-    return nn.Parameter(copied, host.requires_grad) if isinstance(host, nn.Parameter) else copied
+    """The unit with tensors of its own on the default device."""
+    twin = copied(unit)
+    twin._non_persistent_buffers_set = set(unit._non_persistent_buffers_set)
+    return twin

@@ -4,12 +4,12 @@ from rich.table import Table
 
 from layerwise.forecast import Forecast
 from layerwise.report.summary import table
-from layerwise.report.units import size
+from layerwise.units import size
 
 
 def forecast_table(forecast: Forecast) -> Table:
     """One row per stage, and one for all of them."""
-    shown = table("stage", "parameters", "train peak", "cache peak", "layout", "cache", "host", "")
+    shown = table("stage", "parameters", "train peak", "cache peak", "layout", "input", "cache", "host", "")
     shown.collapse_padding = True
     for stage in forecast.stages:
         shown.add_row(
@@ -18,7 +18,8 @@ def forecast_table(forecast: Forecast) -> Table:
             size(stage.train_peak_bytes),
             size(stage.cache_peak_bytes),
             stage.layout,
-            size(stage.cache_bytes),
+            stage.input,
+            size(stage.cache_bytes) if stage.cached else f"({size(stage.cache_bytes)})",
             size(stage.host_bytes),
             "" if forecast.budget_bytes is None else "fits" if stage.fits else "too large",
         )
@@ -28,6 +29,7 @@ def forecast_table(forecast: Forecast) -> Table:
         size(max(stage.train_peak_bytes for stage in forecast.stages)),
         size(max(stage.cache_peak_bytes for stage in forecast.stages)),
         "",
+        "",
         size(forecast.cache_bytes),
         size(forecast.host_bytes),
         "",
@@ -36,8 +38,10 @@ def forecast_table(forecast: Forecast) -> Table:
 
 
 def reasons(forecast: Forecast) -> list[str]:
-    """Why stages are not laid out in the cheapest way."""
-    return [f"stage {stage.stage}: {stage.layout}, because {stage.why}" for stage in forecast.stages if stage.why]
+    """Why stages are not laid out in the cheapest way, and what is not cached."""
+    return forecast.notes + [
+        f"stage {stage.stage}: {stage.layout}, because {stage.why}" for stage in forecast.stages if stage.why
+    ]
 
 
 def verdict(forecast: Forecast) -> str:
@@ -49,6 +53,12 @@ def verdict(forecast: Forecast) -> str:
     if forecast.fits:
         return f"fits: {peak} of {size(forecast.budget_bytes)}; {smallest}"
     return f"--gpu-mem {size(forecast.budget_bytes)} is too small; {smallest}"
+
+
+def disk(forecast: Forecast) -> str:
+    """What the caches take."""
+    of = "" if forecast.disk_budget_bytes is None else f" of {size(forecast.disk_budget_bytes)}"
+    return f"caches take {size(forecast.disk_bytes)}{of} at once"
 
 
 def exact(count: int) -> str:

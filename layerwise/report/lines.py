@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TextIO
 
 from layerwise.events import EpochDone, Event, Message, StageDone, StageStarted
-from layerwise.report.units import duration, size
+from layerwise.units import duration, size
 
 
 def line(event: Event) -> str | None:

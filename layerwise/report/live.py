@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layerwise.events import CachingProgress, EpochDone, Event, Message, RunStarted, StageDone, StageStarted, StepDone
-from layerwise.report.units import duration, size
+from layerwise.units import duration, size
 
 REFRESH_PER_SECOND = 4
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from layerwise.report.lines import outcome
-from layerwise.report.units import duration, percent, size
 from layerwise.run_directory import RunPaths, RunState, StageRecord
+from layerwise.units import duration, percent, size
 
 if TYPE_CHECKING:
     from layerwise.evaluate.probe import ProbeResult

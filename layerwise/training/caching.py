@@ -4,25 +4,26 @@ At most `piece` input frames are on the device at a time. A sample longer than t
 layers carry their state, and gives what one pass would give.
 """
 
+import contextlib
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_iter
 
 from layerwise.cache import CacheWriter, Layout
-from layerwise.cache.format import as_stored
+from layerwise.cache.stored import STORED, as_array
 from layerwise.config import Config
-from layerwise.data.batches import read_ahead
-from layerwise.data.groups import Group, group_renderings, read_piece
-from layerwise.data.source import FrameSource
+from layerwise.data.groups import Group, group_renderings
 from layerwise.errors import TrainingError
 from layerwise.events import CachingProgress, Notify
 from layerwise.memory.allocator import AnyMeter
 from layerwise.memory.device import autocast, on_device
 from layerwise.memory.meter import metered
+from layerwise.memory.parking import parked, repack
 from layerwise.nets.module import Module
 from layerwise.stop import StopFlag
+from layerwise.training.feed import Feed
 from layerwise.training.plan import StagePlan
 
 SHORTEST = 64
@@ -44,7 +45,7 @@ def shortest_piece(plan: StagePlan, config: Config) -> int:
 
 def cache_outputs(
     module: Module,
-    source: FrameSource,
+    feed: Feed,
     writer: CacheWriter,
     piece: int,
     precision: str,
@@ -56,12 +57,12 @@ def cache_outputs(
     """Writes what the writer lacks. Raises Interrupted between two pieces; what is written so far stays."""
     layout = writer.layout
     rows_done = writer.rows_done
-    groups = group_renderings(np.repeat(source.lengths, source.views), piece)
+    groups = group_renderings(np.repeat(feed.lengths, feed.views), piece)
     missing = [group for group in groups if layout.offsets[group.stop] > rows_done]
     row = int(layout.offsets[missing[0].first]) if missing else 0
     module.eval()
     with torch.no_grad():
-        for stored in _stored_outputs(module, source, missing, precision, device, meter, layout):
+        for stored in _stored_outputs(module, feed, missing, precision, device, meter, layout):
             writer.write(stored[max(rows_done - row, 0) :])
             row += len(stored)
             notify(CachingProgress(layout.stage, row, layout.rows))
@@ -70,7 +71,7 @@ def cache_outputs(
 
 def _stored_outputs(
     module: Module,
-    source: FrameSource,
+    feed: Feed,
     groups: list[Group],
     precision: str,
     device: torch.device,
@@ -78,7 +79,16 @@ def _stored_outputs(
     layout: Layout,
 ) -> Iterator[np.ndarray]:
     """Rows [n, *frame shape] as they are stored, rendering after rendering; nothing stays on the device between them."""
-    pieces = read_ahead(partial(read_piece, source, group, start) for group in groups for start in group.starts)
+    states = None
+
+    @contextlib.contextmanager
+    def away() -> Iterator[None]:
+        carried = (value for value in tree_iter(states) if isinstance(value, torch.Tensor))
+        with parked([*module.parameters(), *module.buffers(), *carried], device):
+            yield
+        repack(module)
+
+    pieces = feed.pieces(groups, away)
     for group in groups:
         states = None
         kind = "streamed" if group.streamed else "side by side"
@@ -103,12 +113,12 @@ def _stored_outputs(
 
 
 def _as_stored(rows: torch.Tensor, dtype: str, stage: int) -> np.ndarray:
-    """Rows on the host as the cache stores them. Raises TrainingError where the dtype cannot hold them."""
-    stored = rows.to(getattr(torch, dtype))
+    """Rows on the host as the cache writer takes them. Raises TrainingError where the dtype cannot hold them."""
+    stored = rows.to(STORED[dtype].tensor)
     if not torch.isfinite(stored).all():
         raise TrainingError(
             f"An output of stage {stage} of {rows.abs().max().item():.3g} does not fit into {dtype}; start again with "
             f"--from-stage {stage} --set cache.dtype=bfloat16."
         )
     # Copied: on a CPU the array would share the tensor's memory and keep it on the device.
-    return as_stored(stored.cpu().contiguous(), dtype).copy()
+    return as_array(stored.cpu().contiguous()).copy()

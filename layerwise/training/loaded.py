@@ -21,6 +21,7 @@ from layerwise.memory.allocator import AnyMeter
 from layerwise.memory.device import autocast, on_device, release
 from layerwise.memory.meter import metered
 from layerwise.memory.microbatch import Pending, Total
+from layerwise.memory.parking import parked, repack
 from layerwise.memory.placement import Placement
 from layerwise.nets.mixing import draws_at_random, mixes_samples
 from layerwise.objectives.protocol import Draw
@@ -57,6 +58,7 @@ class LoadedStage:
         self.scale = LossScale.of(config.training.precision)
         self._precision = config.training.precision
         self._label()
+        self._label_gradients()
 
     def go_on_shrunk(self, micro_batch: int, passes: int) -> None:
         """Takes slices at least as small as an earlier start had to: with these it got where it stopped."""
@@ -80,6 +82,16 @@ class LoadedStage:
         draws = self._draws(batch, randomness)
         with metered(self._looks("held-out", batch, draws)):
             return self._repeat_in_smaller_slices(self._score, draws, batch, randomness)
+
+    @contextlib.contextmanager
+    def parked(self) -> Iterator[None]:
+        """Between two steps: the device is free of the stage inside the block, and holds the same bits again behind it."""
+        tensors = [*self.module.parameters(), *self.module.buffers(), *self.objective.parameters()]
+        states = [*self.optimizer.on_device(), *self.predictor_optimizer.on_device()]
+        with parked([*tensors, *states], self.device):
+            yield
+        repack(self.module)
+        self._label()
 
     def _score(self, encoded: microbatch.Batch, draws: list[Draw]) -> Total:
         return microbatch.score(encoded, self._loss, draws, self.placement.micro_batch)
@@ -196,6 +208,8 @@ class LoadedStage:
         parameters = [*self.module.parameters(), *self.objective.parameters()]
         self.meter.label("parameters", [*parameters, *self.module.buffers()])
         self.meter.label("optimizer", [*self.optimizer.on_device(), *self.predictor_optimizer.on_device()])
+
+    def _label_gradients(self) -> None:
         for parameter in filter(lambda parameter: parameter.requires_grad, self.module.parameters()):
             # The hook knows the meter alone: a way back to the parameter would be a cycle that nobody collects.
             parameter.register_post_accumulate_grad_hook(partial(_label_gradient, self.meter))

@@ -36,6 +36,8 @@ REHEARSED_PASSES = 2
 REHEARSED_STEPS = 32
 """Frames of a recurrent layer in the caching pass."""
 
+Below = tuple[StagePlan, ...]
+
 SPREAD = 5
 """Standard deviations by which the rows of a draw may exceed those of the rehearsed one."""
 
@@ -47,36 +49,46 @@ class StageLayout:
     placement: Placement
     piece: int
     """Input frames that are on the device at once in the caching pass."""
+    windows: int
+    """Windows of the input that are on the device at once while they are recomputed; 0 where a cache or data are read."""
     why: str
     """Why it is not laid out in the cheapest way; empty where it is."""
 
 
-def lay_out(config: Config, plan: StagePlan, device: torch.device) -> StageLayout:
-    """The cheapest layout that the budget holds. Raises BudgetError where it holds none."""
-    layout = fitting_layout(config, plan, device)
+def lay_out(config: Config, plan: StagePlan, device: torch.device, below: Below = ()) -> StageLayout:
+    """The cheapest layout that the budget holds. Raises BudgetError where it holds none.
+
+    below: the stages whose outputs are not cached and are recomputed for this one, lowest first.
+    """
+    layout = fitting_layout(config, plan, device, below)
     if layout is None:
-        raise _too_small(config, plan, device)
+        raise _too_small(config, plan, device, below)
     return layout
 
 
-def fitting_layout(config: Config, plan: StagePlan, device: torch.device) -> StageLayout | None:
+def fitting_layout(config: Config, plan: StagePlan, device: torch.device, below: Below = ()) -> StageLayout | None:
     """The cheapest layout that the budget holds, if there is any."""
     first = every_layout(config, plan)[0][0]
     longest, shortest = longest_piece(plan, config), shortest_piece(plan, config)
+    windows = config.training.batch_size if below else 0
     if config.memory.gpu_mem is None:
-        return StageLayout(first, longest, "")
+        return StageLayout(first, longest, windows, "")
     room = config.memory.gpu_mem - reserved_bytes(device)
     placement = cheapest(
         iter(every_layout(config, plan)),
         lambda placement: training_peak(config, plan, device, placement).bytes <= room,
     )
-    piece = _longest_that_fits(longest, shortest, lambda n: caching_peak(config, plan, device, n) <= room)
-    if placement is None or piece is None:
+    piece = _longest_that_fits(longest, shortest, lambda n: _piece_peak(config, plan, device, below, n) <= room)
+    windows = _longest_that_fits(
+        windows, min(windows, 1), lambda n: recomputing_peak(config, below, device, n, plan.window.frames) <= room
+    )
+    if placement is None or piece is None or windows is None:
         return None
-    return StageLayout(placement, piece, "" if placement == first else _why(config, plan, device, placement, first))
+    why = "" if placement == first else _why(config, plan, device, placement, first)
+    return StageLayout(placement, piece, windows, why)
 
 
-def smallest_layout(config: Config, plan: StagePlan, device: torch.device) -> StageLayout:
+def smallest_layout(config: Config, plan: StagePlan, device: torch.device, below: Below = ()) -> StageLayout:
     """The layout that takes the least memory: with the smallest micro-batches, and of these the one that rehearses so.
 
     More passes and more recomputing do not always take less, so all kinds of them are tried; among the numbers of passes
@@ -85,7 +97,7 @@ def smallest_layout(config: Config, plan: StagePlan, device: torch.device) -> St
     smallest = [family[-1] for family in every_layout(config, plan)]
     ends = [layout for layout in smallest if layout.passes in (smallest[0].passes, smallest[-1].passes)]
     least = min(ends, key=lambda placement: training_peak(config, plan, device, placement).bytes)
-    return StageLayout(least, shortest_piece(plan, config), "nothing smaller is left")
+    return StageLayout(least, shortest_piece(plan, config), min(len(below), 1), "nothing smaller is left")
 
 
 def every_layout(config: Config, plan: StagePlan) -> list[list[Placement]]:
@@ -104,11 +116,17 @@ def every_layout(config: Config, plan: StagePlan) -> list[list[Placement]]:
     )
 
 
-def smallest_budget(config: Config, plan: StagePlan, device: torch.device) -> int:
+def smallest_budget(config: Config, plan: StagePlan, device: torch.device, below: Below = ()) -> int:
     """Bytes below which the stage cannot be trained or cached in any layout that the options allow."""
-    layout = smallest_layout(config, plan, device)
+    layout = smallest_layout(config, plan, device, below)
+    return max(peaks(config, plan, device, below, layout)) + reserved_bytes(device)
+
+
+def peaks(config: Config, plan: StagePlan, device: torch.device, below: Below, layout: StageLayout) -> tuple[int, int]:
+    """Predicted bytes of the training and of the caching pass, the recomputing of their input included."""
     training = training_peak(config, plan, device, layout.placement).bytes
-    return max(training, caching_peak(config, plan, device, layout.piece)) + reserved_bytes(device)
+    recomputing = recomputing_peak(config, below, device, layout.windows, plan.window.frames)
+    return max(training, recomputing), _piece_peak(config, plan, device, below, layout.piece)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +269,43 @@ def _rehearsed_caching(config: Config, plan: StagePlan, device: torch.device, pi
     return max(rehearse(stream, device).peak, rehearse(pad, device).peak)
 
 
+def _piece_peak(config: Config, plan: StagePlan, device: torch.device, below: Below, piece: int) -> int:
+    """Of one piece of the caching pass, its recomputing included: one long window, or short ones side by side."""
+    recomputing = (recomputing_peak(config, below, device, n, -(-piece // n)) for n in (1, config.training.batch_size))
+    return max(caching_peak(config, plan, device, piece), *recomputing)
+
+
+@lru_cache(maxsize=1024)
+def recomputing_peak(config: Config, below: Below, device: torch.device, windows: int, frames: int) -> int:
+    """Predicted bytes of passing windows up through the stages below, each alone on the device; 0 where there are none.
+
+    windows: on the device at once; frames: of the outcome.
+    """
+    peak = 0
+    firsts, stops = 0, frames
+    for plan in reversed(below):
+        firsts, stops = plan.build_module(0, torch.device("meta")).inputs_of(firsts, stops)
+        peak = max(peak, _passing_peak(config, plan, device, windows, stops - firsts))
+    return peak
+
+
+def _passing_peak(config: Config, plan: StagePlan, device: torch.device, windows: int, frames: int) -> int:
+    """Of windows of `frames` input frames through one stage, at the beginning of their samples, where they are masked."""
+    rounded = torch.float32 if config.cache.dtype == "int8" else getattr(torch, config.cache.dtype)
+    stored = torch.float32 if plan.stage == 1 else rounded
+
+    def work(_: Meter) -> None:
+        module = plan.build_module(config.training.seed, device).eval()
+        firsts, lengths = np.full(windows, -module.inputs_of(0, 1)[1]), np.full(windows, 2 * frames)
+        with torch.no_grad(), autocast(device, config.training.precision):
+            x = on_device(torch.zeros(windows, frames, *plan.frame_shape, dtype=stored, device="meta"), device)
+            outputs, _, _ = module.window(x, firsts, lengths)
+            del x
+            outputs.to(rounded)
+
+    return rehearse(work, device).peak
+
+
 def _longest_that_fits(longest: int, shortest: int, fits: Callable[[int], bool]) -> int | None:
     """The longest piece by halves, or None where not even the shortest fits."""
     piece = longest
@@ -272,9 +327,9 @@ def _why(config: Config, plan: StagePlan, device: torch.device, chosen: Placemen
     return why
 
 
-def _too_small(config: Config, plan: StagePlan, device: torch.device) -> BudgetError:
-    budget, needed = config.memory.gpu_mem, smallest_budget(config, plan, device)
-    last = smallest_layout(config, plan, device).placement
+def _too_small(config: Config, plan: StagePlan, device: torch.device, below: Below) -> BudgetError:
+    budget, needed = config.memory.gpu_mem, smallest_budget(config, plan, device, below)
+    last = smallest_layout(config, plan, device, below).placement
     mixing = mixes_samples(plan.build_module(0, torch.device("meta")))
     why = f" ({mixing} ties the samples of a batch together, so it cannot be sliced)" if mixing else ""
     finer = ", or cut into more --stages" if len(plan.layers) > 1 else ""

@@ -7,8 +7,9 @@ Every check comes before the first change. Whatever is changed, run.json says so
 steps then finds nothing that it would wrongly believe in.
 """
 
+import itertools
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -30,8 +31,12 @@ def prepare(
     *,
     from_stage: int | None,
     overwrite: bool,
+    cached: Sequence[bool],
 ) -> RunState:
-    """The state to go on from; run.json and config.toml are written. Raises RunError or ConfigError."""
+    """The state to go on from; run.json and config.toml are written. Raises RunError or ConfigError.
+
+    cached: for each stage, whether its outputs are to be cached.
+    """
     if from_stage is not None and not 1 <= from_stage <= len(plans):
         raise ConfigError(f"--from-stage {from_stage}: this run has stages 1 to {len(plans)}.")
     old = RunState.load(paths.state) if paths.state.exists() else None
@@ -41,7 +46,8 @@ def prepare(
     if old is None or overwrite or not paths.config.exists():
         state = _begin(config, paths, data, plans, device, old)
     else:
-        state = _go_on(old, config, paths, data, plans, from_stage)
+        state = _go_on(old, config, paths, data, plans, from_stage, cached)
+    _assign(state, cached)
     state.budget_bytes, state.device = config.memory.gpu_mem, str(device)
     state.save(paths.state)
     write_atomically(paths.cache_owner, state.run_id.encode())
@@ -64,7 +70,13 @@ def _begin(
 
 
 def _go_on(
-    state: RunState, config: Config, paths: RunPaths, data: DataSet, plans: list[StagePlan], from_stage: int | None
+    state: RunState,
+    config: Config,
+    paths: RunPaths,
+    data: DataSet,
+    plans: list[StagePlan],
+    from_stage: int | None,
+    cached: Sequence[bool],
 ) -> RunState:
     if Path(state.caches) != paths.caches and Path(state.caches).exists():
         raise ConfigError(
@@ -87,7 +99,8 @@ def _go_on(
         state.caches = str(paths.caches)
         for record in state.stages:
             record.cache = str(paths.cache(record.stage)) if record.cache else None
-    _find_what_is_missing(state, paths)
+    _assign(state, cached)
+    find_what_is_missing(state, paths)
     state.save(paths.state)
     for record in state.stages:
         # A stage leaves "pending" before it writes its first file, so what lies there is left over.
@@ -153,13 +166,28 @@ def _reset_from(state: RunState, paths: RunPaths, from_stage: int) -> None:
     state.stages[from_stage - 1 :] = [StageRecord(record.stage) for record in state.stages[from_stage - 1 :]]
 
 
-def _find_what_is_missing(state: RunState, paths: RunPaths) -> None:
+def decided(paths: RunPaths, overwrite: bool, from_stage: int | None) -> list[bool]:
+    """For the stages that earlier starts have begun and this one keeps: whether their outputs are cached."""
+    if overwrite or not paths.state.exists() or not paths.config.exists():
+        return []
+    records = RunState.load(paths.state).stages[: None if from_stage is None else from_stage - 1]
+    return [bool(record.cached) for record in itertools.takewhile(lambda record: record.status != "pending", records)]
+
+
+def _assign(state: RunState, cached: Sequence[bool]) -> None:
+    """Says of every stage that is not begun whether its outputs are to be cached."""
+    for record, to_be in zip(state.stages, cached, strict=True):
+        if record.status == "pending":
+            record.cached = to_be
+
+
+def find_what_is_missing(state: RunState, paths: RunPaths) -> None:
     """Where weights were deleted, the stage and those above it are trained again: on a GPU it may not end with the same bits.
 
     Caches that were deleted are written again from the weights, where a stage above still needs them.
     """
     for record in reversed(state.stages):
-        needed = record.stage < len(state.stages) and state.record(record.stage + 1).status != "done"
+        needed = any(state.source(above.stage) == record.stage for above in state.stages if above.status != "done")
         if record.status in ("caching", "done") and not paths.weights(record.stage).exists():
             state.stages[record.stage - 1 :] = [StageRecord(above.stage) for above in state.stages[record.stage - 1 :]]
         elif needed and record.status == "done" and not paths.cache(record.stage).exists():

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from layerwise.config import Config, TrainingOptions
-from layerwise.data.batches import Batch, Epoch, held_out_epoch, read_ahead, training_epoch
-from layerwise.data.source import FrameSource
+from layerwise.data.batches import Batch, Epoch, held_out_epoch, training_epoch
 from layerwise.errors import TrainingError
 from layerwise.events import EpochDone, Notify, StageStarted, StepDone
 from layerwise.files import write_atomically
@@ -28,6 +27,7 @@ from layerwise.memory.placement import Placement
 from layerwise.stop import StopFlag
 from layerwise.streams import stream
 from layerwise.training.checkpoint import Arrays, Progress, load_checkpoint, save_checkpoint, to_host
+from layerwise.training.feed import Feed
 from layerwise.training.loaded import LoadedStage, Randomness
 from layerwise.training.plan import StagePlan
 
@@ -61,7 +61,7 @@ class Trained:
 def train_stage(
     plan: StagePlan,
     config: Config,
-    source: FrameSource,
+    feed: Feed,
     train: np.ndarray,
     held_out: np.ndarray,
     device: torch.device,
@@ -94,8 +94,8 @@ def train_stage(
     while not _finished(progress, config):
         epoch_started = time.monotonic()
         rng = stream(options.seed, "epoch", plan.stage, progress.epoch)
-        epoch = training_epoch(source, train, plan.window, options.batch_size, rng)
-        for step, batch in _batches(epoch, source, first=progress.step):
+        epoch = training_epoch(feed, train, plan.window, options.batch_size, rng)
+        for step, batch in _batches(epoch, feed, loaded, first=progress.step):
             key = (plan.stage, progress.epoch, step)
             module_seed = int(stream(options.seed, "module", *key).integers(2**62))
             score = loaded.train(batch, Randomness(partial(stream, options.seed, "negatives", *key), module_seed))
@@ -110,7 +110,7 @@ def train_stage(
                 last_save = time.monotonic()
             poll()
 
-        held_out_loss, held_out_accuracy = evaluate(loaded, source, held_out, options, poll)
+        held_out_loss, held_out_accuracy = evaluate(loaded, feed, held_out, options, poll)
         _check_finite(held_out_loss, plan.stage, progress.epoch, options.lr)
         seconds = time.monotonic() - epoch_started
         if _close_epoch(
@@ -134,7 +134,7 @@ def train_stage(
 
 def evaluate(
     loaded: LoadedStage,
-    source: FrameSource,
+    feed: Feed,
     samples: np.ndarray,
     options: TrainingOptions,
     poll: Callable[[], None],
@@ -145,9 +145,9 @@ def evaluate(
     """
     stage = loaded.plan.stage
     windows = stream(options.seed, "held-out windows", stage)
-    epoch = held_out_epoch(source, samples, loaded.plan.window, options.batch_size, windows)
+    epoch = held_out_epoch(feed, samples, loaded.plan.window, options.batch_size, windows)
     loss = accuracy = 0.0
-    for step, batch in _batches(epoch, source, first=0):
+    for step, batch in _batches(epoch, feed, loaded, first=0):
         score = loaded.evaluate(batch, Randomness(partial(stream, options.seed, "held-out negatives", stage, step)))
         poll()
         share = len(batch.lengths) / len(samples)
@@ -156,9 +156,8 @@ def evaluate(
     return loss, accuracy
 
 
-def _batches(epoch: Epoch, source: FrameSource, first: int) -> Iterator[tuple[int, Batch]]:
-    steps = range(first, epoch.steps)
-    return zip(steps, read_ahead(partial(epoch.read, source, step) for step in steps), strict=True)
+def _batches(epoch: Epoch, feed: Feed, loaded: LoadedStage, first: int) -> Iterator[tuple[int, Batch]]:
+    return zip(range(first, epoch.steps), feed.batches(epoch, first, loaded.parked), strict=True)
 
 
 def _check_finite(loss: float, stage: int, epoch: int, lr: float) -> None:

@@ -21,16 +21,21 @@ from layerwise.events import EpochDone, Event, Notify, StageDone
 from layerwise.files import write_atomically
 from layerwise.memory.allocator import AnyMeter, meter_for
 from layerwise.memory.device import cap, process_bytes, release
+from layerwise.memory.meter import uncounted
 from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.stop import StopFlag
 from layerwise.training.caching import cache_outputs, shortest_piece
 from layerwise.training.checkpoint import digest, load_arrays, load_weights, save_arrays
+from layerwise.training.feed import Feed, ReadFeed
 from layerwise.training.fingerprint import fingerprint, training_key
+from layerwise.training.labels import frame_labels
 from layerwise.training.plan import StagePlan
 from layerwise.training.planner import StageLayout
+from layerwise.training.recomputed import RecomputedFeed
 from layerwise.training.schedule import Task
 from layerwise.training.split import HELD_OUT, TRAIN
 from layerwise.training.stage import StageFiles, train_stage
+from layerwise.training.storage import Storage, below, input_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,7 @@ class Run:
     """uint8 [N], see training.split."""
     plans: list[StagePlan]
     layouts: list[StageLayout]
+    storage: Storage
     device: torch.device
     stop: StopFlag
     notify: Notify
@@ -61,16 +67,20 @@ def perform(task: Task, run: Run) -> None:
     if record.status == "done":
         return
     plan = run.plans[task.stage - 1]
-    source = _open_input(task.stage, run)
+    source = _open_source(task.stage, run)
     cap(run.device, run.state.budget_bytes)  # anew: what the driver itself takes grows as kernels are loaded
     before = _allocated(run.device)
     meter = meter_for(run.device, run.state.budget_bytes)
     try:
         with meter:
-            _train(plan, source, run, record, meter)
+            feed = _feed(task.stage, source, run)
+            _train(plan, feed, run, record, meter)
             release(run.device)  # some modules, fx's among them, are cycles that only the collector frees
             meter.reset_peak()
-            _cache(plan, source, run, record, meter)
+            if run.storage.cached[task.stage - 1]:
+                _delete_caches(run, keep={run.storage.source(task.stage), task.stage})
+                _cache(plan, feed, run, record, meter)
+            del feed
     except (BudgetError, torch.OutOfMemoryError) as error:
         what = "cache its outputs" if record.status == "caching" else "train"
         raise BudgetError(f"Stage {task.stage} does not fit into the device budget to {what}. {error}") from None
@@ -82,6 +92,7 @@ def perform(task: Task, run: Run) -> None:
         record.driver_bytes = process_bytes(run.device)
     left = _device_bytes_left(meter, run.device, before)
     _finish(run, record)
+    _delete_caches(run, run.storage.kept(task.stage, run.config.cache.keep))
     run.notify(
         StageDone(
             stage=task.stage,
@@ -97,32 +108,53 @@ def perform(task: Task, run: Run) -> None:
     )
 
 
-def _open_input(stage: int, run: Run) -> FrameSource:
-    if stage == 1:
+def _open_source(stage: int, run: Run) -> FrameSource:
+    """The data, or the nearest cache below."""
+    below = run.storage.source(stage)
+    if below == 0:
         return run.data
-    cache = ActivationCache(run.paths.cache(stage - 1))
-    expected = run.state.record(stage - 1).fingerprint
+    cache = ActivationCache(run.paths.cache(below))
+    expected = run.state.record(below).fingerprint
     if cache.layout.fingerprint != expected:
         cache.close()
         raise RunError(
             f"{cache.path} was not made by this run (its fingerprint is {cache.layout.fingerprint[:12]}, expected "
-            f"{str(expected)[:12]}); retrain with --from-stage {stage - 1}, or name another --cache-dir."
+            f"{str(expected)[:12]}); retrain with --from-stage {below}, or name another --cache-dir."
         )
-    try:
-        cache.verify(lambda: run.stop.raise_if_set(f"before stage {stage}"))
-    except BaseException:
-        cache.close()
-        raise
     return cache
 
 
-def _train(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, meter: AnyMeter) -> None:
+def _feed(stage: int, source: FrameSource, run: Run) -> Feed:
+    """Reads the source, or passes it up through the stages that are not cached."""
+    plans = below(run.plans, stage, run.storage)
+    if not plans:
+        return ReadFeed(source)
+    with uncounted():
+        modules = [plan.build_module(run.config.training.seed, torch.device("cpu")).eval() for plan in plans]
+        for plan, module in zip(plans, modules, strict=True):
+            load_weights(module, load_arrays(run.paths.weights(plan.stage))[0])
+    return RecomputedFeed(source, plans, modules, run.layouts[stage - 1].windows, run.config, run.device)
+
+
+def _delete_caches(run: Run, keep: set[int]) -> None:
+    """Of the stages that are done; with --keep all, none."""
+    if run.config.cache.keep == "all":
+        return
+    for record in run.state.stages:
+        if record.status == "done" and record.cache and record.stage not in keep:
+            record.cache = record.cache_bytes = None
+            run.state.save(run.paths.state)
+            run.paths.cache(record.stage).unlink(missing_ok=True)
+
+
+def _train(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: AnyMeter) -> None:
     """Leaves the best weights in the stage's folder and the outcome in its record."""
     stage = plan.stage
     weights_path = run.paths.weights(stage)
     if record.status == "caching" and weights_path.exists():
         return
     record.status = "training"
+    record.input = input_of(stage, run.storage)
     run.state.save(run.paths.state)
     write_atomically(run.paths.stage_config(stage), run.config.to_toml().encode())
 
@@ -137,7 +169,7 @@ def _train(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, 
     trained = train_stage(
         plan,
         run.config,
-        source,
+        feed,
         train=np.flatnonzero(run.split == TRAIN),
         held_out=np.flatnonzero(run.split == HELD_OUT),
         device=run.device,
@@ -158,7 +190,7 @@ def _train(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, 
     run.state.save(run.paths.state)
 
 
-def _cache(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, meter: AnyMeter) -> None:
+def _cache(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: AnyMeter) -> None:
     """Leaves the sealed cache, and its peak and size in the record."""
     path = run.paths.cache(plan.stage)
     if not _is_sealed(path, record.fingerprint):
@@ -173,10 +205,10 @@ def _cache(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, 
             run.state.save(run.paths.state)
 
         def write(piece: int) -> None:
-            with CacheWriter(path, _layout(plan, run, record)) as writer:
+            with CacheWriter(path, _layout(plan, run, record), int(run.config.cache.block)) as writer:
                 try:
                     precision = run.config.training.precision
-                    cache_outputs(module, source, writer, piece, precision, run.device, meter, run.stop, run.notify)
+                    cache_outputs(module, feed, writer, piece, precision, run.device, meter, run.stop, run.notify)
                 finally:
                     record_progress()
                 writer.seal()
@@ -242,16 +274,15 @@ def _layout(plan: StagePlan, run: Run, record: StageRecord) -> Layout:
         ids=tuple(data.ids),
         split=run.split,
         labels=data.labels,
-        frame_labels={name: _frame_labels(name, plan, data) for name in data.frame_label_names},
+        frame_labels={name: _all_frame_labels(name, plan, data) for name in data.frame_label_names},
         hop=plan.geometry.hop,
         offset=plan.geometry.offset,
-        block_bytes=int(run.config.cache.block),
     )
 
 
-def _frame_labels(name: str, plan: StagePlan, data: DataSet) -> np.ndarray:
+def _all_frame_labels(name: str, plan: StagePlan, data: DataSet) -> np.ndarray:
     labels = [
-        data.frame_labels(name, sample, np.arange(length) * plan.geometry.hop + plan.geometry.offset)
+        frame_labels(name, plan, data, sample, np.arange(length))
         for sample, length in enumerate(plan.output_lengths.tolist())
     ]
     return np.concatenate(labels)

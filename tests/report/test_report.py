@@ -16,7 +16,7 @@ from layerwise.events import (
 )
 from layerwise.report.lines import line
 from layerwise.report.live import LiveTable
-from layerwise.report.units import duration, percent, size
+from layerwise.units import duration, percent, size
 
 
 @pytest.mark.parametrize(

@@ -1,32 +1,27 @@
-"""The same features from the same network with its first, random weights: what training has to beat.
+"""Features of samples that pass through all stages from the data on, with trained or with random weights.
 
-Each group of samples passes through all stages before the next is read, one module on the device at a time, so nothing
+Each group of samples passes through every stage before the next is read, one module on the device at a time, so nothing
 is cached and the device holds no more than in the caching pass.
 """
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 import torch
 
-from layerwise.config import Config
 from layerwise.data.batches import Batch, read_ahead
 from layerwise.data.groups import Group, group_renderings, read_piece
 from layerwise.data.source import DataSet
 from layerwise.evaluate.features import SampleSummary, choose_frames
 from layerwise.memory.device import on_device
-from layerwise.memory.meter import uncounted
-from layerwise.nets import build_network
+from layerwise.nets.copying import copied
 from layerwise.nets.module import Module
-from layerwise.nets.network import ranges
 from layerwise.stop import StopFlag
 
 
-def untrained_features(
-    config: Config,
-    cut: Sequence[int],
+def passed_features(
+    modules: list[Module],
     data: DataSet,
     samples: np.ndarray,
     piece: int,
@@ -34,13 +29,11 @@ def untrained_features(
     device: torch.device,
     stop: StopFlag,
 ) -> list[np.ndarray]:
-    """For each stage: float32 [N, C], or [frames, C] where per_frame; view 0 of the samples, in their order.
+    """For each module: float32 [N, C], or [frames, C] where per_frame; view 0 of the samples, in their order.
 
-    cut: layers in each stage; piece: most input frames on the device at once. Raises Interrupted between two groups.
+    modules: those of the first stages, in host memory; piece: most input frames on the device at once. Raises Interrupted
+    between two groups.
     """
-    network = build_network(config.net, data.frame_shape)
-    with uncounted():
-        modules = [network.build(layers, config.training.seed, "cpu").eval() for layers in ranges(cut)]
     groups = group_renderings(data.lengths[samples], piece)
     chosen = _PlainView(data, samples)
     pieces = read_ahead(partial(read_piece, chosen, group, start) for group in groups for start in group.starts)
@@ -97,7 +90,7 @@ def _pass(
         batch = next(pieces)
         frames, lengths = on_device(batch.frames, device), batch.lengths
         for stage, on_host in enumerate(modules):
-            module = copy.deepcopy(on_host).to(device)
+            module = copied(on_host, device)
             if group.streamed:
                 frames, states[stage] = module.push(frames, states[stage], group.is_last(start))
                 lengths = np.array([frames.shape[1]])

@@ -1,0 +1,29 @@
+"""Copies of modules whose tensors are made anew on a device, and nothing else there."""
+
+import copy
+from itertools import chain
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+def copied(module: AnyModule, device: torch.device | None = None) -> AnyModule:
+    """The module on the device (torch's default one where there is none given); the original is left as it is."""
+    memo = {id(tensor): _tensor_copy(tensor, device) for tensor in chain(module.parameters(), module.buffers())}
+    twin = copy.deepcopy(module, memo)
+    for part in twin.modules():
+        if isinstance(part, nn.RNNBase):  # packs the weights for cuDNN, as its constructor does
+            part.flatten_parameters()
+    return twin
+
+
+@torch.no_grad()
+def _tensor_copy(original: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    twin = torch.empty(original.shape, dtype=original.dtype, device=device)
+    if not (twin.is_meta or isinstance(twin, FakeTensor)):
+        twin.copy_(original)
+    return nn.Parameter(twin, original.requires_grad) if isinstance(original, nn.Parameter) else twin

@@ -1,0 +1,166 @@
+"""Which stages' outputs are cached, under the room that the disk has, and which are recomputed from a cache below."""
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from layerwise.config import CacheOptions, Config
+from layerwise.errors import BudgetError, ConfigError
+from layerwise.training.plan import StagePlan
+from layerwise.units import size
+
+BESIDE = 2**20
+"""Bytes of a cache beside its activations, generously: index, ids, labels, checksums."""
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """For each stage, from 1, whether its outputs are cached."""
+
+    cached: tuple[bool, ...]
+    notes: tuple[str, ...] = ()
+    """What is not cached, why, and what it costs."""
+
+    def source(self, stage: int) -> int:
+        """The stage whose cache is the nearest below `stage`; 0 for the data."""
+        return next((below for below in range(stage - 1, 0, -1) if self.cached[below - 1]), 0)
+
+    def kept(self, stage: int, keep: str) -> set[int]:
+        """The stages whose caches stay once `stage` is done."""
+        if keep == "all":
+            return set(range(1, stage + 1))
+        newest = self.source(stage + 1)
+        # A damaged cache is made again from the one below it.
+        return {newest, self.source(newest)} if keep == "needed" and newest else {newest}
+
+
+def below(plans: Sequence[StagePlan], stage: int, storage: Storage) -> tuple[StagePlan, ...]:
+    """The stages that are recomputed for the input of `stage`."""
+    return tuple(plans[storage.source(stage) : stage - 1])
+
+
+def input_of(stage: int, storage: Storage) -> str:
+    """Where the samples of a stage come from: data, cache or recompute."""
+    if stage == 1:
+        return "data"
+    return "cache" if storage.cached[stage - 2] else "recompute"
+
+
+def cache_bytes(plan: StagePlan, views: int, dtype: str) -> int:
+    """Of the activations of a stage."""
+    return int(plan.output_lengths.sum()) * views * math.prod(plan.output_shape) * getattr(torch, dtype).itemsize
+
+
+def free_for_caches(folder: Path) -> int:
+    """Bytes that are free on the disk of a run's caches, those that it holds there already included."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    ours = sum(path.stat().st_blocks * 512 for path in folder.glob("stage-*.h5*"))
+    return shutil.disk_usage(there).free + ours
+
+
+def plan_storage(
+    config: Config, plans: Sequence[StagePlan], views: int, free: int, decided: Sequence[bool] = ()
+) -> Storage:
+    """Caches every stage whose outputs find room beside those that must stay meanwhile; the rest is recomputed.
+
+    free: bytes on the disk of the caches, those of this run included; decided: what earlier starts did with the first
+    stages. Raises BudgetError where a cache that is needed finds no room, ConfigError where one cannot be done without.
+    """
+    options = config.cache
+    room = free if options.disk is None else min(options.disk, free)
+    cached, notes = list(decided), []
+    for plan in plans[len(decided) :]:
+        so_far = Storage(tuple(cached))
+        needed = cache_bytes(plan, views, options.dtype) + BESIDE
+        beside = _beside(options, plans, so_far, plan.stage, views)
+        fits = beside + needed <= room
+        last = plan.stage == len(plans)
+        if options.policy == "always" and not fits:
+            no_room = _no_room(plan, needed, beside, room, options)
+            raise BudgetError(f"{no_room}or let what does not fit be recomputed: --cache auto.")
+        wanted = options.policy != "never" and fits
+        if not wanted and not last and plan.build_module(0, torch.device("meta")).recurrent:
+            why = f"stage {plan.stage} has a recurrent layer, so its outputs cannot be recomputed window by window"
+            if options.policy == "never":
+                raise ConfigError(
+                    f"--cache never: {why}; give --cache auto, or a cut in which it is in the last stage."
+                )
+            raise BudgetError(f"{_no_room(plan, needed, beside, room, options)}{why}.")
+        cached.append(wanted)
+        if not wanted and not last:
+            notes.append(_cost(config, plans, plan.stage, Storage(tuple(cached)), needed, options))
+        elif not wanted:
+            notes.append(f"the outputs of stage {plan.stage}, {size(needed)}, are not cached; probes recompute them")
+    return Storage(tuple(cached), tuple(notes))
+
+
+def disk_peak(config: Config, plans: Sequence[StagePlan], storage: Storage, views: int) -> int:
+    """Most bytes that the caches take at once."""
+    return max(
+        (
+            _beside(config.cache, plans, storage, plan.stage, views)
+            + cache_bytes(plan, views, config.cache.dtype)
+            + BESIDE
+            for plan in plans
+            if storage.cached[plan.stage - 1]
+        ),
+        default=0,
+    )
+
+
+def _beside(options: CacheOptions, plans: Sequence[StagePlan], storage: Storage, stage: int, views: int) -> int:
+    """Bytes of the caches that must be there while that of `stage` is written."""
+    source = storage.source(stage)
+    there = range(1, stage) if options.keep == "all" else [source] if source else []
+    return sum(
+        cache_bytes(plans[below - 1], views, options.dtype) + BESIDE for below in there if storage.cached[below - 1]
+    )
+
+
+def _no_room(plan: StagePlan, needed: int, beside: int, room: int, options: CacheOptions) -> str:
+    what = f"--disk {size(options.disk)}" if options.disk is not None else f"{size(room)} of free disk"
+    others = f" beside the {size(beside)} that must stay" if beside else ""
+    return (
+        f"{what} does not hold the cache of stage {plan.stage}, {size(needed)}{others}. Give more room, a shorter "
+        f"cache.dtype, or --keep needed; "
+    )
+
+
+def _cost(
+    config: Config, plans: Sequence[StagePlan], stage: int, storage: Storage, needed: int, options: CacheOptions
+) -> str:
+    above = Storage((*storage.cached, *[False] * (len(plans) - len(storage.cached))))
+    recomputed = below(plans, stage + 1, above)
+    source = above.source(stage + 1)
+    origin = f"the cache of stage {source}" if source else "the data"
+    why = "--cache never" if options.policy == "never" else f"{size(needed)} find no room"
+    more = _flops(config, recomputed, stage + 1, plans)
+    return (
+        f"the outputs of stage {stage} are not cached ({why}): stage {stage + 1} recomputes them from {origin}, which adds "
+        f"{more:.0%} to the products of a step"
+    )
+
+
+def _flops(config: Config, recomputed: tuple[StagePlan, ...], stage: int, plans: Sequence[StagePlan]) -> float:
+    """Products of the recomputing of a window, over those of the stage's own forward and backward pass."""
+    frames, extra = plans[stage - 1].window.frames, 0
+    stop, start = frames, 0
+    for plan in reversed(recomputed):
+        module = plan.build_module(0, torch.device("meta"))
+        start, stop = module.inputs_of(start, stop)
+        extra += _forward_flops(plan, stop - start)
+    # A backward pass costs about twice the forward pass.
+    return extra / max(3 * _forward_flops(plans[stage - 1], frames), 1)
+
+
+def _forward_flops(plan: StagePlan, frames: int) -> int:
+    module = plan.build_module(0, torch.device("meta")).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(torch.empty(1, frames, *plan.frame_shape, device="meta"), np.array([frames]))
+    return counter.get_total_flops()
