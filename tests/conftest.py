@@ -100,6 +100,7 @@ TINY_SPEECH = {
     "training.max_epochs": 2,
     "training.lr": 1e-3,
     "cache.block": "4kB",
+    "cache.keep": "all",
 }
 """A speech network of four stages that trains in a second."""
 
@@ -119,6 +120,7 @@ TINY_VISION = {
     "training.batch_size": 8,
     "training.max_epochs": 2,
     "cache.block": "4kB",
+    "cache.keep": "all",
 }
 """A vision network of three stages (four layers) that trains in seconds."""
 

@@ -89,7 +89,7 @@ def probe(
     notify("features of the same network with random weights")
     untrained, peak = features_of(_modules(config, plans[: len(stages)]))
     trained = {stage: _cached_features(paths, state, stage, samples, per_frame, stop) for stage in stages}
-    if None in trained.values():
+    if any(features is None for features in trained.values()):
         notify("features of stages that are not cached")
         passed, more = features_of(_modules(config, plans[: len(stages)], paths))
         trained = {stage: passed[stage - 1] if kept is None else kept for stage, kept in trained.items()}

@@ -142,6 +142,7 @@ class RecomputedFeed:
                 passed, first, length = module.window(frames, windows.firsts[samples], windows.lengths[samples])
                 del frames
                 outputs.append(_rounded(passed, self._config.cache.dtype))
+                del passed
             firsts.append(first)
             lengths.append(length)
         with uncounted():

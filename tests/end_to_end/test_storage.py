@@ -1,0 +1,153 @@
+"""Runs with little disk: what is kept, what is recomputed, and what is made again when it was damaged."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from layerwise.config import Config
+from layerwise.engines.run import RunResult, run
+from layerwise.errors import BudgetError, CacheError, Interrupted
+from layerwise.evaluate.probe import probe
+from layerwise.events import Event, Message, StepDone
+from layerwise.stop import StopFlag
+
+Tiny = Callable[..., Config]
+FLOAT32 = {"cache.dtype": "float32", "training.max_epochs": 1}
+
+
+def cached(result: RunResult) -> list[int]:
+    return [record.stage for record in result.state.stages if result.paths.cache(record.stage).exists()]
+
+
+def weights(result: RunResult) -> np.ndarray:
+    return np.concatenate([value.ravel() for _, value in sorted(load_file(result.paths.encoder).items())])
+
+
+def at(config: Config, folder: Path, **changes: object) -> Config:
+    """The same run elsewhere, with other cache options."""
+    cache = config.cache.model_copy(update={"dir": str(folder / "cache"), **changes})
+    return config.model_copy(update={"out": str(folder / "run"), "cache": cache})
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("needed", [3, 4]), ("all", [1, 2, 3, 4]), ("last", [4])])
+def test_only_the_caches_that_are_asked_for_are_kept(
+    tiny_speech: Tiny, digits: Path, keep: str, kept: list[int]
+) -> None:
+    result = run(tiny_speech(f"fsdd:{digits}", **FLOAT32, **{"cache.keep": keep}))
+    assert cached(result) == kept
+    assert [record.stage for record in result.state.stages if record.cache] == kept
+    assert sorted(result.paths.caches.glob("stage-*")) == [result.paths.cache(stage) for stage in kept]
+
+
+@pytest.mark.parametrize("kind", ["speech", "vision"])
+def test_without_caches_the_weights_are_the_same(
+    tiny_speech: Tiny, tiny_vision: Tiny, digits: Path, tmp_path: Path, kind: str
+) -> None:
+    if kind == "speech":
+        config = tiny_speech(f"fsdd:{digits}", **FLOAT32)
+    else:
+        rng = np.random.default_rng(0)
+        for number in range(16):
+            (tmp_path / "pictures" / "noise").mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / "noise" / f"{number}.png")
+        config = tiny_vision(f"images:{tmp_path / 'pictures'}", **FLOAT32)
+    with_caches = run(config)
+    without = run(at(config, tmp_path / "never", policy="never"))
+    assert cached(without) == []
+    assert [record.input for record in without.state.stages][1:] == ["recompute"] * (len(without.state.stages) - 1)
+    first, second = weights(with_caches), weights(without)
+    assert np.linalg.norm(first - second) < 1e-4 * np.linalg.norm(first)
+
+
+def test_a_small_disk_caches_what_it_holds_and_never_passes_its_budget(tiny_speech: Tiny, digits: Path) -> None:
+    budget = 1_300_000  # the upper stages, not the first
+    largest = 0
+
+    def watch(event: Event) -> None:
+        nonlocal largest
+        folder = Path(config.cache.dir) / "run"
+        largest = max(largest, sum(path.stat().st_size for path in folder.glob("stage-*.h5*")))
+
+    config = tiny_speech(f"fsdd:{digits}", **FLOAT32, **{"cache.keep": "needed", "cache.disk": budget})
+    result = run(config, notify=watch)
+    inputs = [record.input for record in result.state.stages]
+    assert "recompute" in inputs
+    assert "cache" in inputs
+    assert 0 < largest <= budget
+
+
+def test_a_stopped_run_without_caches_ends_with_the_same_bits(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> None:
+    config = tiny_speech(f"fsdd:{digits}", **FLOAT32, **{"cache.policy": "never"})
+    undisturbed = run(config)
+    stop, seen = StopFlag(), 0
+
+    def notify(event: Event) -> None:
+        nonlocal seen
+        seen += isinstance(event, StepDone) and event.stage == 3
+        if seen == 2:
+            stop.reason = "the test"
+
+    again = at(config, tmp_path / "stopped")
+    with pytest.raises(Interrupted):
+        run(again, stop=stop, notify=notify)
+    resumed = run(again)
+    assert weights(resumed).tobytes() == weights(undisturbed).tobytes()
+
+
+def test_always_is_refused_before_anything_is_written_where_there_is_no_room(tiny_speech: Tiny, digits: Path) -> None:
+    config = tiny_speech(f"fsdd:{digits}", **FLOAT32, **{"cache.policy": "always", "cache.disk": 100_000})
+    with pytest.raises(BudgetError, match="does not hold the cache of stage 1.*--cache auto"):
+        run(config)
+    assert not Path(config.out).exists()
+
+
+def flip_a_bit(path: Path, byte: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("keep", ["all", "needed", "last"])
+def test_a_cache_that_is_damaged_in_the_middle_of_a_run_is_named_and_made_again(
+    tiny_speech: Tiny, digits: Path, tmp_path: Path, keep: str
+) -> None:
+    config = tiny_speech(f"fsdd:{digits}", **FLOAT32, **{"cache.keep": keep})
+    undisturbed = run(config)
+    again = at(config, tmp_path / "damaged")
+    stop, told = StopFlag(), []
+
+    def stop_in_stage_3(event: Event) -> None:
+        if isinstance(event, StepDone) and event.stage == 3:
+            stop.reason = "the test"
+
+    with pytest.raises(Interrupted):
+        run(again, stop=stop, notify=stop_in_stage_3)
+    path = tmp_path / "damaged" / "cache" / "run" / "stage-2.h5"
+    flip_a_bit(path, path.stat().st_size // 2)
+    result = run(again, notify=lambda event: told.append(event.text) if isinstance(event, Message) else None)
+    assert any("stage-2.h5" in text for text in told)
+    assert weights(result).tobytes() == weights(undisturbed).tobytes()
+    for stage in cached(undisturbed):
+        assert result.paths.cache(stage).read_bytes() == undisturbed.paths.cache(stage).read_bytes()
+
+
+def test_a_probe_needs_no_caches(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> None:
+    config = tiny_speech(f"fsdd:{digits}", **FLOAT32)
+    run(config)
+    cached_errors = probe(Path(config.out), "digit")
+    for path in (Path(config.cache.dir) / "run").glob("stage-[124].h5"):
+        path.unlink()
+    assert probe(Path(config.out), "digit").stages == cached_errors.stages
+
+
+def test_a_probe_does_not_use_a_damaged_cache(tiny_speech: Tiny, digits: Path) -> None:
+    config = tiny_speech(f"fsdd:{digits}", **FLOAT32)
+    result = run(config)
+    flip_a_bit(result.paths.cache(2), result.paths.cache(2).stat().st_size // 2)
+    with pytest.raises(CacheError, match="stage-2.h5"):
+        probe(Path(config.out), "digit")

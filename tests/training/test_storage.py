@@ -1,0 +1,82 @@
+"""Which caches find room, which are kept, and what is refused."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from layerwise.config import Config
+from layerwise.errors import BudgetError, ConfigError
+from layerwise.nets.network import Network
+from layerwise.nets.sequence import Convolution, Recurrence
+from layerwise.training.plan import StagePlan
+from layerwise.training.storage import BESIDE, Storage, below, cache_bytes, disk_peak, input_of, plan_storage
+
+Planned = Callable[..., tuple[Config, list[StagePlan]]]
+FREE = 10**12
+
+
+def sizes(plans: list[StagePlan], config: Config) -> list[int]:
+    return [cache_bytes(plan, 1, config.cache.dtype) + BESIDE for plan in plans]
+
+
+def test_with_room_enough_every_stage_is_cached(planned_stages: Planned) -> None:
+    config, plans = planned_stages("speech")
+    storage = plan_storage(config, plans, 1, FREE)
+    assert storage == Storage((True,) * 4)
+    assert [input_of(stage, storage) for stage in (1, 2, 3, 4)] == ["data", "cache", "cache", "cache"]
+
+
+@pytest.mark.parametrize("keep", ["needed", "all", "last"])
+def test_the_room_that_is_planned_is_enough_and_a_byte_less_is_not(planned_stages: Planned, keep: str) -> None:
+    config, plans = planned_stages("speech", **{"cache.keep": keep, "cache.policy": "always"})
+    one, two, *_ = found = sizes(plans, config)
+    needed = disk_peak(config, plans, Storage((True,) * 4), 1)
+    assert needed == (sum(found) if keep == "all" else one + two)
+    assert all(plan_storage(config, plans, 1, needed).cached)
+    with pytest.raises(BudgetError, match="does not hold the cache of stage"):
+        plan_storage(config, plans, 1, needed - 1)
+
+
+def test_what_finds_no_room_is_recomputed_from_the_nearest_cache(planned_stages: Planned) -> None:
+    config, plans = planned_stages("speech", **{"cache.keep": "needed"})
+    one = sizes(plans, config)[0]
+    storage = plan_storage(config, plans, 1, one - 1)
+    assert storage.cached == (False, True, False, False)
+    assert input_of(2, storage) == "recompute"
+    assert [plan.stage for plan in below(plans, 2, storage)] == [1]
+    assert "stage 2 recomputes them from the data" in storage.notes[0]
+
+
+def test_never_caches_nothing(planned_stages: Planned) -> None:
+    config, plans = planned_stages("vision", **{"cache.policy": "never"})
+    storage = plan_storage(config, plans, 2, FREE)
+    assert not any(storage.cached)
+    assert [plan.stage for plan in below(plans, 3, storage)] == [1, 2]
+
+
+def test_outputs_of_a_recurrent_layer_are_not_recomputed(planned_stages: Planned) -> None:
+    # They depend on all frames before them.
+    layers = [partial(Recurrence, 1, 4), partial(Convolution, 4, 4, 8, 4, 2)]
+    network = Network(layers, natural_cut=(1, 1))
+    config, plans = planned_stages("speech", network, **{"cache.policy": "never"})
+    with pytest.raises(ConfigError, match="stage 1 has a recurrent layer"):
+        plan_storage(config, plans, 1, FREE)
+    config, plans = planned_stages("speech", network)
+    with pytest.raises(BudgetError, match="stage 1 has a recurrent layer"):
+        plan_storage(config, plans, 1, 1000)
+
+
+def test_what_earlier_starts_decided_stays(planned_stages: Planned) -> None:
+    config, plans = planned_stages("speech", **{"cache.policy": "always"})
+    assert plan_storage(config, plans, 1, FREE, decided=[True, False]).cached == (True, False, True, True)
+
+
+def test_what_is_kept_under_each_rule() -> None:
+    storage = Storage((True, False, True, True))
+    assert [storage.source(stage) for stage in (1, 2, 3, 4, 5)] == [0, 1, 1, 3, 4]
+    assert storage.kept(4, "needed") == {4, 3}
+    assert storage.kept(3, "needed") == {3, 1}
+    assert storage.kept(2, "last") == {1}
+    assert storage.kept(4, "last") == {4}
+    assert storage.kept(3, "all") == {1, 2, 3}
