@@ -114,3 +114,133 @@ def write_cache(path: Path, rows: np.ndarray, layout: Layout) -> None:
             first = start % len(rows)
             writer.write(rows[first : first + min(PIECE, layout.rows - start)])
         writer.seal()
+
+
+def measure_reads(path: Path, layout: Layout, count: int, rounds: int) -> None:
+    """Prints a row for each way, temperature and number of threads. All read the same windows in the same order."""
+    rng = np.random.default_rng(1)
+    windows = [
+        (int(sample), int(start))
+        for sample, start in zip(
+            rng.permutation(np.arange(count) % len(layout.lengths)),
+            rng.integers(0, SAMPLE - WINDOW + 1, count),
+            strict=True,
+        )
+    ]
+    with ActivationCache(path) as compared, h5py.File(path) as file, raw_reader(path) as raw:
+        compared.verify()
+        rows = file["activations"]
+        batches = torch.utils.data.DataLoader(H5pyWindows(path, windows), BATCH, num_workers=2)
+        one_thread: dict[str, Callable[[], None]] = {
+            "os.preadv": lambda: each(raw, windows),
+            "ActivationCache, first epoch": lambda: first_epoch(path, windows, each),
+            "ActivationCache, later epochs": lambda: each(compared.read, windows),
+            "h5py, fancy indexing": lambda: each(partial(read_fancy, rows), windows),
+        }
+        prefetching: dict[str, Callable[[], None]] = {
+            "os.preadv": lambda: ahead(raw, windows),
+            "ActivationCache, first epoch": lambda: first_epoch(path, windows, ahead),
+            "ActivationCache, later epochs": lambda: ahead(compared.read, windows),
+            "DataLoader over h5py, 2 workers": lambda: exhaust(batches),
+        }
+        for threads, ways in (("one thread", one_thread), ("a prefetch thread", prefetching)):
+            seconds: dict[tuple[str, str], list[float]] = {}
+            for _ in range(rounds):
+                for name, way in ways.items():
+                    drop_pages(path)
+                    for temperature in ("cold", "warm"):
+                        seconds.setdefault((temperature, name), []).append(timed(way))
+            for temperature in ("cold", "warm"):
+                speeds = {
+                    name: count * WINDOW * ROW_BYTES / 1e6 / statistics.median(seconds[temperature, name])
+                    for name in ways
+                }
+                report(f"read, {temperature}, {threads}", speeds, speeds["os.preadv"])
+
+
+@contextmanager
+def raw_reader(path: Path) -> Iterator[Callable[[int, int, int], None]]:
+    """Reads the bytes of a window into always the same memory: nothing but the system call."""
+    with h5py.File(path) as file:
+        offset = file["activations"].id.get_offset()
+    buffer = memoryview(bytearray(WINDOW * ROW_BYTES))
+    descriptor = os.open(path, os.O_RDONLY)
+
+    def read(sample: int, start: int, stop: int) -> None:
+        os.preadv(descriptor, [buffer], offset + (sample * SAMPLE + start) * ROW_BYTES)
+
+    try:
+        yield read
+    finally:
+        os.close(descriptor)
+
+
+def read_fancy(rows: h5py.Dataset, sample: int, start: int, stop: int) -> np.ndarray:
+    return rows[np.arange(sample * SAMPLE + start, sample * SAMPLE + stop)]
+
+
+class H5pyWindows(torch.utils.data.Dataset):
+    """The usual data set over h5py: each worker opens the file, each item is a slice."""
+
+    def __init__(self, path: Path, windows: list[tuple[int, int]]) -> None:
+        self.path, self.windows, self.rows = path, windows, None
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        if self.rows is None:
+            self.rows = h5py.File(self.path)["activations"]
+        sample, start = self.windows[number]
+        return torch.from_numpy(self.rows[sample * SAMPLE + start : sample * SAMPLE + start + WINDOW])
+
+
+def each(read: Callable[[int, int, int], object], windows: list[tuple[int, int]]) -> None:
+    for sample, start in windows:
+        read(sample, start, start + WINDOW)
+
+
+def ahead(read: Callable[[int, int, int], object], windows: list[tuple[int, int]]) -> None:
+    """As training reads: a thread reads batches before they are asked for."""
+    batches = (windows[first : first + BATCH] for first in range(0, len(windows), BATCH))
+    exhaust(read_ahead(partial(each, read, batch) for batch in batches))
+
+
+def first_epoch(path: Path, windows: list[tuple[int, int]], way: Callable[..., None]) -> None:
+    with ActivationCache(path) as cache:
+        way(cache.read, windows)
+
+
+def exhaust(batches: Iterator[object]) -> None:
+    for _ in batches:
+        pass
+
+
+def drop_pages(path: Path) -> None:
+    """Out of the page cache; says so where the system keeps more than a hundredth."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE) as mapped:
+            pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+            start = ctypes.c_char.from_buffer(mapped)
+            ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(len(mapped)), pages)
+            del start
+    kept = float(np.frombuffer(pages, dtype=np.uint8).mean())
+    if kept > 0.01:
+        print(f"not cold: the system keeps {kept:.0%} of the pages")
+
+
+def timed(way: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    way()
+    return time.perf_counter() - began
+
+
+def report(what: str, speeds: dict[str, float], raw: float) -> None:
+    for name, speed in speeds.items():
+        print(f"| {what} | {name} | {speed:.0f} | {speed / raw:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,7 @@ def main() -> None:
     print("| stage | layout | predicted MB | measured MB | of end to end | s |\n| --- | --- | --- | --- | --- | --- |")
     for plan in natural_stages(config, data):
         placement = lay_out(config, plan, device).placement
-        predicted = training_peak(config, plan, device, placement).bytes
+        predicted = training_peak(config, plan, placement).bytes
         make = partial(our_stage, config, plan, device, placement)
         peak = peak_of(make, device)
         (seconds,) = seconds_in_turn([metered_step(make, device)], device, rounds=1)

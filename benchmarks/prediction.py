@@ -14,7 +14,7 @@ from torchvision.models import VisionTransformer, resnet50
 
 from layerwise.config import Config
 from layerwise.data.source import DataSet
-from layerwise.memory.device import reserved_bytes
+from layerwise.memory.device import context_bytes, workspace_bytes
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 from layerwise.training.cutting import plan_run
@@ -66,10 +66,10 @@ def main() -> None:
 
 def _cases(name: str, config: Config, plan: StagePlan, device: torch.device) -> Iterator[float]:
     cheapest = fitting_layout(config, plan, device).placement
-    full = training_peak(config, plan, device, cheapest).bytes
+    full = training_peak(config, plan, cheapest).bytes
     seen = set()
     for part in BUDGETS:
-        budget = int(part * full) + reserved_bytes(device)
+        budget = int(part * full) + context_bytes(device) + workspace_bytes(device)
         memory = config.memory.model_copy(update={"gpu_mem": budget})
         limited = config.model_copy(update={"memory": memory})
         started = time.perf_counter()
@@ -78,7 +78,7 @@ def _cases(name: str, config: Config, plan: StagePlan, device: torch.device) -> 
         if layout is None or layout.placement in seen:
             continue
         seen.add(layout.placement)
-        predicted = training_peak(limited, plan, device, layout.placement).bytes
+        predicted = training_peak(limited, plan, layout.placement).bytes
         measured = peak_of(partial(our_stage, limited, plan, device, layout.placement), device, steps=3)
         yield predicted / measured
         sizes = f"{budget / 1e6:.1f} | {layout.placement} | {predicted / 1e6:.2f} | {measured / 1e6:.2f}"

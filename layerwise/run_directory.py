@@ -102,7 +102,7 @@ class StageRecord:
     allocator_bytes: int | None = None
     """On CUDA: most that the allocator has held for the stage, in use or in reserve."""
     driver_bytes: int | None = None
-    """On CUDA: what the driver reports for the process at the end of the stage, the context included."""
+    """On CUDA: what the driver reported for the process, the context included, after training or after caching."""
     micro_batch: int | None = None
     input: str | None = None
     """Where its samples come from: data, cache, or recompute where the stage below is not cached."""

@@ -10,7 +10,7 @@ from layerwise.data.batches import READ_AHEAD
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.forecast import Forecast, StageForecast
-from layerwise.memory.device import find_device, reserved_bytes
+from layerwise.memory.device import context_bytes, find_device
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
 from layerwise.run_directory import RunPaths
@@ -49,7 +49,7 @@ def plan(config: Config, *, network: Network | None = None) -> Forecast:
         smallest_budget_bytes=max(
             smallest_budget(config, stage, device, below(plans, stage.stage, storage)) for stage in plans
         ),
-        peak_bytes=max(max(s.train_peak_bytes, s.cache_peak_bytes) for s in stages) + reserved_bytes(device),
+        peak_bytes=max(max(s.train_peak_bytes, s.cache_peak_bytes) for s in stages) + context_bytes(device),
         cache_bytes=sum(stage.cache_bytes for stage in stages if stage.cached),
         disk_bytes=disk_peak(config, plans, storage, data.views),
         disk_budget_bytes=config.cache.disk,
@@ -65,14 +65,14 @@ def _forecast(
 ) -> StageForecast:
     recomputed = below(plans, stage.stage, storage)
     fitting = fitting_layout(config, stage, device, recomputed)
-    layout = fitting or smallest_layout(config, stage, device, recomputed)
+    layout = fitting or smallest_layout(config, stage, recomputed)
     training, caching = peaks(config, stage, device, recomputed, layout)
     return StageForecast(
         stage=stage.stage,
         layers=len(stage.layers),
         parameters=stage.parameters,
         train_peak_bytes=training,
-        train_peak_by_kind=dict(training_peak(config, stage, device, layout.placement).by_kind),
+        train_peak_by_kind=dict(training_peak(config, stage, layout.placement).by_kind),
         cache_peak_bytes=caching,
         micro_batch=layout.placement.micro_batch,
         layout=str(layout.placement),

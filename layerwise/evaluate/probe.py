@@ -23,7 +23,7 @@ from layerwise.evaluate.linear import probe_error
 from layerwise.evaluate.passed import passed_features
 from layerwise.files import write_atomically
 from layerwise.memory.allocator import meter_for
-from layerwise.memory.device import cap, find_device, release
+from layerwise.memory.device import cap, find_device, release, why_out_of_memory
 from layerwise.memory.meter import uncounted
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.module import Module
@@ -163,8 +163,8 @@ def _pass_under_budget(
             with meter:
                 features = passed_features(modules, data, samples, piece, per_frame, device, stop)
             return features, meter.peak
-        except (BudgetError, torch.OutOfMemoryError) as error:
-            reason = str(error)
+        except (BudgetError, RuntimeError) as error:
+            reason = why_out_of_memory(error)
         if piece <= SHORTEST_PIECE * data.columns:
             raise BudgetError(f"--gpu-mem {budget} cannot hold the probe: {reason}")
         piece //= 2

@@ -8,11 +8,21 @@ from functools import cache
 import torch
 from torch import nn
 
-from layerwise.errors import ConfigError
+from layerwise.errors import BudgetError, ConfigError
 from layerwise.memory.meter import uncounted
 
 CUDA_WORKSPACE = 2 * 32 * 2**20
 """Bytes; what torch gives cuBLAS at most by default (on Hopper; 8 MiB elsewhere), forward and in autograd's own thread."""
+
+
+FULL = (
+    "out of memory",  # CUDA itself, where it loads kernels
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "unable to find an engine to execute this computation",  # cuDNN, where no workspace is to be had
+)
+"""Words that mean a full device."""
 
 
 def find_device(name: str) -> torch.device:
@@ -62,9 +72,9 @@ def _load_kernels(device: torch.device) -> None:
     release(device)
 
 
-def reserved_bytes(device: torch.device) -> int:
-    """What of the budget is not there for tensors: the context, and room for the workspaces of CUDA's matrix products."""
-    return context_bytes(device) + (CUDA_WORKSPACE if device.type == "cuda" else 0)
+def workspace_bytes(device: torch.device) -> int:
+    """What CUDA's matrix products take of the allocator beside the tensors of a step; 0 on a CPU."""
+    return CUDA_WORKSPACE if device.type == "cuda" else 0
 
 
 def process_bytes(device: torch.device) -> int:
@@ -94,6 +104,17 @@ def _driver_figure(device: torch.device) -> int | None:
         return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
     except pynvml.NVMLError:
         return None
+
+
+def why_out_of_memory(error: BudgetError | RuntimeError) -> str:
+    """What an error says, where it means that the device is full; any other error is raised again.
+
+    Beside torch.OutOfMemoryError, libraries under torch and the driver have words of their own for it.
+    """
+    message = str(error)
+    if isinstance(error, BudgetError | torch.OutOfMemoryError) or any(words in message for words in FULL):
+        return message
+    raise error
 
 
 def release(device: torch.device) -> None:

@@ -11,9 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layerwise.memory.meter import Meter
 
+DEVICE = torch.device("cpu")
+"""Where rehearsals take place, whatever the device of the run: on fake CUDA tensors torch calls cuDNN's recurrent kernels
+for real. A GPU's own workspaces come on top (`memory.device.workspace_bytes`)."""
 
-def rehearse(work: Callable[[Meter], None], device: torch.device) -> Meter:
-    """The meter after `work`, which builds all its tensors itself, on `device`."""
-    with FakeTensorMode(), Meter(device) as meter:
+
+def rehearse(work: Callable[[Meter], None]) -> Meter:
+    """The meter after `work`, which builds all its tensors itself, on DEVICE."""
+    with FakeTensorMode(allow_fallback_kernels=False), Meter(DEVICE) as meter:
         work(meter)
     return meter

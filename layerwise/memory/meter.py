@@ -82,9 +82,9 @@ class Meter(TorchDispatchMode):
     def looks(self, name: str, *sizes: int) -> bool:
         """Whether to meter the next of many like steps, whose memory depends on `sizes` alone; see `metered`.
 
-        Yes where a size is larger than in any metered step of this name, for the first two, and now and then.
+        Yes unless a metered step of this name was at least as large in every size; for the first two, and now and then.
         """
-        return self._steps.setdefault(name, _Steps(len(sizes))).look(sizes)
+        return self._steps.setdefault(name, _Steps()).look(sizes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -129,14 +129,18 @@ class Meter(TorchDispatchMode):
 class _Steps:
     """Which of many like steps are looked at."""
 
-    def __init__(self, sizes: int) -> None:
+    def __init__(self) -> None:
         self._count = 0
-        self._largest = (-1,) * sizes
+        self._seen: set[tuple[int, ...]] = set()
+        """Sizes that were looked at, without those that another one covers."""
 
     def look(self, sizes: tuple[int, ...]) -> bool:
         self._count += 1
-        larger = any(size > largest for size, largest in zip(sizes, self._largest, strict=True))
-        look = larger or self._count <= 2 or self._count % LOOK_EVERY == 0
-        if look:
-            self._largest = tuple(map(max, sizes, self._largest))
-        return look
+        covered = any(_covers(seen, sizes) for seen in self._seen)
+        if not covered:
+            self._seen = {seen for seen in self._seen if not _covers(sizes, seen)} | {sizes}
+        return not covered or self._count <= 2 or self._count % LOOK_EVERY == 0
+
+
+def _covers(larger: tuple[int, ...], smaller: tuple[int, ...]) -> bool:
+    return all(a >= b for a, b in zip(larger, smaller, strict=True))

@@ -16,6 +16,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from layerwise.memory.meter import uncounted
+
 
 class Scored(Protocol):
     """What an objective gives: two scalars."""
@@ -57,6 +59,22 @@ class Pending:
     """Of the representations at the part's rows."""
     encoded: tuple[torch.Tensor, ...] | None
     """The representations with their graph, where the whole batch was encoded at once."""
+    on_host: bool = False
+    """Whether the gradients wait in host memory."""
+
+    def move_to_host(self) -> None:
+        """Leaves room on the device; each slice takes its part of the gradients back."""
+        with uncounted():
+            self.gradients = [gradient.to("cpu", copy=True) for gradient in self.gradients]
+        self.on_host = True
+
+    def gradients_at(self, rows: slice, device: torch.device) -> list[torch.Tensor]:
+        """Of some of the part's rows, on the device."""
+        if not self.on_host:
+            return [gradient[rows] for gradient in self.gradients]
+        with uncounted():
+            parts = [gradient[rows] for gradient in self.gradients]
+        return [part.to(device, copy=True) for part in parts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +124,7 @@ def run_back(pending: Pending, batch: Batch, micro_batch: int) -> None:
         here = _rows_of(rows, samples, batch.frames)
         if here.start < here.stop:
             encoded = batch.encode(samples, rows[here] - samples.start * batch.frames)
-            _backward(encoded, [gradient[here] for gradient in pending.gradients])
+            _backward(encoded, pending.gradients_at(here, encoded[0].device))
             del encoded
 
 

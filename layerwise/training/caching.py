@@ -91,10 +91,12 @@ def _stored_outputs(
     pieces = feed.pieces(groups, away)
     for group in groups:
         states = None
-        kind = "streamed" if group.streamed else "side by side"
-        look = meter.looks(f"caching {kind}", (group.stop - group.first) * group.longest)
+        look = group.streamed and meter.looks("caching streamed", group.longest)
         for start in group.starts:
             batch = next(pieces)
+            if not group.streamed:
+                padded = bool((batch.lengths < batch.frames.shape[1]).any())
+                look = meter.looks("caching side by side", batch.lengths.size * batch.frames.shape[1], padded)
             with metered(look), autocast(device, precision):
                 frames = on_device(batch.frames, device)
                 if group.streamed:

@@ -13,7 +13,7 @@ import torch
 from layerwise.config import Config
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError
-from layerwise.memory.estimate import rehearse
+from layerwise.memory.estimate import DEVICE, rehearse
 from layerwise.memory.meter import Meter
 from layerwise.memory.partition import partition
 from layerwise.memory.placement import Placement
@@ -84,7 +84,7 @@ def plan_run(
             f"--stages {stages}: this network can be cut into at most {most} stages; give a number from 1 to {most} "
             f"(its natural number is {len(natural)}). {network.why_no_finer()}".rstrip()
         )
-    costs = layer_costs(config, data, network, device)
+    costs = layer_costs(config, data, network)
     if stages is not None:
         return _best(config, data, network, costs, stages)
     for count in range(1, len(network.layers) + 1):
@@ -96,10 +96,10 @@ def plan_run(
     return plans
 
 
-def layer_costs(config: Config, data: DataSet, network: Network, device: torch.device) -> list[LayerCost]:
+def layer_costs(config: Config, data: DataSet, network: Network) -> list[LayerCost]:
     """What each layer takes at full windows."""
     finest = plan_stages(config, data, network, ranges([1] * len(network.layers)))
-    return [_layer_cost(config, plan, device) for plan in finest]
+    return [_layer_cost(config, plan) for plan in finest]
 
 
 def _best(config: Config, data: DataSet, network: Network, costs: list[LayerCost], stages: int) -> list[StagePlan]:
@@ -112,15 +112,15 @@ def _is_held(config: Config, plan: StagePlan, device: torch.device) -> bool:
     return layout is not None and layout.placement.passes == 1 and not layout.placement.optimizer_on_host
 
 
-def _layer_cost(config: Config, plan: StagePlan, device: torch.device) -> LayerCost:
+def _layer_cost(config: Config, plan: StagePlan) -> LayerCost:
     size, frames = config.training.batch_size, plan.window.frames
-    static, inputs, kept, transient = _alone(config, plan, device, below=plan.stage > 1)
-    first = _alone(config, plan, device, below=False)[3] if plan.stage > 1 else transient
+    static, inputs, kept, transient = _alone(config, plan, below=plan.stage > 1)
+    first = _alone(config, plan, below=False)[3] if plan.stage > 1 else transient
     lengths = np.full(size, int(plan.build_module(0, torch.device("meta")).out_length(frames)))
     objective = plan.build_objective(config, torch.device("meta"))
     draw = objective.draw(lengths, int(lengths[0]), plan.window.columns, np.random.default_rng(0))[0]
     predictors = 3 * 4 * sum(value.numel() for value in objective.parameters())
-    whole = training_peak(config, plan, device, Placement(size, size)).bytes
+    whole = training_peak(config, plan, Placement(size, size)).bytes
     return LayerCost(
         static=4 * static,
         objective=predictors,
@@ -133,7 +133,7 @@ def _layer_cost(config: Config, plan: StagePlan, device: torch.device) -> LayerC
     )
 
 
-def _alone(config: Config, plan: StagePlan, device: torch.device, below: bool) -> tuple[int, int, int, int]:
+def _alone(config: Config, plan: StagePlan, below: bool) -> tuple[int, int, int, int]:
     """Bytes of a layer's parameters, of its inputs, of what it keeps, and of its highest point above its inputs.
 
     below: whether there is a layer below it in its stage, which needs the gradient of the inputs.
@@ -142,9 +142,9 @@ def _alone(config: Config, plan: StagePlan, device: torch.device, below: bool) -
     found: list[int] = []
 
     def forward_and_backward(meter: Meter) -> None:
-        module = plan.build_module(config.training.seed, device)
+        module = plan.build_module(config.training.seed, DEVICE)
         static = meter.live
-        x = torch.zeros(size, frames, *plan.frame_shape, device=device, requires_grad=below)
+        x = torch.zeros(size, frames, *plan.frame_shape, device=DEVICE, requires_grad=below)
         before = meter.live
         meter.reset_peak()
         _, outputs = module(x, np.full(size, frames))
@@ -152,6 +152,6 @@ def _alone(config: Config, plan: StagePlan, device: torch.device, below: bool) -
         outputs.backward(torch.zeros_like(outputs))
         found.extend((static, before - static, kept, meter.peak - before))
 
-    rehearse(forward_and_backward, device)
+    rehearse(forward_and_backward)
     static, inputs, kept, highest = found
     return static, inputs, kept, highest

@@ -18,7 +18,7 @@ from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
 from layerwise.memory import microbatch
 from layerwise.memory.allocator import AnyMeter
-from layerwise.memory.device import autocast, on_device, release
+from layerwise.memory.device import autocast, on_device, release, why_out_of_memory
 from layerwise.memory.meter import metered
 from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.parking import parked, repack
@@ -124,12 +124,16 @@ class LoadedStage:
             try:
                 microbatch.run_back(pending, encoded, self.placement.micro_batch)
                 return
-            except (BudgetError, torch.OutOfMemoryError) as error:
-                reason = str(error)
+            except (BudgetError, RuntimeError) as error:
+                reason = why_out_of_memory(error)
             self.module.zero_grad()
-            if self.placement.micro_batch == 1:
+            if self.placement.micro_batch > 1:
+                self._shrink(reason)
+            elif not pending.on_host:
+                pending.move_to_host()
+                release(self.device)
+            else:
                 raise NoSmallerSlices(reason)
-            self._shrink(reason)
 
     def _repeat_in_smaller_slices(
         self,
@@ -144,8 +148,8 @@ class LoadedStage:
                 return work(encoded, draws)
             except NoSmallerSlices:
                 raise
-            except (BudgetError, torch.OutOfMemoryError) as error:
-                reason = str(error)
+            except (BudgetError, RuntimeError) as error:
+                reason = why_out_of_memory(error)
             # Outside of the handler: while the error is known, so are the tensors of the attempt.
             self._forget_gradients()
             self._shrink(reason)

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,12 +13,13 @@ from layerwise.data.batches import Window
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, DataError
 from layerwise.nets import Network, rows_needed
+from layerwise.nets.first_weights import with_first_weights
 from layerwise.nets.module import Geometry, Module
 from layerwise.nets.speech import shortest_input
 from layerwise.objectives import Objective, build_objective
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class StagePlan:
     """One stage, described and not yet built. Equal to itself alone: what is predicted of it can be remembered."""
 
@@ -49,9 +51,8 @@ class StagePlan:
 
     def build_objective(self, config: Config, device: torch.device) -> Objective:
         """The objective with its first weights, on the device."""
-        with torch.random.fork_rng(devices=[]), torch.device(device):
-            torch.manual_seed(_objective_seed(config.training.seed, self.stage))
-            return build_objective(config.objective, self.target_channels, self.context_channels)
+        build = partial(build_objective, config.objective, self.target_channels, self.context_channels)
+        return with_first_weights(build, _objective_seed(config.training.seed, self.stage), device)
 
 
 def plan_stages(config: Config, data: DataSet, network: Network, cut: Sequence[range]) -> list[StagePlan]:

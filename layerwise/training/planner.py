@@ -7,7 +7,6 @@ Of many like slices only the first are rehearsed: the others need the same room.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,8 +15,8 @@ from torch import nn
 from layerwise.config import Config, TrainingOptions
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
-from layerwise.memory.device import autocast, on_device, reserved_bytes
-from layerwise.memory.estimate import rehearse
+from layerwise.memory.device import autocast, context_bytes, on_device, workspace_bytes
+from layerwise.memory.estimate import DEVICE, rehearse
 from layerwise.memory.meter import Kind, Meter
 from layerwise.memory.placement import Placement, cheapest, families
 from layerwise.nets.mixing import draws_at_random, mixes_samples
@@ -27,6 +26,7 @@ from layerwise.training.caching import longest_piece, shortest_piece
 from layerwise.training.loaded import LoadedStage, Randomness
 from layerwise.training.optimizer import Stepping
 from layerwise.training.plan import StagePlan
+from layerwise.training.remembered import remembered
 
 REHEARSED_SLICES = 2
 """The first makes the gradients; the second adds to them, like all that follow."""
@@ -73,22 +73,22 @@ def fitting_layout(config: Config, plan: StagePlan, device: torch.device, below:
     windows = config.training.batch_size if below else 0
     if config.memory.gpu_mem is None:
         return StageLayout(first, longest, windows, "")
-    room = config.memory.gpu_mem - reserved_bytes(device)
+    room = config.memory.gpu_mem - context_bytes(device) - workspace_bytes(device)
     placement = cheapest(
         iter(every_layout(config, plan)),
-        lambda placement: training_peak(config, plan, device, placement).bytes <= room,
+        lambda placement: training_peak(config, plan, placement).bytes <= room,
     )
-    piece = _longest_that_fits(longest, shortest, lambda n: _piece_peak(config, plan, device, below, n) <= room)
+    piece = _longest_that_fits(longest, shortest, lambda n: _piece_peak(config, plan, below, n) <= room)
     windows = _longest_that_fits(
-        windows, min(windows, 1), lambda n: recomputing_peak(config, below, device, n, plan.window.frames) <= room
+        windows, min(windows, 1), lambda n: recomputing_peak(config, below, n, plan.window.frames) <= room
     )
     if placement is None or piece is None or windows is None:
         return None
-    why = "" if placement == first else _why(config, plan, device, placement, first)
+    why = "" if placement == first else _why(config, plan, placement, first)
     return StageLayout(placement, piece, windows, why)
 
 
-def smallest_layout(config: Config, plan: StagePlan, device: torch.device, below: Below = ()) -> StageLayout:
+def smallest_layout(config: Config, plan: StagePlan, below: Below = ()) -> StageLayout:
     """The layout that takes the least memory: with the smallest micro-batches, and of these the one that rehearses so.
 
     More passes and more recomputing do not always take less, so all kinds of them are tried; among the numbers of passes
@@ -96,7 +96,7 @@ def smallest_layout(config: Config, plan: StagePlan, device: torch.device, below
     """
     smallest = [family[-1] for family in every_layout(config, plan)]
     ends = [layout for layout in smallest if layout.passes in (smallest[0].passes, smallest[-1].passes)]
-    least = min(ends, key=lambda placement: training_peak(config, plan, device, placement).bytes)
+    least = min(ends, key=lambda placement: training_peak(config, plan, placement).bytes)
     return StageLayout(least, shortest_piece(plan, config), min(len(below), 1), "nothing smaller is left")
 
 
@@ -118,15 +118,16 @@ def every_layout(config: Config, plan: StagePlan) -> list[list[Placement]]:
 
 def smallest_budget(config: Config, plan: StagePlan, device: torch.device, below: Below = ()) -> int:
     """Bytes below which the stage cannot be trained or cached in any layout that the options allow."""
-    layout = smallest_layout(config, plan, device, below)
-    return max(peaks(config, plan, device, below, layout)) + reserved_bytes(device)
+    layout = smallest_layout(config, plan, below)
+    return max(peaks(config, plan, device, below, layout)) + context_bytes(device)
 
 
 def peaks(config: Config, plan: StagePlan, device: torch.device, below: Below, layout: StageLayout) -> tuple[int, int]:
-    """Predicted bytes of the training and of the caching pass, the recomputing of their input included."""
-    training = training_peak(config, plan, device, layout.placement).bytes
-    recomputing = recomputing_peak(config, below, device, layout.windows, plan.window.frames)
-    return max(training, recomputing), _piece_peak(config, plan, device, below, layout.piece)
+    """Predicted bytes of the training and of the caching pass, the recomputing of their input and workspaces included."""
+    training = training_peak(config, plan, layout.placement).bytes
+    recomputing = recomputing_peak(config, below, layout.windows, plan.window.frames)
+    workspace = workspace_bytes(device)
+    return max(training, recomputing) + workspace, _piece_peak(config, plan, below, layout.piece) + workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +138,15 @@ class Peak:
     by_kind: dict[Kind, int]
 
 
-@lru_cache(maxsize=1024)
-def training_peak(config: Config, plan: StagePlan, device: torch.device, placement: Placement) -> Peak:
+@remembered
+def training_peak(config: Config, plan: StagePlan, placement: Placement) -> Peak:
     """Predicted peak of the training pass of a stage, at full windows."""
     size, window = config.training.batch_size, plan.window.frames
 
     def step(meter: Meter) -> None:
-        rehearsal = _Rehearsal(plan, config, device, placement, meter)
+        rehearsal = _Rehearsal(plan, config, DEVICE, placement, meter)
         # As in training, loss and accuracy of a step live until those of the next one take their place.
-        before = torch.zeros((), device=device), torch.zeros((), device=device)
+        before = torch.zeros((), device=DEVICE), torch.zeros((), device=DEVICE)
         stored = torch.float32 if plan.stage == 1 else getattr(torch, config.cache.dtype)
         frames = torch.zeros(size, window, *plan.frame_shape, dtype=stored, device="meta")
         lengths = np.full(size, window)
@@ -154,7 +155,7 @@ def training_peak(config: Config, plan: StagePlan, device: torch.device, placeme
         rehearsal.train(Batch(frames, lengths), Randomness(lambda: np.random.default_rng(0)))
         del before
 
-    meter = rehearse(step, device)
+    meter = rehearse(step)
     return Peak(meter.peak, meter.peak_by_kind)
 
 
@@ -218,38 +219,39 @@ def _spread_out(most: int, in_slice: int, samples: int, frames: int, micro_batch
     return np.concatenate([first[first < samples * frames], others])
 
 
-@lru_cache(maxsize=1024)
-def caching_peak(config: Config, plan: StagePlan, device: torch.device, piece: int) -> int:
+@remembered
+def caching_peak(config: Config, plan: StagePlan, piece: int) -> int:
     """Predicted bytes of the caching pass of a stage: of a long sample that is streamed, or of short ones with padding."""
     module = plan.build_module(config.training.seed, torch.device("meta"))
     *below, last = module.layers.values()
     if not last.recurrent or module.out_length(piece) <= 2 * REHEARSED_STEPS:
-        return _rehearsed_caching(config, plan, device, piece, len(module.layers))
+        return _rehearsed_caching(config, plan, piece, len(module.layers))
     # A recurrent layer takes its time for every frame, fake ones too, and the same room: two short pieces give the line
     # that a long one lies on, and the layers below it are rehearsed at full length.
     short = -(-REHEARSED_STEPS * piece // int(module.out_length(piece)))
-    first, second = (_rehearsed_caching(config, plan, device, n * short, len(module.layers)) for n in (1, 2))
+    first, second = (_rehearsed_caching(config, plan, n * short, len(module.layers)) for n in (1, 2))
     whole = first + math.ceil((second - first) * (piece - short) / short)
-    return max(whole, _rehearsed_caching(config, plan, device, piece, len(below)) if below else 0)
+    return max(whole, _rehearsed_caching(config, plan, piece, len(below)) if below else 0)
 
 
-def _rehearsed_caching(config: Config, plan: StagePlan, device: torch.device, piece: int, layers: int) -> int:
+def _rehearsed_caching(config: Config, plan: StagePlan, piece: int, layers: int) -> int:
     """Of the first layers of a stage."""
     cached = getattr(torch, config.cache.dtype)
     stored = torch.float32 if plan.stage == 1 else cached
 
     def read(samples: int, frames: int) -> torch.Tensor:
-        return on_device(torch.zeros(samples, frames, *plan.frame_shape, dtype=stored, device="meta"), device)
+        return on_device(torch.zeros(samples, frames, *plan.frame_shape, dtype=stored, device="meta"), DEVICE)
 
     def build() -> Module:
-        module = plan.build_module(config.training.seed, device).eval()
+        module = plan.build_module(config.training.seed, DEVICE).eval()
         return Module(dict(list(module.layers.items())[:layers]))
 
     def stream(_: Meter) -> None:
         module, states = build(), None
-        with torch.no_grad(), autocast(device, config.training.precision):
-            # How much input a layer carries over depends on where a piece ends within its stride: every place once.
-            pieces = 2 + max(layer.stride for layer in module.layers.values())
+        with torch.no_grad(), autocast(DEVICE, config.training.precision):
+            # How much input a layer carries over depends on where a piece ends within its stride, and those of the layers
+            # below: every place once.
+            pieces = 2 + math.prod(layer.stride for layer in module.layers.values())
             for last in [False] * pieces + [True]:
                 frames = read(1, piece)
                 outputs, states = module.push(frames, states, last)
@@ -262,21 +264,20 @@ def _rehearsed_caching(config: Config, plan: StagePlan, device: torch.device, pi
         lengths = np.array([piece - piece // 2, max(piece // 2 - 1, 0)])
         if module.out_length(lengths[0]) < 1:
             return  # no two samples are that short
-        with torch.no_grad(), autocast(device, config.training.precision):
+        with torch.no_grad(), autocast(DEVICE, config.training.precision):
             outputs = module(read(2, int(lengths[0])), lengths)[1]
             outputs.to(cached).isfinite().all()
 
-    return max(rehearse(stream, device).peak, rehearse(pad, device).peak)
+    return max(rehearse(stream).peak, rehearse(pad).peak)
 
 
-def _piece_peak(config: Config, plan: StagePlan, device: torch.device, below: Below, piece: int) -> int:
+def _piece_peak(config: Config, plan: StagePlan, below: Below, piece: int) -> int:
     """Of one piece of the caching pass, its recomputing included: one long window, or short ones side by side."""
-    recomputing = (recomputing_peak(config, below, device, n, -(-piece // n)) for n in (1, config.training.batch_size))
-    return max(caching_peak(config, plan, device, piece), *recomputing)
+    recomputing = (recomputing_peak(config, below, n, -(-piece // n)) for n in (1, config.training.batch_size))
+    return max(caching_peak(config, plan, piece), *recomputing)
 
 
-@lru_cache(maxsize=1024)
-def recomputing_peak(config: Config, below: Below, device: torch.device, windows: int, frames: int) -> int:
+def recomputing_peak(config: Config, below: Below, windows: int, frames: int) -> int:
     """Predicted bytes of passing windows up through the stages below, each alone on the device; 0 where there are none.
 
     windows: on the device at once; frames: of the outcome.
@@ -285,25 +286,26 @@ def recomputing_peak(config: Config, below: Below, device: torch.device, windows
     firsts, stops = 0, frames
     for plan in reversed(below):
         firsts, stops = plan.build_module(0, torch.device("meta")).inputs_of(firsts, stops)
-        peak = max(peak, _passing_peak(config, plan, device, windows, stops - firsts))
+        peak = max(peak, _passing_peak(config, plan, windows, stops - firsts))
     return peak
 
 
-def _passing_peak(config: Config, plan: StagePlan, device: torch.device, windows: int, frames: int) -> int:
+@remembered
+def _passing_peak(config: Config, plan: StagePlan, windows: int, frames: int) -> int:
     """Of windows of `frames` input frames through one stage, at the beginning of their samples, where they are masked."""
     rounded = torch.float32 if config.cache.dtype == "int8" else getattr(torch, config.cache.dtype)
     stored = torch.float32 if plan.stage == 1 else rounded
 
     def work(_: Meter) -> None:
-        module = plan.build_module(config.training.seed, device).eval()
+        module = plan.build_module(config.training.seed, DEVICE).eval()
         firsts, lengths = np.full(windows, -module.inputs_of(0, 1)[1]), np.full(windows, 2 * frames)
-        with torch.no_grad(), autocast(device, config.training.precision):
-            x = on_device(torch.zeros(windows, frames, *plan.frame_shape, dtype=stored, device="meta"), device)
+        with torch.no_grad(), autocast(DEVICE, config.training.precision):
+            x = on_device(torch.zeros(windows, frames, *plan.frame_shape, dtype=stored, device="meta"), DEVICE)
             outputs, _, _ = module.window(x, firsts, lengths)
             del x
             outputs.to(rounded)
 
-    return rehearse(work, device).peak
+    return rehearse(work).peak
 
 
 def _longest_that_fits(longest: int, shortest: int, fits: Callable[[int], bool]) -> int | None:
@@ -316,9 +318,9 @@ def _longest_that_fits(longest: int, shortest: int, fits: Callable[[int], bool])
     return piece
 
 
-def _why(config: Config, plan: StagePlan, device: torch.device, chosen: Placement, cheapest_one: Placement) -> str:
+def _why(config: Config, plan: StagePlan, chosen: Placement, cheapest_one: Placement) -> str:
     module = plan.build_module(0, torch.device("meta"))
-    needed = training_peak(config, plan, device, cheapest_one).bytes
+    needed = training_peak(config, plan, cheapest_one).bytes
     why = f"the cheapest way ({cheapest_one}) would take {needed / 1e6:.1f} MB"
     if mixing := mixes_samples(module):
         why += f"; {mixing} ties the samples together, so the batch cannot be sliced"
@@ -329,7 +331,7 @@ def _why(config: Config, plan: StagePlan, device: torch.device, chosen: Placemen
 
 def _too_small(config: Config, plan: StagePlan, device: torch.device, below: Below) -> BudgetError:
     budget, needed = config.memory.gpu_mem, smallest_budget(config, plan, device, below)
-    last = smallest_layout(config, plan, device, below).placement
+    last = smallest_layout(config, plan, below).placement
     mixing = mixes_samples(plan.build_module(0, torch.device("meta")))
     why = f" ({mixing} ties the samples of a batch together, so it cannot be sliced)" if mixing else ""
     finer = ", or cut into more --stages" if len(plan.layers) > 1 else ""

@@ -19,7 +19,7 @@ from layerwise.data.batches import Batch, Epoch, read_ahead
 from layerwise.data.groups import Group
 from layerwise.data.source import FrameSource
 from layerwise.errors import BudgetError
-from layerwise.memory.device import autocast, on_device, release
+from layerwise.memory.device import autocast, on_device, release, why_out_of_memory
 from layerwise.memory.meter import uncounted
 from layerwise.nets.copying import copied
 from layerwise.nets.module import Module
@@ -125,8 +125,8 @@ class RecomputedFeed:
             try:
                 module = copied(on_host, self._device)
                 return [self._pass(module, windows) for windows in block]
-            except (BudgetError, torch.OutOfMemoryError) as error:
-                reason = str(error)
+            except (BudgetError, RuntimeError) as error:
+                reason = why_out_of_memory(error)
             del module
             release(self._device)
             if self._samples == 1:

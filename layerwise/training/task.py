@@ -20,7 +20,7 @@ from layerwise.errors import BudgetError, RunError
 from layerwise.events import EpochDone, Event, Notify, StageDone
 from layerwise.files import write_atomically
 from layerwise.memory.allocator import AnyMeter, meter_for
-from layerwise.memory.device import cap, process_bytes, release
+from layerwise.memory.device import cap, process_bytes, release, why_out_of_memory
 from layerwise.memory.meter import uncounted
 from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.stop import StopFlag
@@ -71,25 +71,18 @@ def perform(task: Task, run: Run) -> None:
     cap(run.device, run.state.budget_bytes)  # anew: what the driver itself takes grows as kernels are loaded
     before = _allocated(run.device)
     meter = meter_for(run.device, run.state.budget_bytes)
+    reason = None
     try:
         with meter:
-            feed = _feed(task.stage, source, run)
-            _train(plan, feed, run, record, meter)
-            release(run.device)  # some modules, fx's among them, are cycles that only the collector frees
-            meter.reset_peak()
-            if run.storage.cached[task.stage - 1]:
-                _delete_caches(run, keep={run.storage.source(task.stage), task.stage})
-                _cache(plan, feed, run, record, meter)
-            del feed
-    except (BudgetError, torch.OutOfMemoryError) as error:
-        what = "cache its outputs" if record.status == "caching" else "train"
-        raise BudgetError(f"Stage {task.stage} does not fit into the device budget to {what}. {error}") from None
+            _train_and_cache(plan, source, run, record, meter)
+    except (BudgetError, RuntimeError) as error:
+        reason = why_out_of_memory(error)
     finally:
         if isinstance(source, ActivationCache):
             source.close()
-    if run.device.type == "cuda":
-        record.allocator_bytes = torch.cuda.max_memory_reserved(run.device)
-        record.driver_bytes = process_bytes(run.device)
+    if reason is not None:  # raised out here: while the first error is known, so are the tensors of the attempt
+        what = "cache its outputs" if record.status == "caching" else "train"
+        raise BudgetError(f"Stage {task.stage} does not fit into the device budget to {what}. {reason}")
     left = _device_bytes_left(meter, run.device, before)
     _finish(run, record)
     _delete_caches(run, run.storage.kept(task.stage, run.config.cache.keep))
@@ -106,6 +99,25 @@ def perform(task: Task, run: Run) -> None:
             seconds=record.seconds,
         )
     )
+
+
+def _train_and_cache(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, meter: AnyMeter) -> None:
+    feed = _feed(plan.stage, source, run)
+    _train(plan, feed, run, record, meter)
+    release(run.device)  # some modules, fx's among them, are cycles that only the collector frees
+    _record_driver(run.device, record)
+    meter.reset_peak()
+    if run.storage.cached[plan.stage - 1]:
+        _delete_caches(run, keep={run.storage.source(plan.stage), plan.stage})
+        _cache(plan, feed, run, record, meter)
+        _record_driver(run.device, record)
+
+
+def _record_driver(device: torch.device, record: StageRecord) -> None:
+    """On CUDA, what the allocator and the driver themselves report, beside the meter."""
+    if device.type == "cuda":
+        record.allocator_bytes = max(torch.cuda.max_memory_reserved(device), record.allocator_bytes or 0)
+        record.driver_bytes = max(process_bytes(device), record.driver_bytes or 0)
 
 
 def _open_source(stage: int, run: Run) -> FrameSource:
@@ -223,8 +235,8 @@ def _in_pieces_that_fit(write: Callable[[int], None], piece: int, shortest: int,
         try:
             write(piece)
             return
-        except (BudgetError, torch.OutOfMemoryError) as error:
-            reason = str(error)
+        except (BudgetError, RuntimeError) as error:
+            reason = why_out_of_memory(error)
         if piece == shortest:
             raise BudgetError(reason)
         piece = max(piece // 2, shortest)

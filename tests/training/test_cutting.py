@@ -134,7 +134,7 @@ def test_no_cut_has_a_smaller_largest_estimate(
     case: Callable[..., Case], recipe: str, changes: dict[str, object]
 ) -> None:
     made = case(recipe, **changes)
-    costs = layer_costs(made.config, made.data, made.network, CPU)
+    costs = layer_costs(made.config, made.data, made.network)
 
     def largest(cut: list[range]) -> int:
         return max(stage_cost(costs[layers.start : layers.stop]) for layers in cut)
@@ -170,7 +170,7 @@ def test_the_largest_predicted_peak_of_a_cut_is_within_5_percent_of_the_smallest
 def cheapest_peak(made: Case, layers: range) -> int:
     """Predicted bytes of a stage of these layers, laid out in the cheapest way."""
     plan = made.stage(layers)
-    return training_peak(made.config, plan, CPU, every_layout(made.config, plan)[0][0]).bytes
+    return training_peak(made.config, plan, every_layout(made.config, plan)[0][0]).bytes
 
 
 ESTIMATED = {
@@ -186,7 +186,7 @@ def test_the_estimate_of_a_single_layer_is_within_25_percent_of_its_predicted_pe
 ) -> None:
     recipe, changes = ESTIMATED[name]
     made = case(recipe, **changes)
-    costs = layer_costs(made.config, made.data, made.network, CPU)
+    costs = layer_costs(made.config, made.data, made.network)
     ratios = [stage_cost([cost]) / cheapest_peak(made, range(i, i + 1)) for i, cost in enumerate(costs)]
     assert all(0.75 <= ratio <= 1.25 for ratio in ratios), [round(ratio, 2) for ratio in ratios]
 
@@ -219,7 +219,7 @@ def least_in_one_pass(made: Case, layers: range) -> int:
     """Bytes that a stage of these layers takes in its smallest layout of one pass."""
     plan = made.stage(layers)
     in_one_pass = [family[-1] for family in every_layout(made.config, plan) if family[0].passes == 1]
-    return min(training_peak(made.config, plan, CPU, placement).bytes for placement in in_one_pass)
+    return min(training_peak(made.config, plan, placement).bytes for placement in in_one_pass)
 
 
 @pytest.mark.parametrize(

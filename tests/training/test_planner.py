@@ -138,7 +138,7 @@ def test_the_predicted_training_peak_is_never_below_and_at_most_5_percent_above(
 ) -> None:
     ran = train(name, **options)
     for plan, layout, record in zip(ran.plans, ran.layouts, ran.records, strict=True):
-        predicted = training_peak(ran.config, plan, CPU, layout.placement).bytes
+        predicted = training_peak(ran.config, plan, layout.placement).bytes
         assert 1 <= predicted / record.train_peak_bytes <= 1.05, f"stage {plan.stage}"
 
 
@@ -148,7 +148,7 @@ def test_the_predicted_caching_peak_is_never_below_and_at_most_5_percent_above(
 ) -> None:
     ran = train(name, **options)
     for plan, layout, record in zip(ran.plans, ran.layouts, ran.records, strict=True):
-        predicted = caching_peak(ran.config, plan, CPU, layout.piece)
+        predicted = caching_peak(ran.config, plan, layout.piece)
         assert 1 <= predicted / record.cache_peak_bytes <= 1.05, f"stage {plan.stage}"
 
 
@@ -168,7 +168,7 @@ def sweep(
     options = {**SWEPT[request.param], "cache.dtype": "float32"}
     config, plans = plan_real(request.param, **options)
     small = max(smallest_budget(config, plan, CPU) for plan in plans)
-    large = max(training_peak(config, plan, CPU, every_layout(config, plan)[0][0]).bytes for plan in plans)
+    large = max(training_peak(config, plan, every_layout(config, plan)[0][0]).bytes for plan in plans)
     budgets = [small + (large - small) // 3, small]
     return [train(request.param, **options)] + [
         train(request.param, **options, **{"memory.gpu_mem": b}) for b in budgets
@@ -188,8 +188,8 @@ def test_a_smaller_budget_costs_time_and_never_accuracy(sweep: list[Ran]) -> Non
 def test_under_a_budget_predictions_are_as_close(sweep: list[Ran]) -> None:
     for ran in sweep:
         for plan, layout, record in zip(ran.plans, ran.layouts, ran.records, strict=True):
-            training = training_peak(ran.config, plan, CPU, layout.placement).bytes
-            caching = caching_peak(ran.config, plan, CPU, layout.piece)
+            training = training_peak(ran.config, plan, layout.placement).bytes
+            caching = caching_peak(ran.config, plan, layout.piece)
             assert 1 <= training / record.train_peak_bytes <= 1.05, f"stage {plan.stage}, {layout.placement}"
             assert 1 <= caching / record.cache_peak_bytes <= 1.05, f"stage {plan.stage}, pieces of {layout.piece}"
             # Predicted to fit, it did: nothing had to be made smaller on the way.
@@ -229,13 +229,13 @@ def two_layers(request: pytest.FixtureRequest, planned_stages: Planned) -> tuple
 def test_the_layout_is_the_cheapest_that_the_budget_holds_and_says_why(two_layers: tuple[Config, StagePlan]) -> None:
     config, plan = two_layers
     every = [placement for family in every_layout(config, plan) for placement in family]
-    peaks = {placement: training_peak(config, plan, CPU, placement).bytes for placement in every}
+    peaks = {placement: training_peak(config, plan, placement).bytes for placement in every}
     least = smallest_budget(config, plan, CPU)
     for part in (0, 0.3, 0.8, 1):
         budget = least + int(part * (peaks[every[0]] - least))
         layout = lay_out(with_budget(config, budget), plan, CPU)
         assert layout.placement == next(placement for placement in every if peaks[placement] <= budget)
-        assert caching_peak(config, plan, CPU, layout.piece) <= budget
+        assert caching_peak(config, plan, layout.piece) <= budget
         assert (layout.why == "") == (layout.placement == every[0])
         if part == 0:
             assert "the cheapest way (whole batch) would take" in layout.why
@@ -244,15 +244,15 @@ def test_the_layout_is_the_cheapest_that_the_budget_holds_and_says_why(two_layer
 def test_a_larger_micro_batch_never_takes_less(two_layers: tuple[Config, StagePlan]) -> None:
     config, plan = two_layers
     for family in every_layout(config, plan):
-        peaks = [training_peak(config, plan, CPU, placement).bytes for placement in family]
+        peaks = [training_peak(config, plan, placement).bytes for placement in family]
         assert peaks == sorted(peaks, reverse=True)
 
 
 def test_no_layout_takes_less_than_the_smallest(two_layers: tuple[Config, StagePlan]) -> None:
     config, plan = two_layers
-    least = training_peak(config, plan, CPU, smallest_layout(config, plan, CPU).placement).bytes
+    least = training_peak(config, plan, smallest_layout(config, plan).placement).bytes
     every = [placement for family in every_layout(config, plan) for placement in family]
-    assert least == min(training_peak(config, plan, CPU, placement).bytes for placement in every)
+    assert least == min(training_peak(config, plan, placement).bytes for placement in every)
 
 
 def test_without_a_budget_everything_is_laid_out_in_the_cheapest_way(planned_stages: Planned) -> None:
@@ -269,7 +269,7 @@ def test_without_a_budget_everything_is_laid_out_in_the_cheapest_way(planned_sta
 def test_a_prediction_is_split_into_kinds(planned_stages: Planned) -> None:
     config, plans = planned_stages("speech", **{"net.width": 16})
     for plan in plans:
-        peak = training_peak(config, plan, CPU, every_layout(config, plan)[0][0])
+        peak = training_peak(config, plan, every_layout(config, plan)[0][0])
         assert sum(peak.by_kind.values()) == peak.bytes
         predictors = 3 * plan.target_channels * plan.context_channels
         assert peak.by_kind["parameters"] == 4 * (plan.parameters + predictors)
@@ -278,7 +278,7 @@ def test_a_prediction_is_split_into_kinds(planned_stages: Planned) -> None:
 
 def test_predicting_needs_no_memory_of_the_size_that_it_predicts(planned_stages: Planned) -> None:
     config, plans = planned_stages("speech", **{"net.width": 4096, "net.context": 0, "training.batch_size": 64})
-    predicted = training_peak(config, plans[1], CPU, every_layout(config, plans[1])[0][0])
+    predicted = training_peak(config, plans[1], every_layout(config, plans[1])[0][0])
     assert predicted.bytes > 2 * 10**9
 
 
@@ -288,4 +288,4 @@ def test_a_stage_of_a_given_network_is_predicted_too(planned_stages: Planned) ->
     again = planned_stages("vision", same)[1]
     for one, other in zip(plans, again, strict=True):
         placement = every_layout(config, one)[0][0]
-        assert training_peak(config, one, CPU, placement) == training_peak(config, other, CPU, placement)
+        assert training_peak(config, one, placement) == training_peak(config, other, placement)

@@ -101,7 +101,7 @@ def test_a_stopped_run_without_caches_ends_with_the_same_bits(tiny_speech: Tiny,
 
 def test_always_is_refused_before_anything_is_written_where_there_is_no_room(tiny_speech: Tiny, digits: Path) -> None:
     config = tiny_speech(f"fsdd:{digits}", **FLOAT32, **{"cache.policy": "always", "cache.disk": 100_000})
-    with pytest.raises(BudgetError, match="does not hold the cache of stage 1.*--cache auto"):
+    with pytest.raises(BudgetError, match=r"does not hold the cache of stage 1.*--cache auto"):
         run(config)
     assert not Path(config.out).exists()
 
@@ -149,5 +149,5 @@ def test_a_probe_does_not_use_a_damaged_cache(tiny_speech: Tiny, digits: Path) -
     config = tiny_speech(f"fsdd:{digits}", **FLOAT32)
     result = run(config)
     flip_a_bit(result.paths.cache(2), result.paths.cache(2).stat().st_size // 2)
-    with pytest.raises(CacheError, match="stage-2.h5"):
+    with pytest.raises(CacheError, match=r"stage-2\.h5"):
         probe(Path(config.out), "digit")
