@@ -3,8 +3,9 @@
 None of this changes the result beyond rounding: a smaller budget costs time, never accuracy.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 WIDE_ROOM = 12 * 2**20
 NARROW_ROOM = 4 * 2**20
@@ -55,17 +56,23 @@ class Placement:
         return ", ".join(words)
 
 
-def cheapest(families: Iterator[list[Placement]], fits: Callable[[Placement], bool]) -> Placement | None:
+def cheapest(families: Iterable[list[Placement]], fits: Callable[[Placement], bool]) -> Placement | None:
     """The first placement that fits: families in order, and of each the largest micro-batch.
 
     A family lists placements that differ in the micro-batch alone, largest first; its last one decides whether it is
-    looked into at all, since a smaller micro-batch never takes more.
+    looked into at all, since a smaller micro-batch never takes more. Neither does an optimizer on the host: where no
+    family of so many passes fits with it, the others of so many passes are not looked into.
     """
-    for family in families:
-        if fits(family[0]):
-            return family[0]
-        if len(family) > 1 and fits(family[-1]):
-            return _largest(family[1:], fits)
+    for _, level in groupby(families, lambda family: family[0].passes):
+        level = list(level)
+        on_host = any(family[0].optimizer_on_host for family in level)
+        if on_host and not any(fits(family[-1]) for family in level if family[0].optimizer_on_host):
+            continue
+        for family in level:
+            if fits(family[0]):
+                return family[0]
+            if len(family) > 1 and fits(family[-1]):
+                return _largest(family[1:], fits)
     return None
 
 
@@ -105,9 +112,8 @@ def _halves(batch_size: int) -> list[int]:
 
 
 def _passes(batch_size: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16 and so on, up to one sample's targets a pass."""
-    powers = range(batch_size.bit_length() + 1)
-    return sorted({min(steps, batch_size) for power in powers for steps in (2**power, 3 * 2**power)})
+    """1, 2, 4 and so on, up to one sample's targets a pass."""
+    return sorted({min(2**power, batch_size) for power in range(batch_size.bit_length() + 1)})
 
 
 def _largest(family: list[Placement], fits: Callable[[Placement], bool]) -> Placement:

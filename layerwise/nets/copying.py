@@ -1,6 +1,7 @@
 """Copies of modules whose tensors are made anew on a device, and nothing else there."""
 
 import copy
+from collections.abc import Iterator
 from itertools import chain
 from typing import TypeVar
 
@@ -13,12 +14,21 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 def copied(module: AnyModule, device: torch.device | None = None) -> AnyModule:
     """The module on the device (torch's default one where there is none given); the original is left as it is."""
-    memo = {id(tensor): _tensor_copy(tensor, device) for tensor in chain(module.parameters(), module.buffers())}
-    twin = copy.deepcopy(module, memo)
-    for part in twin.modules():
+    twin = copy.deepcopy(module, {id(tensor): _tensor_copy(tensor, device) for tensor in _tensors(module)})
+    originals = dict(module.named_modules(remove_duplicate=False))
+    for path, part in twin.named_modules():
+        # torch.fx forgets which buffers are not saved.
+        part._non_persistent_buffers_set = set(originals[path]._non_persistent_buffers_set)
         if isinstance(part, nn.RNNBase):  # packs the weights for cuDNN, as its constructor does
             part.flatten_parameters()
     return twin
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters, buffers, and tensors that are plain attributes."""
+    attributes = chain.from_iterable(vars(part).values() for part in module.modules())
+    plain = (value for value in attributes if isinstance(value, torch.Tensor))
+    return chain(module.parameters(), module.buffers(), plain)
 
 
 @torch.no_grad()

@@ -1,8 +1,23 @@
-"""What a module does that matters when a batch is sliced: tie its samples together, draw random numbers."""
+"""What a module does that matters when a batch is sliced, as far as the names of its parts and functions tell.
+
+Some is known by name alone: a part can be named before anything has run. For what is not, see `trying` and `watching`.
+"""
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+from layerwise.nets.behaviour import Behaviour, path_and_class, ties_samples
+
+RANDOM = ("dropout", "rand", "bernoulli", "normal_", "rrelu", "fractional_max_pool", "dot_product_attention")
+"""Parts of the names of functions that may draw."""
+
+
+def by_name(module: nn.Module) -> Behaviour:
+    """What the names say of a module."""
+    mixing, changing = mixes_samples(module), _changes_itself(module)
+    why = ties_samples(mixing) if mixing else changing and f"{changing} changes itself at every forward pass"
+    return Behaviour(draws_at_random(module), why)
 
 
 def mixes_samples(module: nn.Module) -> str | None:
@@ -16,7 +31,7 @@ def mixes_samples(module: nn.Module) -> str | None:
             if "batch_norm" in called or "instance_norm" in called:
                 return f"{name} ({called})".lstrip()
         if isinstance(part, _BatchNorm) or (isinstance(part, _InstanceNorm) and part.track_running_stats):
-            return f"{name} ({type(part).__name__})".lstrip()
+            return path_and_class(name, part)
     return None
 
 
@@ -26,9 +41,19 @@ def draws_at_random(module: nn.Module) -> bool:
         rates = (getattr(part, name, None) for name in ("p", "dropout"))
         if any(isinstance(rate, int | float) and rate > 0 for rate in rates):
             return True
-        if any(word in called for called in _calls(part) for word in ("dropout", "rand", "bernoulli", "normal_")):
+        if isinstance(part, nn.RReLU | nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
+            return True
+        if any(word in called for called in _calls(part) for word in RANDOM):
             return True
     return False
+
+
+def _changes_itself(module: nn.Module) -> str | None:
+    """Path and class of the first part with a spectral norm, of either kind."""
+    for name, part in module.named_modules():
+        if any("SpectralNorm" in type(by).__name__ for by in (part, *part._forward_pre_hooks.values())):
+            return path_and_class(name, part)
+    return None
 
 
 def _calls(part: nn.Module) -> list[str]:

@@ -1,6 +1,6 @@
 """A network as a list of layers that are not built yet, and how it is cut into the modules of a run.
 
-Layers are built one stage at a time, on the device where they are trained: the whole network never exists there.
+Layers are built one stage at a time, for the device where they are trained: the whole network never exists there.
 Each layer is initialised from its own random stream, so its first weights do not depend on where the network is cut.
 """
 
@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from layerwise.nets.first_weights import with_first_weights
 from layerwise.nets.layer import Layer
 from layerwise.nets.module import Module
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Network:
-    """Layers from input to output, and the cut that the paper uses."""
+    """Layers from input to output, and the cut that the paper uses. Equal to itself alone, so that what is found out about
+    it can be remembered."""
 
     layers: Sequence[Callable[[], Layer]]
     """Each call builds one layer on torch's default device."""
@@ -34,12 +36,9 @@ class Network:
 
     def build(self, layers: range, seed: int, device: torch.device | str) -> Module:
         """The module of these layers on the device, with its first weights."""
-        built = {}
-        for index in layers:
-            with torch.random.fork_rng(devices=[]), torch.device(device):
-                torch.manual_seed(_layer_seed(seed, index))
-                built[index] = self.layers[index]()
-        return Module(built)
+        return Module(
+            {index: with_first_weights(self.layers[index], _layer_seed(seed, index), device) for index in layers}
+        )
 
 
 def _layer_seed(seed: int, index: int) -> int:

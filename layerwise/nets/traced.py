@@ -1,12 +1,12 @@
 """A traced network as layers: each unit of it, applied to every frame."""
 
-import hashlib
 from functools import partial
 
 import torch
 from torch import fx, nn
 
 from layerwise.nets.copying import copied
+from layerwise.nets.identity import identity
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.nets.tracing import trace, why_uncut
@@ -23,21 +23,9 @@ def traced_network(model: nn.Module, frame_shape: tuple[int, ...]) -> Network:
     return Network(
         layers,
         natural_cut=(1,) * len(layers),
-        identity=_identity(units),
+        identity=identity(units),
         why_no_finer=partial(why_uncut, model, example),
     )
-
-
-def _identity(units: list[fx.GraphModule]) -> str:
-    """SHA-256 over the operations and the weights."""
-    total = hashlib.sha256()
-    for unit in units:
-        total.update(unit.code.encode())
-        total.update("".join(f"{name}: {part}" for name, part in unit.named_children()).encode())
-        for name, tensor in unit.state_dict().items():
-            total.update(f"{name} {tuple(tensor.shape)}".encode())
-            total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 class FrameUnit(Layer):
@@ -50,7 +38,7 @@ class FrameUnit(Layer):
     def __init__(self, unit: fx.GraphModule, first: bool = False) -> None:
         super().__init__()
         self.first = first
-        self.unit = _copied(unit)
+        self.unit = copied(unit)
         self.train()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,10 +49,3 @@ class FrameUnit(Layer):
             frames = frames.transpose(1, 2).contiguous()
         y = self.unit(frames)
         return (y.transpose(1, 2) if y.dim() == 3 else y).unflatten(0, x.shape[:2])
-
-
-def _copied(unit: fx.GraphModule) -> fx.GraphModule:
-    """The unit with tensors of its own on the default device."""
-    twin = copied(unit)
-    twin._non_persistent_buffers_set = set(unit._non_persistent_buffers_set)
-    return twin

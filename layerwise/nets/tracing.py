@@ -10,6 +10,7 @@ from itertools import chain, pairwise
 import torch
 from torch import fx, nn
 
+from layerwise.errors import ConfigError
 from layerwise.nets.recording import description, recorded
 
 
@@ -17,12 +18,14 @@ def trace(model: nn.Module, example: torch.Tensor) -> list[fx.GraphModule]:
     """The finest units that the model can be cut into, in order; called one after another they compute what it does.
 
     `example` (N, *frame) shows the shape, type and device of the input; nothing is computed. Each unit maps one tensor
-    with a leading batch axis to one such tensor, holds parameters, shares them with the model, and names them as the
-    model does. Units switch between training and evaluation by their own train() and eval(). The model stays as it is.
+    with a leading batch axis to one such tensor, holds parameters that can be trained, shares them with the model, and
+    names them as the model does. Units switch between training and evaluation by their own train() and eval(). The model
+    stays as it is.
 
     Raises ConfigError, naming the operation and where it stands, for a forward that torch.fx cannot record (decisions
     by tensor values, for example), that takes several inputs, gives anything but one tensor with a row per sample, or
-    does other operations in training than in evaluation. A model without a cut is one unit: see `why_uncut`.
+    does other operations in training than in evaluation; and for a model that has nothing to train. A model without a cut
+    is one unit: see `why_uncut`.
     """
     root, nodes = recorded(model, example)
     stops = _unit_stops(root, nodes)
@@ -40,7 +43,7 @@ def why_uncut(model: nn.Module, example: torch.Tensor) -> str:
     Raises ConfigError as `trace` does.
     """
     root, nodes = recorded(model, example)
-    holds = _holds_parameters(root, nodes)
+    holds = _are_trained(root, nodes)
     names = {id(tensor): name for name, tensor in chain(root.named_parameters(), root.named_buffers())}
     spans = {
         description(node): sum(holds[stops.start + 1 : stops.stop + 1]) for node, stops in _lifetimes(nodes).items()
@@ -50,10 +53,10 @@ def why_uncut(model: nn.Module, example: torch.Tensor) -> str:
     }
     longest = max(spans, key=spans.__getitem__)
     if spans[longest] < 2:
-        return "The network is cut between all of its operations that hold parameters already; ask for fewer stages."
+        return "The network is cut between all of its operations that are trained already; ask for fewer stages."
     return (
         f"Modules hand on a single tensor, but {longest} is needed across {spans[longest]} of the {sum(holds)} operations "
-        "with parameters, so the network cannot be cut between these; ask for fewer stages, or change that part."
+        "that are trained, so the network cannot be cut between these; ask for fewer stages, or change that part."
     )
 
 
@@ -80,19 +83,39 @@ def _unit(root: nn.Module, nodes: list[fx.Node], entering: fx.Node, leaving: fx.
 
 
 def _unit_stops(root: nn.Module, nodes: list[fx.Node]) -> list[int]:
-    """Index of the last operation of each unit. What has no parameters goes with the unit before it, or the first."""
-    holds = _holds_parameters(root, nodes)
+    """Index of the last operation of each unit.
+
+    What has no parameters goes with the unit before it, or the first; what has frozen ones alone with the unit behind it,
+    whose gradients then need not run through it, or the last.
+    """
+    holds, trained = _hold_parameters(root, nodes), _are_trained(root, nodes)
+    if not any(trained):
+        raise ConfigError(
+            "The network has nothing to train: it has no parameters, or all of them are frozen; give one that has some with "
+            "requires_grad."
+        )
     last = len(nodes) - 2
     candidates = [*_candidate_cuts(root, nodes), last]
-    return [
-        stop
-        for stop, following in pairwise(candidates)
-        if any(holds[: stop + 1]) and any(holds[stop + 1 : following + 1])
-    ] + [last]
+    stops, start = [], 0
+    for stop, following in pairwise(candidates):
+        with_parameters = any(holds[: stop + 1]) and any(holds[stop + 1 : following + 1])
+        if with_parameters and any(trained[start : stop + 1]) and any(trained[stop + 1 :]):
+            stops.append(stop)
+            start = stop + 1
+    return [*stops, last]
 
 
-def _holds_parameters(root: nn.Module, nodes: list[fx.Node]) -> list[bool]:
+def _hold_parameters(root: nn.Module, nodes: list[fx.Node]) -> list[bool]:
+    """Whether each operation has parameters."""
     return [any(isinstance(tensor, nn.Parameter) for tensor in _tensors(root, node)) for node in nodes]
+
+
+def _are_trained(root: nn.Module, nodes: list[fx.Node]) -> list[bool]:
+    """Whether each operation has a parameter that is not frozen."""
+    return [
+        any(isinstance(tensor, nn.Parameter) and tensor.requires_grad for tensor in _tensors(root, node))
+        for node in nodes
+    ]
 
 
 def _candidate_cuts(root: nn.Module, nodes: list[fx.Node]) -> list[int]:

@@ -20,7 +20,7 @@ from layerwise.memory.placement import Placement
 from layerwise.nets import Network, build_network
 from layerwise.nets.network import ranges
 from layerwise.training.plan import StagePlan, plan_stages
-from layerwise.training.planner import fitting_layout, training_peak
+from layerwise.training.planner import held_in_one_pass, training_peak
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def plan_run(
         plans = natural if count == len(natural) else _best(config, data, network, costs, count)
         # The largest first: where it does not fit, the others need not be looked at.
         order = sorted(plans, key=lambda plan: -stage_cost(costs[plan.layers.start : plan.layers.stop]))
-        if all(_is_held(config, plan, device) for plan in order):
+        if all(held_in_one_pass(config, plan, device) for plan in order):
             return plans
     return plans
 
@@ -105,11 +105,6 @@ def layer_costs(config: Config, data: DataSet, network: Network) -> list[LayerCo
 def _best(config: Config, data: DataSet, network: Network, costs: list[LayerCost], stages: int) -> list[StagePlan]:
     cut = partition(lambda start, stop: stage_cost(costs[start:stop]), len(costs), stages)
     return plan_stages(config, data, network, cut)
-
-
-def _is_held(config: Config, plan: StagePlan, device: torch.device) -> bool:
-    layout = fitting_layout(config, plan, device)
-    return layout is not None and layout.placement.passes == 1 and not layout.placement.optimizer_on_host
 
 
 def _layer_cost(config: Config, plan: StagePlan) -> LayerCost:

@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from layerwise.config import Config, TrainingOptions
 from layerwise.data.batches import Batch
@@ -23,8 +24,8 @@ from layerwise.memory.meter import metered
 from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.parking import parked, repack
 from layerwise.memory.placement import Placement
-from layerwise.nets.mixing import draws_at_random, mixes_samples
 from layerwise.objectives.protocol import Draw
+from layerwise.training.behaviour import behaviour
 from layerwise.training.optimizer import DeviceAdam, HostAdam, Optimizer
 from layerwise.training.plan import StagePlan
 from layerwise.training.scaling import LossScale
@@ -49,6 +50,7 @@ class LoadedStage:
         self, plan: StagePlan, config: Config, device: torch.device, placement: Placement, meter: AnyMeter
     ) -> None:
         self.plan, self.device, self.placement, self.meter = plan, device, placement, meter
+        self.behaviour = behaviour(plan)
         self.module = plan.build_module(config.training.seed, device)
         self.objective = plan.build_objective(config, device)
         self.optimizer = self._adam(self.module, config.training)
@@ -98,7 +100,7 @@ class LoadedStage:
 
     def _attempt(self, encoded: microbatch.Batch, draws: list[Draw]) -> Total:
         """All gradients of the module in place, and the predictors' step taken."""
-        if len(draws) > 1 or draws_at_random(self.module):
+        if len(draws) > 1 or self.behaviour.draws:
             scores = []
             for draw in draws:
                 pending = self._loss_gradients(encoded, draw)
@@ -127,7 +129,7 @@ class LoadedStage:
             except (BudgetError, RuntimeError) as error:
                 reason = why_out_of_memory(error)
             self.module.zero_grad()
-            if self.placement.micro_batch > 1:
+            if self.placement.micro_batch > 1 or self.behaviour.why_whole:
                 self._shrink(reason)
             elif not pending.on_host:
                 pending.move_to_host()
@@ -156,9 +158,8 @@ class LoadedStage:
             draws = self._draws(batch, randomness)
 
     def _shrink(self, reason: str) -> None:
-        mixing = mixes_samples(self.module)
-        if mixing:
-            raise NoSmallerSlices(f"{reason} {mixing} ties the samples of a batch together, so it cannot be sliced.")
+        if self.behaviour.why_whole:
+            raise NoSmallerSlices(f"{reason} {self.behaviour.why_whole}, so the batch cannot be sliced.")
         smaller = self.placement.smaller()
         if smaller is None:
             raise NoSmallerSlices(reason)
@@ -178,7 +179,10 @@ class LoadedStage:
 
     def _encoded(self, batch: Batch, seed: int) -> microbatch.Batch:
         def encode(samples: slice, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
-            with self._seeded(seed, samples.start), autocast(self.device, self._precision):
+            # Checkpoints end a layer's second pass as soon as all tensors are there that its backward pass needs, and torch
+            # (2.12) takes the noise of RReLU for there before it is drawn.
+            to_the_end = set_checkpoint_early_stop(not self.behaviour.draws)
+            with self._seeded(seed, samples.start), autocast(self.device, self._precision), to_the_end:
                 return self.module.representations(
                     on_device(batch.frames, self.device, samples),
                     batch.lengths[samples],
@@ -195,7 +199,10 @@ class LoadedStage:
     def _seeded(self, seed: int, first_sample: int) -> Iterator[None]:
         """What a module draws for some samples is the same at every call, and the caller's generators stay as they are."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(int(np.random.SeedSequence([seed, first_sample]).generate_state(1)[0]))
+            number = int(np.random.SeedSequence([seed, first_sample]).generate_state(1)[0])
+            torch.default_generator.manual_seed(number)  # torch.manual_seed would seed GPUs that are not ours as well
+            if self.device.type == "cuda":
+                torch.cuda.default_generators[self.device.index or 0].manual_seed(number)
             yield
 
     def _looks(self, name: str, batch: Batch, draws: list[Draw]) -> bool:

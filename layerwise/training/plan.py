@@ -67,6 +67,7 @@ def plan_stages(config: Config, data: DataSet, network: Network, cut: Sequence[r
         module = network.build(layers, 0, "meta").eval()
         # Shapes do not depend on the length, and a GRU takes its time on every frame even without values.
         frames = next(count for count in itertools.count(1) if module.out_length(count) >= 1)
+        _check_trainable(stage, layers, module)
         targets, outputs = _shapes(module, torch.empty(1, frames, *frame_shape, device="meta"))
         output_lengths = module.out_length(lengths)
         _check_lengths(stage, output_lengths, data)
@@ -123,6 +124,15 @@ def _shapes(module: Module, frames: torch.Tensor) -> tuple[torch.Tensor, torch.T
             f"The network does not take frames of {shape}: {str(error).splitlines()[0]} Change how the data are framed, "
             "or the network's first layer."
         ) from error
+
+
+def _check_trainable(stage: int, layers: range, module: Module) -> None:
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        where = f"layer {layers.start}" if len(layers) == 1 else f"layers {layers.start} to {layers.stop - 1}"
+        raise ConfigError(
+            f"Stage {stage}, {where} of the network, has nothing to train: it has no parameters, or all of them are frozen; "
+            "make it one layer with the next one."
+        )
 
 
 def _check_lengths(stage: int, output_lengths: np.ndarray, data: DataSet) -> None:

@@ -19,9 +19,9 @@ from layerwise.memory.device import autocast, context_bytes, on_device, workspac
 from layerwise.memory.estimate import DEVICE, rehearse
 from layerwise.memory.meter import Kind, Meter
 from layerwise.memory.placement import Placement, cheapest, families
-from layerwise.nets.mixing import draws_at_random, mixes_samples
 from layerwise.nets.module import Module
 from layerwise.objectives.protocol import Draw
+from layerwise.training.behaviour import behaviour
 from layerwise.training.caching import longest_piece, shortest_piece
 from layerwise.training.loaded import LoadedStage, Randomness
 from layerwise.training.optimizer import Stepping
@@ -75,7 +75,7 @@ def fitting_layout(config: Config, plan: StagePlan, device: torch.device, below:
         return StageLayout(first, longest, windows, "")
     room = config.memory.gpu_mem - context_bytes(device) - workspace_bytes(device)
     placement = cheapest(
-        iter(every_layout(config, plan)),
+        every_layout(config, plan),
         lambda placement: training_peak(config, plan, placement).bytes <= room,
     )
     piece = _longest_that_fits(longest, shortest, lambda n: _piece_peak(config, plan, below, n) <= room)
@@ -88,6 +88,16 @@ def fitting_layout(config: Config, plan: StagePlan, device: torch.device, below:
     return StageLayout(placement, piece, windows, why)
 
 
+def held_in_one_pass(config: Config, plan: StagePlan, device: torch.device) -> bool:
+    """Whether the budget holds the stage with its optimizer on the device, in one pass over the batch."""
+    room = (config.memory.gpu_mem or 0) - context_bytes(device) - workspace_bytes(device)
+    families = [family for family in every_layout(config, plan) if family[0].passes == 1]
+    kept_there = [family for family in families if not family[0].optimizer_on_host] or families
+    return caching_peak(config, plan, shortest_piece(plan, config)) <= room and any(
+        training_peak(config, plan, family[-1]).bytes <= room for family in kept_there
+    )
+
+
 def smallest_layout(config: Config, plan: StagePlan, below: Below = ()) -> StageLayout:
     """The layout that takes the least memory: with the smallest micro-batches, and of these the one that rehearses so.
 
@@ -95,7 +105,8 @@ def smallest_layout(config: Config, plan: StagePlan, below: Below = ()) -> Stage
     the least and the most.
     """
     smallest = [family[-1] for family in every_layout(config, plan)]
-    ends = [layout for layout in smallest if layout.passes in (smallest[0].passes, smallest[-1].passes)]
+    on_host = [layout for layout in smallest if layout.optimizer_on_host] or smallest  # never takes more
+    ends = [layout for layout in on_host if layout.passes in (smallest[0].passes, smallest[-1].passes)]
     least = min(ends, key=lambda placement: training_peak(config, plan, placement).bytes)
     return StageLayout(least, shortest_piece(plan, config), min(len(below), 1), "nothing smaller is left")
 
@@ -107,7 +118,7 @@ def every_layout(config: Config, plan: StagePlan) -> list[list[Placement]]:
     return list(
         families(
             config.training.batch_size,
-            sliceable=mixes_samples(module) is None,
+            sliceable=behaviour(plan).why_whole is None,
             layers=len(module.layers),
             micro_batch=memory.micro_batch,
             recompute=None if memory.recompute == "auto" else memory.recompute == "always",
@@ -249,9 +260,8 @@ def _rehearsed_caching(config: Config, plan: StagePlan, piece: int, layers: int)
     def stream(_: Meter) -> None:
         module, states = build(), None
         with torch.no_grad(), autocast(DEVICE, config.training.precision):
-            # How much input a layer carries over depends on where a piece ends within its stride, and those of the layers
-            # below: every place once.
-            pieces = 2 + math.prod(layer.stride for layer in module.layers.values())
+            # How much input a layer carries over depends on where a piece ends within its stride: every place once.
+            pieces = 2 + max(layer.stride for layer in module.layers.values())
             for last in [False] * pieces + [True]:
                 frames = read(1, piece)
                 outputs, states = module.push(frames, states, last)
@@ -268,7 +278,25 @@ def _rehearsed_caching(config: Config, plan: StagePlan, piece: int, layers: int)
             outputs = module(read(2, int(lengths[0])), lengths)[1]
             outputs.to(cached).isfinite().all()
 
-    return max(rehearse(stream).peak, rehearse(pad).peak)
+    return max(rehearse(stream).peak + _carried_more(plan, layers), rehearse(pad).peak)
+
+
+def _carried_more(plan: StagePlan, layers: int) -> int:
+    """Bytes by which what layers carry over may exceed what they carried in the rehearsal.
+
+    With strides above each other the places where pieces end repeat only after their product. A layer then has at most
+    as many frames more as its stride, in its input and in the copy that is joined to it, and puts one more out.
+    """
+    module = plan.build_module(0, torch.device("meta"))
+    built = list(module.layers.values())[:layers]
+    if sum(layer.stride > 1 for layer in built) < 2:
+        return 0
+    x, more = torch.empty(1, plan.window.frames, *plan.frame_shape, device="meta"), 0
+    for layer in built:
+        before = x[0, 0].numel()
+        x = layer(x)
+        more += 4 * (2 * layer.stride * before + x[0, 0].numel())
+    return more
 
 
 def _piece_peak(config: Config, plan: StagePlan, below: Below, piece: int) -> int:
@@ -319,12 +347,11 @@ def _longest_that_fits(longest: int, shortest: int, fits: Callable[[int], bool])
 
 
 def _why(config: Config, plan: StagePlan, chosen: Placement, cheapest_one: Placement) -> str:
-    module = plan.build_module(0, torch.device("meta"))
-    needed = training_peak(config, plan, cheapest_one).bytes
+    needed, found = training_peak(config, plan, cheapest_one).bytes, behaviour(plan)
     why = f"the cheapest way ({cheapest_one}) would take {needed / 1e6:.1f} MB"
-    if mixing := mixes_samples(module):
-        why += f"; {mixing} ties the samples together, so the batch cannot be sliced"
-    if not chosen.whole and draws_at_random(module):
+    if found.why_whole:
+        why += f"; {found.why_whole}, so the batch cannot be sliced"
+    if not chosen.whole and found.draws:
         why += "; what the module draws at random, as in dropout, differs from what a whole batch would draw"
     return why
 
@@ -332,10 +359,10 @@ def _why(config: Config, plan: StagePlan, chosen: Placement, cheapest_one: Place
 def _too_small(config: Config, plan: StagePlan, device: torch.device, below: Below) -> BudgetError:
     budget, needed = config.memory.gpu_mem, smallest_budget(config, plan, device, below)
     last = smallest_layout(config, plan, below).placement
-    mixing = mixes_samples(plan.build_module(0, torch.device("meta")))
-    why = f" ({mixing} ties the samples of a batch together, so it cannot be sliced)" if mixing else ""
+    whole = behaviour(plan).why_whole
+    why = f" ({whole}, so the batch cannot be sliced)" if whole else ""
     finer = ", or cut into more --stages" if len(plan.layers) > 1 else ""
-    smaller = "--batch-size, data.window or net.width" if mixing else "data.window or net.width"
+    smaller = "--batch-size, data.window or net.width" if whole else "data.window or net.width"
     return BudgetError(
         f"--gpu-mem {(budget or 0) / 1e6:g} MB is too small: stage {plan.stage} needs {math.ceil(needed / 1e4) / 100:g} MB "
         f"even as {last}{why}. Give at least that, or lower {smaller}{finer}."

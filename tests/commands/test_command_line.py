@@ -32,6 +32,7 @@ TINY = [
     ),
     *("--set", "net.paddings=[2,2,1]", "--set", "objective.steps=3", "--set", "objective.anchors=16"),
     *("--set", "data.sample_rate=8000", "--set", "data.window=1600", "--max-epochs", "1", "--batch-size", "8"),
+    *("--keep", "all"),
 ]
 
 

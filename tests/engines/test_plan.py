@@ -103,7 +103,9 @@ def test_batch_normalisation_is_planned_unsliced_and_what_it_costs_is_said(
     )
     assert enough.fits
     assert {stage.micro_batch for stage in enough.stages} == {4}
-    assert "ties the samples together, so the batch cannot be sliced" in " ".join(s.why for s in enough.stages)
+    assert "ties the samples of a batch together, so the batch cannot be sliced" in " ".join(
+        s.why for s in enough.stages
+    )
     less = plan(
         tiny_vision(f"images:{pictures}", **options, **{"memory.gpu_mem": free.smallest_budget_bytes - 1}),
         network=narrow,

@@ -1,8 +1,12 @@
 """The natural cuts, building, and the shapes of the paper's two networks; cuts under a budget: training/test_cutting."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from layerwise.config import NetOptions
 from layerwise.nets import build_network
@@ -74,6 +78,54 @@ def test_building_leaves_the_callers_random_state_alone() -> None:
     torch.manual_seed(5)
     build_network(NetOptions(width=4), (1,)).build(range(2), 7, "cpu")
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_building_seeds_no_generator_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> None:
+        raise AssertionError("the generators of all GPUs were seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    build_network(NetOptions(width=4), (1,)).build(range(2), 7, "cpu")
+
+
+def test_first_weights_are_drawn_on_the_cpu_and_copied_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrived: list[tuple[nn.Module, torch.device]] = []
+
+    def copied(layer: nn.Module, device: torch.device) -> nn.Module:
+        arrived.append((layer, device))
+        return layer
+
+    network = build_network(NetOptions(width=4), (1,))
+    expected = network.build(range(6), 7, "cpu").state_dict()
+    assert not arrived
+    monkeypatch.setattr("layerwise.nets.first_weights.copied", copied)
+    found = network.build(range(6), 7, "cuda").state_dict()
+    assert [device.type for _, device in arrived] == ["cuda"] * 6
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_without_values_a_layer_is_built_where_it_is_to_be(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build_network(NetOptions(width=2**14, context=0), (1,))
+    with FakeTensorMode() if device == "cpu" else contextlib.nullcontext():
+        module = network.build(range(2), 7, device)
+    assert all(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in module.parameters())
+
+
+@pytest.mark.gpu
+def test_a_seed_gives_the_same_first_weights_on_a_gpu_and_leaves_its_generator_alone() -> None:
+    network = build_network(NetOptions(width=8, context=5), (1,))
+    expected = network.build(range(6), 7, "cpu")
+    state = torch.cuda.get_rng_state()
+    found = network.build(range(6), 7, "cuda")
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert all(parameter.is_cuda for parameter in found.parameters())
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(value.cpu(), expected.state_dict()[name]) for name, value in found.state_dict().items())
+    frames, lengths = torch.randn(2, 4000, 1), np.array([4000, 4000])
+    with torch.no_grad():
+        there, here = found(frames.cuda(), lengths)[1].cpu(), expected(frames, lengths)[1]
+    assert torch.allclose(there, here, atol=1e-3)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 14])

@@ -1,6 +1,8 @@
 """Cutting any module into units: what they compute, what they hold, and the sentence where it cannot be done."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +15,7 @@ from torchvision.models import VisionTransformer, resnet18, resnet50
 
 from layerwise.errors import ConfigError
 from layerwise.memory.meter import Meter
+from layerwise.nets.copying import copied
 from layerwise.nets.mixing import mixes_samples
 from layerwise.nets.traced import FrameUnit, traced_network
 from layerwise.nets.tracing import trace, why_uncut
@@ -254,6 +257,29 @@ def test_the_sentence_names_the_weight_that_is_used_again() -> None:
     assert "the weight 'a.weight' is needed across 4 of the 4 operations" in why_uncut(model, VECTORS)
 
 
+def frozen(model: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        model.get_submodule(name).requires_grad_(False)
+    return model
+
+
+FROZEN = {"a": ["ab", "c", "d"], "abc": ["abcd"], "b": ["a", "bc", "d"], "d": ["a", "b", "cd"], "bcd": ["abcd"]}
+"""Frozen modules of four, one after another, to the units."""
+
+
+@pytest.mark.parametrize("modules", FROZEN)
+def test_what_is_frozen_goes_with_what_is_trained_next(modules: str) -> None:
+    model = frozen(Flow(lambda net, x: net.d(net.c(net.b(net.a(x))).relu())), *modules)
+    assert weights_of_units(model) == FROZEN[modules]
+    assert torch.equal(one_after_another(trace(model, VECTORS), VECTORS), model(VECTORS))
+
+
+@pytest.mark.parametrize("model", [frozen(nn.Linear(4, 4), ""), nn.Sequential(nn.ReLU(), nn.Flatten())])
+def test_a_network_with_nothing_to_train_is_refused(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="nothing to train: it has no parameters, or all of them are frozen"):
+        traced_network(model, (4,))
+
+
 def test_the_sentence_says_where_every_cut_is_taken_already() -> None:
     assert "already" in why_uncut(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), VECTORS)
 
@@ -339,6 +365,98 @@ def test_a_traced_network_computes_what_the_model_does_on_every_frame(
     if expected.dim() == 3:
         expected = expected.transpose(1, 2)
     assert torch.equal(found, expected.unflatten(0, (2, 3)))
+
+
+class Constant(nn.Module):
+    """Adds to the outputs of a linear layer what no state holds."""
+
+    def __init__(self, buffer: float = 0.5, constant: float = 0.5) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("buffer", torch.full((4,), buffer), persistent=False)
+        self.constant = torch.full((4,), constant)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.buffer + self.constant
+
+
+class Attention(nn.Module):
+    """A leaf of torch.fx, whose settings neither its state nor its words show."""
+
+    def __init__(self, block: Callable[..., nn.Module], **settings: object) -> None:
+        super().__init__()
+        self.linear, self.block = nn.Linear(4, 8), block(8, batch_first=True, **settings)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(x)[:, None]
+        return self.block(x, x, x)[0] if isinstance(self.block, nn.MultiheadAttention) else self.block(x)
+
+
+def encoder_layer(nhead: int = 2, **settings: object) -> nn.Module:
+    return Attention(nn.TransformerEncoderLayer, dim_feedforward=8, nhead=nhead, **settings)
+
+
+def frozen_bias() -> nn.Module:
+    model = nn.Linear(4, 4)
+    model.bias.requires_grad_(False)
+    return model
+
+
+DIFFERENT: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
+    "heads": (
+        lambda: Attention(nn.MultiheadAttention, num_heads=2),
+        lambda: Attention(nn.MultiheadAttention, num_heads=4),
+    ),
+    "where the norm is": (encoder_layer, lambda: encoder_layer(norm_first=True)),
+    "activation": (encoder_layer, lambda: encoder_layer(activation=F.silu)),
+    "a buffer that is not saved": (Constant, lambda: Constant(buffer=0.25)),
+    "a constant": (Constant, lambda: Constant(constant=0.25)),
+    "a scale": (
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.ELU(1.0)),
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.ELU(2.0)),
+    ),
+    "what is frozen": (lambda: nn.Linear(4, 4), frozen_bias),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_networks_that_compute_otherwise_have_other_identities(what: str) -> None:
+    def identity(make: Callable[[], nn.Module]) -> str:
+        torch.manual_seed(0)
+        return traced_network(make(), (4,)).identity
+
+    one, other = DIFFERENT[what]
+    assert identity(one) == identity(one)
+    assert identity(one) != identity(other)
+
+
+def test_the_mode_and_earlier_runs_are_no_part_of_an_identity() -> None:
+    model = transformer()
+    before = traced_network(model, (3, 32, 32)).identity
+    model.eval()(PICTURES)
+    assert traced_network(model, (3, 32, 32)).identity == before
+
+
+def test_an_identity_is_the_same_in_another_process() -> None:
+    code = (
+        "import torch; from torch import nn; from layerwise.nets.traced import traced_network; torch.manual_seed(0);"
+        "layer = nn.TransformerEncoderLayer(4, 2, 8, activation=torch.nn.functional.silu);"
+        "print(traced_network(nn.Sequential(nn.Linear(4, 4), layer), (3, 4)).identity)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.strip()
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, activation=F.silu)
+    assert traced_network(nn.Sequential(nn.Linear(4, 4), layer), (3, 4)).identity == found
+
+
+def test_a_copy_keeps_what_is_not_saved_and_moves_plain_tensors() -> None:
+    unit = trace(Constant(), VECTORS)[0]
+    for device in ("cpu", "meta"):
+        layer = copied(FrameUnit(unit), torch.device(device))
+        assert list(layer.state_dict()) == ["unit.linear.weight", "unit.linear.bias"]
+    model = Constant()
+    assert copied(model, torch.device("meta")).constant.is_meta
+    assert torch.equal(copied(model).constant, model.constant)
 
 
 def test_a_traced_network_has_a_stage_per_unit_and_the_models_names() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from layerwise.config import Config
 from layerwise.data.batches import Batch
-from layerwise.errors import BudgetError
+from layerwise.errors import BudgetError, ConfigError
 from layerwise.memory.meter import Meter
 from layerwise.memory.placement import Placement
 from layerwise.nets.layer import Layer
@@ -247,20 +247,27 @@ def test_an_unmetered_step_leaves_the_count_as_it_was(tasks: dict[str, Task]) ->
             assert meter.live == held
 
 
-class Dropping(Layer):
-    """Linear, and dropout."""
+class Drawing(Layer):
+    """Linear, and what draws random numbers."""
 
-    def __init__(self, channels_in: int, channels: int) -> None:
+    def __init__(self, channels_in: int, channels: int, draw: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.linear, self.dropout = nn.Linear(channels_in, channels), nn.Dropout(0.4)
+        self.linear, self.draw = nn.Linear(channels_in, channels), draw()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.linear(x).relu())
+        return self.draw(self.linear(x))
 
 
-@pytest.fixture(scope="module")
-def dropping(planned_stages: Planned) -> Task:
-    network = Network([partial(Dropping, 1, 12), partial(Dropping, 12, 12)], natural_cut=(2,))
+DRAWING: dict[str, Callable[[], nn.Module]] = {
+    "dropout": lambda: nn.Sequential(nn.ReLU(), nn.Dropout(0.4)),
+    "RReLU": lambda: nn.RReLU(0, 1),
+}
+
+
+@pytest.fixture(scope="module", params=DRAWING)
+def dropping(request: pytest.FixtureRequest, planned_stages: Planned) -> Task:
+    draw = DRAWING[request.param]
+    network = Network([partial(Drawing, 1, 12, draw), partial(Drawing, 12, 12, draw)], natural_cut=(2,))
     return make_task(planned_stages("speech", network, **{"data.window": 400}), 1)
 
 
@@ -330,6 +337,29 @@ def test_running_statistics_count_each_batch_once(mixing: Task, recompute: str) 
     assert counts == [1, 1]
 
 
+@pytest.fixture(scope="module")
+def changing(planned_stages: Planned) -> Task:
+    """A stage whose parts change at every forward pass."""
+    torch.manual_seed(0)
+    convolutions = [nn.utils.parametrizations.spectral_norm(nn.Conv2d(n, 6, 3)) for n in (3, 6)]
+    network = traced_network(nn.Sequential(convolutions[0], nn.ReLU(), convolutions[1]), (3, 8, 8))
+    return make_task(planned_stages("vision", network, **{"training.stages": 1}), 1)
+
+
+@pytest.mark.parametrize("asked", [{"micro_batch": 1}, {"recompute": "always"}])
+def test_a_module_that_changes_at_every_pass_runs_once_a_step(changing: Task, asked: dict[str, object]) -> None:
+    memory = changing.config.memory.model_copy(update=asked)
+    layout = lay_out(changing.config.model_copy(update={"memory": memory}), changing.plan, CPU)
+    assert_same_step(take_step(changing, layout.placement), take_step(changing, changing.whole))
+
+
+def test_a_module_that_changes_at_every_pass_is_not_run_again_where_memory_ends(changing: Task) -> None:
+    peak = take_step(changing, changing.whole).peak
+    for limit in (peak - 1, peak // 2):
+        with pytest.raises(NoSmallerSlices, match=r"\(_SpectralNorm\) changes its '_u' at every forward pass, so"):
+            take_step(changing, changing.whole, limit)
+
+
 @pytest.mark.parametrize("on_host", [False, True])
 def test_frozen_parameters_stay_as_they_are(planned_stages: Planned, tmp_path: Path, on_host: bool) -> None:
     torch.manual_seed(0)
@@ -353,6 +383,51 @@ def test_frozen_parameters_stay_as_they_are(planned_stages: Planned, tmp_path: P
     trained = [value.detach() for value in loaded.module.parameters()]
     for found, before in zip(trained, model.parameters(), strict=True):
         assert torch.equal(found, before) == (not before.requires_grad)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_a_network_whose_first_units_are_frozen_is_trained_from_there_on(planned_stages: Planned, stages: int) -> None:
+    model = nn.Sequential(*[part for _ in range(4) for part in (nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())])
+    model[:2].requires_grad_(False)
+    network = traced_network(model, (3, 8, 8))
+    options = {"training.stages": stages, "training.batch_size": 4, "memory.gpu_mem": "50MB"}
+    config, plans = planned_stages("vision", network, **options)
+    assert len(plans) == stages
+    for plan in plans:
+        task = make_task((config, plans), plan.stage)
+        with Meter(CPU) as meter:
+            loaded = task.load(lay_out(config, plan, CPU).placement, meter)
+            before = [parameter.detach().clone() for parameter in loaded.module.parameters()]
+            loaded.train(task.batch, randomness())
+        trained = list(loaded.module.parameters())
+        assert any(parameter.requires_grad for parameter in trained)
+        for parameter, was in zip(trained, before, strict=True):
+            assert torch.equal(parameter, was) == (not parameter.requires_grad)
+
+
+def test_a_layer_with_nothing_to_train_is_refused_as_a_stage_and_taken_into_one(planned_stages: Planned) -> None:
+    class Halving(Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / 2
+
+    layers = [Halving, partial(Drawing, 1, 12, nn.ReLU)]
+    plans = planned_stages("speech", Network(layers, (2,)), **{"data.window": 400})[1]
+    assert len(plans) == 1
+    with pytest.raises(ConfigError, match="Stage 1, layer 0 of the network, has nothing to train"):
+        planned_stages("speech", Network(layers, (1, 1)), **{"data.window": 400})
+
+
+def test_steps_and_first_weights_seed_no_other_devices_generators(
+    tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    task = tasks["convolution"]
+    task.plan.build_objective(task.config, CPU)
+    take_step(task, task.smallest)
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("the generators of all GPUs were seeded")
 
 
 def test_adam_on_the_host_takes_the_same_steps_to_the_bit(tasks: dict[str, Task]) -> None:

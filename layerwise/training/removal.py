@@ -1,0 +1,36 @@
+"""Frees the room that a run's caches take; what a later start needs of them is made again from the weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from layerwise.errors import CacheError, RunError
+from layerwise.files import exclusive
+from layerwise.run_directory import open_run
+
+
+def remove_caches(run_directory: Path, stages: Sequence[int] | None) -> int:
+    """Deletes the caches of these stages (None: of all) of a run that nobody is running. Gives the bytes that are free now.
+
+    Raises RunError where the run is running, CacheError where a stage has no cache.
+    """
+    paths, state = open_run(run_directory)
+    freed = 0
+    with exclusive(paths.lock, RunError(f"{run_directory} is running; stop it first.")):
+        numbers = [record.stage for record in state.stages] if stages is None else stages
+        for stage in numbers:
+            if not 1 <= stage <= len(state.stages):
+                raise CacheError(f"--stage {stage}: {run_directory} has stages 1 to {len(state.stages)}.")
+            if stages is not None and not paths.cache(stage).exists():
+                raise CacheError(
+                    f"Stage {stage} of {run_directory} has no cache; see: layerwise cache ls {run_directory}."
+                )
+        for stage in numbers:
+            record = state.record(stage)
+            record.cache = record.cache_bytes = None
+            state.save(paths.state)
+            cache = paths.cache(stage)
+            for path in (cache, cache.with_name(cache.name + ".part"), cache.with_name(cache.name + ".journal")):
+                if path.exists():
+                    freed += path.stat().st_blocks * 512
+                    path.unlink()
+    return freed

@@ -1,0 +1,274 @@
+"""What a stage does to a batch that is sliced is found out by looking, whatever its parts are called."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from layerwise.config import Config
+from layerwise.memory.meter import Meter
+from layerwise.nets.layer import Layer
+from layerwise.nets.network import Network
+from layerwise.nets.traced import traced_network
+from layerwise.training import behaviour as module_under_test
+from layerwise.training.behaviour import behaviour
+from layerwise.training.plan import StagePlan
+from layerwise.training.planner import lay_out
+
+Planned = Callable[..., tuple[Config, list[StagePlan]]]
+
+
+class Flow(nn.Module):
+    """A convolution, and a function of its pictures."""
+
+    def __init__(self, flow: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.conv, self.flow = conv(), flow
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.flow(self.conv(x))
+
+
+class Tokens(nn.Module):
+    """A transformer on the pixels of a picture."""
+
+    def __init__(self, dropout: float, batch_first: bool = True) -> None:
+        super().__init__()
+        self.conv = conv()
+        self.block = nn.TransformerEncoderLayer(4, 2, 8, dropout, batch_first=batch_first)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(self.conv(x).flatten(2).transpose(1, 2))
+
+
+def conv() -> nn.Module:
+    return nn.Conv2d(3, 4, 3, padding=1)
+
+
+def attention(dropout: float) -> nn.Module:
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        return F.scaled_dot_product_attention(tokens, tokens, tokens, dropout_p=dropout)
+
+    return Flow(attend)
+
+
+DRAWING: dict[str, Callable[[], nn.Module]] = {
+    "dropout": lambda: nn.Sequential(conv(), nn.Dropout(0.1)),
+    "RReLU": lambda: nn.Sequential(conv(), nn.RReLU()),
+    "RReLU twice": lambda: nn.Sequential(conv(), nn.RReLU(), nn.AvgPool2d(2), nn.RReLU(), nn.Dropout(0.1)),
+    "attention": lambda: attention(0.1),
+    "transformer": lambda: Tokens(0.1),
+    "noise": lambda: Flow(lambda x: x + torch.randn_like(x)),
+}
+PLAIN: dict[str, Callable[[], nn.Module]] = {
+    "attention without dropout": lambda: attention(0.0),
+    "transformer without dropout": lambda: Tokens(0.0),
+    "group norm": lambda: nn.Sequential(conv(), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)),
+    "a power called p": lambda: nn.Sequential(conv(), nn.LPPool2d(2, 2)),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(conv()),
+}
+CHANGING: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "spectral norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(conv())),
+        r"layers\.0\.unit\.0\.parametrizations\.weight\.0 \(_SpectralNorm\) changes its '_u' at every forward pass",
+    ),
+    "the former spectral norm": (
+        lambda: nn.Sequential(nn.utils.spectral_norm(conv())),
+        r"layers\.0\.unit\.0 \(Conv2d\) changes its 'weight_u' at every forward pass",
+    ),
+}
+TYING: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "batch norm": (lambda: nn.Sequential(conv(), nn.BatchNorm2d(4)), r"layers\.1\.unit\.1 \(BatchNorm2d\)"),
+    "running instance norm": (
+        lambda: nn.Sequential(conv(), nn.InstanceNorm2d(4, track_running_stats=True)),
+        r"layers\.0\.unit\.1 \(InstanceNorm2d\)",
+    ),
+    "samples taken for tokens": (
+        lambda: Tokens(0.1, batch_first=False),
+        r"layers\.1\.unit\.block\.self_attn \(MultiheadAttention\)",
+    ),
+    "a mean over samples": (lambda: Flow(lambda x: x - x.mean(0)), r"layers\.0\.unit \(GraphModule\)"),
+    "a part of the batch": (lambda: Flow(lambda x: x / x.shape[0]), r"layers\.0 \(FrameUnit\)"),
+}
+
+
+@pytest.fixture(scope="module")
+def stages(planned_stages: Planned) -> Callable[[nn.Module], list[StagePlan]]:
+    """stages(model): those of a model of pictures, one per unit."""
+
+    def plan(model: nn.Module) -> list[StagePlan]:
+        return planned_stages("vision", traced_network(model, (3, 8, 8)))[1]
+
+    return plan
+
+
+@pytest.fixture(scope="module")
+def stage(planned_stages: Planned) -> Callable[..., StagePlan]:
+    """stage(layer, ...): the stage of the layers that these functions build; of sounds."""
+
+    def plan(*layers: Callable[[], Layer]) -> StagePlan:
+        return planned_stages("speech", Network(layers, (len(layers),)), **{"data.window": 400})[1][0]
+
+    return plan
+
+
+@pytest.fixture(params=["cheap", "dear"])
+def cost(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether layers are cheap enough to be run, or are watched without values."""
+    if request.param == "dear":
+        monkeypatch.setattr(module_under_test, "DEAREST_RUN", -1)
+    return request.param
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_what_draws_is_found(stages: Callable[[nn.Module], list[StagePlan]], cost: str, name: str) -> None:
+    found = [behaviour(plan) for plan in stages(DRAWING[name]())]
+    assert any(each.draws for each in found)
+    assert all(each.why_whole is None for each in found)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_does_not_draw_and_can_be_sliced_is_not_suspected(
+    stages: Callable[[nn.Module], list[StagePlan]], cost: str, name: str
+) -> None:
+    for plan in stages(PLAIN[name]()):
+        assert not behaviour(plan).draws
+        assert behaviour(plan).why_whole is None
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_what_changes_at_every_pass_is_named(
+    stages: Callable[[nn.Module], list[StagePlan]], cost: str, name: str
+) -> None:
+    make, sentence = CHANGING[name]
+    found = behaviour(stages(make())[0])
+    assert not found.draws
+    assert re.fullmatch(sentence, found.why_whole or "")
+
+
+@pytest.mark.parametrize("name", TYING)
+def test_what_ties_samples_together_is_named(stages: Callable[[nn.Module], list[StagePlan]], name: str) -> None:
+    make, part = TYING[name]
+    (why,) = [why for plan in stages(make()) if (why := behaviour(plan).why_whole)]
+    assert re.fullmatch(f"{part} ties the samples of a batch together", why)
+
+
+class Linear(Layer):
+    """Frames of one number to frames of `channels`."""
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+class Counting(Linear):
+    """Changes with every pass, where no tensor shows it."""
+
+    passes = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return super().forward(x) * self.passes
+
+
+class Rectified(Linear):
+    """Draws for negative values alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.rrelu(x, training=self.training))
+
+
+class Moody(Linear):
+    """Cannot be run in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            raise ValueError("not today")
+        return super().forward(x)
+
+
+class Company(Linear):
+    """Gives nothing for a sample alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 1 and self.training:
+            raise ValueError("more than 1 sample")
+        return super().forward(x)
+
+
+def test_a_state_that_no_tensor_shows_is_seen_in_the_outputs(stage: Callable[..., StagePlan]) -> None:
+    assert behaviour(stage(Counting)).why_whole == "layers.0 (Counting) gives other outputs at every forward pass"
+
+
+def test_a_layer_that_gives_nothing_for_a_sample_alone_is_not_sliced(stage: Callable[..., StagePlan]) -> None:
+    assert behaviour(stage(Company)).why_whole == "layers.0 (Company) ties the samples of a batch together"
+
+
+def test_samples_of_both_signs_are_tried(stage: Callable[..., StagePlan]) -> None:
+    assert behaviour(stage(Rectified)).draws
+
+
+def test_where_a_layer_cannot_be_run_its_names_are_asked(stage: Callable[..., StagePlan]) -> None:
+    assert behaviour(stage(Moody)).draws
+
+
+def test_a_stage_does_what_any_of_its_layers_does(stage: Callable[..., StagePlan]) -> None:
+    found = behaviour(stage(partial(Linear, 1), partial(Rectified, 1), partial(Counting, 1)))
+    assert found.draws
+    assert found.why_whole == "layers.2 (Counting) gives other outputs at every forward pass"
+
+
+def test_looking_changes_no_generator_and_is_seen_by_no_meter(
+    stages: Callable[[nn.Module], list[StagePlan]], planned_stages: Planned
+) -> None:
+    plans = stages(DRAWING["transformer"]())
+    state = torch.get_rng_state()
+    with FakeTensorMode(), Meter(torch.device("cpu"), limit=0) as meter:
+        found = [behaviour(plan).draws for plan in plans]
+    assert found == [False, True]
+    assert meter.peak == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_each_layer_is_run_once_whatever_is_asked_of_whichever_cut(planned_stages: Planned) -> None:
+    built: list[int] = []
+
+    def build(layer: int) -> Layer:
+        made = Linear(1)
+        if made.linear.weight.device.type == "cpu" and not isinstance(made.linear.weight, FakeTensor):
+            built.append(layer)
+        return made
+
+    network = Network([partial(build, layer) for layer in range(3)], (3,))
+    for stages in (1, 2, 3):
+        config, plans = planned_stages("speech", network, **{"data.window": 400, "training.stages": stages})
+        for plan in plans:
+            behaviour(plan)
+            lay_out(config, plan, torch.device("cpu"))
+    assert sorted(built) == [0, 1, 2]
+
+
+def test_a_huge_layer_is_never_given_values(stage: Callable[..., StagePlan]) -> None:
+    class Huge(Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.dropout = nn.Linear(1, 2**26), nn.Dropout(0.1)
+            assert self.linear.weight.is_meta or isinstance(self.linear.weight, FakeTensor)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.dropout(self.linear(x))
+
+    assert behaviour(stage(Huge)).draws
