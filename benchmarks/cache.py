@@ -1,9 +1,10 @@
 """Speed of the activation cache against the disk itself and against plain h5py: writes, and shuffled windows.
 
-python benchmarks/cache.py [--folder .] [--gigabytes 2] [--windows 4096] [--rounds 5]
+python benchmarks/cache.py [--folder .] [--gigabytes 2] [--plain-gigabytes 1] [--windows 1024] [--rounds 7]
 
-Everything runs in one process, way after way in each round; medians over the rounds. Cold: the file's pages were dropped
-before. First epoch: checksums are compared. Warm: the same windows once more, so a file larger than the memory will do.
+Everything runs in one process, way after way in each round; speeds and ratios are medians over the rounds. Cold: the
+pages of the file were dropped before. Warm: the same windows once more, so the file may be larger than the memory. In the
+first epoch checksums are compared. The usual h5py files are smaller, since they are slow.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,6 @@ import torch
 
 from layerwise.cache import ActivationCache, CacheWriter, Layout
 from layerwise.cache.crc import crc32
-from layerwise.cache.writer import APPEND_BYTES
 from layerwise.data.batches import read_ahead
 
 CHANNELS, WINDOW, SAMPLE = 512, 128, 2048
@@ -33,32 +33,41 @@ CHANNELS, WINDOW, SAMPLE = 512, 128, 2048
 ROW_BYTES = 2 * CHANNELS
 PIECE = 1024
 """Rows that a caching pass hands over at once."""
+RAW_BYTES = 32 * 2**20
+"""What the raw baseline writes at once."""
 BATCH = 8
-"""Windows that the prefetch thread reads at once."""
+"""Windows that are read ahead at once."""
+
+Window = tuple[int, int]
+"""Sample, first row."""
+Ways = dict[str, Callable[[], object]]
+"""Name to what is measured; the first is what the others are compared with."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(), help="on the disk that is measured")
     parser.add_argument("--gigabytes", type=float, default=2)
-    parser.add_argument("--windows", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--plain-gigabytes", type=float, default=1)
+    parser.add_argument("--windows", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    samples = max(round(options.gigabytes * 1e9 / ROW_BYTES / SAMPLE), 1)
-    layout = layout_of(samples)
-    memory = psutil.virtual_memory().total
+    layout = layout_of(options.gigabytes)
+    plain_samples = min(len(layout_of(options.plain_gigabytes).lengths), len(layout.lengths))
     print(
-        f"{layout.activation_bytes / 1e9:.1f} GB of float16 rows of {CHANNELS}, memory {memory / 1e9:.0f} GB, "
-        f"{os.cpu_count()} cores, checksums by {crc32.__module__}, medians of {options.rounds}\n"
+        f"{layout.activation_bytes / 1e9:.1f} GB of float16 rows of {CHANNELS}, windows of {WINDOW} rows, memory "
+        f"{psutil.virtual_memory().total / 1e9:.0f} GB, {os.cpu_count()} cores, checksums by {crc32.__module__}, "
+        f"medians of {options.rounds}\n\n| what | way | MB/s | ratio |\n| --- | --- | --- | --- |",
+        flush=True,
     )
-    print("| what | way | MB/s | ratio |\n| --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        path = Path(folder) / "cache.h5"
-        measure_writes(path, layout, options.rounds)
-        measure_reads(path, layout, options.windows, options.rounds)
+        path, plain = Path(folder) / "cache.h5", Path(folder) / "plain.h5"
+        measure_writes(path, plain, layout, plain_samples, options.rounds)
+        measure_reads(path, plain, layout, plain_samples, options.windows, options.rounds)
 
 
-def layout_of(samples: int) -> Layout:
+def layout_of(gigabytes: float) -> Layout:
+    samples = max(round(gigabytes * 1e9 / ROW_BYTES / SAMPLE), 1)
     return Layout(
         fingerprint="0" * 64,
         stage=1,
@@ -76,25 +85,29 @@ def layout_of(samples: int) -> Layout:
     )
 
 
-def measure_writes(path: Path, layout: Layout, rounds: int) -> None:
-    """Prints a row for each way; the last writes the cache that `path` then holds."""
-    rows = np.random.default_rng(0).integers(0, 30000, (APPEND_BYTES // ROW_BYTES, CHANNELS)).astype("<u2").view("<f2")
+def measure_writes(path: Path, plain: Path, layout: Layout, plain_samples: int, rounds: int) -> None:
+    """Leaves the cache, and the usual HDF5 file of its first samples."""
+    rows = np.random.default_rng(0).integers(0, 30000, (RAW_BYTES // ROW_BYTES, CHANNELS)).astype("<u2").view("<f2")
     raw = path.with_name("raw")
-    ways: dict[str, Callable[[], None]] = {
+    ways: Ways = {
         "os.pwrite, fsync": lambda: write_raw(raw, rows, layout, preallocate=False),
         "posix_fallocate, os.pwrite, fsync": lambda: write_raw(raw, rows, layout, preallocate=True),
         "CacheWriter": lambda: write_cache(path, rows, layout),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name, way in ways.items():
             raw.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
             os.sync()
-            seconds[name].append(timed(way))
+            seconds.setdefault(name, []).append(timed(way))
     raw.unlink(missing_ok=True)
-    speeds = {name: layout.activation_bytes / 1e6 / statistics.median(taken) for name, taken in seconds.items()}
-    report("write", speeds, speeds["os.pwrite, fsync"])
+    os.sync()
+    report("write", layout.activation_bytes, seconds)
+    size = plain_samples * SAMPLE * ROW_BYTES
+    print(
+        f"| write | h5py, automatic chunks | {size / 1e6 / timed(lambda: write_plain(plain, rows, plain_samples)):.0f} | |"
+    )
 
 
 def write_raw(path: Path, rows: np.ndarray, layout: Layout, preallocate: bool) -> None:
@@ -110,52 +123,64 @@ def write_raw(path: Path, rows: np.ndarray, layout: Layout, preallocate: bool) -
 
 def write_cache(path: Path, rows: np.ndarray, layout: Layout) -> None:
     with CacheWriter(path, layout) as writer:
-        for start in range(0, layout.rows, PIECE):
-            first = start % len(rows)
-            writer.write(rows[first : first + min(PIECE, layout.rows - start)])
+        for piece in pieces(rows, layout.rows):
+            writer.write(piece)
         writer.seal()
 
 
-def measure_reads(path: Path, layout: Layout, count: int, rounds: int) -> None:
-    """Prints a row for each way, temperature and number of threads. All read the same windows in the same order."""
+def write_plain(path: Path, rows: np.ndarray, samples: int) -> None:
+    with h5py.File(path, "w") as file:
+        stored = file.create_dataset("activations", (samples * SAMPLE, CHANNELS), "<f2", chunks=True)
+        first = 0
+        for piece in pieces(rows, len(stored)):
+            stored[first : first + len(piece)] = piece
+            first += len(piece)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def pieces(rows: np.ndarray, count: int) -> Iterator[np.ndarray]:
+    """`count` rows, the same ones again and again, as a caching pass gives them."""
+    for start in range(0, count, PIECE):
+        first = start % len(rows)
+        yield rows[first : first + min(PIECE, count - start)]
+
+
+def measure_reads(path: Path, plain: Path, layout: Layout, plain_samples: int, count: int, rounds: int) -> None:
+    """All ways read the same windows in the same order, from the usual file their likes."""
     rng = np.random.default_rng(1)
-    windows = [
-        (int(sample), int(start))
-        for sample, start in zip(
-            rng.permutation(np.arange(count) % len(layout.lengths)),
-            rng.integers(0, SAMPLE - WINDOW + 1, count),
-            strict=True,
-        )
-    ]
-    with ActivationCache(path) as compared, h5py.File(path) as file, raw_reader(path) as raw:
+    samples = rng.permutation(np.resize(rng.permutation(len(layout.lengths)), count))
+    windows = list(zip(samples.tolist(), rng.integers(0, SAMPLE - WINDOW + 1, count).tolist(), strict=True))
+    plain_windows = [(sample % plain_samples, start) for sample, start in windows]
+    with ActivationCache(path) as compared, raw_reader(path) as raw, h5py.File(plain) as file:
         compared.verify()
         rows = file["activations"]
-        batches = torch.utils.data.DataLoader(H5pyWindows(path, windows), BATCH, num_workers=2)
-        one_thread: dict[str, Callable[[], None]] = {
+        one_thread: Ways = {
             "os.preadv": lambda: each(raw, windows),
             "ActivationCache, first epoch": lambda: first_epoch(path, windows, each),
             "ActivationCache, later epochs": lambda: each(compared.read, windows),
-            "h5py, fancy indexing": lambda: each(partial(read_fancy, rows), windows),
+            "h5py, automatic chunks, fancy indexing": lambda: each(partial(read_fancy, rows), plain_windows),
         }
-        prefetching: dict[str, Callable[[], None]] = {
+        loader = torch.utils.data.DataLoader(
+            PlainWindows(plain, plain_windows), BATCH, num_workers=2, persistent_workers=True
+        )
+        exhaust(loader)  # starts the workers
+        prefetching: Ways = {
             "os.preadv": lambda: ahead(raw, windows),
             "ActivationCache, first epoch": lambda: first_epoch(path, windows, ahead),
             "ActivationCache, later epochs": lambda: ahead(compared.read, windows),
-            "DataLoader over h5py, 2 workers": lambda: exhaust(batches),
+            "DataLoader over h5py, automatic chunks, 2 workers": lambda: exhaust(loader),
         }
-        for threads, ways in (("one thread", one_thread), ("a prefetch thread", prefetching)):
-            seconds: dict[tuple[str, str], list[float]] = {}
+        for threads, ways in (("one thread", one_thread), ("read ahead", prefetching)):
+            seconds: dict[str, dict[str, list[float]]] = {"cold": {}, "warm": {}}
             for _ in range(rounds):
                 for name, way in ways.items():
                     drop_pages(path)
-                    for temperature in ("cold", "warm"):
-                        seconds.setdefault((temperature, name), []).append(timed(way))
-            for temperature in ("cold", "warm"):
-                speeds = {
-                    name: count * WINDOW * ROW_BYTES / 1e6 / statistics.median(seconds[temperature, name])
-                    for name in ways
-                }
-                report(f"read, {temperature}, {threads}", speeds, speeds["os.preadv"])
+                    drop_pages(plain)
+                    for taken in seconds.values():
+                        taken.setdefault(name, []).append(timed(way))
+            for temperature, taken in seconds.items():
+                report(f"windows, {temperature}, {threads}", count * WINDOW * ROW_BYTES, taken)
 
 
 @contextmanager
@@ -179,10 +204,10 @@ def read_fancy(rows: h5py.Dataset, sample: int, start: int, stop: int) -> np.nda
     return rows[np.arange(sample * SAMPLE + start, sample * SAMPLE + stop)]
 
 
-class H5pyWindows(torch.utils.data.Dataset):
+class PlainWindows(torch.utils.data.Dataset):
     """The usual data set over h5py: each worker opens the file, each item is a slice."""
 
-    def __init__(self, path: Path, windows: list[tuple[int, int]]) -> None:
+    def __init__(self, path: Path, windows: list[Window]) -> None:
         self.path, self.windows, self.rows = path, windows, None
 
     def __len__(self) -> int:
@@ -195,23 +220,22 @@ class H5pyWindows(torch.utils.data.Dataset):
         return torch.from_numpy(self.rows[sample * SAMPLE + start : sample * SAMPLE + start + WINDOW])
 
 
-def each(read: Callable[[int, int, int], object], windows: list[tuple[int, int]]) -> None:
+def each(read: Callable[[int, int, int], object], windows: list[Window]) -> None:
     for sample, start in windows:
         read(sample, start, start + WINDOW)
 
 
-def ahead(read: Callable[[int, int, int], object], windows: list[tuple[int, int]]) -> None:
+def ahead(read: Callable[[int, int, int], object], windows: list[Window]) -> None:
     """As training reads: a thread reads batches before they are asked for."""
-    batches = (windows[first : first + BATCH] for first in range(0, len(windows), BATCH))
-    exhaust(read_ahead(partial(each, read, batch) for batch in batches))
+    exhaust(read_ahead(partial(each, read, windows[first : first + BATCH]) for first in range(0, len(windows), BATCH)))
 
 
-def first_epoch(path: Path, windows: list[tuple[int, int]], way: Callable[..., None]) -> None:
+def first_epoch(path: Path, windows: list[Window], way: Callable[..., None]) -> None:
     with ActivationCache(path) as cache:
         way(cache.read, windows)
 
 
-def exhaust(batches: Iterator[object]) -> None:
+def exhaust(batches: Iterable[object]) -> None:
     for _ in batches:
         pass
 
@@ -221,25 +245,28 @@ def drop_pages(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE) as mapped:
-            pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        with mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE) as mapped:
+            resident = np.empty(-(-len(mapped) // mmap.PAGESIZE), dtype=np.uint8)
             start = ctypes.c_char.from_buffer(mapped)
-            ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(len(mapped)), pages)
+            ctypes.CDLL(None).mincore(
+                ctypes.byref(start), ctypes.c_size_t(len(mapped)), ctypes.c_void_p(resident.ctypes.data)
+            )
             del start
-    kept = float(np.frombuffer(pages, dtype=np.uint8).mean())
-    if kept > 0.01:
-        print(f"not cold: the system keeps {kept:.0%} of the pages")
+    if resident.mean() > 0.01:
+        print(f"not cold: the system keeps {resident.mean():.0%} of the pages of {path.name}")
 
 
-def timed(way: Callable[[], None]) -> float:
+def timed(way: Callable[[], object]) -> float:
     began = time.perf_counter()
     way()
     return time.perf_counter() - began
 
 
-def report(what: str, speeds: dict[str, float], raw: float) -> None:
-    for name, speed in speeds.items():
-        print(f"| {what} | {name} | {speed:.0f} | {speed / raw:.2f} |", flush=True)
+def report(what: str, size: int, seconds: dict[str, list[float]]) -> None:
+    raw = next(iter(seconds.values()))
+    for name, taken in seconds.items():
+        ratio = statistics.median(one / other for one, other in zip(raw, taken, strict=True))
+        print(f"| {what} | {name} | {size / 1e6 / statistics.median(taken):.0f} | {ratio:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,13 @@ class DataOptions(_Section):
     patch_stride: int = _option(8, "shape", "images: distance between patches, pixels", ge=1)
     gray: bool = _option(True, "shape", "images: convert to one grey channel")
     flip: bool = _option(True, "shape", "images: train on mirrored pictures too (a second view in the cache)")
+    views: int | None = _option(
+        None,
+        "shape",
+        "renderings of each sample that are cached side by side; default: what the data have, 2 for pictures with flip",
+        "--views",
+        ge=1,
+    )
     held_out: float = _option(0.1, "shape", "part of the training samples kept for the held-out loss", gt=0, lt=1)
     test: float = _option(
         0.2, "shape", "part of the samples kept for probes, where there is no customary test split", gt=0, lt=1

@@ -45,7 +45,7 @@ def unwritable(path: Path, error: OSError) -> str:
     """The sentence for an error of the operating system on a file that is written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"No room is left on the disk for {path}; free some and start the same command again, nothing is lost."
-    return f"{path} cannot be written: {error.strerror}."
+    return f"{path} cannot be written: {error.strerror or error}."
 
 
 @contextmanager

@@ -16,9 +16,9 @@ ROOMS = {
     "memory": {"errors", "config"},
     "training": LEAVES | {"cache", "data", "nets", "objectives", "memory"},
     "evaluate": LEAVES | {"training", "cache", "data", "nets", "memory"},
-    "engines": LEAVES | {"training", "data", "nets", "memory"},
+    "engines": LEAVES | {"training", "data", "nets", "memory", "cache"},
     "report": LEAVES | {"evaluate"},
-    "commands": LEAVES | {"training", "engines", "evaluate", "report"},
+    "commands": LEAVES | {"training", "engines", "evaluate", "report", "cache"},
 }
 """Room to what it may import, besides itself."""
 

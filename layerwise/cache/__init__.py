@@ -1,6 +1,6 @@
 """Activation caches: a stage's outputs for the whole data set, in one HDF5 file."""
 
-from layerwise.cache.format import SPLITS, Layout
+from layerwise.cache.layout import SPLITS, Layout
 from layerwise.cache.reader import ActivationCache
 from layerwise.cache.writer import CacheWriter
 

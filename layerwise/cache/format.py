@@ -1,227 +1,169 @@
-"""The file format of an activation cache, version 1. cache/README.md describes it for other readers.
+"""The file format of an activation cache, version 2. cache/README.md describes it for other readers.
 
 One contiguous, unfiltered HDF5 data set `activations` [frames of all samples and views, *frame shape], frame-major, so
 that a window is one contiguous read; allocated early, aligned, never filled. The file is created by h5py and closed;
-rows then go in and out by pwrite and pread at the data set's offset, at the speed of the disk and without HDF5's lock.
+rows then go in and out by pwrite and pread at the data set's place, at the speed of the disk and without HDF5's lock.
 """
 
 import os
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import h5py
 import numpy as np
-import torch
 
+from layerwise.cache.layout import SPLITS, Layout
+from layerwise.cache.seal import NAME, USER_BLOCK, VERSION, of_another_version
+from layerwise.cache.stored import STORED
+from layerwise.cache.structure import UNREADABLE, byte_range, check_structure, unusual
 from layerwise.errors import CacheError
 
-FORMAT = "layerwise activation cache"
-VERSION = 1
 ALIGNMENT = 4096
-BLOCK_BYTES = 32 * 2**20
-"""Default size of what shares one checksum and one journal entry. Smaller blocks pay for more syncs; 32 MiB lost nothing."""
 
-STORED_AS = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}
-"""Cache dtype to HDF5 dtype. bfloat16 has none there: its 16 bits are stored as unsigned integers."""
+_LARGEST_BLOCK = 2**20
+"""Bytes that a first read may have to read around a window."""
 
-_ATTRIBUTES = ("complete", "fingerprint", "stage", "dtype", "columns", "views", "hop", "offset", "block_bytes")
-
-SPLITS = ("train", "held-out", "test")
-"""Meaning of the numbers in the data set `split`."""
+_UNPACKED_LABELS = 64 * 2**20
+"""Bytes that labels may take in memory even where the whole file is smaller."""
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """Everything about a cache but its activations; fixed before the first row is written."""
+class Places:
+    """First bytes, in the file, of what is read and written without HDF5."""
 
-    fingerprint: str
-    """Hash of everything that made the activations."""
-    stage: int
-    dtype: str
-    """float16, bfloat16 or float32."""
-    frame_shape: tuple[int, ...]
-    columns: int
-    """Frames per row: 1 for sequences, patches per row for pictures."""
-    views: int
-    """Renderings of each sample, stored one after another."""
-    lengths: np.ndarray
-    """int64 [N], frames of each sample in one view."""
-    ids: tuple[str, ...]
-    """[N]"""
-    split: np.ndarray
-    """uint8 [N], an index into SPLITS."""
-    labels: dict[str, np.ndarray]
-    """Label name to str [N]; an empty string where a sample has none."""
-    frame_labels: dict[str, np.ndarray]
-    """Label name to str [frames of view 0 of all samples]."""
-    hop: int
-    """Distance between two frames, in frames of the network's input (samples of audio)."""
-    offset: float
-    """Centre of frame 0, in frames of the network's input."""
-    block_bytes: int = BLOCK_BYTES
-    """Bytes that share one checksum."""
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """int64 [N * views + 1]: rows of sample i, view v are offsets[i * views + v] to the next entry."""
-        return np.concatenate([[0], np.cumsum(np.repeat(self.lengths, self.views))]).astype(np.int64)
-
-    @property
-    def rows(self) -> int:
-        """Frames of all samples and views."""
-        return int(self.lengths.sum()) * self.views
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one frame."""
-        return int(np.prod(self.frame_shape, dtype=np.int64)) * np.dtype(STORED_AS[self.dtype]).itemsize
-
-    @property
-    def blocks(self) -> int:
-        """Number of checksummed blocks."""
-        return -(-self.rows * self.row_bytes // self.block_bytes)
+    activations: int
+    checksums: int
+    scales: int
 
 
 def create(path: Path, layout: Layout) -> None:
-    """Creates the file with everything in it but the activations and their checksums, not yet marked complete.
+    """Creates the file with everything in it but the activations, their checksums and scales; not sealed.
 
     Of a library version whose files carry no "open for write" mark: a kill while sealing would leave that mark behind, and
     HDF5 would never open the file again.
     """
+    index = _index(layout)
+    with open(path, "wb") as file:  # HDF5 does not survive a disk that is full
+        os.posix_fallocate(file.fileno(), 0, sum(values.nbytes + 2 * ALIGNMENT for values in index.values()))
     with h5py.File(
-        path, "w", libver=("earliest", "v108"), alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT
+        path,
+        "w",
+        libver=("earliest", "v108"),
+        userblock_size=USER_BLOCK,
+        alignment_threshold=ALIGNMENT,
+        alignment_interval=ALIGNMENT,
     ) as file:
-        file.attrs.update(
-            {
-                "format": FORMAT,
-                "format_version": VERSION,
-                "complete": False,
-                "fingerprint": layout.fingerprint,
-                "stage": layout.stage,
-                "dtype": layout.dtype,
-                "columns": layout.columns,
-                "views": layout.views,
-                "hop": layout.hop,
-                "offset": layout.offset,
-                "block_bytes": layout.block_bytes,
-            }
-        )
-        _store(file, "offsets", layout.offsets)
-        _store(file, "ids", _as_bytes(layout.ids))
-        _store(file, "split", layout.split.astype(np.uint8))
-        for group, labels in (("labels", layout.labels), ("frame_labels", layout.frame_labels)):
-            for name, values in labels.items():
-                classes, codes = np.unique(values, return_inverse=True)
-                _store(file, f"{group}/{name}", codes.astype(np.int32))
-                _store(file, f"{group}_classes/{name}", _as_bytes(classes))
-        _store(file, "checksums", np.zeros(layout.blocks, dtype=np.uint32))
-        _create_unfilled(file, "activations", (layout.rows, *layout.frame_shape), STORED_AS[layout.dtype])
+        file.attrs["format"] = np.bytes_(NAME)
+        file.attrs["format_version"] = np.int64(VERSION)
+        file.attrs["complete"] = np.uint8(0)
+        for name in ("fingerprint", "dtype"):
+            file.attrs[name] = np.bytes_(getattr(layout, name))
+        for name in ("stage", "columns", "views", "hop", "block_bytes", "scale_rows"):
+            file.attrs[name] = np.int64(getattr(layout, name))
+        file.attrs["offset"] = np.float64(layout.offset)
+        for name, values in index.items():
+            file.create_dataset(name, data=values, track_times=False)  # the same content is the same bytes
+        _create_unfilled(file, "activations", (layout.rows, *layout.frame_shape), STORED[layout.dtype].on_disk)
 
 
-def read_layout(path: Path) -> Layout:
-    """The layout of a cache file, sealed or not. Raises CacheError where it is none, or of another version."""
-    with open_checked(path) as file:
-        _check_structure(path, file)
-        attrs = file.attrs
-        offsets = file["offsets"][:]
-        views = int(attrs["views"])
-        return Layout(
-            fingerprint=str(attrs["fingerprint"]),
-            stage=int(attrs["stage"]),
-            dtype=str(attrs["dtype"]),
-            frame_shape=tuple(int(size) for size in file["activations"].shape[1:]),
-            columns=int(attrs["columns"]),
-            views=views,
-            lengths=np.diff(offsets)[::views],
-            ids=tuple(name.decode() for name in file["ids"][:]),
-            split=file["split"][:],
-            labels=_read_labels(file, "labels"),
-            frame_labels=_read_labels(file, "frame_labels"),
-            hop=int(attrs["hop"]),
-            offset=float(attrs["offset"]),
-            block_bytes=int(attrs["block_bytes"]),
-        )
+def read_layout(path: Path, descriptor: int) -> tuple[Layout, Places]:
+    """The layout of a cache file, sealed or not, and where things lie in it. `path` is only for the errors.
 
-
-def open_checked(path: Path, mode: str = "r") -> h5py.File:
-    """The opened HDF5 file. Raises CacheError where it is no cache of this version."""
+    Raises CacheError where the file contradicts itself, or holds what layerwise never writes.
+    """
     try:
-        file = h5py.File(path, mode, locking=False)
-    except FileNotFoundError:
+        # Through the descriptor: of the very file whose seal was checked, and whoever else has it open in this process.
+        with FileIO(descriptor, closefd=False) as content, h5py.File(content, "r") as file:
+            check_structure(path, file, os.fstat(descriptor).st_size)
+            if file.attrs["format_version"] != VERSION:
+                raise of_another_version(path, str(file.attrs["format_version"]))
+            layout = _read(path, file)
+            places = [byte_range(file[name].id)[0] for name in ("activations", "checksums", "scales")]
+    except UNREADABLE as error:
         raise CacheError(
-            f"The cache {path} is missing; start the run again to rebuild it from the stage below."
+            f"{path} is not a readable cache ({error}); delete it and start the run again to rebuild it."
         ) from None
-    except OSError as error:
-        raise CacheError(
-            f"{path} is not a readable HDF5 file ({error}); delete it and start the run again to rebuild it."
-        ) from None
-    if file.attrs.get("format") != FORMAT or file.attrs.get("format_version") != VERSION:
-        found = f"{file.attrs.get('format', 'no layerwise cache')} version {file.attrs.get('format_version', '?')}"
-        file.close()
-        raise CacheError(f"{path} holds {found}; this layerwise reads '{FORMAT}' version {VERSION}.")
-    return file
+    return layout, Places(*places)
 
 
-def data_offset(path: Path) -> int:
-    """Byte position of the first activation in the file."""
-    with open_checked(path) as file:
-        offset = file["activations"].id.get_offset()
-    if offset is None:
-        raise CacheError(f"The activations in {path} are not contiguous; it was not written by layerwise.")
-    return int(offset)
+def set_complete(path: Path) -> None:
+    """Marks the file as complete. Doing it twice gives the same bytes. Raises OSError."""
+    with h5py.File(path, "r+", locking=False) as file:
+        file.attrs.modify("complete", np.uint8(1))
 
 
-def as_stored(rows: torch.Tensor, dtype: str) -> np.ndarray:
-    """CPU tensor of the cache's torch dtype to the numpy array whose bytes are stored."""
-    return (rows.view(torch.uint16) if dtype == "bfloat16" else rows).numpy()
-
-
-def from_stored(raw: np.ndarray, dtype: str) -> torch.Tensor:
-    """The inverse of `as_stored`."""
-    rows = torch.from_numpy(raw)
-    return rows.view(torch.bfloat16) if dtype == "bfloat16" else rows
-
-
-def reserve(path: Path, layout: Layout) -> None:
+def reserve(path: Path, layout: Layout, places: Places) -> None:
     """Claims the room of all activations, so that a full disk is met before the first row. Raises OSError."""
-    size = layout.rows * layout.row_bytes
-    if size:
-        descriptor = os.open(path, os.O_RDWR)
-        try:
-            os.posix_fallocate(descriptor, data_offset(path), size)
-        finally:
-            os.close(descriptor)
+    if layout.activation_bytes:
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), places.activations, layout.activation_bytes)
 
 
-def _check_structure(path: Path, file: h5py.File) -> None:
-    """Raises CacheError unless every data set is plain: h5py would follow links and storage into other files."""
-    names = ["offsets", "ids", "split", "checksums", "activations"]
-    for group in ("labels", "labels_classes", "frame_labels", "frame_labels_classes"):
-        if isinstance(file.get(group, getlink=True), h5py.HardLink):
-            names += [f"{group}/{name}" for name in file[group]]
-    missing = [name for name in _ATTRIBUTES if name not in file.attrs]
-    odd = missing or [name for name in names if not _is_plain(file, name)]
-    if odd:
-        raise CacheError(
-            f"{path} is not a whole cache: {odd[0]} is missing or stored in a way that layerwise never writes."
-        )
-
-
-def _is_plain(file: h5py.File, name: str) -> bool:
-    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-        return False
-    entry = file[name]
-    return (
-        isinstance(entry, h5py.Dataset)
-        and entry.chunks is None
-        and not entry.is_virtual
-        and entry.external is None
-        and entry.dtype.kind in "iufS"
+def _read(path: Path, file: h5py.File) -> Layout:
+    attrs, shape = file.attrs, file["activations"].shape
+    numbers = {name: int(attrs[name]) for name in ("stage", "columns", "views", "hop", "block_bytes", "scale_rows")}
+    for name, number in numbers.items():
+        if number < 1 or (name == "block_bytes" and number > _LARGEST_BLOCK):
+            raise unusual(path, f"attribute {name}")
+    ids, split, offsets = file["ids"][:], file["split"][:], file["offsets"][:]
+    views = numbers["views"]
+    if ids.ndim != 1 or offsets.shape != (len(ids) * views + 1,) or (offsets[1:] < offsets[:-1]).any():
+        raise unusual(path, "offsets")
+    lengths = np.diff(offsets)[::views]
+    layout = Layout(
+        fingerprint=attrs["fingerprint"].decode(),
+        dtype=attrs["dtype"].decode(),
+        frame_shape=shape[1:],
+        lengths=lengths,
+        ids=tuple(name.decode() for name in ids),
+        split=split,
+        labels=_read_labels(path, file, "labels", len(ids)),
+        frame_labels=_read_labels(path, file, "frame_labels", int(lengths.sum())),
+        offset=float(attrs["offset"]),
+        **numbers,
     )
+    as_it_should_be = {
+        "offsets": np.array_equal(layout.offsets, offsets),
+        "split": split.shape == (len(ids),) and bool((split < len(SPLITS)).all()),
+        "activations": len(shape) > 1 and 0 not in shape[1:] and shape[0] == layout.rows,
+        "checksums": file["checksums"].shape == (layout.blocks,),
+        "scales": file["scales"].shape == layout.scales_shape,
+    }
+    for name, good in as_it_should_be.items():
+        if not good:
+            raise unusual(path, name)
+    return layout
 
 
-def _store(file: h5py.File, name: str, values: np.ndarray) -> None:
-    file.create_dataset(name, data=values, track_times=False)  # the same content is the same bytes
+def _read_labels(path: Path, file: h5py.File, group: str, count: int) -> dict[str, np.ndarray]:
+    """Label name to str [count]."""
+    labels = {}
+    for name in file.get(group, ()):
+        codes, classes = file[f"{group}/{name}"][:], file[f"{group}_classes/{name}"][:]
+        fits = codes.shape == (count,) and classes.ndim == 1 and ((codes >= 0) & (codes < len(classes))).all()
+        unpacked = 4 * classes.itemsize * count  # numpy takes 4 bytes for a letter
+        if not fits or unpacked > max(file.id.get_filesize(), _UNPACKED_LABELS):
+            raise unusual(path, f"{group}/{name}")
+        labels[name] = np.array([label.decode() for label in classes], dtype=str)[codes]
+    return labels
+
+
+def _index(layout: Layout) -> dict[str, np.ndarray]:
+    """Every data set but the activations, by name."""
+    index = {
+        "offsets": layout.offsets,
+        "ids": _as_bytes(layout.ids),
+        "split": layout.split.astype(np.uint8),
+        "checksums": np.zeros(layout.blocks, dtype=np.uint32),
+        "scales": np.zeros(layout.scales_shape, dtype=np.float32),
+    }
+    for group, labels in (("labels", layout.labels), ("frame_labels", layout.frame_labels)):
+        for name, values in labels.items():
+            classes, codes = np.unique(values, return_inverse=True)
+            index[f"{group}/{name}"] = codes.astype(np.int32)
+            index[f"{group}_classes/{name}"] = _as_bytes(classes)
+    return index
 
 
 def _create_unfilled(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> None:
@@ -236,11 +178,3 @@ def _create_unfilled(file: h5py.File, name: str, shape: tuple[int, ...], dtype: 
 
 def _as_bytes(names: tuple[str, ...] | np.ndarray) -> np.ndarray:
     return np.array([name.encode() for name in names], dtype=bytes)
-
-
-def _read_labels(file: h5py.File, group: str) -> dict[str, np.ndarray]:
-    labels = {}
-    for name, codes in file.get(group, {}).items():
-        classes = np.array([label.decode() for label in file[f"{group}_classes/{name}"][:]], dtype=str)
-        labels[name] = classes[codes[:]] if len(classes) else np.zeros(0, dtype=str)
-    return labels

@@ -1,42 +1,48 @@
-"""The journal of a cache that is being written: which blocks are safely on the disk, and their checksums.
+"""The journal of a cache that is being written: which blocks are safely on the disk.
 
-One record per block in order: block number, CRC-32 of the block, CRC-32 of the record. A record is appended only after
-its block is synced; a torn record at the end does not count.
+One record per append, in order: number of blocks that are done by then, CRC-32 of the checksums of the blocks appended
+(as they lie in the file), CRC-32 of the record. A record is added only after its blocks and their checksums are synced;
+a torn record at the end does not count.
 """
 
 import os
 import struct
-import zlib
+from collections.abc import Callable
 from pathlib import Path
+
+from layerwise.cache.crc import crc32
+from layerwise.cache.positional import write_all
 
 _RECORD = struct.Struct("<QI")
 _CHECK = struct.Struct("<I")
+_SIZE = _RECORD.size + _CHECK.size
 
 
-def append(path: Path, block: int, checksum: int) -> None:
-    """Adds one durable record."""
-    record = _RECORD.pack(block, checksum)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+def append(path: Path, blocks: int, checksums: bytes) -> None:
+    """Adds one durable record: `blocks` are done now, the last of them with these checksums. Raises OSError."""
+    record = _RECORD.pack(blocks, crc32(checksums))
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, record + _CHECK.pack(zlib.crc32(record)))
+        write_all(descriptor, record + _CHECK.pack(crc32(record)), os.fstat(descriptor).st_size)
         os.fdatasync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def replay(path: Path) -> list[int]:
-    """Checksums of blocks 0, 1, ... as far as the records are whole; cuts off what is torn behind them."""
+def replay(path: Path, checksums: Callable[[int, int], bytes]) -> int:
+    """Number of blocks that are done; cuts off records that are torn or belong to other blocks.
+
+    `checksums(first, stop)` gives the bytes of the checksums in the file.
+    """
     if not path.exists():
-        return []
+        return 0
     content = path.read_bytes()
-    size = _RECORD.size + _CHECK.size
-    checksums: list[int] = []
-    for start in range(0, len(content) - size + 1, size):
-        record = content[start : start + _RECORD.size]
-        block, checksum = _RECORD.unpack(record)
-        (check,) = _CHECK.unpack(content[start + _RECORD.size : start + size])
-        if check != zlib.crc32(record) or block != len(checksums):
+    done = records = 0
+    for start in range(0, len(content) - _SIZE + 1, _SIZE):
+        record, check = content[start : start + _RECORD.size], content[start + _RECORD.size : start + _SIZE]
+        blocks, checksum = _RECORD.unpack(record)
+        if check != _CHECK.pack(crc32(record)) or blocks <= done or crc32(checksums(done, blocks)) != checksum:
             break
-        checksums.append(checksum)
-    os.truncate(path, len(checksums) * size)
-    return checksums
+        done, records = blocks, records + 1
+    os.truncate(path, records * _SIZE)
+    return done

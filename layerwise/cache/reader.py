@@ -1,24 +1,23 @@
 """Reads an activation cache: windows by pread at the disk's speed, from any number of threads.
 
-Only the path travels between processes; each reader opens its own descriptor.
+Only the path travels between processes: a pickled cache opens the file anew.
 """
 
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from layerwise.cache.format import (
-    STORED_AS,
-    Layout,
-    data_offset,
-    from_stored,
-    open_checked,
-    read_layout,
-)
+from layerwise.cache.blocks import Blocks
+from layerwise.cache.format import Places, read_layout
+from layerwise.cache.layout import Layout
+from layerwise.cache.positional import read_all
+from layerwise.cache.quantise import dequantise
+from layerwise.cache.seal import check_seal
+from layerwise.cache.stored import STORED, as_bytes, as_tensor
+from layerwise.cache.structure import unusual
 from layerwise.errors import CacheError
 
 
@@ -26,21 +25,27 @@ class ActivationCache:
     """A sealed cache, open for reading; a FrameSource for the next stage. Use as a context manager, or call `close`."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CacheError where the file is missing, not sealed, or shorter than it says."""
-        self.path = path
-        self.layout: Layout = read_layout(path)
-        with open_checked(path) as file:
-            if not file.attrs["complete"]:
-                raise CacheError(f"{path} was never completed; start the run again to finish it.")
-            self._checksums = file["checksums"][:]
-        self._data_offset = data_offset(path)
-        self._offsets = self.layout.offsets
-        self._descriptor = os.open(path, os.O_RDONLY)
-        size = os.fstat(self._descriptor).st_size
-        needed = self._data_offset + self.layout.rows * self.layout.row_bytes
-        if size < needed:
+        """Raises DamagedCache where anything but activations is damaged; those are checked as they are read.
+
+        Raises CacheError where the file is missing, of another version, or holds what layerwise never writes.
+        """
+        self.path, self._descriptor = path, -1
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+            self.layout, self._places = self._open()
+        except FileNotFoundError:
+            raise CacheError(
+                f"The cache {path} is missing; start the run again to rebuild it from the stage below."
+            ) from None
+        except OSError as error:
             self.close()
-            raise CacheError(f"{path} is cut off: {size} of {needed} bytes; delete it and start the run again.")
+            raise CacheError(f"{path} cannot be read: {error.strerror}.") from None
+        except BaseException:
+            self.close()
+            raise
+        self._offsets = self.layout.offsets
+        self._stored = STORED[self.layout.dtype]
+        self._blocks = Blocks(path, self._descriptor, self.layout, self._places)
 
     ids = property(lambda self: self.layout.ids)
     lengths = property(lambda self: self.layout.lengths)
@@ -50,26 +55,26 @@ class ActivationCache:
     labels = property(lambda self: self.layout.labels)
 
     def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
-        """Frames start to stop of one sample: CPU tensor [stop - start, *frame shape] of the cache's dtype."""
-        first = int(self._offsets[sample * self.views + view]) + start
-        return self._rows(first, stop - start)
+        """Frames start to stop of one sample: CPU tensor [stop - start, *frame shape] of the cache's dtype.
+
+        int8 comes back as float32. Raises DamagedCache where a block does not match its checksum.
+        """
+        layout = self.layout
+        if not (sample >= 0 <= view < layout.views and 0 <= start <= stop <= layout.lengths[sample]):
+            raise IndexError(f"frames {start} to {stop} of view {view} of sample {sample} are not in {self.path}")
+        first = int(self._offsets[sample * layout.views + view]) + start
+        rows = np.empty((stop - start, *layout.frame_shape), dtype=self._stored.on_disk)
+        self._blocks.read(as_bytes(rows), first * layout.row_bytes)
+        if layout.dtype == "int8":
+            rows = dequantise(rows, self._scales(first, first + len(rows)), first, layout.scale_rows)
+        return as_tensor(rows, self._stored.tensor)
 
     def verify(self, poll: Callable[[], None] = lambda: None) -> None:
-        """Compares every block with its checksum, and calls `poll` between them, which may raise.
+        """Compares every block with its checksum, and calls `poll` now and then, which may raise.
 
-        Raises CacheError that names the first damaged block.
+        Raises DamagedCache that names the first damaged block.
         """
-        end = self.layout.rows * self.layout.row_bytes
-        buffer = np.empty(min(self.layout.block_bytes, end), dtype=np.uint8)
-        for block, expected in enumerate(self._checksums):
-            poll()
-            start = block * self.layout.block_bytes
-            part = buffer[: min(self.layout.block_bytes, end - start)]
-            self._read_into(part, start)
-            if zlib.crc32(part) != expected:
-                raise CacheError(
-                    f"Block {block} of {self.path} is damaged; delete the file and start the run again to rebuild it."
-                )
+        self._blocks.check_all(poll)
 
     def close(self) -> None:
         """Gives the descriptor back; closing twice does nothing."""
@@ -83,16 +88,24 @@ class ActivationCache:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _rows(self, first: int, count: int) -> torch.Tensor:
-        rows = np.empty((count, *self.frame_shape), dtype=STORED_AS[self.layout.dtype])
-        if rows.size:
-            self._read_into(rows.reshape(-1).view(np.uint8), first * self.layout.row_bytes)
-        return from_stored(rows, self.layout.dtype)
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return ActivationCache, (self.path,)
 
-    def _read_into(self, buffer: np.ndarray, position: int) -> None:
-        view = memoryview(buffer)
-        while view:
-            count = os.preadv(self._descriptor, [view], self._data_offset + position)
-            if count == 0:
-                raise CacheError(f"{self.path} ends early; delete it and start the run again to rebuild it.")
-            view, position = view[count:], position + count
+    def _open(self) -> tuple[Layout, Places]:
+        seal = check_seal(self.path, self._descriptor)
+        layout, places = read_layout(self.path, self._descriptor)
+        if (seal.start, seal.length) != (places.activations, layout.activation_bytes):
+            raise unusual(self.path, "activations")
+        return layout, places
+
+    def _scales(self, first: int, stop: int) -> np.ndarray:
+        """float32 [groups, C] of the groups that rows first to stop lie in."""
+        first, stop = first // self.layout.scale_rows, -(-stop // self.layout.scale_rows)
+        channels = self.layout.scales_shape[1]
+        scales = np.empty((stop - first, channels), dtype="<f4")
+        read_all(
+            self._descriptor,
+            [as_bytes(scales)],
+            self._places.scales + 4 * first * channels,
+        )
+        return scales

@@ -1,130 +1,181 @@
-"""Writes an activation cache row after row, so that a kill at any moment loses at most the block in hand.
+"""Writes an activation cache row after row, so that a kill at any moment loses at most the appends in hand.
 
-The file bears the name NAME.part, with NAME.journal beside it, until every row is there; then its checksums and the mark
-`complete` go in, it is synced and takes its final name. A later writer of the same layout goes on at the last whole block.
+The file bears the name NAME.part, with NAME.journal beside it, until every row is there; then it is sealed and takes its
+final name. A later writer of the same layout goes on behind the last whole append. A thread writes while the caller
+computes; the caller waits only where it is a whole append ahead of the disk.
 """
 
 import os
-import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
-import h5py
 import numpy as np
 
-from layerwise.cache import journal
-from layerwise.cache.format import Layout, create, data_offset, open_checked, reserve
+from layerwise.cache.appends import Appends, aligned_buffer
+from layerwise.cache.format import Places, create, read_layout, reserve, set_complete
+from layerwise.cache.layout import Layout
+from layerwise.cache.quantise import Quantiser
+from layerwise.cache.seal import stamp
+from layerwise.cache.stored import STORED
 from layerwise.errors import CacheError
 from layerwise.files import sync_folder, unwritable
+
+APPEND_BYTES = 32 * 2**20
+"""Default size of what is written and synced at once. Smaller appends pay for more syncs."""
+
+BUFFERS = 2
+"""Appends in host memory: one is filled while the other is written."""
 
 
 class CacheWriter:
     """Context manager. Rows go in by `write`, in order, from `rows_done` on; `seal` ends it.
 
-    Leaving the block without `seal` keeps what is there for the next writer.
+    Leaving the block without `seal` waits for the appends that are whole, and keeps them for the next writer.
     """
 
-    def __init__(self, path: Path, layout: Layout) -> None:
-        """Raises CacheError where the file exists, or the folder or the disk does not take it."""
+    def __init__(self, path: Path, layout: Layout, append_bytes: int = APPEND_BYTES) -> None:
+        """`append_bytes` is rounded up to whole blocks; twice as much is held in memory.
+
+        Raises CacheError where the file exists, or the folder or the disk does not take it.
+        """
         self.path, self.layout = path, layout
         self._part = path.with_name(path.name + ".part")
         self._journal = path.with_name(path.name + ".journal")
-        self._pending = bytearray()
         if path.exists():
             raise CacheError(f"{path} is sealed already; delete it to write it again.")
-        try:
+        with self._sentences():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._checksums = self._resume()
-            self._data_offset = data_offset(self._part)
-            self._descriptor = os.open(self._part, os.O_RDWR)
-        except OSError as error:
-            raise CacheError(unwritable(self._part, error)) from None
+            self._places = self._claim()
+            self._appends = Appends(self._part, self._journal, layout, self._places)
+        durable = min(self._appends.blocks * layout.block_bytes, layout.activation_bytes)
+        rows_done = self.rows_done
+        # The last append may end inside a row or a group of rows: the writer wants that again, and drops what it has of it.
+        self._overlap = durable - rows_done * layout.row_bytes
+        self._rows_left = layout.rows - rows_done
+        self._group = rows_done // layout.scale_rows
+        self._quantiser: Quantiser | None = None
+        if layout.dtype == "int8":
+            self._quantiser = Quantiser(self._rows_left, layout.frame_shape, layout.scale_rows)
+        blocks = -(-append_bytes // layout.block_bytes)
+        self._append_bytes = min(blocks * layout.block_bytes, layout.activation_bytes - durable)
+        self._thread = ThreadPoolExecutor(1, "cache-writer")
+        self._queued: deque[Future[np.ndarray]] = deque()
+        self._spare: list[np.ndarray] = []
+        self._buffer: np.ndarray | None = None
+        self._filled = 0
 
     @property
     def rows_done(self) -> int:
-        """Rows that are in whole, durable blocks."""
-        if len(self._checksums) == self.layout.blocks:
-            return self.layout.rows
-        return len(self._checksums) * self.layout.block_bytes // self.layout.row_bytes
+        """Rows that are durable and need not come again: whole appends, for int8 of whole groups."""
+        layout, blocks = self.layout, self._appends.blocks
+        if blocks == layout.blocks:
+            return layout.rows
+        rows = blocks * layout.block_bytes // layout.row_bytes
+        return rows // layout.scale_rows * layout.scale_rows if layout.dtype == "int8" else rows
 
     def __enter__(self) -> "CacheWriter":
-        # The last durable block may end inside a row: the writer wants that row again, and drops what it has of it.
-        self._overlap = len(self._checksums) * self.layout.block_bytes - self.rows_done * self.layout.row_bytes
         return self
 
     def __exit__(self, *error: object) -> None:
-        os.close(self._descriptor)
+        try:
+            self._wait(0)
+        finally:
+            self._thread.shutdown()
+            self._appends.close()
 
     def write(self, rows: np.ndarray) -> None:
-        """Appends rows [n, *frame shape] of the stored dtype. Raises CacheError where the disk does not take them."""
-        if not rows.size:
+        """Appends rows [n, *frame shape] as `as_array` gives them; for int8 float32, finite.
+
+        Raises CacheError where the disk did not take these or earlier rows.
+        """
+        expected = self.layout.frame_shape, np.dtype(STORED[self.layout.dtype].handed_over)
+        if (rows.shape[1:], rows.dtype) != expected or len(rows) > self._rows_left:
+            raise ValueError(f"{len(rows)} rows {rows.shape[1:]} {rows.dtype} do not fit into {self.layout.dtype}")
+        self._wait(BUFFERS)
+        self._rows_left -= len(rows)
+        if self._quantiser is None:
+            self._fill(rows)
             return
-        content = memoryview(np.ascontiguousarray(rows)).cast("B")
-        if self._overlap:
-            dropped = min(self._overlap, len(content))
-            content, self._overlap = content[dropped:], self._overlap - dropped
-        self._pending += content
-        while len(self._pending) >= self.layout.block_bytes:
-            self._write_block(bytes(self._pending[: self.layout.block_bytes]))
-            del self._pending[: self.layout.block_bytes]
+        for stored, scales in self._quantiser.push(rows):
+            with self._sentences():
+                self._appends.put_scales(self._group, scales)
+            self._group += 1
+            self._fill(stored)
 
     def seal(self) -> None:
         """Ends the file and gives it its name. Raises CacheError where rows are missing."""
-        rows, row_bytes = self.layout.rows, self.layout.row_bytes
-        handed_over = min(len(self._checksums) * self.layout.block_bytes + len(self._pending), rows * row_bytes)
-        if handed_over < rows * row_bytes and len(self._checksums) < self.layout.blocks:
-            raise CacheError(f"{self._part} has {handed_over // row_bytes} of {rows} rows; start the run again.")
-        if self._pending:
-            self._write_block(bytes(self._pending))
-            self._pending.clear()
-        try:
-            with open_checked(self._part, "r+") as file:
-                file["checksums"][:] = np.array(self._checksums, dtype=np.uint32)
-                file.attrs.modify("complete", True)  # in place: doing it twice gives the same bytes
-            os.fsync(self._descriptor)
+        if self._filled and not self._rows_left:
+            self._hand_over()
+        self._wait(0)
+        layout = self.layout
+        if self._rows_left or self._appends.blocks < layout.blocks:
+            raise CacheError(f"{self._part} has {self.rows_done} of {layout.rows} rows; start the run again.")
+        with self._sentences():
+            set_complete(self._part)
+            stamp(self._part, self._places.activations, layout.activation_bytes)
             os.replace(self._part, self.path)
             sync_folder(self.path.parent)
             self._journal.unlink(missing_ok=True)
-        except OSError as error:
-            raise CacheError(unwritable(self._part, error)) from None
 
-    def _write_block(self, content: bytes) -> None:
-        block = len(self._checksums)
-        position = self._data_offset + block * self.layout.block_bytes
-        checksum = zlib.crc32(content)
+    def _claim(self) -> Places:
+        """A .part file of this layout with all its room: the one that is there, or a new one. Raises OSError."""
         try:
-            _write_all(self._descriptor, content, position)
-            os.fdatasync(self._descriptor)
-            journal.append(self._journal, block, checksum)
-        except OSError as error:
-            raise CacheError(unwritable(self._part, error)) from None
-        self._checksums.append(checksum)
-
-    def _resume(self) -> list[int]:
-        if self._is_ours():
-            return journal.replay(self._journal)[: self.layout.blocks]
-        # The journal goes first: without it, what is left of the old file counts for nothing.
-        self._journal.unlink(missing_ok=True)
-        self._part.unlink(missing_ok=True)
-        create(self._part, self.layout)
+            layout, places = self._read_part()
+            is_ours = layout == self.layout
+        except (FileNotFoundError, CacheError):
+            is_ours = False
         try:
-            reserve(self._part, self.layout)
+            if not is_ours:
+                # The journal goes first: without it, what is left of the old file counts for nothing.
+                self._journal.unlink(missing_ok=True)
+                self._part.unlink(missing_ok=True)
+                create(self._part, self.layout)
+                _, places = self._read_part()
+            reserve(self._part, self.layout, places)
         except OSError:
-            self._part.unlink()
+            if not is_ours:
+                self._part.unlink(missing_ok=True)
             raise
-        return []
+        return places
 
-    def _is_ours(self) -> bool:
+    def _read_part(self) -> tuple[Layout, Places]:
+        with open(self._part, "rb") as file:
+            return read_layout(self._part, file.fileno())
+
+    def _fill(self, rows: np.ndarray) -> None:
+        content = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+        dropped = min(self._overlap, len(content))
+        content, self._overlap = content[dropped:], self._overlap - dropped
+        while len(content):
+            if self._buffer is None:
+                self._wait(BUFFERS - 1)
+                self._buffer = self._spare.pop() if self._spare else aligned_buffer(self._append_bytes)
+            count = min(len(self._buffer) - self._filled, len(content))
+            self._buffer[self._filled : self._filled + count] = content[:count]
+            content, self._filled = content[count:], self._filled + count
+            if self._filled == len(self._buffer):
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        self._queued.append(self._thread.submit(self._append, self._buffer, self._filled))
+        self._buffer, self._filled = None, 0
+
+    def _append(self, buffer: np.ndarray, filled: int) -> np.ndarray:
+        self._appends.append(memoryview(buffer)[:filled])
+        return buffer
+
+    def _wait(self, most: int) -> None:
+        """Until at most that many appends are queued. Raises what befell the thread."""
+        while len(self._queued) > most or (self._queued and self._queued[0].done()):
+            with self._sentences():
+                self._spare.append(self._queued.popleft().result())
+
+    @contextmanager
+    def _sentences(self) -> Iterator[None]:
         try:
-            with h5py.File(self._part, "r", locking=False) as file:
-                attrs = file.attrs
-                theirs = attrs.get("fingerprint"), attrs.get("block_bytes"), attrs.get("dtype")
-                return theirs == (self.layout.fingerprint, self.layout.block_bytes, self.layout.dtype)
-        except OSError:
-            return False
-
-
-def _write_all(descriptor: int, content: bytes, position: int) -> None:
-    view = memoryview(content)
-    while view:
-        written = os.pwrite(descriptor, view, position)
-        view, position = view[written:], position + written
+            yield
+        except OSError as error:
+            raise CacheError(unwritable(self._part, error)) from None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import click
 
+from layerwise.commands.cache import cache
 from layerwise.commands.plan import plan
 from layerwise.commands.probe import probe
 from layerwise.commands.run import run
@@ -20,7 +21,7 @@ def layerwise() -> None:
     """Train deep networks that do not fit on the GPU, one gradient-isolated module at a time."""
 
 
-for command in (plan, run, status, probe):
+for command in (plan, run, status, probe, cache):
     layerwise.add_command(command)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from layerwise.config import DATA_KINDS, DataOptions
 from layerwise.data.source import DataSet
+from layerwise.data.views import WithViews
 from layerwise.errors import ConfigError, DataError
 
 
@@ -12,6 +13,11 @@ def open_data(options: DataOptions, shortest: int) -> DataSet:
 
     Raises DataError where it cannot be read, ConfigError where the name is none.
     """
+    data = _open(options, shortest)
+    return data if options.views in (None, data.views) else WithViews(data, options.views)
+
+
+def _open(options: DataOptions, shortest: int) -> DataSet:
     kind, _, place = options.source.partition(":")
     if kind == "demo":
         from layerwise.data.demo import open_demo

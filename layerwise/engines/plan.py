@@ -5,6 +5,7 @@ import math
 import psutil
 import torch
 
+from layerwise.cache.stored import STORED
 from layerwise.config import Config
 from layerwise.data.batches import READ_AHEAD
 from layerwise.data.open import open_data
@@ -87,7 +88,7 @@ def _forecast(
 
 def _host_bytes(config: Config, stage: StagePlan, optimizer_on_host: bool, recomputing: bool) -> int:
     """What the process holds in host memory: itself, batches that are read ahead, blocks that are written, checkpoints."""
-    stored = 4 if stage.stage == 1 else getattr(torch, config.cache.dtype).itemsize
+    stored = 4 if stage.stage == 1 else STORED[config.cache.dtype].tensor.itemsize
     batch = config.training.batch_size * stage.window.frames * math.prod(stage.frame_shape) * stored
     objective = stage.build_objective(config, torch.device("meta"))
     predictors = sum(parameter.numel() for parameter in objective.parameters())

@@ -129,7 +129,8 @@ def on_device(frames: torch.Tensor, device: torch.device, samples: slice = slice
     """Frames of some samples from the host as float32 on the device; a copy on a CPU too, so that it counts there."""
     with uncounted():
         part = frames[samples]
-    return part.to(device, copy=True).float()
+    # Without waiting, where the frames are pinned; what is done with them next waits by itself.
+    return part.to(device, copy=True, non_blocking=frames.is_pinned()).float()
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:

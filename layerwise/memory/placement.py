@@ -5,6 +5,7 @@ None of this changes the result beyond rounding: a smaller budget costs time, ne
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 
 WIDE_ROOM = 12 * 2**20
@@ -63,6 +64,7 @@ def cheapest(families: Iterable[list[Placement]], fits: Callable[[Placement], bo
     looked into at all, since a smaller micro-batch never takes more. Neither does an optimizer on the host: where no
     family of so many passes fits with it, the others of so many passes are not looked into.
     """
+    fits = cache(fits)
     for _, level in groupby(families, lambda family: family[0].passes):
         level = list(level)
         on_host = any(family[0].optimizer_on_host for family in level)

@@ -116,11 +116,16 @@ def _stored_outputs(
 
 def _as_stored(rows: torch.Tensor, dtype: str, stage: int) -> np.ndarray:
     """Rows on the host as the cache writer takes them. Raises TrainingError where the dtype cannot hold them."""
+    # Copied: on a CPU the array would share the tensor's memory and keep it on the device.
+    return as_array(rounded(rows, dtype, stage).cpu().contiguous()).copy()
+
+
+def rounded(rows: torch.Tensor, dtype: str, stage: int) -> torch.Tensor:
+    """Outputs of a stage as the writer of a cache of this dtype takes them. Raises TrainingError where it cannot hold them."""
     stored = rows.to(STORED[dtype].tensor)
     if not torch.isfinite(stored).all():
         raise TrainingError(
             f"An output of stage {stage} of {rows.abs().max().item():.3g} does not fit into {dtype}; start again with "
-            f"--from-stage {stage} --set cache.dtype=bfloat16."
+            f"--from-stage {stage} --cache-dtype bfloat16."
         )
-    # Copied: on a CPU the array would share the tensor's memory and keep it on the device.
-    return as_array(stored.cpu().contiguous()).copy()
+    return stored

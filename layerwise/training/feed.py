@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol
 
+import torch
+
 from layerwise.data.batches import Batch, Epoch, read_ahead
 from layerwise.data.groups import Group, read_piece
 from layerwise.data.source import Extent, FrameSource
@@ -26,14 +28,27 @@ class Feed(Extent, Protocol):
 
 
 class ReadFeed:
-    """Reads a data set or a cache; nothing of it is on the device."""
+    """Reads a data set or a cache; nothing of it is on the device. For a GPU, batches come in pinned host memory."""
 
-    def __init__(self, source: FrameSource) -> None:
+    def __init__(self, source: FrameSource, device: torch.device) -> None:
         self._source = source
+        self._finished = _pinned if device.type == "cuda" else _as_it_is
         self.lengths, self.columns, self.views = source.lengths, source.columns, source.views
 
     def batches(self, epoch: Epoch, first: int, parked: Parked) -> Iterator[Batch]:
-        return read_ahead(partial(epoch.read, self._source, step) for step in range(first, epoch.steps))
+        return read_ahead(partial(self._read, epoch, step) for step in range(first, epoch.steps))
+
+    def _read(self, epoch: Epoch, step: int) -> Batch:
+        return self._finished(epoch.read(self._source, step))
 
     def pieces(self, groups: list[Group], parked: Parked) -> Iterator[Batch]:
         return read_ahead(partial(read_piece, self._source, group, start) for group in groups for start in group.starts)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _pinned(batch: Batch) -> Batch:
+    """The GPU then fetches it by itself."""
+    return Batch(batch.frames.pin_memory(), batch.lengths)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from layerwise.cache.stored import STORED
 from layerwise.config import Config, TrainingOptions
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
@@ -158,7 +159,7 @@ def training_peak(config: Config, plan: StagePlan, placement: Placement) -> Peak
         rehearsal = _Rehearsal(plan, config, DEVICE, placement, meter)
         # As in training, loss and accuracy of a step live until those of the next one take their place.
         before = torch.zeros((), device=DEVICE), torch.zeros((), device=DEVICE)
-        stored = torch.float32 if plan.stage == 1 else getattr(torch, config.cache.dtype)
+        stored = torch.float32 if plan.stage == 1 else STORED[config.cache.dtype].tensor
         frames = torch.zeros(size, window, *plan.frame_shape, dtype=stored, device="meta")
         lengths = np.full(size, window)
         # Padding is masked, and masks take room, in whichever slice it comes.
@@ -247,7 +248,7 @@ def caching_peak(config: Config, plan: StagePlan, piece: int) -> int:
 
 def _rehearsed_caching(config: Config, plan: StagePlan, piece: int, layers: int) -> int:
     """Of the first layers of a stage."""
-    cached = getattr(torch, config.cache.dtype)
+    cached = STORED[config.cache.dtype].tensor
     stored = torch.float32 if plan.stage == 1 else cached
 
     def read(samples: int, frames: int) -> torch.Tensor:
@@ -321,7 +322,7 @@ def recomputing_peak(config: Config, below: Below, windows: int, frames: int) ->
 @remembered
 def _passing_peak(config: Config, plan: StagePlan, windows: int, frames: int) -> int:
     """Of windows of `frames` input frames through one stage, at the beginning of their samples, where they are masked."""
-    rounded = torch.float32 if config.cache.dtype == "int8" else getattr(torch, config.cache.dtype)
+    rounded = STORED[config.cache.dtype].tensor
     stored = torch.float32 if plan.stage == 1 else rounded
 
     def work(_: Meter) -> None:
@@ -331,7 +332,7 @@ def _passing_peak(config: Config, plan: StagePlan, windows: int, frames: int) ->
             x = on_device(torch.zeros(windows, frames, *plan.frame_shape, dtype=stored, device="meta"), DEVICE)
             outputs, _, _ = module.window(x, firsts, lengths)
             del x
-            outputs.to(rounded)
+            outputs.to(rounded).isfinite().all()
 
     return rehearse(work).peak
 

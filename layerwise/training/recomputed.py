@@ -23,6 +23,7 @@ from layerwise.memory.device import autocast, on_device, release, why_out_of_mem
 from layerwise.memory.meter import uncounted
 from layerwise.nets.copying import copied
 from layerwise.nets.module import Module
+from layerwise.training.caching import rounded
 from layerwise.training.feed import Parked
 from layerwise.training.plan import StagePlan
 
@@ -81,8 +82,8 @@ class RecomputedFeed:
     def _block(self, reads: list[partial[Windows]], parked: Parked) -> Iterator[Batch]:
         block = list(read_ahead(reads))
         with parked():
-            for module in self._modules:
-                block = self._passed(module, block)
+            for plan, module in zip(self._plans, self._modules, strict=True):
+                block = self._passed(module, plan.stage, block)
         block.reverse()
         while block:  # what is trained on is let go of
             windows = block.pop()
@@ -119,12 +120,12 @@ class RecomputedFeed:
         assert frames is not None
         return Windows(frames, firsts, lengths, real)
 
-    def _passed(self, on_host: Module, block: list[Windows]) -> list[Windows]:
+    def _passed(self, on_host: Module, stage: int, block: list[Windows]) -> list[Windows]:
         """The windows one module further up, which is alone on the device meanwhile; fewer at once where they do not fit."""
         while True:
             try:
                 module = copied(on_host, self._device)
-                return [self._pass(module, windows) for windows in block]
+                return [self._pass(module, stage, windows) for windows in block]
             except (BudgetError, RuntimeError) as error:
                 reason = why_out_of_memory(error)
             del module
@@ -133,7 +134,7 @@ class RecomputedFeed:
                 raise BudgetError(reason)
             self._samples //= 2
 
-    def _pass(self, module: Module, windows: Windows) -> Windows:
+    def _pass(self, module: Module, stage: int, windows: Windows) -> Windows:
         outputs, firsts, lengths = [], [], []
         for start in range(0, len(windows.frames), self._samples):
             samples = slice(start, start + self._samples)
@@ -141,7 +142,10 @@ class RecomputedFeed:
                 frames = on_device(windows.frames, self._device, samples)
                 passed, first, length = module.window(frames, windows.firsts[samples], windows.lengths[samples])
                 del frames
-                outputs.append(_rounded(passed, self._config.cache.dtype))
+                kept = rounded(passed, self._config.cache.dtype, stage)
+                with uncounted():
+                    outputs.append(kept.to("cpu", copy=True))
+                del kept
                 del passed
             firsts.append(first)
             lengths.append(length)
@@ -158,10 +162,3 @@ class RecomputedFeed:
             frames = stop - start
         sizes.append(frames * math.prod(self._plans[0].frame_shape))
         return samples * 4 * max(map(sum, pairwise(sizes)))
-
-
-def _rounded(outputs: torch.Tensor, dtype: str) -> torch.Tensor:
-    """In host memory, as a cache would give them back."""
-    outputs = outputs.to(torch.float32 if dtype == "int8" else getattr(torch, dtype))
-    with uncounted():
-        return outputs.to("cpu", copy=True)

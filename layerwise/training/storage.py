@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from layerwise.cache.stored import STORED
 from layerwise.config import CacheOptions, Config
 from layerwise.errors import BudgetError, ConfigError
 from layerwise.training.plan import StagePlan
@@ -54,7 +55,9 @@ def input_of(stage: int, storage: Storage) -> str:
 
 def cache_bytes(plan: StagePlan, views: int, dtype: str) -> int:
     """Of the activations of a stage."""
-    return int(plan.output_lengths.sum()) * views * math.prod(plan.output_shape) * getattr(torch, dtype).itemsize
+    return (
+        int(plan.output_lengths.sum()) * views * math.prod(plan.output_shape) * np.dtype(STORED[dtype].on_disk).itemsize
+    )
 
 
 def free_for_caches(folder: Path) -> int:

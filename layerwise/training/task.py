@@ -140,7 +140,7 @@ def _feed(stage: int, source: FrameSource, run: Run) -> Feed:
     """Reads the source, or passes it up through the stages that are not cached."""
     plans = below(run.plans, stage, run.storage)
     if not plans:
-        return ReadFeed(source)
+        return ReadFeed(source, run.device)
     with uncounted():
         modules = [plan.build_module(run.config.training.seed, torch.device("cpu")).eval() for plan in plans]
         for plan, module in zip(plans, modules, strict=True):

@@ -26,8 +26,10 @@ def options(draw: st.DrawFn) -> dict[str, object]:
 
 @st.composite
 def costs(draw: st.DrawFn) -> Callable[[Placement], int]:
-    """A price that falls with the micro-batch, never rises with the passes, and goes with the rest as it likes."""
-    fixed = {(again, host): draw(st.integers(0, 50)) for again in (False, True) for host in (False, True)}
+    """A price that falls with the micro-batch, never rises with the passes or an optimizer on the host, and goes with the
+    rest as it likes."""
+    fixed = {(again, True): draw(st.integers(0, 50)) for again in (False, True)}
+    fixed |= {(again, False): fixed[again, True] + draw(st.integers(0, 50)) for again in (False, True)}
     per_sample = {again: draw(st.integers(0, 10)) for again in (False, True)}
     per_pass = draw(st.integers(0, 100))
 

@@ -60,7 +60,7 @@ def both_feeds(
         plans = [replace(plan, **lengths_of(plan, plans, data)) for plan in plans]
     modules = [plan.build_module(0, CPU).eval() for plan in plans[:stages]]
     recomputed = RecomputedFeed(data, plans[:stages], modules, windows, config, CPU)
-    return recomputed, ReadFeed(Outputs(data, modules)), plans[stages].window, config
+    return recomputed, ReadFeed(Outputs(data, modules), CPU), plans[stages].window, config
 
 
 def lengths_of(plan: StagePlan, plans: list[StagePlan], data: DataSet) -> dict[str, np.ndarray]:

@@ -1,0 +1,87 @@
+"""Appends to the activations of a cache that is being written: each is on the disk, whole, before it counts.
+
+An append is a whole number of blocks (the last of the file may be shorter). Its bytes go around the page cache where the
+file system lets them, which makes waiting for the disk three times as fast; then the checksums of its blocks go into their
+table, everything is synced, and the journal gets its record.
+"""
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+
+from layerwise.cache import journal
+from layerwise.cache.crc import crc32
+from layerwise.cache.format import ALIGNMENT, Places
+from layerwise.cache.layout import Layout
+from layerwise.cache.positional import read_all, write_all
+
+
+def aligned_buffer(size: int) -> np.ndarray:
+    """uint8 [size] at an address that O_DIRECT takes."""
+    room = np.empty(size + ALIGNMENT, dtype=np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    return room[start : start + size]
+
+
+class Appends:
+    """Appends one after another, from the last good one in the journal on; `append` is for one thread at a time."""
+
+    def __init__(self, part: Path, journal_path: Path, layout: Layout, places: Places) -> None:
+        """Raises OSError."""
+        self._layout, self._places, self._journal = layout, places, journal_path
+        self._descriptor = os.open(part, os.O_RDWR)
+        self._direct = _open_direct(part)
+        self._failed = False
+        self.blocks = journal.replay(journal_path, self._checksums)
+        """Blocks that are durable."""
+
+    def append(self, content: memoryview) -> None:
+        """Raises OSError; after that, further appends do nothing, since the file would have a hole."""
+        if self._failed:
+            return
+        self._failed = True  # until it is whole
+        block_bytes = self._layout.block_bytes
+        parts = [content[start : start + block_bytes] for start in range(0, len(content), block_bytes)]
+        checksums = np.array([crc32(part) for part in parts], dtype="<u4").tobytes()
+        self._write(content, self._places.activations + self.blocks * block_bytes)
+        write_all(self._descriptor, checksums, self._places.checksums + 4 * self.blocks)
+        os.fdatasync(self._descriptor)
+        journal.append(self._journal, self.blocks + len(parts), checksums)
+        self.blocks += len(parts)
+        self._failed = False
+
+    def put_scales(self, group: int, scales: np.ndarray) -> None:
+        """Stores scales float32 [C] of one group of rows; durable with the next append. Raises OSError."""
+        write_all(self._descriptor, scales.astype("<f4").tobytes(), self._places.scales + group * scales.nbytes)
+
+    def close(self) -> None:
+        """Gives the descriptors back."""
+        os.close(self._descriptor)
+        if self._direct is not None:
+            os.close(self._direct)
+
+    def _write(self, content: memoryview, position: int) -> None:
+        whole = len(content) // ALIGNMENT * ALIGNMENT if position % ALIGNMENT == 0 else 0
+        if self._direct is not None and whole:
+            try:
+                write_all(self._direct, content[:whole], position)
+                content, position = content[whole:], position + whole
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # the file system opens such files, but does not write them
+                    raise
+        write_all(self._descriptor, content, position)
+
+    def _checksums(self, first: int, stop: int) -> bytes:
+        """Of blocks first to stop, as they lie in the file."""
+        table = bytearray(4 * max(min(stop, self._layout.blocks) - first, 0))
+        read_all(self._descriptor, [memoryview(table)], self._places.checksums + 4 * first)
+        return bytes(table)
+
+
+def _open_direct(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT)
+    except OSError:
+        return None

@@ -1,0 +1,50 @@
+"""Which caches lie in a folder, and in what state."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerwise.cache.layout import Layout
+from layerwise.cache.reader import ActivationCache
+from layerwise.errors import CacheError
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One cache file."""
+
+    path: Path
+    bytes: int
+    """On the disk."""
+    layout: Layout | None
+    """None where it is not sealed, or damaged."""
+    state: str
+    """sealed, being written, or what is wrong with it."""
+
+
+def find_caches(place: Path) -> list[Path]:
+    """Cache files, sealed or not: the file itself, or all in the folder and in the folders in it, in order of their names.
+
+    Raises CacheError where there is nothing of that name.
+    """
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise CacheError(f"{place} does not exist; name a run directory, a folder of caches or a cache file.")
+    found = [*place.glob("stage-*.h5"), *place.glob("*/stage-*.h5")]
+    unsealed = [*place.glob("stage-*.h5.part"), *place.glob("*/stage-*.h5.part")]
+    return sorted(found + unsealed, key=lambda path: (path.parent, len(path.stem), path.name))
+
+
+def entries(paths: list[Path]) -> Iterator[Entry]:
+    """What each file is; activations are not read."""
+    for path in paths:
+        size = path.stat().st_blocks * 512
+        if path.suffix == ".part":
+            yield Entry(path, size, None, "being written")
+            continue
+        try:
+            with ActivationCache(path) as cache:
+                yield Entry(path, size, cache.layout, "sealed")
+        except CacheError as error:
+            yield Entry(path, size, None, str(error))

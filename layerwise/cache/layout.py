@@ -1,0 +1,93 @@
+"""What a cache holds besides its activations; fixed before the first row is written."""
+
+import math
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import numpy as np
+
+from layerwise.cache.quantise import SCALE_ROWS
+from layerwise.cache.stored import STORED
+
+BLOCK_BYTES = 16 * 2**10
+"""What shares one checksum: so little that the first read of a shuffled window need not read much around it."""
+
+SPLITS = ("train", "held-out", "test")
+"""Meaning of the numbers in the data set `split`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Two layouts are equal where every field is."""
+
+    fingerprint: str
+    """Hash of everything that made the activations."""
+    stage: int
+    dtype: str
+    """float16, bfloat16, float32 or int8."""
+    frame_shape: tuple[int, ...]
+    columns: int
+    """Frames per row: 1 for sequences, patches per row for pictures."""
+    views: int
+    """Renderings of each sample, stored one after another."""
+    lengths: np.ndarray
+    """int64 [N], frames of each sample in one view."""
+    ids: tuple[str, ...]
+    """[N]"""
+    split: np.ndarray
+    """uint8 [N], an index into SPLITS."""
+    labels: dict[str, np.ndarray]
+    """Label name to str [N]; an empty string where a sample has none."""
+    frame_labels: dict[str, np.ndarray]
+    """Label name to str [frames of view 0 of all samples]."""
+    hop: int
+    """Distance between two frames, in frames of the network's input (samples of audio)."""
+    offset: float
+    """Centre of frame 0, in frames of the network's input."""
+    block_bytes: int = BLOCK_BYTES
+    """Bytes that share one checksum."""
+    scale_rows: int = SCALE_ROWS
+    """Rows that share one scale per channel; int8 alone has scales."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Layout):
+            return NotImplemented
+        return all(_equal(getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """int64 [N * views + 1]: rows of sample i, view v are offsets[i * views + v] to the next entry."""
+        return np.concatenate([[0], np.cumsum(np.repeat(self.lengths, self.views))]).astype(np.int64)
+
+    @cached_property
+    def rows(self) -> int:
+        """Frames of all samples and views."""
+        return int(self.lengths.sum()) * self.views
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of one frame."""
+        return math.prod(self.frame_shape) * np.dtype(STORED[self.dtype].on_disk).itemsize
+
+    @cached_property
+    def activation_bytes(self) -> int:
+        """Bytes of all activations."""
+        return self.rows * self.row_bytes
+
+    @cached_property
+    def blocks(self) -> int:
+        """Number of checksummed blocks."""
+        return -(-self.activation_bytes // self.block_bytes)
+
+    @cached_property
+    def scales_shape(self) -> tuple[int, int]:
+        """Groups of rows that share scales, channels. (0, 0) where the dtype needs none."""
+        if self.dtype != "int8":
+            return (0, 0)
+        return -(-self.rows // self.scale_rows), self.frame_shape[0]
+
+
+def _equal(one: object, other: object) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[name], other[name]) for name in one)
+    return np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other

@@ -1,0 +1,119 @@
+"""The seal of a cache: an HDF5 user block, the first bytes of the file, which every HDF5 reader skips.
+
+It holds the size of the file and a CRC-32 of all that the block checksums do not cover: header, index, labels, the block
+checksums themselves and the padding between them. It is looked at before HDF5 sees any byte of the file.
+"""
+
+import os
+import struct
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import h5py
+
+from layerwise.cache.crc import crc32
+from layerwise.cache.positional import read_all, write_all
+from layerwise.cache.structure import UNREADABLE, is_plain_attribute
+from layerwise.errors import CacheError, DamagedCache
+
+NAME = "layerwise activation cache"
+VERSION = 2
+MAGIC = f"{NAME} {VERSION}"
+USER_BLOCK = 4096
+"""Bytes; HDF5 wants at least the alignment of the data sets."""
+
+_FIELDS = struct.Struct("<32sQQQI")
+_CHECK = struct.Struct("<I")
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """The whole file, and the stretch of it that the activations take; in bytes."""
+
+    size: int
+    start: int
+    """First byte of the activations."""
+    length: int
+
+
+def stamp(path: Path, start: int, length: int) -> None:
+    """Seals a file that is otherwise whole and closed, and syncs it. Activations are `length` bytes from `start` on.
+
+    Raises OSError.
+    """
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        seal = Seal(os.fstat(descriptor).st_size, start, length)
+        fields = _FIELDS.pack(MAGIC.encode(), seal.size, start, length, _checksum_outside(descriptor, seal))
+        fields = fields.ljust(USER_BLOCK - _CHECK.size, b"\0")
+        write_all(descriptor, fields + _CHECK.pack(crc32(fields)), 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_seal(path: Path, descriptor: int) -> Seal:
+    """The seal of a file of which nothing but activations can be damaged.
+
+    Raises DamagedCache where something is, CacheError where it is no cache of this version.
+    """
+    size = os.fstat(descriptor).st_size
+    head = os.pread(descriptor, USER_BLOCK, 0)
+    fields = head[: -_CHECK.size]
+    if len(head) < USER_BLOCK or head[-_CHECK.size :] != _CHECK.pack(crc32(fields)):
+        raise _unsealed(path, descriptor, head)
+    magic, sealed_size, start, length, checksum = _FIELDS.unpack_from(fields)
+    magic = magic.rstrip(b"\0").decode(errors="replace")
+    if magic != MAGIC:
+        raise of_another_version(path, magic.removeprefix(f"{NAME} "))
+    if size != sealed_size:
+        raise DamagedCache(path, f"it has {size} bytes instead of {sealed_size}")
+    if start + length > size:
+        raise DamagedCache(path, "its seal contradicts itself")
+    seal = Seal(size, start, length)
+    if _checksum_outside(descriptor, seal) != checksum:
+        raise DamagedCache(path, "what lies around its activations does not match its checksum")
+    return seal
+
+
+def of_another_version(path: Path, version: str) -> CacheError:
+    """The error for a cache that this layerwise does not know."""
+    return CacheError(f"{path} holds {NAME} version {version}; this layerwise reads '{NAME}' version {VERSION}.")
+
+
+def _checksum_outside(descriptor: int, seal: Seal) -> int:
+    checksum = 0
+    buffer = memoryview(bytearray(_CHUNK))
+    behind = max(seal.start + seal.length, USER_BLOCK)
+    for first, last in ((USER_BLOCK, seal.start), (behind, seal.size)):
+        for position in range(first, last, _CHUNK):
+            part = buffer[: min(_CHUNK, last - position)]
+            read_all(descriptor, [part], position)
+            checksum = crc32(part, checksum)
+    return checksum
+
+
+def _unsealed(path: Path, descriptor: int, head: bytes) -> CacheError:
+    """Why the file has no seal."""
+    if head.startswith(_HDF5):
+        return _without_user_block(path, descriptor)
+    has_user_block = os.pread(descriptor, len(_HDF5), USER_BLOCK) == _HDF5
+    if has_user_block and not any(head):
+        return DamagedCache(path, "it was never completed")
+    if has_user_block or MAGIC.encode().startswith(head[: len(NAME)]):
+        return DamagedCache(path, f"its first {USER_BLOCK} bytes do not match their checksum")
+    return CacheError(f"{path} is not a readable HDF5 file; delete it and start the run again to rebuild it.")
+
+
+def _without_user_block(path: Path, descriptor: int) -> CacheError:
+    """Version 1 had no user block, like most HDF5 files."""
+    try:
+        with FileIO(descriptor, closefd=False) as content, h5py.File(content, "r") as file:
+            if is_plain_attribute(file, "format_version", "<i8"):
+                return of_another_version(path, str(file.attrs["format_version"]))
+    except UNREADABLE:
+        pass
+    return CacheError(f"{path} holds no layerwise cache; move it away and start the run again.")

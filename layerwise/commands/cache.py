@@ -1,0 +1,124 @@
+"""`layerwise cache`: what is there, whether it is whole, room, and features for other programs."""
+
+import json
+from pathlib import Path
+
+import click
+
+from layerwise.errors import CacheError, ConfigError
+from layerwise.report.summary import console_for_results, table
+from layerwise.run_directory import open_run
+from layerwise.units import size
+
+
+@click.group(short_help="List, verify, remove and export activation caches.")
+def cache() -> None:
+    """Activation caches: the outputs of each stage for the whole data set."""
+
+
+@cache.command(name="ls", short_help="What is there.")
+@click.argument("place", metavar="[PLACE]", type=click.Path(path_type=Path), default="cache")
+@click.option("--json", "as_json", is_flag=True, help="One JSON list on stdout, for scripts.")
+def list_caches(place: Path, as_json: bool) -> None:
+    """List the caches of PLACE: a run directory, a folder of caches (default: cache) or a file."""
+    from layerwise.cache.inventory import entries
+
+    found = list(entries(_files(place)))
+    if as_json:
+        rows = [
+            {
+                "path": str(entry.path),
+                "bytes": entry.bytes,
+                "state": entry.state,
+                "stage": entry.layout.stage if entry.layout else None,
+                "dtype": entry.layout.dtype if entry.layout else None,
+                "samples": len(entry.layout.ids) if entry.layout else None,
+                "frames": entry.layout.rows if entry.layout else None,
+                "frame_shape": list(entry.layout.frame_shape) if entry.layout else None,
+            }
+            for entry in found
+        ]
+        click.echo(json.dumps(rows))
+        return
+    shown = table("cache", "stage", "samples", "frames", "frame", "dtype", "size", "")
+    for entry in found:
+        layout = entry.layout
+        about = ("-",) * 5
+        if layout:
+            frame = " x ".join(map(str, layout.frame_shape))
+            about = (str(layout.stage), f"{len(layout.ids):,}", f"{layout.rows:,}", frame, layout.dtype)
+        shown.add_row(f"{entry.path.parent.name}/{entry.path.name}", *about, size(entry.bytes), entry.state)
+    console = console_for_results()
+    console.print(shown)
+    console.print(f"{size(sum(entry.bytes for entry in found))} in all", highlight=False)
+
+
+@cache.command(short_help="Read everything and compare it with its checksums.")
+@click.argument("place", type=click.Path(path_type=Path))
+def verify(place: Path) -> None:
+    """Read every byte of the caches of PLACE: a run directory, a folder of caches or a file.
+
+    Exit code 2 where one is damaged; a run makes that one again when it needs it.
+    """
+    from layerwise.cache import ActivationCache
+
+    damaged = 0
+    for path in _files(place):
+        if path.suffix == ".part":
+            click.echo(f"{path}: being written")
+            continue
+        try:
+            with ActivationCache(path) as opened:
+                opened.verify()
+            click.echo(f"{path}: whole")
+        except CacheError as error:
+            damaged += 1
+            click.echo(str(error))
+    if damaged:
+        raise CacheError(f"{damaged} of these caches cannot be used; delete them, and a run makes what it needs again.")
+
+
+@cache.command(short_help="Free the room of caches.")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--stage", "stages", type=int, multiple=True, help="Of this stage; may be given several times.")
+@click.option("--all", "everything", is_flag=True, help="Of every stage.")
+def rm(directory: Path, stages: tuple[int, ...], everything: bool) -> None:
+    """Delete caches of the run in DIR. Its weights stay, and what a later start needs is made again from them."""
+    from layerwise.training.removal import remove_caches
+
+    if bool(stages) == everything:
+        raise ConfigError("Say which caches: --stage S, or --all.")
+    click.echo(f"{size(remove_caches(directory, None if everything else stages))} freed")
+
+
+@cache.command(short_help="Hand features over as .npy or .h5.")
+@click.argument("place", metavar="DIR|FILE", type=click.Path(path_type=Path))
+@click.option("--stage", type=int, help="Of this stage of the run in DIR; default: the last that is cached.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="NAME.npy or NAME.h5")
+@click.option("--mean", is_flag=True, help="One row per sample, the mean of its frames.")
+def export(place: Path, stage: int | None, output: Path, mean: bool) -> None:
+    """Write the features of a stage, in view 0, for other programs: frame after frame, sample after sample."""
+    from layerwise.cache import ActivationCache
+    from layerwise.cache.export import export as export_cache
+
+    files = [path for path in _files(place) if path.suffix == ".h5"]
+    if stage is not None:
+        files = [path for path in files if path.name == f"stage-{stage}.h5"]
+    if not files:
+        raise CacheError(
+            f"{place} has no cache{'' if stage is None else f' of stage {stage}'}; see: layerwise cache ls."
+        )
+    if len({path.parent for path in files}) > 1:
+        raise CacheError(f"{place} holds the caches of several runs; name one of them.")
+    with ActivationCache(files[-1]) as opened:
+        export_cache(opened, output, mean)
+    click.echo(f"{output}: stage {opened.layout.stage}, {len(opened.ids)} samples, {size(output.stat().st_size)}")
+
+
+def _files(place: Path) -> list[Path]:
+    """The cache files of a run directory, a folder of caches or one file."""
+    from layerwise.cache.inventory import find_caches
+
+    is_run = (place / "run.json").exists()
+    folder = open_run(place)[0].caches if is_run else place
+    return [] if is_run and not folder.exists() else find_caches(folder)

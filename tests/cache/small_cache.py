@@ -1,0 +1,68 @@
+"""Caches of a few rows, with several blocks each."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+from layerwise.cache import ActivationCache, CacheWriter, Layout
+from layerwise.cache.seal import stamp
+from layerwise.cache.stored import STORED, as_array
+
+
+def layout(
+    lengths: list[int], dtype: str = "float16", views: int = 1, block_bytes: int = 100, scale_rows: int = 1024
+) -> Layout:
+    """Frames of 3 channels, with labels of every kind."""
+    count = len(lengths)
+    return Layout(
+        fingerprint="f" * 64,
+        stage=2,
+        dtype=dtype,
+        frame_shape=(3,),
+        columns=1,
+        views=views,
+        lengths=np.array(lengths, dtype=np.int64),
+        ids=tuple(f"größe-{number}" for number in range(count)),
+        split=np.arange(count, dtype=np.uint8) % 3,
+        labels={"speaker": np.array([f"s{number % 2}" for number in range(count)])},
+        frame_labels={"phone": np.array(["a", "b"] * sum(lengths))[: sum(lengths)]},
+        hop=160,
+        offset=4.5,
+        block_bytes=block_bytes,
+        scale_rows=scale_rows,
+    )
+
+
+def rows_of(a_layout: Layout) -> torch.Tensor:
+    """Rows as they are before the writer gets them."""
+    values = torch.arange(a_layout.rows * 3, dtype=torch.float32).reshape(-1, 3) / 16
+    return values.to(STORED[a_layout.dtype].tensor)
+
+
+def write(path: Path, a_layout: Layout, rows: torch.Tensor, pieces: int = 3, append_bytes: int = 1) -> None:
+    """Seals a cache, in appends of one block where not told otherwise; goes on where an earlier writer stopped."""
+    with CacheWriter(path, a_layout, append_bytes) as writer:
+        for piece in torch.tensor_split(rows[writer.rows_done :], pieces):
+            writer.write(as_array(piece.contiguous()))
+        writer.seal()
+
+
+def read_all(path: Path) -> torch.Tensor:
+    """Every row, window by window."""
+    with ActivationCache(path) as cache:
+        views = range(cache.views)
+        return torch.cat(
+            [cache.read(sample, 0, int(length), view) for sample, length in enumerate(cache.lengths) for view in views]
+        )
+
+
+def reseal(path: Path) -> None:
+    """A seal that fits what the file holds now: a hostile writer can compute checksums too."""
+    with h5py.File(path) as file:
+        activations = file.get("activations", getlink=True)
+        data_set = file["activations"].id if isinstance(activations, h5py.HardLink) else None
+        start = data_set.get_offset() if data_set else None
+        length = data_set.get_storage_size() if start else 0
+    stamp(path, start or 0, length)

@@ -1,0 +1,154 @@
+"""Damage is found before any wrong value is used, and named."""
+
+import os
+import pickle
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from small_cache import layout, read_all, reseal, rows_of, write
+
+from layerwise.cache import ActivationCache
+from layerwise.cache.seal import USER_BLOCK
+from layerwise.errors import CacheError, DamagedCache
+
+FLIPS = 300
+
+
+def sealed(path: Path, dtype: str = "float16", block_bytes: int = 100) -> bytearray:
+    a_layout = layout([50, 7, 50], dtype, block_bytes=block_bytes, scale_rows=16)
+    write(path, a_layout, rows_of(a_layout))
+    return bytearray(path.read_bytes())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_every_flipped_bit_is_found(tmp_path: Path, dtype: str) -> None:
+    path = tmp_path / "c.h5"
+    content = sealed(path, dtype)
+    for bit in np.random.default_rng(0).choice(len(content) * 8, FLIPS, replace=False).tolist():
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        with pytest.raises(CacheError, match=r"c\.h5"):
+            read_all(path)
+        content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    read_all(path)
+
+
+def test_every_flipped_bit_of_the_activations_is_found_by_reading_and_by_verify(tmp_path: Path) -> None:
+    path = tmp_path / "c.h5"
+    content = sealed(path)
+    first, stop = place(path)
+    for position in range(first, stop, 7):
+        content[position] ^= 16
+        path.write_bytes(content)
+        block = (position - first) // 100
+        sentence = rf"c\.h5 is damaged: block {block} of its activations does not match"
+        with pytest.raises(DamagedCache, match=sentence) as error:
+            read_all(path)
+        assert error.value.path == path
+        with ActivationCache(path) as cache, pytest.raises(DamagedCache, match=sentence):
+            cache.verify()
+        content[position] ^= 16
+
+
+def test_a_window_away_from_the_damage_can_be_read_and_one_upon_it_never(tmp_path: Path) -> None:
+    path = tmp_path / "c.h5"
+    content = sealed(path)
+    content[place(path)[0] + 250] ^= 8  # block 2: rows 33 to 50
+    path.write_bytes(content)
+    with ActivationCache(path) as cache:
+        assert torch.equal(cache.read(0, 0, 33), rows_of(cache.layout)[:33])
+        for _ in range(2):
+            with pytest.raises(DamagedCache):
+                cache.read(0, 34, 35)
+
+
+def test_a_block_is_compared_once(tmp_path: Path) -> None:
+    path = tmp_path / "c.h5"
+    content = sealed(path)
+    with ActivationCache(path) as cache:
+        cache.read(0, 20, 21)  # block 1
+        content[place(path)[0] + 150] ^= 8
+        path.write_bytes(content)
+        cache.read(0, 20, 30)
+        with pytest.raises(DamagedCache, match="block 1 "):
+            cache.verify()
+
+
+def test_a_file_that_is_cut_off_is_refused_whatever_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "c.h5"
+    content = sealed(path)
+    lengths = {0, 1, 8, 511, USER_BLOCK - 1, USER_BLOCK, USER_BLOCK + 8, len(content) - 1}
+    lengths |= set(np.random.default_rng(0).integers(0, len(content), 50).tolist())
+    for length in lengths:
+        path.write_bytes(content[:length])
+        with pytest.raises(DamagedCache, match=r"c\.h5"):
+            ActivationCache(path)
+
+
+def test_a_file_that_has_grown_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.h5"
+    size = len(sealed(path))
+    with path.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(DamagedCache, match=f"it has {size + 4} bytes instead of {size}"):
+        ActivationCache(path)
+
+
+def test_a_file_that_is_cut_off_while_it_is_open_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "c.h5"
+    sealed(path)
+    with ActivationCache(path) as cache:
+        os.truncate(path, place(path)[0] + 100)
+        with pytest.raises(DamagedCache, match="it ends early"):
+            cache.read(0, 0, 50)
+
+
+@pytest.mark.parametrize("content", [b"no HDF5 at all", bytes(10_000)])
+def test_a_file_that_is_no_cache_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "c.h5").write_bytes(content)
+    with pytest.raises(CacheError, match="not a readable HDF5 file"):
+        ActivationCache(tmp_path / "c.h5")
+
+
+def test_a_file_of_version_1_is_refused_by_name(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file.attrs.update({"format": "layerwise activation cache", "format_version": 1})
+    with pytest.raises(
+        CacheError, match=r"holds layerwise activation cache version 1; this layerwise reads .* version 2"
+    ):
+        ActivationCache(tmp_path / "c.h5")
+
+
+def test_a_file_of_a_later_version_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.h5"
+    sealed(path)
+    with monkeypatch.context() as patched:
+        patched.setattr("layerwise.cache.seal.MAGIC", "layerwise activation cache 3")
+        reseal(path)
+    with pytest.raises(
+        CacheError, match=r"holds layerwise activation cache version 3; this layerwise reads .* version 2"
+    ):
+        ActivationCache(path)
+
+
+def test_an_hdf5_file_of_someone_else_is_refused(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file["x"] = [1, 2, 3]
+    with pytest.raises(CacheError, match="holds no layerwise cache"):
+        ActivationCache(tmp_path / "c.h5")
+
+
+def test_the_error_travels_between_processes(tmp_path: Path) -> None:
+    error = pickle.loads(pickle.dumps(DamagedCache(tmp_path, "it ends early")))
+    assert (error.path, str(error)) == (tmp_path, str(DamagedCache(tmp_path, "it ends early")))
+
+
+def place(path: Path) -> tuple[int, int]:
+    """First and last byte of the activations."""
+    with h5py.File(path) as file:
+        data_set = file["activations"].id
+        return data_set.get_offset(), data_set.get_offset() + data_set.get_storage_size()

@@ -1,0 +1,207 @@
+"""A cache from elsewhere reads no other file, runs no filter, and takes no more memory than its own size."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from small_cache import layout, reseal, rows_of, write
+
+from layerwise.cache import ActivationCache
+from layerwise.cache.format import read_layout
+from layerwise.errors import CacheError
+
+
+def changed(path: Path, change: Callable[[h5py.File], None]) -> None:
+    """A whole cache, changed by someone who can compute checksums."""
+    a_layout = layout([5, 5], "int8", scale_rows=4)
+    write(path, a_layout, rows_of(a_layout))
+    with h5py.File(path, "r+", libver=("earliest", "latest")) as file:
+        change(file)
+    reseal(path)
+
+
+def replaced(name: str, **creation: object) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file[name]
+        file.create_dataset(name, **creation)
+
+    return change
+
+
+def linked(name: str, link: object) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file[name]
+        file[name] = link
+
+    return change
+
+
+LINKED = ["split", "activations", "checksums", "scales", "ids", "labels", "labels/speaker", "frame_labels_classes"]
+
+
+@pytest.mark.parametrize("name", LINKED)
+@pytest.mark.parametrize("link", [h5py.ExternalLink("other.h5", "/x"), h5py.SoftLink("/offsets")])
+def test_links_are_refused(tmp_path: Path, name: str, link: object) -> None:
+    changed(tmp_path / "c.h5", linked(name, link))
+    write(tmp_path / "other.h5", layout([5]), rows_of(layout([5])))
+    with pytest.raises(CacheError, match=f"{name} is missing or stored in a way"):
+        ActivationCache(tmp_path / "c.h5")
+
+
+@pytest.mark.parametrize("name", ["extra", "labels/extra"])
+def test_links_that_nobody_needs_are_refused(tmp_path: Path, name: str) -> None:
+    def change(file: h5py.File) -> None:
+        file[name] = h5py.ExternalLink("other.h5", "/x")
+
+    changed(tmp_path / "c.h5", change)
+    with pytest.raises(CacheError, match=f"{name} is missing or stored in a way"):
+        ActivationCache(tmp_path / "c.h5")
+
+
+def external(file: h5py.File) -> None:
+    del file["split"]
+    file.create_dataset("split", (2,), "u1", external=[("other", 0, 2)])
+
+
+def virtual(file: h5py.File) -> None:
+    del file["split"]
+    source = h5py.VirtualLayout((2,), "u1")
+    source[:] = h5py.VirtualSource("other", "x", (2,))
+    file.create_virtual_dataset("split", source)
+
+
+@pytest.mark.parametrize(
+    "change", [external, virtual, linked("split", h5py.ExternalLink("other", "/x"))], ids=["storage", "virtual", "link"]
+)
+def test_another_file_is_not_even_opened(tmp_path: Path, change: Callable[[h5py.File], None]) -> None:
+    """The other file is a named pipe: to open it would wait for ever."""
+    changed(tmp_path / "c.h5", change)
+    os.mkfifo(tmp_path / "other")
+    script = (
+        "import sys; from pathlib import Path; from layerwise.cache import ActivationCache as A; A(Path(sys.argv[1]))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "c.h5"], cwd=tmp_path, timeout=60, capture_output=True, text=True
+    )
+    assert "CacheError" in ended.stderr
+    assert "split is missing or stored in a way" in ended.stderr
+
+
+STRANGE = {
+    "chunked": replaced("split", data=np.zeros(2, "u1"), chunks=(1,)),
+    "filtered": replaced("split", data=np.zeros(2, "u1"), chunks=(1,), compression="gzip"),
+    "scalar": replaced("split", data=np.uint8(0)),
+    "of another dtype": replaced("split", data=np.zeros(2, "<i8")),
+    "big-endian": replaced("offsets", data=np.array([0, 5, 10], ">i8")),
+    "of strings of any length": replaced("ids", data=["a", "b"], dtype=h5py.string_dtype()),
+    "of references": replaced("split", shape=(2,), dtype=h5py.ref_dtype),
+    "of compounds": replaced("split", shape=(2,), dtype=[("a", "u1")]),
+    "a group": lambda file: (file.__delitem__("split"), file.create_group("split")),
+    "too short": replaced("split", data=np.zeros(1, "u1")),
+    "out of range": replaced("split", data=np.full(2, 9, "u1")),
+    "falling": replaced("offsets", data=np.array([0, 11, 10], "<i8")),
+    "beyond the rows": replaced("offsets", data=np.array([0, 5, 11], "<i8")),
+    "before the rows": replaced("offsets", data=np.array([-1, 5, 10], "<i8")),
+    "without classes": lambda file: file["labels_classes"].__delitem__("speaker"),
+    "of unknown classes": replaced("labels/speaker", data=np.array([0, 7], "<i4")),
+    "of negative classes": replaced("labels/speaker", data=np.array([0, -1], "<i4")),
+    "without checksums": replaced("checksums", data=np.zeros(0, "<u4")),
+    "without scales": replaced("scales", data=np.zeros((0, 0), "<f4")),
+    "missing": lambda file: file.__delitem__("offsets"),
+}
+
+
+@pytest.mark.parametrize("change", STRANGE.values(), ids=STRANGE)
+def test_strange_data_sets_are_refused(tmp_path: Path, change: Callable[[h5py.File], None]) -> None:
+    changed(tmp_path / "c.h5", change)
+    with pytest.raises(CacheError, match=r"c\.h5 is not a"):
+        ActivationCache(tmp_path / "c.h5")
+
+
+def test_a_named_dtype_is_refused(tmp_path: Path) -> None:
+    def change(file: h5py.File) -> None:
+        del file["split"]
+        file["labels/named"] = np.dtype("u1")
+        file.create_dataset("split", (2,), file["labels/named"])
+
+    changed(tmp_path / "c.h5", change)
+    with pytest.raises(CacheError, match="is missing or stored in a way"):
+        ActivationCache(tmp_path / "c.h5")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dtype", np.bytes_("complex64")),
+        ("dtype", "float16"),  # a string of any length
+        ("views", np.int64(2**62)),
+        ("views", np.int64(0)),
+        ("views", np.float64(1)),
+        ("views", np.ones(3, np.int64)),
+        ("block_bytes", np.int64(0)),
+        ("block_bytes", np.int64(2**40)),
+        ("scale_rows", np.int64(-1)),
+        ("fingerprint", np.bytes_(b"f" * 10_000)),
+        ("format_version", np.int64(1)),
+        ("stage", None),
+    ],
+)
+def test_strange_attributes_are_refused(tmp_path: Path, name: str, value: object) -> None:
+    def change(file: h5py.File) -> None:
+        del file.attrs[name]
+        if value is not None:
+            file.attrs[name] = value
+
+    changed(tmp_path / "c.h5", change)
+    with pytest.raises(CacheError, match=r"c\.h5 "):
+        ActivationCache(tmp_path / "c.h5")
+
+
+@pytest.mark.parametrize("name", ["activations", "ids", "offsets", "checksums"])
+def test_a_size_that_the_file_does_not_have_is_refused_before_memory_is_taken(tmp_path: Path, name: str) -> None:
+    """Late allocation: 4 terabytes that take no room."""
+
+    def change(file: h5py.File) -> None:
+        dtype = file[name].dtype
+        del file[name]
+        file.create_dataset(name, (2**42 // dtype.itemsize, *[3] * (name == "activations")), dtype)
+
+    changed(tmp_path / "c.h5", change)
+    assert (tmp_path / "c.h5").stat().st_size < 100_000
+    tracemalloc.start()
+    with pytest.raises(CacheError, match=f"{name} is missing or stored in a way"):
+        ActivationCache(tmp_path / "c.h5")
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+def test_labels_that_unpack_to_more_than_the_file_are_refused(tmp_path: Path) -> None:
+    def change(file: h5py.File) -> None:
+        del file["frame_labels_classes/phone"]
+        file["frame_labels_classes/phone"] = np.array([b"a", b"b" * 4_000_000])
+
+    changed(tmp_path / "c.h5", change)
+    with pytest.raises(CacheError, match="frame_labels/phone is missing or stored in a way"):
+        ActivationCache(tmp_path / "c.h5")
+
+
+def test_damage_that_passed_for_a_seal_is_still_a_sentence(tmp_path: Path) -> None:
+    """Whatever bytes HDF5 is given, the reader answers with a cache or with a CacheError."""
+    path = tmp_path / "c.h5"
+    a_layout = layout([5, 5])
+    write(path, a_layout, rows_of(a_layout))
+    content = bytearray(path.read_bytes())
+    rng = np.random.default_rng(0)
+    for position in rng.choice(np.arange(4096, len(content)), 400, replace=False).tolist():
+        old, content[position] = content[position], int(rng.integers(256))
+        path.write_bytes(content)
+        with open(path, "rb") as file, contextlib.suppress(CacheError):
+            read_layout(path, file.fileno())
+        content[position] = old
