@@ -32,6 +32,7 @@ setup(
         "soundfile>=0.13",
         "tomli-w>=1.1",
         "pillow>=10.3",
+        "isal>=1.7",
     ],
     extras_require={
         "gpu": ["nvidia-ml-py>=12"],  # tells this process's memory from that of others on the GPU

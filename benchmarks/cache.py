@@ -1,10 +1,11 @@
 """Speed of the activation cache against the disk itself and against plain h5py: writes, and shuffled windows.
 
-python benchmarks/cache.py [--folder .] [--gigabytes 2] [--plain-gigabytes 1] [--windows 1024] [--rounds 7]
+python benchmarks/cache.py [--folder .] [--gigabytes 2] [--plain-gigabytes 1] [--rounds 7]
 
-Everything runs in one process, way after way in each round; speeds and ratios are medians over the rounds. Cold: the
-pages of the file were dropped before. Warm: the same windows once more, so the file may be larger than the memory. In the
-first epoch checksums are compared. The usual h5py files are smaller, since they are slow.
+Everything runs in one process; the ways take turns, of a whole file when they write and of 64 windows when they read;
+speeds and ratios are medians over the turns. Cold: the pages of the file were dropped, and no place is read twice. Warm:
+the same windows once more, so the file may be larger than the memory. In the first epoch checksums are compared. The
+usual h5py file may be smaller, since it is slow.
 """
 
 import argparse
@@ -15,8 +16,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import h5py
@@ -25,7 +27,6 @@ import psutil
 import torch
 
 from layerwise.cache import ActivationCache, CacheWriter, Layout
-from layerwise.cache.crc import crc32
 from layerwise.data.batches import read_ahead
 
 CHANNELS, WINDOW, SAMPLE = 512, 128, 2048
@@ -37,11 +38,13 @@ RAW_BYTES = 32 * 2**20
 """What the raw baseline writes at once."""
 BATCH = 8
 """Windows that are read ahead at once."""
+TURN, TURNS = 64, 30
+"""Windows of a turn; turns at most."""
 
 Window = tuple[int, int]
 """Sample, first row."""
-Ways = dict[str, Callable[[], object]]
-"""Name to what is measured; the first is what the others are compared with."""
+Read = Callable[[int, int, int], object]
+"""Of a sample, rows from to."""
 
 
 def main() -> None:
@@ -49,21 +52,20 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(), help="on the disk that is measured")
     parser.add_argument("--gigabytes", type=float, default=2)
     parser.add_argument("--plain-gigabytes", type=float, default=1)
-    parser.add_argument("--windows", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="of writing")
     options = parser.parse_args()
     layout = layout_of(options.gigabytes)
     plain_samples = min(len(layout_of(options.plain_gigabytes).lengths), len(layout.lengths))
     print(
         f"{layout.activation_bytes / 1e9:.1f} GB of float16 rows of {CHANNELS}, windows of {WINDOW} rows, memory "
-        f"{psutil.virtual_memory().total / 1e9:.0f} GB, {os.cpu_count()} cores, checksums by {crc32.__module__}, "
-        f"medians of {options.rounds}\n\n| what | way | MB/s | ratio |\n| --- | --- | --- | --- |",
+        f"{psutil.virtual_memory().total / 1e9:.0f} GB, {os.cpu_count()} cores, medians of {options.rounds} "
+        f"writes and up to {TURNS} reads\n\n| what | way | MB/s | ratio |\n| --- | --- | --- | --- |",
         flush=True,
     )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path, plain = Path(folder) / "cache.h5", Path(folder) / "plain.h5"
         measure_writes(path, plain, layout, plain_samples, options.rounds)
-        measure_reads(path, plain, layout, plain_samples, options.windows, options.rounds)
+        measure_reads(path, plain, len(layout.lengths), plain_samples)
 
 
 def layout_of(gigabytes: float) -> Layout:
@@ -89,7 +91,7 @@ def measure_writes(path: Path, plain: Path, layout: Layout, plain_samples: int, 
     """Leaves the cache, and the usual HDF5 file of its first samples."""
     rows = np.random.default_rng(0).integers(0, 30000, (RAW_BYTES // ROW_BYTES, CHANNELS)).astype("<u2").view("<f2")
     raw = path.with_name("raw")
-    ways: Ways = {
+    ways: dict[str, Callable[[], None]] = {
         "os.pwrite, fsync": lambda: write_raw(raw, rows, layout, preallocate=False),
         "posix_fallocate, os.pwrite, fsync": lambda: write_raw(raw, rows, layout, preallocate=True),
         "CacheWriter": lambda: write_cache(path, rows, layout),
@@ -146,45 +148,55 @@ def pieces(rows: np.ndarray, count: int) -> Iterator[np.ndarray]:
         yield rows[first : first + min(PIECE, count - start)]
 
 
-def measure_reads(path: Path, plain: Path, layout: Layout, plain_samples: int, count: int, rounds: int) -> None:
-    """All ways read the same windows in the same order, from the usual file their likes."""
-    rng = np.random.default_rng(1)
-    samples = rng.permutation(np.resize(rng.permutation(len(layout.lengths)), count))
-    windows = list(zip(samples.tolist(), rng.integers(0, SAMPLE - WINDOW + 1, count).tolist(), strict=True))
-    plain_windows = [(sample % plain_samples, start) for sample, start in windows]
-    with ActivationCache(path) as compared, raw_reader(path) as raw, h5py.File(plain) as file:
-        compared.verify()
-        rows = file["activations"]
-        one_thread: Ways = {
-            "os.preadv": lambda: each(raw, windows),
-            "ActivationCache, first epoch": lambda: first_epoch(path, windows, each),
-            "ActivationCache, later epochs": lambda: each(compared.read, windows),
-            "h5py, automatic chunks, fancy indexing": lambda: each(partial(read_fancy, rows), plain_windows),
-        }
-        loader = torch.utils.data.DataLoader(
-            PlainWindows(plain, plain_windows), BATCH, num_workers=2, persistent_workers=True
-        )
-        exhaust(loader)  # starts the workers
-        prefetching: Ways = {
-            "os.preadv": lambda: ahead(raw, windows),
-            "ActivationCache, first epoch": lambda: first_epoch(path, windows, ahead),
-            "ActivationCache, later epochs": lambda: ahead(compared.read, windows),
-            "DataLoader over h5py, automatic chunks, 2 workers": lambda: exhaust(loader),
-        }
-        for threads, ways in (("one thread", one_thread), ("read ahead", prefetching)):
+def measure_reads(path: Path, plain: Path, samples: int, plain_samples: int) -> None:
+    """With one thread and with another one that reads ahead."""
+    turns = min(TURNS, samples * SAMPLE // (2 * WINDOW) // TURN // 3, plain_samples * SAMPLE // (2 * WINDOW) // TURN)
+    for threads, way in (("one thread", each), ("read ahead", ahead)):
+        with ExitStack() as stack:
+            compared = stack.enter_context(ActivationCache(path))
+            compared.verify()
+            drop_pages(path)
+            drop_pages(plain)
+            cold, warm = (stack.enter_context(ActivationCache(path)) for _ in range(2))  # which brings the index back
+            raw, file = stack.enter_context(raw_reader(path)), stack.enter_context(h5py.File(plain))
+            fancy = partial(read_fancy, file["activations"])
+            windows, plain_windows = places(samples), places(plain_samples)
+            readers: dict[str, tuple[Read, Read, Iterator[Window]]] = {
+                "os.preadv": (raw, raw, windows),
+                "ActivationCache, first epoch": (cold.read, warm.read, windows),
+                "ActivationCache, later epochs": (compared.read, compared.read, windows),
+                "h5py, automatic chunks, fancy indexing": (fancy, fancy, plain_windows),
+            }
             seconds: dict[str, dict[str, list[float]]] = {"cold": {}, "warm": {}}
-            for _ in range(rounds):
-                for name, way in ways.items():
-                    drop_pages(path)
-                    drop_pages(plain)
-                    for taken in seconds.values():
-                        taken.setdefault(name, []).append(timed(way))
+            for _ in range(turns):
+                for name, (read, read_again, some) in readers.items():
+                    chosen = list(islice(some, TURN))
+                    seconds["cold"].setdefault(name, []).append(timed(partial(way, read, chosen)))
+                    seconds["warm"].setdefault(name, []).append(timed(partial(way, read_again, chosen)))
             for temperature, taken in seconds.items():
-                report(f"windows, {temperature}, {threads}", count * WINDOW * ROW_BYTES, taken)
+                report(f"windows, {temperature}, {threads}", TURN * WINDOW * ROW_BYTES, taken)
+    measure_loader(plain, list(islice(places(plain_samples), turns * TURN)))
+
+
+def measure_loader(plain: Path, windows: list[Window]) -> None:
+    loader = torch.utils.data.DataLoader(PlainWindows(plain, windows), BATCH, num_workers=2, persistent_workers=True)
+    exhaust(loader)  # starts the workers
+    drop_pages(plain)
+    for temperature in ("cold", "warm"):
+        speed = len(windows) * WINDOW * ROW_BYTES / 1e6 / timed(partial(exhaust, loader))
+        print(f"| windows, {temperature}, 2 workers | DataLoader over h5py, automatic chunks | {speed:.0f} | |")
+
+
+def places(samples: int) -> Iterator[Window]:
+    """Windows all over the file, of which no two overlap."""
+    rng = np.random.default_rng(0)
+    slots = SAMPLE // (2 * WINDOW)
+    for place in rng.permutation(samples * slots).tolist():
+        yield place // slots, place % slots * 2 * WINDOW + int(rng.integers(WINDOW))
 
 
 @contextmanager
-def raw_reader(path: Path) -> Iterator[Callable[[int, int, int], None]]:
+def raw_reader(path: Path) -> Iterator[Read]:
     """Reads the bytes of a window into always the same memory: nothing but the system call."""
     with h5py.File(path) as file:
         offset = file["activations"].id.get_offset()
@@ -220,19 +232,14 @@ class PlainWindows(torch.utils.data.Dataset):
         return torch.from_numpy(self.rows[sample * SAMPLE + start : sample * SAMPLE + start + WINDOW])
 
 
-def each(read: Callable[[int, int, int], object], windows: list[Window]) -> None:
+def each(read: Read, windows: list[Window]) -> None:
     for sample, start in windows:
         read(sample, start, start + WINDOW)
 
 
-def ahead(read: Callable[[int, int, int], object], windows: list[Window]) -> None:
+def ahead(read: Read, windows: list[Window]) -> None:
     """As training reads: a thread reads batches before they are asked for."""
     exhaust(read_ahead(partial(each, read, windows[first : first + BATCH]) for first in range(0, len(windows), BATCH)))
-
-
-def first_epoch(path: Path, windows: list[Window], way: Callable[..., None]) -> None:
-    with ActivationCache(path) as cache:
-        way(cache.read, windows)
 
 
 def exhaust(batches: Iterable[object]) -> None:
@@ -245,13 +252,12 @@ def drop_pages(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        with mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE) as mapped:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            start = np.frombuffer(mapped, dtype=np.uint8).ctypes.data
             resident = np.empty(-(-len(mapped) // mmap.PAGESIZE), dtype=np.uint8)
-            start = ctypes.c_char.from_buffer(mapped)
             ctypes.CDLL(None).mincore(
-                ctypes.byref(start), ctypes.c_size_t(len(mapped)), ctypes.c_void_p(resident.ctypes.data)
+                ctypes.c_void_p(start), ctypes.c_size_t(len(mapped)), ctypes.c_void_p(resident.ctypes.data)
             )
-            del start
     if resident.mean() > 0.01:
         print(f"not cold: the system keeps {resident.mean():.0%} of the pages of {path.name}")
 

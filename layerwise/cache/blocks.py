@@ -36,10 +36,11 @@ class Blocks:
             return
         stop = position + len(buffer)
         first, last = position // self._block_bytes, (stop - 1) // self._block_bytes
-        new = [block for block in range(first, last + 1) if not self._compared[block >> 3] >> (block & 7) & 1]
-        if not new:
+        bits = int.from_bytes(self._compared[first >> 3 : (last >> 3) + 1], "little") >> (first & 7)
+        if ~bits & ((1 << last + 1 - first) - 1) == 0:
             self._read_all([buffer], position)
             return
+        new = [block for block in range(first, last + 1) if not bits >> (block - first) & 1]
         start = first * self._block_bytes if new[0] == first else position
         end = self._end(last) if new[-1] == last else stop
         before, behind = memoryview(bytearray(position - start)), memoryview(bytearray(end - stop))

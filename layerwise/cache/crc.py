@@ -1,8 +1,5 @@
-"""CRC-32 (the one of zlib and PNG) of bytes; through ISA-L where it is installed, which is ten times as fast."""
+"""CRC-32, the one of zlib and PNG, through ISA-L, which is ten times as fast as zlib itself."""
 
-try:
-    from isal.isal_zlib import crc32
-except ImportError:
-    from zlib import crc32
+from isal.isal_zlib import crc32
 
 __all__ = ["crc32"]

@@ -6,11 +6,13 @@ Starting a run and resuming it are the same call. What is done is read from the 
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.engines import local
-from layerwise.errors import DamagedCache, RunError
+from layerwise.errors import BudgetError, DamagedCache, RunError
 from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import exclusive
 from layerwise.memory.device import find_device
@@ -21,8 +23,8 @@ from layerwise.stop import StopFlag
 from layerwise.training.cutting import plan_run
 from layerwise.training.encoder import stitch
 from layerwise.training.plan import StagePlan
-from layerwise.training.planner import StageLayout, lay_out
-from layerwise.training.resume import decided, find_what_is_missing, prepare
+from layerwise.training.planner import StageLayout, lay_out, smallest_budget, smallest_layout
+from layerwise.training.resume import decided, find_what_is_missing, finished, prepare
 from layerwise.training.schedule import tasks_of_run
 from layerwise.training.split import split_samples
 from layerwise.training.storage import Storage, below, free_for_caches, plan_storage
@@ -56,7 +58,7 @@ def run(
     notify: is told what happens.
     Raises Interrupted after saving when asked to stop, and other LayerwiseErrors where the request cannot be met.
     """
-    device = find_device(config.training.device)
+    device, stop = find_device(config.training.device), stop or StopFlag()
     paths = RunPaths.of(config.out, config.cache.dir)
     data = open_data(config.data, shortest_sample(config))
     plans = plan_run(config, data, device, network, None if overwrite else _earlier_cut(paths, config))
@@ -64,7 +66,7 @@ def run(
     storage = plan_storage(
         config, plans, data.views, free_for_caches(paths.caches), decided(paths, overwrite, from_stage)
     )
-    layouts = [lay_out(config, stage, device, below(plans, stage.stage, storage)) for stage in plans]
+    layouts = _layouts(config, plans, storage, device, finished(paths, overwrite, from_stage), stop)
     busy = RunError(f"Another process is running {paths.out}; wait for it, or name another --out.")
     _refuse_foreign_folder(paths.out)
     with exclusive(paths.lock, busy):
@@ -75,12 +77,34 @@ def run(
             notify(Message(line))
         done = tuple(record.stage for record in state.stages if record.status == "done")
         notify(RunStarted(len(plans), done, config.training.max_epochs, state.budget_bytes))
-        shared = Run(config, paths, state, data, split, plans, layouts, storage, device, stop or StopFlag(), notify)
+        shared = Run(config, paths, state, data, split, plans, layouts, storage, device, stop, notify)
         _perform_all(shared)
         stitch(config, paths, plans)
         state.from_stage = None
         state.save(paths.state)
     return RunResult(paths, state, config, (*data.labels, *data.frame_label_names))
+
+
+def _layouts(
+    config: Config, plans: list[StagePlan], storage: Storage, device: torch.device, done: set[int], stop: StopFlag
+) -> list[StageLayout]:
+    """How each stage is laid out; that of a stage that is done already need not fit.
+
+    Raises BudgetError that names the neediest stage, Interrupted between two stages.
+    """
+    layouts, refused = [], {}
+    for plan in plans:
+        stop.raise_if_set("before anything was trained")
+        recomputed = below(plans, plan.stage, storage)
+        try:
+            layouts.append(lay_out(config, plan, device, recomputed))
+        except BudgetError as error:
+            layouts.append(smallest_layout(config, plan, recomputed))
+            if plan.stage not in done:
+                refused[smallest_budget(config, plan, device, recomputed)] = error
+    if refused:
+        raise refused[max(refused)]
+    return layouts
 
 
 def _perform_all(run: Run) -> None:
@@ -123,7 +147,13 @@ def _described(
     config: Config, data: DataSet, plans: list[StagePlan], layouts: list[StageLayout], storage: Storage
 ) -> list[str]:
     chosen = config.training.stages is None and config.memory.gpu_mem is not None
-    why = ", the fewest that --gpu-mem holds in one pass (--stages N cuts otherwise)" if chosen else ""
+    one_pass = all(layout.placement.passes == 1 for layout in layouts)
+    held = (
+        ", the fewest that --gpu-mem holds in one pass"
+        if one_pass
+        else ", for no cut trains in one pass under --gpu-mem"
+    )
+    why = f"{held} (--stages N cuts otherwise)" if chosen else ""
     stages = "1 stage" if len(plans) == 1 else f"{len(plans)} stages"
     lines = [f"{len(data.ids)} samples from {config.data.source}, {stages}{why}"]
     for stage, layout in zip(plans, layouts, strict=True):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from layerwise.cache import ActivationCache
+from layerwise.memory.meter import host_tensor, uncounted
 from layerwise.nets.frames import vectors
 from layerwise.streams import stream
 
@@ -34,7 +35,9 @@ class SampleSummary:
         piece = vectors(frames[None].float())[0]
         self.total = piece.sum(0) if self.total is None else self.total + piece.sum(0)
         here = self.chosen[(self.chosen >= self.frames) & (self.chosen < self.frames + len(frames))] - self.frames
-        self.kept.append(piece[torch.from_numpy(here).to(piece.device)].cpu())
+        kept = piece[host_tensor(here).to(piece.device)]
+        with uncounted():
+            self.kept.append(kept.to("cpu", copy=True))
         self.frames += len(frames)
 
     @property

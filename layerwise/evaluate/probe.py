@@ -61,7 +61,7 @@ class ProbeResult:
 
 
 def probe(
-    run_directory: Path,
+    run_directory: str | Path,
     label: str,
     *,
     stop: StopFlag | None = None,
@@ -71,7 +71,7 @@ def probe(
 
     Raises RunError where no stage is done, DataError where the label does not exist or has one value only.
     """
-    stop = stop or StopFlag()
+    stop, run_directory = stop or StopFlag(), Path(run_directory)
     paths, state = open_run(run_directory)
     if state.network:
         raise RunError(f"{run_directory} was trained with a network of its own, which probes cannot build again yet.")
@@ -166,7 +166,10 @@ def _pass_under_budget(
         except (BudgetError, RuntimeError) as error:
             reason = why_out_of_memory(error)
         if piece <= SHORTEST_PIECE * data.columns:
-            raise BudgetError(f"--gpu-mem {budget} cannot hold the probe: {reason}")
+            raise BudgetError(
+                f"The run's --gpu-mem of {budget} bytes cannot hold the probe: {reason} Start the run again with a larger "
+                "--gpu-mem, which changes nothing else, and probe then."
+            )
         piece //= 2
         release(device)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FEW_TEST_SAMPLES = 50
 
-WIDTH_OF_FILES = 100
+WIDTH_OF_FILES = 140
 """Columns of text where it does not go to a terminal."""
 
 

@@ -20,7 +20,7 @@ from layerwise.memory.placement import Placement
 from layerwise.nets import Network, build_network
 from layerwise.nets.network import ranges
 from layerwise.training.plan import StagePlan, plan_stages
-from layerwise.training.planner import held_in_one_pass, training_peak
+from layerwise.training.planner import held_in_one_pass, smallest_budget, training_peak
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def plan_run(
 
     With no number of stages in the options they are the network's own, and under a budget the fewest that it holds: each
     trains in one pass over the batch, with its optimizer on the device. (In many passes almost anything fits, at many
-    times the time.) Where no number is held so, the finest cut is taken.
+    times the time.) Where no number is held so, the largest number is taken that is held at all.
     Raises ConfigError where the network, the cut or the window do not fit the data.
     """
     network = network or build_network(config.net, data.frame_shape)
@@ -84,16 +84,21 @@ def plan_run(
             f"--stages {stages}: this network can be cut into at most {most} stages; give a number from 1 to {most} "
             f"(its natural number is {len(natural)}). {network.why_no_finer()}".rstrip()
         )
-    costs = layer_costs(config, data, network)
+    costs, budget = layer_costs(config, data, network), config.memory.gpu_mem or 0
     if stages is not None:
         return _best(config, data, network, costs, stages)
-    for count in range(1, len(network.layers) + 1):
-        plans = natural if count == len(natural) else _best(config, data, network, costs, count)
+    cuts = [
+        natural if count == len(natural) else _best(config, data, network, costs, count)
+        for count in range(1, len(network.layers) + 1)
+    ]
+    for plans in cuts:
         # The largest first: where it does not fit, the others need not be looked at.
         order = sorted(plans, key=lambda plan: -stage_cost(costs[plan.layers.start : plan.layers.stop]))
         if all(held_in_one_pass(config, plan, device) for plan in order):
             return plans
-    return plans
+    # The finest is not always the smallest: its objectives have more to score.
+    held = (plans for plans in reversed(cuts) if max(smallest_budget(config, p, device) for p in plans) <= budget)
+    return next(held, cuts[-1])
 
 
 def layer_costs(config: Config, data: DataSet, network: Network) -> list[LayerCost]:

@@ -120,9 +120,10 @@ def _shapes(module: Module, frames: torch.Tensor) -> tuple[torch.Tensor, torch.T
         return module(frames, np.array([frames.shape[1]]))
     except (RuntimeError, ValueError) as error:
         shape = " x ".join(str(size) for size in frames.shape[2:]) or "one number"
+        reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(
-            f"The network does not take frames of {shape}: {str(error).splitlines()[0]} Change how the data are framed, "
-            "or the network's first layer."
+            f"The network does not take frames of {shape}: {reason}. Change how the data are framed, or the network's "
+            "first layer."
         ) from error
 
 

@@ -363,7 +363,8 @@ def _too_small(config: Config, plan: StagePlan, device: torch.device, below: Bel
     whole = behaviour(plan).why_whole
     why = f" ({whole}, so the batch cannot be sliced)" if whole else ""
     finer = ", or cut into more --stages" if len(plan.layers) > 1 else ""
-    smaller = "--batch-size, data.window or net.width" if whole else "data.window or net.width"
+    window = "data.window" if plan.window.columns == 1 else "data.crop"
+    smaller = f"--batch-size, {window} or net.width" if whole else f"{window} or net.width"
     return BudgetError(
         f"--gpu-mem {(budget or 0) / 1e6:g} MB is too small: stage {plan.stage} needs {math.ceil(needed / 1e4) / 100:g} MB "
         f"even as {last}{why}. Give at least that, or lower {smaller}{finer}."

@@ -84,7 +84,7 @@ def _go_on(
             "move the folder there first."
         )
     _check_cache_owner(paths, state)
-    _check_shape(paths, config)
+    _check_shape(state, paths, config)
     _check_same_data(state, data, paths)
     if state.network != plans[0].network.identity:
         raise RunError(
@@ -122,9 +122,14 @@ def _check_cache_owner(paths: RunPaths, state: RunState | None) -> None:
         )
 
 
-def _check_shape(paths: RunPaths, config: Config) -> None:
+def _check_shape(state: RunState, paths: RunPaths, config: Config) -> None:
     """Raises ConfigError where an option that shapes all stages differs from the run's."""
-    changes = changed_options(load(paths.config), config, {"shape"})
+    changes = [
+        change
+        for change in changed_options(load(paths.config), config, {"shape"})
+        # The number of stages that a run has chosen by itself may be said, and left out again.
+        if not (change[0].key == "training.stages" and {change[1], change[2]} <= {None, len(state.stages)})
+    ]
     if changes:
         raise ConfigError(
             f"{_listed(changes, f'when {paths.out} was started')}. Give the old back, or start anew with --overwrite or "
@@ -172,6 +177,14 @@ def decided(paths: RunPaths, overwrite: bool, from_stage: int | None) -> list[bo
         return []
     records = RunState.load(paths.state).stages[: None if from_stage is None else from_stage - 1]
     return [bool(record.cached) for record in itertools.takewhile(lambda record: record.status != "pending", records)]
+
+
+def finished(paths: RunPaths, overwrite: bool, from_stage: int | None) -> set[int]:
+    """The stages that are done and stay so."""
+    if overwrite or not paths.state.exists() or not paths.config.exists():
+        return set()
+    records = RunState.load(paths.state).stages[: None if from_stage is None else from_stage - 1]
+    return {record.stage for record in records if record.status == "done"}
 
 
 def _assign(state: RunState, cached: Sequence[bool]) -> None:

@@ -1,5 +1,8 @@
 """Caches of a few rows, with several blocks each."""
 
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -66,3 +69,14 @@ def reseal(path: Path) -> None:
         start = data_set.get_offset() if data_set else None
         length = data_set.get_storage_size() if start else 0
     stamp(path, start or 0, length)
+
+
+@contextmanager
+def memory_below(limit: int) -> Iterator[None]:
+    """Asserts that no more than that many bytes are taken at any moment of the block."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()

@@ -2,6 +2,7 @@
 
 import re
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_cache import layout, read_all, rows_of, write
+from small_cache import layout, memory_below, read_all, rows_of, write
 
 from layerwise.cache import ActivationCache, CacheWriter
 from layerwise.cache.layout import BLOCK_BYTES
@@ -148,6 +149,22 @@ def test_rows_of_another_shape_or_dtype_or_number_are_a_defect_of_the_caller(tmp
         for wrong in (rows[:, :2], rows.astype(np.float32), np.concatenate([rows, rows])):
             with pytest.raises(ValueError, match="do not fit"):
                 writer.write(wrong)
+
+
+def test_writing_holds_two_appends_in_memory_and_reading_next_to_nothing(tmp_path: Path) -> None:
+    a_layout = replace(layout([2**20] * 4, block_bytes=BLOCK_BYTES), frame_labels={})  # 25 MB
+    piece, append_bytes = np.ones((2**16, 3), dtype=np.float16), 4 * 2**20
+    with (
+        memory_below(2 * append_bytes + 2 * 2**20),
+        CacheWriter(tmp_path / "c.h5", a_layout, append_bytes) as writer,
+    ):
+        for _ in range(64):
+            writer.write(piece)
+        writer.seal()
+    with memory_below(2 * 2**20), ActivationCache(tmp_path / "c.h5") as cache:
+        cache.verify()
+        for start in range(0, 2**20, 2**10):
+            cache.read(start % 4, start, start + 2**10)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

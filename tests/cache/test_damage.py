@@ -14,7 +14,7 @@ from layerwise.cache import ActivationCache
 from layerwise.cache.seal import USER_BLOCK
 from layerwise.errors import CacheError, DamagedCache
 
-FLIPS = 300
+FLIPS = 500
 
 
 def sealed(path: Path, dtype: str = "float16", block_bytes: int = 100) -> bytearray:

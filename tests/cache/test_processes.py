@@ -56,5 +56,6 @@ def test_a_data_loader_reads_it_in_workers(cache: ActivationCache) -> None:
             return cache.read(1, number, number + 100)
 
     rows = rows_of(cache.layout)
-    for number, window in enumerate(torch.utils.data.DataLoader(Windows(), None, num_workers=2)):
+    loader = torch.utils.data.DataLoader(Windows(), None, num_workers=2, multiprocessing_context="fork")
+    for number, window in enumerate(loader):
         assert torch.equal(window, rows[200 + number : 300 + number])

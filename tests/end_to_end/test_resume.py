@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -170,21 +169,6 @@ def test_a_changed_data_set_is_noticed(tiny_speech: Tiny, digits: Path, tmp_path
     next(folder.glob("*_5.wav")).unlink()
     with pytest.raises(RunError, match="The data set is not the one"):
         run(tiny_speech(f"fsdd:{folder}"))
-
-
-def test_a_damaged_cache_is_named_and_not_used(tiny_speech: Tiny, digits: Path) -> None:
-    config = tiny_speech(f"fsdd:{digits}")
-    stop, notify = stop_at(StageStarted, 2)
-    with pytest.raises(Interrupted):
-        run(config, stop=stop, notify=notify)
-    cache = Path(RunState.load(Path(config.out) / "run.json").record(1).cache or "")
-    with h5py.File(cache) as file:
-        position = file["activations"].id.get_offset() + 5000
-    content = bytearray(cache.read_bytes())
-    content[position] ^= 1
-    cache.write_bytes(content)
-    with pytest.raises(LayerwiseError, match=r"stage-1\.h5 is damaged"):
-        run(config)
 
 
 def test_a_cache_that_was_deleted_is_written_again_where_it_is_needed(tiny_speech: Tiny, digits: Path) -> None:

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from layerwise.config import Config
+from layerwise.data.open import open_data
 from layerwise.engines.run import run
+from layerwise.nets import shortest_sample
 from layerwise.run_directory import RunState
+from layerwise.training.cutting import plan_run
 
 SMALLEST = {
     "net.kernels": [10, 8],
@@ -27,6 +31,9 @@ DANGEROUS = ("replace", "fsync", "fdatasync", "pwrite", "unlink", "posix_falloca
 
 class Crash(BaseException):
     """Nothing of the package catches it; what Python still does on the way out, a real kill would not do (test_kills)."""
+
+
+CPU = torch.device("cpu")
 
 
 def crash_at_call(number: int, work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -72,6 +79,9 @@ def test_a_crash_at_any_call_leaves_what_the_next_start_can_use(
     def config(name: str) -> Config:
         return tiny_speech(f"fsdd:{few}", out=str(tmp_path / name), **SMALLEST)
 
+    # Every start would make the same plans again; made once, what is known of them is remembered.
+    plans = plan_run(config("planned"), open_data(config("planned").data, shortest_sample(config("planned"))), CPU)
+    monkeypatch.setattr("layerwise.engines.run.plan_run", lambda *_: plans)
     arguments = {"run": {}, "from stage": {"from_stage": 2}, "overwrite": {"overwrite": True}}[kind]
     run(config("undisturbed"))
     expected = bits(config("undisturbed"))
