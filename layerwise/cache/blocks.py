@@ -1,7 +1,6 @@
 """The activations' bytes, block by block: each block is compared with its checksum the first time that it is read.
 
-A stretch that is read for the first time is widened to whole blocks: its own bytes go straight to where they are wanted,
-those before and behind it into buffers that only the checksum sees. One bit per block remembers what was compared, and
+A stretch that is read for the first time is widened to whole blocks. One bit per block remembers what was compared, and
 the checksums stay in the file, so memory stays small, whatever the size of the cache.
 """
 
@@ -30,67 +29,55 @@ class Blocks:
         self._block_bytes, self._size, self._count = layout.block_bytes, layout.activation_bytes, layout.blocks
         self._compared = bytearray(-(-layout.blocks // 8))
 
-    def read(self, buffer: memoryview, position: int) -> None:
-        """Fills the buffer from the position on. Raises DamagedCache that names the block."""
-        if not buffer:
-            return
-        stop = position + len(buffer)
+    def read(self, position: int, stop: int) -> np.ndarray:
+        """uint8 [stop - position]. Raises DamagedCache that names the block."""
+        if position == stop:
+            return np.empty(0, dtype=np.uint8)
         first, last = position // self._block_bytes, (stop - 1) // self._block_bytes
         bits = int.from_bytes(self._compared[first >> 3 : (last >> 3) + 1], "little") >> (first & 7)
         if ~bits & ((1 << last + 1 - first) - 1) == 0:
-            self._read_all([buffer], position)
-            return
+            return self._read(position, stop)
         new = [block for block in range(first, last + 1) if not bits >> (block - first) & 1]
         start = first * self._block_bytes if new[0] == first else position
         end = self._end(last) if new[-1] == last else stop
-        before, behind = memoryview(bytearray(position - start)), memoryview(bytearray(end - stop))
-        self._read_all([before, buffer, behind], start)
-        self._compare(new, [before, buffer, behind], start)
+        content = self._read(start, end)
+        self._compare(new, content, start)
+        return content[position - start : stop - start]
 
     def check_all(self, poll: Callable[[], None]) -> None:
         """Compares every block, whether or not it was before; calls `poll` now and then, which may raise."""
         step = max(_CHUNK // self._block_bytes, 1)
-        chunk = memoryview(bytearray(min(step * self._block_bytes, self._size)))
         for first in range(0, self._count, step):
             poll()
             blocks = range(first, min(first + step, self._count))
             start = first * self._block_bytes
-            part = chunk[: self._end(blocks[-1]) - start]
-            self._read_all([part], start)
-            self._compare(blocks, [part], start)
+            self._compare(blocks, self._read(start, self._end(blocks[-1])), start)
 
     def _end(self, block: int) -> int:
         return min((block + 1) * self._block_bytes, self._size)
 
-    def _compare(self, blocks: list[int] | range, buffers: list[memoryview], start: int) -> None:
-        """Of blocks that lie wholly in the buffers, which hold the bytes from `start` on."""
+    def _compare(self, blocks: list[int] | range, content: np.ndarray, start: int) -> None:
+        """Of blocks that lie wholly in the content, which begins at `start`."""
         expected = np.empty(blocks[-1] + 1 - blocks[0], dtype="<u4")
         read_all(self._descriptor, [as_bytes(expected)], self._places.checksums + 4 * blocks[0])
         checksums = expected.tolist()
+        view, size = memoryview(content), self._block_bytes
         for block in blocks:
-            checksum = _checksum(buffers, block * self._block_bytes - start, self._end(block) - start)
-            if checksum != checksums[block - blocks[0]]:
+            first = block * size - start
+            if crc32(view[first : first + size]) != checksums[block - blocks[0]]:
                 raise DamagedCache(self._path, f"block {block} of its activations does not match its checksum")
+        for block in blocks:
             # Two threads may lose each other's bit; then that block is compared once more.
             self._compared[block >> 3] |= 1 << (block & 7)
 
-    def _read_all(self, buffers: list[memoryview], position: int) -> None:
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        content = np.empty(stop - start, dtype=np.uint8)
         try:
-            whole = read_all(self._descriptor, buffers, self._places.activations + position)
+            whole = read_all(self._descriptor, [memoryview(content)], self._places.activations + start)
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
             raise DamagedCache(self._path, f"the disk does not give it back ({error.strerror})") from None
         if not whole:
             raise DamagedCache(self._path, "it ends early")
-
-
-def _checksum(buffers: list[memoryview], first: int, stop: int) -> int:
-    """Of bytes first to stop of the buffers one after another."""
-    checksum = 0
-    for buffer in buffers:
-        size = len(buffer)
-        if first < size and stop > 0:
-            checksum = crc32(buffer[max(first, 0) : stop], checksum)
-        first, stop = first - size, stop - size
-    return checksum
+        return content

@@ -63,8 +63,8 @@ class ActivationCache:
         if not (sample >= 0 <= view < layout.views and 0 <= start <= stop <= layout.lengths[sample]):
             raise IndexError(f"frames {start} to {stop} of view {view} of sample {sample} are not in {self.path}")
         first = int(self._offsets[sample * layout.views + view]) + start
-        rows = np.empty((stop - start, *layout.frame_shape), dtype=self._stored.on_disk)
-        self._blocks.read(as_bytes(rows), first * layout.row_bytes)
+        content = self._blocks.read(first * layout.row_bytes, (first + stop - start) * layout.row_bytes)
+        rows = content.view(self._stored.on_disk).reshape(stop - start, *layout.frame_shape)
         if layout.dtype == "int8":
             rows = dequantise(rows, self._scales(first, first + len(rows)), first, layout.scale_rows)
         return as_tensor(rows, self._stored.tensor)
