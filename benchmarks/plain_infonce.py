@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from layerwise.objectives.infonce import Draw
+from layerwise.objectives.contrastive import Draw
 
 
 def plain_infonce(

@@ -99,9 +99,12 @@ class NetOptions(_Section):
 
 
 class ObjectiveOptions(_Section):
-    """InfoNCE. Defaults: speech, Löwe et al. 2019, appendix A.2."""
+    """What each stage is trained for. Defaults: speech, Löwe et al. 2019, appendix A.2."""
 
-    name: Literal["infonce"] = _option("infonce", "training", "local objective of each stage")
+    name: str = _option(
+        "infonce", "training", "local objective of each stage: infonce, hinge or supervised", "--objective"
+    )
+    label: str = _option("", "training", "supervised: the label that is learnt", "--label")
     steps: int = _option(12, "training", "rows ahead that are predicted", ge=1)
     skip: int = _option(0, "training", "rows left out between context and first target", ge=0)
     negatives: int = _option(10, "training", "negatives of each target, drawn from the whole batch", ge=1)

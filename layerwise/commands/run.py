@@ -67,7 +67,7 @@ def _display(console: Console) -> AbstractContextManager[Notify]:
 def _print_summary(console: Console, result: "RunResult") -> None:
     console.print()
     console.print(stage_table(result.state))
-    warning = stages_at_chance(result.state, result.config.objective.negatives)
+    warning = stages_at_chance(result.state, result.config.objective)
     for line in (
         f"\ndone: {totals(result.state)}",
         *([warning] if warning else []),

@@ -41,6 +41,8 @@ class Batch:
     """CPU tensor [B, L, *frame shape] of the source's dtype, zero behind the real frames."""
     lengths: np.ndarray
     """int64 [B], real frames of each window."""
+    classes: np.ndarray | None = None
+    """int64 [B], for objectives that learn a label; -1 where a sample has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,10 @@ class Epoch:
     window: Window
     batch_size: int
     steps: int
+
+    def samples_of(self, step: int) -> np.ndarray:
+        """int64 [B], the samples of one step."""
+        return self.samples[step * self.batch_size : (step + 1) * self.batch_size]
 
     def read(self, source: FrameSource, step: int) -> Batch:
         """The batch of one step."""

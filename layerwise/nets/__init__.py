@@ -13,10 +13,10 @@ def build_network(net: NetOptions, frame_shape: tuple[int, ...]) -> Network:
 
 
 def rows_needed(config: Config) -> int:
-    """Rows of output that give the objective at least one pair of context and target."""
-    return config.objective.skip + 2
+    """Rows of output that give a contrastive objective at least one pair of context and target."""
+    return 1 if config.objective.name == "supervised" else config.objective.skip + 2
 
 
 def shortest_sample(config: Config) -> int:
-    """Fewest frames of a sample that give the objective a pair of context and target at the last stage."""
+    """Fewest frames of a sample that give the objective something to score at the last stage."""
     return shortest_input(config.net, rows_needed(config)) if config.net.name == "speech" else 1

@@ -13,7 +13,8 @@ class Score:
 
     loss: torch.Tensor
     accuracy: torch.Tensor
-    """Part of the predictions in which the positive scores above every negative, without gradient."""
+    """Part of the predictions that are right, without gradient: the target scores above every negative, or the class is
+    the sample's."""
 
 
 class Draw(Protocol):
@@ -27,12 +28,19 @@ class Objective(Protocol):
     """An `nn.Module` whose parameters are trained with the stage's and thrown away after it."""
 
     def draw(
-        self, lengths: np.ndarray, frames: int, columns: int, rng: np.random.Generator, passes: int = 1
+        self,
+        lengths: np.ndarray,
+        frames: int,
+        columns: int,
+        rng: np.random.Generator,
+        passes: int = 1,
+        classes: np.ndarray | None = None,
     ) -> list[Draw]:
         """Everything random about one batch, as one draw per pass: the losses of the passes add up to the batch's.
 
         lengths: int64 [B], real frames of each sample; frames: L of the padded batch; columns: frames per row;
-        passes: at most B. More passes hold fewer rows at once; what is drawn does not depend on them.
+        passes: at most B. More passes hold fewer rows at once; what is drawn does not depend on them. classes: int64 [B],
+        -1 where a sample has no label; None where the run names no label.
         """
         ...
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from layerwise.config import ObjectiveOptions
 from layerwise.report.lines import outcome
 from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.units import duration, percent, size
@@ -50,9 +51,10 @@ def _status(record: StageRecord) -> str:
     return f"{record.status} ({record.epochs})" if record.epochs else record.status
 
 
-def stages_at_chance(state: RunState, negatives: int) -> str | None:
+def stages_at_chance(state: RunState, objective: ObjectiveOptions) -> str | None:
     """A sentence where a stage tells its target from the negatives no better than a guess does."""
-    chance = math.log(1 + negatives)
+    # The loss where all scores are 0; that of other objectives is not known here.
+    chance = {"infonce": math.log(1 + objective.negatives), "hinge": 2.0}.get(objective.name, math.inf)
     stages = [str(r.stage) for r in state.stages if r.best_loss is not None and r.best_loss > 0.995 * chance]
     if not stages:
         return None

@@ -118,7 +118,8 @@ def _layer_cost(config: Config, plan: StagePlan) -> LayerCost:
     first = _alone(config, plan, below=False)[3] if plan.stage > 1 else transient
     lengths = np.full(size, int(plan.build_module(0, torch.device("meta")).out_length(frames)))
     objective = plan.build_objective(config, torch.device("meta"))
-    draw = objective.draw(lengths, int(lengths[0]), plan.window.columns, np.random.default_rng(0))[0]
+    classes = np.zeros(size, dtype=np.int64)
+    draw = objective.draw(lengths, int(lengths[0]), plan.window.columns, np.random.default_rng(0), 1, classes)[0]
     predictors = 3 * 4 * sum(value.numel() for value in objective.parameters())
     whole = training_peak(config, plan, Placement(size, size)).bytes
     return LayerCost(

@@ -171,7 +171,8 @@ class LoadedStage:
         lengths = self.module.out_length(batch.lengths)
         frames = int(self.module.out_length(batch.frames.shape[1]))
         passes = min(self.placement.passes, len(lengths))
-        return self.objective.draw(lengths, frames, self.plan.window.columns, randomness.negatives(), passes)
+        columns, rng = self.plan.window.columns, randomness.negatives()
+        return self.objective.draw(lengths, frames, columns, rng, passes, batch.classes)
 
     def _samples(self, batch: Batch) -> int:
         """Samples of the batch that a step goes through."""

@@ -16,7 +16,8 @@ from layerwise.nets import Network, rows_needed
 from layerwise.nets.first_weights import with_first_weights
 from layerwise.nets.module import Geometry, Module
 from layerwise.nets.speech import shortest_input
-from layerwise.objectives import Objective, build_objective
+from layerwise.objectives import Objective, Scored, build_objective
+from layerwise.training.classes import count_classes
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -34,6 +35,8 @@ class StagePlan:
     context_channels: int
     output_shape: tuple[int, ...]
     """Frame shape of its output."""
+    classes: int
+    """Of the label that the objective learns; 0 where it learns none."""
     parameters: int
     """Of the module, without those of the objective."""
     window: Window
@@ -51,7 +54,8 @@ class StagePlan:
 
     def build_objective(self, config: Config, device: torch.device) -> Objective:
         """The objective with its first weights, on the device."""
-        build = partial(build_objective, config.objective, self.target_channels, self.context_channels)
+        scored = Scored(self.target_channels, self.context_channels, self.classes)
+        build = partial(build_objective, config.objective, scored)
         return with_first_weights(build, _objective_seed(config.training.seed, self.stage), device)
 
 
@@ -61,6 +65,7 @@ def plan_stages(config: Config, data: DataSet, network: Network, cut: Sequence[r
     Raises ConfigError where the network, the cut or the window do not fit the data.
     """
     window = input_window(config, data.columns)
+    classes = count_classes(config, data)
     frame_shape, lengths, geometry = data.frame_shape, data.lengths, Geometry()
     stages = []
     for stage, layers in enumerate(cut, start=1):
@@ -81,6 +86,7 @@ def plan_stages(config: Config, data: DataSet, network: Network, cut: Sequence[r
                 target_channels=targets.shape[2],
                 context_channels=outputs.shape[2],
                 output_shape=tuple(outputs.shape[2:]),
+                classes=classes,
                 parameters=sum(parameter.numel() for parameter in module.parameters()),
                 window=window,
                 lengths=lengths,

@@ -164,7 +164,8 @@ def training_peak(config: Config, plan: StagePlan, placement: Placement) -> Peak
         lengths = np.full(size, window)
         # Padding is masked, and masks take room, in whichever slice it comes.
         lengths[:: placement.micro_batch] = min(window, plan.lengths.min())
-        rehearsal.train(Batch(frames, lengths), Randomness(lambda: np.random.default_rng(0)))
+        classes = np.zeros(size, dtype=np.int64)
+        rehearsal.train(Batch(frames, lengths, classes), Randomness(lambda: np.random.default_rng(0)))
         del before
 
     meter = rehearse(step)
@@ -175,7 +176,7 @@ class _Rehearsal(LoadedStage):
     """Goes through the first slices of a batch and its first passes."""
 
     def _draws(self, batch: Batch, randomness: Randomness) -> list[Draw]:
-        full = Batch(batch.frames, np.full(len(batch.lengths), batch.frames.shape[1]))
+        full = replace(batch, lengths=np.full(len(batch.lengths), batch.frames.shape[1]))
         draws = super()._draws(full, randomness)
         samples, frames = len(batch.lengths), int(self.module.out_length(batch.frames.shape[1]))
         most = max(_most_hit(len(draw.rows), samples * frames) for draw in draws)

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -64,6 +64,7 @@ def train_stage(
     feed: Feed,
     train: np.ndarray,
     held_out: np.ndarray,
+    classes: np.ndarray | None,
     device: torch.device,
     placement: Placement,
     meter: AnyMeter,
@@ -73,7 +74,8 @@ def train_stage(
 ) -> Trained:
     """Trains to convergence or to max_epochs, from the checkpoint where there is one.
 
-    train, held_out: int64 sample numbers. Raises Interrupted after saving, TrainingError where the loss is not a number.
+    train, held_out: int64 sample numbers; classes: int64 [N] of all samples, for objectives that learn a label. Raises
+    Interrupted after saving, TrainingError where the loss is not a number.
     """
     options = config.training
     loaded = LoadedStage(plan, config, device, placement, meter)
@@ -95,7 +97,7 @@ def train_stage(
         epoch_started = time.monotonic()
         rng = stream(options.seed, "epoch", plan.stage, progress.epoch)
         epoch = training_epoch(feed, train, plan.window, options.batch_size, rng)
-        for step, batch in _batches(epoch, feed, loaded, first=progress.step):
+        for step, batch in _batches(epoch, feed, classes, loaded, first=progress.step):
             key = (plan.stage, progress.epoch, step)
             module_seed = int(stream(options.seed, "module", *key).integers(2**62))
             score = loaded.train(batch, Randomness(partial(stream, options.seed, "negatives", *key), module_seed))
@@ -110,7 +112,7 @@ def train_stage(
                 last_save = time.monotonic()
             poll()
 
-        held_out_loss, held_out_accuracy = evaluate(loaded, feed, held_out, options, poll)
+        held_out_loss, held_out_accuracy = evaluate(loaded, feed, held_out, classes, options, poll)
         _check_finite(held_out_loss, plan.stage, progress.epoch, options.lr)
         seconds = time.monotonic() - epoch_started
         if _close_epoch(
@@ -136,6 +138,7 @@ def evaluate(
     loaded: LoadedStage,
     feed: Feed,
     samples: np.ndarray,
+    classes: np.ndarray | None,
     options: TrainingOptions,
     poll: Callable[[], None],
 ) -> tuple[float, float]:
@@ -147,7 +150,7 @@ def evaluate(
     windows = stream(options.seed, "held-out windows", stage)
     epoch = held_out_epoch(feed, samples, loaded.plan.window, options.batch_size, windows)
     loss = accuracy = 0.0
-    for step, batch in _batches(epoch, feed, loaded, first=0):
+    for step, batch in _batches(epoch, feed, classes, loaded, first=0):
         score = loaded.evaluate(batch, Randomness(partial(stream, options.seed, "held-out negatives", stage, step)))
         poll()
         share = len(batch.lengths) / len(samples)
@@ -156,8 +159,11 @@ def evaluate(
     return loss, accuracy
 
 
-def _batches(epoch: Epoch, feed: Feed, loaded: LoadedStage, first: int) -> Iterator[tuple[int, Batch]]:
-    return zip(range(first, epoch.steps), feed.batches(epoch, first, loaded.parked), strict=True)
+def _batches(
+    epoch: Epoch, feed: Feed, classes: np.ndarray | None, loaded: LoadedStage, first: int
+) -> Iterator[tuple[int, Batch]]:
+    for step, batch in zip(range(first, epoch.steps), feed.batches(epoch, first, loaded.parked), strict=True):
+        yield step, batch if classes is None else replace(batch, classes=classes[epoch.samples_of(step)])
 
 
 def _check_finite(loss: float, stage: int, epoch: int, lr: float) -> None:

@@ -26,6 +26,7 @@ from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.stop import StopFlag
 from layerwise.training.caching import cache_outputs, shortest_piece
 from layerwise.training.checkpoint import digest, load_arrays, load_weights, save_arrays
+from layerwise.training.classes import sample_classes
 from layerwise.training.feed import Feed, ReadFeed
 from layerwise.training.fingerprint import fingerprint, training_key
 from layerwise.training.labels import frame_labels
@@ -184,6 +185,7 @@ def _train(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
         feed,
         train=np.flatnonzero(run.split == TRAIN),
         held_out=np.flatnonzero(run.split == HELD_OUT),
+        classes=sample_classes(run.config, run.data),
         device=run.device,
         placement=run.layouts[stage - 1].placement,
         meter=meter,

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerwise.memory.meter import Meter
-from layerwise.objectives.infonce import Draw, InfoNCE
+from layerwise.objectives.contrastive import Draw
+from layerwise.objectives.infonce import InfoNCE
 
 CPU = torch.device("cpu")
 WIDE = 2**30

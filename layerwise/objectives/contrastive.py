@@ -1,0 +1,236 @@
+"""Contrastive objectives over rows of frames: time steps of a sequence, or patch rows of a picture read downwards.
+
+A target z_t and the context c_{t-o} that lies o = k + skip rows before it have the score z_t^T W_k c_{t-o}; so has each of
+`negatives` other frames in the place of z_t, drawn evenly from all real frames of the batch except the target itself.
+What an objective makes of the scores is its own (infonce.py, hinge.py). A sequence is a picture with one column, so one
+implementation serves both.
+
+Only frames that are scored come in, each once. The loss is worked off in slices of targets, and each slice leaves its
+part of the gradients behind, so candidates (targets x negatives x channels) and predictions never exist for more than
+one slice, and no product is computed twice.
+
+Where this differs from the code of Greedy InfoMax: negatives are drawn once per target and shared by the steps (there:
+drawn per step for pictures); steps without a single pair in a batch of short samples leave the mean.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from layerwise.objectives.protocol import Score
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What is scored in one pass. A, the anchors, are the windows of all samples side by side: frame t of sample b of B
+    is anchor t * B + b, so that the contexts of all targets of a step are one piece of the anchors."""
+
+    rows: np.ndarray
+    """int64 [R], sorted: the frames that are scored, numbered b * L + t over the padded batch."""
+    anchors: np.ndarray
+    """int64 [A], where each anchor lies in `rows`; anchors are targets and contexts of each other."""
+    negatives: np.ndarray
+    """int64 [A, N], where the negatives of each target lie in `rows`."""
+    weights: np.ndarray
+    """float32 [A, K], the weight of each target at each step in the loss; 0 where there is no such pair. Over all passes
+    of a batch they sum to 1."""
+    offsets: tuple[int, ...]
+    """[K], anchors between a context and its target at each step."""
+
+
+OfScores = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Scores (n, 1 + N, K), the targets' first, and weights (n, K) to the weighted sum of the losses and its gradient with
+respect to the scores, which may take their room."""
+
+
+class Contrastive(nn.Module):
+    """Predictors W_1 to W_K, bilinear and without bias, and the loss.
+
+    channels: C of the targets; context_channels: D of the contexts; steps: K; skip: rows left out between a context and
+    its first target; negatives: N; anchors: rows of the window.
+    """
+
+    def __init__(
+        self, channels: int, context_channels: int, steps: int, skip: int = 0, negatives: int = 10, anchors: int = 128
+    ) -> None:
+        super().__init__()
+        self.steps, self.skip, self.negatives, self.anchors = steps, skip, negatives, anchors
+        # As nn.Linear begins.
+        bound = context_channels**-0.5
+        self.predictors = nn.Parameter(torch.empty(steps, channels, context_channels).uniform_(-bound, bound))
+
+    @staticmethod
+    def of_scores(scores: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See OfScores; each objective has its own."""
+        raise NotImplementedError
+
+    def draw(
+        self,
+        lengths: np.ndarray,
+        frames: int,
+        columns: int,
+        rng: np.random.Generator,
+        passes: int = 1,
+        classes: np.ndarray | None = None,
+    ) -> list[Draw]:
+        """Draws the window of each sample and the negatives of its frames. Shapes as in `Objective.draw`."""
+        batch = np.arange(len(lengths))[:, None]
+        rows = lengths // columns
+        window = min(self.anchors, frames // columns)
+        first_row = rng.integers(0, np.maximum(rows - window, 0) + 1)
+        within = np.arange(window * columns)
+        frame = np.minimum(first_row[:, None] * columns + within, frames - 1)
+        real = frame < lengths[:, None]
+        anchors = batch * frames + frame
+
+        offsets = (np.arange(1, self.steps + 1) + self.skip) * columns
+        pair = real[:, :, None] & (within[None, :, None] >= offsets)
+        per_step = pair.sum((0, 1))
+        weights = (pair / np.maximum(per_step, 1) / max((per_step > 0).sum(), 1)).astype(np.float32)
+
+        negatives = self._draw_negatives(anchors, real, lengths, frames, rng)
+        # A target without any pair is not scored, and neither are its negatives.
+        negatives = np.where(pair.any(2)[:, :, None], negatives, anchors[:, :, None])
+        parts = np.array_split(np.arange(len(lengths)), passes)
+        return [_compact(anchors[part], negatives[part], weights[part], offsets) for part in parts]
+
+    def _draw_negatives(
+        self, anchors: np.ndarray, real: np.ndarray, lengths: np.ndarray, frames: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        # Real frames are numbered without gaps; drawing one number fewer and stepping over the target excludes it.
+        target = np.where(real, starts[:-1][:, None] + anchors % frames, starts[-1])
+        drawn = rng.integers(0, max(starts[-1] - 1, 1), size=(*anchors.shape, self.negatives))
+        drawn = np.minimum(drawn + (drawn >= target[:, :, None]), starts[-1] - 1)
+        sample = np.searchsorted(starts, drawn, side="right") - 1
+        return sample * frames + drawn - starts[sample]
+
+    def forward(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int) -> Score:
+        """targets (R, C), contexts (R, D) at the rows of the draw; computed in float32 at least. room: bytes of a slice."""
+        shared = contexts is targets
+        targets = targets.to(torch.promote_types(targets.dtype, torch.float32))
+        contexts = targets if shared else contexts.to(targets.dtype)
+        if torch.is_grad_enabled():
+            return Score(
+                *_Loss.apply(targets, None if shared else contexts, self.predictors, draw, room, self.of_scores)
+            )
+        return _score(targets, contexts, self.predictors, draw, room, self.of_scores, gradients=None)
+
+
+def _compact(anchors: np.ndarray, negatives: np.ndarray, weights: np.ndarray, offsets: np.ndarray) -> Draw:
+    """Numbers the frames of [B, T] anchors and [B, T, N] negatives by the rows that occur, time first."""
+    samples, window, count = negatives.shape
+    scored = np.concatenate([anchors[:, :, None], negatives], axis=2).swapaxes(0, 1)
+    rows, numbers = np.unique(scored, return_inverse=True)
+    numbers = numbers.reshape(window * samples, 1 + count)
+    return Draw(
+        rows=rows,
+        anchors=np.ascontiguousarray(numbers[:, 0]),
+        negatives=np.ascontiguousarray(numbers[:, 1:]),
+        weights=np.ascontiguousarray(weights.swapaxes(0, 1)).reshape(window * samples, -1),
+        offsets=tuple((offsets * samples).tolist()),
+    )
+
+
+class _Loss(torch.autograd.Function):
+    """The loss, whose gradients are worked out along with it: only their scale is open until the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        targets: torch.Tensor,
+        contexts: torch.Tensor | None,
+        predictors: torch.Tensor,
+        draw: Draw,
+        room: int,
+        of_scores: OfScores,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        of_targets, of_predictors = torch.zeros_like(targets), torch.zeros_like(predictors)
+        of_contexts = of_targets if contexts is None else torch.zeros_like(contexts)
+        contexts = targets if contexts is None else contexts
+        gradients = of_targets, of_contexts, of_predictors
+        score = _score(targets, contexts, predictors, draw, room, of_scores, gradients)
+        ctx.gradients = of_targets, None if of_contexts is of_targets else of_contexts, of_predictors
+        ctx.mark_non_differentiable(score.accuracy)
+        return score.loss, score.accuracy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Let go of here: autograd then takes the predictors' gradient over as it is, without a copy.
+        gradients, ctx.gradients = ctx.gradients, ()
+        return *(None if gradient is None else gradient.mul_(loss) for gradient in gradients), None, None, None
+
+
+def _score(
+    targets: torch.Tensor,
+    contexts: torch.Tensor,
+    predictors: torch.Tensor,
+    draw: Draw,
+    room: int,
+    of_scores: OfScores,
+    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+) -> Score:
+    """The score at targets (R, C), contexts (R, D) and predictors (K, C, D); adds to their gradients where there are any."""
+    steps, channels, _ = predictors.shape
+    anchors = torch.as_tensor(draw.anchors, device=targets.device)
+    candidates = torch.cat([anchors[:, None], torch.as_tensor(draw.negatives, device=targets.device)], dim=1)
+    weights = torch.as_tensor(draw.weights, device=targets.device, dtype=targets.dtype)
+    windows = contexts.index_select(0, anchors)
+    of_windows = None if gradients is None else torch.zeros_like(windows)
+
+    size = min(len(anchors), _slice_length(room, targets.element_size() * channels, candidates.shape[1], steps))
+    z_room = targets.new_empty(size, candidates.shape[1], channels)
+    prediction_room = targets.new_empty(size, steps, channels)
+    of_prediction_room = None if gradients is None else torch.empty_like(prediction_room)
+    loss, hits = targets.new_zeros(()), targets.new_zeros(())
+    for start in range(0, len(anchors), size):
+        piece = slice(start, start + size)
+        weight = weights[piece]
+        z, predictions = z_room[: len(weight)], prediction_room[: len(weight)]
+        torch.index_select(targets, 0, candidates[piece].flatten(), out=z.flatten(0, 1))
+        for step, (into, context) in enumerate(_pairs(predictions, windows, start, draw.offsets)):
+            predictions[: len(weight) - len(into), step] = 0
+            torch.mm(context, predictors[step].t(), out=into)
+        scores = torch.bmm(z, predictions.transpose(1, 2))
+        hits += (weight * (scores[:, 0] > scores[:, 1:].amax(1))).sum()
+        more, of_score = of_scores(scores, weight)
+        loss += more
+        if gradients is None or of_prediction_room is None:
+            continue
+        of_targets, _, of_predictors = gradients
+        of_predictions = torch.bmm(of_score.transpose(1, 2), z, out=of_prediction_room[: len(weight)])
+        # The candidates are not needed any more: their gradients take their room.
+        torch.bmm(of_score, predictions, out=z)
+        of_targets.index_add_(0, candidates[piece].flatten(), z.flatten(0, 1))
+        contexts_here = _pairs(of_predictions, windows, start, draw.offsets)
+        of_contexts_here = _pairs(of_predictions, of_windows, start, draw.offsets)
+        for step, ((gradient, context), (_, of_context)) in enumerate(
+            zip(contexts_here, of_contexts_here, strict=True)
+        ):
+            of_predictors[step].addmm_(gradient.t(), context)
+            of_context.addmm_(gradient, predictors[step])
+    if gradients is not None:
+        gradients[1].index_add_(0, anchors, of_windows)
+    return Score(loss, hits)
+
+
+def _pairs(
+    at_targets: torch.Tensor, windows: torch.Tensor, start: int, offsets: tuple[int, ...]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For each step, its column of at_targets (n, K, C), of the anchors from `start` on, beside the contexts' rows of
+    windows (A, D); without the targets that stand too near the beginning to have a context."""
+    stop = start + len(at_targets)
+    for step, offset in enumerate(offsets):
+        first = min(max(offset, start), stop)
+        yield at_targets[first - start :, step], windows[first - offset : stop - offset]
+
+
+def _slice_length(room: int, vector_bytes: int, candidates: int, steps: int) -> int:
+    """Targets whose candidates, predictions and gradients of predictions fit the room; at least one."""
+    return max(room // (vector_bytes * (candidates + 2 * steps)), 1)

@@ -1,0 +1,63 @@
+"""The hinge loss against its formula, in float64 under plain autograd."""
+
+import numpy as np
+import pytest
+import torch
+
+from layerwise.objectives.hinge import Hinge
+from layerwise.objectives.infonce import InfoNCE
+
+WIDE = 2**30
+FRAMES, CHANNELS, STEPS, NEGATIVES = 14, 5, 3, 4
+
+
+def outcome(kind: type[Hinge] | type[InfoNCE], passes: int, room: int) -> list[torch.Tensor]:
+    """Loss and gradients of targets, contexts and predictors."""
+    torch.manual_seed(0)
+    z = torch.randn(3 * FRAMES, CHANNELS, dtype=torch.double, requires_grad=True)
+    c = torch.randn(3 * FRAMES, CHANNELS + 1, dtype=torch.double, requires_grad=True)
+    objective = kind(CHANNELS, CHANNELS + 1, STEPS, negatives=NEGATIVES, anchors=9).double()
+    rng, lengths = np.random.default_rng(0), np.array([14, 9, 11])
+    loss = sum(
+        objective(z[draw.rows], c[draw.rows], draw, room).loss for draw in objective.draw(lengths, 14, 1, rng, passes)
+    )
+    loss.backward()
+    return [loss.detach(), z.grad, c.grad, objective.predictors.grad]
+
+
+def plain_outcome() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    z = torch.randn(3 * FRAMES, CHANNELS, dtype=torch.double, requires_grad=True)
+    c = torch.randn(3 * FRAMES, CHANNELS + 1, dtype=torch.double, requires_grad=True)
+    objective = Hinge(CHANNELS, CHANNELS + 1, STEPS, negatives=NEGATIVES, anchors=9).double()
+    (draw,) = objective.draw(np.array([14, 9, 11]), 14, 1, np.random.default_rng(0))
+    per_step = []
+    for step, predictor in enumerate(objective.predictors):
+        losses = []
+        for anchor in np.flatnonzero(draw.weights[:, step]).tolist():
+            context = c[draw.rows[draw.anchors[anchor - draw.offsets[step]]]]
+            score = z[draw.rows] @ predictor @ context
+            positive, negatives = score[draw.anchors[anchor]], score[draw.negatives[anchor]]
+            losses.append((1 - positive).clamp(min=0) + (1 + negatives).clamp(min=0).mean())
+        per_step.append(torch.stack(losses).mean())
+    loss = torch.stack(per_step).mean()
+    loss.backward()
+    return [loss.detach(), z.grad, c.grad, objective.predictors.grad]
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("room", [WIDE, 1])
+def test_the_lean_loss_is_the_formula(passes: int, room: int) -> None:
+    for lean, plain in zip(outcome(Hinge, passes, room), plain_outcome(), strict=True):
+        torch.testing.assert_close(lean, plain, rtol=1e-6, atol=1e-9)  # weights are float32
+
+
+def test_it_is_not_infonce() -> None:
+    assert not torch.allclose(outcome(Hinge, 1, WIDE)[0], outcome(InfoNCE, 1, WIDE)[0])
+
+
+def test_scores_beyond_their_margin_cost_nothing() -> None:
+    scores = torch.tensor([[[2.0], [-3.0], [-1.5]]])
+    loss, gradient = Hinge.of_scores(scores.clone(), torch.ones(1, 1))
+    assert loss == 0
+    assert not gradient.any()
