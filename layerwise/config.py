@@ -121,6 +121,12 @@ class TrainingOptions(_Section):
         "--stages",
         ge=1,
     )
+    schedule: Literal["sequential", "simultaneous"] = _option(
+        "sequential",
+        "shape",
+        "sequential: one module after another, each from the cache of the one below; simultaneous: all of them at once, "
+        "gradients isolated, all on the device (to compare with)",
+    )
     max_epochs: int = _option(100, "training", "most epochs that a stage is trained", "--max-epochs", ge=1)
     patience: int = _option(
         3, "training", "epochs without improvement before a stage has converged", "--patience", ge=1

@@ -10,6 +10,7 @@ from layerwise.config import Config
 from layerwise.data.batches import READ_AHEAD
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
+from layerwise.errors import ConfigError
 from layerwise.forecast import Forecast, StageForecast
 from layerwise.memory.device import context_bytes, find_device
 from layerwise.nets import shortest_sample
@@ -38,6 +39,8 @@ from layerwise.training.storage import (
 
 def plan(config: Config, *, network: Network | None = None) -> Forecast:
     """Predicts a run without running anything. Raises LayerwiseErrors where it could not even be begun."""
+    if config.training.schedule == "simultaneous":
+        raise ConfigError("plan predicts one stage at a time; leave training.schedule simultaneous out.")
     device = find_device(config.training.device)
     data = open_data(config.data, shortest_sample(config))
     plans = plan_run(config, data, device, network)

@@ -63,8 +63,12 @@ def register_objective(name: str, build: Build) -> None:
     _BUILD[name] = build
 
 
+def check_objective(name: str) -> None:
+    """Raises ConfigError where there is no objective of that name."""
+    if name not in _BUILD:
+        raise ConfigError(f"--objective {name}: there is none of that name; there are {', '.join(_BUILD)}.")
+
+
 def build_objective(options: ObjectiveOptions, scored: Scored) -> Objective:
-    """The objective that the options name. Raises ConfigError where there is none of that name."""
-    if options.name not in _BUILD:
-        raise ConfigError(f"There is no objective {options.name!r}; there are {', '.join(_BUILD)}.")
+    """The objective that the options name."""
     return _BUILD[options.name](options, scored)

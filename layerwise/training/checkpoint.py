@@ -20,7 +20,7 @@ from torch import nn
 from layerwise.errors import RunError
 from layerwise.files import write_atomically
 from layerwise.memory.meter import host_tensor, uncounted
-from layerwise.training.loaded import LoadedStage
+from layerwise.training.simultaneous import Loaded
 
 Arrays = dict[str, np.ndarray]
 
@@ -91,7 +91,7 @@ def digest(arrays: Arrays) -> str:
     return total.hexdigest()
 
 
-def save_checkpoint(path: Path, made_for: str, progress: Progress, loaded: LoadedStage, best: Arrays | None) -> None:
+def save_checkpoint(path: Path, made_for: str, progress: Progress, loaded: Loaded, best: Arrays | None) -> None:
     """Everything that the next step needs. `made_for` names the stage's input and options."""
     progress.loss_scale, progress.good_steps = loaded.scale.factor, loaded.scale.good_steps
     progress.shrunk = (loaded.placement.micro_batch, loaded.placement.passes) if loaded.shrunk else None
@@ -104,7 +104,7 @@ def save_checkpoint(path: Path, made_for: str, progress: Progress, loaded: Loade
     save_arrays(path, arrays, {"made_for": made_for, "progress": json.dumps(asdict(progress))})
 
 
-def load_checkpoint(path: Path, made_for: str, loaded: LoadedStage) -> tuple[Progress, Arrays | None] | None:
+def load_checkpoint(path: Path, made_for: str, loaded: Loaded) -> tuple[Progress, Arrays | None] | None:
     """Restores the stage and returns the progress and the best weights; None where there is no checkpoint.
 
     Raises RunError where it is damaged or was made for something else.

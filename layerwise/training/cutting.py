@@ -5,7 +5,7 @@ what they need for a moment. Predictions for the stages of the chosen cut are th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -73,6 +73,8 @@ def plan_run(
     Raises ConfigError where the network, the cut or the window do not fit the data.
     """
     network = network or build_network(config.net, data.frame_shape)
+    if config.training.schedule == "simultaneous":
+        return [_all_at_once(config, data, network)]
     stages, natural = config.training.stages, plan_stages(config, data, network, network.natural_ranges)
     if sizes is not None and sum(sizes) == len(network.layers):
         return plan_stages(config, data, network, ranges(sizes))
@@ -99,6 +101,19 @@ def plan_run(
     # The finest is not always the smallest: its objectives have more to score.
     held = (plans for plans in reversed(cuts) if max(smallest_budget(config, p, device) for p in plans) <= budget)
     return next(held, cuts[-1])
+
+
+def _all_at_once(config: Config, data: DataSet, network: Network) -> StagePlan:
+    """The whole network as one stage whose parts are the stages of the sequential schedule."""
+    if config.memory.gpu_mem is not None:
+        raise ConfigError(
+            "--gpu-mem holds one stage at a time, and training.schedule simultaneous keeps all of them on the device; "
+            "leave one of the two out."
+        )
+    sequential = config.model_copy(update={"training": config.training.model_copy(update={"schedule": "sequential"})})
+    parts = plan_run(sequential, data, torch.device("cpu"), network)
+    (whole,) = plan_stages(config, data, network, ranges([len(network.layers)]))
+    return replace(whole, parts=tuple(parts))
 
 
 def layer_costs(config: Config, data: DataSet, network: Network) -> list[LayerCost]:

@@ -16,7 +16,7 @@ from layerwise.nets import Network, rows_needed
 from layerwise.nets.first_weights import with_first_weights
 from layerwise.nets.module import Geometry, Module
 from layerwise.nets.speech import shortest_input
-from layerwise.objectives import Objective, Scored, build_objective
+from layerwise.objectives import Objective, Scored, build_objective, check_objective
 from layerwise.training.classes import count_classes
 
 
@@ -47,6 +47,8 @@ class StagePlan:
     """int64 [N], frames of each sample of its output."""
     geometry: Geometry
     """Of its output."""
+    parts: tuple["StagePlan", ...] = ()
+    """Where the stage is several modules that are trained at once, each by its own objective: these."""
 
     def build_module(self, seed: int, device: torch.device) -> Module:
         """The module with its first weights, on the device."""
@@ -65,6 +67,7 @@ def plan_stages(config: Config, data: DataSet, network: Network, cut: Sequence[r
     Raises ConfigError where the network, the cut or the window do not fit the data.
     """
     window = input_window(config, data.columns)
+    check_objective(config.objective.name)
     classes = count_classes(config, data)
     frame_shape, lengths, geometry = data.frame_shape, data.lengths, Geometry()
     stages = []

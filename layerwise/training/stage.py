@@ -30,6 +30,7 @@ from layerwise.training.checkpoint import Arrays, Progress, load_checkpoint, sav
 from layerwise.training.feed import Feed
 from layerwise.training.loaded import LoadedStage, Randomness
 from layerwise.training.plan import StagePlan
+from layerwise.training.simultaneous import Loaded, SimultaneousStages
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,8 @@ def train_stage(
     Interrupted after saving, TrainingError where the loss is not a number.
     """
     options = config.training
-    loaded = LoadedStage(plan, config, device, placement, meter)
+    load = SimultaneousStages if plan.parts else LoadedStage
+    loaded = load(plan, config, device, placement, meter)
     progress, best = load_checkpoint(files.checkpoint, files.made_for, loaded) or (Progress(), None)
     notify(StageStarted(plan.stage, progress.epoch, progress.step))
     started = time.monotonic() - progress.seconds
@@ -135,7 +137,7 @@ def train_stage(
 
 
 def evaluate(
-    loaded: LoadedStage,
+    loaded: Loaded,
     feed: Feed,
     samples: np.ndarray,
     classes: np.ndarray | None,
@@ -160,7 +162,7 @@ def evaluate(
 
 
 def _batches(
-    epoch: Epoch, feed: Feed, classes: np.ndarray | None, loaded: LoadedStage, first: int
+    epoch: Epoch, feed: Feed, classes: np.ndarray | None, loaded: Loaded, first: int
 ) -> Iterator[tuple[int, Batch]]:
     for step, batch in zip(range(first, epoch.steps), feed.batches(epoch, first, loaded.parked), strict=True):
         yield step, batch if classes is None else replace(batch, classes=classes[epoch.samples_of(step)])

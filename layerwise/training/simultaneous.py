@@ -1,0 +1,112 @@
+"""All modules of a network at once, each trained by its own objective alone: the schedule of Greedy InfoMax as published.
+
+A batch goes up module by module. Each one's outputs are worked out first, then it takes a step of its own; no gradient
+passes from one to the next. All of them are on the device the whole time, which training one after another saves; this
+is what that is compared with.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from layerwise.config import Config
+from layerwise.data.batches import Batch
+from layerwise.memory.allocator import AnyMeter
+from layerwise.memory.device import autocast, on_device
+from layerwise.memory.meter import metered
+from layerwise.memory.microbatch import Total
+from layerwise.memory.placement import Placement
+from layerwise.nets.module import Module
+from layerwise.training.loaded import LoadedStage, Randomness
+from layerwise.training.optimizer import Optimizer, State
+from layerwise.training.plan import StagePlan
+
+Step = Callable[[LoadedStage, Batch, Randomness], Total]
+
+
+class SimultaneousStages:
+    """The parts of a plan, loaded; for the training loop and for checkpoints in the place of a LoadedStage."""
+
+    shrunk = False
+
+    def __init__(
+        self, plan: StagePlan, config: Config, device: torch.device, placement: Placement, meter: AnyMeter
+    ) -> None:
+        self.plan, self.placement = plan, placement
+        self._device, self._meter, self._precision = device, meter, config.training.precision
+        self._parts = [LoadedStage(part, config, device, placement, meter) for part in plan.parts]
+        self.module = Module({int(i): layer for part in self._parts for i, layer in part.module.layers.items()})
+        self.objective = nn.ModuleDict({str(part.plan.stage): part.objective for part in self._parts})
+        self.optimizer = _Optimizers([("", part.optimizer) for part in self._parts])
+        self.predictor_optimizer = _Optimizers([(f"{p.plan.stage}.", p.predictor_optimizer) for p in self._parts])
+        self.scale = self._parts[0].scale
+        for part in self._parts:
+            part.scale = self.scale
+
+    def train(self, batch: Batch, randomness: Randomness) -> Total:
+        """One step of every module. Means over the modules."""
+        return self._up(batch, randomness, LoadedStage.train)
+
+    def evaluate(self, batch: Batch, randomness: Randomness) -> Total:
+        """The scores without a step. Means over the modules."""
+        return self._up(batch, randomness, LoadedStage.evaluate)
+
+    @contextlib.contextmanager
+    def parked(self) -> Iterator[None]:
+        """All of them start from the data, so there is never anything to recompute that needs their room."""
+        yield
+
+    def _up(self, batch: Batch, randomness: Randomness, step: Step) -> Total:
+        scores = []
+        for number, part in enumerate(self._parts):
+            above = self._outputs(part, batch) if number + 1 < len(self._parts) else None
+            scores.append(step(part, batch, _of_part(randomness, number)))
+            if above is not None:
+                batch = above
+        losses = torch.stack([score.loss for score in scores])
+        return Total(losses.mean(), torch.stack([score.accuracy for score in scores]).mean())
+
+    def _outputs(self, part: LoadedStage, batch: Batch) -> Batch:
+        """The input of the next part, on the device."""
+        look = self._meter.looks("outputs", part.plan.stage, batch.frames.shape[1])
+        with torch.no_grad(), metered(look), autocast(self._device, self._precision):
+            part.module.eval()
+            frames = on_device(batch.frames, self._device)
+            outputs = part.module(frames, batch.lengths)[1]
+        return replace(batch, frames=outputs, lengths=part.module.out_length(batch.lengths))
+
+
+def _of_part(randomness: Randomness, number: int) -> Randomness:
+    def negatives() -> np.random.Generator:
+        return randomness.negatives().spawn(number + 1)[number]
+
+    return Randomness(negatives, randomness.seed + number)
+
+
+Loaded = LoadedStage | SimultaneousStages
+"""What the training loop steps and a checkpoint saves."""
+
+
+class _Optimizers:
+    """Several optimizers as one, with a prefix for the names of each."""
+
+    def __init__(self, parts: Sequence[tuple[str, Optimizer]]) -> None:
+        self._parts = parts
+
+    def step(self) -> None:
+        for _, optimizer in self._parts:
+            optimizer.step()
+
+    def on_device(self) -> Iterable[torch.Tensor]:
+        return [tensor for _, optimizer in self._parts for tensor in optimizer.on_device()]
+
+    def state(self) -> dict[str, State]:
+        return {prefix + name: state for prefix, part in self._parts for name, state in part.state().items()}
+
+    def load(self, state: Mapping[str, State]) -> None:
+        for prefix, optimizer in self._parts:
+            optimizer.load({name: state[prefix + name] for name in optimizer.state()})
