@@ -17,7 +17,7 @@ from layerwise.cache.stored import STORED
 from layerwise.cache.zstd import NotAFrame, decode, longest_frame, require_zstandard
 from layerwise.errors import DamagedCache
 
-_AT_ONCE = 64
+_AT_ONCE = 16
 """Blocks that are read at once to check all."""
 
 
