@@ -191,7 +191,12 @@ def test_labels_that_unpack_to_more_than_the_file_are_refused(tmp_path: Path) ->
 
 def repacked(**creation: object) -> Callable[[h5py.File], None]:
     """Other filters or chunks for the rows of 166 in a chunk."""
-    return replaced("activations", **{"shape": (1000, 3), "dtype": "<f2", "chunks": (166, 3), **creation})
+
+    def change(file: h5py.File) -> None:
+        replaced("activations", **{"shape": (1000, 3), "dtype": "<f2", "chunks": (166, 3), **creation})(file)
+        file["places"][:] = 4096 + np.arange(len(file["places"]))  # the old rows are gone from the end of the file
+
+    return change
 
 
 STRANGELY_PACKED = {
@@ -224,7 +229,7 @@ def set_compression(file: h5py.File, name: bytes) -> None:
 @pytest.mark.parametrize("change", STRANGELY_PACKED.values(), ids=STRANGELY_PACKED)
 def test_strange_compression_is_refused(tmp_path: Path, change: Callable[[h5py.File], None]) -> None:
     changed(tmp_path / "c.h5", change, "zstd")
-    with memory_below(2_000_000), pytest.raises(CacheError, match=r"c\.h5 "):
+    with memory_below(2_000_000), pytest.raises(CacheError, match="is missing or stored in a way"):
         ActivationCache(tmp_path / "c.h5")
 
 
