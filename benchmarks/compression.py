@@ -4,7 +4,8 @@
     python benchmarks/compression.py cache/measured/stage-1.h5 cache/measured/stage-3.h5 cache/measured/stage-6.h5
 
 Codec: one thread, on the first 32 MB. As written: a whole cache, by CacheWriter with and without compression; sealed on all
-cores; windows of 128 rows all over the file, from memory, one thread, checksums compared before; medians of turns.
+cores; windows as the demo trains on them, or
+whole pictures, all over the file, from memory, one thread, checksums compared before; medians of turns.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from layerwise.cache.packing import packed
 from layerwise.cache.stored import STORED, as_array
 
 SAMPLE_BYTES = 32 * 10**6
-WINDOW, TURN, TURNS = 128, 200, 9
-"""Rows of a window; windows of a turn; turns."""
+WINDOW, TURN, TURNS = 10_240, 200, 9
+"""Samples of sound in a window; windows of a turn; turns."""
 
 
 def main() -> None:
@@ -83,7 +84,7 @@ def measure_files(path: Path) -> None:
         rng = np.random.default_rng(0)
         taken: list[list[float]] = [[], []]
         for _ in range(TURNS):
-            windows = [window(rng, source.lengths) for _ in range(TURN)]
+            windows = [window(rng, source) for _ in range(TURN)]
             for cache, seconds in zip(caches, taken, strict=True):
                 seconds.append(timed(lambda: [cache.read(*ends) for ends in windows]))  # noqa: B023
         rows = sum(stop - start for _, start, stop in windows)
@@ -97,10 +98,12 @@ def measure_files(path: Path) -> None:
     )
 
 
-def window(rng: np.random.Generator, lengths: np.ndarray) -> tuple[int, int, int]:
-    sample = int(rng.integers(len(lengths)))
-    start = int(rng.integers(max(int(lengths[sample]) - WINDOW, 0) + 1))
-    return sample, start, min(start + WINDOW, int(lengths[sample]))
+def window(rng: np.random.Generator, source: ActivationCache) -> tuple[int, int, int]:
+    sample = int(rng.integers(len(source.lengths)))
+    length = int(source.lengths[sample])
+    rows = min(WINDOW // source.layout.hop, length)
+    start = int(rng.integers(length - rows + 1))
+    return sample, start, start + rows
 
 
 def timed(way: Callable[[], object]) -> float:

@@ -14,7 +14,7 @@ from layerwise.cache.crc import crc32
 from layerwise.cache.format import Places
 from layerwise.cache.layout import Layout
 from layerwise.cache.stored import STORED
-from layerwise.cache.zstd import NotAFrame, decode, longest_frame, require_zstandard
+from layerwise.cache.zstd import Decoder, NotAFrame, longest_frame, require_zstandard
 from layerwise.errors import DamagedCache
 
 _AT_ONCE = 16
@@ -35,10 +35,10 @@ class PackedBlocks:
         """uint8 [stop - position], whole numbers. Raises DamagedCache that names the block."""
         size, itemsize = self._block_bytes, self._itemsize
         content = np.empty(((stop - position) // itemsize, itemsize), dtype=np.uint8)
-        first, last = position // size, -(-stop // size)
+        first, last, decoder = position // size, -(-stop // size), Decoder()
         for block, frame in self._frames(first, last) if position < stop else ():
             try:
-                shuffled = decode(frame, size, itemsize)
+                shuffled = decoder.decode(frame, size, itemsize)
             except NotAFrame:
                 raise DamagedCache(self._path, f"block {block} of its activations cannot be decompressed") from None
             start = block * size

@@ -16,7 +16,7 @@ FILTER = 32015
 """zstd's number in the HDF Group's registry of filters."""
 
 LEVEL = 1
-"""Higher ones gain nothing on activations and cost up to eight times as much, see benchmarks/RESULTS.md."""
+"""Higher ones gain nothing on activations and cost up to seven times as much, see benchmarks/RESULTS.md."""
 
 
 class NotAFrame(Exception):
@@ -41,15 +41,21 @@ def encode(chunks: np.ndarray, itemsize: int) -> list[bytes]:
     return [compressor.compress(memoryview(chunk).cast("B")) for chunk in shuffled]
 
 
-def decode(frame: np.ndarray, size: int, itemsize: int) -> np.ndarray:
-    """The chunk of `size` bytes, still shuffled: uint8 [itemsize, numbers]. Takes no more memory than that.
+class Decoder:
+    """Decodes one frame after another; for one thread."""
 
-    Raises NotAFrame.
-    """
-    try:
-        if zstandard.frame_content_size(frame) != size:  # what decompress would allocate
-            raise NotAFrame
-        content = zstandard.ZstdDecompressor().decompress(frame)
-    except zstandard.ZstdError:
-        raise NotAFrame from None
-    return np.frombuffer(content, dtype=np.uint8).reshape(itemsize, -1)
+    def __init__(self) -> None:
+        self._decompressor = zstandard.ZstdDecompressor()
+
+    def decode(self, frame: np.ndarray, size: int, itemsize: int) -> np.ndarray:
+        """The chunk of `size` bytes, still shuffled: uint8 [itemsize, numbers]. Takes no more memory than that.
+
+        Raises NotAFrame.
+        """
+        try:
+            if zstandard.frame_content_size(frame) != size:  # what decompress would allocate
+                raise NotAFrame
+            content = self._decompressor.decompress(frame)
+        except zstandard.ZstdError:
+            raise NotAFrame from None
+        return np.frombuffer(content, dtype=np.uint8).reshape(itemsize, -1)
