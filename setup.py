@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+?)"', (here / "layerwise/version.py").read_text()).group(1)
+COMPRESSION = ["zstandard>=0.22", "hdf5plugin>=4.1"]  # of caches; hdf5plugin is for h5py, layerwise itself does without
 
 setup(
     name="layerwise",
@@ -36,7 +37,8 @@ setup(
     ],
     extras_require={
         "gpu": ["nvidia-ml-py>=12"],  # tells this process's memory from that of others on the GPU
-        "dev": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.14"],
+        "compression": COMPRESSION,
+        "dev": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.14", *COMPRESSION],
     },
     entry_points={"console_scripts": ["layerwise = layerwise.commands:main"]},
 )

@@ -187,6 +187,9 @@ class CacheOptions(_Section):
     dtype: Literal["float16", "bfloat16", "float32", "int8"] = _option(
         "float16", "training", "dtype of cached activations; int8: with a scale per channel", "--cache-dtype"
     )
+    compression: Literal["none", "zstd"] = _option(
+        "none", "place", "zstd: pack each cache once it is whole; less room, slower reads", "--cache-compression"
+    )
     block: ByteSize = _option(
         "32MiB", "place", "bytes that are written and synced at once; a kill costs no more", ge=512
     )

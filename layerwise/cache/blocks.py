@@ -71,13 +71,18 @@ class Blocks:
             self._compared[block >> 3] |= 1 << (block & 7)
 
     def _read(self, start: int, stop: int) -> np.ndarray:
-        content = np.empty(stop - start, dtype=np.uint8)
-        try:
-            whole = read_all(self._descriptor, [memoryview(content)], self._places.activations + start)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            raise DamagedCache(self._path, f"the disk does not give it back ({error.strerror})") from None
-        if not whole:
-            raise DamagedCache(self._path, "it ends early")
-        return content
+        return read_stored(self._path, self._descriptor, self._places.activations + start, stop - start)
+
+
+def read_stored(path: Path, descriptor: int, position: int, size: int) -> np.ndarray:
+    """uint8 [size] as they lie in the file. Raises DamagedCache where the disk does not give them back."""
+    content = np.empty(size, dtype=np.uint8)
+    try:
+        whole = read_all(descriptor, [memoryview(content)], position)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise DamagedCache(path, f"the disk does not give it back ({error.strerror})") from None
+    if not whole:
+        raise DamagedCache(path, "it ends early")
+    return content

@@ -1,8 +1,9 @@
-"""The file format of an activation cache, version 2. cache/README.md describes it for other readers.
+"""The file format of an activation cache, version 3. cache/README.md describes it for other readers.
 
 One contiguous, unfiltered HDF5 data set `activations` [frames of all samples and views, *frame shape], frame-major, so
 that a window is one contiguous read; allocated early, aligned, never filled. The file is created by h5py and closed;
 rows then go in and out by pwrite and pread at the data set's place, at the speed of the disk and without HDF5's lock.
+A compressed cache is chunked instead, see packing.py.
 """
 
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from layerwise.cache import zstd
 from layerwise.cache.layout import SPLITS, Layout
 from layerwise.cache.seal import NAME, USER_BLOCK, VERSION, of_another_version
 from layerwise.cache.stored import STORED
@@ -21,8 +23,12 @@ from layerwise.errors import CacheError
 
 ALIGNMENT = 4096
 
-_LARGEST_BLOCK = 2**20
+LARGEST_BLOCK = 2**20
 """Bytes that a first read may have to read around a window."""
+
+LIBVER = ("earliest", "v108")
+"""A library version whose files carry no "open for write" mark: a kill while sealing would leave that mark behind, and HDF5
+would never open the file again."""
 
 _UNPACKED_LABELS = 64 * 2**20
 """Bytes that labels may take in memory even where the whole file is smaller."""
@@ -33,23 +39,22 @@ class Places:
     """First bytes, in the file, of what is read and written without HDF5."""
 
     activations: int
+    stored_bytes: int
+    """That the activations take."""
     checksums: int
     scales: int
+    places: int
 
 
 def create(path: Path, layout: Layout) -> None:
-    """Creates the file with everything in it but the activations, their checksums and scales; not sealed.
-
-    Of a library version whose files carry no "open for write" mark: a kill while sealing would leave that mark behind, and
-    HDF5 would never open the file again.
-    """
+    """Creates the file with everything in it but the activations, their checksums, scales and places; not sealed."""
     index = _index(layout)
     with open(path, "wb") as file:  # HDF5 does not survive a disk that is full
         os.posix_fallocate(file.fileno(), 0, sum(values.nbytes + 2 * ALIGNMENT for values in index.values()))
     with h5py.File(
         path,
         "w",
-        libver=("earliest", "v108"),
+        libver=LIBVER,
         userblock_size=USER_BLOCK,
         alignment_threshold=ALIGNMENT,
         alignment_interval=ALIGNMENT,
@@ -57,14 +62,14 @@ def create(path: Path, layout: Layout) -> None:
         file.attrs["format"] = np.bytes_(NAME)
         file.attrs["format_version"] = np.int64(VERSION)
         file.attrs["complete"] = np.uint8(0)
-        for name in ("fingerprint", "dtype"):
+        for name in ("fingerprint", "dtype", "compression"):
             file.attrs[name] = np.bytes_(getattr(layout, name))
         for name in ("stage", "columns", "views", "hop", "block_bytes", "scale_rows"):
             file.attrs[name] = np.int64(getattr(layout, name))
         file.attrs["offset"] = np.float64(layout.offset)
         for name, values in index.items():
             file.create_dataset(name, data=values, track_times=False)  # the same content is the same bytes
-        _create_unfilled(file, "activations", (layout.rows, *layout.frame_shape), STORED[layout.dtype].on_disk)
+        _create_unfilled(file, layout)
 
 
 def read_layout(path: Path, descriptor: int) -> tuple[Layout, Places]:
@@ -79,12 +84,12 @@ def read_layout(path: Path, descriptor: int) -> tuple[Layout, Places]:
             if file.attrs["format_version"] != VERSION:
                 raise of_another_version(path, str(file.attrs["format_version"]))
             layout = _read(path, file)
-            places = [byte_range(file[name].id)[0] for name in ("activations", "checksums", "scales")]
+            places = _places(file, layout)
     except UNREADABLE as error:
         raise CacheError(
             f"{path} is not a readable cache ({error}); delete it and start the run again to rebuild it."
         ) from None
-    return layout, Places(*places)
+    return layout, places
 
 
 def set_complete(path: Path) -> None:
@@ -104,7 +109,7 @@ def _read(path: Path, file: h5py.File) -> Layout:
     attrs, shape = file.attrs, file["activations"].shape
     numbers = {name: int(attrs[name]) for name in ("stage", "columns", "views", "hop", "block_bytes", "scale_rows")}
     for name, number in numbers.items():
-        if number < 1 or (name == "block_bytes" and number > _LARGEST_BLOCK):
+        if number < 1 or (name == "block_bytes" and number > LARGEST_BLOCK):
             raise unusual(path, f"attribute {name}")
     ids, split, offsets = file["ids"][:], file["split"][:], file["offsets"][:]
     views = numbers["views"]
@@ -121,12 +126,17 @@ def _read(path: Path, file: h5py.File) -> Layout:
         labels=_read_labels(path, file, "labels", len(ids)),
         frame_labels=_read_labels(path, file, "frame_labels", int(lengths.sum())),
         offset=float(attrs["offset"]),
+        compression=attrs["compression"].decode(),
         **numbers,
     )
+    if len(shape) < 2 or 0 in shape[1:] or shape[0] != layout.rows:
+        raise unusual(path, "activations")
     as_it_should_be = {
         "offsets": np.array_equal(layout.offsets, offsets),
         "split": split.shape == (len(ids),) and bool((split < len(SPLITS)).all()),
-        "activations": len(shape) > 1 and 0 not in shape[1:] and shape[0] == layout.rows,
+        "activations": file["activations"].chunks == _chunk_shape(layout),
+        "attribute block_bytes": layout.compression == "none" or layout.block_bytes % layout.row_bytes == 0,
+        "places": file["places"].shape == _places_shape(layout),
         "checksums": file["checksums"].shape == (layout.blocks,),
         "scales": file["scales"].shape == layout.scales_shape,
     }
@@ -134,6 +144,16 @@ def _read(path: Path, file: h5py.File) -> Layout:
         if not good:
             raise unusual(path, name)
     return layout
+
+
+def _places(file: h5py.File, layout: Layout) -> Places:
+    if layout.compression == "none":
+        first, size = byte_range(file["activations"].id)
+    else:
+        first, last = file["places"][:1].item(), file["places"][-1:].item()
+        size = last - first
+    checksums, scales, places = (byte_range(file[name].id)[0] for name in ("checksums", "scales", "places"))
+    return Places(first, size, checksums, scales, places)
 
 
 def _read_labels(path: Path, file: h5py.File, group: str, count: int) -> dict[str, np.ndarray]:
@@ -157,6 +177,7 @@ def _index(layout: Layout) -> dict[str, np.ndarray]:
         "split": layout.split.astype(np.uint8),
         "checksums": np.zeros(layout.blocks, dtype=np.uint32),
         "scales": np.zeros(layout.scales_shape, dtype=np.float32),
+        "places": np.zeros(_places_shape(layout), dtype=np.int64),
     }
     for group, labels in (("labels", layout.labels), ("frame_labels", layout.frame_labels)):
         for name, values in labels.items():
@@ -166,14 +187,30 @@ def _index(layout: Layout) -> dict[str, np.ndarray]:
     return index
 
 
-def _create_unfilled(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str) -> None:
+def _create_unfilled(file: h5py.File, layout: Layout) -> None:
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    creation.set_layout(h5py.h5d.CONTIGUOUS)
-    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    dtype = np.dtype(STORED[layout.dtype].on_disk)
+    if layout.compression == "none":
+        creation.set_layout(h5py.h5d.CONTIGUOUS)
+        creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    else:
+        creation.set_chunk(_chunk_shape(layout))
+        if dtype.itemsize > 1:
+            creation.set_shuffle()
+        creation.set_filter(zstd.FILTER, h5py.h5z.FLAG_OPTIONAL, (zstd.LEVEL,))  # else HDF5 wants to have it, too
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     creation.set_obj_track_times(False)
-    space = h5py.h5s.create_simple(shape)
-    h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, dcpl=creation)
+    space = h5py.h5s.create_simple((layout.rows, *layout.frame_shape))
+    h5py.h5d.create(file.id, b"activations", h5py.h5t.py_create(dtype), space, dcpl=creation)
+
+
+def _chunk_shape(layout: Layout) -> tuple[int, ...] | None:
+    """None where the activations are contiguous."""
+    return None if layout.compression == "none" else (layout.block_bytes // layout.row_bytes, *layout.frame_shape)
+
+
+def _places_shape(layout: Layout) -> tuple[int]:
+    return (0,) if layout.compression == "none" else (layout.blocks + 1,)
 
 
 def _as_bytes(names: tuple[str, ...] | np.ndarray) -> np.ndarray:

@@ -19,7 +19,11 @@ class Entry:
     layout: Layout | None
     """None where it is not sealed, or damaged."""
     state: str
-    """sealed, being written, or what is wrong with it."""
+    """sealed, being written, being packed, or what is wrong with it."""
+
+
+UNSEALED = {".part": "being written", ".packing": "being packed"}
+"""Ending of a cache that is not sealed, to its state."""
 
 
 def find_caches(place: Path) -> list[Path]:
@@ -31,17 +35,17 @@ def find_caches(place: Path) -> list[Path]:
         return [place]
     if not place.is_dir():
         raise CacheError(f"{place} does not exist; name a run directory, a folder of caches or a cache file.")
-    found = [*place.glob("stage-*.h5"), *place.glob("*/stage-*.h5")]
-    unsealed = [*place.glob("stage-*.h5.part"), *place.glob("*/stage-*.h5.part")]
-    return sorted(found + unsealed, key=lambda path: (path.parent, len(path.stem), path.name))
+    names = ["stage-*.h5", *(f"stage-*.h5{ending}" for ending in UNSEALED)]
+    found = [path for name in names for path in (*place.glob(name), *place.glob(f"*/{name}"))]
+    return sorted(found, key=lambda path: (path.parent, len(path.stem), path.name))
 
 
 def entries(paths: list[Path]) -> Iterator[Entry]:
     """What each file is; activations are not read."""
     for path in paths:
         size = path.stat().st_blocks * 512
-        if path.suffix == ".part":
-            yield Entry(path, size, None, "being written")
+        if path.suffix in UNSEALED:
+            yield Entry(path, size, None, UNSEALED[path.suffix])
             continue
         try:
             with ActivationCache(path) as cache:

@@ -45,9 +45,11 @@ class Layout:
     offset: float
     """Centre of frame 0, in frames of the network's input."""
     block_bytes: int = BLOCK_BYTES
-    """Bytes that share one checksum."""
+    """Bytes that share one checksum, before they are compressed."""
     scale_rows: int = SCALE_ROWS
     """Rows that share one scale per channel; int8 alone has scales."""
+    compression: str = "none"
+    """none, or zstd: then a block is a chunk of whole rows that is stored as one zstd frame."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Layout):

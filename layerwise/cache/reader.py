@@ -1,4 +1,4 @@
-"""Reads an activation cache: windows by pread at the disk's speed, from any number of threads.
+"""Reads an activation cache: windows by pread at the disk's speed, compressed or not, from any number of threads.
 
 Only the path travels between processes: a pickled cache opens the file anew.
 """
@@ -13,6 +13,7 @@ import torch
 from layerwise.cache.blocks import Blocks
 from layerwise.cache.format import Places, read_layout
 from layerwise.cache.layout import Layout
+from layerwise.cache.packed_blocks import PackedBlocks
 from layerwise.cache.positional import read_all
 from layerwise.cache.quantise import dequantise
 from layerwise.cache.seal import check_seal
@@ -27,12 +28,15 @@ class ActivationCache:
     def __init__(self, path: Path) -> None:
         """Raises DamagedCache where anything but activations is damaged; those are checked as they are read.
 
-        Raises CacheError where the file is missing, of another version, or holds what layerwise never writes.
+        Raises CacheError where the file is missing, of another version, or holds what layerwise never writes, and where it is
+        compressed and zstandard is not installed.
         """
         self.path, self._descriptor = path, -1
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
             self.layout, self._places = self._open()
+            kind = Blocks if self.layout.compression == "none" else PackedBlocks
+            self._blocks = kind(path, self._descriptor, self.layout, self._places)
         except FileNotFoundError:
             raise CacheError(
                 f"The cache {path} is missing; start the run again to rebuild it from the stage below."
@@ -45,7 +49,6 @@ class ActivationCache:
             raise
         self._offsets = self.layout.offsets
         self._stored = STORED[self.layout.dtype]
-        self._blocks = Blocks(path, self._descriptor, self.layout, self._places)
 
     ids = property(lambda self: self.layout.ids)
     lengths = property(lambda self: self.layout.lengths)
@@ -94,7 +97,7 @@ class ActivationCache:
     def _open(self) -> tuple[Layout, Places]:
         seal = check_seal(self.path, self._descriptor)
         layout, places = read_layout(self.path, self._descriptor)
-        if (seal.start, seal.length) != (places.activations, layout.activation_bytes):
+        if (seal.start, seal.length) != (places.activations, places.stored_bytes):
             raise unusual(self.path, "activations")
         return layout, places
 

@@ -2,7 +2,8 @@
 
 A file from elsewhere may hold links and storage that point into other files, filters that run code, or a size that it does
 not have. HDF5 would follow all of them. So every link must be a hard one, every data set contiguous, unfiltered, of the
-plain dtype that it should have, and lie within the file; all this is looked at before anything is read.
+plain dtype that it should have, and lie within the file; all this is looked at before anything is read. Only activations
+that are compressed are chunked, with the filters that layerwise writes, and HDF5 is never asked to run these.
 """
 
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from layerwise.cache import zstd
 from layerwise.cache.stored import STORED
 from layerwise.errors import CacheError
 
@@ -26,8 +28,9 @@ ATTRIBUTES = {
     "offset": "<f8",
     "block_bytes": "<i8",
     "scale_rows": "<i8",
+    "compression": "S",
 }
-DATA_SETS = {"offsets": "<i8", "ids": "S", "split": "|u1", "checksums": "<u4", "scales": "<f4"}
+DATA_SETS = {"offsets": "<i8", "ids": "S", "split": "|u1", "checksums": "<u4", "scales": "<f4", "places": "<i8"}
 GROUPS = {"labels": "<i4", "labels_classes": "S", "frame_labels": "<i4", "frame_labels_classes": "S"}
 """Name to numpy dtype; S is a string of fixed length. A group's data sets all have its dtype, and its names are free."""
 
@@ -46,9 +49,14 @@ def check_structure(path: Path, file: h5py.File, size: int) -> None:
     stored_as = STORED.get(file.attrs["dtype"].decode(errors="replace"))
     if stored_as is None:
         raise unusual(path, "attribute dtype")
+    compression = file.attrs["compression"]
+    if compression not in (b"none", b"zstd"):
+        raise unusual(path, "attribute compression")
     data_sets = DATA_SETS | {"activations": stored_as.on_disk}
     for name in (*file, *data_sets):
-        if name in data_sets:
+        if name == "activations" and compression == b"zstd":
+            odd = [name] if not _is_packed_data_set(file, name, stored_as.on_disk) else []
+        elif name in data_sets:
             odd = [name] if not _is_plain_data_set(file, name, data_sets[name], size) else []
         elif name in GROUPS:
             odd = _odd_members(file, name, size)
@@ -93,16 +101,30 @@ def _odd_members(file: h5py.File, name: str, size: int) -> list[str]:
 
 
 def _is_plain_data_set(group: h5py.Group, name: str, dtype: str, size: int) -> bool:
+    if not _is_stored_as(group, name, dtype, h5py.h5d.CONTIGUOUS, []):
+        return False
+    place = byte_range(h5py.h5d.open(group.id, name.encode()))
+    return place is not None and sum(place) <= size
+
+
+def _is_packed_data_set(group: h5py.Group, name: str, dtype: str) -> bool:
+    """Its shape and that of its chunks are looked at when the layout is read, their places whenever one is."""
+    shuffle = [h5py.h5z.FILTER_SHUFFLE] if np.dtype(dtype).itemsize > 1 else []
+    return _is_stored_as(group, name, dtype, h5py.h5d.CHUNKED, [*shuffle, zstd.FILTER])
+
+
+def _is_stored_as(group: h5py.Group, name: str, dtype: str, kind: int, filters: list[int]) -> bool:
     if not _is_hard_link(group, name, h5py.h5o.TYPE_DATASET):
         return False
     data_set = h5py.h5d.open(group.id, name.encode())
     creation = data_set.get_create_plist()
-    if creation.get_layout() != h5py.h5d.CONTIGUOUS or creation.get_external_count() or creation.get_nfilters():
-        return False
-    if not _is_plain_type(data_set.get_type(), dtype) or data_set.rank == 0:
-        return False
-    place = byte_range(data_set)
-    return place is not None and sum(place) <= size
+    return (
+        creation.get_layout() == kind
+        and not creation.get_external_count()
+        and [creation.get_filter(number)[0] for number in range(creation.get_nfilters())] == filters
+        and _is_plain_type(data_set.get_type(), dtype)
+        and data_set.rank > 0
+    )
 
 
 def _is_hard_link(group: h5py.Group, name: str, kind: int) -> bool:

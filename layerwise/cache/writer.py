@@ -1,13 +1,13 @@
 """Writes an activation cache row after row, so that a kill at any moment loses at most the appends in hand.
 
 The file bears the name NAME.part, with NAME.journal beside it, until every row is there; then it is sealed and takes its
-final name. A later writer of the same layout goes on behind the last whole append. A thread writes while the caller
-computes; the caller waits only where it is a whole append ahead of the disk.
+final name, or a packed copy of it does. A later writer of the same layout goes on behind the last whole append. A thread
+writes while the caller computes; the caller waits only where it is a whole append ahead of the disk.
 """
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +17,12 @@ import numpy as np
 from layerwise.cache.appends import Appends, aligned_buffer
 from layerwise.cache.format import Places, create, read_layout, reserve, set_complete
 from layerwise.cache.layout import Layout
+from layerwise.cache.packing import pack, packed
 from layerwise.cache.quantise import Quantiser
 from layerwise.cache.seal import stamp
 from layerwise.cache.stored import STORED
+from layerwise.cache.unsealed import remove_unsealed, unsealed
+from layerwise.cache.zstd import require_zstandard
 from layerwise.errors import CacheError
 from layerwise.files import sync_folder, unwritable
 
@@ -36,18 +39,21 @@ class CacheWriter:
     Leaving the block without `seal` waits for the appends that are whole, and keeps them for the next writer.
     """
 
-    def __init__(self, path: Path, layout: Layout, append_bytes: int = APPEND_BYTES) -> None:
-        """`append_bytes` is rounded up to whole blocks; twice as much is held in memory.
+    def __init__(self, path: Path, layout: Layout, append_bytes: int = APPEND_BYTES, compression: str = "none") -> None:
+        """`append_bytes` is rounded up to whole blocks; twice as much is held in memory. compression: none, or zstd.
 
-        Raises CacheError where the file exists, or the folder or the disk does not take it.
+        Raises CacheError where the file exists, or the folder or the disk does not take it, or zstandard is not installed.
         """
         self.path, self.layout = path, layout
-        self._part = path.with_name(path.name + ".part")
-        self._journal = path.with_name(path.name + ".journal")
+        self._part, self._journal, self._packing = unsealed(path)
+        self._packs = compression == "zstd" and packed(layout) != layout
         if path.exists():
             raise CacheError(f"{path} is sealed already; delete it to write it again.")
-        with self._sentences():
+        if self._packs:
+            require_zstandard()
+        with self._sentences(self._part):
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._packing.unlink(missing_ok=True)
             self._places = self._claim()
             self._appends = Appends(self._part, self._journal, layout, self._places)
         durable = min(self._appends.blocks * layout.block_bytes, layout.activation_bytes)
@@ -100,25 +106,32 @@ class CacheWriter:
             self._fill(rows)
             return
         for stored, scales in self._quantiser.push(rows):
-            with self._sentences():
+            with self._sentences(self._part):
                 self._appends.put_scales(self._group, scales)
             self._group += 1
             self._fill(stored)
 
-    def seal(self) -> None:
-        """Ends the file and gives it its name. Raises CacheError where rows are missing."""
+    def seal(self, poll: Callable[[], None] = lambda: None) -> None:
+        """Ends the file and gives it its name. While it is packed, calls `poll` now and then, which may raise.
+
+        Raises CacheError where rows are missing, or the disk does not take the packed file.
+        """
         if self._filled and not self._rows_left:
             self._hand_over()
         self._wait(0)
         layout = self.layout
         if self._rows_left or self._appends.blocks < layout.blocks:
             raise CacheError(f"{self._part} has {self.rows_done} of {layout.rows} rows; start the run again.")
-        with self._sentences():
-            set_complete(self._part)
-            stamp(self._part, self._places.activations, layout.activation_bytes)
-            os.replace(self._part, self.path)
+        whole = self._packing if self._packs else self._part
+        with self._sentences(whole):
+            if self._packs:
+                pack(self._part, whole, poll)
+            else:
+                set_complete(whole)
+                stamp(whole, self._places.activations, layout.activation_bytes)
+            os.replace(whole, self.path)
             sync_folder(self.path.parent)
-            self._journal.unlink(missing_ok=True)
+            remove_unsealed(self.path)
 
     def _claim(self) -> Places:
         """A .part file of this layout with all its room: the one that is there, or a new one. Raises OSError."""
@@ -170,12 +183,12 @@ class CacheWriter:
     def _wait(self, most: int) -> None:
         """Until at most that many appends are queued. Raises what befell the thread."""
         while len(self._queued) > most or (self._queued and self._queued[0].done()):
-            with self._sentences():
+            with self._sentences(self._part):
                 self._spare.append(self._queued.popleft().result())
 
     @contextmanager
-    def _sentences(self) -> Iterator[None]:
+    def _sentences(self, path: Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise CacheError(unwritable(self._part, error)) from None
+            raise CacheError(unwritable(path, error)) from None

@@ -32,6 +32,7 @@ def list_caches(place: Path, as_json: bool) -> None:
                 "state": entry.state,
                 "stage": entry.layout.stage if entry.layout else None,
                 "dtype": entry.layout.dtype if entry.layout else None,
+                "compression": entry.layout.compression if entry.layout else None,
                 "samples": len(entry.layout.ids) if entry.layout else None,
                 "frames": entry.layout.rows if entry.layout else None,
                 "frame_shape": list(entry.layout.frame_shape) if entry.layout else None,
@@ -46,7 +47,8 @@ def list_caches(place: Path, as_json: bool) -> None:
         about = ("-",) * 5
         if layout:
             frame = " x ".join(map(str, layout.frame_shape))
-            about = (str(layout.stage), f"{len(layout.ids):,}", f"{layout.rows:,}", frame, layout.dtype)
+            dtype = layout.dtype if layout.compression == "none" else f"{layout.dtype}, {layout.compression}"
+            about = (str(layout.stage), f"{len(layout.ids):,}", f"{layout.rows:,}", frame, dtype)
         shown.add_row(f"{entry.path.parent.name}/{entry.path.name}", *about, size(entry.bytes), entry.state)
     console = console_for_results()
     console.print(shown)
@@ -61,11 +63,12 @@ def verify(place: Path) -> None:
     Exit code 2 where one is damaged; a run makes that one again when it needs it.
     """
     from layerwise.cache import ActivationCache
+    from layerwise.cache.inventory import UNSEALED
 
     damaged = 0
     for path in _files(place):
-        if path.suffix == ".part":
-            click.echo(f"{path}: being written")
+        if path.suffix in UNSEALED:
+            click.echo(f"{path}: {UNSEALED[path.suffix]}")
             continue
         try:
             with ActivationCache(path) as opened:

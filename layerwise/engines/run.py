@@ -27,7 +27,7 @@ from layerwise.training.planner import StageLayout, lay_out, smallest_budget, sm
 from layerwise.training.resume import decided, find_what_is_missing, finished, prepare
 from layerwise.training.schedule import tasks_of_run
 from layerwise.training.split import split_samples
-from layerwise.training.storage import Storage, below, free_for_caches, plan_storage
+from layerwise.training.storage import Storage, below, free_for_caches, plan_storage, sealed_bytes
 from layerwise.training.task import Run, perform
 
 
@@ -64,7 +64,12 @@ def run(
     plans = plan_run(config, data, device, network, None if overwrite else _earlier_cut(paths, config))
     split = split_samples(data, config)
     storage = plan_storage(
-        config, plans, data.views, free_for_caches(paths.caches), decided(paths, overwrite, from_stage)
+        config,
+        plans,
+        data.views,
+        free_for_caches(paths.caches),
+        decided(paths, overwrite, from_stage),
+        sealed_bytes(paths, len(plans)),
     )
     layouts = _layouts(config, plans, storage, device, finished(paths, overwrite, from_stage), stop)
     busy = RunError(f"Another process is running {paths.out}; wait for it, or name another --out.")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from layerwise.cache.unsealed import unsealed
 from layerwise.config import Config, Option, changed_options, load
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, RunError
@@ -233,7 +234,7 @@ def _shown(value: object) -> str:
 
 def _delete_stage(paths: RunPaths, stage: int) -> None:
     cache = paths.cache(stage)
-    for path in (paths.encoder, cache, cache.with_name(cache.name + ".part"), cache.with_name(cache.name + ".journal")):
+    for path in (paths.encoder, cache, *unsealed(cache)):
         path.unlink(missing_ok=True)
     for folder in (paths.stage(stage), paths.probes):
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise.cache.stored import STORED
+from layerwise.cache.zstd import require_zstandard
 from layerwise.config import CacheOptions, Config
 from layerwise.errors import BudgetError, ConfigError
+from layerwise.run_directory import RunPaths
 from layerwise.training.plan import StagePlan
 from layerwise.units import size
 
@@ -54,7 +56,7 @@ def input_of(stage: int, storage: Storage) -> str:
 
 
 def cache_bytes(plan: StagePlan, views: int, dtype: str) -> int:
-    """Of the activations of a stage."""
+    """Of the activations of a stage, uncompressed: how much compression saves is not known before."""
     return (
         int(plan.output_lengths.sum()) * views * math.prod(plan.output_shape) * np.dtype(STORED[dtype].on_disk).itemsize
     )
@@ -67,21 +69,36 @@ def free_for_caches(folder: Path) -> int:
     return shutil.disk_usage(there).free + ours
 
 
+def sealed_bytes(paths: RunPaths, stages: int) -> dict[int, int]:
+    """Those of stages 1 to `stages` that have a sealed cache, to the bytes that it takes on the disk."""
+    found = {stage: paths.cache(stage) for stage in range(1, stages + 1)}
+    return {stage: path.stat().st_blocks * 512 for stage, path in found.items() if path.exists()}
+
+
 def plan_storage(
-    config: Config, plans: Sequence[StagePlan], views: int, free: int, decided: Sequence[bool] = ()
+    config: Config,
+    plans: Sequence[StagePlan],
+    views: int,
+    free: int,
+    decided: Sequence[bool] = (),
+    sealed: Mapping[int, int] | None = None,
 ) -> Storage:
     """Caches every stage whose outputs find room beside those that must stay meanwhile; the rest is recomputed.
 
     free: bytes on the disk of the caches, those of this run included; decided: what earlier starts did with the first
-    stages. Raises BudgetError where a cache that is needed finds no room, ConfigError where one cannot be done without.
+    stages; sealed: bytes of their caches, by stage, where they are known. Raises BudgetError where a cache that is needed
+    finds no room, ConfigError where one cannot be done without, CacheError where zstandard is needed and not installed.
     """
     options = config.cache
+    if options.compression != "none" and options.policy != "never":
+        require_zstandard()
+    known = {stage: taken for stage, taken in (sealed or {}).items() if stage <= len(decided)}
     room = free if options.disk is None else min(options.disk, free)
     cached, notes = list(decided), []
     for plan in plans[len(decided) :]:
         so_far = Storage(tuple(cached))
-        needed = cache_bytes(plan, views, options.dtype) + BESIDE
-        beside = _beside(options, plans, so_far, plan.stage, views)
+        needed = _written_bytes(plan, views, options)
+        beside = _beside(options, plans, so_far, plan.stage, views, known)
         fits = beside + needed <= room
         last = plan.stage == len(plans)
         if options.policy == "always" and not fits:
@@ -100,6 +117,8 @@ def plan_storage(
             notes.append(_cost(config, plans, plan.stage, Storage(tuple(cached)), needed, options))
         elif not wanted:
             notes.append(f"the outputs of stage {plan.stage}, {size(needed)}, are not cached; probes recompute them")
+    if options.compression != "none" and any(cached):
+        notes.append("while a cache is packed it lies on the disk twice; what it shrinks to is not known before")
     return Storage(tuple(cached), tuple(notes))
 
 
@@ -107,9 +126,7 @@ def disk_peak(config: Config, plans: Sequence[StagePlan], storage: Storage, view
     """Most bytes that the caches take at once."""
     return max(
         (
-            _beside(config.cache, plans, storage, plan.stage, views)
-            + cache_bytes(plan, views, config.cache.dtype)
-            + BESIDE
+            _beside(config.cache, plans, storage, plan.stage, views, {}) + _written_bytes(plan, views, config.cache)
             for plan in plans
             if storage.cached[plan.stage - 1]
         ),
@@ -117,20 +134,36 @@ def disk_peak(config: Config, plans: Sequence[StagePlan], storage: Storage, view
     )
 
 
-def _beside(options: CacheOptions, plans: Sequence[StagePlan], storage: Storage, stage: int, views: int) -> int:
+def _written_bytes(plan: StagePlan, views: int, options: CacheOptions) -> int:
+    """Most that the cache of a stage takes until it is sealed: packing it makes another whole file."""
+    files = 1 if options.compression == "none" else 2
+    return files * (cache_bytes(plan, views, options.dtype) + BESIDE)
+
+
+def _beside(
+    options: CacheOptions,
+    plans: Sequence[StagePlan],
+    storage: Storage,
+    stage: int,
+    views: int,
+    sealed: Mapping[int, int],
+) -> int:
     """Bytes of the caches that must be there while that of `stage` is written."""
     source = storage.source(stage)
     there = range(1, stage) if options.keep == "all" else [source] if source else []
     return sum(
-        cache_bytes(plans[below - 1], views, options.dtype) + BESIDE for below in there if storage.cached[below - 1]
+        sealed.get(below, cache_bytes(plans[below - 1], views, options.dtype) + BESIDE)
+        for below in there
+        if storage.cached[below - 1]
     )
 
 
 def _no_room(plan: StagePlan, needed: int, beside: int, room: int, options: CacheOptions) -> str:
     what = f"--disk {size(options.disk)}" if options.disk is not None else f"{size(room)} of free disk"
     others = f" beside the {size(beside)} that must stay" if beside else ""
+    packing = " while it is packed" if options.compression != "none" else ""
     return (
-        f"{what} does not hold the cache of stage {plan.stage}, {size(needed)}{others}. Give more room, a shorter "
+        f"{what} does not hold the cache of stage {plan.stage}, {size(needed)}{packing}{others}. Give more room, a shorter "
         f"cache.dtype, or --keep needed; "
     )
 

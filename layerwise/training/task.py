@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from layerwise.cache import ActivationCache, CacheWriter, Layout
+from layerwise.cache.unsealed import remove_unsealed
 from layerwise.config import Config
 from layerwise.data.source import DataSet, FrameSource
 from layerwise.errors import BudgetError, RunError
@@ -219,15 +220,17 @@ def _cache(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
             run.state.save(run.paths.state)
 
         def write(piece: int) -> None:
-            with CacheWriter(path, _layout(plan, run, record), int(run.config.cache.block)) as writer:
+            options = run.config.cache
+            with CacheWriter(path, _layout(plan, run, record), int(options.block), options.compression) as writer:
                 try:
                     precision = run.config.training.precision
                     cache_outputs(module, feed, writer, piece, precision, run.device, meter, run.stop, run.notify)
                 finally:
                     record_progress()
-                writer.seal()
+                writer.seal(lambda: run.stop.raise_if_set(f"while the cache of stage {plan.stage} was packed"))
 
         _in_pieces_that_fit(write, run.layouts[plan.stage - 1].piece, shortest_piece(plan, run.config), run.device)
+    remove_unsealed(path)  # of a start that was killed between giving the cache its name and this
     record.cache, record.cache_bytes = str(path), path.stat().st_size
 
 

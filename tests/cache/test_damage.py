@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -17,16 +18,19 @@ from layerwise.errors import CacheError, DamagedCache
 FLIPS = 500
 
 
-def sealed(path: Path, dtype: str = "float16", block_bytes: int = 100) -> bytearray:
-    a_layout = layout([50, 7, 50], dtype, block_bytes=block_bytes, scale_rows=16)
-    write(path, a_layout, rows_of(a_layout))
+def sealed(path: Path, dtype: str = "float16", compression: str = "none") -> bytearray:
+    a_layout = layout([50, 7, 50], dtype, block_bytes=100, scale_rows=16)
+    if compression != "none":
+        a_layout = replace(a_layout, lengths=np.array([500, 70, 5000]), frame_labels={})  # most of it activations
+    write(path, a_layout, rows_of(a_layout), append_bytes=10_000, compression=compression)
     return bytearray(path.read_bytes())
 
 
+@pytest.mark.parametrize("compression", ["none", "zstd"])
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_every_flipped_bit_is_found(tmp_path: Path, dtype: str) -> None:
+def test_every_flipped_bit_is_found(tmp_path: Path, dtype: str, compression: str) -> None:
     path = tmp_path / "c.h5"
-    content = sealed(path, dtype)
+    content = sealed(path, dtype, compression)
     for bit in np.random.default_rng(0).choice(len(content) * 8, FLIPS, replace=False).tolist():
         content[bit // 8] ^= 1 << bit % 8
         path.write_bytes(content)
@@ -118,7 +122,7 @@ def test_a_file_of_version_1_is_refused_by_name(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "c.h5", "w") as file:
         file.attrs.update({"format": "layerwise activation cache", "format_version": 1})
     with pytest.raises(
-        CacheError, match=r"holds layerwise activation cache version 1; this layerwise reads .* version 2"
+        CacheError, match=r"holds layerwise activation cache version 1; this layerwise reads .* version 3"
     ):
         ActivationCache(tmp_path / "c.h5")
 
@@ -127,10 +131,10 @@ def test_a_file_of_a_later_version_is_refused_by_name(tmp_path: Path, monkeypatc
     path = tmp_path / "c.h5"
     sealed(path)
     with monkeypatch.context() as patched:
-        patched.setattr("layerwise.cache.seal.MAGIC", "layerwise activation cache 3")
+        patched.setattr("layerwise.cache.seal.MAGIC", "layerwise activation cache 4")
         reseal(path)
     with pytest.raises(
-        CacheError, match=r"holds layerwise activation cache version 3; this layerwise reads .* version 2"
+        CacheError, match=r"holds layerwise activation cache version 4; this layerwise reads .* version 3"
     ):
         ActivationCache(path)
 

@@ -10,17 +10,18 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import zstandard
 from small_cache import layout, memory_below, reseal, rows_of, write
 
 from layerwise.cache import ActivationCache
 from layerwise.cache.format import read_layout
-from layerwise.errors import CacheError
+from layerwise.errors import CacheError, DamagedCache
 
 
-def changed(path: Path, change: Callable[[h5py.File], None]) -> None:
+def changed(path: Path, change: Callable[[h5py.File], None], compression: str = "none") -> None:
     """A whole cache, changed by someone who can compute checksums."""
-    a_layout = layout([5, 5], "int8", scale_rows=4)
-    write(path, a_layout, rows_of(a_layout))
+    a_layout = layout([5, 5], "int8", scale_rows=4) if compression == "none" else layout([500, 500])
+    write(path, a_layout, rows_of(a_layout), append_bytes=10**6, compression=compression)
     with h5py.File(path, "r+", libver=("earliest", "latest")) as file:
         change(file)
     reseal(path)
@@ -188,11 +189,115 @@ def test_labels_that_unpack_to_more_than_the_file_are_refused(tmp_path: Path) ->
         ActivationCache(tmp_path / "c.h5")
 
 
-def test_damage_that_passed_for_a_seal_is_still_a_sentence(tmp_path: Path) -> None:
+def repacked(**creation: object) -> Callable[[h5py.File], None]:
+    """Other filters or chunks for the rows of 166 in a chunk."""
+
+    def change(file: h5py.File) -> None:
+        replaced("activations", **{"shape": (1000, 3), "dtype": "<f2", "chunks": (166, 3), **creation})(file)
+        file["places"][:] = 4096 + np.arange(len(file["places"]))  # the old rows are gone from the end of the file
+
+    return change
+
+
+STRANGELY_PACKED = {
+    "unfiltered": repacked(),
+    "contiguous": repacked(chunks=None),
+    "gzip": repacked(compression="gzip", shuffle=True),
+    "without shuffle": repacked(compression=32015, compression_opts=(1,), allow_unknown_filter=True),
+    "checked by HDF5": repacked(
+        compression=32015, compression_opts=(1,), allow_unknown_filter=True, shuffle=True, fletcher32=True
+    ),
+    "another filter": repacked(compression=32001, compression_opts=(1,), allow_unknown_filter=True, shuffle=True),
+    "other chunks": repacked(
+        compression=32015, compression_opts=(1,), allow_unknown_filter=True, shuffle=True, chunks=(83, 3)
+    ),
+    "more rows": repacked(
+        compression=32015, compression_opts=(1,), allow_unknown_filter=True, shuffle=True, shape=(2**40, 3)
+    ),
+    "larger blocks": lambda file: file.attrs.modify("block_bytes", np.int64(166 * 6 + 1)),
+    "huge blocks": lambda file: file.attrs.modify("block_bytes", np.int64(2**40)),
+    "said to be raw": lambda file: (file.attrs.__delitem__("compression"), set_compression(file, b"none")),
+    "by another codec": lambda file: (file.attrs.__delitem__("compression"), set_compression(file, b"lzma")),
+    "few places": replaced("places", data=np.zeros(3, "<i8")),
+}
+
+
+def set_compression(file: h5py.File, name: bytes) -> None:
+    file.attrs["compression"] = np.bytes_(name)
+
+
+@pytest.mark.parametrize("change", STRANGELY_PACKED.values(), ids=STRANGELY_PACKED)
+def test_strange_compression_is_refused(tmp_path: Path, change: Callable[[h5py.File], None]) -> None:
+    changed(tmp_path / "c.h5", change, "zstd")
+    with memory_below(2_000_000), pytest.raises(CacheError, match="is missing or stored in a way"):
+        ActivationCache(tmp_path / "c.h5")
+
+
+def test_what_is_only_said_to_be_compressed_is_refused(tmp_path: Path) -> None:
+    changed(tmp_path / "c.h5", lambda file: file.attrs.modify("compression", np.bytes_(b"zstd")))
+    with pytest.raises(CacheError, match="activations is missing or stored in a way"):
+        ActivationCache(tmp_path / "c.h5")
+
+
+@pytest.mark.parametrize(
+    ("block", "place"), [(2, 0), (2, -(2**63)), (2, 2**63 - 1), (1, 2**40), (3, 5000)], ids=lambda value: str(value)
+)
+def test_places_outside_of_the_activations_are_refused(tmp_path: Path, block: int, place: int) -> None:
+    def change(file: h5py.File) -> None:
+        file["places"][block] = place
+
+    changed(tmp_path / "c.h5", change, "zstd")
+    with memory_below(2_000_000), ActivationCache(tmp_path / "c.h5") as cache:
+        with pytest.raises(DamagedCache, match="the places of blocks 0 to 3 contradict themselves"):
+            cache.read(0, 0, 500)
+        with pytest.raises(DamagedCache, match="contradict themselves"):
+            cache.verify()
+
+
+def test_a_place_that_makes_a_block_longer_than_it_can_be_is_refused(tmp_path: Path) -> None:
+    def change(file: h5py.File) -> None:
+        places = file["places"][:]
+        file["places"][1:-1] = places[-1] - np.arange(len(places) - 2, 0, -1)
+
+    changed(tmp_path / "c.h5", change, "zstd")
+    with ActivationCache(tmp_path / "c.h5") as cache, pytest.raises(DamagedCache, match="contradict themselves"):
+        cache.read(0, 0, 1)
+
+
+BOMB = zstandard.compress(bytes(2**26))
+CHUNK = np.random.default_rng(0).bytes(166 * 6)
+FRAMES = {
+    "no frame": bytes(100),
+    "empty": zstandard.compress(b""),
+    "a shorter content": zstandard.compress(CHUNK[:-1]),
+    "a longer content": zstandard.compress(CHUNK[:500] + bytes(1000)),
+    "64 MB": BOMB[:900],
+    "said to be 2**62 bytes": b"\x28\xb5\x2f\xfd\xc0\x00" + (2**62).to_bytes(8, "little") + bytes(50),
+    "more than it says": BOMB[:4] + b"\x60" + (166 * 6 - 256).to_bytes(2, "little") + BOMB[9:900],
+    "without a content size": zstandard.ZstdCompressor(write_content_size=False).compress(CHUNK[:500] * 2),
+    "cut off": zstandard.compress(CHUNK)[:-5],
+}
+
+
+@pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES)
+def test_frames_that_do_not_hold_a_block_are_refused_and_take_no_memory(
+    tmp_path: Path, frame: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_layout = layout([500, 500])
+    monkeypatch.setattr("layerwise.cache.packing.encode", lambda chunks, itemsize: [frame] * len(chunks))
+    write(tmp_path / "c.h5", a_layout, rows_of(a_layout), append_bytes=10**6, compression="zstd")
+    with memory_below(2_000_000), ActivationCache(tmp_path / "c.h5") as cache:
+        cache.verify()  # the checksums are right
+        with pytest.raises(DamagedCache, match="block 0 of its activations cannot be decompressed"):
+            cache.read(0, 0, 100)
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_damage_that_passed_for_a_seal_is_still_a_sentence(tmp_path: Path, compression: str) -> None:
     """Whatever bytes HDF5 is given, the reader answers with a cache or with a CacheError."""
     path = tmp_path / "c.h5"
     a_layout = layout([5, 5])
-    write(path, a_layout, rows_of(a_layout))
+    write(path, a_layout, rows_of(a_layout), compression=compression)
     content = bytearray(path.read_bytes())
     rng = np.random.default_rng(0)
     for position in rng.choice(np.arange(4096, len(content)), 400, replace=False).tolist():

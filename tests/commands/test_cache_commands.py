@@ -89,6 +89,27 @@ def test_nothing_is_removed_under_a_run_or_by_a_vague_wish(finished: RunResult, 
     assert len(list(finished.paths.caches.glob("stage-*.h5"))) == 4
 
 
+def test_compressed_caches_are_listed_verified_and_exported(
+    tiny_speech: Callable[..., Config], digits: Path, call: Call, tmp_path: Path
+) -> None:
+    finished = run(tiny_speech(f"fsdd:{digits}", **{"training.max_epochs": 1, "cache.compression": "zstd"}))
+    out, path = finished.paths.out, finished.paths.cache(2)
+    rows = json.loads(call("ls", out, "--json")[1])
+    assert {row["compression"] for row in rows} == {"zstd"}
+    assert [row["bytes"] for row in rows] == [finished.paths.cache(s).stat().st_blocks * 512 for s in (1, 2, 3, 4)]
+    assert "float16, zstd" in " ".join(call("ls", out)[1].split())
+    code, shown, _ = call("verify", out)
+    assert (code, shown.count("whole")) == (0, 4)
+    assert call("export", out, "--stage", 2, "-o", tmp_path / "frames.npy")[0] == 0
+    with ActivationCache(path) as cache:
+        assert np.array_equal(np.load(tmp_path / "frames.npy")[: cache.lengths[0]], cache.read(0, 0, cache.lengths[0]))
+    path.with_name("stage-2.h5.packing").write_bytes(bytes(5000))  # what a kill leaves
+    assert "being packed" in call("ls", out)[1]
+    assert "stage-2.h5.packing: being packed" in call("verify", out)[1]
+    assert call("rm", out, "--stage", 2)[0] == 0
+    assert sorted(path.parent.glob("stage-2*")) == []
+
+
 @pytest.mark.parametrize("ending", ["npy", "h5"])
 def test_features_are_handed_over_frame_by_frame_or_as_means(
     finished: RunResult, call: Call, tmp_path: Path, ending: str

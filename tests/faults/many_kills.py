@@ -1,6 +1,7 @@
 """Kills a small run at random moments, hundreds of times, and compares the end of each with that of an undisturbed one.
 
     python tests/faults/many_kills.py [--runs 200] [--seed 0] [--keep needed|all|last] [--cache auto|never]
+        [--compression none|zstd]
 
 Every run is killed once with SIGKILL, started again, and must end with the same encoder and the same caches, byte for
 byte. The processes are forked from one that has imported everything, so a run takes a second.
@@ -46,12 +47,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", default="needed")
     parser.add_argument("--cache", default="auto")
+    parser.add_argument("--compression", default="none")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        outcome = kill_runs(
-            Path(name), options.runs, options.seed, {"cache.keep": options.keep, "cache.policy": options.cache}
-        )
+        extra = {
+            "cache.keep": options.keep,
+            "cache.policy": options.cache,
+            "cache.compression": options.compression,
+        }
+        outcome = kill_runs(Path(name), options.runs, options.seed, extra)
     print(outcome)
 
 

@@ -13,7 +13,7 @@ from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.engines.run import run
 from layerwise.nets import shortest_sample
-from layerwise.run_directory import RunState
+from layerwise.run_directory import RunPaths, RunState
 from layerwise.training.cutting import plan_run
 
 SMALLEST = {
@@ -67,7 +67,7 @@ def bits(config: Config) -> dict[str, bytes]:
     return weights | {path.name: path.read_bytes() for path in caches.glob("*.h5")}
 
 
-@pytest.mark.parametrize("kind", ["run", "from stage", "overwrite"])
+@pytest.mark.parametrize("kind", ["run", "from stage", "overwrite", "compressed"])
 def test_a_crash_at_any_call_leaves_what_the_next_start_can_use(
     kind: str, tiny_speech: Callable[..., Config], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,28 +77,33 @@ def test_a_crash_at_any_call_leaves_what_the_next_start_can_use(
         (few / path.name).symlink_to(path)
 
     def config(name: str) -> Config:
-        return tiny_speech(f"fsdd:{few}", out=str(tmp_path / name), **SMALLEST)
+        compression = {"cache.compression": "zstd"} if kind == "compressed" else {}
+        return tiny_speech(f"fsdd:{few}", out=str(tmp_path / name), **SMALLEST, **compression)
 
     # Every start would make the same plans again; made once, what is known of them is remembered.
     plans = plan_run(config("planned"), open_data(config("planned").data, shortest_sample(config("planned"))), CPU)
     monkeypatch.setattr("layerwise.engines.run.plan_run", lambda *_: plans)
-    arguments = {"run": {}, "from stage": {"from_stage": 2}, "overwrite": {"overwrite": True}}[kind]
+    arguments = {"from stage": {"from_stage": 2}, "overwrite": {"overwrite": True}}.get(kind, {})
+    begun = kind in ("from stage", "overwrite")
     run(config("undisturbed"))
     expected = bits(config("undisturbed"))
-    if kind != "run":
+    if begun:
         run(config("counted"))
     total = crash_at_call(0, lambda: run(config("counted"), **arguments), monkeypatch)
     assert total > 20
-    # Every call at first and last, where runs are set up and ended; every fifth between.
-    for number in sorted({*range(1, 12), *range(12, total - 6, 5), *range(total - 6, total + 1)}):
+    # Every call at first and last, where runs are set up and ended; every fifth between, or every third where it packs.
+    step = 3 if kind == "compressed" else 5
+    for number in sorted({*range(1, 12), *range(12, total - 6, step), *range(total - 6, total + 1)}):
         name = f"crashed-{number}"
-        if kind != "run":
+        if begun:
             shutil.copytree(tmp_path / "undisturbed", tmp_path / name)
             shutil.copytree(tmp_path / "cache" / "undisturbed", tmp_path / "cache" / name)
             adopt(tmp_path, name)
         crash_at_call(number, lambda name=name: run(config(name), **arguments), monkeypatch)
         run(config(name), **arguments)
         assert bits(config(name)) == expected, f"after a crash at call {number} of {total}"
+        left = [path.name for path in RunPaths.of(config(name).out, config(name).cache.dir).caches.glob("stage-*.h5.*")]
+        assert left == [], f"after a crash at call {number} of {total}"
 
 
 def adopt(folder: Path, name: str) -> None:

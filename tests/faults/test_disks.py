@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from safetensors.numpy import load_file
 from layerwise.config import Config
 from layerwise.engines.run import RunResult, run
 from layerwise.errors import LayerwiseError
-from layerwise.events import Event, StageStarted
+from layerwise.events import CachingProgress, Event, StageStarted
+from layerwise.run_directory import RunState
 
 Tiny = Callable[..., Config]
 
@@ -52,6 +54,26 @@ def test_a_disk_that_fills_up_in_the_middle_loses_nothing(
 
     with pytest.raises(LayerwiseError, match=r"No room is left on the disk for .*stage-2\.h5"):
         run(config, notify=fill_in_stage_2)
+    filler.unlink()
+    assert bits(run(config)) == bits(undisturbed)
+
+
+def test_a_disk_that_fills_up_before_a_cache_is_packed_loses_nothing(
+    tiny_speech: Tiny, digits: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    undisturbed = run(tiny_speech(f"fsdd:{digits}", **{"cache.compression": "zstd"}))
+    elsewhere = {"out": str(tmp_path / "again"), "cache.dir": str(small_disk), "cache.compression": "zstd"}
+    config = tiny_speech(f"fsdd:{digits}", **elsewhere)
+    filler = small_disk / "filler"
+
+    def fill_at_the_end_of_stage_1(event: Event) -> None:
+        if isinstance(event, CachingProgress) and event.rows == event.total and not filler.exists():
+            left = shutil.disk_usage(small_disk).free
+            filler.write_bytes(bytes(left - 200_000))  # the rows are there, but not what they are packed into
+
+    with pytest.raises(LayerwiseError, match=r"No room is left on the disk for .*stage-1\.h5\.packing"):
+        run(config, notify=fill_at_the_end_of_stage_1)
+    assert RunState.load(tmp_path / "again" / "run.json").record(1).status == "caching"
     filler.unlink()
     assert bits(run(config)) == bits(undisturbed)
 

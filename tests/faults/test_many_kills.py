@@ -8,7 +8,13 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "options", [["--seed", "1"], ["--seed", "2", "--cache", "never"], ["--seed", "3", "--keep", "last"]]
+    "options",
+    [
+        ["--seed", "1"],
+        ["--seed", "2", "--cache", "never"],
+        ["--seed", "3", "--keep", "last"],
+        ["--seed", "4", "--compression", "zstd"],
+    ],
 )
 def test_runs_that_are_killed_at_random_end_with_the_bits_of_an_undisturbed_one(options: list[str]) -> None:
     # In a process of its own, which forks before it has any threads.

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from layerwise.config import Config
-from layerwise.errors import BudgetError, ConfigError
+from layerwise.errors import BudgetError, CacheError, ConfigError
 from layerwise.nets.network import Network
 from layerwise.nets.sequence import Convolution, Recurrence
 from layerwise.training.plan import StagePlan
@@ -70,6 +70,37 @@ def test_outputs_of_a_recurrent_layer_are_not_recomputed(planned_stages: Planned
 def test_what_earlier_starts_decided_stays(planned_stages: Planned) -> None:
     config, plans = planned_stages("speech", **{"cache.policy": "always"})
     assert plan_storage(config, plans, 1, FREE, decided=[True, False]).cached == (True, False, True, True)
+
+
+def test_packing_is_planned_to_need_the_room_twice(planned_stages: Planned) -> None:
+    config, plans = planned_stages("speech", **{"cache.policy": "always", "cache.compression": "zstd"})
+    one, *_ = sizes(plans, config)
+    assert disk_peak(config, plans, Storage((True,) * 4), 1) >= 2 * one
+    needed = disk_peak(config, plans, Storage((True,) * 4), 1)
+    storage = plan_storage(config, plans, 1, needed)
+    assert all(storage.cached)
+    assert "while a cache is packed it lies on the disk twice" in storage.notes[-1]
+    with pytest.raises(BudgetError, match="while it is packed"):
+        plan_storage(config, plans, 1, needed - 1)
+
+
+def test_caches_that_are_there_are_as_large_as_they_are(planned_stages: Planned) -> None:
+    options = {"cache.policy": "always", "cache.compression": "zstd", "cache.keep": "needed"}
+    config, plans = planned_stages("speech", **options)
+    one, two, *_ = sizes(plans, config)
+    needed = one + 2 * two - 1
+    with pytest.raises(BudgetError):
+        plan_storage(config, plans, 1, needed, decided=[True])
+    assert all(plan_storage(config, plans, 1, needed, decided=[True], sealed={1: one - 1}).cached)
+    with pytest.raises(BudgetError):  # it will be made anew
+        plan_storage(config, plans, 1, needed, sealed={1: one - 1})
+
+
+def test_without_zstandard_nothing_is_begun(planned_stages: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, plans = planned_stages("speech", **{"cache.compression": "zstd"})
+    monkeypatch.setattr("layerwise.cache.zstd.zstandard", None)
+    with pytest.raises(CacheError, match=r"pip install 'layerwise\[compression\]'"):
+        plan_storage(config, plans, 1, FREE)
 
 
 def test_what_is_kept_under_each_rule() -> None:
