@@ -38,7 +38,14 @@ setup(
     extras_require={
         "gpu": ["nvidia-ml-py>=12"],  # tells this process's memory from that of others on the GPU
         "compression": COMPRESSION,
-        "dev": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.14", *COMPRESSION],
+        "dev": [
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.120",
+            "ruff>=0.14",
+            "scikit-learn>=1.5",
+            *COMPRESSION,
+        ],
     },
     entry_points={"console_scripts": ["layerwise = layerwise.commands:main"]},
 )

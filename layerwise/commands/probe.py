@@ -1,4 +1,4 @@
-"""`layerwise probe`: linear classifiers on the frozen stages of a run."""
+"""`layerwise probe`: classifiers on the frozen stages of a run."""
 
 import json
 from dataclasses import asdict
@@ -17,9 +17,12 @@ from layerwise.units import size
 @click.option(
     "--label", required=True, help="What to tell apart: speaker, phone, digit, class, or a label of your own."
 )
+@click.option(
+    "--classifier", default="linear", metavar="NAME", help="linear, or knn: nearest neighbours. [default: linear]"
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for scripts.")
-def probe(directory: Path, label: str, as_json: bool) -> None:
-    """Fit a linear classifier for a label on every stage of the run in DIR.
+def probe(directory: Path, label: str, classifier: str, as_json: bool) -> None:
+    """Fit a classifier for a label on every frozen stage of the run in DIR.
 
     Prints the error on the test samples, beside that of the same network with random weights.
     """
@@ -27,7 +30,13 @@ def probe(directory: Path, label: str, as_json: bool) -> None:
 
     console = Console(stderr=True)
     with stop_on_signals() as stop, console.status("probing", spinner="dots") as shown:
-        result = probe_library(directory, label, stop=stop, notify=lambda line: shown.update(f"probing: {line}"))
+        result = probe_library(
+            directory,
+            label,
+            classifier=classifier,
+            stop=stop,
+            notify=lambda line: shown.update(f"probing: {line}"),
+        )
     if as_json:
         click.echo(json.dumps(asdict(result)))
     else:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from layerwise.cache import ActivationCache
+from layerwise.evaluate.feature_file import FeatureFile
 from layerwise.memory.meter import host_tensor, uncounted
 from layerwise.nets.frames import vectors
 from layerwise.streams import stream
@@ -40,6 +41,10 @@ class SampleSummary:
             self.kept.append(kept.to("cpu", copy=True))
         self.frames += len(frames)
 
+    def features(self, per_frame: bool) -> np.ndarray:
+        """float32 [1, C], or [F, C] where per_frame."""
+        return self.chosen_frames if per_frame else self.mean[None]
+
     @property
     def mean(self) -> np.ndarray:
         """float32 [C]"""
@@ -61,18 +66,20 @@ def choose_frames(sample: int, length: int, per_frame: bool) -> np.ndarray:
 
 
 def cached_features(
-    cache: ActivationCache, samples: np.ndarray, per_frame: bool, poll: Callable[[], None] = lambda: None
-) -> np.ndarray:
-    """Features of the samples from a cache: float32 [N, C], or [frames, C] where per_frame.
+    cache: ActivationCache,
+    samples: np.ndarray,
+    per_frame: bool,
+    into: FeatureFile,
+    poll: Callable[[], None] = lambda: None,
+) -> None:
+    """Features of the samples from a cache, in their order: a row each, or one per chosen frame where per_frame.
 
     `poll` is called before each sample and may raise.
     """
-    features = []
     for sample in samples.tolist():
         poll()
         length = int(cache.lengths[sample])
         summary = SampleSummary(choose_frames(sample, length, per_frame))
         for start in range(0, length, READ_FRAMES):
             summary.add(cache.read(sample, start, min(start + READ_FRAMES, length)))
-        features.append(summary.chosen_frames if per_frame else summary.mean[None])
-    return np.concatenate(features)
+        into.append(summary.features(per_frame))

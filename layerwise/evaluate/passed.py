@@ -13,6 +13,7 @@ import torch
 from layerwise.data.batches import Batch, read_ahead
 from layerwise.data.groups import Group, group_renderings, read_piece
 from layerwise.data.source import DataSet
+from layerwise.evaluate.feature_file import FeatureFile
 from layerwise.evaluate.features import SampleSummary, choose_frames
 from layerwise.memory.device import on_device
 from layerwise.nets.copying import copied
@@ -26,27 +27,27 @@ def passed_features(
     samples: np.ndarray,
     piece: int,
     per_frame: bool,
+    into: list[FeatureFile],
     device: torch.device,
     stop: StopFlag,
-) -> list[np.ndarray]:
-    """For each module: float32 [N, C], or [frames, C] where per_frame; view 0 of the samples, in their order.
+) -> None:
+    """For each module: a row for each sample, or one per chosen frame where per_frame; view 0, in the samples' order.
 
-    modules: those of the first stages, in host memory; piece: most input frames on the device at once. Raises Interrupted
-    between two groups.
+    modules: those of the first stages, in host memory; into: a file for each; piece: most input frames on the device at
+    once. Raises Interrupted between two groups.
     """
     groups = group_renderings(data.lengths[samples], piece)
     chosen = _PlainView(data, samples)
     pieces = read_ahead(partial(read_piece, chosen, group, start) for group in groups for start in group.starts)
-    per_stage: list[list[np.ndarray]] = [[] for _ in modules]
     with torch.no_grad():
         for group in groups:
             stop.raise_if_set("while probing")
             numbers = samples[group.first : group.stop]
             summaries = _summaries(modules, data.lengths[numbers], numbers, per_frame)
             _pass(modules, group, pieces, summaries, device)
-            for features, of_group in zip(per_stage, summaries, strict=True):
-                features += [summary.chosen_frames if per_frame else summary.mean[None] for summary in of_group]
-    return [np.concatenate(features) for features in per_stage]
+            for file, of_group in zip(into, summaries, strict=True):
+                for summary in of_group:
+                    file.append(summary.features(per_frame))
 
 
 class _PlainView:

@@ -1,42 +1,31 @@
-"""Linear probes: how well each stage's frozen representation tells a label, against the same stage with random weights.
+"""Probes: how well each stage's frozen representation tells a label, against the same stage with random weights.
 
-The test samples were never seen by the encoder's training nor by the probe's. Features come from the caches that are
-there; those of other stages are made again from the data.
+The test samples were never seen by the encoder's training nor by the classifier's. Features come from the caches that
+are there; those of other stages are made again from the data.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from layerwise.cache import SPLITS, ActivationCache
+from layerwise.cache import ActivationCache
 from layerwise.config import Config, load
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
-from layerwise.errors import BudgetError, DataError, RunError
-from layerwise.evaluate.features import cached_features, choose_frames
-from layerwise.evaluate.linear import probe_error
-from layerwise.evaluate.passed import passed_features
+from layerwise.errors import ConfigError, DataError, RunError
+from layerwise.evaluate.answer import CLASSIFIERS, Confusion, answer
+from layerwise.evaluate.encoders import features_under_budget, trained_modules, untrained_modules
+from layerwise.evaluate.feature_file import FeatureFile
+from layerwise.evaluate.features import cached_features
+from layerwise.evaluate.question import Question, ask, truth
 from layerwise.files import write_atomically
-from layerwise.memory.allocator import meter_for
-from layerwise.memory.device import cap, find_device, release, why_out_of_memory
-from layerwise.memory.meter import uncounted
 from layerwise.nets import build_network, shortest_sample
-from layerwise.nets.module import Module
 from layerwise.nets.network import ranges
 from layerwise.run_directory import RunPaths, RunState, open_run
 from layerwise.stop import StopFlag
-from layerwise.training.checkpoint import load_arrays, load_weights
-from layerwise.training.labels import frame_labels
-from layerwise.training.plan import StagePlan, plan_stages
-from layerwise.training.split import split_samples
-
-SHORTEST_PIECE = 64
-"""Frames of a sequence, or rows of a picture, below which pieces are not made smaller."""
+from layerwise.training.checkpoint import Arrays, load_arrays
+from layerwise.training.plan import plan_stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +37,8 @@ class StageError:
     untrained_error: float
     train: int
     test: int
+    confusion: Confusion | None
+    """Of the trained stage; None where there are too many classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +49,26 @@ class ProbeResult:
     stages: list[StageError]
     peak_bytes: int
     """Most that the probe held on the device."""
+    classifier: str
+    """linear or knn."""
 
 
 def probe(
     run_directory: str | Path,
     label: str,
     *,
+    classifier: str = "linear",
     stop: StopFlag | None = None,
     notify: Callable[[str], None] = lambda line: None,
 ) -> ProbeResult:
-    """Fits a linear classifier for `label` on each finished stage; also written to probes/LABEL.json.
+    """Fits a classifier for `label` on each finished stage; also written to probes/LABEL.json, or LABEL-knn.json.
 
-    Raises RunError where no stage is done, DataError where the label does not exist or has one value only.
+    classifier: linear, or knn (nearest neighbours). Raises RunError where no stage is done, DataError where the label does
+    not exist or has one value only.
     """
     stop, run_directory = stop or StopFlag(), Path(run_directory)
+    if classifier not in CLASSIFIERS:
+        raise ConfigError(f"There is no probe {classifier!r}; there are {', '.join(CLASSIFIERS)}.")
     paths, state = open_run(run_directory)
     if state.network:
         raise RunError(f"{run_directory} was trained with a network of its own, which probes cannot build again yet.")
@@ -80,28 +77,31 @@ def probe(
         raise RunError(f"No stage of {run_directory} is done yet; go on with the run first.")
     config = load(paths.config)
     data = _data_of_the_run(config, state)
-    plans = plan_stages(config, data, build_network(config.net, data.frame_shape), ranges(state.cut))
-    per_frame = label in data.frame_label_names
-    split = split_samples(data, config)
-    samples = _labelled_samples(data, split, label, per_frame, run_directory)
-    features_of = partial(_pass_under_budget, config, data, samples, per_frame, stop)
+    plans = plan_stages(config, data, build_network(config.net, data.frame_shape), ranges(state.cut))[: len(stages)]
+    question = ask(label, data, config)
 
     notify("features of the same network with random weights")
-    untrained, peak = features_of(_modules(config, plans[: len(stages)]))
-    trained = {stage: _cached_features(paths, state, stage, samples, per_frame, stop) for stage in stages}
+    modules = untrained_modules(config, plans)
+    untrained, peak = features_under_budget(config, question, modules, paths.probes, stop)
+    trained = {stage: _cached_features(paths, state, stage, question, stop) for stage in stages}
     if any(features is None for features in trained.values()):
         notify("features of stages that are not cached")
-        passed, more = features_of(_modules(config, plans[: len(stages)], paths))
+        modules = trained_modules(config, plans, _weights(paths, stages))
+        passed, more = features_under_budget(config, question, modules, paths.probes, stop)
         trained = {stage: passed[stage - 1] if kept is None else kept for stage, kept in trained.items()}
         peak = max(peak, more)
     results = []
     for stage, features in trained.items():
         stop.raise_if_set(f"before the probe of stage {stage}")
         notify(f"stage {stage}")
-        values, parts = _values_and_split(label, data, plans[stage - 1], split, samples, per_frame)
-        results.append(_probe_stage(stage, features, untrained[stage - 1], values, parts))
-    result = ProbeResult(label, results, peak)
-    write_atomically(paths.probe(label), (json.dumps(asdict(result), indent=2) + "\n").encode())
+        right = truth(question, plans[stage - 1])
+        found = answer(features, right, classifier)
+        baseline = answer(untrained[stage - 1], right, classifier)
+        train, test = len(right.parts.fitted), len(right.parts.test)
+        results.append(StageError(stage, found.error, baseline.error, train, test, found.confusion))
+    result = ProbeResult(label, results, peak, classifier)
+    path = paths.probe(label if classifier == "linear" else f"{label}-{classifier}")
+    write_atomically(path, (json.dumps(asdict(result), indent=2) + "\n").encode())
     return result
 
 
@@ -115,99 +115,23 @@ def _data_of_the_run(config: Config, state: RunState) -> DataSet:
     return data
 
 
-def _labelled_samples(data: DataSet, split: np.ndarray, label: str, per_frame: bool, run_directory: Path) -> np.ndarray:
-    """Numbers of the samples that carry the label."""
-    if not per_frame and label not in data.labels:
-        known = sorted({*data.labels, *data.frame_label_names})
-        raise DataError(
-            f"The data of {run_directory} has no label {label!r}; it has {', '.join(known) or 'none at all'}."
-        )
-    if per_frame:
-        return np.arange(len(data.ids))
-    values = data.labels[label]
-    _check_classes(label, values)
-    samples = np.flatnonzero(values != "")
-    for part in ("train", "test"):
-        if not (split[samples] == SPLITS.index(part)).any():
-            raise DataError(f"No sample of the {part} split carries the label {label!r}.")
-    return samples
-
-
-def _check_classes(label: str, values: np.ndarray) -> None:
-    classes = np.unique(values[values != ""])
-    if len(classes) < 2:
-        only = f"is '{classes[0]}' everywhere" if len(classes) else "is empty everywhere"
-        raise DataError(f"The label {label!r} {only}: there is nothing to tell apart.")
-
-
-def _modules(config: Config, plans: list[StagePlan], trained: RunPaths | None = None) -> list[Module]:
-    """The modules of these stages in host memory: with random weights, or as trained in a run."""
-    with uncounted():
-        modules = [plan.build_module(config.training.seed, torch.device("cpu")).eval() for plan in plans]
-        if trained is not None:
-            for plan, module in zip(plans, modules, strict=True):
-                load_weights(module, load_arrays(trained.weights(plan.stage))[0])
-    return modules
-
-
-def _pass_under_budget(
-    config: Config, data: DataSet, samples: np.ndarray, per_frame: bool, stop: StopFlag, modules: list[Module]
-) -> tuple[list[np.ndarray], int]:
-    """Features of each stage, and the bytes on the device that they took."""
-    device, budget = find_device(config.training.device), config.memory.gpu_mem
-    cap(device, budget)
-    piece = config.training.batch_size * (config.data.window if data.columns == 1 else int(data.lengths[0])) // 2
-    while True:
-        meter = meter_for(device, budget)
-        try:
-            with meter:
-                features = passed_features(modules, data, samples, piece, per_frame, device, stop)
-            return features, meter.peak
-        except (BudgetError, RuntimeError) as error:
-            reason = why_out_of_memory(error)
-        if piece <= SHORTEST_PIECE * data.columns:
-            raise BudgetError(
-                f"The run's --gpu-mem of {budget} bytes cannot hold the probe: {reason} Start the run again with a larger "
-                "--gpu-mem, which changes nothing else, and probe then."
-            )
-        piece //= 2
-        release(device)
+def _weights(paths: RunPaths, stages: list[int]) -> Arrays:
+    weights: Arrays = {}
+    for stage in stages:
+        weights |= load_arrays(paths.weights(stage))[0]
+    return weights
 
 
 def _cached_features(
-    paths: RunPaths, state: RunState, stage: int, samples: np.ndarray, per_frame: bool, stop: StopFlag
-) -> np.ndarray | None:
+    paths: RunPaths, state: RunState, stage: int, question: Question, stop: StopFlag
+) -> FeatureFile | None:
     """From the stage's cache, or None where it is not there."""
     if not paths.cache(stage).exists():
         return None
     with ActivationCache(paths.cache(stage)) as cache:
         if cache.layout.fingerprint != state.record(stage).fingerprint:
             raise RunError(f"{cache.path} was not made by this run; move it away.")
-        return cached_features(cache, samples, per_frame, lambda: stop.raise_if_set("while probing"))
-
-
-def _values_and_split(
-    label: str, data: DataSet, plan: StagePlan, split: np.ndarray, samples: np.ndarray, per_frame: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Label and split of each row of the features."""
-    if not per_frame:
-        return data.labels[label][samples], split[samples]
-    chosen = [choose_frames(sample, int(plan.output_lengths[sample]), per_frame=True) for sample in samples.tolist()]
-    values = [
-        frame_labels(label, plan, data, sample, frames) for sample, frames in zip(samples.tolist(), chosen, strict=True)
-    ]
-    return np.concatenate(values), np.repeat(split[samples], [len(frames) for frames in chosen])
-
-
-def _probe_stage(
-    stage: int, trained: np.ndarray, untrained: np.ndarray, values: np.ndarray, split: np.ndarray
-) -> StageError:
-    classes = np.unique(values, return_inverse=True)[1].astype(np.int64)
-    train, held_out, test = (np.flatnonzero(split == number) for number in range(len(SPLITS)))
-    return StageError(
-        stage=stage,
-        error=probe_error(trained, classes, train, held_out, test),
-        untrained_error=probe_error(untrained, classes, train, held_out, test),
-        train=len(train) + len(held_out),
-        test=len(test),
-    )
+        features = FeatureFile(paths.probes)
+        poll = stop.raise_if_set
+        cached_features(cache, question.samples, question.per_frame, features, lambda: poll("while probing"))
+        return features

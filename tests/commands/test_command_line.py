@@ -93,7 +93,7 @@ def test_probe_prints_the_contracts_json(finished: Path, call: Callable) -> None
     assert probe["label"] == "speaker"
     assert [stage["stage"] for stage in probe["stages"]] == [1, 2, 3, 4]
     for stage in probe["stages"]:
-        assert stage.keys() == {"stage", "error", "untrained_error", "train", "test"}
+        assert stage.keys() == {"stage", "error", "untrained_error", "train", "test", "confusion"}
         assert 0 <= stage["error"] <= 1
         assert (stage["train"], stage["test"]) == (24, 24)
 
@@ -132,6 +132,7 @@ def test_the_command_line_has_exactly_these_options() -> None:
         *("--recipe", "--config", "--data", "--net", "--stages", "--gpu-mem", "--out", "--cache-dir", "--max-epochs"),
         *("--patience", "--batch-size", "--lr", "--precision", "--device", "--seed", "--from-stage", "--overwrite"),
         *("--set", "--cache", "--cache-dtype", "--cache-compression", "--disk", "--keep", "--views"),
+        *("--objective", "--label"),
     }
 
 
@@ -166,6 +167,8 @@ BAD_REQUESTS = {
     "option without its section": (["--set", "lr=3"], "There is no option 'lr'; did you mean training.lr?"),
     "half a stage": (["--stages", "2.5"], "--stages: must be a whole number"),
     "learning rate of zero": (["--lr", "0"], "--lr: "),
+    "unknown objective": (["--objective", "infonec"], "--objective infonec: there is none"),
+    "nothing to be supervised by": (["--objective", "supervised"], "name one: --label speaker"),
     "unknown precision": (["--precision", "float8"], "--precision: "),
     "unknown net": (["--net", "transformer"], "--net: "),
     "pictures for the speech net": (["--net", "vision"], "--net vision trains on pictures"),
@@ -275,7 +278,7 @@ def test_status_tells_a_stopped_run_from_a_running_one_and_missing_caches(finish
 def test_an_unknown_label_lists_the_known_ones(finished: Path, call: Callable) -> None:
     code, _, err = call("probe", finished / "run", "--label", "mood")
     assert code == 2
-    assert "has no label 'mood'; it has digit, speaker" in err
+    assert "have no label 'mood'; they have digit, speaker" in err
 
 
 @pytest.mark.parametrize("command", [["status"], ["probe", "--label", "speaker"]])

@@ -1,45 +1,193 @@
 """The probe tells what can be told, and nothing else."""
 
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
+from layerwise.config import resolve
+from layerwise.data.open import open_data
+from layerwise.evaluate import examples as examples_file
+from layerwise.evaluate import linear, nearest
+from layerwise.evaluate.answer import answer
+from layerwise.evaluate.encoders import features_under_budget, untrained_modules
+from layerwise.evaluate.examples import Examples, Parts
+from layerwise.evaluate.feature_file import FeatureFile
 from layerwise.evaluate.features import FRAMES_PER_SAMPLE, SampleSummary, choose_frames
-from layerwise.evaluate.linear import probe_error
+from layerwise.evaluate.question import Truth, truth
+from layerwise.evaluate.question import ask as ask_data
+from layerwise.nets import build_network, shortest_sample
+from layerwise.stop import StopFlag
+from layerwise.training.plan import plan_stages
 
 
-def split(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.arange(0, count // 2), np.arange(count // 2, count * 3 // 4), np.arange(count * 3 // 4, count)
+@pytest.fixture
+def ask(tmp_path: Path) -> Callable[..., float]:
+    """The error of a classifier; half of the rows train, a quarter is held out."""
+
+    def ask(features: np.ndarray, classes: np.ndarray, classifier: str = "linear") -> float:
+        return answer(stored(features, tmp_path), truth_of(classes), classifier).error
+
+    return ask
 
 
-def test_separable_classes_are_told_apart_at_any_scale() -> None:
+def stored(features: np.ndarray, folder: Path) -> FeatureFile:
+    file = FeatureFile(folder)
+    for rows in np.array_split(features, 7):
+        file.append(rows)
+    return file
+
+
+def truth_of(classes: np.ndarray) -> Truth:
+    count = len(classes)
+    names = tuple(f"class {number}" for number in range(int(classes.max()) + 1))
+    return Truth(names, classes, Parts.of(count // 2, count // 4, count - count // 2 - count // 4))
+
+
+def blobs(count: int, channels: int = 12, spread: float = 2.5) -> tuple[np.ndarray, np.ndarray]:
+    """Five overlapping classes, in channels that depend on each other."""
+    rng = np.random.default_rng(0)
+    classes = rng.integers(0, 5, count)
+    centres, mixing = rng.standard_normal((5, channels)), rng.standard_normal((channels, channels))
+    return ((centres[classes] + spread * rng.standard_normal((count, channels))) @ mixing).astype(np.float32), classes
+
+
+def test_separable_classes_are_told_apart_at_any_scale(ask: Callable[..., float]) -> None:
     rng = np.random.default_rng(0)
     classes = rng.integers(0, 3, 400)
     features = np.eye(3)[classes] + 0.05 * rng.standard_normal((400, 3))
     features = (features * [1e-4, 1, 1e4] + [5, -1e3, 7]).astype(np.float32)
-    assert probe_error(features, classes, *split(400)) == 0
+    assert ask(features, classes) == 0
 
 
-def test_noise_is_not_told_apart() -> None:
+def test_noise_is_not_told_apart(ask: Callable[..., float]) -> None:
     rng = np.random.default_rng(0)
     classes = rng.integers(0, 4, 4000)
     features = rng.standard_normal((4000, 8)).astype(np.float32)
-    assert probe_error(features, classes, *split(4000)) == pytest.approx(0.75, abs=0.05)
+    assert ask(features, classes) == pytest.approx(0.75, abs=0.05)
 
 
-def test_dead_channels_do_no_harm() -> None:
+def test_dead_channels_do_no_harm(ask: Callable[..., float]) -> None:
     rng = np.random.default_rng(0)
     classes = rng.integers(0, 2, 200)
     features = np.stack([classes + 0.01 * rng.standard_normal(200), np.zeros(200), np.full(200, 3.0)], 1)
-    assert probe_error(features.astype(np.float32), classes, *split(200)) == 0
+    assert ask(features.astype(np.float32), classes) == 0
 
 
-def test_many_useless_channels_are_held_down_by_the_penalty() -> None:
+def test_many_useless_channels_are_held_down_by_the_penalty(ask: Callable[..., float]) -> None:
     rng = np.random.default_rng(0)
     classes = rng.integers(0, 2, 400)
     features = rng.standard_normal((400, 150)).astype(np.float32)
     features[:, 0] += 4 * classes
-    assert probe_error(features, classes, *split(400)) < 0.15
+    assert ask(features, classes) < 0.15
+
+
+@pytest.mark.parametrize("classifier", ["linear", "knn"])
+def test_what_overlaps_is_told_apart_as_well_as_it_can_be(ask: Callable[..., float], classifier: str) -> None:
+    features, classes = blobs(4000, spread=0.3)
+    assert ask(features, classes, classifier) < 0.01
+    features, classes = blobs(4000)
+    assert 0.2 < ask(features, classes, classifier) < 0.6
+
+
+def test_neighbours_tell_what_no_line_can(ask: Callable[..., float]) -> None:
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((3000, 2)).astype(np.float32)
+    classes = (features[:, 0] * features[:, 1] > 0).astype(np.int64)
+    assert ask(features, classes) > 0.4
+    assert ask(features, classes, "knn") < 0.05
+
+
+def test_scikit_learn_is_of_the_same_opinion(tmp_path: Path) -> None:
+    features, classes = blobs(6000)
+    examples = Examples(stored(features, tmp_path), classes, truth_of(classes).parts)
+    ours = linear.linear_predictions(examples)
+    x = torch.cat([x for x, _ in examples.pieces(range(6000))]).numpy()
+    train, test = slice(0, 4500), slice(4500, 6000)
+    theirs = LogisticRegression(C=1 / (2 * 4500 * 1e-4), max_iter=1000).fit(x[train], classes[train]).predict(x[test])
+    assert (ours != classes[test]).mean() == pytest.approx((theirs != classes[test]).mean(), abs=0.01)
+    assert (ours == theirs).mean() > 0.97
+
+
+def test_scikit_learn_is_of_the_same_opinion_on_spoken_digits(fsdd: Path, tmp_path: Path) -> None:
+    config = resolve(overrides={"data.source": f"fsdd:{fsdd}", "net.width": 16, "net.context": 16})
+    data = open_data(config.data, shortest_sample(config))
+    network = build_network(config.net, data.frame_shape)
+    plans = plan_stages(config, data, network, network.natural_ranges)[:2]
+    question = ask_data("digit", data, config)
+    (_, features), _ = features_under_budget(config, question, untrained_modules(config, plans), tmp_path, StopFlag())
+    right = truth(question, plans[1])
+    examples = Examples(features, right.classes, right.parts)
+    ours = linear.linear_predictions(examples)
+    x = torch.cat([x for x, _ in examples.pieces(range(features.rows))]).numpy()
+    fitted, test = right.parts.fitted, right.parts.test
+    known, wanted = right.classes[: fitted.stop], right.classes[test.start :]
+    errors = [
+        (
+            LogisticRegression(C=1 / (2 * len(fitted) * penalty), max_iter=2000)
+            .fit(x[: fitted.stop], known)
+            .predict(x[test.start :])
+            != wanted
+        ).mean()
+        for penalty in linear.PENALTIES
+    ]
+    assert min(abs((ours != wanted).mean() - error) for error in errors) <= 0.01
+    assert (ours != wanted).mean() <= min(errors) + 0.03  # the penalty is well chosen, too
+
+
+@pytest.mark.parametrize("classifier", ["linear", "knn"])
+def test_pieces_of_the_features_give_what_all_at_once_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifier: str
+) -> None:
+    features, classes = blobs(2000)
+    whole = answer(stored(features, tmp_path), truth_of(classes), classifier)
+    monkeypatch.setattr(examples_file, "PIECE_BYTES", 4 * 12 * 300)
+    monkeypatch.setattr(nearest, "ASKED", 70)
+    pieces = answer(stored(features, tmp_path), truth_of(classes), classifier)
+    assert pieces.error == pytest.approx(whole.error, abs=0.004)
+    assert np.abs(np.array(pieces.confusion.counts) - np.array(whole.confusion.counts)).sum() <= 4
+
+
+@pytest.mark.parametrize("classifier", ["linear", "knn"])
+def test_ten_times_the_rows_take_no_more_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifier: str
+) -> None:
+    monkeypatch.setattr(examples_file, "PIECE_BYTES", 2**18)
+    monkeypatch.setattr(linear, "ITERATIONS", 3)
+
+    def taken(count: int) -> int:
+        """Bytes of numpy arrays at the highest point, beside the classes."""
+        features, classes = blobs(count, channels=64)
+        file = stored(features, tmp_path)
+        truth = truth_of(classes)
+        del features
+        tracemalloc.start()
+        answer(file, truth, classifier)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak - 8 * count
+
+    assert taken(20_000) < 1.2 * taken(4000)
+
+
+def test_a_confusion_matrix_counts_what_was_taken_for_what(tmp_path: Path) -> None:
+    features, classes = blobs(4000)
+    found = answer(stored(features, tmp_path), truth_of(classes), "linear")
+    counts = np.array(found.confusion.counts)
+    assert counts.sum(1).tolist() == np.bincount(classes[3000:]).tolist()
+    assert 1 - np.trace(counts) / 1000 == pytest.approx(found.error)
+    assert found.confusion.classes[0] == "class 0"
+
+
+def test_a_matrix_that_nobody_could_read_is_left_out(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    classes = np.concatenate([np.arange(200)] * 8)
+    found = answer(stored(rng.standard_normal((1600, 4)).astype(np.float32), tmp_path), truth_of(classes), "knn")
+    assert found.confusion is None
 
 
 def test_a_summary_does_not_depend_on_the_pieces() -> None:

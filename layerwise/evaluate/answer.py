@@ -1,0 +1,50 @@
+"""What a classifier makes of the features of one stage."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from layerwise.evaluate.examples import Examples
+from layerwise.evaluate.feature_file import FeatureFile
+from layerwise.evaluate.linear import linear_predictions
+from layerwise.evaluate.nearest import nearest_predictions
+from layerwise.evaluate.question import Truth
+
+CLASSIFIERS: dict[str, Callable[[Examples], np.ndarray]] = {
+    "linear": linear_predictions,
+    "knn": nearest_predictions,
+}
+
+MOST_CONFUSED = 100
+"""Classes beyond which a confusion matrix is not kept: nobody could read it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Confusion:
+    """Test rows of each class, by the class that was predicted."""
+
+    classes: tuple[str, ...]
+    counts: list[list[int]]
+    """[true class][predicted class]"""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """On the test rows."""
+
+    error: float
+    """From 0 to 1."""
+    confusion: Confusion | None
+
+
+def answer(features: FeatureFile, truth: Truth, classifier: str) -> Answer:
+    """Fits the classifier and tests it."""
+    predicted = CLASSIFIERS[classifier](Examples(features, truth.classes, truth.parts))
+    right = truth.classes[truth.parts.test.start :]
+    confusion = None
+    if len(truth.names) <= MOST_CONFUSED:
+        counts = np.zeros((len(truth.names), len(truth.names)), dtype=np.int64)
+        np.add.at(counts, (right, predicted), 1)
+        confusion = Confusion(truth.names, counts.tolist())
+    return Answer(float((predicted != right).mean()), confusion)

@@ -1,0 +1,71 @@
+"""What a classifier is fitted to and tested on: standardised features and their classes, piece by piece."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from layerwise.evaluate.feature_file import FeatureFile
+
+PIECE_BYTES = 64 * 2**20
+"""Features in memory at once; fewer are kept there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Where the rows of each split lie: training rows first, then held-out ones, then those of the test."""
+
+    train: range
+    held_out: range
+    test: range
+
+    @classmethod
+    def of(cls, train: int, held_out: int, test: int) -> "Parts":
+        """Parts of so many rows each."""
+        fitted = train + held_out
+        return cls(range(train), range(train, fitted), range(fitted, fitted + test))
+
+    @property
+    def fitted(self) -> range:
+        """Training and held-out rows."""
+        return range(self.held_out.stop)
+
+
+class Examples:
+    """Rows in their order; each channel has mean 0 and spread 1 over the training rows."""
+
+    def __init__(self, features: FeatureFile, classes: np.ndarray, parts: Parts) -> None:
+        """classes: int64 [N] from 0."""
+        self.parts, self.channels = parts, features.channels
+        self.count = int(classes.max()) + 1
+        self._features, self._classes = features, classes
+        self._step = max(PIECE_BYTES // (4 * features.channels), 1)
+        self._mean, self._spread = self._statistics()
+        self._kept = self._read(range(features.rows)) if features.rows <= self._step else None
+
+    def pieces(self, rows: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """float32 [n, C] and int64 [n] of these rows, piece after piece."""
+        for first in range(rows.start, rows.stop, self._step):
+            stop = min(first + self._step, rows.stop)
+            x = self._read(range(first, stop)) if self._kept is None else self._kept[first:stop]
+            yield x, torch.from_numpy(self._classes[first:stop])
+
+    def classes(self, rows: range) -> np.ndarray:
+        """int64 [n]"""
+        return self._classes[rows.start : rows.stop]
+
+    def _read(self, rows: range) -> torch.Tensor:
+        centred = self._features.read(rows.start, rows.stop) - self._mean
+        # A channel that never varies carries nothing; dividing by its spread would turn rounding into a feature.
+        varies = self._spread > 1e-6 * (np.abs(self._mean) + self._spread.max())
+        return torch.from_numpy(np.where(varies, centred / np.maximum(self._spread, 1e-12), 0).astype(np.float32))
+
+    def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and spread float32 [C]."""
+        rows = self.parts.train
+        starts = range(rows.start, rows.stop, self._step)
+        read = [(first, min(first + self._step, rows.stop)) for first in starts]
+        mean = sum(self._features.read(*piece).sum(0, dtype=np.float64) for piece in read) / len(rows)
+        squares = sum(np.square(self._features.read(*piece) - mean).sum(0, dtype=np.float64) for piece in read)
+        return mean.astype(np.float32), np.sqrt(squares / len(rows)).astype(np.float32)
