@@ -6,6 +6,7 @@ The public API, in the words of the command line:
     layerwise.plan(config)
     result = layerwise.run(config)
     layerwise.probe(result.paths.out, "speaker")
+    layerwise.compare(config, "speaker", seeds=[0])
 """
 
 from importlib import import_module
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
     from layerwise.engines.plan import plan
     from layerwise.engines.run import RunResult, run
     from layerwise.errors import LayerwiseError
+    from layerwise.evaluate.compare import Comparison, compare
     from layerwise.evaluate.probe import ProbeResult, probe
     from layerwise.forecast import Forecast
+    from layerwise.objectives import register_objective
     from layerwise.run_directory import RunState, open_run
 
 __all__ = [
+    "Comparison",
     "Config",
     "Forecast",
     "LayerwiseError",
@@ -30,9 +34,11 @@ __all__ = [
     "RunResult",
     "RunState",
     "__version__",
+    "compare",
     "open_run",
     "plan",
     "probe",
+    "register_objective",
     "resolve",
     "run",
 ]
@@ -45,6 +51,9 @@ _HOME = {
     "RunResult": "layerwise.engines.run",
     "run": "layerwise.engines.run",
     "LayerwiseError": "layerwise.errors",
+    "Comparison": "layerwise.evaluate.compare",
+    "compare": "layerwise.evaluate.compare",
+    "register_objective": "layerwise.objectives",
     "ProbeResult": "layerwise.evaluate.probe",
     "probe": "layerwise.evaluate.probe",
     "RunState": "layerwise.run_directory",

@@ -15,7 +15,7 @@ ROOMS = {
     "objectives": {"errors", "config"},
     "memory": {"errors", "config"},
     "training": LEAVES | {"cache", "data", "nets", "objectives", "memory"},
-    "evaluate": LEAVES | {"training", "cache", "data", "nets", "memory"},
+    "evaluate": LEAVES | {"engines", "training", "cache", "data", "nets", "memory"},
     "engines": LEAVES | {"training", "data", "nets", "memory", "cache"},
     "report": LEAVES | {"evaluate"},
     "commands": LEAVES | {"training", "engines", "evaluate", "report", "cache"},

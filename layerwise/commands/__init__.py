@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import click
 
 from layerwise.commands.cache import cache
+from layerwise.commands.compare import compare
 from layerwise.commands.plan import plan
 from layerwise.commands.probe import probe
 from layerwise.commands.run import run
@@ -21,7 +22,7 @@ def layerwise() -> None:
     """Train deep networks that do not fit on the GPU, one gradient-isolated module at a time."""
 
 
-for command in (plan, run, status, probe, cache):
+for command in (plan, run, status, probe, compare, cache):
     layerwise.add_command(command)
 
 

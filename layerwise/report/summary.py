@@ -14,6 +14,7 @@ from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.units import duration, percent, size
 
 if TYPE_CHECKING:
+    from layerwise.evaluate.compare import Comparison
     from layerwise.evaluate.probe import ProbeResult
 
 FEW_TEST_SAMPLES = 50
@@ -110,6 +111,20 @@ def probe_table(result: "ProbeResult") -> Table:
         shown.add_row(
             str(stage.stage), percent(stage.error), percent(stage.untrained_error), str(stage.train), str(stage.test)
         )
+    return shown
+
+
+def comparison_table(comparison: "Comparison") -> Table:
+    """Test error after each module, mean and spread over the seeds, and what each method took."""
+    modules = max((len(method.stages) for method in comparison.methods), default=0)
+    shown = table("method", *(str(number) for number in range(1, modules + 1)), "peak", "disk", "time")
+    for method in comparison.methods:
+        errors = [
+            percent(stage.error_mean) + (f" ±{100 * stage.error_std:.1f}" if len(method.seeds) > 1 else "")
+            for stage in method.stages
+        ]
+        took = [size(method.peak_bytes), size(method.disk_bytes), duration(method.seconds)]
+        shown.add_row(method.method, *errors, *(took if method.peak_bytes else ["", "", ""]))
     return shown
 
 

@@ -1,0 +1,230 @@
+"""The methods of the paper side by side: on the same data, cut, epochs per module, seeds and probes.
+
+Every run lies in OUT/runs/METHOD/seed-N, a run directory like any other, and what came of it in OUT/compare.json. Doing
+it twice does once what is missing.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from layerwise.config import Config, changed_options, load
+from layerwise.data.open import open_data
+from layerwise.data.source import DataSet
+from layerwise.engines.run import run
+from layerwise.errors import ConfigError, RunError
+from layerwise.evaluate.answer import answer
+from layerwise.evaluate.encoders import features_under_budget, trained_modules, untrained_modules
+from layerwise.evaluate.methods import GREEDY, METHODS, UNTRAINED, config_of
+from layerwise.evaluate.question import Question, ask, truth
+from layerwise.events import CachingProgress, Event, Notify, silent
+from layerwise.files import exclusive, write_atomically
+from layerwise.memory.device import find_device
+from layerwise.nets import shortest_sample
+from layerwise.nets.module import Module
+from layerwise.run_directory import RunPaths
+from layerwise.stop import StopFlag
+from layerwise.training.checkpoint import load_arrays
+from layerwise.training.cutting import plan_run
+from layerwise.training.plan import StagePlan
+from layerwise.training.removal import remove_caches
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One method with one seed."""
+
+    method: str
+    seed: int
+    errors: tuple[float, ...]
+    """On the test samples, from 0 to 1, of the features after each module."""
+    peak_bytes: int
+    """Highest of all stages, in training and in caching."""
+    disk_bytes: int
+    """Most that its caches took at once."""
+    seconds: float
+    """Of training and caching."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleError:
+    """Over the seeds; the spread is the standard deviation of the sample, 0 where there is one seed."""
+
+    stage: int
+    error_mean: float
+    error_std: float
+
+
+@dataclass(frozen=True, slots=True)
+class MethodResult:
+    """One method over its seeds; bytes and seconds are medians."""
+
+    method: str
+    seeds: list[int]
+    peak_bytes: int
+    disk_bytes: int
+    seconds: float
+    stages: list[ModuleError]
+
+
+@dataclass(slots=True)
+class Comparison:
+    """compare.json."""
+
+    label: str
+    epochs: int
+    finished: bool = False
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    @property
+    def methods(self) -> list[MethodResult]:
+        """In the order of METHODS."""
+        by_method = ([each for each in self.outcomes if each.method == method] for method in METHODS)
+        return [_over_seeds(outcomes) for outcomes in by_method if outcomes]
+
+    def save(self, path: Path) -> None:
+        """Replaces the file atomically. Raises RunError."""
+        tree = asdict(self) | {"methods": [asdict(method) for method in self.methods]}
+        write_atomically(path, (json.dumps(tree, indent=2) + "\n").encode())
+
+
+def load_comparison(out: Path) -> Comparison:
+    """What is known so far. Raises RunError where the folder holds no readable compare.json."""
+    try:
+        tree = json.loads((out / "compare.json").read_text())
+        outcomes = [Outcome(**{**each, "errors": tuple(each["errors"])}) for each in tree["outcomes"]]
+        return Comparison(tree["label"], tree["epochs"], tree["finished"], outcomes)
+    except FileNotFoundError:
+        raise RunError(
+            f"{out} holds no comparison; make one with: layerwise compare --out {out} --label NAME."
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise RunError(f"{out / 'compare.json'} is damaged; move it away and start the same command again.") from None
+
+
+def compare(
+    config: Config,
+    label: str,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    methods: Sequence[str] = tuple(METHODS),
+    stop: StopFlag | None = None,
+    notify: Notify = silent,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Comparison:
+    """Trains each method with each seed for `training.max_epochs` epochs per module, and probes `label` after each module.
+
+    notify: is told what happens in the runs; tell: of the runs. Raises ConfigError where a method is unknown or the folder
+    holds a comparison with other options, Interrupted after saving when asked to stop.
+    """
+    stop, out = stop or StopFlag(), Path(config.out)
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise ConfigError(f"There is no method {unknown[0]!r} to compare; there are {', '.join(METHODS)}.")
+    data = open_data(config.data, shortest_sample(config))
+    ask(label, data, config)  # refuses what cannot be asked before anything is trained
+    with exclusive(
+        out / "lock", RunError(f"Another process is comparing in {out}; wait for it, or name another --out.")
+    ):
+        found = _begun(out, config, label)
+        wanted = [(method, seed) for seed in seeds for method in METHODS if method in methods]
+        found.finished = False
+        for method, seed in wanted:
+            if any((each.method, each.seed) == (method, seed) for each in found.outcomes):
+                continue
+            tell(f"{method}, seed {seed}")
+            found.outcomes.append(_outcome(method, seed, config, label, data, stop, notify))
+            found.save(out / "compare.json")
+        found.finished = True
+        found.save(out / "compare.json")
+    return found
+
+
+def _begun(out: Path, config: Config, label: str) -> Comparison:
+    """What an earlier start has left, which must have had the same options."""
+    if not (out / "compare.json").exists():
+        found = Comparison(label, config.training.max_epochs)
+        write_atomically(out / "config.toml", config.to_toml().encode())
+        found.save(out / "compare.json")
+        return found
+    found = load_comparison(out)
+    changed = changed_options(load(out / "config.toml"), config, {"shape", "training"})
+    if found.label != label:
+        raise ConfigError(f"{out} compares the label {found.label!r}, not {label!r}; name another --out.")
+    if changed:
+        option, old, new = changed[0]
+        raise ConfigError(
+            f"{out} was begun with {option.key} = {old}, and now it is {new}; give the old value, or name another --out."
+        )
+    return found
+
+
+def _outcome(
+    method: str, seed: int, config: Config, label: str, data: DataSet, stop: StopFlag, notify: Notify
+) -> Outcome:
+    out = Path(config.out) / "runs" / method / f"seed-{seed}"
+    caches = Path(config.cache.dir) / Path(config.out).resolve().name / method
+    options = config_of(method, seed, config, label, str(out), str(caches))
+    plans = plan_run(
+        config_of(GREEDY, seed, config, label, str(out), str(caches)), data, find_device(options.training.device)
+    )
+    question = ask(label, data, options)
+    if method == UNTRAINED:
+        modules = untrained_modules(options, plans)
+        return Outcome(method, seed, _errors(options, question, plans, modules, out, stop), 0, 0, 0.0)
+    disk = _Disk(RunPaths.of(out, caches).caches)
+    result = run(options, stop=stop, notify=lambda event: (disk.look(event), notify(event)))
+    modules = trained_modules(options, plans, load_arrays(result.paths.encoder)[0])
+    errors = _errors(options, question, plans, modules, result.paths.probes, stop)
+    remove_caches(out, None)
+    records = result.state.stages
+    peak = max(record.peak_bytes or 0 for record in records)
+    return Outcome(method, seed, errors, peak, disk.most, sum(record.seconds for record in records))
+
+
+def _errors(
+    config: Config,
+    question: Question,
+    plans: list[StagePlan],
+    modules: list[Module],
+    folder: Path,
+    stop: StopFlag,
+) -> tuple[float, ...]:
+    """Of a linear probe after each module."""
+    files, _ = features_under_budget(config, question, modules, folder, stop)
+    errors = []
+    for plan, features in zip(plans, files, strict=True):
+        stop.raise_if_set(f"before the probe of module {plan.stage}")
+        errors.append(answer(features, truth(question, plan), "linear").error)
+        features.close()
+    return tuple(errors)
+
+
+class _Disk:
+    """Looks at a folder of caches while they are written."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.most = folder, 0
+
+    def look(self, event: Event) -> None:
+        """The room is highest while a cache is written beside those below it."""
+        if isinstance(event, CachingProgress):
+            now = sum(path.stat().st_blocks * 512 for path in self._folder.glob("stage-*"))
+            self.most = max(self.most, now)
+
+
+def _over_seeds(outcomes: list[Outcome]) -> MethodResult:
+    errors = list(zip(*(outcome.errors for outcome in outcomes), strict=True))
+    return MethodResult(
+        method=outcomes[0].method,
+        seeds=[outcome.seed for outcome in outcomes],
+        peak_bytes=round(statistics.median(outcome.peak_bytes for outcome in outcomes)),
+        disk_bytes=round(statistics.median(outcome.disk_bytes for outcome in outcomes)),
+        seconds=statistics.median(outcome.seconds for outcome in outcomes),
+        stages=[
+            ModuleError(stage, statistics.mean(of_stage), statistics.stdev(of_stage) if len(of_stage) > 1 else 0.0)
+            for stage, of_stage in enumerate(errors, start=1)
+        ],
+    )

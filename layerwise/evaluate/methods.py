@@ -1,0 +1,42 @@
+"""The methods that Greedy InfoMax is compared with (Löwe et al. 2019, tables 1 and 2), each as options of a run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from layerwise.config import Config, validated
+
+GREEDY = "greedy-infomax"
+UNTRAINED = "untrained"
+
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    GREEDY: {},
+    "greedy-infomax-simultaneous": {"training.schedule": "simultaneous"},
+    "cpc": {"training.stages": 1},
+    "greedy-supervised": {"objective.name": "supervised"},
+    "supervised": {"objective.name": "supervised", "training.stages": 1},
+    UNTRAINED: {},
+}
+"""Name to the options in which it differs from a run of one's own; `untrained` is not run at all."""
+
+
+def config_of(method: str, seed: int, config: Config, label: str, out: str, cache_dir: str) -> Config:
+    """The options of one run of a method. Every module of every method is trained for `max_epochs` epochs.
+
+    The budget is for training one stage at a time: what is trained as a whole goes without.
+    """
+    tree = config.model_dump(mode="json", exclude_none=True)
+    changes = dict(METHODS[method])
+    changes |= {"training.seed": seed, "training.patience": config.training.max_epochs}
+    changes |= {"out": out, "cache.dir": cache_dir}
+    if changes.get("objective.name") == "supervised":
+        changes["objective.label"] = label
+    if changes.get("training.stages") == 1 or "training.schedule" in changes:
+        tree["memory"].pop("gpu_mem", None)
+        changes["cache.policy"] = "never"
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        section = tree
+        for each in sections:
+            section = section[each]
+        section[name] = value
+    return validated(tree)

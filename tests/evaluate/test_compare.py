@@ -1,0 +1,109 @@
+"""The comparison of methods on a few real recordings."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from layerwise.config import Config
+from layerwise.errors import ConfigError, DataError, Interrupted
+from layerwise.evaluate.compare import compare, load_comparison
+from layerwise.evaluate.methods import METHODS, UNTRAINED
+from layerwise.evaluate.probe import probe
+from layerwise.events import Event, StepDone
+from layerwise.run_directory import RunState
+from layerwise.stop import StopFlag
+
+Tiny = Callable[..., Config]
+
+
+@pytest.fixture
+def config(tiny_speech: Tiny, digits: Path) -> Config:
+    return tiny_speech(f"fsdd:{digits}", **{"training.max_epochs": 1, "cache.keep": "needed"})
+
+
+def test_every_method_is_trained_alike_and_probed_after_each_module(config: Config) -> None:
+    found = compare(config, "digit", seeds=[0, 1])
+    assert [method.method for method in found.methods] == list(METHODS)
+    out = Path(config.out)
+    for method in found.methods:
+        assert method.seeds == [0, 1]
+        assert [stage.stage for stage in method.stages] == [1, 2, 3, 4]
+        assert all(0 <= stage.error_mean <= 1 for stage in method.stages)
+        if method.method == UNTRAINED:
+            continue
+        assert method.peak_bytes > 0
+        assert method.seconds > 0
+        for seed in method.seeds:
+            state = RunState.load(out / "runs" / method.method / f"seed-{seed}" / "run.json")
+            assert {record.epochs for record in state.stages} == {1}
+            assert len(state.stages) == (4 if method.method in ("greedy-infomax", "greedy-supervised") else 1)
+    assert not list(Path(config.cache.dir).rglob("stage-*"))  # probed and freed
+    assert {method.method for method in found.methods if method.disk_bytes} == {"greedy-infomax", "greedy-supervised"}
+
+
+def test_the_errors_are_those_of_a_probe_of_the_run(config: Config) -> None:
+    found = compare(config, "digit", seeds=[3], methods=["greedy-infomax", UNTRAINED])
+    stages = probe(Path(config.out) / "runs" / "greedy-infomax" / "seed-3", "digit").stages
+    greedy, untrained = found.outcomes
+    assert greedy.errors == tuple(stage.error for stage in stages)
+    assert untrained.errors == tuple(stage.untrained_error for stage in stages)
+
+
+def test_the_file_keeps_the_contract(config: Config) -> None:
+    found = compare(config, "digit", seeds=[0, 1], methods=["cpc"])
+    tree = json.loads((Path(config.out) / "compare.json").read_text())
+    assert (tree["label"], tree["epochs"], tree["finished"]) == ("digit", 1, True)
+    (method,) = tree["methods"]
+    assert method.keys() == {"method", "seeds", "peak_bytes", "disk_bytes", "seconds", "stages"}
+    assert method["stages"][0].keys() == {"stage", "error_mean", "error_std"}
+    first = [outcome.errors[0] for outcome in found.outcomes]
+    assert method["stages"][0]["error_mean"] == pytest.approx(sum(first) / 2)
+    assert method["stages"][0]["error_std"] == pytest.approx(abs(first[0] - first[1]) / 2**0.5)
+    assert load_comparison(Path(config.out)) == found
+
+
+def test_a_comparison_that_was_stopped_goes_on_and_does_nothing_twice(
+    config: Config, tiny_speech: Tiny, digits: Path, tmp_path: Path
+) -> None:
+    undisturbed = compare(config.model_copy(update={"out": str(tmp_path / "other")}), "digit", seeds=[0])
+    stop, seen = StopFlag(), 0
+
+    def stop_in_the_second_run(event: Event) -> None:
+        nonlocal seen
+        seen += isinstance(event, StepDone)
+        if seen == 22:  # four stages of five steps are the first run
+            stop.reason = "the test"
+
+    with pytest.raises(Interrupted):
+        compare(config, "digit", seeds=[0], stop=stop, notify=stop_in_the_second_run)
+    assert not load_comparison(Path(config.out)).finished
+    told: list[str] = []
+    found = compare(config, "digit", seeds=[0], tell=told.append)
+    assert told == [f"{method}, seed 0" for method in METHODS if method != "greedy-infomax"]
+    assert [outcome.errors for outcome in found.outcomes] == [outcome.errors for outcome in undisturbed.outcomes]
+
+
+def test_only_one_stage_at_a_time_is_held_to_the_budget(config: Config, tiny_speech: Tiny, digits: Path) -> None:
+    config = tiny_speech(f"fsdd:{digits}", **{"training.max_epochs": 1, "memory.gpu_mem": "2MB", "training.stages": 4})
+    greedy, together = compare(config, "digit", seeds=[0], methods=["greedy-infomax", "cpc"]).methods
+    assert greedy.peak_bytes <= 2_000_000
+    assert together.peak_bytes > greedy.peak_bytes
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"'gim' .*greedy-infomax"):
+        compare(config, "digit", methods=["gim"])
+    with pytest.raises(DataError, match="mood"):
+        compare(config, "mood")
+    assert not Path(config.out).exists()
+
+
+def test_other_options_do_not_mix_with_those_of_before(config: Config, tiny_speech: Tiny, digits: Path) -> None:
+    compare(config, "digit", seeds=[0], methods=[UNTRAINED])
+    longer = config.model_copy(update={"training": config.training.model_copy(update={"max_epochs": 3})})
+    with pytest.raises(ConfigError, match=r"training.max_epochs = 1, and now it is 3"):
+        compare(longer, "digit", seeds=[0])
+    with pytest.raises(ConfigError, match="'digit', not 'speaker'"):
+        compare(config, "speaker", seeds=[0])
