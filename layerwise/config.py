@@ -137,6 +137,15 @@ class TrainingOptions(_Section):
     adam_eps: float = _option(
         1e-6, "training", "Adam's epsilon; at 1e-8 rounding moves the weights of channels that hardly learn", gt=0
     )
+    input_noise: float = _option(
+        0.0,
+        "training",
+        "noise on the inputs of stages above the first, as a part of their level (root mean square)",
+        ge=0,
+    )
+    frame_dropout: float = _option(
+        0.0, "training", "part of the input frames of stages above the first that is dropped in each step", ge=0, lt=1
+    )
     precision: Literal["float32", "bfloat16", "float16"] = _option(
         "float32", "training", "float32, or autocast to bfloat16 or float16", "--precision"
     )

@@ -26,6 +26,7 @@ from layerwise.memory.allocator import AnyMeter
 from layerwise.memory.placement import Placement
 from layerwise.stop import StopFlag
 from layerwise.streams import stream
+from layerwise.training.augmentation import augmented
 from layerwise.training.checkpoint import Arrays, Progress, load_checkpoint, save_checkpoint, to_host
 from layerwise.training.feed import Feed
 from layerwise.training.loaded import LoadedStage, Randomness
@@ -101,6 +102,8 @@ def train_stage(
         epoch = training_epoch(feed, train, plan.window, options.batch_size, rng)
         for step, batch in _batches(epoch, feed, classes, loaded, first=progress.step):
             key = (plan.stage, progress.epoch, step)
+            if plan.stage > 1:
+                batch = augmented(batch, options, stream(options.seed, "augmentation", *key))
             module_seed = int(stream(options.seed, "module", *key).integers(2**62))
             score = loaded.train(batch, Randomness(partial(stream, options.seed, "negatives", *key), module_seed))
             loss, accuracy = score.loss.item(), score.accuracy.item()

@@ -31,7 +31,10 @@ def losses(config: Config) -> list[float]:
     return [event.loss for event in events if isinstance(event, EpochDone) and event.stage == 1]
 
 
-@pytest.mark.parametrize("options", [SUPERVISED, {"objective.name": "hinge"}, SIMULTANEOUS, SUPERVISED | SIMULTANEOUS])
+@pytest.mark.parametrize(
+    "options",
+    [SUPERVISED, {"objective.name": "hinge"}, SIMULTANEOUS, SUPERVISED | SIMULTANEOUS, {"training.input_noise": 0.2}],
+)
 def test_a_run_learns_and_resumes_to_the_same_bits(
     tiny_speech: Tiny, digits: Path, tmp_path: Path, options: dict[str, str]
 ) -> None:
