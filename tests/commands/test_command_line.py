@@ -98,6 +98,29 @@ def test_probe_prints_the_contracts_json(finished: Path, call: Callable) -> None
         assert (stage["train"], stage["test"]) == (24, 24)
 
 
+def test_compare_prints_the_contracts_json_and_a_table(digits: Path, call: Callable) -> None:
+    command = ["compare", *TINY, "--data", f"fsdd:{digits}", "--label", "digit", "--seeds", "1"]
+    code, out, err = call(*command, "--methods", "cpc,untrained", "--json")
+    assert code == 0
+    assert "cpc, seed 0" in err
+    tree = json.loads(out)
+    assert tree["label"] == "digit"
+    assert [method["method"] for method in tree["methods"]] == ["cpc", "untrained"]
+    for method in tree["methods"]:
+        assert method.keys() == {"method", "seeds", "peak_bytes", "disk_bytes", "seconds", "stages"}
+        assert [stage["stage"] for stage in method["stages"]] == [1, 2, 3, 4]
+
+    code, out, err = call(*command, "--methods", "cpc")  # nothing is left to do
+    assert (code, "seed" in err) == (0, False)
+    assert "cpc" in out
+    assert Path("runs/compare-fsdd/compare.json").exists()
+
+
+def test_compare_needs_a_label(digits: Path, call: Callable) -> None:
+    code, _, err = call("compare", *TINY, "--data", f"fsdd:{digits}")
+    assert (code, "--label" in err) == (2, True)
+
+
 def test_the_summary_says_where_things_lie_and_what_to_type(digits: Path, call: Callable) -> None:
     code, out, err = call("run", *TINY, "--data", f"fsdd:{digits}", "--out", "my run")
     assert (code, err) == (0, "")
