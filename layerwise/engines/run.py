@@ -3,6 +3,7 @@
 Starting a run and resuming it are the same call. What is done is read from the disk, never from a flag.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.engines import local
+from layerwise.engines.machine import machine
 from layerwise.errors import BudgetError, DamagedCache, RunError
 from layerwise.events import Message, Notify, RunStarted, silent
-from layerwise.files import exclusive
+from layerwise.files import exclusive, write_atomically
 from layerwise.memory.device import find_device
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
@@ -73,6 +75,7 @@ def run(
         state = prepare(
             config, paths, data, plans, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
         )
+        write_atomically(paths.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
         for line in _described(config, data, plans, layouts, storage):
             notify(Message(line))
         done = tuple(record.stage for record in state.stages if record.status == "done")
