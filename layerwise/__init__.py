@@ -6,6 +6,7 @@ The public API, in the words of the command line:
     layerwise.plan(config)
     result = layerwise.run(config)
     layerwise.probe(result.paths.out, "speaker")
+    layerwise.write_report(result.paths.out)
 """
 
 from importlib import import_module
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from layerwise.errors import LayerwiseError
     from layerwise.evaluate.probe import ProbeResult, probe
     from layerwise.forecast import Forecast
+    from layerwise.report.html import write_report
     from layerwise.run_directory import RunState, open_run
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "probe",
     "resolve",
     "run",
+    "write_report",
 ]
 
 _HOME = {
@@ -49,6 +52,7 @@ _HOME = {
     "probe": "layerwise.evaluate.probe",
     "RunState": "layerwise.run_directory",
     "open_run": "layerwise.run_directory",
+    "write_report": "layerwise.report.html",
 }
 
 

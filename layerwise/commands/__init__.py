@@ -9,6 +9,7 @@ import click
 from layerwise.commands.cache import cache
 from layerwise.commands.plan import plan
 from layerwise.commands.probe import probe
+from layerwise.commands.report import report
 from layerwise.commands.run import run
 from layerwise.commands.status import status
 from layerwise.errors import Interrupted, LayerwiseError
@@ -21,7 +22,7 @@ def layerwise() -> None:
     """Train deep networks that do not fit on the GPU, one gradient-isolated module at a time."""
 
 
-for command in (plan, run, status, probe, cache):
+for command in (plan, run, status, probe, report, cache):
     layerwise.add_command(command)
 
 

@@ -34,7 +34,7 @@ def stage_table(state: RunState) -> Table:
     for record in state.stages:
         shown.add_row(
             str(record.stage),
-            _status(record),
+            stage_status(record),
             f"{record.best_loss:.4f}" if record.best_loss is not None else "",
             size(record.train_peak_bytes),
             size(record.cache_peak_bytes),
@@ -44,7 +44,8 @@ def stage_table(state: RunState) -> Table:
     return shown
 
 
-def _status(record: StageRecord) -> str:
+def stage_status(record: StageRecord) -> str:
+    """How far a stage is, and after how many epochs."""
     if record.status == "done":
         return outcome(record.epochs, record.converged)
     return f"{record.status} ({record.epochs})" if record.epochs else record.status
