@@ -97,6 +97,7 @@ def what_next(paths: RunPaths, labels: list[str]) -> list[str]:
     probes = [f"layerwise probe {out} --label {shlex.quote(label)}" for label in labels]
     return [
         *probes,
+        f"layerwise report {out}",
         f"layerwise status {out}",
         f"layerwise run --out {out} … --from-stage S   to retrain from stage S on",
     ]

@@ -98,6 +98,13 @@ def test_probe_prints_the_contracts_json(finished: Path, call: Callable) -> None
         assert (stage["train"], stage["test"]) == (24, 24)
 
 
+def test_report_says_where_it_lies(finished: Path, call: Callable) -> None:
+    code, out, err = call("report", finished / "run")
+    assert (code, err) == (0, "")
+    assert out == f"{finished / 'run' / 'report.html'} (figures: {finished / 'run' / 'plots'})\n"
+    assert (finished / "run" / "report.html").stat().st_size > 10_000
+
+
 def test_the_summary_says_where_things_lie_and_what_to_type(digits: Path, call: Callable) -> None:
     code, out, err = call("run", *TINY, "--data", f"fsdd:{digits}", "--out", "my run")
     assert (code, err) == (0, "")
@@ -176,6 +183,7 @@ BAD_REQUESTS = {
     "window too small": (["--set", "data.window=60"], "data.window 60 is too small; give at least 81"),
     "kernels without strides": (["--set", "net.kernels=[3]"], "one entry per convolution"),
     "pattern without a group": (["--set", "data.pattern=abc"], "names no label"),
+    "unknown service": (["--log", "paper"], "--log: input should be 'none', 'tensorboard', 'wandb' or 'mlflow'"),
     "window of nothing": (["--set", "data.window=0"], "data.window: "),
 }
 
@@ -278,7 +286,7 @@ def test_an_unknown_label_lists_the_known_ones(finished: Path, call: Callable) -
     assert "has no label 'mood'; it has digit, speaker" in err
 
 
-@pytest.mark.parametrize("command", [["status"], ["probe", "--label", "speaker"]])
+@pytest.mark.parametrize("command", [["status"], ["report"], ["probe", "--label", "speaker"]])
 def test_commands_on_what_is_no_run_are_a_sentence(command: list[str], call: Callable, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "missing"):
