@@ -18,7 +18,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["layerwise", "layerwise.*"]),
-    package_data={"layerwise": ["recipes/*.toml"]},
+    package_data={"layerwise": ["recipes/*.toml", "report/*.jinja"]},
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",
@@ -34,10 +34,15 @@ setup(
         "tomli-w>=1.1",
         "pillow>=10.3",
         "isal>=1.7",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
     ],
     extras_require={
         "gpu": ["nvidia-ml-py>=12"],  # tells this process's memory from that of others on the GPU
         "compression": COMPRESSION,
+        "tensorboard": ["tensorboard>=2.18"],
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow>=3.0"],
         "dev": [
             "pytest>=8.3",
             "pytest-xdist>=3.6",
@@ -45,6 +50,8 @@ setup(
             "ruff>=0.14",
             "scikit-learn>=1.5",
             *COMPRESSION,
+            "playwright>=1.50",  # drives the system's Chromium, where there is one
+            "tensorboard>=2.18",
         ],
     },
     entry_points={"console_scripts": ["layerwise = layerwise.commands:main"]},

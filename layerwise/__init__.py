@@ -7,6 +7,7 @@ The public API, in the words of the command line:
     result = layerwise.run(config)
     layerwise.probe(result.paths.out, "speaker")
     layerwise.compare(config, "speaker", seeds=[0])
+    layerwise.write_report(result.paths.out)
 """
 
 from importlib import import_module
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from layerwise.evaluate.probe import ProbeResult, probe
     from layerwise.forecast import Forecast
     from layerwise.objectives import register_objective
+    from layerwise.report.html import write_report
     from layerwise.run_directory import RunState, open_run
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "register_objective",
     "resolve",
     "run",
+    "write_report",
 ]
 
 _HOME = {
@@ -58,6 +61,7 @@ _HOME = {
     "probe": "layerwise.evaluate.probe",
     "RunState": "layerwise.run_directory",
     "open_run": "layerwise.run_directory",
+    "write_report": "layerwise.report.html",
 }
 
 

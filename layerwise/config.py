@@ -152,6 +152,9 @@ class TrainingOptions(_Section):
     seed: int = _option(0, "shape", "seed of weights, splits, windows and negatives", "--seed", ge=0)
     device: str = _option("auto", "place", "auto, cpu, cuda or cuda:N", "--device", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     checkpoint_seconds: float = _option(60, "place", "time between checkpoints inside an epoch, seconds", ge=0)
+    log: Literal["none", "tensorboard", "wandb", "mlflow"] = _option(
+        "none", "place", "show curves in tensorboard, wandb or mlflow too; none: in metrics.jsonl alone", "--log"
+    )
 
 
 def _size(value: Any) -> Any:

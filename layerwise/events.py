@@ -66,6 +66,8 @@ class CachingProgress:
     stage: int
     rows: int
     total: int
+    live_bytes: int
+    peak_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

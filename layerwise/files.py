@@ -2,10 +2,12 @@
 
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from layerwise.errors import LayerwiseError, RunError
 
@@ -30,6 +32,19 @@ def write_atomically(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise RunError(unwritable(path, error)) from None
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that holds one in each line; a line that a kill has torn is left out.
+
+    None where there is no such file.
+    """
+    found = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            entry = json.loads(line)
+            found += [entry] if isinstance(entry, dict) else []
+    return found
 
 
 def sync_folder(folder: Path) -> None:

@@ -45,6 +45,20 @@ class RunPaths:
         return self.out / "log.txt"
 
     @property
+    def machine(self) -> Path:
+        """The machine of the newest start."""
+        return self.out / "machine.json"
+
+    @property
+    def report(self) -> Path:
+        return self.out / "report.html"
+
+    @property
+    def plots(self) -> Path:
+        """The figures of the report, each as .svg and .png."""
+        return self.out / "plots"
+
+    @property
     def lock(self) -> Path:
         return self.out / "lock"
 
@@ -79,6 +93,9 @@ class RunPaths:
 
     def metrics(self, stage: int) -> Path:
         return self.stage(stage) / "metrics.jsonl"
+
+    def memory(self, stage: int) -> Path:
+        return self.stage(stage) / "memory.jsonl"
 
     def cache(self, stage: int) -> Path:
         return self.caches / f"stage-{stage}.h5"

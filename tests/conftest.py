@@ -13,6 +13,8 @@ import torch
 
 from layerwise.config import Config, resolve
 from layerwise.data.source import DataSet
+from layerwise.engines.run import run
+from layerwise.evaluate.probe import probe
 from layerwise.nets.network import Network
 from layerwise.training.cutting import plan_run
 from layerwise.training.plan import StagePlan
@@ -140,6 +142,17 @@ def tiny_vision(tmp_path: Path) -> Callable[..., Config]:
 def _tiny(base: dict[str, object], folder: Path, source: str, changes: dict[str, object]) -> Config:
     places = {"data.source": source, "out": str(folder / "run"), "cache.dir": str(folder / "cache")}
     return resolve(overrides={**base, **places, **changes})
+
+
+@pytest.fixture(scope="session")
+def small_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished run of four stages, probed for digits and speakers; to be read, not changed."""
+    folder = tmp_path_factory.mktemp("small")
+    budgets = {"memory.gpu_mem": "5MB", "cache.disk": "20MB", "training.stages": 4}
+    out = run(_tiny(TINY_SPEECH, folder, f"fsdd:{digits}", budgets)).paths.out
+    for label in ("digit", "speaker"):
+        probe(out, label)
+    return out
 
 
 @dataclass(frozen=True)

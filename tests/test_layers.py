@@ -16,7 +16,8 @@ ROOMS = {
     "memory": {"errors", "config"},
     "training": LEAVES | {"cache", "data", "nets", "objectives", "memory"},
     "evaluate": LEAVES | {"engines", "training", "cache", "data", "nets", "memory"},
-    "engines": LEAVES | {"training", "data", "nets", "memory", "cache"},
+    "tracking": LEAVES,
+    "engines": LEAVES | {"training", "tracking", "data", "nets", "memory", "cache"},
     "report": LEAVES | {"evaluate"},
     "commands": LEAVES | {"training", "engines", "evaluate", "report", "cache"},
 }

@@ -10,6 +10,7 @@ from layerwise.commands.cache import cache
 from layerwise.commands.compare import compare
 from layerwise.commands.plan import plan
 from layerwise.commands.probe import probe
+from layerwise.commands.report import report
 from layerwise.commands.run import run
 from layerwise.commands.status import status
 from layerwise.errors import Interrupted, LayerwiseError
@@ -22,7 +23,7 @@ def layerwise() -> None:
     """Train deep networks that do not fit on the GPU, one gradient-isolated module at a time."""
 
 
-for command in (plan, run, status, probe, compare, cache):
+for command in (plan, run, status, probe, compare, report, cache):
     layerwise.add_command(command)
 
 

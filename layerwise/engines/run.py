@@ -3,6 +3,7 @@
 Starting a run and resuming it are the same call. What is done is read from the disk, never from a flag.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +13,16 @@ from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.engines import local
+from layerwise.engines.machine import machine
 from layerwise.errors import BudgetError, DamagedCache, RunError
 from layerwise.events import Message, Notify, RunStarted, silent
-from layerwise.files import exclusive
+from layerwise.files import exclusive, write_atomically
 from layerwise.memory.device import find_device
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
 from layerwise.run_directory import RunPaths, RunState
 from layerwise.stop import StopFlag
+from layerwise.tracking.following import Following, find_service, open_service
 from layerwise.training.cutting import plan_run
 from layerwise.training.encoder import stitch
 from layerwise.training.plan import StagePlan
@@ -58,6 +61,7 @@ def run(
     notify: is told what happens.
     Raises Interrupted after saving when asked to stop, and other LayerwiseErrors where the request cannot be met.
     """
+    service = find_service(config.training.log)
     device, stop = find_device(config.training.device), stop or StopFlag()
     paths = RunPaths.of(config.out, config.cache.dir)
     data = open_data(config.data, shortest_sample(config))
@@ -78,12 +82,15 @@ def run(
         state = prepare(
             config, paths, data, plans, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
         )
-        for line in _described(config, data, plans, layouts, storage):
-            notify(Message(line))
-        done = tuple(record.stage for record in state.stages if record.status == "done")
-        notify(RunStarted(len(plans), done, config.training.max_epochs, state.budget_bytes))
-        shared = Run(config, paths, state, data, split, plans, layouts, storage, device, stop, notify)
-        _perform_all(shared)
+        write_atomically(paths.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
+        tracker = open_service(config.training.log, service, paths, state.run_id, config)
+        with Following(tracker, notify) as told:
+            for line in _described(config, data, plans, layouts, storage):
+                told(Message(line))
+            done = tuple(record.stage for record in state.stages if record.status == "done")
+            told(RunStarted(len(plans), done, config.training.max_epochs, state.budget_bytes))
+            shared = Run(config, paths, state, data, split, plans, layouts, storage, device, stop, told)
+            _perform_all(shared)
         stitch(config, paths, plans)
         state.from_stage = None
         state.save(paths.state)

@@ -60,7 +60,8 @@ class AllocatorMeter:
         return False
 
     def _requested(self, when: str) -> int:
-        return torch.cuda.memory_stats(self._device)[f"requested_bytes.all.{when}"]
+        # Nested, as the allocator gives it: memory_stats would flatten and sort hundreds of numbers at every step.
+        return torch.cuda.memory_stats_as_nested_dict(self._device)["requested_bytes"]["all"][when]
 
 
 AnyMeter = Meter | AllocatorMeter

@@ -79,6 +79,7 @@ class LiveTable:
                 self._pace.started = time.monotonic()
             case CachingProgress():
                 row.status, row.left = f"caching {event.rows / max(event.total, 1):.0%}", ""
+                self._memory = self._against_budget(event.live_bytes, event.peak_bytes)
             case StageDone():
                 row.status = "converged" if event.converged else "max epochs"
                 row.peak = size(max(event.train_peak_bytes, event.cache_peak_bytes))

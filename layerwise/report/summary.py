@@ -36,7 +36,7 @@ def stage_table(state: RunState) -> Table:
     for record in state.stages:
         shown.add_row(
             str(record.stage),
-            _status(record),
+            stage_status(record),
             f"{record.best_loss:.4f}" if record.best_loss is not None else "",
             size(record.train_peak_bytes),
             size(record.cache_peak_bytes),
@@ -46,7 +46,8 @@ def stage_table(state: RunState) -> Table:
     return shown
 
 
-def _status(record: StageRecord) -> str:
+def stage_status(record: StageRecord) -> str:
+    """How far a stage is, and after how many epochs."""
     if record.status == "done":
         return outcome(record.epochs, record.converged)
     return f"{record.status} ({record.epochs})" if record.epochs else record.status
@@ -99,6 +100,7 @@ def what_next(paths: RunPaths, labels: list[str]) -> list[str]:
     probes = [f"layerwise probe {out} --label {shlex.quote(label)}" for label in labels]
     return [
         *probes,
+        f"layerwise report {out}",
         f"layerwise status {out}",
         f"layerwise run --out {out} … --from-stage S   to retrain from stage S on",
     ]

@@ -65,7 +65,7 @@ def cache_outputs(
         for stored in _stored_outputs(module, feed, missing, precision, device, meter, layout):
             writer.write(stored[max(rows_done - row, 0) :])
             row += len(stored)
-            notify(CachingProgress(layout.stage, row, layout.rows))
+            notify(CachingProgress(layout.stage, row, layout.rows, meter.live, meter.peak))
             stop.raise_if_set(f"in the cache of stage {layout.stage}, after row {row}")
 
 

@@ -249,7 +249,7 @@ def _delete_run(paths: RunPaths, state: RunState) -> None:
         for record in state.stages:
             _delete_stage(old, record.stage)
         old.cache_owner.unlink()
-    for folder in (old.out / "stages", old.probes):
+    for folder in (old.out / "stages", old.probes, old.plots):
         shutil.rmtree(folder, ignore_errors=True)
-    for path in (old.encoder, old.config, old.log, old.out / "report.html"):
+    for path in (old.encoder, old.config, old.log, old.machine, old.report):
         path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ cache, the sealed cache.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from layerwise.training.classes import sample_classes
 from layerwise.training.feed import Feed, ReadFeed
 from layerwise.training.fingerprint import fingerprint, training_key
 from layerwise.training.labels import frame_labels
+from layerwise.training.memory_record import MemoryRecord
 from layerwise.training.plan import StagePlan
 from layerwise.training.planner import StageLayout
 from layerwise.training.recomputed import RecomputedFeed
@@ -75,8 +76,8 @@ def perform(task: Task, run: Run) -> None:
     meter = meter_for(run.device, run.state.budget_bytes)
     reason = None
     try:
-        with meter:
-            _train_and_cache(plan, source, run, record, meter)
+        with meter, MemoryRecord(run.paths.memory(task.stage), meter, run.notify) as recorded:
+            _train_and_cache(plan, source, replace(run, notify=recorded), record, meter)
     except (BudgetError, RuntimeError) as error:
         reason = why_out_of_memory(error)
     finally:

@@ -121,6 +121,13 @@ def test_compare_needs_a_label(digits: Path, call: Callable) -> None:
     assert (code, "--label" in err) == (2, True)
 
 
+def test_report_says_where_it_lies(finished: Path, call: Callable) -> None:
+    code, out, err = call("report", finished / "run")
+    assert (code, err) == (0, "")
+    assert out == f"{finished / 'run' / 'report.html'} (figures: {finished / 'run' / 'plots'})\n"
+    assert (finished / "run" / "report.html").stat().st_size > 10_000
+
+
 def test_the_summary_says_where_things_lie_and_what_to_type(digits: Path, call: Callable) -> None:
     code, out, err = call("run", *TINY, "--data", f"fsdd:{digits}", "--out", "my run")
     assert (code, err) == (0, "")
@@ -155,7 +162,7 @@ def test_the_command_line_has_exactly_these_options() -> None:
         *("--recipe", "--config", "--data", "--net", "--stages", "--gpu-mem", "--out", "--cache-dir", "--max-epochs"),
         *("--patience", "--batch-size", "--lr", "--precision", "--device", "--seed", "--from-stage", "--overwrite"),
         *("--set", "--cache", "--cache-dtype", "--cache-compression", "--disk", "--keep", "--views"),
-        *("--objective", "--label"),
+        *("--objective", "--label", "--log"),
     }
 
 
@@ -202,6 +209,7 @@ BAD_REQUESTS = {
     "window too small": (["--set", "data.window=60"], "data.window 60 is too small; give at least 81"),
     "kernels without strides": (["--set", "net.kernels=[3]"], "one entry per convolution"),
     "pattern without a group": (["--set", "data.pattern=abc"], "names no label"),
+    "unknown service": (["--log", "paper"], "--log: input should be 'none', 'tensorboard', 'wandb' or 'mlflow'"),
     "window of nothing": (["--set", "data.window=0"], "data.window: "),
 }
 
@@ -304,7 +312,7 @@ def test_an_unknown_label_lists_the_known_ones(finished: Path, call: Callable) -
     assert "have no label 'mood'; they have digit, speaker" in err
 
 
-@pytest.mark.parametrize("command", [["status"], ["probe", "--label", "speaker"]])
+@pytest.mark.parametrize("command", [["status"], ["report"], ["probe", "--label", "speaker"]])
 def test_commands_on_what_is_no_run_are_a_sentence(command: list[str], call: Callable, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "missing"):
@@ -375,5 +383,5 @@ def test_the_public_api_is_there() -> None:
 
     for name in layerwise.__all__:
         assert getattr(layerwise, name)
-    with pytest.raises(AttributeError, match="has no attribute 'trian'; it has Config"):
+    with pytest.raises(AttributeError, match="has no attribute 'trian'; it has Comparison, Config"):
         layerwise.trian  # noqa: B018

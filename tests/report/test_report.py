@@ -60,7 +60,7 @@ def test_lines_say_converged_or_reached_max_epochs() -> None:
 
 def test_steps_do_not_fill_a_log() -> None:
     assert line(StepDone(1, 0, 0, 5, 2.0, 0.1, 10, 20)) is None
-    assert line(CachingProgress(1, 5, 10)) is None
+    assert line(CachingProgress(1, 5, 10, 1_000_000, 2_000_000)) is None
 
 
 def test_the_live_table_shows_memory_against_the_budget_and_time_left() -> None:
@@ -86,6 +86,12 @@ def test_the_live_table_shows_memory_against_the_budget_and_time_left() -> None:
 def test_the_live_table_ends_with_what_was_reached() -> None:
     screen = io.StringIO()
     with LiveTable(Console(file=screen, force_terminal=True, width=130, color_system=None)) as table:
-        for event in (RunStarted(1, (), 8, None), StageStarted(1, 0, 0), EPOCH, CachingProgress(1, 5, 10), DONE):
+        for event in (
+            RunStarted(1, (), 8, None),
+            StageStarted(1, 0, 0),
+            EPOCH,
+            CachingProgress(1, 5, 10, 1_000_000, 2_000_000),
+            DONE,
+        ):
             table(event)
     assert "converged" in screen.getvalue().rsplit("time left", 1)[-1]

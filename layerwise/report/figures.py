@@ -1,0 +1,337 @@
+"""The figures of a report. Each function draws one, or gives None where there is nothing to draw."""
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from layerwise.report.drawing import (
+    BLUE,
+    BYTES,
+    GRAY,
+    GREEN,
+    INK,
+    MARKERS,
+    OCHRE,
+    ORANGE,
+    PALETTE,
+    PERCENT,
+    PINK,
+    Plot,
+    new_figure,
+)
+from layerwise.report.gathered import Confusion, Epoch, GatheredRun, MemorySample, Method, Probe, StageErrors
+from layerwise.units import size
+
+LOOKS = {
+    "greedy-infomax": (BLUE, "o"),
+    "greedy-infomax-simultaneous": (GREEN, "s"),
+    "cpc": (ORANGE, "^"),
+    "greedy-supervised": (PINK, "D"),
+    "supervised": (OCHRE, "v"),
+    "untrained": (GRAY, "X"),
+}
+"""Colour and marker of a method, the same in every figure."""
+
+SAMPLES_PER_PASS = 150
+"""Of the memory record, at most; each stands for the highest of many."""
+
+MOST_CLASSES = 30
+"""Of a confusion matrix."""
+
+NUMBERED_CLASSES = 12
+"""Up to so many, the cells of a confusion matrix have room for numbers."""
+
+FAR = 3.0
+"""A budget that is so many times what was used is told in words: drawn, it would press all else to the ground."""
+
+
+BUDGET = {"color": INK, "linestyle": "--", "linewidth": 1.2}
+"""The line of a budget."""
+
+
+def draw_losses(epochs: dict[int, list[Epoch]], chance: float | None) -> Plot | None:
+    """One panel per stage that has finished an epoch. chance: the loss of a guess, where it is known."""
+    trained = {stage: of_stage for stage, of_stage in epochs.items() if of_stage}
+    if not trained:
+        return None
+    columns = min(len(trained), 3)
+    rows = math.ceil(len(trained) / columns)
+    figure = new_figure(0.7 + 1.35 * rows if rows > 1 else 2.9)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for (stage, of_stage), axes in zip(trained.items(), panels.flat, strict=False):
+        numbers = [entry.epoch for entry in of_stage]
+        marker = "o" if len(numbers) == 1 else ""
+        axes.plot(numbers, [entry.loss for entry in of_stage], color=GRAY, linestyle="--", marker=marker)
+        axes.plot(numbers, [entry.held_out_loss for entry in of_stage], color=BLUE, marker=marker)
+        best = min(of_stage, key=lambda entry: entry.held_out_loss)
+        axes.plot(best.epoch, best.held_out_loss, color=BLUE, marker="o")
+        if chance is not None:
+            axes.axhline(chance, color=INK, linestyle=":", linewidth=0.9)
+        axes.set_title(f"stage {stage}")
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.grid(axis="y")
+    for axes in panels.flat[len(trained) :]:
+        axes.remove()
+    figure.supxlabel("epoch", fontsize=9)
+    figure.supylabel("loss", fontsize=9)
+    lines = [
+        Line2D([], [], color=BLUE, marker="o", label="held-out (dot: best)"),
+        Line2D([], [], color=GRAY, linestyle="--", label="training"),
+        *([Line2D([], [], color=INK, linestyle=":", linewidth=0.9, label="chance")] if chance is not None else []),
+    ]
+    figure.legend(handles=lines, loc="outside upper center", ncols=3)
+    caption = "Loss of each stage after each epoch. The weights of the best held-out epoch are kept."
+    return Plot("losses", "Loss", caption, figure)
+
+
+def draw_memory(memory: dict[int, list[MemorySample]], budget: int | None) -> Plot | None:
+    """All stages one behind the other, in the time that they were worked on."""
+    if not any(memory.values()):
+        return None
+    figure = new_figure(3.1)
+    axes = figure.subplots()
+    total = sum(samples[-1].seconds for samples in memory.values() if samples)
+    unit, seconds_per_unit = _time_unit(total)
+    begin = 0.0
+    for stage, samples in memory.items():
+        if not samples:
+            continue
+        last = (begin, samples[0].live_bytes, samples[0].peak_bytes)
+        for caching, of_pass in groupby(samples, key=lambda sample: sample.caching):
+            thinned = _thinned([(begin + s.seconds, s.live_bytes, s.peak_bytes) for s in of_pass])
+            color = ORANGE if caching else BLUE
+            # The peak begins anew with a pass, so the line does too.
+            times = [time / seconds_per_unit for time in (last[0], *(sample[0] for sample in thinned))]
+            live = [thinned[0][1], *(sample[1] for sample in thinned)]
+            peak = [thinned[0][2], *(sample[2] for sample in thinned)]
+            axes.fill_between(times, peak, step="pre", color=color, alpha=0.18, linewidth=0)
+            axes.step(times, peak, where="pre", color=color)
+            axes.fill_between(times, live, step="pre", color=color, alpha=0.55, linewidth=0)
+            last = thinned[-1]
+        middle = begin + samples[-1].seconds / 2
+        begin += samples[-1].seconds
+        if samples[-1].seconds > 0.04 * total:
+            axes.text(middle / seconds_per_unit, 1.01, str(stage), ha="center", transform=axes.get_xaxis_transform())
+        axes.axvline(begin / seconds_per_unit, color=INK, linewidth=0.6, alpha=0.3)
+    axes.text(0, 1.01, "stage ", ha="right", transform=axes.transAxes)
+    highest = max(sample.peak_bytes for samples in memory.values() for sample in samples)
+    near = _is_near(budget, highest)
+    if near:
+        axes.axhline(budget, **BUDGET)
+    axes.set_ylim(0, 1.06 * (max(highest, budget) if near else highest))
+    axes.set_xlim(0, max(begin, 1e-3) / seconds_per_unit)
+    axes.set_xlabel(f"time worked on, {unit}")
+    axes.yaxis.set_major_formatter(BYTES)
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.grid(axis="y")
+    keys = [
+        Line2D([], [], color=BLUE, label="training: peak"),
+        Patch(color=BLUE, alpha=0.55, linewidth=0, label="between steps"),
+        Line2D([], [], color=ORANGE, label="caching: peak"),
+        Patch(color=ORANGE, alpha=0.55, linewidth=0, label="between pieces"),
+        *([Line2D([], [], label="budget", **BUDGET)] if near else []),
+    ]
+    figure.legend(handles=keys, loc="outside lower center", ncols=3)
+    caption = f"Device memory of each stage; the highest was {size(highest)}{_against(budget, near)}."
+    return Plot("memory", "Device memory", caption, figure)
+
+
+def draw_caches(run: GatheredRun) -> Plot | None:
+    """A bar for each cache that is there, and one for all of them."""
+    sizes = {str(record.stage): record.cache_bytes for record in run.state.stages if record.cache_bytes}
+    if not sizes:
+        return None
+    total = sum(sizes.values())
+    budget = None if run.config is None or run.config.cache.disk is None else int(run.config.cache.disk)
+    figure = new_figure(0.95 + 0.27 * (len(sizes) + 1))
+    axes = figure.subplots()
+    bars = axes.barh([*sizes, "all"], [*sizes.values(), total], color=[BLUE] * len(sizes) + [GRAY], height=0.65)
+    axes.bar_label(bars, [size(count) for count in (*sizes.values(), total)], padding=3, fontsize=8.5)
+    near = _is_near(budget, total)
+    axes.set_xlim(0, max(1.2 * total, 1.06 * budget if near else 0))
+    if near:
+        axes.axvline(budget, **BUDGET)
+        figure.legend(handles=[Line2D([], [], label="disk budget", **BUDGET)], loc="outside upper right")
+    axes.invert_yaxis()
+    axes.set_ylabel("stage")
+    axes.xaxis.set_major_formatter(BYTES)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.grid(axis="x")
+    missing = [str(record.stage) for record in run.state.stages if not record.cache_bytes]
+    gone = f" Stages without a cache now: {', '.join(missing)}." if missing else ""
+    caption = f"Caches on the disk now, {size(total)} in all{_against(budget, near)}.{gone}"
+    return Plot("caches", "Activation caches", caption, figure)
+
+
+def draw_probe(probe: Probe) -> Plot:
+    """Error of each stage, trained and with random weights."""
+    none = [0.0] * len(probe.stages)
+    curves = [
+        ("trained", StageErrors(probe.stages, probe.errors, none), BLUE, "o"),
+        ("random weights", StageErrors(probe.stages, probe.untrained_errors, none), GRAY, "X"),
+    ]
+    caption = (
+        f"Error of a linear probe for {probe.label} on each frozen stage, on test samples; the axis is logarithmic."
+    )
+    return _draw_errors(f"errors-{probe.label}", f"Error: {probe.label}", caption, curves)
+
+
+def draw_comparison(label: str, methods: Sequence[Method]) -> Plot | None:
+    """The figure of the paper: error of each module, a line for each method."""
+    curves = [(m.name, m.errors, *look) for m, look in zip(methods, _looks(methods), strict=True) if m.errors.stages]
+    if not curves:
+        return None
+    seeds = max(method.seeds for method in methods)
+    band = f"; line: mean of {seeds} seeds, band: one standard deviation" if seeds > 1 else ""
+    caption = (
+        f"Error of a linear probe for {label} on each frozen module, on test samples{band}. The axis is logarithmic."
+    )
+    return _draw_errors("errors", f"Error per module: {label}", caption, curves)
+
+
+def draw_costs(methods: Sequence[Method]) -> Plot | None:
+    """Device peak, time and disk of each method."""
+    kinds = {
+        "device peak": {method.name: method.peak_bytes for method in methods},
+        "time": {method.name: method.seconds for method in methods},
+        "disk": {method.name: method.disk_bytes for method in methods},
+    }
+    kinds = {kind: costs for kind, costs in kinds.items() if any(costs.values())}
+    if not kinds:
+        return None
+    unit, seconds_per_unit = _time_unit(max((method.seconds or 0 for method in methods), default=0))
+    figure = new_figure(0.8 + 0.3 * len(methods))
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)
+    colors = [color for color, _ in _looks(methods)]
+    for axes, (kind, costs) in zip(panels.flat, kinds.items(), strict=True):
+        scale = seconds_per_unit if kind == "time" else 1
+        values = [(cost or 0) / scale for cost in costs.values()]
+        bars = axes.barh(list(costs), values, color=colors, height=0.65)
+        shown = [f"{value:.3g} {unit}" if kind == "time" else size(round(value)) for value in values]
+        axes.bar_label(bars, ["" if not value else text for value, text in zip(values, shown, strict=True)], padding=2)
+        axes.set_xlim(0, 2 * max(values))  # room for the numbers
+        axes.set_title(kind)
+        axes.xaxis.set_major_locator(NullLocator())
+        axes.tick_params(left=False)
+        axes.spines.bottom.set_visible(False)
+    panels[0, 0].invert_yaxis()
+    return Plot("costs", "Cost", "What each method took: device peak, time, and disk for caches.", figure)
+
+
+def draw_confusion(probe: Probe, confusion: Confusion) -> Plot:
+    """The classes that the last stage takes for one another; of many classes, those with the most errors."""
+    kept = _worst(confusion)
+    classes = [confusion.classes[i] for i in kept]
+    shares = [[confusion.counts[i][j] / max(sum(confusion.counts[i]), 1) for j in kept] for i in kept]
+    figure = new_figure(4.4)
+    axes = figure.subplots()
+    # One colour, more or less of it, reads on a light page and on a dark one; at its fullest, text on it still reads.
+    tints = [[(*_rgb(BLUE), 0.6 * share) for share in row] for row in shares]
+    cells = axes.pcolormesh([[0.0] * len(kept)] * len(kept), edgecolors="none")
+    cells.set_array(None)
+    cells.set_facecolor([tint for row in tints for tint in row])
+    if len(kept) <= NUMBERED_CLASSES:
+        for row, i in enumerate(kept):
+            for column, j in enumerate(kept):
+                if count := confusion.counts[i][j]:
+                    axes.text(column + 0.5, row + 0.5, str(count), ha="center", va="center", fontsize=7.5)
+    ticks = [number + 0.5 for number in range(len(kept))]
+    fontsize = 8.5 if len(kept) <= NUMBERED_CLASSES else 6
+    axes.set_xticks(ticks, classes, rotation=90 if max(map(len, classes)) > 2 else 0, fontsize=fontsize)
+    axes.set_yticks(ticks, classes, fontsize=fontsize)
+    axes.tick_params(length=0)
+    axes.set_aspect("equal")
+    axes.invert_yaxis()
+    axes.set_xlabel("taken for")
+    axes.set_ylabel(probe.label)
+    few = (
+        f" The {len(kept)} classes with the most errors of {len(confusion.classes)}."
+        if len(kept) < len(confusion.classes)
+        else ""
+    )
+    caption = (
+        f"Test samples of each class (rows) and what stage {probe.stages[-1]} took them for; the fuller the colour, the larger "
+        f"their part of the row.{few}"
+    )
+    return Plot(f"confusion-{probe.label}", f"Confusion: {probe.label}", caption, figure)
+
+
+def _draw_errors(name: str, title: str, caption: str, curves: Sequence[tuple[str, StageErrors, str, str]]) -> Plot:
+    positive = [mean for _, errors, _, _ in curves for mean in errors.means if mean > 0]
+    floor = min(positive, default=0.01) / 2
+    zero = any(mean <= 0 for _, errors, _, _ in curves for mean in errors.means)
+    figure = new_figure(3.3)
+    axes = figure.subplots()
+    for label, errors, color, marker in curves:
+        low = [max(mean - std, floor) for mean, std in zip(errors.means, errors.deviations, strict=True)]
+        high = [max(mean + std, floor) for mean, std in zip(errors.means, errors.deviations, strict=True)]
+        axes.fill_between(errors.stages, low, high, color=color, alpha=0.15, linewidth=0)
+        means = [max(mean, floor) for mean in errors.means]
+        axes.plot(errors.stages, means, color=color, marker=marker, label=label)
+    axes.set_yscale("log")
+    if zero:
+        axes.set_ylim(bottom=floor)
+    axes.yaxis.set_major_locator(LogLocator(subs=_subdivisions(axes)))
+    axes.yaxis.set_major_formatter(PERCENT)
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("module")
+    axes.set_ylabel("error")
+    axes.grid(axis="y")
+    figure.legend(loc="outside lower center", ncols=2)
+    return Plot(name, title, caption + (" An error of 0 lies on the lower edge." if zero else ""), figure)
+
+
+def _subdivisions(axes: Axes) -> Sequence[float]:
+    """Of a decade, for the ticks of the logarithmic axis: the narrower its range, the more."""
+    low, high = axes.get_ylim()
+    if high / low > 12:
+        return (1, 2, 5)
+    return (1, 1.5, 2, 3, 5, 7) if high / low > 2.5 else (1, 1.2, 1.4, 1.6, 1.8, *(n / 2 for n in range(4, 20)))
+
+
+def _is_near(budget: int | None, highest: float) -> bool:
+    """Whether the line of a budget is drawn."""
+    return budget is not None and budget <= FAR * highest
+
+
+def _against(budget: int | None, drawn: bool) -> str:
+    if budget is None:
+        return "; no budget was set"
+    return f" of a budget of {size(budget)}{'' if drawn else ', which is far above the figure'}"
+
+
+def _looks(methods: Iterable[Method]) -> list[tuple[str, str]]:
+    """Colour and marker of each method; of those that nobody knows, the next ones in turn."""
+    return [
+        LOOKS.get(method.name, (PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]))
+        for i, method in enumerate(methods)
+    ]
+
+
+def _thinned(samples: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
+    """At most SAMPLES_PER_PASS; of those that lie side by side the last time and the highest bytes."""
+    length = math.ceil(len(samples) / SAMPLES_PER_PASS)
+    groups = [samples[start : start + length] for start in range(0, len(samples), length)]
+    return [(group[-1][0], max(s[1] for s in group), max(s[2] for s in group)) for group in groups]
+
+
+def _time_unit(seconds: float) -> tuple[str, int]:
+    """Name and seconds of the unit in which a time is a small number."""
+    return ("h", 3600) if seconds >= 7200 else ("min", 60) if seconds >= 120 else ("s", 1)
+
+
+def _worst(confusion: Confusion) -> list[int]:
+    """Classes, in their order; where they are more than MOST_CLASSES, those with the most errors."""
+    numbers = range(len(confusion.classes))
+    wrong = [sum(confusion.counts[i]) - confusion.counts[i][i] for i in numbers]
+    return sorted(sorted(numbers, key=lambda i: -wrong[i])[:MOST_CLASSES])
+
+
+def _rgb(color: str) -> tuple[float, ...]:
+    return tuple(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))

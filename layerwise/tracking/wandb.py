@@ -1,0 +1,36 @@
+"""Weights & Biases: one run of its own for each run, gone on with by its id. WANDB_MODE=offline keeps it on this disk."""
+
+from collections.abc import Mapping
+
+import wandb
+
+from layerwise.config import Config
+from layerwise.run_directory import RunPaths
+
+
+class WeightsAndBiases:
+    """Charts are called stage-S/NAME, over the epochs of that stage."""
+
+    def __init__(self, paths: RunPaths, run_id: str, config: Config) -> None:
+        self._run = wandb.init(
+            project="layerwise",
+            name=paths.out.resolve().name,
+            id=run_id,
+            resume="allow",
+            dir=str(paths.out),
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(console="off"),  # the live table is no text to keep
+        )
+        self._defined: set[int] = set()
+
+    def log(self, stage: int, step: int, values: Mapping[str, float]) -> None:
+        if stage not in self._defined:
+            self._run.define_metric(f"stage-{stage}/*", step_metric=f"stage-{stage}/epoch")
+            self._defined.add(stage)
+        self._run.log({f"stage-{stage}/{name}": value for name, value in (values | {"epoch": step}).items()})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+open_tracker = WeightsAndBiases

@@ -1,0 +1,184 @@
+"""The report as a file: what it holds, that it needs nothing else, and what it does with unfinished and hostile input."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from small_report import HOSTILE, METHODS, add_confusion
+
+from layerwise.errors import RunError
+from layerwise.report.drawing import PALETTE
+from layerwise.report.html import write_report
+from layerwise.run_directory import RunState
+
+
+def titles(page: str) -> list[str]:
+    return re.findall(r"<figure>\s*<h[23]>(.*?)</h[23]>", page)
+
+
+def test_a_report_of_a_run_shows_everything(run_directory: Path) -> None:
+    page = write_report(run_directory).read_text()
+    assert titles(page) == [
+        "Loss",
+        "Device memory",
+        "Error: digit",
+        "Error: speaker",
+        "Confusion: digit",
+        "Confusion: speaker",
+        "Activation caches",
+    ]
+    assert page.count("reached max epochs (2)") == 4
+    assert "of a budget of 5 MB" in page
+    assert "in all of a budget of 20 MB" in page
+    assert "kernels = [" in page  # the configuration
+    assert "<dt>torch</dt>" in page
+    assert "not finished" not in page
+    for name in ("losses", "memory", "errors-digit", "errors-speaker", "confusion-digit", "caches"):
+        assert (run_directory / "plots" / f"{name}.svg").read_text().startswith("<?xml")
+        with Image.open(run_directory / "plots" / f"{name}.png") as picture:
+            assert min(picture.size) > 300
+
+
+def test_a_report_needs_nothing_from_anywhere(run_directory: Path) -> None:
+    page = write_report(run_directory).read_text()
+    assert "default-src 'none'" in page
+    assert not re.search(r"<(script|link[^>]+stylesheet|img|iframe|object)", page)
+    assert set(re.findall(r'(?:src|href)="([^#"]+)', page)) == {"data:,"}
+
+
+def test_the_same_run_gives_the_same_report(run_directory: Path) -> None:
+    def files() -> dict[str, bytes]:
+        report = write_report(run_directory)
+        return {path.name: path.read_bytes() for path in (report, *(run_directory / "plots").iterdir())}
+
+    assert files() == files()
+
+
+def test_ids_are_used_once(comparison_directory: Callable[..., Path]) -> None:
+    page = write_report(comparison_directory()).read_text()
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page)) != set()
+    assert {one or other for one, other in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page)} <= set(ids)
+
+
+def test_a_report_of_a_comparison_shows_every_method(comparison_directory: Callable[..., Path]) -> None:
+    folder = comparison_directory()
+    page = write_report(folder).read_text()
+    assert titles(page)[:2] == ["Error per module: digit", "Cost"]
+    for method in METHODS:
+        assert f"<td>{method}</td>" in page
+    assert "40.0 ± 1.0" in page
+    assert page.count("<strong>") == 2  # the methods that have a run
+    assert "not finished" not in page
+    assert (folder / "plots" / "errors.svg").exists()
+    assert (folder / "runs" / "greedy-infomax" / "seed-0" / "plots" / "memory.png").exists()
+
+
+def test_an_unfinished_comparison_says_so(comparison_directory: Callable[..., Path]) -> None:
+    begun = {"method": "cpc", "seeds": [], "peak_bytes": None, "seconds": None, "stages": []}
+    page = write_report(comparison_directory(finished=False, methods=[begun])).read_text()
+    assert "This comparison is not finished" in page
+    assert "<td>cpc</td>" in page
+
+
+def test_an_unfinished_run_says_how_far_it_is(run_directory: Path) -> None:
+    state = RunState.load(run_directory / "run.json")
+    state.record(3).status, state.record(4).status = "training", "pending"
+    state.save(run_directory / "run.json")
+    with (run_directory / "stages" / "3" / "memory.jsonl").open("a") as file:
+        file.write('{"seconds": 1')  # torn by a kill
+    assert "not finished: 2 of 4 stages are done, and it is stopped" in write_report(run_directory).read_text()
+
+
+def test_a_run_that_has_hardly_begun_has_a_report(run_directory: Path) -> None:
+    for path in [run_directory / "config.toml", run_directory / "machine.json", *run_directory.glob("probes/*")]:
+        path.unlink()
+    for path in run_directory.glob("stages/*/*.jsonl"):
+        path.unlink()
+    state = json.loads((run_directory / "run.json").read_text())
+    state["stages"] = [{"stage": stage["stage"]} for stage in state["stages"]]
+    (run_directory / "run.json").write_text(json.dumps(state))
+    page = write_report(run_directory).read_text()
+    assert titles(page) == []
+    assert "0 of 4 stages are done" in page
+    assert "Unknown: the run did not record it." in page
+    assert "No config.toml was written." in page
+    assert "No probe has been run yet" in page
+
+
+def test_what_comes_from_files_is_escaped(run_directory: Path) -> None:
+    (run_directory / "config.toml").write_text(f"out = {json.dumps(HOSTILE)}\n")
+    (run_directory / "machine.json").write_text(json.dumps({"cpu": HOSTILE, "memory_bytes": HOSTILE, "gpu": None}))
+    (run_directory / "probes" / "digit.json").rename(run_directory / "probes" / "<b>$.json")
+    page = write_report(run_directory).read_text()
+    assert "<script" not in page
+    assert "<b>" not in page
+    assert page.count("&lt;script&gt;") == 5  # the option, twice in the machine, and the class on both axes
+
+
+def test_an_error_of_nothing_lies_on_the_lower_edge(run_directory: Path) -> None:
+    path = run_directory / "probes" / "speaker.json"
+    tree = json.loads(path.read_text())
+    for stage in tree["stages"]:
+        stage["error"] = 0.0
+    path.write_text(json.dumps(tree))
+    assert "An error of 0 lies on the lower edge." in write_report(run_directory).read_text()
+
+
+def test_of_many_classes_the_most_confused_are_shown(run_directory: Path) -> None:
+    add_confusion(run_directory / "probes" / "digit.json", [f"class {number}" for number in range(200)])
+    page = write_report(run_directory).read_text()
+    assert "The 30 classes with the most errors of 200." in page
+    assert "class 199" in page
+    assert "class 42<" not in page
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("probes/digit.json", '{"label": "digit", "stages": []}'),
+        ("probes/digit.json", "[]"),
+        ("stages/1/metrics.jsonl", '{"epoch": 1}\n'),
+        ("stages/1/memory.jsonl", '{"seconds": "long"}\n'),
+        ("machine.json", "[]"),
+        ("compare.json", "{}"),
+        ("compare.json", '{"label": "digit", "methods": ["cpc"]}'),
+        ("run.json", "{"),
+    ],
+)
+def test_a_damaged_file_is_named(run_directory: Path, name: str, content: str) -> None:
+    (run_directory / name).write_text(content)
+    with pytest.raises(RunError, match=f"{name} is damaged"):
+        write_report(run_directory)
+
+
+def test_a_folder_that_is_neither_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"is neither a run directory \(it holds no run.json\) nor a comparison"):
+        write_report(tmp_path)
+    with pytest.raises(RunError, match="There is no run directory"):
+        write_report(tmp_path / "missing")
+
+
+def luminance(color: str) -> float:
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_lines_stand_out_in_light_and_dark(run_directory: Path) -> None:
+    page = write_report(run_directory).read_text()
+    light, dark = re.findall(r":root \{(.*?)\}", page, flags=re.DOTALL)
+    for theme in (light, dark):
+        colors = dict(re.findall(r"--(\w+): (#\w{6});", theme))
+        assert all(contrast(colors[f"c{number}"], colors["raised"]) >= 3 for number in range(len(PALETTE)))
+        assert all(contrast(colors[name], colors["raised"]) >= 4.5 for name in ("ink", "quiet"))
+    assert [color for name, color in re.findall(r"--(c\d): (#\w{6});", light)] == list(PALETTE)
