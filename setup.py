@@ -36,7 +36,8 @@ setup(
     ],
     extras_require={
         "gpu": ["nvidia-ml-py>=12"],  # tells this process's memory from that of others on the GPU
-        "dev": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.14"],
+        "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
+        "dev": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.14", "layerwise[onnx]"],
     },
     entry_points={"console_scripts": ["layerwise = layerwise.commands:main"]},
 )

@@ -6,6 +6,9 @@ The public API, in the words of the command line:
     layerwise.plan(config)
     result = layerwise.run(config)
     layerwise.probe(result.paths.out, "speaker")
+    encoder = layerwise.load(result.paths.out)
+    layerwise.extract(result.paths.out, "new_recordings", "features.h5")
+    layerwise.export(result.paths.out, "my_encoder", "onnx")
 """
 
 from importlib import import_module
@@ -15,6 +18,11 @@ from layerwise.version import __version__
 
 if TYPE_CHECKING:
     from layerwise.config import Config, resolve
+    from layerwise.encoder.card import Exported
+    from layerwise.encoder.export import export
+    from layerwise.encoder.extract import Extracted, extract
+    from layerwise.encoder.load import load
+    from layerwise.encoder.model import Encoder
     from layerwise.engines.plan import plan
     from layerwise.engines.run import RunResult, run
     from layerwise.errors import LayerwiseError
@@ -24,12 +32,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Config",
+    "Encoder",
+    "Exported",
+    "Extracted",
     "Forecast",
     "LayerwiseError",
     "ProbeResult",
     "RunResult",
     "RunState",
     "__version__",
+    "export",
+    "extract",
+    "load",
     "open_run",
     "plan",
     "probe",
@@ -40,6 +54,12 @@ __all__ = [
 _HOME = {
     "Config": "layerwise.config",
     "resolve": "layerwise.config",
+    "Encoder": "layerwise.encoder.model",
+    "Exported": "layerwise.encoder.card",
+    "export": "layerwise.encoder.export",
+    "Extracted": "layerwise.encoder.extract",
+    "extract": "layerwise.encoder.extract",
+    "load": "layerwise.encoder.load",
     "Forecast": "layerwise.forecast",
     "plan": "layerwise.engines.plan",
     "RunResult": "layerwise.engines.run",

@@ -16,9 +16,10 @@ ROOMS = {
     "memory": {"errors", "config"},
     "training": LEAVES | {"cache", "data", "nets", "objectives", "memory"},
     "evaluate": LEAVES | {"training", "cache", "data", "nets", "memory"},
+    "encoder": LEAVES | {"training", "cache", "data", "nets", "memory"},
     "engines": LEAVES | {"training", "data", "nets", "memory", "cache"},
     "report": LEAVES | {"evaluate"},
-    "commands": LEAVES | {"training", "engines", "evaluate", "report", "cache"},
+    "commands": LEAVES | {"training", "engines", "evaluate", "encoder", "report", "cache"},
 }
 """Room to what it may import, besides itself."""
 

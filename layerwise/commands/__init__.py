@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import click
 
 from layerwise.commands.cache import cache
+from layerwise.commands.export import export
+from layerwise.commands.extract import extract
 from layerwise.commands.plan import plan
 from layerwise.commands.probe import probe
 from layerwise.commands.run import run
@@ -21,7 +23,7 @@ def layerwise() -> None:
     """Train deep networks that do not fit on the GPU, one gradient-isolated module at a time."""
 
 
-for command in (plan, run, status, probe, cache):
+for command in (plan, run, status, probe, extract, export, cache):
     layerwise.add_command(command)
 
 
