@@ -114,7 +114,8 @@ def _fill(
                         notify(f"{done} of {len(data.ids)}")
         except (BudgetError, RuntimeError) as error:
             reason = why_out_of_memory(error)
-        peak = max(peak, meter.peak)
+        # The meter counts what it refuses, too.
+        peak = max(peak, meter.peak if budget is None else min(meter.peak, budget))
         if reason is not None:
             file.drop()
             release(device)

@@ -21,10 +21,11 @@ class StepwiseRecurrence(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, L, C) to (B, L, hidden)."""
         gru = self.gru
+        weight, bias = gru.weight_hh_l0, gru.bias_hh_l0
         inputs = F.linear(x, gru.weight_ih_l0, gru.bias_ih_l0).transpose(0, 1)
 
         def step(state: torch.Tensor, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            carried = F.linear(state, gru.weight_hh_l0, gru.bias_hh_l0)
+            carried = F.linear(state, weight, bias)
             reset_in, update_in, new_in = inputs.chunk(3, 1)
             reset_carried, update_carried, new_carried = carried.chunk(3, 1)
             reset, update = torch.sigmoid(reset_in + reset_carried), torch.sigmoid(update_in + update_carried)
