@@ -42,6 +42,7 @@ setup(
         "compression": COMPRESSION,
         "tensorboard": ["tensorboard>=2.18"],
         "wandb": ["wandb>=0.19"],
+        "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "mlflow": ["mlflow>=3.0"],
         "dev": [
             "pytest>=8.3",
@@ -52,6 +53,7 @@ setup(
             *COMPRESSION,
             "playwright>=1.50",  # drives the system's Chromium, where there is one
             "tensorboard>=2.18",
+            "layerwise[onnx]",
         ],
     },
     entry_points={"console_scripts": ["layerwise = layerwise.commands:main"]},

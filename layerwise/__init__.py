@@ -8,6 +8,9 @@ The public API, in the words of the command line:
     layerwise.probe(result.paths.out, "speaker")
     layerwise.compare(config, "speaker", seeds=[0])
     layerwise.write_report(result.paths.out)
+    encoder = layerwise.load(result.paths.out)
+    layerwise.extract(result.paths.out, "new_recordings", "features.h5")
+    layerwise.export(result.paths.out, "my_encoder", "onnx")
 """
 
 from importlib import import_module
@@ -17,6 +20,11 @@ from layerwise.version import __version__
 
 if TYPE_CHECKING:
     from layerwise.config import Config, resolve
+    from layerwise.encoder.card import Exported
+    from layerwise.encoder.export import export
+    from layerwise.encoder.extract import Extracted, extract
+    from layerwise.encoder.load import load
+    from layerwise.encoder.model import Encoder
     from layerwise.engines.plan import plan
     from layerwise.engines.run import RunResult, run
     from layerwise.errors import LayerwiseError
@@ -30,6 +38,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Comparison",
     "Config",
+    "Encoder",
+    "Exported",
+    "Extracted",
     "Forecast",
     "LayerwiseError",
     "ProbeResult",
@@ -37,6 +48,9 @@ __all__ = [
     "RunState",
     "__version__",
     "compare",
+    "export",
+    "extract",
+    "load",
     "open_run",
     "plan",
     "probe",
@@ -49,6 +63,12 @@ __all__ = [
 _HOME = {
     "Config": "layerwise.config",
     "resolve": "layerwise.config",
+    "Encoder": "layerwise.encoder.model",
+    "Exported": "layerwise.encoder.card",
+    "export": "layerwise.encoder.export",
+    "Extracted": "layerwise.encoder.extract",
+    "extract": "layerwise.encoder.extract",
+    "load": "layerwise.encoder.load",
     "Forecast": "layerwise.forecast",
     "plan": "layerwise.engines.plan",
     "RunResult": "layerwise.engines.run",

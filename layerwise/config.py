@@ -332,6 +332,19 @@ def load(path: Path) -> Config:
     return validated(_read_toml(path))
 
 
+def parsed(text: str) -> Config:
+    """The Config in resolved TOML. Raises ConfigError, or ValueError where it is no TOML."""
+    return validated(tomllib.loads(text))
+
+
+def with_options(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The Config with these options in place of its own; `changes` maps dotted keys to values. Raises ConfigError."""
+    tree = config.model_dump(mode="json", exclude_none=True)
+    for key, value in changes.items():
+        tree = _merge(tree, _nested(key, value))
+    return validated(tree)
+
+
 def validated(tree: Mapping[str, Any]) -> Config:
     """A Config from nested dicts. Raises ConfigError."""
     try:

@@ -41,6 +41,10 @@ class RunError(LayerwiseError):
     """The run directory cannot be used as asked."""
 
 
+class ExportError(LayerwiseError):
+    """An encoder cannot be handed over as asked."""
+
+
 class TrainingError(LayerwiseError):
     """Training went astray, for example to a loss that is not a number."""
 

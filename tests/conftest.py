@@ -127,6 +127,12 @@ TINY_VISION = {
 """A vision network of three stages (four layers) that trains in seconds."""
 
 
+@pytest.fixture(scope="session")
+def tiny_options() -> dict[str, dict[str, object]]:
+    """The two of them by the kind of data, for runs that several tests share."""
+    return {"speech": TINY_SPEECH, "vision": TINY_VISION}
+
+
 @pytest.fixture
 def tiny_speech(tmp_path: Path) -> Callable[..., Config]:
     """tiny_speech(source, **{"dotted.key": value}): a configuration whose run lies in the test's own folder."""

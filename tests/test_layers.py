@@ -18,8 +18,9 @@ ROOMS = {
     "evaluate": LEAVES | {"engines", "training", "cache", "data", "nets", "memory"},
     "tracking": LEAVES,
     "engines": LEAVES | {"training", "tracking", "data", "nets", "memory", "cache"},
+    "encoder": LEAVES | {"training", "cache", "data", "nets", "memory"},
     "report": LEAVES | {"evaluate"},
-    "commands": LEAVES | {"training", "engines", "evaluate", "report", "cache"},
+    "commands": LEAVES | {"training", "engines", "evaluate", "encoder", "report", "cache"},
 }
 """Room to what it may import, besides itself."""
 

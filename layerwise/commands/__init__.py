@@ -8,6 +8,8 @@ import click
 
 from layerwise.commands.cache import cache
 from layerwise.commands.compare import compare
+from layerwise.commands.export import export
+from layerwise.commands.extract import extract
 from layerwise.commands.plan import plan
 from layerwise.commands.probe import probe
 from layerwise.commands.report import report
@@ -23,7 +25,7 @@ def layerwise() -> None:
     """Train deep networks that do not fit on the GPU, one gradient-isolated module at a time."""
 
 
-for command in (plan, run, status, probe, compare, report, cache):
+for command in (plan, run, status, probe, compare, report, extract, export, cache):
     layerwise.add_command(command)
 
 

@@ -25,13 +25,13 @@ class DemoSpeech:
         self.labels = {"speaker": np.array([utterance.speaker for utterance in utterances], dtype=str)}
         self._utterances = utterances
         # One number for the whole set, as for recordings (see speech.py).
-        self._level = float(np.sqrt(np.mean([np.square(utterance.samples).mean() for utterance in utterances])))
+        self.level = float(np.sqrt(np.mean([np.square(utterance.samples).mean() for utterance in utterances])))
         # The parameters, not the samples: these may differ by a rounding from one processor to the next.
         self.identity = hashlib.sha256(f"demo 3 {self.ids} {self.lengths.tolist()}".encode()).hexdigest()
 
     def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
         """Samples start to stop: float32 [stop - start, 1] at the level of the set."""
-        return torch.from_numpy(self._utterances[sample].samples[start:stop, None] / self._level)
+        return torch.from_numpy(self._utterances[sample].samples[start:stop, None] / self.level)
 
     def frame_labels(self, name: str, sample: int, positions: np.ndarray) -> np.ndarray:
         """The phone that sounds at each position, str [P]."""

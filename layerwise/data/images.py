@@ -79,6 +79,7 @@ class PictureSet:
     """A DataSet of pictures cut into patches, over anything that can deliver picture i as pixels."""
 
     frame_label_names: tuple[str, ...] = ()
+    level = 1.0
 
     def __init__(
         self,
@@ -134,15 +135,42 @@ def open_image_folder(folder: str | os.PathLike[str], options: PatchOptions) -> 
     """
     folder = Path(folder)
     found, skipped = list_files(folder, EXTENSIONS, "pictures")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow frees the interpreter lock while it decodes
-        faults = list(pool.map(partial(_fault, folder, options), found))
-    skipped += [Skipped(name, fault) for name, fault in zip(found, faults, strict=True) if fault]
-    ids = [name for name, fault in zip(found, faults, strict=True) if not fault]
+    ids, unusable = _inspected(folder, found, options)
+    skipped += unusable
     if len(ids) < 2:
         why = f" ({len(skipped)} could not be read, such as {skipped[0].path}: {skipped[0].reason})" if skipped else ""
         raise DataError(f"{folder} holds {len(ids)} usable pictures{why}; too few to train on.")
 
     split = {"train", "test"} <= {name.split("/")[0] for name in found if "/" in name}
+    return _files(folder, ids, split, skipped, options)
+
+
+def pictures_at(place: Path, options: PatchOptions) -> PictureSet:
+    """One picture, or every one below a folder, where nothing is too few; the label "class" is the sub-folder's name.
+
+    Raises DataError where nothing is there.
+    """
+    if place.is_file():
+        folder, found, skipped = place.parent, [place.name], []
+    else:
+        folder = place
+        found, skipped = list_files(place, EXTENSIONS, "pictures")
+    ids, unusable = _inspected(folder, found, options)
+    return _files(folder, ids, False, [*skipped, *unusable], options)
+
+
+def _inspected(folder: Path, names: Sequence[str], options: PatchOptions) -> tuple[list[str], list[Skipped]]:
+    """The files of these names that can be decoded, and those that cannot."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow frees the interpreter lock while it decodes
+        faults = list(pool.map(partial(_fault, folder, options), names))
+    ids = [name for name, fault in zip(names, faults, strict=True) if not fault]
+    return ids, [Skipped(name, fault) for name, fault in zip(names, faults, strict=True) if fault]
+
+
+def _files(
+    folder: Path, ids: Sequence[str], split: bool, skipped: Sequence[Skipped], options: PatchOptions
+) -> PictureSet:
+    """Picture files below a folder; `split` says whether its sub-folders are train and test."""
     classes = np.array([_class_of(name, split) for name in ids])
     return PictureSet(
         pixels=partial(_read_file, folder, options, ids),
@@ -174,21 +202,27 @@ def square_pixels(image: Image.Image, options: PatchOptions) -> torch.Tensor:
     return torch.from_numpy(pixels).reshape(options.picture, options.picture, options.channels).permute(2, 0, 1)
 
 
-def cut_patches(picture: torch.Tensor, patch: int, patch_stride: int, first_row: int, last_row: int) -> torch.Tensor:
-    """Rows first_row to last_row (excluded) of the grid of patches of a picture [C, H, W].
+def cut_patches(
+    picture: torch.Tensor, patch: int, patch_stride: int, first_row: int = 0, last_row: int | None = None
+) -> torch.Tensor:
+    """Rows first_row to last_row (excluded; None: to the end) of the grid of patches of pictures [..., C, H, W].
 
-    Returns [rows * columns, C, patch, patch] in the dtype of the picture, row after row.
+    Returns [..., rows * columns, C, patch, patch] in the dtype of the pictures, row after row.
     """
-    columns = (picture.shape[2] - patch) // patch_stride + 1
-    rows = picture.unfold(1, patch, patch_stride)[:, first_row:last_row]
-    patches = rows.unfold(2, patch, patch_stride).permute(1, 2, 0, 3, 4)
-    return patches.reshape((last_row - first_row) * columns, picture.shape[0], patch, patch)
+    rows = picture.unfold(-2, patch, patch_stride)[..., first_row:last_row, :, :]
+    return rows.unfold(-2, patch, patch_stride).movedim(-5, -3).flatten(-5, -4)
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 [..., C, H, W] to float32 of the same shape, by the constants above for C = 1 or 3."""
-    mean, std = (GRAY_MEAN, GRAY_STD) if pixels.shape[-3] == 1 else (COLOUR_MEAN, COLOUR_STD)
-    return (pixels / 255 - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    mean, std = mean_and_deviation(pixels.shape[-3])
+    return (pixels / 255 - mean) / std
+
+
+def mean_and_deviation(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The constants above for 1 or 3 channels, each float32 [C, 1, 1]."""
+    mean, std = (GRAY_MEAN, GRAY_STD) if channels == 1 else (COLOUR_MEAN, COLOUR_STD)
+    return torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
 
 def identity(kind: str, options: PatchOptions, files: Iterable[tuple[str, int]]) -> str:

@@ -50,6 +50,8 @@ class DataSet(FrameSource, Protocol):
     """bool [N], the customary test split, or None where the data set has none."""
     skipped: Sequence["Skipped"]
     """Files that could not be used, and why."""
+    level: float
+    """What recordings are divided by, measured on the set; 1 for pictures. To read others as those of a run, set the run's."""
     frame_label_names: tuple[str, ...]
     """Names of the labels that exist per frame, for example ("phone",)."""
 

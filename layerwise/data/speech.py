@@ -66,6 +66,7 @@ class RecordingSet:
         labels: dict[str, np.ndarray],
         test: np.ndarray | None,
         skipped: Sequence[Skipped],
+        level: float,
     ) -> None:
         self.ids = tuple(ids)
         self.rate = rate
@@ -73,8 +74,8 @@ class RecordingSet:
         self.test = test
         self.skipped = tuple(skipped)
         self.lengths = np.array([recording.length for recording in recordings], dtype=np.int64)
+        self.level = level
         self._recordings = recordings
-        self._level = _measure_level(recordings)
         files = [(name, recording.rate, recording.frames) for name, recording in zip(ids, recordings, strict=True)]
         described = {"rate": rate, "files": files, "labels": {name: values.tolist() for name, values in labels.items()}}
         self.identity = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
@@ -86,7 +87,7 @@ class RecordingSet:
             samples = torch.from_numpy(_decode(recording, start, stop))
         else:
             samples = _read_resampled(recording, start, stop, self.rate)
-        return samples[:, None] / self._level
+        return samples[:, None] / self.level
 
     def frame_labels(self, name: str, sample: int, positions: np.ndarray) -> np.ndarray:
         """Recordings have no labels per frame."""
@@ -104,19 +105,42 @@ def open_recordings(
     Raises DataError where the folder is missing or fewer than two recordings can be used, ConfigError for the pattern.
     """
     expression = _compiled(pattern)
-    ids, skipped = list_files(folder, EXTENSIONS, "recordings")
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        found = list(pool.map(lambda name: _inspect(folder, name, rate, shortest), ids))
-    skipped += [entry for entry in found if isinstance(entry, Skipped)]
-    usable = [(name, entry) for name, entry in zip(ids, found, strict=True) if isinstance(entry, Recording)]
-    if len(usable) < 2:
+    names, skipped = list_files(folder, EXTENSIONS, "recordings")
+    ids, recordings, unusable = _inspected(folder, names, rate, shortest)
+    skipped += unusable
+    if len(ids) < 2:
         first = f"; the first: {skipped[0].path}, {skipped[0].reason}" if skipped else ""
         raise DataError(
-            f"{folder} holds {len(usable)} usable recordings and {len(skipped)} unusable ones{first}. "
+            f"{folder} holds {len(ids)} usable recordings and {len(skipped)} unusable ones{first}. "
             "That is too few to train on."
         )
-    kept = [name for name, _ in usable]
-    return RecordingSet(kept, [entry for _, entry in usable], rate, _labels(kept, expression, mismatch), None, skipped)
+    labels, level = _labels(ids, expression, mismatch), _measure_level(recordings)
+    return RecordingSet(ids, recordings, rate, labels, None, skipped, level)
+
+
+def recordings_at(place: Path, rate: int, level: float, shortest: int = 1) -> RecordingSet:
+    """One audio file, or every one below a folder, at a level that is known; nothing is too few.
+
+    The label `speaker` is the name of the folder that holds the file. Raises DataError where nothing is there.
+    """
+    if place.is_file():
+        folder, names, skipped = place.parent, [place.name], []
+    else:
+        folder = place
+        names, skipped = list_files(place, EXTENSIONS, "recordings")
+    ids, recordings, unusable = _inspected(folder, names, rate, shortest)
+    return RecordingSet(ids, recordings, rate, _labels(ids, None, ""), None, [*skipped, *unusable], level)
+
+
+def _inspected(
+    folder: Path, names: Sequence[str], rate: int, shortest: int
+) -> tuple[list[str], list[Recording], list[Skipped]]:
+    """The files of these names that can be used, and those that cannot."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        found = list(pool.map(lambda name: _inspect(folder, name, rate, shortest), names))
+    usable = [(name, entry) for name, entry in zip(names, found, strict=True) if isinstance(entry, Recording)]
+    skipped = [entry for entry in found if isinstance(entry, Skipped)]
+    return [name for name, _ in usable], [entry for _, entry in usable], skipped
 
 
 def _compiled(pattern: str) -> re.Pattern[str] | None:

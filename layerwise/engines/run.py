@@ -91,7 +91,7 @@ def run(
             told(RunStarted(len(plans), done, config.training.max_epochs, state.budget_bytes))
             shared = Run(config, paths, state, data, split, plans, layouts, storage, device, stop, told)
             _perform_all(shared)
-        stitch(config, paths, plans)
+        stitch(config, paths, plans, data)
         state.from_stage = None
         state.save(paths.state)
     return RunResult(paths, state, config, (*data.labels, *data.frame_label_names))

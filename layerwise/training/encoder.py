@@ -1,14 +1,70 @@
-"""Stitches the trained modules into one file, on the host."""
+"""The stitched encoder as one file: all weights, and in its header everything else that it takes to use them.
 
-from layerwise.config import Config
+No data set and no run directory are needed to load it, and loading runs no code: weights as safetensors, the rest as text.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from layerwise.config import Config, parsed
+from layerwise.data.source import DataSet
+from layerwise.errors import ConfigError, RunError
 from layerwise.run_directory import RunPaths
-from layerwise.training.checkpoint import load_arrays, save_arrays
+from layerwise.training.checkpoint import Arrays, load_arrays, save_arrays
 from layerwise.training.plan import StagePlan
+from layerwise.version import __version__
 
 
-def stitch(config: Config, paths: RunPaths, plans: list[StagePlan]) -> None:
-    """Writes encoder.safetensors: the weights of all layers under their names in the whole network."""
-    arrays = {}
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What an encoder comes from."""
+
+    config: Config
+    """Of the run."""
+    cut: list[int]
+    """Layers in each stage."""
+    level: float
+    """What recordings were divided by; 1 for pictures."""
+    samples: int
+    """In the data set."""
+    network: str = ""
+    """Identity of a network that was given as an object; empty where the options name it."""
+    version: str = field(default=__version__)
+    """Of the layerwise that trained it."""
+
+
+def stitch(config: Config, paths: RunPaths, plans: list[StagePlan], data: DataSet) -> None:
+    """Writes encoder.safetensors, on the host: the weights of all layers under their names in the whole network."""
+    weights: Arrays = {}
     for plan in plans:
-        arrays |= load_arrays(paths.weights(plan.stage))[0]
-    save_arrays(paths.encoder, arrays, {"config": config.to_toml()})
+        weights |= load_arrays(paths.weights(plan.stage))[0]
+    cut = [len(plan.layers) for plan in plans]
+    origin = Origin(config, cut, data.level, len(data.ids), plans[0].network.identity)
+    save_encoder(paths.encoder, weights, origin)
+
+
+def save_encoder(path: Path, weights: Arrays, origin: Origin) -> None:
+    """Replaces the file atomically. Raises RunError."""
+    described = {name: value for name, value in asdict(origin).items() if name != "config"}
+    save_arrays(path, weights, {"config": origin.config.to_toml(), "origin": json.dumps(described)})
+
+
+def load_encoder(path: Path) -> tuple[Arrays, Origin]:
+    """Weights and origin. Raises RunError where the file is missing, damaged or of a layerwise that wrote no origin."""
+    weights, header = load_arrays(path)
+    if "origin" not in header:
+        raise RunError(
+            f"{path} does not say how it is to be used: an earlier layerwise wrote it. Start its run again with the same "
+            "command, which writes it anew and trains nothing."
+        )
+    try:
+        origin = Origin(parsed(header["config"]), **json.loads(header["origin"]))
+        if not (all(isinstance(size, int) and size > 0 for size in origin.cut) and 0 < origin.level < math.inf):
+            raise ValueError("cut or level")
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        raise RunError(
+            f"The header of {path} is damaged ({error}); restore the file, or start its run again."
+        ) from None
+    return weights, origin

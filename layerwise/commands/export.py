@@ -1,0 +1,27 @@
+"""`layerwise export`: the encoder and its model card, for others."""
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+
+@click.command(short_help="Hand the encoder over as safetensors, pt2 or ONNX.")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--format", default="safetensors", show_default=True, metavar="FORMAT", help="safetensors, pt2 or onnx.")
+@click.option("-o", "--output", metavar="FOLDER", type=click.Path(path_type=Path), required=True, help="A new folder.")
+def export(directory: Path, format: str, output: Path) -> None:
+    """Write the encoder of the run in DIR and a model card into FOLDER.
+
+    What was written is read back and compared with the encoder before the folder gets its name.
+    """
+    from layerwise.encoder.export import export as export_library  # imports torch, which --help need not wait for
+
+    with Console(stderr=True).status("exporting", spinner="dots"):
+        exported = export_library(directory, output, format)
+    click.echo(
+        f"{output}: {format} and README.md; its features differ from the encoder's by at most {exported.difference:.1g} of "
+        "the largest"
+    )
+    if exported.fixed:
+        click.echo(f"its input has a fixed size: {exported.fixed}")

@@ -1,0 +1,92 @@
+"""From a run directory, or an exported folder, to the encoder; neither the data set nor the caches are needed."""
+
+from pathlib import Path
+
+from layerwise.encoder.entry import Entry, Pictures, Waveforms
+from layerwise.encoder.model import Encoder
+from layerwise.errors import ConfigError, RunError
+from layerwise.nets import build_network
+from layerwise.nets.module import Module
+from layerwise.nets.network import Network, ranges
+from layerwise.run_directory import RunPaths, RunState
+from layerwise.training.checkpoint import Arrays, load_weights
+from layerwise.training.encoder import Origin, load_encoder
+
+
+def load(place: str | Path, *, stage: int | None = None, network: Network | None = None) -> Encoder:
+    """The trained encoder of a finished run, on the CPU and in eval mode.
+
+    place: a run directory, a folder made by `export` as safetensors, or an encoder.safetensors. stage: the last stage to
+    keep; default: all. network: the one that the run was given, where options do not name it. Nothing is unpickled.
+    Raises RunError where there is no encoder or its weights do not fit its network, ConfigError for stage and network.
+    """
+    origin, modules = load_stages(Path(place), stage, network)
+    return Encoder(entry_of(origin), modules).eval()
+
+
+def load_stages(place: Path, stage: int | None, network: Network | None) -> tuple[Origin, list[Module]]:
+    """The modules of stages 1 to `stage`, each by itself, in host memory; see `load`."""
+    path = _encoder_file(place)
+    weights, origin = load_encoder(path)
+    network = _network(origin, network, path)
+    stages = len(origin.cut)
+    if stage is not None and not 1 <= stage <= stages:
+        raise ConfigError(f"--stage {stage}: the encoder in {place} has stages 1 to {stages}.")
+    cut = ranges(origin.cut)
+    _check_shapes(network.build(range(cut[-1].stop), 0, "meta"), weights, path)
+    modules = [network.build(layers, 0, "cpu").eval() for layers in cut[:stage]]
+    for module in modules:
+        load_weights(module, {name: weights[name] for name in module.state_dict()})
+    return origin, modules
+
+
+def entry_of(origin: Origin) -> Entry:
+    """The way into the encoder."""
+    data = origin.config.data
+    return Waveforms(data, origin.level) if origin.config.net.name == "speech" else Pictures(data)
+
+
+def _encoder_file(place: Path) -> Path:
+    if place.is_file():
+        return place
+    paths = RunPaths(place, place)
+    if not place.is_dir():
+        raise RunError(f"There is no {place}; name a run directory, or a folder made by layerwise export.")
+    if paths.encoder.exists():
+        return paths.encoder
+    if not paths.state.exists():
+        raise RunError(
+            f"{place} holds no encoder.safetensors; name a run directory, or a folder made by layerwise export."
+        )
+    unfinished = [record.stage for record in RunState.load(paths.state).stages if record.status != "done"]
+    why = f": stage {unfinished[0]} is not done" if unfinished else ""
+    raise RunError(f"{place} has no encoder yet{why}; go on with the run first.")
+
+
+def _network(origin: Origin, given: Network | None, path: Path) -> Network:
+    """The network that the weights belong to."""
+    if origin.network and given is None:
+        raise ConfigError(
+            f"{path} belongs to a network of the user's own, which no option names; give it as network= in Python."
+        )
+    network = given or build_network(origin.config.net, entry_of(origin).frame_shape)
+    if network.identity != origin.network:
+        raise ConfigError(f"The network given is not the one that {path} was trained with; give that one, as it was.")
+    if sum(origin.cut) != len(network.layers):
+        raise RunError(
+            f"{path} is damaged: it is cut into {sum(origin.cut)} layers, and its network has {len(network.layers)}; "
+            "restore it, or start its run again."
+        )
+    return network
+
+
+def _check_shapes(described: Module, weights: Arrays, path: Path) -> None:
+    """Raises RunError where weights are missing, left over or of another shape; before any memory is taken for them."""
+    expected = {name: tuple(tensor.shape) for name, tensor in described.state_dict().items()}
+    found = {name: value.shape for name, value in weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise RunError(
+                f"{path} does not fit its network: the shape of {name} is {found.get(name, 'missing')} and should be "
+                f"{expected.get(name, 'missing')}; restore the file, or start its run again."
+            )

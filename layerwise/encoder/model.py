@@ -1,0 +1,97 @@
+"""The stitched encoder as one nn.Module, from waveforms or pictures to features."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from layerwise.encoder.entry import Entry
+from layerwise.errors import DataError
+from layerwise.nets.frames import vectors
+from layerwise.nets.layer import mask_padding
+from layerwise.nets.module import Geometry, Module
+
+
+class Encoder(nn.Module):
+    """All stages of a run, one after another, in float32. Its weights bear the names they have in encoder.safetensors."""
+
+    def __init__(self, entry: Entry, modules: Sequence[Module]) -> None:
+        super().__init__()
+        self.entry = entry
+        self.layers = nn.ModuleDict({name: layer for module in modules for name, layer in module.layers.items()})
+        self._stage_ends = np.cumsum([len(module.layers) for module in modules]).tolist()
+
+    def forward(self, x: torch.Tensor, lengths: Any = None) -> torch.Tensor:
+        """The features of the last stage: (B, L, C), one vector per frame.
+
+        x: waveforms (B, samples) of floats from -1 to 1 at the run's sample rate, or pictures (B, C, H, W), uint8 or from
+        0 to 1. lengths: int [B], samples of each waveform in a padded batch; its features are then those that it has
+        alone, and zero from `out_length` on. Raises DataError where x or lengths do not fit.
+        """
+        for frames in self._passed(x, lengths):
+            features = frames
+        return vectors(features)
+
+    def stages(self, x: torch.Tensor, lengths: Any = None) -> list[torch.Tensor]:
+        """What each stage puts out, as it is cached: (B, L, *frame). Where frames are pictures, `forward` averages them."""
+        return list(self._passed(x, lengths))
+
+    def out_length(self, length: Any) -> Any:
+        """Frames of features that come of so many samples of a waveform, or patches (an int or an int64 array)."""
+        for layer in self.layers.values():
+            length = layer.out_length(length)
+        return length
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where the frames of features lie: frame t is centred on sample hop * t + offset of the waveform."""
+        geometry = Geometry()
+        for layer in self.layers.values():
+            geometry = geometry.after(layer)
+        return geometry
+
+    @property
+    def shortest(self) -> int:
+        """Fewest samples of a waveform, or patches, that give a frame of features."""
+        length = 1
+        while self.out_length(length) < 1:
+            length += 1
+        return length
+
+    def frames_of_stages(self, frames: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What each stage puts out, one at a time, for frames (B, L, *frame shape) behind the entry."""
+        for number, layer in enumerate(self.layers.values(), start=1):
+            frames = layer(frames)
+            if number in self._stage_ends:
+                yield frames
+
+    def _passed(self, x: torch.Tensor, lengths: Any) -> Iterator[torch.Tensor]:
+        self.entry.check(x)
+        if self.entry.takes == "waveforms" and x.shape[1] < self.shortest:
+            raise DataError(f"Waveforms of {x.shape[1]} samples are too short; the encoder needs {self.shortest}.")
+        if lengths is None:
+            return self.frames_of_stages(self.entry(x))
+        return self._padded(x, self._checked(lengths, x))
+
+    def _padded(self, x: torch.Tensor, lengths: np.ndarray) -> Iterator[torch.Tensor]:
+        frames = mask_padding(self.entry(x), lengths)
+        for number, layer in enumerate(self.layers.values(), start=1):
+            lengths = layer.out_length(lengths)
+            frames = mask_padding(layer(frames), lengths)
+            if number in self._stage_ends:
+                yield frames
+
+    def _checked(self, lengths: Any, x: torch.Tensor) -> np.ndarray:
+        """Lengths as int64 [B]."""
+        if self.entry.takes != "waveforms":
+            raise DataError("Pictures of a batch have one size, so lengths mean nothing for them; leave them out.")
+        lengths = np.asarray(lengths.cpu() if isinstance(lengths, torch.Tensor) else lengths)
+        whole = np.issubdtype(lengths.dtype, np.integer)
+        if not whole or lengths.shape != (len(x),) or lengths.min() < self.shortest or lengths.max() > x.shape[1]:
+            raise DataError(
+                f"lengths {lengths.tolist()} do not fit; give a whole number for each of the {len(x)} waveforms, from the "
+                f"{self.shortest} samples that the encoder needs to the {x.shape[1]} of the batch."
+            )
+        return lengths.astype(np.int64)

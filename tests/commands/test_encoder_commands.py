@@ -1,0 +1,147 @@
+"""`layerwise extract` and `layerwise export`: what is printed, exit codes, and the README's commands as they stand."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import soundfile
+
+from layerwise.commands import main
+from layerwise.config import resolve
+from layerwise.engines.run import RunResult, run
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Call:
+    """call(*arguments) gives exit code, stdout and stderr."""
+
+    def run_main(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        return int(stopped.value.code or 0), *capfd.readouterr()
+
+    return run_main
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_options: dict, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    folder = tmp_path_factory.mktemp("finished")
+    places = {"data.source": f"fsdd:{digits}", "out": str(folder / "run"), "cache.dir": str(folder / "cache")}
+    return run(resolve(overrides={**tiny_options["speech"], **places, "training.max_epochs": 1}))
+
+
+def test_extract_says_what_it_wrote_and_what_it_skipped(
+    finished: RunResult, digits: Path, call: Call, tmp_path: Path
+) -> None:
+    folder = tmp_path / "new"
+    shutil.copytree(digits, folder)
+    (folder / "broken.wav").write_bytes(b"RIFF no sound")
+    code, out, err = call("extract", finished.paths.out, folder, "-o", tmp_path / "features.h5", "--stage", 2)
+    assert (code, err) == (0, "")
+    assert "features.h5: stage 2, 48 samples, " in out
+    assert "1 files skipped:" in out
+    assert "  broken.wav: cannot be decoded" in out
+    with h5py.File(tmp_path / "features.h5") as file:
+        assert file.attrs["stage"] == 2
+        assert file["features"].dtype == np.float16
+        assert len(file["ids"]) == 48
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["extract", "{run}", "nowhere", "-o", "x.h5"], "nowhere does not exist"),
+        (["extract", "{run}", "images:nowhere", "-o", "x.h5"], "nowhere does not exist"),
+        (["extract", "{run}", "empty", "-o", "x.h5"], "holds no recordings"),
+        (["extract", "{run}", "broken.wav", "-o", "x.h5"], "1 files were skipped, the first: broken.wav"),
+        (["extract", "{run}", "{data}", "-o", "x.txt"], "a .npy or a .h5"),
+        (["extract", "{run}", "{data}", "-o", "broken.wav"], "exists"),
+        (["extract", "{run}", "{data}", "-o", "x.h5", "--stage", "9"], "--stage 9: "),
+        (["extract", "{run}", "{data}", "-o", "x.h5", "--gpu-mem", "4"], "4 has no unit"),
+        (["extract", "{run}", "{data}", "-o", "x.h5", "--gpu-mem", "1kB"], "cannot hold the encoder"),
+        (["extract", "{run}", "{data}", "-o", "x.h5", "--device", "cuda:7"], "--device cuda:7"),
+        (["extract", "nowhere", "{data}", "-o", "x.h5"], "There is no nowhere"),
+        (["export", "{run}", "-o", "empty"], "empty exists"),
+        (["export", "{run}", "-o", "x", "--format", "tflite"], "there are safetensors, pt2, onnx"),
+        (["export", "empty", "-o", "x"], "not a run directory"),
+    ],
+)
+def test_a_bad_request_is_one_sentence_and_exit_code_2(
+    finished: RunResult,
+    digits: Path,
+    call: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("broken.wav").write_bytes(b"RIFF no sound")
+    code, out, err = call(*(argument.format(run=finished.paths.out, data=digits) for argument in arguments))
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("layerwise: ")
+    assert err.strip().count("\n") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.wav", "empty"]
+
+
+def test_a_signal_ends_an_extraction_with_75_and_nothing_left(finished: RunResult, tmp_path: Path) -> None:
+    (tmp_path / "long").mkdir()
+    samples = 0.1 * np.random.default_rng(0).standard_normal(8_000_000)
+    soundfile.write(tmp_path / "long" / "long.wav", samples, 8000)
+    command = [sys.executable, "-m", "layerwise", "extract", str(finished.paths.out), "long", "-o", "features.h5"]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=quiet, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "features.h5.part").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, err
+    assert "Stopped by SIGTERM" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["long"]
+
+
+def test_export_says_how_well_it_agrees(finished: RunResult, call: Call, tmp_path: Path) -> None:
+    code, out, err = call("export", finished.paths.out, "-o", tmp_path / "my encoder")
+    assert (code, err) == (0, "")
+    assert "my encoder: safetensors and README.md; its features differ from the encoder's by at most 0 of" in out
+    names = sorted(path.name for path in (tmp_path / "my encoder").iterdir())
+    assert names == ["README.md", "config.toml", "encoder.safetensors"]
+
+
+def test_the_commands_and_the_code_of_the_readme_work_as_they_stand(
+    finished: RunResult, digits: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/demo").symlink_to(finished.paths.out)
+    Path("new_recordings").symlink_to(digits)
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.split("## Using the encoder")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    exec(code, {})
+    commands = re.findall(r"^layerwise (.*?)(?:\s+#.*)?$", section, re.MULTILINE)
+    assert len(commands) == 5
+    for command in commands:
+        assert call(*command.split())[0] == 0, command
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "features.h5",
+        "means.npy",
+        "my_encoder",
+        "my_program",
+        "my_graph",
+    }

@@ -1,0 +1,221 @@
+"""`layerwise.export`: every format computes what the encoder does, or nothing is left; the card says what is true."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import layerwise
+from layerwise.encoder import formats
+from layerwise.encoder.load import load
+from layerwise.encoder.stepwise import StepwiseRecurrence
+from layerwise.engines.run import RunResult, run
+from layerwise.errors import ExportError, RunError
+from layerwise.nets.layer import Layer
+from layerwise.nets.network import Network
+from layerwise.nets.sequence import Recurrence
+
+FORMATS = ["safetensors", "pt2", "onnx"]
+
+
+def needs(format: str) -> None:
+    if format == "onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(package)
+
+
+def computes(folder: Path, format: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the exported file computes, read as a user would."""
+    if format == "safetensors":
+        return layerwise.load(folder)
+    if format == "pt2":
+        return torch.export.load(folder / "encoder.pt2").module()
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / "encoder.onnx")
+    (given,) = session.get_inputs()
+    return lambda x: torch.from_numpy(session.run(None, {given.name: x.numpy()})[0])
+
+
+def code_of(card: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kind", ["speech_run", "vision_run"])
+def test_every_format_computes_what_the_encoder_does_at_other_sizes_too(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, format: str
+) -> None:
+    needs(format)
+    result: RunResult = request.getfixturevalue(kind)
+    exported = layerwise.export(result.paths.out, tmp_path / "encoder", format)
+    assert exported.difference < 1e-5
+    assert exported.fixed == ""
+    encoder, found = layerwise.load(result.paths.out), computes(tmp_path / "encoder", format)
+    speech = [torch.randn(size) * 0.1 for size in ((1, 700), (5, 1600), (2, 9001))]
+    pictures = [torch.rand(size) for size in ((1, 3, 32, 32), (4, 3, 60, 44))]
+    for x in speech if kind == "speech_run" else pictures:
+        with torch.no_grad():
+            torch.testing.assert_close(found(x), encoder(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("kind", ["speech_run", "vision_run"])
+def test_the_code_of_the_card_runs_as_it_stands(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, format: str
+) -> None:
+    needs(format)
+    result: RunResult = request.getfixturevalue(kind)
+    layerwise.export(result.paths.out, tmp_path / "encoder", format)
+    (code,) = code_of(tmp_path / "encoder" / "README.md")
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "encoder",
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    frames = layerwise.load(result.paths.out).out_length(1600)
+    assert f"2, {frames}, 8" in ran.stdout if kind == "speech_run" else "2, 49, 64" in ran.stdout
+
+
+def test_the_card_says_what_the_run_has_recorded(speech_run: RunResult, tmp_path: Path, digits: Path) -> None:
+    probe = layerwise.probe(speech_run.paths.out, "digit")
+    layerwise.export(speech_run.paths.out, tmp_path / "digits encoder")
+    card = (tmp_path / "digits encoder" / "README.md").read_text()
+    parameters = sum(parameter.numel() for parameter in layerwise.load(speech_run.paths.out).parameters())
+    for said in (
+        "# digits encoder",
+        f"{parameters:,} parameters",
+        "in 4 gradient-isolated stages",
+        f"48 samples of `fsdd:{digits.name}`",
+        "at 8000 Hz",
+        "one frame every 40 samples (5 ms)",
+        "infonce (steps 3, skip 0, negatives 4, anchors 16)",
+        "no device budget, on cpu",
+        f"| 4 | {100 * probe.stages[3].error:.1f} % | {100 * probe.stages[3].untrained_error:.1f} % | 24 |",
+        f"{speech_run.state.stages[2].best_loss:.4f}",
+        f"with layerwise {layerwise.__version__}",
+        "None was chosen",
+    ):
+        assert said in card, said
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_no_paths_of_the_machine_are_handed_over(
+    speech_run: RunResult, digits: Path, tmp_path: Path, format: str
+) -> None:
+    needs(format)
+    layerwise.export(speech_run.paths.out, tmp_path / "encoder", format)
+    places = [
+        str(place).encode() for place in (digits, speech_run.paths.out, tmp_path, Path(layerwise.__file__).parent)
+    ]
+    for path in (tmp_path / "encoder").iterdir():
+        content = path.read_bytes()  # pt2 archives store their members as they are
+        assert not [place for place in places if place in content], path.name
+
+
+def test_an_exported_folder_is_loaded_and_extracted_from_like_a_run(
+    speech_run: RunResult, digits: Path, tmp_path: Path
+) -> None:
+    layerwise.export(speech_run.paths.out, tmp_path / "encoder")
+    for place, name in ((tmp_path / "encoder", "one.npy"), (speech_run.paths.out, "other.npy")):
+        layerwise.extract(place, digits, tmp_path / name)
+    assert np.array_equal(np.load(tmp_path / "one.npy"), np.load(tmp_path / "other.npy"))
+
+
+def test_what_computes_something_else_is_deleted(
+    speech_run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(*arguments: object) -> formats.Written:
+        written = formats.write_safetensors(*arguments)
+        encoder = written.computes
+        return formats.Written(lambda x: encoder(x) * 1.01, written.inputs)
+
+    def shorter(*arguments: object) -> formats.Written:
+        written = formats.write_safetensors(*arguments)
+        encoder = written.computes
+        return formats.Written(lambda x: encoder(x)[:, 1:], written.inputs)
+
+    for write, message in ((spoilt, "differs from the encoder by 0.01"), (shorter, "gives features of shape")):
+        monkeypatch.setitem(formats.FORMATS, "safetensors", write)
+        with pytest.raises(ExportError, match=message):
+            layerwise.export(speech_run.paths.out, tmp_path / "encoder")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_packages_are_a_sentence(
+    speech_run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(ExportError, match=r"needs onnxscript: pip install 'layerwise\[onnx\]'"):
+        layerwise.export(speech_run.paths.out, tmp_path / "encoder", "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_requests_that_cannot_be_met_are_sentences(speech_run: RunResult, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="--format tflite: there are safetensors, pt2, onnx"):
+        layerwise.export(speech_run.paths.out, tmp_path / "encoder", "tflite")
+    with pytest.raises(ExportError, match="exists; delete it, or name another folder"):
+        layerwise.export(speech_run.paths.out, tmp_path)
+    with pytest.raises(RunError, match="is not a run directory"):
+        layerwise.export(tmp_path, tmp_path / "encoder")
+
+
+class FixedLength(Layer):
+    """A convolution that knows how many frames its example had, as some layers do."""
+
+    recurrent = False
+
+    def __init__(self, frames: int | None) -> None:
+        super().__init__()
+        self.scale = nn.Linear(1, 8)
+        self.frames = frames
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # As many tensors as frames: torch.export writes each of them down.
+        return torch.stack([self.scale(frame) for frame in x.unbind(1)], 1)
+
+
+def test_where_a_layer_ties_the_length_down_the_card_says_so(
+    run_tiny: Callable[..., RunResult], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Network([partial(FixedLength, None)], natural_cut=(1,), identity="fixed")
+    config = run_tiny("speech", f"fsdd:{digits}", **{"data.window": 100}).config
+    config = config.model_copy(update={"out": f"{config.out}-fixed"})
+    config = config.model_copy(update={"training": config.training.model_copy(update={"stages": 1})})
+    result = run(config, network=network)
+    exported = layerwise.export(result.paths.out, tmp_path / "encoder", "pt2", network=network)
+    assert exported.fixed == "100 samples of each waveform"
+    card = (tmp_path / "encoder" / "README.md").read_text()
+    assert "In this file the size of the input is fixed: 100 samples of each waveform." in card
+    found, encoder = computes(tmp_path / "encoder", "pt2"), load(result.paths.out, network=network)
+    x = torch.randn(5, 100)
+    torch.testing.assert_close(found(x), encoder(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_stepwise_recurrence_is_the_recurrence() -> None:
+    torch.manual_seed(0)
+    recurrence, x = Recurrence(6, 5), torch.randn(3, 40, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(StepwiseRecurrence(recurrence)(x), recurrence(x), rtol=1e-5, atol=1e-6)
+
+
+def test_the_exported_options_make_the_same_network(speech_run: RunResult, tmp_path: Path) -> None:
+    from layerwise.config import changed_options
+    from layerwise.config import load as load_config
+
+    layerwise.export(speech_run.paths.out, tmp_path / "encoder")
+    old, new = load_config(speech_run.paths.config), load_config(tmp_path / "encoder" / "config.toml")
+    assert changed_options(old, new, {"shape", "training"}) == []
+    assert json.dumps(new.model_dump(mode="json")).count(str(speech_run.paths.out)) == 0

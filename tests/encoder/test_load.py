@@ -1,0 +1,207 @@
+"""`layerwise.load`: what the loaded encoder gives is what the run cached, without the data and without the caches."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+import layerwise
+from layerwise.cache import ActivationCache
+from layerwise.config import resolve
+from layerwise.data.demo import open_demo
+from layerwise.engines.run import RunResult, run
+from layerwise.errors import ConfigError, DataError, RunError
+from layerwise.nets.traced import traced_network
+from layerwise.training.encoder import load_encoder, save_encoder
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def waveform(digits: Path, name: str) -> torch.Tensor:
+    """float32 [samples] as any audio library gives them."""
+    return torch.from_numpy(soundfile.read(digits / name, dtype="float32")[0])
+
+
+def pixels(pictures: Path, name: str) -> torch.Tensor:
+    """uint8 [3, 32, 32] of a picture of 32 x 40, cropped as torchvision would."""
+    return torch.from_numpy(np.array(Image.open(pictures / name))[4:36]).permute(2, 0, 1)
+
+
+def test_a_waveform_gives_what_the_run_cached_at_every_stage(speech_run: RunResult, digits: Path) -> None:
+    encoder = layerwise.load(speech_run.paths.out)
+    assert not encoder.training
+    assert next(encoder.parameters()).device.type == "cpu"
+    for stage in range(1, 5):
+        with ActivationCache(speech_run.paths.cache(stage)) as cache, torch.no_grad():
+            for sample in (0, 17, 47):
+                x = waveform(digits, cache.ids[sample])[None]
+                cached = cache.read(sample, 0, int(cache.lengths[sample]))
+                torch.testing.assert_close(encoder.stages(x)[stage - 1][0], cached, **CLOSE)
+                if stage == 4:
+                    torch.testing.assert_close(encoder(x)[0], cached, **CLOSE)
+
+
+def test_pictures_give_what_the_run_cached_as_bytes_and_as_floats(vision_run: RunResult, pictures: Path) -> None:
+    encoder = layerwise.load(vision_run.paths.out)
+    with ActivationCache(vision_run.paths.cache(3)) as cache, torch.no_grad():
+        x = torch.stack([pixels(pictures, name) for name in cache.ids])
+        cached = torch.stack([cache.read(sample, 0, 49) for sample in range(len(cache.ids))])
+        torch.testing.assert_close(encoder.stages(x)[-1], cached, **CLOSE)
+        features = encoder(x)
+        assert features.shape == (20, 49, 64)
+        torch.testing.assert_close(features, cached.flatten(3).mean(3), **CLOSE)
+        assert torch.equal(encoder(x / 255), features)
+
+
+def test_padded_waveforms_give_what_they_give_alone(speech_run: RunResult, digits: Path) -> None:
+    encoder = layerwise.load(speech_run.paths.out)
+    alone = [waveform(digits, f"{digit}_theo_5.wav") for digit in range(3)]
+    lengths = torch.tensor([len(samples) for samples in alone])
+    batch = nn.utils.rnn.pad_sequence(alone, batch_first=True, padding_value=0.5)
+    with torch.no_grad():
+        features = encoder(batch, lengths)
+        for row, samples, frames in zip(features, alone, encoder.out_length(lengths.numpy()).tolist(), strict=True):
+            torch.testing.assert_close(row[:frames], encoder(samples[None])[0], **CLOSE)
+            assert not row[frames:].any()
+
+
+def test_neither_data_nor_caches_nor_stages_are_needed(run_tiny: Callable[..., RunResult], tmp_path: Path) -> None:
+    recordings = tmp_path / "recordings"
+    recordings.mkdir()
+    for number in range(6):
+        samples = 0.03 * np.random.default_rng(number).standard_normal(3000)
+        soundfile.write(recordings / f"{number}.wav", samples, 8000)
+    result = run_tiny("speech", f"speech:{recordings}")
+    x = waveform(recordings, "3.wav")[None]
+    with ActivationCache(result.paths.cache(4)) as cache:
+        cached = cache.read(3, 0, int(cache.lengths[3]))
+    for folder in (recordings, result.paths.caches, result.paths.out / "stages"):
+        shutil.rmtree(folder)
+    for place in (result.paths.out, result.paths.encoder):
+        torch.testing.assert_close(layerwise.load(place)(x)[0].detach(), cached, **CLOSE)
+
+
+def test_the_demo_is_read_at_its_level(tiny_options: dict, tmp_path: Path) -> None:
+    places = {"out": str(tmp_path / "run"), "cache.dir": str(tmp_path / "cache")}
+    small = {"training.max_epochs": 1, "data.sample_rate": 16000, "cache.dtype": "float32"}
+    result = run(resolve(overrides={**tiny_options["speech"], **places, **small}))
+    demo = open_demo()
+    x = torch.from_numpy(demo._utterances[7].samples)[None]
+    with ActivationCache(result.paths.cache(4)) as cache:
+        cached = cache.read(7, 0, int(cache.lengths[7]))
+    torch.testing.assert_close(layerwise.load(result.paths.out)(x)[0].detach(), cached, **CLOSE)
+
+
+def test_lower_stages_can_be_taken_alone(speech_run: RunResult) -> None:
+    x = torch.randn(2, 3000)
+    whole, lower = layerwise.load(speech_run.paths.out), layerwise.load(speech_run.paths.out, stage=2)
+    assert torch.equal(lower(x), whole.stages(x)[1])
+    assert set(lower.state_dict()) < set(whole.state_dict()) == set(load_file(speech_run.paths.encoder))
+    with pytest.raises(ConfigError, match="has stages 1 to 4"):
+        layerwise.load(speech_run.paths.out, stage=5)
+
+
+def test_a_network_of_the_users_own_is_given_again(run_tiny: Callable[..., RunResult], pictures: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1))
+    network = traced_network(model, (3, 8, 8))
+    config = run_tiny("vision", f"images:{pictures}").config
+    config = config.model_copy(update={"out": f"{config.out}-own"})
+    result = run(config, network=network)
+    x = torch.rand(2, 3, 32, 32)
+    assert layerwise.load(result.paths.out, network=network)(x).shape == (2, 49, 8)
+    with pytest.raises(ConfigError, match="give it as network="):
+        layerwise.load(result.paths.out)
+    with pytest.raises(ConfigError, match="not the one"):
+        layerwise.load(result.paths.out, network=traced_network(nn.Sequential(nn.Linear(8, 8)), (3, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randn(3000), r"got float32 of shape \(3000,\); give waveforms \(B, samples\)"),
+        (torch.zeros(2, 3000, dtype=torch.int16), "got int16"),
+        (torch.randn(2, 20), "20 samples are too short; the encoder needs"),
+    ],
+)
+def test_what_is_no_batch_of_waveforms_is_a_sentence(speech_run: RunResult, x: torch.Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        layerwise.load(speech_run.paths.out)(x)
+
+
+@pytest.mark.parametrize("lengths", [[3000], [3000, 3001], [3000, 3], [1.5, 2.5]])
+def test_lengths_that_do_not_fit_are_a_sentence(speech_run: RunResult, lengths: list[float]) -> None:
+    with pytest.raises(DataError, match="do not fit; give a whole number for each of the 2 waveforms"):
+        layerwise.load(speech_run.paths.out)(torch.randn(2, 3000), lengths)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.rand(3, 32, 32), r"give colour pictures \(B, 3, H, W\) of at least 8 x 8"),
+        (torch.rand(2, 1, 32, 32), "give colour pictures"),
+        (torch.rand(2, 3, 32, 4), "at least 8 x 8"),
+        (255 * torch.ones(2, 3, 32, 32), "pixels of up to 255; give floats from 0 to 1"),
+    ],
+)
+def test_what_is_no_batch_of_pictures_is_a_sentence(vision_run: RunResult, x: torch.Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        layerwise.load(vision_run.paths.out)(x)
+
+
+def test_a_run_that_is_not_finished_is_refused(speech_run: RunResult, tmp_path: Path) -> None:
+    state = json.loads(speech_run.paths.state.read_text())
+    state["stages"][2]["status"] = "training"
+    (tmp_path / "run.json").write_text(json.dumps(state))
+    with pytest.raises(RunError, match="no encoder yet: stage 3 is not done; go on with the run first"):
+        layerwise.load(tmp_path)
+    with pytest.raises(RunError, match=r"holds no encoder\.safetensors"):
+        layerwise.load(tmp_path.parent)
+    with pytest.raises(RunError, match="There is no"):
+        layerwise.load(tmp_path / "nowhere")
+
+
+def test_files_that_do_not_fit_together_are_refused(speech_run: RunResult, tmp_path: Path) -> None:
+    weights, origin = load_encoder(speech_run.paths.encoder)
+    path = tmp_path / "encoder.safetensors"
+
+    def refused(message: str) -> None:
+        with pytest.raises(RunError, match=message):
+            layerwise.load(path)
+
+    save_encoder(path, weights | {"layers.0.weight": np.zeros((8, 1, 3), np.float32)}, origin)
+    refused(r"the shape of layers\.0\.weight is \(8, 1, 3\) and should be \(8, 1, 10\)")
+    save_encoder(path, weights | {"layers.9.weight": np.zeros(3, np.float32)}, origin)
+    refused(r"should be missing")
+    save_encoder(path, weights, replace(origin, cut=[1, 1]))
+    refused("cut into 2 layers, and its network has 4")
+    for damaged in ({"level": 0.0}, {"level": float("nan")}, {"cut": [-4]}):
+        save_encoder(path, weights, replace(origin, **damaged))
+        refused("header of .* is damaged")
+    save_file(weights, path, {"config": origin.config.to_toml()})
+    refused("an earlier layerwise wrote it")
+    path.write_bytes(b"not safetensors")
+    refused("cannot be read")
+
+
+def test_a_run_of_an_earlier_layerwise_is_completed_by_its_command(speech_run: RunResult, tmp_path: Path) -> None:
+    weights, origin = load_encoder(speech_run.paths.encoder)
+    save_file(weights, speech_run.paths.encoder, {"config": origin.config.to_toml()})
+    run(speech_run.config)
+    assert load_encoder(speech_run.paths.encoder)[1] == origin
+
+
+def test_nothing_is_unpickled(speech_run: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pickle.Unpickler", partial(pytest.fail, "unpickled"))
+    monkeypatch.setattr("torch.load", partial(pytest.fail, "unpickled"))
+    layerwise.load(speech_run.paths.out)
