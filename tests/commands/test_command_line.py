@@ -138,7 +138,7 @@ def test_the_command_line_has_exactly_these_options() -> None:
     assert named == {
         *("--recipe", "--config", "--data", "--net", "--stages", "--gpu-mem", "--out", "--cache-dir", "--max-epochs"),
         *("--patience", "--batch-size", "--lr", "--precision", "--device", "--seed", "--from-stage", "--overwrite"),
-        *("--set", "--cache", "--cache-dtype", "--disk", "--keep", "--views"),
+        *("--set", "--cache", "--cache-dtype", "--disk", "--keep", "--views", "--log"),
     }
 
 
