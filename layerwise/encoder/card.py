@@ -139,7 +139,8 @@ def _data(origin: Origin) -> str:
 
 def _training(origin: Origin, state: RunState) -> str:
     training, objective = origin.config.training, origin.config.objective
-    settings = ", ".join(f"{name} {value}" for name, value in objective.model_dump().items() if name != "name")
+    shown = {"label"} if objective.name == "supervised" else type(objective).model_fields.keys() - {"name", "label"}
+    settings = ", ".join(f"{name} {value}" for name, value in objective.model_dump().items() if name in shown)
     budget = f"a device budget of {size(state.budget_bytes)}" if state.budget_bytes else "no device budget"
     return (
         f"Objective: {objective.name} ({settings}). Adam, learning rate {training.lr:g}, batches of {training.batch_size}, "
