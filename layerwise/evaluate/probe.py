@@ -30,7 +30,7 @@ from layerwise.nets.module import Module
 from layerwise.nets.network import ranges
 from layerwise.run_directory import RunPaths, RunState, open_run
 from layerwise.stop import StopFlag
-from layerwise.training.checkpoint import load_arrays, load_weights
+from layerwise.training.checkpoint import load_stage, load_weights
 from layerwise.training.labels import frame_labels
 from layerwise.training.plan import StagePlan, plan_stages
 from layerwise.training.split import split_samples
@@ -146,7 +146,7 @@ def _modules(config: Config, plans: list[StagePlan], trained: RunPaths | None = 
         modules = [plan.build_module(config.training.seed, torch.device("cpu")).eval() for plan in plans]
         if trained is not None:
             for plan, module in zip(plans, modules, strict=True):
-                load_weights(module, load_arrays(trained.weights(plan.stage))[0])
+                load_weights(module, load_stage(trained, plan.stage))
     return modules
 
 

@@ -2,7 +2,7 @@
 
 from layerwise.config import Config
 from layerwise.run_directory import RunPaths
-from layerwise.training.checkpoint import load_arrays, save_arrays
+from layerwise.training.checkpoint import load_stage, save_arrays
 from layerwise.training.plan import StagePlan
 
 
@@ -10,5 +10,5 @@ def stitch(config: Config, paths: RunPaths, plans: list[StagePlan]) -> None:
     """Writes encoder.safetensors: the weights of all layers under their names in the whole network."""
     arrays = {}
     for plan in plans:
-        arrays |= load_arrays(paths.weights(plan.stage))[0]
+        arrays |= load_stage(paths, plan.stage)
     save_arrays(paths.encoder, arrays, {"config": config.to_toml()})

@@ -26,7 +26,7 @@ from layerwise.memory.meter import uncounted
 from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.stop import StopFlag
 from layerwise.training.caching import cache_outputs, shortest_piece
-from layerwise.training.checkpoint import digest, load_arrays, load_weights, save_arrays
+from layerwise.training.checkpoint import digest, load_stage, load_weights, save_arrays
 from layerwise.training.classes import sample_classes
 from layerwise.training.feed import Feed, ReadFeed
 from layerwise.training.fingerprint import fingerprint, training_key
@@ -146,7 +146,7 @@ def _feed(stage: int, source: FrameSource, run: Run) -> Feed:
     with uncounted():
         modules = [plan.build_module(run.config.training.seed, torch.device("cpu")).eval() for plan in plans]
         for plan, module in zip(plans, modules, strict=True):
-            load_weights(module, load_arrays(run.paths.weights(plan.stage))[0])
+            load_weights(module, load_stage(run.paths, plan.stage))
     return RecomputedFeed(source, plans, modules, run.layouts[stage - 1].windows, run.config, run.device)
 
 
@@ -210,7 +210,7 @@ def _cache(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
     path = run.paths.cache(plan.stage)
     if not _is_sealed(path, record.fingerprint):
         module = plan.build_module(run.config.training.seed, run.device)
-        load_weights(module, load_arrays(run.paths.weights(plan.stage))[0])
+        load_weights(module, load_stage(run.paths, plan.stage))
         meter.label("parameters", module.state_dict().values())
         started, seconds = time.monotonic(), record.seconds
 

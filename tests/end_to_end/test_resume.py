@@ -15,6 +15,7 @@ from layerwise.files import exclusive
 from layerwise.report.lines import LogFile
 from layerwise.run_directory import RunState, StageRecord
 from layerwise.stop import StopFlag
+from layerwise.training.checkpoint import load_arrays, save_arrays
 
 Tiny = Callable[..., Config]
 
@@ -320,6 +321,54 @@ def test_weights_that_were_deleted_are_trained_again_to_the_same_bits(tiny_speec
     events: list[Event] = []
     assert bits(run(config, notify=events.append).paths.encoder) == before
     assert [event.stage for event in events if isinstance(event, StageStarted)] == [2, 3, 4]
+
+
+def flip_a_bit_of_the_last_array(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 64
+    path.write_bytes(content)
+
+
+def test_damaged_weights_are_named_and_not_used(tiny_speech: Tiny, digits: Path) -> None:
+    config = tiny_speech(f"fsdd:{digits}")
+    result = run(config)
+    before = bits(result.paths.encoder)
+    flip_a_bit_of_the_last_array(result.paths.weights(2))
+    result.paths.cache(2).unlink()
+    with pytest.raises(RunError, match=r"stages/2/weights.safetensors is damaged.*--from-stage 2"):
+        run(config, from_stage=3)
+    assert bits(run(config, from_stage=2).paths.encoder) == before
+
+
+def test_a_damaged_checkpoint_is_named_and_not_used(
+    tiny_speech: Tiny, digits: Path, undisturbed: dict[str, bytes]
+) -> None:
+    config = tiny_speech(f"fsdd:{digits}")
+    stop, notify = stop_at(StepDone, 13)
+    with pytest.raises(Interrupted):
+        run(config, stop=stop, notify=notify)
+    checkpoint = next(Path(config.out).glob("stages/*/checkpoint.safetensors"))
+    whole = checkpoint.read_bytes()
+    for place in (whole.index(b'"loss_sum') + 4, whole.index(b'"made_for') + 16, len(whole) - 3):
+        content = bytearray(whole)
+        content[place] ^= 1
+        checkpoint.write_bytes(content)
+        with pytest.raises(RunError, match=r"checkpoint.safetensors is damaged.*delete it and start the same command"):
+            run(config)
+    checkpoint.unlink()
+    assert bits(run(config).paths.encoder) == undisturbed
+
+
+def test_a_checkpoint_of_another_version_is_a_sentence(tiny_speech: Tiny, digits: Path) -> None:
+    config = tiny_speech(f"fsdd:{digits}")
+    stop, notify = stop_at(StepDone, 2)
+    with pytest.raises(Interrupted):
+        run(config, stop=stop, notify=notify)
+    checkpoint = Path(config.out) / "stages" / "1" / "checkpoint.safetensors"
+    arrays, metadata = load_arrays(checkpoint, "")
+    save_arrays(checkpoint, arrays, metadata | {"progress": '{"epoch": 0, "mood": 1}'})
+    with pytest.raises(RunError, match=r"checkpoint.safetensors was saved by another version of layerwise; delete it"):
+        run(config)
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(tiny_speech: Tiny, digits: Path) -> None:
