@@ -15,7 +15,7 @@ import torch
 
 from layerwise.cache import ActivationCache, CacheWriter, Layout
 from layerwise.cache.unsealed import remove_unsealed
-from layerwise.config import Config
+from layerwise.config import Config, load
 from layerwise.data.source import DataSet, FrameSource
 from layerwise.errors import BudgetError, RunError
 from layerwise.events import EpochDone, Event, Notify, StageDone
@@ -61,6 +61,10 @@ class Run:
         """The training key of a stage whose lower stages are done."""
         below = self.state.record(stage - 1).fingerprint if stage > 1 else None
         return training_key(self.config, self.data.identity, below, stage, self.plans[stage - 1].layers)
+
+    def trained_with(self, stage: int) -> Config:
+        """The options of a trained stage; where `--from-stage` has changed some, those below keep theirs."""
+        return load(self.paths.stage_config(stage))
 
 
 def perform(task: Task, run: Run) -> None:
@@ -147,7 +151,8 @@ def _feed(stage: int, source: FrameSource, run: Run) -> Feed:
         modules = [plan.build_module(run.config.training.seed, torch.device("cpu")).eval() for plan in plans]
         for plan, module in zip(plans, modules, strict=True):
             load_weights(module, load_stage(run.paths, plan.stage))
-    return RecomputedFeed(source, plans, modules, run.layouts[stage - 1].windows, run.config, run.device)
+    configs = [run.trained_with(plan.stage) for plan in plans]
+    return RecomputedFeed(source, plans, modules, run.layouts[stage - 1].windows, configs, run.device)
 
 
 def _delete_caches(run: Run, keep: set[int]) -> None:
@@ -223,7 +228,7 @@ def _cache(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
             options = run.config.cache
             with CacheWriter(path, _layout(plan, run, record), int(options.block), options.compression) as writer:
                 try:
-                    precision = run.config.training.precision
+                    precision = run.trained_with(plan.stage).training.precision
                     cache_outputs(module, feed, writer, piece, precision, run.device, meter, run.stop, run.notify)
                 finally:
                     record_progress()
@@ -283,7 +288,7 @@ def _layout(plan: StagePlan, run: Run, record: StageRecord) -> Layout:
     return Layout(
         fingerprint=str(record.fingerprint),
         stage=plan.stage,
-        dtype=run.config.cache.dtype,
+        dtype=run.trained_with(plan.stage).cache.dtype,
         frame_shape=plan.output_shape,
         columns=data.columns,
         views=data.views,

@@ -187,6 +187,23 @@ def test_a_cache_that_was_deleted_is_written_again_where_it_is_needed(tiny_speec
     assert first.paths.cache(4).read_bytes() == last
 
 
+@pytest.mark.parametrize("policy", ["auto", "never"])
+def test_from_stage_with_another_dtype_leaves_what_the_stages_below_give(
+    tiny_speech: Tiny, digits: Path, policy: str
+) -> None:
+    def config(dtype: str) -> Config:
+        return tiny_speech(f"fsdd:{digits}", **{"cache.policy": policy, "cache.dtype": dtype})
+
+    first = run(config("float32"))
+    weights = bits(first.paths.weights(3))
+    cache = first.paths.cache(2).read_bytes() if policy == "auto" else None
+    for stage in (1, 2):
+        first.paths.cache(stage).unlink(missing_ok=True)
+    # What stage 3 trains on is worked out anew, and its training does not ask how its own outputs are stored.
+    assert bits(run(config("bfloat16"), from_stage=3).paths.weights(3)) == weights
+    assert cache is None or first.paths.cache(2).read_bytes() == cache
+
+
 def test_a_from_stage_that_was_killed_before_it_deleted_anything_still_retrains(
     tiny_speech: Tiny, digits: Path
 ) -> None:
