@@ -24,7 +24,7 @@ from layerwise.training.cutting import plan_run
 from layerwise.training.encoder import stitch
 from layerwise.training.plan import StagePlan
 from layerwise.training.planner import StageLayout, lay_out, smallest_budget, smallest_layout
-from layerwise.training.resume import decided, find_what_is_missing, finished, prepare
+from layerwise.training.resume import check_from_stage, decided, find_what_is_missing, finished, prepare
 from layerwise.training.schedule import tasks_of_run
 from layerwise.training.split import split_samples
 from layerwise.training.storage import Storage, below, free_for_caches, plan_storage, sealed_bytes
@@ -61,6 +61,7 @@ def run(
     device, stop = find_device(config.training.device), stop or StopFlag()
     paths = RunPaths.of(config.out, config.cache.dir)
     data = open_data(config.data, shortest_sample(config))
+    planned_for = _content(paths.state)
     plans = plan_run(config, data, device, network, None if overwrite else _earlier_cut(paths, config))
     split = split_samples(data, config)
     storage = plan_storage(
@@ -73,8 +74,15 @@ def run(
     )
     layouts = _layouts(config, plans, storage, device, finished(paths, overwrite, from_stage), stop)
     busy = RunError(f"Another process is running {paths.out}; wait for it, or name another --out.")
+    caches_busy = RunError(
+        f"Another run of the same name is using {paths.caches}; wait for it, or give another --out name or --cache-dir."
+    )
     _refuse_foreign_folder(paths.out)
-    with exclusive(paths.lock, busy):
+    check_from_stage(paths, from_stage, overwrite, len(plans))
+    # The locks come this late because a request that is refused leaves no folder behind.
+    with exclusive(paths.lock, busy), exclusive(paths.caches_lock, caches_busy):
+        if _content(paths.state) != planned_for:
+            raise RunError(f"Another process has gone on with {paths.out} meanwhile; start the same command again.")
         state = prepare(
             config, paths, data, plans, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
         )
@@ -127,6 +135,10 @@ def _perform_all(run: Run) -> None:
             error.path.unlink(missing_ok=True)
             find_what_is_missing(run.state, run.paths)
             run.state.save(run.paths.state)
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 def _refuse_foreign_folder(out: Path) -> None:

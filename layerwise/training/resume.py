@@ -38,11 +38,7 @@ def prepare(
 
     cached: for each stage, whether its outputs are to be cached.
     """
-    if from_stage is not None and not 1 <= from_stage <= len(plans):
-        raise ConfigError(f"--from-stage {from_stage}: this run has stages 1 to {len(plans)}.")
     old = RunState.load(paths.state) if paths.state.exists() else None
-    if from_stage not in (None, 1) and (overwrite or old is None):
-        raise RunError(f"--from-stage {from_stage}: {paths.out} would begin anew and has no stage below; leave it out.")
     # Killed before its options were written, a run has nothing to go on with.
     if old is None or overwrite or not paths.config.exists():
         state = _begin(config, paths, data, plans, device, old)
@@ -54,6 +50,14 @@ def prepare(
     write_atomically(paths.cache_owner, state.run_id.encode())
     write_atomically(paths.config, config.to_toml().encode())
     return state
+
+
+def check_from_stage(paths: RunPaths, from_stage: int | None, overwrite: bool, stages: int) -> None:
+    """Raises ConfigError or RunError where a run of so many stages has none such, or none below it to go on from."""
+    if from_stage is not None and not 1 <= from_stage <= stages:
+        raise ConfigError(f"--from-stage {from_stage}: this run has stages 1 to {stages}.")
+    if from_stage not in (None, 1) and (overwrite or not paths.state.exists()):
+        raise RunError(f"--from-stage {from_stage}: {paths.out} would begin anew and has no stage below; leave it out.")
 
 
 def _begin(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import layerwise.engines.run
 from layerwise.config import Config, load
 from layerwise.engines.run import run
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, RunError
@@ -16,6 +17,7 @@ from layerwise.report.lines import LogFile
 from layerwise.run_directory import RunState, StageRecord
 from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import load_arrays, save_arrays
+from layerwise.training.plan import StagePlan
 
 Tiny = Callable[..., Config]
 
@@ -254,6 +256,36 @@ def test_a_second_process_on_the_same_run_is_refused(tiny_speech: Tiny, digits: 
         pytest.raises(RunError, match="Another process is running"),
     ):
         run(config)
+
+
+def test_a_second_run_on_the_same_folder_of_caches_is_refused(tiny_speech: Tiny, digits: Path) -> None:
+    config = tiny_speech(f"fsdd:{digits}")
+    with (
+        exclusive(Path(config.cache.dir) / "run" / "lock", RunError("busy")),
+        pytest.raises(RunError, match="Another run of the same name is using"),
+    ):
+        run(config)
+
+
+def test_what_was_planned_for_a_run_that_has_gone_on_meanwhile_is_not_done(
+    tiny_speech: Tiny, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = f"fsdd:{digits}"
+    config = tiny_speech(source)
+    stop, notify = stop_at(StepDone, 2)
+    with pytest.raises(Interrupted):
+        run(config, stop=stop, notify=notify)
+    plan = layerwise.engines.run.plan_run
+
+    def plan_while_another_goes_on(*arguments: object) -> list[StagePlan]:
+        monkeypatch.undo()
+        run(config)
+        return plan(*arguments)
+
+    monkeypatch.setattr("layerwise.engines.run.plan_run", plan_while_another_goes_on)
+    with pytest.raises(RunError, match=r"Another process has gone on with .* meanwhile"):
+        run(tiny_speech(source, **{"cache.policy": "never"}))
+    assert run(config).state.done
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tiny_speech: Tiny, digits: Path) -> None:
