@@ -24,7 +24,14 @@ from layerwise.training.cutting import plan_run
 from layerwise.training.encoder import stitch
 from layerwise.training.plan import StagePlan
 from layerwise.training.planner import StageLayout, lay_out, smallest_budget, smallest_layout
-from layerwise.training.resume import check_from_stage, decided, find_what_is_missing, finished, prepare
+from layerwise.training.resume import (
+    check_from_stage,
+    decided,
+    earlier_records,
+    find_what_is_missing,
+    intended,
+    prepare,
+)
 from layerwise.training.schedule import tasks_of_run
 from layerwise.training.split import split_samples
 from layerwise.training.storage import Storage, below, free_for_caches, plan_storage, sealed_bytes
@@ -64,15 +71,18 @@ def run(
     planned_for = _content(paths.state)
     plans = plan_run(config, data, device, network, None if overwrite else _earlier_cut(paths, config))
     split = split_samples(data, config)
+    earlier = earlier_records(paths, config, overwrite, from_stage)
     storage = plan_storage(
         config,
         plans,
         data.views,
         free_for_caches(paths.caches),
-        decided(paths, overwrite, from_stage),
+        decided(earlier),
         sealed_bytes(paths, len(plans)),
+        intended(earlier, paths, config),
     )
-    layouts = _layouts(config, plans, storage, device, finished(paths, overwrite, from_stage), stop)
+    done = {record.stage for record in earlier if record.status == "done"}
+    layouts = _layouts(config, plans, storage, device, done, stop)
     busy = RunError(f"Another process is running {paths.out}; wait for it, or name another --out.")
     caches_busy = RunError(
         f"Another run of the same name is using {paths.caches}; wait for it, or give another --out name or --cache-dir."
@@ -88,8 +98,8 @@ def run(
         )
         for line in _described(config, data, plans, layouts, storage):
             notify(Message(line))
-        done = tuple(record.stage for record in state.stages if record.status == "done")
-        notify(RunStarted(len(plans), done, config.training.max_epochs, state.budget_bytes))
+        finished = tuple(record.stage for record in state.stages if record.status == "done")
+        notify(RunStarted(len(plans), finished, config.training.max_epochs, state.budget_bytes))
         shared = Run(config, paths, state, data, split, plans, layouts, storage, device, stop, notify)
         _perform_all(shared)
         stitch(config, paths, plans)

@@ -176,27 +176,36 @@ def _reset_from(state: RunState, paths: RunPaths, from_stage: int) -> None:
     state.stages[from_stage - 1 :] = [StageRecord(record.stage) for record in state.stages[from_stage - 1 :]]
 
 
-def decided(paths: RunPaths, overwrite: bool, from_stage: int | None) -> list[bool]:
-    """For the stages that earlier starts have begun and this one keeps: whether their outputs are cached."""
+def earlier_records(paths: RunPaths, config: Config, overwrite: bool, from_stage: int | None) -> list[StageRecord]:
+    """What run.json says of the stages that this start keeps or goes on with, from stage 1 on."""
     if overwrite or not paths.state.exists() or not paths.config.exists():
         return []
-    records = RunState.load(paths.state).stages[: None if from_stage is None else from_stage - 1]
-    return [bool(record.cached) for record in itertools.takewhile(lambda record: record.status != "pending", records)]
+    state = RunState.load(paths.state)
+    if from_stage is None or _is_in_hand(state, paths, config, from_stage):
+        return state.stages
+    return state.stages[: from_stage - 1]
 
 
-def finished(paths: RunPaths, overwrite: bool, from_stage: int | None) -> set[int]:
-    """The stages that are done and stay so."""
-    if overwrite or not paths.state.exists() or not paths.config.exists():
-        return set()
-    records = RunState.load(paths.state).stages[: None if from_stage is None else from_stage - 1]
-    return {record.stage for record in records if record.status == "done"}
+def decided(records: Sequence[StageRecord]) -> list[bool]:
+    """For the first stages, those that are trained: whether their outputs are cached. Stages above were fed accordingly."""
+    return [bool(record.cached) for record in itertools.takewhile(_is_trained, records)]
+
+
+def intended(records: Sequence[StageRecord], paths: RunPaths, config: Config) -> list[bool | None]:
+    """For each stage, what an earlier start with the same options of the caches meant to do with its outputs."""
+    asked_the_same = bool(records) and load(paths.config).cache == config.cache
+    return [record.cached for record in records] if asked_the_same else []
 
 
 def _assign(state: RunState, cached: Sequence[bool]) -> None:
-    """Says of every stage that is not begun whether its outputs are to be cached."""
+    """Says of every stage that is not trained whether its outputs are to be cached."""
     for record, to_be in zip(state.stages, cached, strict=True):
-        if record.status == "pending":
+        if not _is_trained(record):
             record.cached = to_be
+
+
+def _is_trained(record: StageRecord) -> bool:
+    return record.status in ("caching", "done")
 
 
 def find_what_is_missing(state: RunState, paths: RunPaths) -> None:

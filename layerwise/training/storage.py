@@ -82,12 +82,15 @@ def plan_storage(
     free: int,
     decided: Sequence[bool] = (),
     sealed: Mapping[int, int] | None = None,
+    intended: Sequence[bool | None] = (),
 ) -> Storage:
     """Caches every stage whose outputs find room beside those that must stay meanwhile; the rest is recomputed.
 
     free: bytes on the disk of the caches, those of this run included; decided: what earlier starts did with the first
-    stages; sealed: bytes of their caches, by stage, where they are known. Raises BudgetError where a cache that is needed
-    finds no room, ConfigError where one cannot be done without, CacheError where zstandard is needed and not installed.
+    stages; sealed: bytes of their caches, by stage, where they are known; intended: what an earlier start meant to do with
+    each stage, which is done unless it finds no room any more, for recomputed inputs differ in their last bits.
+    Raises BudgetError where a cache that is needed finds no room, ConfigError where one cannot be done without, CacheError
+    where zstandard is needed and not installed.
     """
     options = config.cache
     if options.compression != "none" and options.policy != "never":
@@ -95,6 +98,7 @@ def plan_storage(
     known = {stage: taken for stage, taken in (sealed or {}).items() if stage <= len(decided)}
     room = free if options.disk is None else min(options.disk, free)
     cached, notes = list(decided), []
+    _check_decided(options, plans, Storage(tuple(cached)), views, known)
     for plan in plans[len(decided) :]:
         so_far = Storage(tuple(cached))
         needed = _written_bytes(plan, views, options)
@@ -104,22 +108,58 @@ def plan_storage(
         if options.policy == "always" and not fits:
             no_room = _no_room(plan, needed, beside, room, options)
             raise BudgetError(f"{no_room}or let what does not fit be recomputed: --cache auto.")
-        wanted = options.policy != "never" and fits
-        if not wanted and not last and plan.build_module(0, torch.device("meta")).recurrent:
-            why = f"stage {plan.stage} has a recurrent layer, so its outputs cannot be recomputed window by window"
-            if options.policy == "never":
-                raise ConfigError(
-                    f"--cache never: {why}; give --cache auto, or a cut in which it is in the last stage."
-                )
-            raise BudgetError(f"{_no_room(plan, needed, beside, room, options)}{why}.")
+        before = dict(enumerate(intended, start=1)).get(plan.stage)
+        wanted = options.policy != "never" and fits and before is not False
+        if not wanted and not last:
+            _check_recomputable(plan, options, _no_room(plan, needed, beside, room, options))
+        if before and not wanted:
+            notes.append(f"an earlier start was to cache the outputs of stage {plan.stage}; they find no room any more")
         cached.append(wanted)
         if not wanted and not last:
-            notes.append(_cost(config, plans, plan.stage, Storage(tuple(cached)), needed, options))
+            why = "--cache never" if options.policy == "never" else f"{size(needed)} find no room"
+            if fits and options.policy != "never":
+                why = "as an earlier start decided"
+            notes.append(_cost(config, plans, plan.stage, Storage(tuple(cached)), why))
         elif not wanted:
             notes.append(f"the outputs of stage {plan.stage}, {size(needed)}, are not cached; probes recompute them")
     if options.compression != "none" and any(cached):
         notes.append("while a cache is packed it lies on the disk twice; what it shrinks to is not known before")
     return Storage(tuple(cached), tuple(notes))
+
+
+def _check_decided(
+    options: CacheOptions, plans: Sequence[StagePlan], decided: Storage, views: int, sealed: Mapping[int, int]
+) -> None:
+    """Raises BudgetError where the caches of the stages that are trained take more than `--disk`."""
+    stage = len(decided.cached)
+    if options.disk is None or not stage:
+        return
+    if decided.cached[-1] and stage not in sealed:
+        beside = _beside(options, plans, decided, stage, views, sealed)
+        taken = beside + _written_bytes(plans[stage - 1], views, options)
+    else:
+        taken = sum(sealed.get(kept, 0) for kept in decided.kept(stage, options.keep))
+    if taken > options.disk:
+        raise BudgetError(
+            f"--disk {size(options.disk)} does not hold the caches of the stages that are trained already, {size(taken)}. "
+            f"Give more, or keep fewer with --keep needed, or retrain with --from-stage {stage} or below, which decides "
+            "anew what is cached."
+        )
+
+
+def _check_recomputable(plan: StagePlan, options: CacheOptions, no_room: str) -> None:
+    """Raises ConfigError or BudgetError where what is not cached cannot be recomputed to the same values."""
+    if plan.build_module(0, torch.device("meta")).recurrent:
+        why = f"stage {plan.stage} has a recurrent layer, so its outputs cannot be recomputed window by window"
+        instead = "give --cache auto, or a cut in which it is in the last stage."
+    elif options.dtype == "int8":
+        why = "with cache.dtype int8 outputs are rounded a thousand rows at a time, and cannot be recomputed window by window"
+        instead = "give --cache auto, or --cache-dtype float16."
+    else:
+        return
+    if options.policy == "never":
+        raise ConfigError(f"--cache never: {why}; {instead}")
+    raise BudgetError(f"{no_room}{why}.")
 
 
 def disk_peak(config: Config, plans: Sequence[StagePlan], storage: Storage, views: int) -> int:
@@ -168,14 +208,11 @@ def _no_room(plan: StagePlan, needed: int, beside: int, room: int, options: Cach
     )
 
 
-def _cost(
-    config: Config, plans: Sequence[StagePlan], stage: int, storage: Storage, needed: int, options: CacheOptions
-) -> str:
+def _cost(config: Config, plans: Sequence[StagePlan], stage: int, storage: Storage, why: str) -> str:
     above = Storage((*storage.cached, *[False] * (len(plans) - len(storage.cached))))
     recomputed = below(plans, stage + 1, above)
     source = above.source(stage + 1)
     origin = f"the cache of stage {source}" if source else "the data"
-    why = "--cache never" if options.policy == "never" else f"{size(needed)} find no room"
     more = _flops(config, recomputed, stage + 1, plans)
     return (
         f"the outputs of stage {stage} are not cached ({why}): stage {stage + 1} recomputes them from {origin}, which adds "

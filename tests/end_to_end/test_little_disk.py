@@ -13,6 +13,7 @@ from layerwise.engines.run import RunResult, run
 from layerwise.errors import BudgetError, CacheError, Interrupted
 from layerwise.evaluate.probe import probe
 from layerwise.events import Event, Message, StepDone
+from layerwise.run_directory import RunPaths, RunState
 from layerwise.stop import StopFlag
 
 Tiny = Callable[..., Config]
@@ -97,6 +98,53 @@ def test_a_stopped_run_without_caches_ends_with_the_same_bits(tiny_speech: Tiny,
         run(again, stop=stop, notify=notify)
     resumed = run(again)
     assert weights(resumed).tobytes() == weights(undisturbed).tobytes()
+
+
+def test_what_is_cached_is_not_decided_anew_by_the_free_disk_of_the_moment(
+    tiny_speech: Tiny, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_speech(f"fsdd:{digits}", **FLOAT32)
+    # Another program takes most of the disk, or gives it back.
+    for name, room in (("taken", iter([10**12, 1_300_000])), ("given back", iter([1_300_000, 10**12]))):
+        again = at(config, tmp_path / name, keep="needed")
+        stop = StopFlag()
+
+        def stop_in_stage_1(event: Event, stop: StopFlag = stop) -> None:
+            if isinstance(event, StepDone):
+                stop.reason = "the test"
+
+        monkeypatch.setattr("layerwise.engines.run.free_for_caches", lambda folder, room=room: next(room))
+        with pytest.raises(Interrupted):
+            run(again, stop=stop, notify=stop_in_stage_1)
+        before = [record.cached for record in RunState.load(Path(again.out) / "run.json").stages]
+        told: list[Event] = []
+        after = run(again, notify=told.append)
+        changed = [record.cached for record in after.state.stages] != before
+        assert changed == (name == "taken")
+        texts = [event.text for event in told if isinstance(event, Message)]
+        assert any("an earlier start was to cache the outputs of stage 1" in text for text in texts) == changed
+
+
+def test_a_disk_budget_that_is_given_later_counts_at_once(tiny_speech: Tiny, digits: Path) -> None:
+    source = f"fsdd:{digits}"
+
+    def stopped_in(stage: int, **options: object) -> None:
+        stop = StopFlag()
+
+        def notify(event: Event) -> None:
+            if isinstance(event, StepDone) and event.stage == stage:
+                stop.reason = "the test"
+
+        with pytest.raises(Interrupted):
+            run(tiny_speech(source, **FLOAT32, **options), stop=stop, notify=notify)
+
+    stopped_in(1)
+    stopped_in(2, **{"cache.disk": 1_300_000, "cache.keep": "needed"})
+    paths = RunPaths.of(tiny_speech(source).out, tiny_speech(source).cache.dir)
+    assert not list(paths.caches.glob("stage-1*"))
+    assert run(tiny_speech(source, **FLOAT32)).state.done
+    with pytest.raises(BudgetError, match=r"--disk 1 kB does not hold"):
+        run(tiny_speech(source, **FLOAT32, **{"cache.disk": 1000}))
 
 
 def test_always_is_refused_before_anything_is_written_where_there_is_no_room(tiny_speech: Tiny, digits: Path) -> None:
