@@ -1,6 +1,26 @@
-"""The files that lie beside NAME until it is sealed."""
+"""Caches by their names: stage-S.h5, and the files that lie beside it until it is sealed."""
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
+
+_NAME = re.compile(r"stage-([1-9]\d*)\.h5(\.part|\.journal|\.packing)?")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFile:
+    """A file that a run has written into its folder of caches."""
+
+    path: Path
+    stage: int
+    is_sealed: bool
+    """By its name."""
+
+
+def cache_files(folder: Path) -> list[CacheFile]:
+    """All of them; files of other names are a user's own."""
+    found = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("stage-*.h5*")]
+    return [CacheFile(path, int(name[1]), name[2] is None) for path, name in found if name]
 
 
 def unsealed(path: Path) -> tuple[Path, Path, Path]:

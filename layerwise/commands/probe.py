@@ -27,7 +27,13 @@ def probe(directory: Path, label: str, as_json: bool) -> None:
 
     console = Console(stderr=True)
     with stop_on_signals() as stop, console.status("probing", spinner="dots") as shown:
-        result = probe_library(directory, label, stop=stop, notify=lambda line: shown.update(f"probing: {line}"))
+        result = probe_library(
+            directory,
+            label,
+            stop=stop,
+            notify=lambda line: shown.update(f"probing: {line}"),
+            warn=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+        )
     if as_json:
         click.echo(json.dumps(asdict(result)))
     else:

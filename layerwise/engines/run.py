@@ -35,7 +35,7 @@ from layerwise.training.resume import (
 from layerwise.training.schedule import tasks_of_run
 from layerwise.training.split import split_samples
 from layerwise.training.storage import Storage, below, free_for_caches, plan_storage, sealed_bytes
-from layerwise.training.task import Run, perform
+from layerwise.training.task import Run, check_kept, delete_leftovers, perform
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,7 @@ def run(
         finished = tuple(record.stage for record in state.stages if record.status == "done")
         notify(RunStarted(len(plans), finished, config.training.max_epochs, state.budget_bytes))
         shared = Run(config, paths, state, data, split, plans, layouts, storage, device, stop, notify)
+        delete_leftovers(shared)
         _perform_all(shared)
         stitch(config, paths, plans)
         state.from_stage = None
@@ -135,6 +136,7 @@ def _perform_all(run: Run) -> None:
     mended: set[Path] = set()
     while True:
         try:
+            check_kept(run)
             local.execute(tasks_of_run(len(run.plans)), lambda task: perform(task, run))
             return
         except DamagedCache as error:
@@ -143,7 +145,7 @@ def _perform_all(run: Run) -> None:
             mended.add(error.path)
             run.notify(Message(f"{error} It is made again from below."))
             error.path.unlink(missing_ok=True)
-            find_what_is_missing(run.state, run.paths)
+            find_what_is_missing(run.state, run.paths, run.config.cache.keep)
             run.state.save(run.paths.state)
 
 

@@ -17,7 +17,7 @@ from layerwise.cache import SPLITS, ActivationCache
 from layerwise.config import Config, load
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
-from layerwise.errors import BudgetError, DataError, RunError
+from layerwise.errors import BudgetError, CacheError, DataError, RunError
 from layerwise.evaluate.features import cached_features, choose_frames
 from layerwise.evaluate.linear import probe_error
 from layerwise.evaluate.passed import passed_features
@@ -66,8 +66,11 @@ def probe(
     *,
     stop: StopFlag | None = None,
     notify: Callable[[str], None] = lambda line: None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> ProbeResult:
     """Fits a linear classifier for `label` on each finished stage; also written to probes/LABEL.json.
+
+    notify: is told what it is at; warn: which caches cannot be used. Their stages are passed through anew.
 
     Raises RunError where no stage is done, DataError where the label does not exist or has one value only.
     """
@@ -88,7 +91,7 @@ def probe(
 
     notify("features of the same network with random weights")
     untrained, peak = features_of(_modules(config, plans[: len(stages)]))
-    trained = {stage: _cached_features(paths, state, stage, samples, per_frame, stop) for stage in stages}
+    trained = {stage: _cached_features(paths, state, stage, samples, per_frame, stop, warn) for stage in stages}
     if any(features is None for features in trained.values()):
         notify("features of stages that are not cached")
         passed, more = features_of(_modules(config, plans[: len(stages)], paths))
@@ -175,15 +178,25 @@ def _pass_under_budget(
 
 
 def _cached_features(
-    paths: RunPaths, state: RunState, stage: int, samples: np.ndarray, per_frame: bool, stop: StopFlag
+    paths: RunPaths,
+    state: RunState,
+    stage: int,
+    samples: np.ndarray,
+    per_frame: bool,
+    stop: StopFlag,
+    warn: Callable[[str], None],
 ) -> np.ndarray | None:
-    """From the stage's cache, or None where it is not there."""
+    """From the stage's cache, or None where it is not there or cannot be used."""
     if not paths.cache(stage).exists():
         return None
-    with ActivationCache(paths.cache(stage)) as cache:
-        if cache.layout.fingerprint != state.record(stage).fingerprint:
-            raise RunError(f"{cache.path} was not made by this run; move it away.")
-        return cached_features(cache, samples, per_frame, lambda: stop.raise_if_set("while probing"))
+    try:
+        with ActivationCache(paths.cache(stage)) as cache:
+            if cache.layout.fingerprint != state.record(stage).fingerprint:
+                raise RunError(f"{cache.path} was not made by this run; move it away.")
+            return cached_features(cache, samples, per_frame, lambda: stop.raise_if_set("while probing"))
+    except CacheError as error:
+        warn(f"{error} Until then probes recompute the features of stage {stage}.")
+        return None
 
 
 def _values_and_split(

@@ -21,6 +21,7 @@ from layerwise.errors import ConfigError, RunError
 from layerwise.files import write_atomically
 from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.training.plan import StagePlan
+from layerwise.training.storage import kept_caches
 
 
 def prepare(
@@ -105,7 +106,7 @@ def _go_on(
         for record in state.stages:
             record.cache = str(paths.cache(record.stage)) if record.cache else None
     _assign(state, cached)
-    find_what_is_missing(state, paths)
+    find_what_is_missing(state, paths, config.cache.keep)
     state.save(paths.state)
     for record in state.stages:
         # A stage leaves "pending" before it writes its first file, so what lies there is left over.
@@ -208,13 +209,17 @@ def _is_trained(record: StageRecord) -> bool:
     return record.status in ("caching", "done")
 
 
-def find_what_is_missing(state: RunState, paths: RunPaths) -> None:
+def find_what_is_missing(state: RunState, paths: RunPaths, keep: str) -> None:
     """Where weights were deleted, the stage and those above it are trained again: on a GPU it may not end with the same bits.
 
-    Caches that were deleted are written again from the weights, where a stage above still needs them.
+    Caches that were deleted are written again from the weights, where a stage above still needs them, or the run is
+    finished and keeps them.
     """
+    is_trained = all(_is_trained(record) for record in state.stages)
+    kept = kept_caches(state, keep) if is_trained else set()
     for record in reversed(state.stages):
-        needed = any(state.source(above.stage) == record.stage for above in state.stages if above.status != "done")
+        inputs = {state.source(above.stage) for above in state.stages if above.status != "done"}
+        needed = record.stage in kept | inputs
         if record.status in ("caching", "done") and not paths.weights(record.stage).exists():
             state.stages[record.stage - 1 :] = [StageRecord(above.stage) for above in state.stages[record.stage - 1 :]]
         elif needed and record.status == "done" and not paths.cache(record.stage).exists():

@@ -11,10 +11,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise.cache.stored import STORED
+from layerwise.cache.unsealed import cache_files
 from layerwise.cache.zstd import require_zstandard
 from layerwise.config import CacheOptions, Config
 from layerwise.errors import BudgetError, ConfigError
-from layerwise.run_directory import RunPaths
+from layerwise.run_directory import RunPaths, RunState
 from layerwise.training.plan import StagePlan
 from layerwise.units import size
 
@@ -43,6 +44,16 @@ class Storage:
         return {newest, self.source(newest)} if keep == "needed" and newest else {newest}
 
 
+def kept_caches(state: RunState, keep: str) -> set[int]:
+    """The stages whose caches stay: those that --keep names, those that are being written, and the inputs of all others."""
+    storage = Storage(tuple(bool(record.cached) for record in state.stages))
+    newest = max((record.stage for record in state.stages if record.status in ("caching", "done")), default=0)
+    inputs = {storage.source(record.stage) for record in state.stages if record.status != "done"}
+    written = {record.stage for record in state.stages if record.status == "caching"}
+    stay = storage.kept(newest, keep) | inputs | written if newest else set()
+    return {stage for stage in stay if stage and storage.cached[stage - 1]}
+
+
 def below(plans: Sequence[StagePlan], stage: int, storage: Storage) -> tuple[StagePlan, ...]:
     """The stages that are recomputed for the input of `stage`."""
     return tuple(plans[storage.source(stage) : stage - 1])
@@ -65,7 +76,7 @@ def cache_bytes(plan: StagePlan, views: int, dtype: str) -> int:
 def free_for_caches(folder: Path) -> int:
     """Bytes that are free on the disk of a run's caches, those that it holds there already included."""
     there = next(place for place in (folder, *folder.parents) if place.exists())
-    ours = sum(path.stat().st_blocks * 512 for path in folder.glob("stage-*.h5*"))
+    ours = sum(path.lstat().st_blocks * 512 for path in (file.path for file in cache_files(folder)))
     return shutil.disk_usage(there).free + ours
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from layerwise.cache import ActivationCache, CacheWriter, Layout
-from layerwise.cache.unsealed import remove_unsealed
+from layerwise.cache.unsealed import cache_files
 from layerwise.config import Config, load
 from layerwise.data.source import DataSet, FrameSource
 from layerwise.errors import BudgetError, RunError
@@ -37,7 +37,7 @@ from layerwise.training.recomputed import RecomputedFeed
 from layerwise.training.schedule import Task
 from layerwise.training.split import HELD_OUT, TRAIN
 from layerwise.training.stage import StageFiles, train_stage
-from layerwise.training.storage import Storage, below, input_of
+from layerwise.training.storage import Storage, below, input_of, kept_caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def perform(task: Task, run: Run) -> None:
         raise BudgetError(f"Stage {task.stage} does not fit into the device budget to {what}. {reason}")
     left = _device_bytes_left(meter, run.device, before)
     _finish(run, record)
-    _delete_caches(run, run.storage.kept(task.stage, run.config.cache.keep))
+    delete_leftovers(run)
     run.notify(
         StageDone(
             stage=task.stage,
@@ -114,7 +114,7 @@ def _train_and_cache(plan: StagePlan, source: FrameSource, run: Run, record: Sta
     _record_driver(run.device, record)
     meter.reset_peak()
     if run.storage.cached[plan.stage - 1]:
-        _delete_caches(run, keep={run.storage.source(plan.stage), plan.stage})
+        delete_leftovers(run)
         _cache(plan, feed, run, record, meter)
         _record_driver(run.device, record)
 
@@ -129,15 +129,18 @@ def _record_driver(device: torch.device, record: StageRecord) -> None:
 def _open_source(stage: int, run: Run) -> FrameSource:
     """The data, or the nearest cache below."""
     below = run.storage.source(stage)
-    if below == 0:
-        return run.data
-    cache = ActivationCache(run.paths.cache(below))
-    expected = run.state.record(below).fingerprint
+    return run.data if below == 0 else _open_cache(below, run)
+
+
+def _open_cache(stage: int, run: Run) -> ActivationCache:
+    """Raises DamagedCache where it cannot be used, RunError where it is another run's."""
+    cache = ActivationCache(run.paths.cache(stage))
+    expected = run.state.record(stage).fingerprint
     if cache.layout.fingerprint != expected:
         cache.close()
         raise RunError(
             f"{cache.path} was not made by this run (its fingerprint is {cache.layout.fingerprint[:12]}, expected "
-            f"{str(expected)[:12]}); retrain with --from-stage {below}, or name another --cache-dir."
+            f"{str(expected)[:12]}); retrain with --from-stage {stage}, or name another --cache-dir."
         )
     return cache
 
@@ -155,15 +158,28 @@ def _feed(stage: int, source: FrameSource, run: Run) -> Feed:
     return RecomputedFeed(source, plans, modules, run.layouts[stage - 1].windows, configs, run.device)
 
 
-def _delete_caches(run: Run, keep: set[int]) -> None:
-    """Of the stages that are done; with --keep all, none."""
-    if run.config.cache.keep == "all":
-        return
+def delete_leftovers(run: Run) -> None:
+    """Frees what no stage reads or writes any more and --keep does not name, whatever a kill has left of it."""
+    keep = kept_caches(run.state, run.config.cache.keep)
+    unsealed = {record.stage for record in run.state.stages if record.status == "caching"}
+    left = [file for file in cache_files(run.paths.caches) if file.stage not in (keep if file.is_sealed else unsealed)]
     for record in run.state.stages:
-        if record.status == "done" and record.cache and record.stage not in keep:
+        if record.stage in {file.stage for file in left if file.is_sealed}:
             record.cache = record.cache_bytes = None
-            run.state.save(run.paths.state)
-            run.paths.cache(record.stage).unlink(missing_ok=True)
+    if left:
+        run.state.save(run.paths.state)
+    for file in left:
+        file.path.unlink(missing_ok=True)
+
+
+def check_kept(run: Run) -> None:
+    """Opens the caches that a run keeps of stages that are done; those of others are opened when they are used.
+
+    Raises DamagedCache where one cannot be used.
+    """
+    for stage in kept_caches(run.state, run.config.cache.keep):
+        if run.state.record(stage).status == "done" and run.paths.cache(stage).exists():
+            _open_cache(stage, run).close()
 
 
 def _train(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: AnyMeter) -> None:
@@ -235,7 +251,6 @@ def _cache(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
                 writer.seal(lambda: run.stop.raise_if_set(f"while the cache of stage {plan.stage} was packed"))
 
         _in_pieces_that_fit(write, run.layouts[plan.stage - 1].piece, shortest_piece(plan, run.config), run.device)
-    remove_unsealed(path)  # of a start that was killed between giving the cache its name and this
     record.cache, record.cache_bytes = str(path), path.stat().st_size
 
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from layerwise.config import Config
 from layerwise.engines.run import RunResult, run
-from layerwise.errors import BudgetError, CacheError, Interrupted
+from layerwise.errors import BudgetError, Interrupted
 from layerwise.evaluate.probe import probe
 from layerwise.events import Event, Message, StepDone
 from layerwise.run_directory import RunPaths, RunState
@@ -193,9 +193,38 @@ def test_a_probe_needs_no_caches(tiny_speech: Tiny, digits: Path, tmp_path: Path
     assert probe(Path(config.out), "digit").stages == cached_errors.stages
 
 
-def test_a_probe_does_not_use_a_damaged_cache(tiny_speech: Tiny, digits: Path) -> None:
+def test_a_probe_names_a_damaged_cache_and_does_without(tiny_speech: Tiny, digits: Path) -> None:
     config = tiny_speech(f"fsdd:{digits}", **FLOAT32)
     result = run(config)
+    whole = probe(Path(config.out), "digit").stages
     flip_a_bit(result.paths.cache(2), result.paths.cache(2).stat().st_size // 2)
-    with pytest.raises(CacheError, match=r"stage-2\.h5"):
-        probe(Path(config.out), "digit")
+    warnings: list[str] = []
+    assert probe(Path(config.out), "digit", warn=warnings.append).stages == whole
+    assert len(warnings) == 1
+    assert "stage-2.h5 is damaged" in warnings[0]
+
+
+@pytest.mark.parametrize("keep", ["needed", "all", "last"])
+def test_a_finished_run_makes_the_caches_that_it_keeps_again(tiny_speech: Tiny, digits: Path, keep: str) -> None:
+    config = tiny_speech(f"fsdd:{digits}", **FLOAT32, **{"cache.keep": keep})
+    result = run(config)
+    before = {stage: result.paths.cache(stage).read_bytes() for stage in cached(result)}
+    for damage in (Path.unlink, lambda path: flip_a_bit(path, path.stat().st_size - 3)):
+        for stage in before:
+            damage(result.paths.cache(stage))
+        events: list[Event] = []
+        assert run(config, notify=events.append).state.done
+        assert {stage: result.paths.cache(stage).read_bytes() for stage in cached(result)} == before
+        assert not any(isinstance(event, StepDone) for event in events)
+
+
+def test_what_a_kill_has_left_of_caches_is_deleted_at_the_next_start(tiny_speech: Tiny, digits: Path) -> None:
+    config = tiny_speech(f"fsdd:{digits}", **FLOAT32, **{"cache.keep": "needed"})
+    result = run(config)
+    kept = {path: path.read_bytes() for path in result.paths.caches.iterdir()}
+    for name in ("stage-1.h5", "stage-2.h5.part", "stage-2.h5.journal", "stage-4.h5.packing", "stage-9.h5"):
+        (result.paths.caches / name).write_bytes(bytes(1000))
+    (result.paths.caches / "stage-1.h5.mine").write_text("notes")
+    run(config)
+    (result.paths.caches / "stage-1.h5.mine").unlink()
+    assert {path: path.read_bytes() for path in result.paths.caches.iterdir()} == kept
