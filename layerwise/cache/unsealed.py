@@ -1,5 +1,6 @@
 """Caches by their names: stage-S.h5, and the files that lie beside it until it is sealed."""
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,18 @@ class CacheFile:
     stage: int
     is_sealed: bool
     """By its name."""
+    bytes: int
+    """On this disk."""
 
 
 def cache_files(folder: Path) -> list[CacheFile]:
     """All of them; files of other names are a user's own."""
-    found = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("stage-*.h5*")]
-    return [CacheFile(path, int(name[1]), name[2] is None) for path, name in found if name]
+    files = []
+    for path in folder.glob("stage-*.h5*"):
+        if name := _NAME.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):  # gone by now
+                files.append(CacheFile(path, int(name[1]), name[2] is None, path.lstat().st_blocks * 512))
+    return files
 
 
 def unsealed(path: Path) -> tuple[Path, Path, Path]:

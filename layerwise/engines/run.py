@@ -12,7 +12,7 @@ from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.engines import local
-from layerwise.errors import BudgetError, DamagedCache, RunError
+from layerwise.errors import BudgetError, RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import exclusive
 from layerwise.memory.device import find_device
@@ -132,19 +132,22 @@ def _layouts(
 
 
 def _perform_all(run: Run) -> None:
-    """Every task; a cache that turns out to be damaged is made anew, once."""
+    """Every task; a cache that cannot be used is made anew, once."""
     mended: set[Path] = set()
     while True:
         try:
             check_kept(run)
             local.execute(tasks_of_run(len(run.plans)), lambda task: perform(task, run))
             return
-        except DamagedCache as error:
+        except UnusableCache as error:
             if error.path in mended:
                 raise
             mended.add(error.path)
             run.notify(Message(f"{error} It is made again from below."))
-            error.path.unlink(missing_ok=True)
+            try:
+                error.path.unlink(missing_ok=True)
+            except OSError as failed:
+                raise RunError(f"{error} Here it cannot be deleted: {failed.strerror}.") from None
             find_what_is_missing(run.state, run.paths, run.config.cache.keep)
             run.state.save(run.paths.state)
 

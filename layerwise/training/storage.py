@@ -76,14 +76,13 @@ def cache_bytes(plan: StagePlan, views: int, dtype: str) -> int:
 def free_for_caches(folder: Path) -> int:
     """Bytes that are free on the disk of a run's caches, those that it holds there already included."""
     there = next(place for place in (folder, *folder.parents) if place.exists())
-    ours = sum(path.lstat().st_blocks * 512 for path in (file.path for file in cache_files(folder)))
+    ours = sum(file.bytes for file in cache_files(folder))
     return shutil.disk_usage(there).free + ours
 
 
 def sealed_bytes(paths: RunPaths, stages: int) -> dict[int, int]:
     """Those of stages 1 to `stages` that have a sealed cache, to the bytes that it takes on the disk."""
-    found = {stage: paths.cache(stage) for stage in range(1, stages + 1)}
-    return {stage: path.stat().st_blocks * 512 for stage, path in found.items() if path.exists()}
+    return {file.stage: file.bytes for file in cache_files(paths.caches) if file.is_sealed and file.stage <= stages}
 
 
 def plan_storage(
@@ -210,7 +209,7 @@ def _beside(
 
 
 def _no_room(plan: StagePlan, needed: int, beside: int, room: int, options: CacheOptions) -> str:
-    what = f"--disk {size(options.disk)}" if options.disk is not None else f"{size(room)} of free disk"
+    what = f"--disk {size(room)}" if room == options.disk else f"{size(room)} of free disk"
     others = f" beside the {size(beside)} that must stay" if beside else ""
     packing = " while it is packed" if options.compression != "none" else ""
     return (

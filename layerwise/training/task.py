@@ -133,7 +133,7 @@ def _open_source(stage: int, run: Run) -> FrameSource:
 
 
 def _open_cache(stage: int, run: Run) -> ActivationCache:
-    """Raises DamagedCache where it cannot be used, RunError where it is another run's."""
+    """Raises UnusableCache where it cannot be used, RunError where it is another run's."""
     cache = ActivationCache(run.paths.cache(stage))
     expected = run.state.record(stage).fingerprint
     if cache.layout.fingerprint != expected:
@@ -175,7 +175,7 @@ def delete_leftovers(run: Run) -> None:
 def check_kept(run: Run) -> None:
     """Opens the caches that a run keeps of stages that are done; those of others are opened when they are used.
 
-    Raises DamagedCache where one cannot be used.
+    Raises UnusableCache where one cannot be used.
     """
     for stage in kept_caches(run.state, run.config.cache.keep):
         if run.state.record(stage).status == "done" and run.paths.cache(stage).exists():

@@ -1,8 +1,10 @@
 """Runs with little disk: what is kept, what is recomputed, and what is made again when it was damaged."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,7 +12,7 @@ from safetensors.numpy import load_file
 
 from layerwise.config import Config
 from layerwise.engines.run import RunResult, run
-from layerwise.errors import BudgetError, Interrupted
+from layerwise.errors import BudgetError, Interrupted, RunError
 from layerwise.evaluate.probe import probe
 from layerwise.events import Event, Message, StepDone
 from layerwise.run_directory import RunPaths, RunState
@@ -182,6 +184,34 @@ def test_a_cache_that_is_damaged_in_the_middle_of_a_run_is_named_and_made_again(
     assert weights(result).tobytes() == weights(undisturbed).tobytes()
     for stage in cached(undisturbed):
         assert result.paths.cache(stage).read_bytes() == undisturbed.paths.cache(stage).read_bytes()
+
+
+def of_version_1(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.attrs["format_version"] = 1
+
+
+UNUSABLE = {
+    "a head of zeros": lambda path: path.write_bytes(bytes(8192) + path.read_bytes()[8192:]),
+    "another version": of_version_1,
+    "a text": lambda path: path.write_text("a text"),
+    "a named pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+}
+
+
+def test_whatever_cannot_be_used_in_the_place_of_a_cache_is_made_again(tiny_speech: Tiny, digits: Path) -> None:
+    config = tiny_speech(f"fsdd:{digits}", **FLOAT32)
+    result = run(config)
+    path = result.paths.cache(2)
+    before = path.read_bytes()
+    for name, spoil in UNUSABLE.items():
+        spoil(path)
+        assert run(config, from_stage=3 if name == "a text" else None).state.done
+        assert path.read_bytes() == before, name
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(RunError, match=r"stage-2.h5 is no file.*cannot be deleted: Is a directory"):
+        run(config)
 
 
 def test_a_probe_needs_no_caches(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> None:

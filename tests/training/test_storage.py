@@ -1,6 +1,7 @@
 """Which caches find room, which are kept, and what is refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -34,8 +35,13 @@ def test_the_room_that_is_planned_is_enough_and_a_byte_less_is_not(planned_stage
     needed = disk_peak(config, plans, Storage((True,) * 4), 1)
     assert needed == (sum(found) if keep == "all" else one + two)
     assert all(plan_storage(config, plans, 1, needed).cached)
-    with pytest.raises(BudgetError, match="does not hold the cache of stage"):
+    with pytest.raises(BudgetError, match="of free disk does not hold the cache of stage"):
         plan_storage(config, plans, 1, needed - 1)
+    config, plans = planned_stages("speech", **{"cache.keep": keep, "cache.policy": "always", "cache.disk": 10**12})
+    with pytest.raises(BudgetError, match="of free disk does not hold the cache of stage"):
+        plan_storage(config, plans, 1, needed - 1)
+    with pytest.raises(BudgetError, match="--disk 1 TB does not hold the cache of stage 1"):
+        plan_storage(config, [replace(plan, output_lengths=plan.output_lengths * 10**9) for plan in plans], 1, 10**13)
 
 
 def test_what_finds_no_room_is_recomputed_from_the_nearest_cache(planned_stages: Planned) -> None:
