@@ -154,3 +154,8 @@ def test_features_are_handed_over_frame_by_frame_or_as_means(
     assert code == 2
     assert "exists" in err
     assert call("export", finished.paths.out, "-o", tmp_path / "x.csv")[0] == 2
+    (tmp_path / "precious.index.npz").write_text("of another export")
+    code, _, err = call("export", finished.paths.out, "-o", tmp_path / "precious.npy")
+    assert code == 2
+    assert "precious.index.npz exists" in err
+    assert (tmp_path / "precious.index.npz").read_text() == "of another export"
