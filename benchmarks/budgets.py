@@ -16,7 +16,7 @@ from steps import machine
 from layerwise.config import resolve
 from layerwise.engines.plan import plan
 from layerwise.engines.run import RunResult, run
-from layerwise.training.checkpoint import load_arrays
+from layerwise.training.checkpoint import Arrays, load_stage
 
 FACTORS = (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 8.0)
 """Budgets, as multiples of the smallest."""
@@ -81,12 +81,12 @@ def totals(result: RunResult) -> tuple[int, float]:
 def distances(one: RunResult, other: RunResult) -> list[float]:
     """For each stage: norm of the difference of its weights, over their norm."""
     return [
-        _distance(one.paths.weights(record.stage), other.paths.weights(record.stage)) for record in one.state.stages
+        _distance(load_stage(one.paths, record.stage), load_stage(other.paths, record.stage))
+        for record in one.state.stages
     ]
 
 
-def _distance(one: Path, other: Path) -> float:
-    first, second = load_arrays(one)[0], load_arrays(other)[0]
+def _distance(first: Arrays, second: Arrays) -> float:
     off = sum(float(np.square(first[name].astype(np.float64) - second[name]).sum()) for name in first)
     norm = sum(float(np.square(value.astype(np.float64)).sum()) for value in second.values())
     return (off / norm) ** 0.5

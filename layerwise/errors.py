@@ -25,16 +25,23 @@ class CacheError(LayerwiseError):
     """An activation cache is damaged, incomplete, of another version or of another run."""
 
 
-class DamagedCache(CacheError):
-    """A cache that was sealed no longer holds what was written; the stage below can rebuild it."""
+class UnusableCache(CacheError):
+    """What lies at the path is no cache that can be read; in a run, the stage below can make it again."""
 
-    def __init__(self, path: Path, damage: str) -> None:
-        super().__init__(path, damage)
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)
         self.path = path
-        self.damage = damage
+        self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.path} is damaged: {self.damage}; delete it and start the run again to rebuild it."
+        return self.reason
+
+
+class DamagedCache(UnusableCache):
+    """A cache that was sealed no longer holds what was written."""
+
+    def __str__(self) -> str:
+        return f"{self.path} is damaged: {self.reason}; delete it and start the run again to rebuild it."
 
 
 class RunError(LayerwiseError):

@@ -63,6 +63,11 @@ class RunPaths:
         return self.out / "lock"
 
     @property
+    def caches_lock(self) -> Path:
+        """Held as well: runs of the same name in other folders have this folder of caches, too."""
+        return self.caches / "lock"
+
+    @property
     def encoder(self) -> Path:
         return self.out / "encoder.safetensors"
 

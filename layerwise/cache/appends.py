@@ -15,7 +15,7 @@ from layerwise.cache import journal
 from layerwise.cache.crc import crc32
 from layerwise.cache.format import ALIGNMENT, Places
 from layerwise.cache.layout import Layout
-from layerwise.cache.positional import read_all, write_all
+from layerwise.cache.positional import read_stored, write_all
 
 
 def aligned_buffer(size: int) -> np.ndarray:
@@ -30,7 +30,7 @@ class Appends:
 
     def __init__(self, part: Path, journal_path: Path, layout: Layout, places: Places) -> None:
         """Raises OSError."""
-        self._layout, self._places, self._journal = layout, places, journal_path
+        self._part, self._layout, self._places, self._journal = part, layout, places, journal_path
         self._descriptor = os.open(part, os.O_RDWR)
         self._direct = _open_direct(part)
         self._failed = False
@@ -75,9 +75,8 @@ class Appends:
 
     def _checksums(self, first: int, stop: int) -> bytes:
         """Of blocks first to stop, as they lie in the file."""
-        table = bytearray(4 * max(min(stop, self._layout.blocks) - first, 0))
-        read_all(self._descriptor, [memoryview(table)], self._places.checksums + 4 * first)
-        return bytes(table)
+        size = 4 * max(min(stop, self._layout.blocks) - first, 0)
+        return read_stored(self._part, self._descriptor, self._places.checksums + 4 * first, size).tobytes()
 
 
 def _open_direct(path: Path) -> int | None:

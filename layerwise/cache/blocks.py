@@ -4,7 +4,6 @@ A stretch that is read for the first time is widened to whole blocks. One bit pe
 the checksums stay in the file, so memory stays small, whatever the size of the cache.
 """
 
-import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +12,7 @@ import numpy as np
 from layerwise.cache.crc import crc32
 from layerwise.cache.format import Places
 from layerwise.cache.layout import Layout
-from layerwise.cache.positional import read_all
-from layerwise.cache.stored import as_bytes
+from layerwise.cache.positional import read_stored
 from layerwise.errors import DamagedCache
 
 _CHUNK = 2**20
@@ -58,9 +56,8 @@ class Blocks:
 
     def _compare(self, blocks: list[int] | range, content: np.ndarray, start: int) -> None:
         """Of blocks that lie wholly in the content, which begins at `start`."""
-        expected = np.empty(blocks[-1] + 1 - blocks[0], dtype="<u4")
-        read_all(self._descriptor, [as_bytes(expected)], self._places.checksums + 4 * blocks[0])
-        checksums = expected.tolist()
+        table, count = self._places.checksums + 4 * blocks[0], blocks[-1] + 1 - blocks[0]
+        checksums = read_stored(self._path, self._descriptor, table, 4 * count).view("<u4").tolist()
         view, size = memoryview(content), self._block_bytes
         for block in blocks:
             first = block * size - start
@@ -72,17 +69,3 @@ class Blocks:
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         return read_stored(self._path, self._descriptor, self._places.activations + start, stop - start)
-
-
-def read_stored(path: Path, descriptor: int, position: int, size: int) -> np.ndarray:
-    """uint8 [size] as they lie in the file. Raises DamagedCache where the disk does not give them back."""
-    content = np.empty(size, dtype=np.uint8)
-    try:
-        whole = read_all(descriptor, [memoryview(content)], position)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        raise DamagedCache(path, f"the disk does not give it back ({error.strerror})") from None
-    if not whole:
-        raise DamagedCache(path, "it ends early")
-    return content

@@ -4,9 +4,12 @@ NAME.npy: one array [frames of all samples, *frame shape]; which rows are whose 
 `offsets` int64 [N + 1] and `labels_NAME`. NAME.h5: `features`, `offsets`, `ids` and `labels/NAME` in one file.
 """
 
+import errno
 import math
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,9 +18,13 @@ import h5py
 import numpy as np
 
 from layerwise.errors import CacheError
+from layerwise.files import unwritable
 
 CHUNK_BYTES = 2**20
 """Of a chunk of the array in an HDF5 file: rows are added to it, so it cannot be contiguous."""
+
+BESIDE = 2**20
+"""Bytes of the file beside the features, generously."""
 
 
 class FeatureFile:
@@ -25,8 +32,9 @@ class FeatureFile:
 
     def __init__(self, path: Path, frame_shape: tuple[int, ...], dtype: np.dtype, stage: int) -> None:
         """Raises CacheError where the file exists or the name has another ending."""
-        if path.exists():
-            raise CacheError(f"{path} exists; delete it, or name another file.")
+        for there in (path, path.with_suffix(".index.npz")) if path.suffix == ".npy" else (path,):
+            if there.exists():
+                raise CacheError(f"{there} exists; delete it, or name another file.")
         if path.suffix not in (".npy", ".h5"):
             raise CacheError(f"{path}: features go into a .npy or a .h5 file; name one of these.")
         if not path.parent.is_dir():
@@ -40,8 +48,12 @@ class FeatureFile:
         self._array: _NpyArray | _HDF5Array = array(self._temporary, frame_shape, np.dtype(dtype), stage)
 
     def append(self, rows: np.ndarray) -> None:
-        """The next rows [n, *frame shape] of the sample in hand."""
-        self._array.write(self.rows, rows)
+        """The next rows [n, *frame shape] of the sample in hand. Raises CacheError where the disk does not take them."""
+        with self._sentences():
+            # Looked at beforehand: HDF5 may not survive a disk that is full.
+            if shutil.disk_usage(self._path.parent).free < rows.nbytes + BESIDE:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._array.write(self.rows, rows)
         self.rows += len(rows)
 
     def keep(self, name: str) -> None:
@@ -55,8 +67,9 @@ class FeatureFile:
 
     def finish(self, labels: Mapping[str, np.ndarray]) -> None:
         """Adds the index, and puts the file in place. labels: label name to str [N], for the samples that were kept."""
-        self._array.finish(self.rows, self._path, self._ids, np.array(self._offsets, dtype=np.int64), labels)
-        self._temporary.rename(self._path)
+        with self._sentences():
+            self._array.finish(self.rows, self._path, self._ids, np.array(self._offsets, dtype=np.int64), labels)
+            self._temporary.rename(self._path)
 
     def __enter__(self) -> Self:
         return self
@@ -67,12 +80,20 @@ class FeatureFile:
         self._array.close()
         self._temporary.unlink(missing_ok=True)
 
+    @contextmanager
+    def _sentences(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CacheError(unwritable(self._path, error)) from None
+
 
 class MeanFile(FeatureFile):
-    """One row per sample instead: the mean of its frames, float32."""
+    """One row per sample instead: the mean of its frames, float32; not-a-number where it has none."""
 
     def __init__(self, path: Path, frame_shape: tuple[int, ...], dtype: np.dtype, stage: int) -> None:
         super().__init__(path, frame_shape, np.dtype(np.float32), stage)
+        self._none = np.full(frame_shape, np.nan)
         self._sum: Any = 0.0
         self._count = 0
 
@@ -81,7 +102,7 @@ class MeanFile(FeatureFile):
         self._count += len(rows)
 
     def keep(self, name: str) -> None:
-        super().append((self._sum / self._count)[None])
+        super().append((self._sum / self._count if self._count else self._none)[None])
         self._forget()
         super().keep(name)
 

@@ -19,7 +19,7 @@ from layerwise.cache.layout import SPLITS, Layout
 from layerwise.cache.seal import NAME, USER_BLOCK, VERSION, of_another_version
 from layerwise.cache.stored import STORED
 from layerwise.cache.structure import UNREADABLE, byte_range, check_structure, unusual
-from layerwise.errors import CacheError
+from layerwise.errors import UnusableCache
 
 ALIGNMENT = 4096
 
@@ -75,7 +75,7 @@ def create(path: Path, layout: Layout) -> None:
 def read_layout(path: Path, descriptor: int) -> tuple[Layout, Places]:
     """The layout of a cache file, sealed or not, and where things lie in it. `path` is only for the errors.
 
-    Raises CacheError where the file contradicts itself, or holds what layerwise never writes.
+    Raises UnusableCache where the file contradicts itself, or holds what layerwise never writes.
     """
     try:
         # Through the descriptor: of the very file whose seal was checked, and whoever else has it open in this process.
@@ -86,8 +86,8 @@ def read_layout(path: Path, descriptor: int) -> tuple[Layout, Places]:
             layout = _read(path, file)
             places = _places(file, layout)
     except UNREADABLE as error:
-        raise CacheError(
-            f"{path} is not a readable cache ({error}); delete it and start the run again to rebuild it."
+        raise UnusableCache(
+            path, f"{path} is not a readable cache ({error}); delete it and start the run again to rebuild it."
         ) from None
     return layout, places
 

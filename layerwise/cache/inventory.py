@@ -43,7 +43,11 @@ def find_caches(place: Path) -> list[Path]:
 def entries(paths: list[Path]) -> Iterator[Entry]:
     """What each file is; activations are not read."""
     for path in paths:
-        size = path.stat().st_blocks * 512
+        try:
+            size = path.stat().st_blocks * 512
+        except OSError as error:  # a link to nowhere, or a file that is gone by now
+            yield Entry(path, 0, None, f"{path} cannot be read: {error.strerror}.")
+            continue
         if path.suffix in UNSEALED:
             yield Entry(path, size, None, UNSEALED[path.suffix])
             continue

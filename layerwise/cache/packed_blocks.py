@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from layerwise.cache.blocks import read_stored
 from layerwise.cache.crc import crc32
 from layerwise.cache.format import Places
 from layerwise.cache.layout import Layout
+from layerwise.cache.positional import read_stored
 from layerwise.cache.stored import STORED
 from layerwise.cache.zstd import Decoder, NotAFrame, longest_frame, require_zstandard
 from layerwise.errors import DamagedCache

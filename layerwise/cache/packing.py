@@ -18,7 +18,7 @@ from layerwise.cache.blocks import Blocks
 from layerwise.cache.crc import crc32
 from layerwise.cache.format import LARGEST_BLOCK, LIBVER, Places, create, read_layout, set_complete
 from layerwise.cache.layout import Layout
-from layerwise.cache.positional import read_all, write_all
+from layerwise.cache.positional import read_stored, write_all
 from layerwise.cache.reader import ActivationCache
 from layerwise.cache.seal import stamp
 from layerwise.cache.stored import STORED
@@ -57,7 +57,7 @@ def pack(part: Path, path: Path, poll: Callable[[], None]) -> None:
             create(path, layout)
             with open(path, "rb+") as file:
                 places = read_layout(path, file.fileno())[1]
-                _copy_scales(raw.fileno(), raw_places, file.fileno(), places, layout)
+                _copy_scales(part, raw.fileno(), raw_places, file.fileno(), places, layout)
                 # HDF5 does not survive a disk that is full.
                 most = _index_bytes(layout) + layout.blocks * longest_frame(layout.block_bytes)
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size + most)
@@ -118,9 +118,8 @@ def _index_bytes(layout: Layout) -> int:
     return (24 + 64 * 8 + 65 * key) * (layout.blocks // 31 + 8)
 
 
-def _copy_scales(raw: int, raw_places: Places, packed: int, packed_places: Places, layout: Layout) -> None:
+def _copy_scales(part: Path, raw: int, raw_places: Places, packed: int, packed_places: Places, layout: Layout) -> None:
     size = 4 * layout.scales_shape[0] * layout.scales_shape[1]
     for start in range(0, size, _COPIED_BYTES):
-        scales = memoryview(bytearray(min(_COPIED_BYTES, size - start)))
-        read_all(raw, [scales], raw_places.scales + start)
+        scales = read_stored(part, raw, raw_places.scales + start, min(_COPIED_BYTES, size - start))
         write_all(packed, scales, packed_places.scales + start)

@@ -1,23 +1,29 @@
 """Reads and writes at a position of a file, never short. They move no file pointer, so threads and forks may share it."""
 
+import errno
 import os
+from pathlib import Path
+
+import numpy as np
+
+from layerwise.errors import DamagedCache
 
 
-def read_all(descriptor: int, buffers: list[memoryview], position: int) -> bool:
-    """Fills the byte buffers one after another from the position on. False where the file ends before."""
-    count = os.preadv(descriptor, buffers, position)
-    missing = sum(map(len, buffers)) - count
+def read_stored(path: Path, descriptor: int, position: int, size: int) -> np.ndarray:
+    """uint8 [size] as they lie in the file. Raises DamagedCache where the disk does not give them back, or has fewer."""
+    content = np.empty(size, dtype=np.uint8)
+    missing = memoryview(content)
     while missing:
-        position += count
-        while count >= len(buffers[0]):
-            count -= len(buffers[0])
-            buffers = buffers[1:]
-        buffers = [buffers[0][count:], *buffers[1:]]
-        count = os.preadv(descriptor, buffers, position)
+        try:
+            count = os.preadv(descriptor, [missing], position)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise DamagedCache(path, f"the disk does not give it back ({error.strerror})") from None
         if count == 0:
-            return False
-        missing -= count
-    return True
+            raise DamagedCache(path, "it ends early")
+        missing, position = missing[count:], position + count
+    return content
 
 
 def write_all(descriptor: int, content: memoryview | bytes, position: int) -> None:

@@ -3,7 +3,9 @@
 Only the path travels between processes: a pickled cache opens the file anew.
 """
 
+import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +16,12 @@ from layerwise.cache.blocks import Blocks
 from layerwise.cache.format import Places, read_layout
 from layerwise.cache.layout import Layout
 from layerwise.cache.packed_blocks import PackedBlocks
-from layerwise.cache.positional import read_all
+from layerwise.cache.positional import read_stored
 from layerwise.cache.quantise import dequantise
 from layerwise.cache.seal import check_seal
-from layerwise.cache.stored import STORED, as_bytes, as_tensor
+from layerwise.cache.stored import STORED, as_tensor
 from layerwise.cache.structure import unusual
-from layerwise.errors import CacheError
+from layerwise.errors import CacheError, DamagedCache, UnusableCache
 
 
 class ActivationCache:
@@ -28,21 +30,25 @@ class ActivationCache:
     def __init__(self, path: Path) -> None:
         """Raises DamagedCache where anything but activations is damaged; those are checked as they are read.
 
-        Raises CacheError where the file is missing, of another version, or holds what layerwise never writes, and where it is
-        compressed and zstandard is not installed.
+        Raises UnusableCache where the file is missing, of another version, or holds what layerwise never writes, CacheError
+        where it may not be read, or is compressed and zstandard is not installed.
         """
         self.path, self._descriptor = path, -1
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for a writer
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                raise UnusableCache(path, f"{path} is no file; move it away and start the run again.")
             self.layout, self._places = self._open()
             kind = Blocks if self.layout.compression == "none" else PackedBlocks
             self._blocks = kind(path, self._descriptor, self.layout, self._places)
         except FileNotFoundError:
-            raise CacheError(
-                f"The cache {path} is missing; start the run again to rebuild it from the stage below."
+            raise UnusableCache(
+                path, f"The cache {path} is missing; start the run again to rebuild it from the stage below."
             ) from None
         except OSError as error:
             self.close()
+            if error.errno == errno.EIO:
+                raise DamagedCache(path, f"the disk does not give it back ({error.strerror})") from None
             raise CacheError(f"{path} cannot be read: {error.strerror}.") from None
         except BaseException:
             self.close()
@@ -105,10 +111,5 @@ class ActivationCache:
         """float32 [groups, C] of the groups that rows first to stop lie in."""
         first, stop = first // self.layout.scale_rows, -(-stop // self.layout.scale_rows)
         channels = self.layout.scales_shape[1]
-        scales = np.empty((stop - first, channels), dtype="<f4")
-        read_all(
-            self._descriptor,
-            [as_bytes(scales)],
-            self._places.scales + 4 * first * channels,
-        )
-        return scales
+        place, size = self._places.scales + 4 * first * channels, 4 * (stop - first) * channels
+        return read_stored(self.path, self._descriptor, place, size).view("<f4").reshape(stop - first, channels)

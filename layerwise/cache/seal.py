@@ -13,9 +13,9 @@ from pathlib import Path
 import h5py
 
 from layerwise.cache.crc import crc32
-from layerwise.cache.positional import read_all, write_all
+from layerwise.cache.positional import read_stored, write_all
 from layerwise.cache.structure import UNREADABLE, is_plain_attribute
-from layerwise.errors import CacheError, DamagedCache
+from layerwise.errors import DamagedCache, UnusableCache
 
 NAME = "layerwise activation cache"
 VERSION = 3
@@ -47,7 +47,7 @@ def stamp(path: Path, start: int, length: int) -> None:
     descriptor = os.open(path, os.O_RDWR)
     try:
         seal = Seal(os.fstat(descriptor).st_size, start, length)
-        fields = _FIELDS.pack(MAGIC.encode(), seal.size, start, length, _checksum_outside(descriptor, seal))
+        fields = _FIELDS.pack(MAGIC.encode(), seal.size, start, length, _checksum_outside(path, descriptor, seal))
         fields = fields.ljust(USER_BLOCK - _CHECK.size, b"\0")
         write_all(descriptor, fields + _CHECK.pack(crc32(fields)), 0)
         os.fsync(descriptor)
@@ -58,10 +58,10 @@ def stamp(path: Path, start: int, length: int) -> None:
 def check_seal(path: Path, descriptor: int) -> Seal:
     """The seal of a file of which nothing but activations can be damaged.
 
-    Raises DamagedCache where something is, CacheError where it is no cache of this version.
+    Raises DamagedCache where something is, UnusableCache where it is no cache of this version.
     """
     size = os.fstat(descriptor).st_size
-    head = os.pread(descriptor, USER_BLOCK, 0)
+    head = read_stored(path, descriptor, 0, min(size, USER_BLOCK)).tobytes()
     fields = head[: -_CHECK.size]
     if len(head) < USER_BLOCK or head[-_CHECK.size :] != _CHECK.pack(crc32(fields)):
         raise _unsealed(path, descriptor, head)
@@ -74,29 +74,29 @@ def check_seal(path: Path, descriptor: int) -> Seal:
     if start + length > size:
         raise DamagedCache(path, "its seal contradicts itself")
     seal = Seal(size, start, length)
-    if _checksum_outside(descriptor, seal) != checksum:
+    if _checksum_outside(path, descriptor, seal) != checksum:
         raise DamagedCache(path, "what lies around its activations does not match its checksum")
     return seal
 
 
-def of_another_version(path: Path, version: str) -> CacheError:
+def of_another_version(path: Path, version: str) -> UnusableCache:
     """The error for a cache that this layerwise does not know."""
-    return CacheError(f"{path} holds {NAME} version {version}; this layerwise reads '{NAME}' version {VERSION}.")
+    return UnusableCache(
+        path, f"{path} holds {NAME} version {version}; this layerwise reads '{NAME}' version {VERSION}."
+    )
 
 
-def _checksum_outside(descriptor: int, seal: Seal) -> int:
+def _checksum_outside(path: Path, descriptor: int, seal: Seal) -> int:
     checksum = 0
-    buffer = memoryview(bytearray(_CHUNK))
     behind = max(seal.start + seal.length, USER_BLOCK)
     for first, last in ((USER_BLOCK, seal.start), (behind, seal.size)):
         for position in range(first, last, _CHUNK):
-            part = buffer[: min(_CHUNK, last - position)]
-            read_all(descriptor, [part], position)
+            part = read_stored(path, descriptor, position, min(_CHUNK, last - position))
             checksum = crc32(part, checksum)
     return checksum
 
 
-def _unsealed(path: Path, descriptor: int, head: bytes) -> CacheError:
+def _unsealed(path: Path, descriptor: int, head: bytes) -> UnusableCache:
     """Why the file has no seal."""
     if head.startswith(_HDF5):
         return _without_user_block(path, descriptor)
@@ -105,10 +105,10 @@ def _unsealed(path: Path, descriptor: int, head: bytes) -> CacheError:
         return DamagedCache(path, "it was never completed")
     if has_user_block or MAGIC.encode().startswith(head[: len(NAME)]):
         return DamagedCache(path, f"its first {USER_BLOCK} bytes do not match their checksum")
-    return CacheError(f"{path} is not a readable HDF5 file; delete it and start the run again to rebuild it.")
+    return UnusableCache(path, f"{path} is not a readable HDF5 file; delete it and start the run again to rebuild it.")
 
 
-def _without_user_block(path: Path, descriptor: int) -> CacheError:
+def _without_user_block(path: Path, descriptor: int) -> UnusableCache:
     """Version 1 had no user block, like most HDF5 files."""
     try:
         with FileIO(descriptor, closefd=False) as content, h5py.File(content, "r") as file:
@@ -116,4 +116,4 @@ def _without_user_block(path: Path, descriptor: int) -> CacheError:
                 return of_another_version(path, str(file.attrs["format_version"]))
     except UNREADABLE:
         pass
-    return CacheError(f"{path} holds no layerwise cache; move it away and start the run again.")
+    return UnusableCache(path, f"{path} holds no layerwise cache; move it away and start the run again.")

@@ -35,8 +35,3 @@ def as_tensor(rows: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     """The inverse of `as_array`."""
     tensor = torch.from_numpy(rows)
     return tensor if tensor.dtype == dtype else tensor.view(dtype)
-
-
-def as_bytes(rows: np.ndarray) -> memoryview:
-    """The bytes of a contiguous array, in place."""
-    return memoryview(rows).cast("B") if rows.size else memoryview(b"")  # Python does not cast empty ones

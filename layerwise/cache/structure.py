@@ -14,7 +14,7 @@ import numpy as np
 
 from layerwise.cache import zstd
 from layerwise.cache.stored import STORED
-from layerwise.errors import CacheError
+from layerwise.errors import UnusableCache
 
 ATTRIBUTES = {
     "format_version": "<i8",
@@ -42,7 +42,7 @@ _LONGEST_ATTRIBUTE = 4096
 
 
 def check_structure(path: Path, file: h5py.File, size: int) -> None:
-    """Raises CacheError that names what is missing or odd; the file has `size` bytes."""
+    """Raises UnusableCache that names what is missing or odd; the file has `size` bytes."""
     for name, dtype in ATTRIBUTES.items():
         if not is_plain_attribute(file, name, dtype):
             raise unusual(path, f"attribute {name}")
@@ -78,9 +78,11 @@ def is_plain_attribute(file: h5py.File, name: str, dtype: str) -> bool:
     )
 
 
-def unusual(path: Path, what: str) -> CacheError:
+def unusual(path: Path, what: str) -> UnusableCache:
     """The error for a part of a file that is not as layerwise writes it."""
-    return CacheError(f"{path} is not a whole cache: {what} is missing or stored in a way that layerwise never writes.")
+    return UnusableCache(
+        path, f"{path} is not a whole cache: {what} is missing or stored in a way that layerwise never writes."
+    )
 
 
 def byte_range(data_set: h5py.h5d.DatasetID) -> tuple[int, int] | None:

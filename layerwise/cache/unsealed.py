@@ -1,6 +1,33 @@
-"""The files that lie beside NAME until it is sealed."""
+"""Caches by their names: stage-S.h5, and the files that lie beside it until it is sealed."""
 
+import contextlib
+import re
+from dataclasses import dataclass
 from pathlib import Path
+
+_NAME = re.compile(r"stage-([1-9]\d*)\.h5(\.part|\.journal|\.packing)?")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFile:
+    """A file that a run has written into its folder of caches."""
+
+    path: Path
+    stage: int
+    is_sealed: bool
+    """By its name."""
+    bytes: int
+    """On this disk."""
+
+
+def cache_files(folder: Path) -> list[CacheFile]:
+    """All of them; files of other names are a user's own."""
+    files = []
+    for path in folder.glob("stage-*.h5*"):
+        if name := _NAME.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):  # gone by now
+                files.append(CacheFile(path, int(name[1]), name[2] is None, path.lstat().st_blocks * 512))
+    return files
 
 
 def unsealed(path: Path) -> tuple[Path, Path, Path]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from layerwise.errors import CacheError, ConfigError
+from layerwise.errors import CacheError, ConfigError, DamagedCache
 from layerwise.report.summary import console_for_results, table
 from layerwise.run_directory import open_run
 from layerwise.units import size
@@ -65,7 +65,7 @@ def verify(place: Path) -> None:
     from layerwise.cache import ActivationCache
     from layerwise.cache.inventory import UNSEALED
 
-    damaged = 0
+    damaged = others = 0
     for path in _files(place):
         if path.suffix in UNSEALED:
             click.echo(f"{path}: {UNSEALED[path.suffix]}")
@@ -75,10 +75,13 @@ def verify(place: Path) -> None:
                 opened.verify()
             click.echo(f"{path}: whole")
         except CacheError as error:
-            damaged += 1
+            damaged += isinstance(error, DamagedCache)
+            others += not isinstance(error, DamagedCache)
             click.echo(str(error))
     if damaged:
-        raise CacheError(f"{damaged} of these caches cannot be used; delete them, and a run makes what it needs again.")
+        raise CacheError(f"{damaged} of these caches are damaged; delete them, and a run makes what it needs again.")
+    if others:
+        raise CacheError(f"{others} of these files could not be read as caches.")
 
 
 @cache.command(short_help="Free the room of caches.")

@@ -36,6 +36,7 @@ def probe(directory: Path, label: str, classifier: str, as_json: bool) -> None:
             classifier=classifier,
             stop=stop,
             notify=lambda line: shown.update(f"probing: {line}"),
+            warn=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
         )
     if as_json:
         click.echo(json.dumps(asdict(result)))

@@ -14,7 +14,7 @@ from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.engines import local
 from layerwise.engines.machine import machine
-from layerwise.errors import BudgetError, DamagedCache, RunError
+from layerwise.errors import BudgetError, RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import exclusive, write_atomically
 from layerwise.memory.device import find_device
@@ -27,11 +27,18 @@ from layerwise.training.cutting import plan_run
 from layerwise.training.encoder import stitch
 from layerwise.training.plan import StagePlan
 from layerwise.training.planner import StageLayout, lay_out, smallest_budget, smallest_layout
-from layerwise.training.resume import decided, find_what_is_missing, finished, prepare
+from layerwise.training.resume import (
+    check_from_stage,
+    decided,
+    earlier_records,
+    find_what_is_missing,
+    intended,
+    prepare,
+)
 from layerwise.training.schedule import tasks_of_run
 from layerwise.training.split import split_samples
 from layerwise.training.storage import Storage, below, free_for_caches, plan_storage, sealed_bytes
-from layerwise.training.task import Run, perform
+from layerwise.training.task import Run, check_kept, delete_leftovers, perform
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +72,31 @@ def run(
     device, stop = find_device(config.training.device), stop or StopFlag()
     paths = RunPaths.of(config.out, config.cache.dir)
     data = open_data(config.data, shortest_sample(config))
+    planned_for = _content(paths.state)
     plans = plan_run(config, data, device, network, None if overwrite else _earlier_cut(paths, config))
     split = split_samples(data, config)
+    earlier = earlier_records(paths, config, overwrite, from_stage)
     storage = plan_storage(
         config,
         plans,
         data.views,
         free_for_caches(paths.caches),
-        decided(paths, overwrite, from_stage),
+        decided(earlier),
         sealed_bytes(paths, len(plans)),
+        intended(earlier, paths, config),
     )
-    layouts = _layouts(config, plans, storage, device, finished(paths, overwrite, from_stage), stop)
+    done = {record.stage for record in earlier if record.status == "done"}
+    layouts = _layouts(config, plans, storage, device, done, stop)
     busy = RunError(f"Another process is running {paths.out}; wait for it, or name another --out.")
+    caches_busy = RunError(
+        f"Another run of the same name is using {paths.caches}; wait for it, or give another --out name or --cache-dir."
+    )
     _refuse_foreign_folder(paths.out)
-    with exclusive(paths.lock, busy):
+    check_from_stage(paths, from_stage, overwrite, len(plans))
+    # The locks come this late because a request that is refused leaves no folder behind.
+    with exclusive(paths.lock, busy), exclusive(paths.caches_lock, caches_busy):
+        if _content(paths.state) != planned_for:
+            raise RunError(f"Another process has gone on with {paths.out} meanwhile; start the same command again.")
         state = prepare(
             config, paths, data, plans, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
         )
@@ -87,9 +105,10 @@ def run(
         with Following(tracker, notify) as told:
             for line in _described(config, data, plans, layouts, storage):
                 told(Message(line))
-            done = tuple(record.stage for record in state.stages if record.status == "done")
-            told(RunStarted(len(plans), done, config.training.max_epochs, state.budget_bytes))
+            finished = tuple(record.stage for record in state.stages if record.status == "done")
+            told(RunStarted(len(plans), finished, config.training.max_epochs, state.budget_bytes))
             shared = Run(config, paths, state, data, split, plans, layouts, storage, device, stop, told)
+            delete_leftovers(shared)
             _perform_all(shared)
         stitch(config, paths, plans, data)
         state.from_stage = None
@@ -120,20 +139,28 @@ def _layouts(
 
 
 def _perform_all(run: Run) -> None:
-    """Every task; a cache that turns out to be damaged is made anew, once."""
+    """Every task; a cache that cannot be used is made anew, once."""
     mended: set[Path] = set()
     while True:
         try:
+            check_kept(run)
             local.execute(tasks_of_run(len(run.plans)), lambda task: perform(task, run))
             return
-        except DamagedCache as error:
+        except UnusableCache as error:
             if error.path in mended:
                 raise
             mended.add(error.path)
             run.notify(Message(f"{error} It is made again from below."))
-            error.path.unlink(missing_ok=True)
-            find_what_is_missing(run.state, run.paths)
+            try:
+                error.path.unlink(missing_ok=True)
+            except OSError as failed:
+                raise RunError(f"{error} Here it cannot be deleted: {failed.strerror}.") from None
+            find_what_is_missing(run.state, run.paths, run.config.cache.keep)
             run.state.save(run.paths.state)
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 def _refuse_foreign_folder(out: Path) -> None:

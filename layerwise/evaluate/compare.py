@@ -26,8 +26,8 @@ from layerwise.nets import shortest_sample
 from layerwise.nets.module import Module
 from layerwise.run_directory import RunPaths
 from layerwise.stop import StopFlag
-from layerwise.training.checkpoint import load_arrays
 from layerwise.training.cutting import plan_run
+from layerwise.training.encoder import load_encoder
 from layerwise.training.plan import StagePlan
 from layerwise.training.removal import remove_caches
 
@@ -176,7 +176,7 @@ def _outcome(
         return Outcome(method, seed, _errors(options, question, plans, modules, out, stop), 0, 0, 0.0)
     disk = _Disk(RunPaths.of(out, caches).caches)
     result = run(options, stop=stop, notify=lambda event: (disk.look(event), notify(event)))
-    modules = trained_modules(options, plans, load_arrays(result.paths.encoder)[0])
+    modules = trained_modules(options, plans, load_encoder(result.paths.encoder)[0])
     errors = _errors(options, question, plans, modules, result.paths.probes, stop)
     remove_caches(out, None)
     records = result.state.stages

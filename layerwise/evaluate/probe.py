@@ -13,7 +13,7 @@ from layerwise.cache import ActivationCache
 from layerwise.config import Config, load
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
-from layerwise.errors import ConfigError, DataError, RunError
+from layerwise.errors import CacheError, ConfigError, DataError, RunError
 from layerwise.evaluate.answer import CLASSIFIERS, Confusion, answer
 from layerwise.evaluate.encoders import features_under_budget, trained_modules, untrained_modules
 from layerwise.evaluate.feature_file import FeatureFile
@@ -24,7 +24,7 @@ from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import ranges
 from layerwise.run_directory import RunPaths, RunState, open_run
 from layerwise.stop import StopFlag
-from layerwise.training.checkpoint import Arrays, load_arrays
+from layerwise.training.checkpoint import Arrays, load_stage
 from layerwise.training.plan import plan_stages
 
 
@@ -60,11 +60,13 @@ def probe(
     classifier: str = "linear",
     stop: StopFlag | None = None,
     notify: Callable[[str], None] = lambda line: None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> ProbeResult:
     """Fits a classifier for `label` on each finished stage; also written to probes/LABEL.json, or LABEL-knn.json.
 
-    classifier: linear, or knn (nearest neighbours). Raises RunError where no stage is done, DataError where the label does
-    not exist or has one value only.
+    classifier: linear, or knn (nearest neighbours). notify: is told what it is at; warn: which caches cannot be used; their
+    stages are passed through anew. Raises RunError where no stage is done, DataError where the label does not exist or has
+    one value only.
     """
     stop, run_directory = stop or StopFlag(), Path(run_directory)
     if classifier not in CLASSIFIERS:
@@ -83,7 +85,7 @@ def probe(
     notify("features of the same network with random weights")
     modules = untrained_modules(config, plans)
     untrained, peak = features_under_budget(config, question, modules, paths.probes, stop)
-    trained = {stage: _cached_features(paths, state, stage, question, stop) for stage in stages}
+    trained = {stage: _cached_features(paths, state, stage, question, stop, warn) for stage in stages}
     if any(features is None for features in trained.values()):
         notify("features of stages that are not cached")
         modules = trained_modules(config, plans, _weights(paths, stages))
@@ -118,20 +120,29 @@ def _data_of_the_run(config: Config, state: RunState) -> DataSet:
 def _weights(paths: RunPaths, stages: list[int]) -> Arrays:
     weights: Arrays = {}
     for stage in stages:
-        weights |= load_arrays(paths.weights(stage))[0]
+        weights |= load_stage(paths, stage)
     return weights
 
 
 def _cached_features(
-    paths: RunPaths, state: RunState, stage: int, question: Question, stop: StopFlag
+    paths: RunPaths,
+    state: RunState,
+    stage: int,
+    question: Question,
+    stop: StopFlag,
+    warn: Callable[[str], None],
 ) -> FeatureFile | None:
-    """From the stage's cache, or None where it is not there."""
+    """From the stage's cache, or None where it is not there or cannot be used."""
     if not paths.cache(stage).exists():
         return None
-    with ActivationCache(paths.cache(stage)) as cache:
-        if cache.layout.fingerprint != state.record(stage).fingerprint:
-            raise RunError(f"{cache.path} was not made by this run; move it away.")
-        features = FeatureFile(paths.probes)
-        poll = stop.raise_if_set
-        cached_features(cache, question.samples, question.per_frame, features, lambda: poll("while probing"))
-        return features
+    try:
+        with ActivationCache(paths.cache(stage)) as cache:
+            if cache.layout.fingerprint != state.record(stage).fingerprint:
+                raise RunError(f"{cache.path} was not made by this run; move it away.")
+            features = FeatureFile(paths.probes)
+            poll = stop.raise_if_set
+            cached_features(cache, question.samples, question.per_frame, features, lambda: poll("while probing"))
+            return features
+    except CacheError as error:
+        warn(f"{error} Until then probes recompute the features of stage {stage}.")
+        return None

@@ -20,6 +20,7 @@ from torch import nn
 from layerwise.errors import RunError
 from layerwise.files import write_atomically
 from layerwise.memory.meter import host_tensor, uncounted
+from layerwise.run_directory import RunPaths
 from layerwise.training.simultaneous import Loaded
 
 Arrays = dict[str, np.ndarray]
@@ -68,17 +69,28 @@ def load_weights(module: nn.Module, weights: Arrays) -> None:
 
 
 def save_arrays(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:
-    """One safetensors file, replaced atomically. Raises RunError."""
-    write_atomically(path, safetensors.numpy.save(arrays, metadata))
+    """One safetensors file with a digest of all that it holds, replaced atomically. Raises RunError."""
+    write_atomically(path, safetensors.numpy.save(arrays, metadata | {"digest": _digest_of_file(arrays, metadata)}))
 
 
-def load_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
-    """Arrays and metadata of a safetensors file. Raises RunError where it is missing or damaged."""
+def load_arrays(path: Path, way_out: str) -> tuple[Arrays, dict[str, str]]:
+    """Arrays and metadata that `save_arrays` wrote.
+
+    Raises RunError with the way out where the file is missing, or does not hold what was written.
+    """
     try:
         with safe_open(path, "np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} cannot be read ({error}); delete it and start the same command again.") from None
+        raise RunError(f"{path} cannot be read ({error}); {way_out}") from None
+    if metadata.pop("digest", None) != _digest_of_file(arrays, metadata):
+        raise RunError(f"{path} is damaged: what it holds does not match its digest; {way_out}")
+    return arrays, metadata
+
+
+def load_stage(paths: RunPaths, stage: int) -> Arrays:
+    """The weights of a trained stage. Raises RunError where they are missing or damaged."""
+    return load_arrays(paths.weights(stage), f"train the stage again with --from-stage {stage}.")[0]
 
 
 def digest(arrays: Arrays) -> str:
@@ -89,6 +101,10 @@ def digest(arrays: Arrays) -> str:
         total.update(f"{name} {value.dtype} {value.shape}".encode())
         total.update(np.ascontiguousarray(value).tobytes())
     return total.hexdigest()
+
+
+def _digest_of_file(arrays: Arrays, metadata: dict[str, str]) -> str:
+    return hashlib.sha256(f"{digest(arrays)} {sorted(metadata.items())}".encode()).hexdigest()
 
 
 def save_checkpoint(path: Path, made_for: str, progress: Progress, loaded: Loaded, best: Arrays | None) -> None:
@@ -111,11 +127,16 @@ def load_checkpoint(path: Path, made_for: str, loaded: Loaded) -> tuple[Progress
     """
     if not path.exists():
         return None
-    arrays, metadata = load_arrays(path)
+    begin_anew = "delete it and start the same command again, which trains the stage from its beginning."
+    arrays, metadata = load_arrays(path, begin_anew)
     if metadata.get("made_for") != made_for:
         raise RunError(
             f"{path} was saved with other data or options; give the old ones, or start anew with --overwrite."
         )
+    try:
+        progress = Progress(**json.loads(metadata["progress"]))
+    except (KeyError, ValueError, TypeError):
+        raise RunError(f"{path} was saved by another version of layerwise; {begin_anew}") from None
     load_weights(loaded.module, _under("module/", arrays))
     load_weights(loaded.objective, _under("objective/", arrays))
     for part, optimizer, trained in (
@@ -125,7 +146,6 @@ def load_checkpoint(path: Path, made_for: str, loaded: Loaded) -> tuple[Progress
         names = [name for name, parameter in trained.named_parameters() if parameter.requires_grad]
         states = {name: _under(f"optimizer/{part}/{name}/", arrays) for name in names}
         optimizer.load({n: {key: host_tensor(value) for key, value in state.items()} for n, state in states.items()})
-    progress = Progress(**json.loads(metadata["progress"]))
     loaded.scale.factor, loaded.scale.good_steps = progress.loss_scale, progress.good_steps
     if progress.shrunk:
         loaded.go_on_shrunk(*progress.shrunk)

@@ -12,7 +12,7 @@ from layerwise.config import Config, parsed
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, RunError
 from layerwise.run_directory import RunPaths
-from layerwise.training.checkpoint import Arrays, load_arrays, save_arrays
+from layerwise.training.checkpoint import Arrays, load_arrays, load_stage, save_arrays
 from layerwise.training.plan import StagePlan
 from layerwise.version import __version__
 
@@ -39,7 +39,7 @@ def stitch(config: Config, paths: RunPaths, plans: list[StagePlan], data: DataSe
     """Writes encoder.safetensors, on the host: the weights of all layers under their names in the whole network."""
     weights: Arrays = {}
     for plan in plans:
-        weights |= load_arrays(paths.weights(plan.stage))[0]
+        weights |= load_stage(paths, plan.stage)
     cut = [len(plan.layers) for plan in plans]
     origin = Origin(config, cut, data.level, len(data.ids), plans[0].network.identity)
     save_encoder(paths.encoder, weights, origin)
@@ -53,7 +53,7 @@ def save_encoder(path: Path, weights: Arrays, origin: Origin) -> None:
 
 def load_encoder(path: Path) -> tuple[Arrays, Origin]:
     """Weights and origin. Raises RunError where the file is missing, damaged or of a layerwise that wrote no origin."""
-    weights, header = load_arrays(path)
+    weights, header = load_arrays(path, "start its run again, which writes it anew and trains nothing.")
     if "origin" not in header:
         raise RunError(
             f"{path} does not say how it is to be used: an earlier layerwise wrote it. Start its run again with the same "

@@ -52,13 +52,16 @@ class RecomputedFeed:
         plans: Sequence[StagePlan],
         modules: Sequence[Module],
         samples: int,
-        config: Config,
+        configs: Sequence[Config],
         device: torch.device,
     ) -> None:
-        """modules: those of `plans`, trained, in host memory, lowest first; samples: windows on the device at once."""
+        """modules: those of `plans`, trained, in host memory, lowest first; samples: windows on the device at once.
+
+        configs: the options that each of them was trained with.
+        """
         self.lengths, self.columns, self.views = plans[-1].output_lengths, source.columns, source.views
         self._source, self._plans, self._modules = source, plans, modules
-        self._samples, self._config, self._device = samples, config, device
+        self._samples, self._configs, self._device = samples, configs, device
 
     def batches(self, epoch: Epoch, first: int, parked: Parked) -> Iterator[Batch]:
         per_block = max(BLOCK_BYTES // self._bytes(epoch.batch_size, epoch.window.frames), 1)
@@ -82,8 +85,8 @@ class RecomputedFeed:
     def _block(self, reads: list[partial[Windows]], parked: Parked) -> Iterator[Batch]:
         block = list(read_ahead(reads))
         with parked():
-            for plan, module in zip(self._plans, self._modules, strict=True):
-                block = self._passed(module, plan.stage, block)
+            for plan, module, config in zip(self._plans, self._modules, self._configs, strict=True):
+                block = self._passed(module, plan.stage, config, block)
         block.reverse()
         while block:  # what is trained on is let go of
             windows = block.pop()
@@ -120,12 +123,12 @@ class RecomputedFeed:
         assert frames is not None
         return Windows(frames, firsts, lengths, real)
 
-    def _passed(self, on_host: Module, stage: int, block: list[Windows]) -> list[Windows]:
+    def _passed(self, on_host: Module, stage: int, config: Config, block: list[Windows]) -> list[Windows]:
         """The windows one module further up, which is alone on the device meanwhile; fewer at once where they do not fit."""
         while True:
             try:
                 module = copied(on_host, self._device)
-                return [self._pass(module, stage, windows) for windows in block]
+                return [self._pass(module, stage, config, windows) for windows in block]
             except (BudgetError, RuntimeError) as error:
                 reason = why_out_of_memory(error)
             del module
@@ -134,15 +137,15 @@ class RecomputedFeed:
                 raise BudgetError(reason)
             self._samples //= 2
 
-    def _pass(self, module: Module, stage: int, windows: Windows) -> Windows:
+    def _pass(self, module: Module, stage: int, config: Config, windows: Windows) -> Windows:
         outputs, firsts, lengths = [], [], []
         for start in range(0, len(windows.frames), self._samples):
             samples = slice(start, start + self._samples)
-            with torch.no_grad(), autocast(self._device, self._config.training.precision):
+            with torch.no_grad(), autocast(self._device, config.training.precision):
                 frames = on_device(windows.frames, self._device, samples)
                 passed, first, length = module.window(frames, windows.firsts[samples], windows.lengths[samples])
                 del frames
-                kept = rounded(passed, self._config.cache.dtype, stage)
+                kept = rounded(passed, config.cache.dtype, stage)
                 with uncounted():
                     outputs.append(kept.to("cpu", copy=True))
                 del kept

@@ -21,6 +21,7 @@ from layerwise.errors import ConfigError, RunError
 from layerwise.files import write_atomically
 from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.training.plan import StagePlan
+from layerwise.training.storage import kept_caches
 
 
 def prepare(
@@ -38,11 +39,7 @@ def prepare(
 
     cached: for each stage, whether its outputs are to be cached.
     """
-    if from_stage is not None and not 1 <= from_stage <= len(plans):
-        raise ConfigError(f"--from-stage {from_stage}: this run has stages 1 to {len(plans)}.")
     old = RunState.load(paths.state) if paths.state.exists() else None
-    if from_stage not in (None, 1) and (overwrite or old is None):
-        raise RunError(f"--from-stage {from_stage}: {paths.out} would begin anew and has no stage below; leave it out.")
     # Killed before its options were written, a run has nothing to go on with.
     if old is None or overwrite or not paths.config.exists():
         state = _begin(config, paths, data, plans, device, old)
@@ -54,6 +51,14 @@ def prepare(
     write_atomically(paths.cache_owner, state.run_id.encode())
     write_atomically(paths.config, config.to_toml().encode())
     return state
+
+
+def check_from_stage(paths: RunPaths, from_stage: int | None, overwrite: bool, stages: int) -> None:
+    """Raises ConfigError or RunError where a run of so many stages has none such, or none below it to go on from."""
+    if from_stage is not None and not 1 <= from_stage <= stages:
+        raise ConfigError(f"--from-stage {from_stage}: this run has stages 1 to {stages}.")
+    if from_stage not in (None, 1) and (overwrite or not paths.state.exists()):
+        raise RunError(f"--from-stage {from_stage}: {paths.out} would begin anew and has no stage below; leave it out.")
 
 
 def _begin(
@@ -101,7 +106,7 @@ def _go_on(
         for record in state.stages:
             record.cache = str(paths.cache(record.stage)) if record.cache else None
     _assign(state, cached)
-    find_what_is_missing(state, paths)
+    find_what_is_missing(state, paths, config.cache.keep)
     state.save(paths.state)
     for record in state.stages:
         # A stage leaves "pending" before it writes its first file, so what lies there is left over.
@@ -172,36 +177,49 @@ def _reset_from(state: RunState, paths: RunPaths, from_stage: int) -> None:
     state.stages[from_stage - 1 :] = [StageRecord(record.stage) for record in state.stages[from_stage - 1 :]]
 
 
-def decided(paths: RunPaths, overwrite: bool, from_stage: int | None) -> list[bool]:
-    """For the stages that earlier starts have begun and this one keeps: whether their outputs are cached."""
+def earlier_records(paths: RunPaths, config: Config, overwrite: bool, from_stage: int | None) -> list[StageRecord]:
+    """What run.json says of the stages that this start keeps or goes on with, from stage 1 on."""
     if overwrite or not paths.state.exists() or not paths.config.exists():
         return []
-    records = RunState.load(paths.state).stages[: None if from_stage is None else from_stage - 1]
-    return [bool(record.cached) for record in itertools.takewhile(lambda record: record.status != "pending", records)]
+    state = RunState.load(paths.state)
+    if from_stage is None or _is_in_hand(state, paths, config, from_stage):
+        return state.stages
+    return state.stages[: from_stage - 1]
 
 
-def finished(paths: RunPaths, overwrite: bool, from_stage: int | None) -> set[int]:
-    """The stages that are done and stay so."""
-    if overwrite or not paths.state.exists() or not paths.config.exists():
-        return set()
-    records = RunState.load(paths.state).stages[: None if from_stage is None else from_stage - 1]
-    return {record.stage for record in records if record.status == "done"}
+def decided(records: Sequence[StageRecord]) -> list[bool]:
+    """For the first stages, those that are trained: whether their outputs are cached. Stages above were fed accordingly."""
+    return [bool(record.cached) for record in itertools.takewhile(_is_trained, records)]
+
+
+def intended(records: Sequence[StageRecord], paths: RunPaths, config: Config) -> list[bool | None]:
+    """For each stage, what an earlier start with the same options of the caches meant to do with its outputs."""
+    asked_the_same = bool(records) and load(paths.config).cache == config.cache
+    return [record.cached for record in records] if asked_the_same else []
 
 
 def _assign(state: RunState, cached: Sequence[bool]) -> None:
-    """Says of every stage that is not begun whether its outputs are to be cached."""
+    """Says of every stage that is not trained whether its outputs are to be cached."""
     for record, to_be in zip(state.stages, cached, strict=True):
-        if record.status == "pending":
+        if not _is_trained(record):
             record.cached = to_be
 
 
-def find_what_is_missing(state: RunState, paths: RunPaths) -> None:
+def _is_trained(record: StageRecord) -> bool:
+    return record.status in ("caching", "done")
+
+
+def find_what_is_missing(state: RunState, paths: RunPaths, keep: str) -> None:
     """Where weights were deleted, the stage and those above it are trained again: on a GPU it may not end with the same bits.
 
-    Caches that were deleted are written again from the weights, where a stage above still needs them.
+    Caches that were deleted are written again from the weights, where a stage above still needs them, or the run is
+    finished and keeps them.
     """
+    is_trained = all(_is_trained(record) for record in state.stages)
+    kept = kept_caches(state, keep) if is_trained else set()
     for record in reversed(state.stages):
-        needed = any(state.source(above.stage) == record.stage for above in state.stages if above.status != "done")
+        inputs = {state.source(above.stage) for above in state.stages if above.status != "done"}
+        needed = record.stage in kept | inputs
         if record.status in ("caching", "done") and not paths.weights(record.stage).exists():
             state.stages[record.stage - 1 :] = [StageRecord(above.stage) for above in state.stages[record.stage - 1 :]]
         elif needed and record.status == "done" and not paths.cache(record.stage).exists():

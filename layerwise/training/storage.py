@@ -11,10 +11,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise.cache.stored import STORED
+from layerwise.cache.unsealed import cache_files
 from layerwise.cache.zstd import require_zstandard
 from layerwise.config import CacheOptions, Config
 from layerwise.errors import BudgetError, ConfigError
-from layerwise.run_directory import RunPaths
+from layerwise.run_directory import RunPaths, RunState
 from layerwise.training.plan import StagePlan
 from layerwise.units import size
 
@@ -43,6 +44,16 @@ class Storage:
         return {newest, self.source(newest)} if keep == "needed" and newest else {newest}
 
 
+def kept_caches(state: RunState, keep: str) -> set[int]:
+    """The stages whose caches stay: those that --keep names, those that are being written, and the inputs of all others."""
+    storage = Storage(tuple(bool(record.cached) for record in state.stages))
+    newest = max((record.stage for record in state.stages if record.status in ("caching", "done")), default=0)
+    inputs = {storage.source(record.stage) for record in state.stages if record.status != "done"}
+    written = {record.stage for record in state.stages if record.status == "caching"}
+    stay = storage.kept(newest, keep) | inputs | written if newest else set()
+    return {stage for stage in stay if stage and storage.cached[stage - 1]}
+
+
 def below(plans: Sequence[StagePlan], stage: int, storage: Storage) -> tuple[StagePlan, ...]:
     """The stages that are recomputed for the input of `stage`."""
     return tuple(plans[storage.source(stage) : stage - 1])
@@ -65,14 +76,13 @@ def cache_bytes(plan: StagePlan, views: int, dtype: str) -> int:
 def free_for_caches(folder: Path) -> int:
     """Bytes that are free on the disk of a run's caches, those that it holds there already included."""
     there = next(place for place in (folder, *folder.parents) if place.exists())
-    ours = sum(path.stat().st_blocks * 512 for path in folder.glob("stage-*.h5*"))
+    ours = sum(file.bytes for file in cache_files(folder))
     return shutil.disk_usage(there).free + ours
 
 
 def sealed_bytes(paths: RunPaths, stages: int) -> dict[int, int]:
     """Those of stages 1 to `stages` that have a sealed cache, to the bytes that it takes on the disk."""
-    found = {stage: paths.cache(stage) for stage in range(1, stages + 1)}
-    return {stage: path.stat().st_blocks * 512 for stage, path in found.items() if path.exists()}
+    return {file.stage: file.bytes for file in cache_files(paths.caches) if file.is_sealed and file.stage <= stages}
 
 
 def plan_storage(
@@ -82,12 +92,15 @@ def plan_storage(
     free: int,
     decided: Sequence[bool] = (),
     sealed: Mapping[int, int] | None = None,
+    intended: Sequence[bool | None] = (),
 ) -> Storage:
     """Caches every stage whose outputs find room beside those that must stay meanwhile; the rest is recomputed.
 
     free: bytes on the disk of the caches, those of this run included; decided: what earlier starts did with the first
-    stages; sealed: bytes of their caches, by stage, where they are known. Raises BudgetError where a cache that is needed
-    finds no room, ConfigError where one cannot be done without, CacheError where zstandard is needed and not installed.
+    stages; sealed: bytes of their caches, by stage, where they are known; intended: what an earlier start meant to do with
+    each stage, which is done unless it finds no room any more, for recomputed inputs differ in their last bits.
+    Raises BudgetError where a cache that is needed finds no room, ConfigError where one cannot be done without, CacheError
+    where zstandard is needed and not installed.
     """
     options = config.cache
     if options.compression != "none" and options.policy != "never":
@@ -95,6 +108,7 @@ def plan_storage(
     known = {stage: taken for stage, taken in (sealed or {}).items() if stage <= len(decided)}
     room = free if options.disk is None else min(options.disk, free)
     cached, notes = list(decided), []
+    _check_decided(options, plans, Storage(tuple(cached)), views, known)
     for plan in plans[len(decided) :]:
         so_far = Storage(tuple(cached))
         needed = _written_bytes(plan, views, options)
@@ -104,22 +118,58 @@ def plan_storage(
         if options.policy == "always" and not fits:
             no_room = _no_room(plan, needed, beside, room, options)
             raise BudgetError(f"{no_room}or let what does not fit be recomputed: --cache auto.")
-        wanted = options.policy != "never" and fits
-        if not wanted and not last and plan.build_module(0, torch.device("meta")).recurrent:
-            why = f"stage {plan.stage} has a recurrent layer, so its outputs cannot be recomputed window by window"
-            if options.policy == "never":
-                raise ConfigError(
-                    f"--cache never: {why}; give --cache auto, or a cut in which it is in the last stage."
-                )
-            raise BudgetError(f"{_no_room(plan, needed, beside, room, options)}{why}.")
+        before = dict(enumerate(intended, start=1)).get(plan.stage)
+        wanted = options.policy != "never" and fits and before is not False
+        if not wanted and not last:
+            _check_recomputable(plan, options, _no_room(plan, needed, beside, room, options))
+        if before and not wanted:
+            notes.append(f"an earlier start was to cache the outputs of stage {plan.stage}; they find no room any more")
         cached.append(wanted)
         if not wanted and not last:
-            notes.append(_cost(config, plans, plan.stage, Storage(tuple(cached)), needed, options))
+            why = "--cache never" if options.policy == "never" else f"{size(needed)} find no room"
+            if fits and options.policy != "never":
+                why = "as an earlier start decided"
+            notes.append(_cost(config, plans, plan.stage, Storage(tuple(cached)), why))
         elif not wanted:
             notes.append(f"the outputs of stage {plan.stage}, {size(needed)}, are not cached; probes recompute them")
     if options.compression != "none" and any(cached):
         notes.append("while a cache is packed it lies on the disk twice; what it shrinks to is not known before")
     return Storage(tuple(cached), tuple(notes))
+
+
+def _check_decided(
+    options: CacheOptions, plans: Sequence[StagePlan], decided: Storage, views: int, sealed: Mapping[int, int]
+) -> None:
+    """Raises BudgetError where the caches of the stages that are trained take more than `--disk`."""
+    stage = len(decided.cached)
+    if options.disk is None or not stage:
+        return
+    if decided.cached[-1] and stage not in sealed:
+        beside = _beside(options, plans, decided, stage, views, sealed)
+        taken = beside + _written_bytes(plans[stage - 1], views, options)
+    else:
+        taken = sum(sealed.get(kept, 0) for kept in decided.kept(stage, options.keep))
+    if taken > options.disk:
+        raise BudgetError(
+            f"--disk {size(options.disk)} does not hold the caches of the stages that are trained already, {size(taken)}. "
+            f"Give more, or keep fewer with --keep needed, or retrain with --from-stage {stage} or below, which decides "
+            "anew what is cached."
+        )
+
+
+def _check_recomputable(plan: StagePlan, options: CacheOptions, no_room: str) -> None:
+    """Raises ConfigError or BudgetError where what is not cached cannot be recomputed to the same values."""
+    if plan.build_module(0, torch.device("meta")).recurrent:
+        why = f"stage {plan.stage} has a recurrent layer, so its outputs cannot be recomputed window by window"
+        instead = "give --cache auto, or a cut in which it is in the last stage."
+    elif options.dtype == "int8":
+        why = "with cache.dtype int8 outputs are rounded a thousand rows at a time, and cannot be recomputed window by window"
+        instead = "give --cache auto, or --cache-dtype float16."
+    else:
+        return
+    if options.policy == "never":
+        raise ConfigError(f"--cache never: {why}; {instead}")
+    raise BudgetError(f"{no_room}{why}.")
 
 
 def disk_peak(config: Config, plans: Sequence[StagePlan], storage: Storage, views: int) -> int:
@@ -159,7 +209,7 @@ def _beside(
 
 
 def _no_room(plan: StagePlan, needed: int, beside: int, room: int, options: CacheOptions) -> str:
-    what = f"--disk {size(options.disk)}" if options.disk is not None else f"{size(room)} of free disk"
+    what = f"--disk {size(room)}" if room == options.disk else f"{size(room)} of free disk"
     others = f" beside the {size(beside)} that must stay" if beside else ""
     packing = " while it is packed" if options.compression != "none" else ""
     return (
@@ -168,14 +218,11 @@ def _no_room(plan: StagePlan, needed: int, beside: int, room: int, options: Cach
     )
 
 
-def _cost(
-    config: Config, plans: Sequence[StagePlan], stage: int, storage: Storage, needed: int, options: CacheOptions
-) -> str:
+def _cost(config: Config, plans: Sequence[StagePlan], stage: int, storage: Storage, why: str) -> str:
     above = Storage((*storage.cached, *[False] * (len(plans) - len(storage.cached))))
     recomputed = below(plans, stage + 1, above)
     source = above.source(stage + 1)
     origin = f"the cache of stage {source}" if source else "the data"
-    why = "--cache never" if options.policy == "never" else f"{size(needed)} find no room"
     more = _flops(config, recomputed, stage + 1, plans)
     return (
         f"the outputs of stage {stage} are not cached ({why}): stage {stage + 1} recomputes them from {origin}, which adds "

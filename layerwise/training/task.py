@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from layerwise.cache import ActivationCache, CacheWriter, Layout
-from layerwise.cache.unsealed import remove_unsealed
-from layerwise.config import Config
+from layerwise.cache.unsealed import cache_files
+from layerwise.config import Config, load
 from layerwise.data.source import DataSet, FrameSource
 from layerwise.errors import BudgetError, RunError
 from layerwise.events import EpochDone, Event, Notify, StageDone
@@ -26,7 +26,7 @@ from layerwise.memory.meter import uncounted
 from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.stop import StopFlag
 from layerwise.training.caching import cache_outputs, shortest_piece
-from layerwise.training.checkpoint import digest, load_arrays, load_weights, save_arrays
+from layerwise.training.checkpoint import digest, load_stage, load_weights, save_arrays
 from layerwise.training.classes import sample_classes
 from layerwise.training.feed import Feed, ReadFeed
 from layerwise.training.fingerprint import fingerprint, training_key
@@ -38,7 +38,7 @@ from layerwise.training.recomputed import RecomputedFeed
 from layerwise.training.schedule import Task
 from layerwise.training.split import HELD_OUT, TRAIN
 from layerwise.training.stage import StageFiles, train_stage
-from layerwise.training.storage import Storage, below, input_of
+from layerwise.training.storage import Storage, below, input_of, kept_caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,10 @@ class Run:
         """The training key of a stage whose lower stages are done."""
         below = self.state.record(stage - 1).fingerprint if stage > 1 else None
         return training_key(self.config, self.data.identity, below, stage, self.plans[stage - 1].layers)
+
+    def trained_with(self, stage: int) -> Config:
+        """The options of a trained stage; where `--from-stage` has changed some, those below keep theirs."""
+        return load(self.paths.stage_config(stage))
 
 
 def perform(task: Task, run: Run) -> None:
@@ -88,7 +92,7 @@ def perform(task: Task, run: Run) -> None:
         raise BudgetError(f"Stage {task.stage} does not fit into the device budget to {what}. {reason}")
     left = _device_bytes_left(meter, run.device, before)
     _finish(run, record)
-    _delete_caches(run, run.storage.kept(task.stage, run.config.cache.keep))
+    delete_leftovers(run)
     run.notify(
         StageDone(
             stage=task.stage,
@@ -111,7 +115,7 @@ def _train_and_cache(plan: StagePlan, source: FrameSource, run: Run, record: Sta
     _record_driver(run.device, record)
     meter.reset_peak()
     if run.storage.cached[plan.stage - 1]:
-        _delete_caches(run, keep={run.storage.source(plan.stage), plan.stage})
+        delete_leftovers(run)
         _cache(plan, feed, run, record, meter)
         _record_driver(run.device, record)
 
@@ -126,15 +130,18 @@ def _record_driver(device: torch.device, record: StageRecord) -> None:
 def _open_source(stage: int, run: Run) -> FrameSource:
     """The data, or the nearest cache below."""
     below = run.storage.source(stage)
-    if below == 0:
-        return run.data
-    cache = ActivationCache(run.paths.cache(below))
-    expected = run.state.record(below).fingerprint
+    return run.data if below == 0 else _open_cache(below, run)
+
+
+def _open_cache(stage: int, run: Run) -> ActivationCache:
+    """Raises UnusableCache where it cannot be used, RunError where it is another run's."""
+    cache = ActivationCache(run.paths.cache(stage))
+    expected = run.state.record(stage).fingerprint
     if cache.layout.fingerprint != expected:
         cache.close()
         raise RunError(
             f"{cache.path} was not made by this run (its fingerprint is {cache.layout.fingerprint[:12]}, expected "
-            f"{str(expected)[:12]}); retrain with --from-stage {below}, or name another --cache-dir."
+            f"{str(expected)[:12]}); retrain with --from-stage {stage}, or name another --cache-dir."
         )
     return cache
 
@@ -147,19 +154,33 @@ def _feed(stage: int, source: FrameSource, run: Run) -> Feed:
     with uncounted():
         modules = [plan.build_module(run.config.training.seed, torch.device("cpu")).eval() for plan in plans]
         for plan, module in zip(plans, modules, strict=True):
-            load_weights(module, load_arrays(run.paths.weights(plan.stage))[0])
-    return RecomputedFeed(source, plans, modules, run.layouts[stage - 1].windows, run.config, run.device)
+            load_weights(module, load_stage(run.paths, plan.stage))
+    configs = [run.trained_with(plan.stage) for plan in plans]
+    return RecomputedFeed(source, plans, modules, run.layouts[stage - 1].windows, configs, run.device)
 
 
-def _delete_caches(run: Run, keep: set[int]) -> None:
-    """Of the stages that are done; with --keep all, none."""
-    if run.config.cache.keep == "all":
-        return
+def delete_leftovers(run: Run) -> None:
+    """Frees what no stage reads or writes any more and --keep does not name, whatever a kill has left of it."""
+    keep = kept_caches(run.state, run.config.cache.keep)
+    unsealed = {record.stage for record in run.state.stages if record.status == "caching"}
+    left = [file for file in cache_files(run.paths.caches) if file.stage not in (keep if file.is_sealed else unsealed)]
     for record in run.state.stages:
-        if record.status == "done" and record.cache and record.stage not in keep:
+        if record.stage in {file.stage for file in left if file.is_sealed}:
             record.cache = record.cache_bytes = None
-            run.state.save(run.paths.state)
-            run.paths.cache(record.stage).unlink(missing_ok=True)
+    if left:
+        run.state.save(run.paths.state)
+    for file in left:
+        file.path.unlink(missing_ok=True)
+
+
+def check_kept(run: Run) -> None:
+    """Opens the caches that a run keeps of stages that are done; those of others are opened when they are used.
+
+    Raises UnusableCache where one cannot be used.
+    """
+    for stage in kept_caches(run.state, run.config.cache.keep):
+        if run.state.record(stage).status == "done" and run.paths.cache(stage).exists():
+            _open_cache(stage, run).close()
 
 
 def _train(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: AnyMeter) -> None:
@@ -211,7 +232,7 @@ def _cache(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
     path = run.paths.cache(plan.stage)
     if not _is_sealed(path, record.fingerprint):
         module = plan.build_module(run.config.training.seed, run.device)
-        load_weights(module, load_arrays(run.paths.weights(plan.stage))[0])
+        load_weights(module, load_stage(run.paths, plan.stage))
         meter.label("parameters", module.state_dict().values())
         started, seconds = time.monotonic(), record.seconds
 
@@ -224,14 +245,13 @@ def _cache(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
             options = run.config.cache
             with CacheWriter(path, _layout(plan, run, record), int(options.block), options.compression) as writer:
                 try:
-                    precision = run.config.training.precision
+                    precision = run.trained_with(plan.stage).training.precision
                     cache_outputs(module, feed, writer, piece, precision, run.device, meter, run.stop, run.notify)
                 finally:
                     record_progress()
                 writer.seal(lambda: run.stop.raise_if_set(f"while the cache of stage {plan.stage} was packed"))
 
         _in_pieces_that_fit(write, run.layouts[plan.stage - 1].piece, shortest_piece(plan, run.config), run.device)
-    remove_unsealed(path)  # of a start that was killed between giving the cache its name and this
     record.cache, record.cache_bytes = str(path), path.stat().st_size
 
 
@@ -284,7 +304,7 @@ def _layout(plan: StagePlan, run: Run, record: StageRecord) -> Layout:
     return Layout(
         fingerprint=str(record.fingerprint),
         stage=plan.stage,
-        dtype=run.config.cache.dtype,
+        dtype=run.trained_with(plan.stage).cache.dtype,
         frame_shape=plan.output_shape,
         columns=data.columns,
         views=data.views,

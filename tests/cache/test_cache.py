@@ -177,3 +177,12 @@ def test_a_file_that_is_open_in_plain_h5py_can_be_read(tmp_path: Path) -> None:
     write(tmp_path / "c.h5", a_layout, rows_of(a_layout))
     with h5py.File(tmp_path / "c.h5", "r"):
         assert torch.equal(read_all(tmp_path / "c.h5"), rows_of(a_layout))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_samples_without_frames_are_read_as_such(tmp_path: Path, dtype: str) -> None:
+    a_layout = layout([0, 0], dtype)
+    write(tmp_path / "c.h5", a_layout, rows_of(a_layout))
+    with ActivationCache(tmp_path / "c.h5") as cache:
+        cache.verify()
+        assert cache.read(1, 0, 0).shape == (0, 3)

@@ -1,5 +1,6 @@
 """Damage is found before any wrong value is used, and named."""
 
+import errno
 import os
 import pickle
 from dataclasses import replace
@@ -91,6 +92,38 @@ def test_a_file_that_is_cut_off_is_refused_whatever_is_left(tmp_path: Path) -> N
         path.write_bytes(content[:length])
         with pytest.raises(DamagedCache, match=r"c\.h5"):
             ActivationCache(path)
+
+
+@pytest.mark.parametrize("where", ["everywhere", "checksums", "scales"])
+def test_a_disk_that_does_not_give_back_what_it_holds_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    path = tmp_path / "c.h5"
+    sealed(path, "int8")
+    cache = ActivationCache(path)
+    places = cache._places
+    bad = {"everywhere": 0, "checksums": places.checksums, "scales": places.scales}[where]
+    preadv = os.preadv
+
+    def read(descriptor: int, buffers: list[memoryview], position: int) -> int:
+        if position == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(descriptor, buffers, position)
+
+    monkeypatch.setattr(os, "preadv", read)
+    with pytest.raises(DamagedCache, match="the disk does not give it back"):
+        ActivationCache(path) if where == "everywhere" else cache.read(0, 0, 10)
+    cache.close()
+
+
+def test_scales_that_were_cut_off_are_not_made_up(tmp_path: Path) -> None:
+    path = tmp_path / "c.h5"
+    sealed(path, "int8")
+    with ActivationCache(path) as cache:
+        cache.read(0, 0, 50)
+        os.truncate(path, cache._places.scales)
+        with pytest.raises(DamagedCache):
+            cache.read(0, 0, 50)
 
 
 def test_a_file_that_has_grown_is_refused(tmp_path: Path) -> None:

@@ -90,8 +90,17 @@ def test_another_file_is_not_even_opened(tmp_path: Path, change: Callable[[h5py.
     ended = subprocess.run(
         [sys.executable, "-c", script, tmp_path / "c.h5"], cwd=tmp_path, timeout=60, capture_output=True, text=True
     )
-    assert "CacheError" in ended.stderr
+    assert "UnusableCache" in ended.stderr
     assert "split is missing or stored in a way" in ended.stderr
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "stage-1.h5")
+    script = "from layerwise.cache import ActivationCache as A; from pathlib import Path; A(Path('stage-1.h5'))"
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, timeout=60, capture_output=True, text=True, check=False
+    )
+    assert "stage-1.h5 is no file" in ended.stderr
 
 
 STRANGE = {

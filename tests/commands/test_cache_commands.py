@@ -14,6 +14,7 @@ from layerwise.config import Config
 from layerwise.engines.run import RunResult, run
 from layerwise.errors import RunError
 from layerwise.files import exclusive
+from layerwise.training.storage import free_for_caches
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -60,6 +61,24 @@ def test_a_damaged_cache_is_found_and_named(finished: RunResult, call: Call) -> 
     assert (code, out.count("whole")) == (2, 3)
     assert "stage-3.h5" in out
     assert "1 of these caches" in err
+
+
+def test_what_cannot_be_looked_at_is_listed_with_the_reason(tmp_path: Path, call: Call) -> None:
+    (tmp_path / "stage-1.h5").symlink_to(tmp_path / "gone")
+    code, out, _ = call("ls", tmp_path, "--json")
+    assert code == 0
+    assert "stage-1.h5 cannot be read: No such file" in json.loads(out)[0]["state"]
+    assert free_for_caches(tmp_path) > 0
+
+
+def test_only_damage_is_called_damage(tmp_path: Path, call: Call) -> None:
+    with h5py.File(tmp_path / "stage-1.h5", "w") as file:
+        file["mine"] = [1, 2, 3]
+    code, out, err = call("verify", tmp_path)
+    assert code == 2
+    assert "holds no layerwise cache" in out
+    assert "1 of these files could not be read as caches" in err
+    assert "delete" not in err
 
 
 def test_removed_caches_are_made_again_when_they_are_needed(
@@ -135,3 +154,8 @@ def test_features_are_handed_over_frame_by_frame_or_as_means(
     assert code == 2
     assert "exists" in err
     assert call("export", finished.paths.out, "-o", tmp_path / "x.csv")[0] == 2
+    (tmp_path / "precious.index.npz").write_text("of another export")
+    code, _, err = call("export", finished.paths.out, "-o", tmp_path / "precious.npy")
+    assert code == 2
+    assert "precious.index.npz exists" in err
+    assert (tmp_path / "precious.index.npz").read_text() == "of another export"

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from torch import nn
 
 import layerwise
@@ -22,6 +22,7 @@ from layerwise.data.demo import open_demo
 from layerwise.engines.run import RunResult, run
 from layerwise.errors import ConfigError, DataError, RunError
 from layerwise.nets.traced import traced_network
+from layerwise.training.checkpoint import save_arrays
 from layerwise.training.encoder import load_encoder, save_encoder
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -188,7 +189,7 @@ def test_files_that_do_not_fit_together_are_refused(speech_run: RunResult, tmp_p
     for damaged in ({"level": 0.0}, {"level": float("nan")}, {"cut": [-4]}):
         save_encoder(path, weights, replace(origin, **damaged))
         refused("header of .* is damaged")
-    save_file(weights, path, {"config": origin.config.to_toml()})
+    save_arrays(path, weights, {"config": origin.config.to_toml()})
     refused("an earlier layerwise wrote it")
     path.write_bytes(b"not safetensors")
     refused("cannot be read")
@@ -196,7 +197,7 @@ def test_files_that_do_not_fit_together_are_refused(speech_run: RunResult, tmp_p
 
 def test_a_run_of_an_earlier_layerwise_is_completed_by_its_command(speech_run: RunResult, tmp_path: Path) -> None:
     weights, origin = load_encoder(speech_run.paths.encoder)
-    save_file(weights, speech_run.paths.encoder, {"config": origin.config.to_toml()})
+    save_arrays(speech_run.paths.encoder, weights, {"config": origin.config.to_toml()})
     run(speech_run.config)
     assert load_encoder(speech_run.paths.encoder)[1] == origin
 

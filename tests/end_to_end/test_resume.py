@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import layerwise.engines.run
 from layerwise.config import Config, load
 from layerwise.engines.run import run
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, RunError
@@ -15,6 +16,8 @@ from layerwise.files import exclusive
 from layerwise.report.lines import LogFile
 from layerwise.run_directory import RunState, StageRecord
 from layerwise.stop import StopFlag
+from layerwise.training.checkpoint import load_arrays, save_arrays
+from layerwise.training.plan import StagePlan
 
 Tiny = Callable[..., Config]
 
@@ -177,13 +180,28 @@ def test_a_cache_that_was_deleted_is_written_again_where_it_is_needed(tiny_speec
     before, last = first.paths.cache(2).read_bytes(), first.paths.cache(4).read_bytes()
     for stage in (1, 2, 3):
         first.paths.cache(stage).unlink()
-    run(config)
-    assert not first.paths.cache(3).exists()  # a finished run needs none
     events: list[Event] = []
     run(config, from_stage=4, notify=events.append)
     assert [event.stage for event in events if isinstance(event, StageStarted)] == [4]
     assert first.paths.cache(2).read_bytes() == before
     assert first.paths.cache(4).read_bytes() == last
+
+
+@pytest.mark.parametrize("policy", ["auto", "never"])
+def test_from_stage_with_another_dtype_leaves_what_the_stages_below_give(
+    tiny_speech: Tiny, digits: Path, policy: str
+) -> None:
+    def config(dtype: str) -> Config:
+        return tiny_speech(f"fsdd:{digits}", **{"cache.policy": policy, "cache.dtype": dtype})
+
+    first = run(config("float32"))
+    weights = bits(first.paths.weights(3))
+    cache = first.paths.cache(2).read_bytes() if policy == "auto" else None
+    for stage in (1, 2):
+        first.paths.cache(stage).unlink(missing_ok=True)
+    # What stage 3 trains on is worked out anew, and its training does not ask how its own outputs are stored.
+    assert bits(run(config("bfloat16"), from_stage=3).paths.weights(3)) == weights
+    assert cache is None or first.paths.cache(2).read_bytes() == cache
 
 
 def test_a_from_stage_that_was_killed_before_it_deleted_anything_still_retrains(
@@ -236,6 +254,36 @@ def test_a_second_process_on_the_same_run_is_refused(tiny_speech: Tiny, digits: 
         pytest.raises(RunError, match="Another process is running"),
     ):
         run(config)
+
+
+def test_a_second_run_on_the_same_folder_of_caches_is_refused(tiny_speech: Tiny, digits: Path) -> None:
+    config = tiny_speech(f"fsdd:{digits}")
+    with (
+        exclusive(Path(config.cache.dir) / "run" / "lock", RunError("busy")),
+        pytest.raises(RunError, match="Another run of the same name is using"),
+    ):
+        run(config)
+
+
+def test_what_was_planned_for_a_run_that_has_gone_on_meanwhile_is_not_done(
+    tiny_speech: Tiny, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = f"fsdd:{digits}"
+    config = tiny_speech(source)
+    stop, notify = stop_at(StepDone, 2)
+    with pytest.raises(Interrupted):
+        run(config, stop=stop, notify=notify)
+    plan = layerwise.engines.run.plan_run
+
+    def plan_while_another_goes_on(*arguments: object) -> list[StagePlan]:
+        monkeypatch.undo()
+        run(config)
+        return plan(*arguments)
+
+    monkeypatch.setattr("layerwise.engines.run.plan_run", plan_while_another_goes_on)
+    with pytest.raises(RunError, match=r"Another process has gone on with .* meanwhile"):
+        run(tiny_speech(source, **{"cache.policy": "never"}))
+    assert run(config).state.done
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tiny_speech: Tiny, digits: Path) -> None:
@@ -320,6 +368,54 @@ def test_weights_that_were_deleted_are_trained_again_to_the_same_bits(tiny_speec
     events: list[Event] = []
     assert bits(run(config, notify=events.append).paths.encoder) == before
     assert [event.stage for event in events if isinstance(event, StageStarted)] == [2, 3, 4]
+
+
+def flip_a_bit_of_the_last_array(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 64
+    path.write_bytes(content)
+
+
+def test_damaged_weights_are_named_and_not_used(tiny_speech: Tiny, digits: Path) -> None:
+    config = tiny_speech(f"fsdd:{digits}")
+    result = run(config)
+    before = bits(result.paths.encoder)
+    flip_a_bit_of_the_last_array(result.paths.weights(2))
+    result.paths.cache(2).unlink()
+    with pytest.raises(RunError, match=r"stages/2/weights.safetensors is damaged.*--from-stage 2"):
+        run(config, from_stage=3)
+    assert bits(run(config, from_stage=2).paths.encoder) == before
+
+
+def test_a_damaged_checkpoint_is_named_and_not_used(
+    tiny_speech: Tiny, digits: Path, undisturbed: dict[str, bytes]
+) -> None:
+    config = tiny_speech(f"fsdd:{digits}")
+    stop, notify = stop_at(StepDone, 13)
+    with pytest.raises(Interrupted):
+        run(config, stop=stop, notify=notify)
+    checkpoint = next(Path(config.out).glob("stages/*/checkpoint.safetensors"))
+    whole = checkpoint.read_bytes()
+    for place in (whole.index(b'"loss_sum') + 4, whole.index(b'"made_for') + 16, len(whole) - 3):
+        content = bytearray(whole)
+        content[place] ^= 1
+        checkpoint.write_bytes(content)
+        with pytest.raises(RunError, match=r"checkpoint.safetensors is damaged.*delete it and start the same command"):
+            run(config)
+    checkpoint.unlink()
+    assert bits(run(config).paths.encoder) == undisturbed
+
+
+def test_a_checkpoint_of_another_version_is_a_sentence(tiny_speech: Tiny, digits: Path) -> None:
+    config = tiny_speech(f"fsdd:{digits}")
+    stop, notify = stop_at(StepDone, 2)
+    with pytest.raises(Interrupted):
+        run(config, stop=stop, notify=notify)
+    checkpoint = Path(config.out) / "stages" / "1" / "checkpoint.safetensors"
+    arrays, metadata = load_arrays(checkpoint, "")
+    save_arrays(checkpoint, arrays, metadata | {"progress": '{"epoch": 0, "mood": 1}'})
+    with pytest.raises(RunError, match=r"checkpoint.safetensors was saved by another version of layerwise; delete it"):
+        run(config)
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(tiny_speech: Tiny, digits: Path) -> None:

@@ -59,7 +59,7 @@ def both_feeds(
         data = replace(data, lengths=np.array([6400, 1300, 5001, 700, 1600, 6399]))
         plans = [replace(plan, **lengths_of(plan, plans, data)) for plan in plans]
     modules = [plan.build_module(0, CPU).eval() for plan in plans[:stages]]
-    recomputed = RecomputedFeed(data, plans[:stages], modules, windows, config, CPU)
+    recomputed = RecomputedFeed(data, plans[:stages], modules, windows, [config] * stages, CPU)
     return recomputed, ReadFeed(Outputs(data, modules), CPU), plans[stages].window, config
 
 

@@ -1,6 +1,7 @@
 """Which caches find room, which are kept, and what is refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -34,8 +35,13 @@ def test_the_room_that_is_planned_is_enough_and_a_byte_less_is_not(planned_stage
     needed = disk_peak(config, plans, Storage((True,) * 4), 1)
     assert needed == (sum(found) if keep == "all" else one + two)
     assert all(plan_storage(config, plans, 1, needed).cached)
-    with pytest.raises(BudgetError, match="does not hold the cache of stage"):
+    with pytest.raises(BudgetError, match="of free disk does not hold the cache of stage"):
         plan_storage(config, plans, 1, needed - 1)
+    config, plans = planned_stages("speech", **{"cache.keep": keep, "cache.policy": "always", "cache.disk": 10**12})
+    with pytest.raises(BudgetError, match="of free disk does not hold the cache of stage"):
+        plan_storage(config, plans, 1, needed - 1)
+    with pytest.raises(BudgetError, match="--disk 1 TB does not hold the cache of stage 1"):
+        plan_storage(config, [replace(plan, output_lengths=plan.output_lengths * 10**9) for plan in plans], 1, 10**13)
 
 
 def test_what_finds_no_room_is_recomputed_from_the_nearest_cache(planned_stages: Planned) -> None:
@@ -70,6 +76,39 @@ def test_outputs_of_a_recurrent_layer_are_not_recomputed(planned_stages: Planned
 def test_what_earlier_starts_decided_stays(planned_stages: Planned) -> None:
     config, plans = planned_stages("speech", **{"cache.policy": "always"})
     assert plan_storage(config, plans, 1, FREE, decided=[True, False]).cached == (True, False, True, True)
+
+
+def test_what_earlier_starts_meant_to_do_is_done_unless_it_finds_no_room(planned_stages: Planned) -> None:
+    config, plans = planned_stages("speech", **{"cache.keep": "needed"})
+    storage = plan_storage(config, plans, 1, FREE, intended=[True, False, True, True])
+    assert storage.cached == (True, False, True, True)
+    assert "stage 2 are not cached (as an earlier start decided)" in storage.notes[0]
+    storage = plan_storage(config, plans, 1, sizes(plans, config)[0] - 1, intended=[True, True, False, False])
+    assert storage.cached == (False, True, False, False)
+    assert "an earlier start was to cache the outputs of stage 1; they find no room any more" in storage.notes
+
+
+def test_caches_of_trained_stages_that_pass_the_disk_budget_are_refused(planned_stages: Planned) -> None:
+    config, plans = planned_stages("speech", **{"cache.keep": "all", "cache.disk": 1000})
+    one, two, *_ = sizes(plans, config)
+    for sealed in ({1: one}, {1: one, 2: two}):
+        with pytest.raises(BudgetError, match=r"--disk 1 kB does not hold .* trained already.*--from-stage 2"):
+            plan_storage(config, plans, 1, FREE, decided=[True, True], sealed=sealed)
+    config, plans = planned_stages("speech", **{"cache.keep": "last", "cache.disk": 1000})
+    assert not any(plan_storage(config, plans, 1, FREE, decided=[True, True], sealed={1: 10**9, 2: 900}).cached[2:])
+
+
+def test_int8_is_not_recomputed(planned_stages: Planned) -> None:
+    # Its scales are those of a thousand rows, which a window does not have.
+    config, plans = planned_stages("speech", **{"cache.dtype": "int8", "cache.policy": "never"})
+    with pytest.raises(ConfigError, match=r"--cache never: with cache.dtype int8 .*--cache-dtype float16"):
+        plan_storage(config, plans, 1, FREE)
+    config, plans = planned_stages("speech", **{"cache.dtype": "int8"})
+    with pytest.raises(BudgetError, match=r"does not hold the cache of stage 1.*cannot be recomputed"):
+        plan_storage(config, plans, 1, 1000)
+    # Nothing is trained on the outputs of the last stage.
+    beside_the_last = disk_peak(config, plans[:3], Storage((True,) * 3), 1)
+    assert plan_storage(config, plans, 1, beside_the_last).cached == (True, True, True, False)
 
 
 def test_packing_is_planned_to_need_the_room_twice(planned_stages: Planned) -> None:
