@@ -47,7 +47,7 @@ def export(cache: ActivationCache, path: Path, mean: bool = False) -> None:
                 np.lib.format.write_array_header_1_0(file, about)
                 for rows in _rows(cache, mean):
                     file.write(rows.astype(dtype).tobytes())
-            index = {f"labels_{name}": values for name, values in cache.labels.items()}
+            index = {f"labels_{name}": values.astype(str) for name, values in cache.labels.items()}
             np.savez(index_path, ids=np.array(cache.ids), offsets=offsets, **index)
         else:
             with h5py.File(temporary, "w") as file:
