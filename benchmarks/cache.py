@@ -81,7 +81,8 @@ def layout_of(gigabytes: float) -> Layout:
         ids=tuple(str(number) for number in range(samples)),
         split=np.zeros(samples, dtype=np.uint8),
         labels={},
-        frame_labels={},
+        labels_classes={},
+        frame_labels_classes={},
         hop=1,
         offset=0.0,
     )

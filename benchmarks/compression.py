@@ -76,6 +76,9 @@ def measure_files(path: Path) -> None:
                 for sample, length in enumerate(source.lengths.tolist()):
                     for view in range(source.views):
                         writer.write(as_array(source.read(sample, 0, length, view)))
+                for name in source.layout.frame_labels_classes:
+                    for sample in range(len(source.ids)):
+                        writer.put_frame_labels(name, sample, source.frame_labels(name, sample).astype(str))
                 writer._wait(0)
                 packing = source.layout.activation_bytes / 1e6 / timed(writer.seal)  # of the last one
             sizes.append(copy.stat().st_size / 1e6)

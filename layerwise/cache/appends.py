@@ -56,6 +56,10 @@ class Appends:
         """Stores scales float32 [C] of one group of rows; durable with the next append. Raises OSError."""
         write_all(self._descriptor, scales.astype("<f4").tobytes(), self._places.scales + group * scales.nbytes)
 
+    def put_frame_labels(self, name: str, first: int, codes: np.ndarray) -> None:
+        """Stores codes int32 [n] of frames `first` on; durable once the file is sealed. Raises OSError."""
+        write_all(self._descriptor, codes.astype("<i4").tobytes(), self._places.frame_labels[name] + 4 * first)
+
     def close(self) -> None:
         """Gives the descriptors back."""
         os.close(self._descriptor)

@@ -6,6 +6,7 @@ rows then go in and out by pwrite and pread at the data set's place, at the spee
 A compressed cache is chunked instead, see packing.py.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from io import FileIO
@@ -30,9 +31,6 @@ LIBVER = ("earliest", "v108")
 """A library version whose files carry no "open for write" mark: a kill while sealing would leave that mark behind, and HDF5
 would never open the file again."""
 
-_UNPACKED_LABELS = 64 * 2**20
-"""Bytes that labels may take in memory even where the whole file is smaller."""
-
 
 @dataclass(frozen=True, slots=True)
 class Places:
@@ -44,13 +42,13 @@ class Places:
     checksums: int
     scales: int
     places: int
+    frame_labels: dict[str, int]
 
 
 def create(path: Path, layout: Layout) -> None:
-    """Creates the file with everything in it but the activations, their checksums, scales and places; not sealed."""
-    index = _index(layout)
+    """Creates the file with everything in it but activations, checksums, scales, places and labels of frames; not sealed."""
     with open(path, "wb") as file:  # HDF5 does not survive a disk that is full
-        os.posix_fallocate(file.fileno(), 0, sum(values.nbytes + 2 * ALIGNMENT for values in index.values()))
+        os.posix_fallocate(file.fileno(), 0, file_bytes(layout) - layout.activation_bytes)
     with h5py.File(
         path,
         "w",
@@ -67,9 +65,21 @@ def create(path: Path, layout: Layout) -> None:
         for name in ("stage", "columns", "views", "hop", "block_bytes", "scale_rows"):
             file.attrs[name] = np.int64(getattr(layout, name))
         file.attrs["offset"] = np.float64(layout.offset)
-        for name, values in index.items():
+        for name, values in _index(layout).items():
             file.create_dataset(name, data=values, track_times=False)  # the same content is the same bytes
-        _create_unfilled(file, layout)
+        for name, (dtype, shape) in _tables(layout).items():
+            _create_unfilled(file, name, np.dtype(dtype), shape, _contiguous())
+        _create_activations(file, layout)
+
+
+def file_bytes(layout: Layout) -> int:
+    """Most that a file of this layout takes, where it is not compressed."""
+    index, tables = _index(layout), _tables(layout)
+    beside = sum(values.nbytes for values in index.values())
+    beside += sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in tables.values())
+    # HDF5's own: a header for each data set, and what aligning it skips.
+    own = 2**16 + 2 * ALIGNMENT * (len(index) + len(tables))
+    return layout.activation_bytes + beside + own
 
 
 def read_layout(path: Path, descriptor: int) -> tuple[Layout, Places]:
@@ -98,11 +108,10 @@ def set_complete(path: Path) -> None:
         file.attrs.modify("complete", np.uint8(1))
 
 
-def reserve(path: Path, layout: Layout, places: Places) -> None:
-    """Claims the room of all activations, so that a full disk is met before the first row. Raises OSError."""
-    if layout.activation_bytes:
-        with open(path, "rb+") as file:
-            os.posix_fallocate(file.fileno(), places.activations, layout.activation_bytes)
+def reserve(path: Path) -> None:
+    """Claims the room of the whole file, so that a full disk is met before the first row. Raises OSError."""
+    with open(path, "rb+") as file:
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
 
 
 def _read(path: Path, file: h5py.File) -> Layout:
@@ -116,6 +125,7 @@ def _read(path: Path, file: h5py.File) -> Layout:
     if ids.ndim != 1 or offsets.shape != (len(ids) * views + 1,) or (offsets[1:] < offsets[:-1]).any():
         raise unusual(path, "offsets")
     lengths = np.diff(offsets)[::views]
+    labels = {name: file[f"labels/{name}"][:] for name in file.get("labels", ())}
     layout = Layout(
         fingerprint=attrs["fingerprint"].decode(),
         dtype=attrs["dtype"].decode(),
@@ -123,8 +133,11 @@ def _read(path: Path, file: h5py.File) -> Layout:
         lengths=lengths,
         ids=tuple(name.decode() for name in ids),
         split=split,
-        labels=_read_labels(path, file, "labels", len(ids)),
-        frame_labels=_read_labels(path, file, "frame_labels", int(lengths.sum())),
+        labels=labels,
+        labels_classes={name: _read_classes(path, file, f"labels_classes/{name}") for name in labels},
+        frame_labels_classes={
+            name: _read_classes(path, file, f"frame_labels_classes/{name}") for name in file.get("frame_labels", ())
+        },
         offset=float(attrs["offset"]),
         compression=attrs["compression"].decode(),
         **numbers,
@@ -140,6 +153,11 @@ def _read(path: Path, file: h5py.File) -> Layout:
         "checksums": file["checksums"].shape == (layout.blocks,),
         "scales": file["scales"].shape == layout.scales_shape,
     }
+    for name, codes in labels.items():
+        known = len(layout.labels_classes[name])
+        as_it_should_be[f"labels/{name}"] = codes.shape == (len(ids),) and bool(((codes >= 0) & (codes < known)).all())
+    for name in layout.frame_labels_classes:
+        as_it_should_be[f"frame_labels/{name}"] = file[f"frame_labels/{name}"].shape == (layout.frames[-1],)
     for name, good in as_it_should_be.items():
         if not good:
             raise unusual(path, name)
@@ -153,55 +171,70 @@ def _places(file: h5py.File, layout: Layout) -> Places:
         first, last = file["places"][:1].item(), file["places"][-1:].item()
         size = last - first
     checksums, scales, places = (byte_range(file[name].id)[0] for name in ("checksums", "scales", "places"))
-    return Places(first, size, checksums, scales, places)
+    frame_labels = {name: byte_range(file[f"frame_labels/{name}"].id)[0] for name in layout.frame_labels_classes}
+    return Places(first, size, checksums, scales, places, frame_labels)
 
 
-def _read_labels(path: Path, file: h5py.File, group: str, count: int) -> dict[str, np.ndarray]:
-    """Label name to str [count]."""
-    labels = {}
-    for name in file.get(group, ()):
-        codes, classes = file[f"{group}/{name}"][:], file[f"{group}_classes/{name}"][:]
-        fits = codes.shape == (count,) and classes.ndim == 1 and ((codes >= 0) & (codes < len(classes))).all()
-        unpacked = 4 * classes.itemsize * count  # numpy takes 4 bytes for a letter
-        if not fits or unpacked > max(file.id.get_filesize(), _UNPACKED_LABELS):
-            raise unusual(path, f"{group}/{name}")
-        labels[name] = np.array([label.decode() for label in classes], dtype=str)[codes]
-    return labels
+def _read_classes(path: Path, file: h5py.File, name: str) -> tuple[str, ...]:
+    if file[name].ndim != 1:
+        raise unusual(path, name)
+    return tuple(label.decode() for label in file[name][:])
 
 
 def _index(layout: Layout) -> dict[str, np.ndarray]:
-    """Every data set but the activations, by name."""
+    """Every data set that is small, by name."""
     index = {
         "offsets": layout.offsets,
         "ids": _as_bytes(layout.ids),
         "split": layout.split.astype(np.uint8),
-        "checksums": np.zeros(layout.blocks, dtype=np.uint32),
-        "scales": np.zeros(layout.scales_shape, dtype=np.float32),
-        "places": np.zeros(_places_shape(layout), dtype=np.int64),
     }
-    for group, labels in (("labels", layout.labels), ("frame_labels", layout.frame_labels)):
-        for name, values in labels.items():
-            classes, codes = np.unique(values, return_inverse=True)
-            index[f"{group}/{name}"] = codes.astype(np.int32)
-            index[f"{group}_classes/{name}"] = _as_bytes(classes)
+    for name, codes in layout.labels.items():
+        index[f"labels/{name}"] = codes.astype(np.int32)
+        index[f"labels_classes/{name}"] = _as_bytes(layout.labels_classes[name])
+    for name, classes in layout.frame_labels_classes.items():
+        index[f"frame_labels_classes/{name}"] = _as_bytes(classes)
     return index
 
 
-def _create_unfilled(file: h5py.File, layout: Layout) -> None:
-    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+def _tables(layout: Layout) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of what grows with the activations, and is filled in like them."""
+    return {
+        "checksums": ("<u4", (layout.blocks,)),
+        "scales": ("<f4", layout.scales_shape),
+        "places": ("<i8", _places_shape(layout)),
+        **{f"frame_labels/{name}": ("<i4", (int(layout.frames[-1]),)) for name in layout.frame_labels_classes},
+    }
+
+
+def _create_activations(file: h5py.File, layout: Layout) -> None:
     dtype = np.dtype(STORED[layout.dtype].on_disk)
     if layout.compression == "none":
-        creation.set_layout(h5py.h5d.CONTIGUOUS)
-        creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        creation = _contiguous()
     else:
+        creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         creation.set_chunk(_chunk_shape(layout))
         if dtype.itemsize > 1:
             creation.set_shuffle()
         creation.set_filter(zstd.FILTER, h5py.h5z.FLAG_OPTIONAL, (zstd.LEVEL,))  # else HDF5 wants to have it, too
+    _create_unfilled(file, "activations", dtype, (layout.rows, *layout.frame_shape), creation)
+
+
+def _contiguous() -> h5py.h5p.PropDCID:
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_layout(h5py.h5d.CONTIGUOUS)
+    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    return creation
+
+
+def _create_unfilled(
+    file: h5py.File, name: str, dtype: np.dtype, shape: tuple[int, ...], creation: h5py.h5p.PropDCID
+) -> None:
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     creation.set_obj_track_times(False)
-    space = h5py.h5s.create_simple((layout.rows, *layout.frame_shape))
-    h5py.h5d.create(file.id, b"activations", h5py.h5t.py_create(dtype), space, dcpl=creation)
+    linking = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    linking.set_create_intermediate_group(True)
+    stored = h5py.h5t.py_create(dtype)
+    h5py.h5d.create(file.id, name.encode(), stored, h5py.h5s.create_simple(shape), dcpl=creation, lcpl=linking)
 
 
 def _chunk_shape(layout: Layout) -> tuple[int, ...] | None:

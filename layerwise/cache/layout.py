@@ -8,12 +8,19 @@ import numpy as np
 
 from layerwise.cache.quantise import SCALE_ROWS
 from layerwise.cache.stored import STORED
+from layerwise.errors import CacheError
 
 BLOCK_BYTES = 16 * 2**10
 """What shares one checksum: so little that the first read of a shuffled window need not read much around it."""
 
 SPLITS = ("train", "held-out", "test")
 """Meaning of the numbers in the data set `split`."""
+
+
+def as_codes(values: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels str [n] as int32 [n], indices into their classes."""
+    classes, codes = np.unique(values, return_inverse=True)
+    return codes.astype(np.int32), tuple(classes.tolist())
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +44,11 @@ class Layout:
     split: np.ndarray
     """uint8 [N], an index into SPLITS."""
     labels: dict[str, np.ndarray]
-    """Label name to str [N]; an empty string where a sample has none."""
-    frame_labels: dict[str, np.ndarray]
-    """Label name to str [frames of view 0 of all samples]."""
+    """Label name to int32 [N], an index into its classes."""
+    labels_classes: dict[str, tuple[str, ...]]
+    """An empty string where a sample has none."""
+    frame_labels_classes: dict[str, tuple[str, ...]]
+    """The labels that each frame has; which ones these are is in the file alone: there are as many as frames."""
     hop: int
     """Distance between two frames, in frames of the network's input (samples of audio)."""
     offset: float
@@ -51,6 +60,14 @@ class Layout:
     compression: str = "none"
     """none, or zstd: then a block is a chunk of whole rows that is stored as one zstd frame."""
 
+    def __post_init__(self) -> None:
+        """Raises CacheError where HDF5 cannot store a label under its name."""
+        for name in (*self.labels, *self.frame_labels_classes):
+            if name in ("", ".") or "/" in name or "\0" in name:
+                raise CacheError(
+                    f"A label cannot be called {name!r}: it names a data set of the cache; choose letters."
+                )
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Layout):
             return NotImplemented
@@ -60,6 +77,11 @@ class Layout:
     def offsets(self) -> np.ndarray:
         """int64 [N * views + 1]: rows of sample i, view v are offsets[i * views + v] to the next entry."""
         return np.concatenate([[0], np.cumsum(np.repeat(self.lengths, self.views))]).astype(np.int64)
+
+    @cached_property
+    def frames(self) -> np.ndarray:
+        """int64 [N + 1]: labels of the frames of sample i are frames[i] to the next entry; views share them."""
+        return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
 
     @cached_property
     def rows(self) -> int:

@@ -5,6 +5,7 @@ threads, and HDF5 only stores them. The raw file stays until the packed one was 
 way costs nothing but the packing.
 """
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import numpy as np
 
 from layerwise.cache.blocks import Blocks
 from layerwise.cache.crc import crc32
-from layerwise.cache.format import LARGEST_BLOCK, LIBVER, Places, create, read_layout, set_complete
+from layerwise.cache.format import LARGEST_BLOCK, LIBVER, create, file_bytes, read_layout, set_complete
 from layerwise.cache.layout import Layout
 from layerwise.cache.positional import read_stored, write_all
 from layerwise.cache.reader import ActivationCache
@@ -44,6 +45,12 @@ def packed(layout: Layout) -> Layout:
     return replace(layout, block_bytes=rows * layout.row_bytes, compression="zstd")
 
 
+def packed_bytes(layout: Layout) -> int:
+    """Most that a packed file of this layout takes: as if nothing shrank."""
+    most = layout.blocks * longest_frame(layout.block_bytes) + _index_bytes(layout)
+    return file_bytes(layout) - layout.activation_bytes + most
+
+
 def pack(part: Path, path: Path, poll: Callable[[], None]) -> None:
     """Writes the cache in `part`, of which every row is there, to `path`: complete, sealed and read back.
 
@@ -57,10 +64,13 @@ def pack(part: Path, path: Path, poll: Callable[[], None]) -> None:
             create(path, layout)
             with open(path, "rb+") as file:
                 places = read_layout(path, file.fileno())[1]
-                _copy_scales(part, raw.fileno(), raw_places, file.fileno(), places, layout)
+                scales, frames = 4 * math.prod(layout.scales_shape), 4 * int(layout.frames[-1])
+                stretches = [(raw_places.scales, places.scales, scales)]
+                stretches += [(raw_places.frame_labels[name], at, frames) for name, at in places.frame_labels.items()]
+                for source, target, size in stretches:
+                    _copy(part, raw.fileno(), source, file.fileno(), target, size)
                 # HDF5 does not survive a disk that is full.
-                most = _index_bytes(layout) + layout.blocks * longest_frame(layout.block_bytes)
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size + most)
+                os.posix_fallocate(file.fileno(), 0, packed_bytes(layout))
             sizes, checksums = _write_frames(path, layout, Blocks(part, raw.fileno(), raw_layout, raw_places), poll)
         set_complete(path)
         # HDF5 puts one frame behind another, to the end of the file: what is read back below lies there, or is refused.
@@ -118,8 +128,7 @@ def _index_bytes(layout: Layout) -> int:
     return (24 + 64 * 8 + 65 * key) * (layout.blocks // 31 + 8)
 
 
-def _copy_scales(part: Path, raw: int, raw_places: Places, packed: int, packed_places: Places, layout: Layout) -> None:
-    size = 4 * layout.scales_shape[0] * layout.scales_shape[1]
+def _copy(part: Path, raw: int, source: int, packed: int, target: int, size: int) -> None:
     for start in range(0, size, _COPIED_BYTES):
-        scales = read_stored(part, raw, raw_places.scales + start, min(_COPIED_BYTES, size - start))
-        write_all(packed, scales, packed_places.scales + start)
+        content = read_stored(part, raw, source + start, min(_COPIED_BYTES, size - start))
+        write_all(packed, content, target + start)

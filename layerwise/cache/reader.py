@@ -61,7 +61,6 @@ class ActivationCache:
     columns = property(lambda self: self.layout.columns)
     frame_shape = property(lambda self: self.layout.frame_shape)
     views = property(lambda self: self.layout.views)
-    labels = property(lambda self: self.layout.labels)
 
     def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
         """Frames start to stop of one sample: CPU tensor [stop - start, *frame shape] of the cache's dtype.
@@ -77,6 +76,22 @@ class ActivationCache:
         if layout.dtype == "int8":
             rows = dequantise(rows, self._scales(first, first + len(rows)), first, layout.scale_rows)
         return as_tensor(rows, self._stored.tensor)
+
+    @property
+    def labels(self) -> dict[str, np.ndarray]:
+        """Label name to str [N], as objects: long labels that many samples share take no room of their own."""
+        classes = {name: np.array(known, dtype=object) for name, known in self.layout.labels_classes.items()}
+        return {name: classes[name][codes] for name, codes in self.layout.labels.items()}
+
+    def frame_labels(self, name: str, sample: int) -> np.ndarray:
+        """str [frames of the sample], as objects."""
+        first, stop = self.layout.frames[sample : sample + 2].tolist()
+        place = self._places.frame_labels[name] + 4 * first
+        codes = read_stored(self.path, self._descriptor, place, 4 * (stop - first)).view("<i4")
+        classes = np.array(self.layout.frame_labels_classes[name], dtype=object)
+        if not ((codes >= 0) & (codes < len(classes))).all():
+            raise unusual(self.path, f"frame_labels/{name}")
+        return classes[codes]
 
     def verify(self, poll: Callable[[], None] = lambda: None) -> None:
         """Compares every block with its checksum, and calls `poll` now and then, which may raise.

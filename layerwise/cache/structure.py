@@ -130,10 +130,11 @@ def _is_stored_as(group: h5py.Group, name: str, dtype: str, kind: int, filters: 
 
 
 def _is_hard_link(group: h5py.Group, name: str, kind: int) -> bool:
-    """Whether the name leads, without another file or name between, to an object of that kind."""
+    """Whether the name leads, without another file or name between, to an object of that kind that has no other name."""
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
         return False
-    return h5py.h5o.get_info(group.id, name.encode()).type == kind
+    about = h5py.h5o.get_info(group.id, name.encode())
+    return about.type == kind and about.rc == 1  # many names of one data set would take memory many times over
 
 
 def _is_plain_type(stored: h5py.h5t.TypeID, dtype: str) -> bool:

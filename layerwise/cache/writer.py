@@ -16,7 +16,7 @@ import numpy as np
 
 from layerwise.cache.appends import Appends, aligned_buffer
 from layerwise.cache.format import Places, create, read_layout, reserve, set_complete
-from layerwise.cache.layout import Layout
+from layerwise.cache.layout import Layout, as_codes
 from layerwise.cache.packing import pack, packed
 from layerwise.cache.quantise import Quantiser
 from layerwise.cache.seal import stamp
@@ -72,6 +72,7 @@ class CacheWriter:
         self._spare: list[np.ndarray] = []
         self._buffer: np.ndarray | None = None
         self._filled = 0
+        self._frames_labelled = 0
 
     @property
     def rows_done(self) -> int:
@@ -111,6 +112,15 @@ class CacheWriter:
             self._group += 1
             self._fill(stored)
 
+    def put_frame_labels(self, name: str, sample: int, values: np.ndarray) -> None:
+        """Stores str [frames of the sample]; once for every sample, by the writer that seals. Raises CacheError."""
+        codes, classes = as_codes(values)
+        known = self.layout.frame_labels_classes[name]
+        codes = np.array([known.index(label) for label in classes], dtype="<i4")[codes]
+        self._frames_labelled += len(values)
+        with self._sentences(self._part):
+            self._appends.put_frame_labels(name, int(self.layout.frames[sample]), codes)
+
     def seal(self, poll: Callable[[], None] = lambda: None) -> None:
         """Ends the file and gives it its name. While it is packed, calls `poll` now and then, which may raise.
 
@@ -122,6 +132,8 @@ class CacheWriter:
         layout = self.layout
         if self._rows_left or self._appends.blocks < layout.blocks:
             raise CacheError(f"{self._part} has {self.rows_done} of {layout.rows} rows; start the run again.")
+        if self._frames_labelled != int(layout.frames[-1]) * len(layout.frame_labels_classes):
+            raise ValueError(f"labels of frames are missing in {self._part}")
         whole = self._packing if self._packs else self._part
         with self._sentences(whole):
             if self._packs:
@@ -147,7 +159,7 @@ class CacheWriter:
                 self._part.unlink(missing_ok=True)
                 create(self._part, self.layout)
                 _, places = self._read_part()
-            reserve(self._part, self.layout, places)
+            reserve(self._part)
         except OSError:
             if not is_ours:
                 self._part.unlink(missing_ok=True)

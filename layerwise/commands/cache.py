@@ -89,7 +89,7 @@ def verify(place: Path) -> None:
 @click.option("--stage", "stages", type=int, multiple=True, help="Of this stage; may be given several times.")
 @click.option("--all", "everything", is_flag=True, help="Of every stage.")
 def rm(directory: Path, stages: tuple[int, ...], everything: bool) -> None:
-    """Delete caches of the run in DIR. Its weights stay, and what a later start needs is made again from them."""
+    """Delete caches of the run in DIR. Its weights stay; a later start makes what it keeps or needs again."""
     from layerwise.training.removal import remove_caches
 
     if bool(stages) == everything:

@@ -9,7 +9,6 @@ from layerwise.cache.stored import STORED
 from layerwise.config import Config
 from layerwise.data.batches import READ_AHEAD
 from layerwise.data.open import open_data
-from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError
 from layerwise.forecast import Forecast, StageForecast
 from layerwise.memory.device import context_bytes, find_device
@@ -27,13 +26,14 @@ from layerwise.training.planner import (
 )
 from layerwise.training.recomputed import BLOCK_BYTES
 from layerwise.training.storage import (
+    Room,
     Storage,
     below,
-    cache_bytes,
     disk_peak,
     free_for_caches,
     input_of,
     plan_storage,
+    room_of_caches,
 )
 
 
@@ -45,8 +45,9 @@ def plan(config: Config, *, network: Network | None = None) -> Forecast:
     data = open_data(config.data, shortest_sample(config))
     plans = plan_run(config, data, device, network)
     folder = RunPaths.of(config.out, config.cache.dir).caches
-    storage = plan_storage(config, plans, data.views, free_for_caches(folder))
-    stages = [_forecast(config, data, plans, stage, storage, device) for stage in plans]
+    storage = plan_storage(config, plans, data, free_for_caches(folder))
+    rooms = room_of_caches(plans, data, config.cache)
+    stages = [_forecast(config, plans, stage, storage, room, device) for stage, room in zip(plans, rooms, strict=True)]
     return Forecast(
         budget_bytes=config.memory.gpu_mem,
         fits=all(stage.fits for stage in stages),
@@ -55,7 +56,7 @@ def plan(config: Config, *, network: Network | None = None) -> Forecast:
         ),
         peak_bytes=max(max(s.train_peak_bytes, s.cache_peak_bytes) for s in stages) + context_bytes(device),
         cache_bytes=sum(stage.cache_bytes for stage in stages if stage.cached),
-        disk_bytes=disk_peak(config, plans, storage, data.views),
+        disk_bytes=disk_peak(config.cache, rooms, storage),
         disk_budget_bytes=config.cache.disk,
         notes=list(storage.notes),
         host_bytes=max(stage.host_bytes for stage in stages),
@@ -65,7 +66,7 @@ def plan(config: Config, *, network: Network | None = None) -> Forecast:
 
 
 def _forecast(
-    config: Config, data: DataSet, plans: list[StagePlan], stage: StagePlan, storage: Storage, device: torch.device
+    config: Config, plans: list[StagePlan], stage: StagePlan, storage: Storage, room: Room, device: torch.device
 ) -> StageForecast:
     recomputed = below(plans, stage.stage, storage)
     fitting = fitting_layout(config, stage, device, recomputed)
@@ -82,7 +83,7 @@ def _forecast(
         layout=str(layout.placement),
         why=layout.why,
         fits=fitting is not None,
-        cache_bytes=cache_bytes(stage, data.views, config.cache.dtype),
+        cache_bytes=room.activations,
         cached=storage.cached[stage.stage - 1],
         host_bytes=_host_bytes(config, stage, layout.placement.optimizer_on_host, recomputing=bool(recomputed)),
         input=input_of(stage.stage, storage),

@@ -79,7 +79,7 @@ def run(
     storage = plan_storage(
         config,
         plans,
-        data.views,
+        data,
         free_for_caches(paths.caches),
         decided(earlier),
         sealed_bytes(paths, len(plans)),

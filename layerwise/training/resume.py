@@ -221,7 +221,8 @@ def find_what_is_missing(state: RunState, paths: RunPaths, keep: str) -> None:
         inputs = {state.source(above.stage) for above in state.stages if above.status != "done"}
         needed = record.stage in kept | inputs
         if record.status in ("caching", "done") and not paths.weights(record.stage).exists():
-            state.stages[record.stage - 1 :] = [StageRecord(above.stage) for above in state.stages[record.stage - 1 :]]
+            above = state.stages[record.stage - 1 :]
+            state.stages[record.stage - 1 :] = [StageRecord(each.stage, cached=each.cached) for each in above]
         elif needed and record.status == "done" and not paths.cache(record.stage).exists():
             record.status = "caching"
 

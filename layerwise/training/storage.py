@@ -1,6 +1,5 @@
 """Which stages' outputs are cached, under the room that the disk has, and which are recomputed from a cache below."""
 
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +9,17 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerwise.cache.stored import STORED
+from layerwise.cache.format import file_bytes
+from layerwise.cache.packing import packed, packed_bytes
 from layerwise.cache.unsealed import cache_files
 from layerwise.cache.zstd import require_zstandard
 from layerwise.config import CacheOptions, Config
+from layerwise.data.source import DataSet
 from layerwise.errors import BudgetError, ConfigError
 from layerwise.run_directory import RunPaths, RunState
+from layerwise.training.cache_layout import planned_layout
 from layerwise.training.plan import StagePlan
 from layerwise.units import size
-
-BESIDE = 2**20
-"""Bytes of a cache beside its activations, generously: index, ids, labels, checksums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +65,27 @@ def input_of(stage: int, storage: Storage) -> str:
     return "cache" if storage.cached[stage - 2] else "recompute"
 
 
-def cache_bytes(plan: StagePlan, views: int, dtype: str) -> int:
-    """Of the activations of a stage, uncompressed: how much compression saves is not known before."""
-    return (
-        int(plan.output_lengths.sum()) * views * math.prod(plan.output_shape) * np.dtype(STORED[dtype].on_disk).itemsize
-    )
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes that the cache of a stage takes; how much compression saves is not known before."""
+
+    activations: int
+    file: int
+    """Most that it takes once it is sealed."""
+    written: int
+    """Most that it takes until then: packing it makes another whole file."""
+
+
+def room_of_caches(plans: Sequence[StagePlan], data: DataSet, options: CacheOptions) -> list[Room]:
+    """Of every stage, whether or not it is to be cached. Raises CacheError where a label cannot be stored."""
+    rooms = []
+    for plan in plans:
+        layout = planned_layout(plan, data, options.dtype)
+        raw = file_bytes(layout)
+        compressed = options.compression != "none" and packed(layout) != layout
+        more = packed_bytes(packed(layout)) if compressed else 0
+        rooms.append(Room(layout.activation_bytes, max(raw, more), raw + more))
+    return rooms
 
 
 def free_for_caches(folder: Path) -> int:
@@ -88,7 +103,7 @@ def sealed_bytes(paths: RunPaths, stages: int) -> dict[int, int]:
 def plan_storage(
     config: Config,
     plans: Sequence[StagePlan],
-    views: int,
+    data: DataSet,
     free: int,
     decided: Sequence[bool] = (),
     sealed: Mapping[int, int] | None = None,
@@ -108,11 +123,12 @@ def plan_storage(
     known = {stage: taken for stage, taken in (sealed or {}).items() if stage <= len(decided)}
     room = free if options.disk is None else min(options.disk, free)
     cached, notes = list(decided), []
-    _check_decided(options, plans, Storage(tuple(cached)), views, known)
+    rooms = room_of_caches(plans, data, options)
+    _check_decided(options, rooms, Storage(tuple(cached)), known)
     for plan in plans[len(decided) :]:
         so_far = Storage(tuple(cached))
-        needed = _written_bytes(plan, views, options)
-        beside = _beside(options, plans, so_far, plan.stage, views, known)
+        needed = rooms[plan.stage - 1].written
+        beside = _beside(options, rooms, so_far, plan.stage, known)
         fits = beside + needed <= room
         last = plan.stage == len(plans)
         if options.policy == "always" and not fits:
@@ -137,16 +153,13 @@ def plan_storage(
     return Storage(tuple(cached), tuple(notes))
 
 
-def _check_decided(
-    options: CacheOptions, plans: Sequence[StagePlan], decided: Storage, views: int, sealed: Mapping[int, int]
-) -> None:
+def _check_decided(options: CacheOptions, rooms: Sequence[Room], decided: Storage, sealed: Mapping[int, int]) -> None:
     """Raises BudgetError where the caches of the stages that are trained take more than `--disk`."""
     stage = len(decided.cached)
     if options.disk is None or not stage:
         return
     if decided.cached[-1] and stage not in sealed:
-        beside = _beside(options, plans, decided, stage, views, sealed)
-        taken = beside + _written_bytes(plans[stage - 1], views, options)
+        taken = _beside(options, rooms, decided, stage, sealed) + rooms[stage - 1].written
     else:
         taken = sum(sealed.get(kept, 0) for kept in decided.kept(stage, options.keep))
     if taken > options.disk:
@@ -172,40 +185,25 @@ def _check_recomputable(plan: StagePlan, options: CacheOptions, no_room: str) ->
     raise BudgetError(f"{no_room}{why}.")
 
 
-def disk_peak(config: Config, plans: Sequence[StagePlan], storage: Storage, views: int) -> int:
+def disk_peak(options: CacheOptions, rooms: Sequence[Room], storage: Storage) -> int:
     """Most bytes that the caches take at once."""
     return max(
         (
-            _beside(config.cache, plans, storage, plan.stage, views, {}) + _written_bytes(plan, views, config.cache)
-            for plan in plans
-            if storage.cached[plan.stage - 1]
+            _beside(options, rooms, storage, stage, {}) + room.written
+            for stage, room in enumerate(rooms, start=1)
+            if storage.cached[stage - 1]
         ),
         default=0,
     )
 
 
-def _written_bytes(plan: StagePlan, views: int, options: CacheOptions) -> int:
-    """Most that the cache of a stage takes until it is sealed: packing it makes another whole file."""
-    files = 1 if options.compression == "none" else 2
-    return files * (cache_bytes(plan, views, options.dtype) + BESIDE)
-
-
 def _beside(
-    options: CacheOptions,
-    plans: Sequence[StagePlan],
-    storage: Storage,
-    stage: int,
-    views: int,
-    sealed: Mapping[int, int],
+    options: CacheOptions, rooms: Sequence[Room], storage: Storage, stage: int, sealed: Mapping[int, int]
 ) -> int:
     """Bytes of the caches that must be there while that of `stage` is written."""
     source = storage.source(stage)
     there = range(1, stage) if options.keep == "all" else [source] if source else []
-    return sum(
-        sealed.get(below, cache_bytes(plans[below - 1], views, options.dtype) + BESIDE)
-        for below in there
-        if storage.cached[below - 1]
-    )
+    return sum(sealed.get(below, rooms[below - 1].file) for below in there if storage.cached[below - 1])
 
 
 def _no_room(plan: StagePlan, needed: int, beside: int, room: int, options: CacheOptions) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from layerwise.cache import ActivationCache, CacheWriter, Layout
+from layerwise.cache import ActivationCache, CacheWriter
 from layerwise.cache.unsealed import cache_files
 from layerwise.config import Config, load
 from layerwise.data.source import DataSet, FrameSource
@@ -25,6 +25,7 @@ from layerwise.memory.device import cap, process_bytes, release, why_out_of_memo
 from layerwise.memory.meter import uncounted
 from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.stop import StopFlag
+from layerwise.training.cache_layout import cache_layout
 from layerwise.training.caching import cache_outputs, shortest_piece
 from layerwise.training.checkpoint import digest, load_stage, load_weights, save_arrays
 from layerwise.training.classes import sample_classes
@@ -243,12 +244,15 @@ def _cache(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
 
         def write(piece: int) -> None:
             options = run.config.cache
-            with CacheWriter(path, _layout(plan, run, record), int(options.block), options.compression) as writer:
+            dtype = run.trained_with(plan.stage).cache.dtype
+            layout = cache_layout(plan, run.data, dtype, run.split, str(record.fingerprint))
+            with CacheWriter(path, layout, int(options.block), options.compression) as writer:
                 try:
                     precision = run.trained_with(plan.stage).training.precision
                     cache_outputs(module, feed, writer, piece, precision, run.device, meter, run.stop, run.notify)
                 finally:
                     record_progress()
+                _put_frame_labels(writer, plan, run.data)
                 writer.seal(lambda: run.stop.raise_if_set(f"while the cache of stage {plan.stage} was packed"))
 
         _in_pieces_that_fit(write, run.layouts[plan.stage - 1].piece, shortest_piece(plan, run.config), run.device)
@@ -299,28 +303,7 @@ def _device_bytes_left(meter: AnyMeter, device: torch.device, before: int) -> in
     return left
 
 
-def _layout(plan: StagePlan, run: Run, record: StageRecord) -> Layout:
-    data = run.data
-    return Layout(
-        fingerprint=str(record.fingerprint),
-        stage=plan.stage,
-        dtype=run.trained_with(plan.stage).cache.dtype,
-        frame_shape=plan.output_shape,
-        columns=data.columns,
-        views=data.views,
-        lengths=plan.output_lengths,
-        ids=tuple(data.ids),
-        split=run.split,
-        labels=data.labels,
-        frame_labels={name: _all_frame_labels(name, plan, data) for name in data.frame_label_names},
-        hop=plan.geometry.hop,
-        offset=plan.geometry.offset,
-    )
-
-
-def _all_frame_labels(name: str, plan: StagePlan, data: DataSet) -> np.ndarray:
-    labels = [
-        frame_labels(name, plan, data, sample, np.arange(length))
-        for sample, length in enumerate(plan.output_lengths.tolist())
-    ]
-    return np.concatenate(labels)
+def _put_frame_labels(writer: CacheWriter, plan: StagePlan, data: DataSet) -> None:
+    for name in data.frame_label_names:
+        for sample, length in enumerate(plan.output_lengths.tolist()):
+            writer.put_frame_labels(name, sample, frame_labels(name, plan, data, sample, np.arange(length)))

@@ -1,8 +1,9 @@
 """Caches of a few rows, with several blocks each."""
 
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -30,8 +31,9 @@ def layout(
         lengths=np.array(lengths, dtype=np.int64),
         ids=tuple(f"größe-{number}" for number in range(count)),
         split=np.arange(count, dtype=np.uint8) % 3,
-        labels={"speaker": np.array([f"s{number % 2}" for number in range(count)])},
-        frame_labels={"phone": np.array(["a", "b"] * sum(lengths))[: sum(lengths)]},
+        labels={"speaker": np.arange(count, dtype=np.int32) % 2},
+        labels_classes={"speaker": ("s0", "s1")[:count]},
+        frame_labels_classes={"phone": ("a", "b")},
         hop=160,
         offset=4.5,
         block_bytes=block_bytes,
@@ -62,7 +64,15 @@ def write(
         with CacheWriter(path, a_layout, append_bytes, compression) as writer:
             for piece in torch.tensor_split(rows[writer.rows_done :], pieces):
                 writer.write(as_array(piece.contiguous()))
-            writer.seal()
+            seal(writer)
+
+
+def seal(writer: CacheWriter, *poll: Callable[[], None]) -> None:
+    """Ends the file; its frames are labelled a, b, a, b and so on."""
+    for name in writer.layout.frame_labels_classes:
+        for sample, (first, stop) in enumerate(pairwise(writer.layout.frames.tolist())):
+            writer.put_frame_labels(name, sample, np.array(["a", "b"])[np.arange(first, stop) % 2])
+    writer.seal(*poll)
 
 
 def read_all(path: Path) -> torch.Tensor:

@@ -11,11 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_cache import layout, memory_below, read_all, rows_of, write
+from small_cache import layout, memory_below, read_all, rows_of, seal, write
 
-from layerwise.cache import ActivationCache, CacheWriter
+from layerwise.cache import ActivationCache, CacheWriter, Layout
+from layerwise.cache.format import file_bytes
 from layerwise.cache.layout import BLOCK_BYTES
-from layerwise.cache.stored import as_array
+from layerwise.cache.packing import packed, packed_bytes
+from layerwise.cache.stored import STORED, as_array
 from layerwise.errors import CacheError
 
 EXACT = ["float16", "bfloat16", "float32"]
@@ -75,7 +77,11 @@ def test_everything_beside_the_activations_comes_back(tmp_path: Path) -> None:
         assert cache.lengths.tolist() == [5, 2, 3]
         assert cache.layout.split.tolist() == [0, 1, 2]
         assert cache.labels["speaker"].tolist() == ["s0", "s1", "s0"]
-        assert cache.layout.frame_labels["phone"].tolist() == list("ababababab")
+        assert [cache.frame_labels("phone", sample).tolist() for sample in range(3)] == [
+            list("ababa"),
+            ["b", "a"],
+            list("bab"),
+        ]
 
 
 def test_a_window_that_is_not_in_the_sample_is_an_index_error(tmp_path: Path) -> None:
@@ -152,7 +158,7 @@ def test_rows_of_another_shape_or_dtype_or_number_are_a_defect_of_the_caller(tmp
 
 
 def test_writing_holds_two_appends_in_memory_and_reading_next_to_nothing(tmp_path: Path) -> None:
-    a_layout = replace(layout([2**20] * 4, block_bytes=BLOCK_BYTES), frame_labels={})  # 25 MB
+    a_layout = replace(layout([2**20] * 4, block_bytes=BLOCK_BYTES), frame_labels_classes={})  # 25 MB
     piece, append_bytes = np.ones((2**16, 3), dtype=np.float16), 4 * 2**20
     with (
         memory_below(2 * append_bytes + 2 * 2**20),
@@ -160,7 +166,7 @@ def test_writing_holds_two_appends_in_memory_and_reading_next_to_nothing(tmp_pat
     ):
         for _ in range(64):
             writer.write(piece)
-        writer.seal()
+        seal(writer)
     with memory_below(2 * 2**20), ActivationCache(tmp_path / "c.h5") as cache:
         cache.verify()
         for start in range(0, 2**20, 2**10):
@@ -186,3 +192,56 @@ def test_samples_without_frames_are_read_as_such(tmp_path: Path, dtype: str) -> 
     with ActivationCache(tmp_path / "c.h5") as cache:
         cache.verify()
         assert cache.read(1, 0, 0).shape == (0, 3)
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_labels_of_frames_take_no_memory(tmp_path: Path, compression: str) -> None:
+    a_layout = replace(layout([10_000] * 200, block_bytes=BLOCK_BYTES), frame_shape=(1,))  # 8 MB of labels
+    with memory_below(4_000_000):
+        with CacheWriter(tmp_path / "c.h5", a_layout, 2**16, compression) as writer:
+            for _ in range(200):
+                writer.write(np.zeros((10_000, 1), dtype=np.float16))
+            seal(writer)
+        with ActivationCache(tmp_path / "c.h5") as cache:
+            assert cache.frame_labels("phone", 99)[:3].tolist() == ["a", "b", "a"]
+
+
+def test_a_cache_is_not_sealed_without_the_labels_of_its_frames(tmp_path: Path) -> None:
+    a_layout = layout([5, 2])
+    with CacheWriter(tmp_path / "c.h5", a_layout) as writer:
+        writer.write(as_array(rows_of(a_layout)))
+        writer.put_frame_labels("phone", 0, np.array(["a"] * 5))
+        with pytest.raises(ValueError, match="labels of frames are missing"):
+            writer.seal()
+
+
+@pytest.mark.parametrize("name", ["", ".", "a/b", "nul\0"])
+def test_a_label_of_a_name_that_hdf5_does_not_take_is_refused(name: str) -> None:
+    with pytest.raises(CacheError, match="A label cannot be called"):
+        replace(layout([3]), labels={name: np.zeros(1, np.int32)}, labels_classes={name: ("x",)})
+    with pytest.raises(CacheError, match="A label cannot be called"):
+        replace(layout([3]), frame_labels_classes={name: ("x",)})
+
+
+ROOMY = {
+    "few rows": layout([3, 4]),
+    "scales": replace(layout([10_000] * 20, "int8", block_bytes=BLOCK_BYTES), frame_shape=(64,)),
+    "labels of frames": replace(layout([100_000], block_bytes=BLOCK_BYTES), frame_shape=(1,)),
+    "checksums": layout([50_000], block_bytes=64),
+    "ids": replace(layout([1] * 20_000), ids=tuple(f"{number:0100}" for number in range(20_000))),
+    "long labels": replace(layout([1] * 5), labels_classes={"speaker": ("s0", "x" * 10**6)}),
+}
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("a_layout", ROOMY.values(), ids=ROOMY)
+def test_the_room_of_a_file_is_known_before(tmp_path: Path, a_layout: Layout, compression: str) -> None:
+    noise = np.random.default_rng(0).standard_normal((a_layout.rows, *a_layout.frame_shape)).astype(np.float16)
+    with CacheWriter(tmp_path / "c.h5", a_layout, 2**20, compression) as writer:
+        writer.write(noise.astype(STORED[a_layout.dtype].handed_over))
+        seal(writer)
+    taken = (tmp_path / "c.h5").stat().st_size
+    if compression == "none":
+        assert taken <= file_bytes(a_layout) <= taken + 200_000
+    else:
+        assert taken <= packed_bytes(packed(a_layout)) <= 1.2 * file_bytes(a_layout) + 200_000

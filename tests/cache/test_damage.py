@@ -22,7 +22,9 @@ FLIPS = 500
 def sealed(path: Path, dtype: str = "float16", compression: str = "none") -> bytearray:
     a_layout = layout([50, 7, 50], dtype, block_bytes=100, scale_rows=16)
     if compression != "none":
-        a_layout = replace(a_layout, lengths=np.array([500, 70, 5000]), frame_labels={})  # most of it activations
+        a_layout = replace(
+            a_layout, lengths=np.array([500, 70, 5000]), frame_labels_classes={}
+        )  # most of it activations
     write(path, a_layout, rows_of(a_layout), append_bytes=10_000, compression=compression)
     return bytearray(path.read_bytes())
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_cache import layout, memory_below, read_all, rows_of, write
+from small_cache import layout, memory_below, read_all, rows_of, seal, write
 
 from layerwise.cache import ActivationCache, CacheWriter, Layout
 from layerwise.cache.stored import STORED, as_array
@@ -28,7 +28,9 @@ RAGGED = [500, 0, 3, 700, 1]
 
 def pictures(a_layout: Layout) -> Layout:
     """Grids of 5 patches a row, with frames of 4 channels of 3 x 3."""
-    return replace(a_layout, lengths=np.array([25, 25, 25, 25, 25]), columns=5, frame_shape=(4, 3, 3), frame_labels={})
+    return replace(
+        a_layout, lengths=np.array([25, 25, 25, 25, 25]), columns=5, frame_shape=(4, 3, 3), frame_labels_classes={}
+    )
 
 
 def noise(a_layout: Layout) -> torch.Tensor:
@@ -108,11 +110,11 @@ def test_the_example_of_the_readme_for_compressed_caches_runs(
 
 
 def test_zeros_take_less_room(tmp_path: Path) -> None:
-    a_layout = replace(layout([10_000]), frame_shape=(64,), frame_labels={})
+    a_layout = replace(layout([10_000]), frame_shape=(64,), frame_labels_classes={})
     for compression in ("none", "zstd"):
         with CacheWriter(tmp_path / f"{compression}.h5", a_layout, compression=compression) as writer:
             writer.write(as_array(noise(a_layout)))
-            writer.seal()
+            seal(writer)
     assert (tmp_path / "zstd.h5").stat().st_size < 0.75 * (tmp_path / "none.h5").stat().st_size
 
 
@@ -124,13 +126,13 @@ def test_a_cache_without_rows_needs_no_compression(tmp_path: Path, lengths: list
 
 
 def test_packing_and_reading_take_little_memory(tmp_path: Path) -> None:
-    a_layout = replace(layout([2**20] * 4), frame_labels={}, block_bytes=2**14)  # 25 MB
+    a_layout = replace(layout([2**20] * 4), frame_labels_classes={}, block_bytes=2**14)  # 25 MB
     piece = np.random.default_rng(0).random((2**16, 3)).astype(np.float16)
     with CacheWriter(tmp_path / "c.h5", a_layout, 4 * 2**20, "zstd") as writer:
         for _ in range(64):
             writer.write(piece)
         with memory_below(12 * 2**20):
-            writer.seal()
+            seal(writer)
     with memory_below(3 * 2**20), ActivationCache(tmp_path / "c.h5") as cache:
         cache.verify()
         for start in range(0, 2**20, 2**10):
@@ -161,7 +163,7 @@ def test_a_stop_between_two_steps_of_packing_ends_with_the_same_bytes(
             writer.write(as_array(rows[writer.rows_done :]))
             patched.setattr(os, step, counted)
             patched.setattr("layerwise.cache.packing.BLOCK_BYTES", 1000)
-            writer.seal()
+            seal(writer)
 
     for number in range(1, 50):
         path, calls = tmp_path / str(number) / "c.h5", 0
@@ -231,10 +233,10 @@ def test_a_wish_to_stop_ends_the_packing_and_keeps_the_rows(tmp_path: Path) -> N
     with CacheWriter(tmp_path / "c.h5", a_layout, compression="zstd") as writer:
         writer.write(rows_of(a_layout).numpy())
         with pytest.raises(CacheError):
-            writer.seal(stop)
+            seal(writer, stop)
     with CacheWriter(tmp_path / "c.h5", a_layout) as writer:  # uncompressed now: that may change between two starts
         assert writer.rows_done == 100
-        writer.seal()
+        seal(writer)
     assert torch.equal(read_all(tmp_path / "c.h5"), rows_of(a_layout))
 
 
@@ -250,7 +252,7 @@ def test_rows_that_changed_on_the_disk_before_they_were_packed_are_found(tmp_pat
     part.write_bytes(content)
     with CacheWriter(tmp_path / "c.h5", a_layout, compression="zstd") as writer:  # noqa: SIM117
         with pytest.raises(DamagedCache, match=r"c\.h5\.part is damaged: block 23 "):
-            writer.seal()
+            seal(writer)
     assert not (tmp_path / "c.h5").exists()
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -188,14 +189,34 @@ def test_a_size_that_the_file_does_not_have_is_refused_before_memory_is_taken(tm
         ActivationCache(tmp_path / "c.h5")
 
 
-def test_labels_that_unpack_to_more_than_the_file_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["labels/speaker", "labels_classes/speaker", "frame_labels/phone", "split"])
+def test_a_second_name_of_a_data_set_is_refused(tmp_path: Path, name: str) -> None:
+    """Forty names of one data set would take forty times the memory of what the file holds."""
+
     def change(file: h5py.File) -> None:
-        del file["frame_labels_classes/phone"]
-        file["frame_labels_classes/phone"] = np.array([b"a", b"b" * 4_000_000])
+        file[f"{name}-again" if "/" in name else "labels/again"] = file[name]
 
     changed(tmp_path / "c.h5", change)
-    with pytest.raises(CacheError, match="frame_labels/phone is missing or stored in a way"):
+    with pytest.raises(CacheError, match="is missing or stored in a way"):
         ActivationCache(tmp_path / "c.h5")
+
+
+def test_long_labels_of_many_samples_take_their_room_once(tmp_path: Path) -> None:
+    a_layout = replace(layout([1] * 20_000), labels_classes={"speaker": ("s0", "ü" * 100_000)}, frame_labels_classes={})
+    write(tmp_path / "c.h5", a_layout, rows_of(a_layout), append_bytes=10**6)
+    with memory_below(15_000_000), ActivationCache(tmp_path / "c.h5") as cache:
+        assert cache.labels["speaker"][:3].tolist() == ["s0", "ü" * 100_000, "s0"]
+
+
+def test_labels_of_frames_that_are_in_no_class_are_refused(tmp_path: Path) -> None:
+    for number in (-1, 2):
+        path = tmp_path / f"c{number}.h5"
+        changed(path, replaced("frame_labels/phone", data=np.array([0, 1, number] + [0] * 7, "<i4")))
+        with ActivationCache(path) as cache, pytest.raises(CacheError, match="frame_labels/phone is missing or stored"):
+            cache.frame_labels("phone", 0)
+    changed(tmp_path / "short.h5", replaced("frame_labels/phone", data=np.zeros(9, "<i4")))
+    with pytest.raises(CacheError, match="frame_labels/phone is missing or stored"):
+        ActivationCache(tmp_path / "short.h5")
 
 
 def repacked(**creation: object) -> Callable[[h5py.File], None]:

@@ -68,7 +68,7 @@ def test_without_caches_the_weights_are_the_same(
 
 
 def test_a_small_disk_caches_what_it_holds_and_never_passes_its_budget(tiny_speech: Tiny, digits: Path) -> None:
-    budget = 1_300_000  # the upper stages, not the first
+    budget = 600_000  # the upper stages, not the first
     largest = 0
 
     def watch(event: Event) -> None:
@@ -107,7 +107,7 @@ def test_what_is_cached_is_not_decided_anew_by_the_free_disk_of_the_moment(
 ) -> None:
     config = tiny_speech(f"fsdd:{digits}", **FLOAT32)
     # Another program takes most of the disk, or gives it back.
-    for name, room in (("taken", iter([10**12, 1_300_000])), ("given back", iter([1_300_000, 10**12]))):
+    for name, room in (("taken", iter([10**12, 600_000])), ("given back", iter([600_000, 10**12]))):
         again = at(config, tmp_path / name, keep="needed")
         stop = StopFlag()
 
@@ -141,7 +141,7 @@ def test_a_disk_budget_that_is_given_later_counts_at_once(tiny_speech: Tiny, dig
             run(tiny_speech(source, **FLOAT32, **options), stop=stop, notify=notify)
 
     stopped_in(1)
-    stopped_in(2, **{"cache.disk": 1_300_000, "cache.keep": "needed"})
+    stopped_in(2, **{"cache.disk": 600_000, "cache.keep": "needed"})
     paths = RunPaths.of(tiny_speech(source).out, tiny_speech(source).cache.dir)
     assert not list(paths.caches.glob("stage-1*"))
     assert run(tiny_speech(source, **FLOAT32)).state.done

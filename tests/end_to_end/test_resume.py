@@ -14,10 +14,11 @@ from layerwise.errors import ConfigError, Interrupted, LayerwiseError, RunError
 from layerwise.events import CachingProgress, Event, StageStarted, StepDone
 from layerwise.files import exclusive
 from layerwise.report.lines import LogFile
-from layerwise.run_directory import RunState, StageRecord
+from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import load_arrays, save_arrays
 from layerwise.training.plan import StagePlan
+from layerwise.training.resume import find_what_is_missing
 
 Tiny = Callable[..., Config]
 
@@ -416,6 +417,18 @@ def test_a_checkpoint_of_another_version_is_a_sentence(tiny_speech: Tiny, digits
     save_arrays(checkpoint, arrays, metadata | {"progress": '{"epoch": 0, "mood": 1}'})
     with pytest.raises(RunError, match=r"checkpoint.safetensors was saved by another version of layerwise; delete it"):
         run(config)
+
+
+def test_a_stage_whose_weights_are_gone_is_still_to_be_cached_as_decided(tmp_path: Path) -> None:
+    paths = RunPaths.of(tmp_path / "run", tmp_path / "cache")
+    records = [StageRecord(1, "done", cached=True), StageRecord(2, "done", cached=True), StageRecord(3, cached=False)]
+    state = RunState(records, "data", None, "cpu", str(paths.caches), [1, 1, 1])
+    for path in (paths.weights(1), paths.cache(1)):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    find_what_is_missing(state, paths, "needed")
+    assert [record.status for record in state.stages] == ["done", "pending", "pending"]
+    assert [record.cached for record in state.stages] == [True, True, False]
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(tiny_speech: Tiny, digits: Path) -> None:
