@@ -1,6 +1,7 @@
 """The stitched encoder as one nn.Module, from waveforms or pictures to features."""
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.entry = entry
         self.layers = nn.ModuleDict({name: layer for module in modules for name, layer in module.layers.items()})
+        self.shortest = next(length for length in count(1) if self.out_length(length) >= 1)
+        """Fewest samples of a waveform, or patches, that give a frame of features."""
         self._stage_ends = np.cumsum([len(module.layers) for module in modules]).tolist()
 
     def forward(self, x: torch.Tensor, lengths: Any = None) -> torch.Tensor:
@@ -51,14 +54,6 @@ class Encoder(nn.Module):
         for layer in self.layers.values():
             geometry = geometry.after(layer)
         return geometry
-
-    @property
-    def shortest(self) -> int:
-        """Fewest samples of a waveform, or patches, that give a frame of features."""
-        length = 1
-        while self.out_length(length) < 1:
-            length += 1
-        return length
 
     def frames_of_stages(self, frames: torch.Tensor) -> Iterator[torch.Tensor]:
         """What each stage puts out, one at a time, for frames (B, L, *frame shape) behind the entry."""

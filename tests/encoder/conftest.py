@@ -45,4 +45,4 @@ def speech_run(run_tiny: Callable[..., RunResult], digits: Path) -> RunResult:
 
 @pytest.fixture(scope="session")
 def vision_run(run_tiny: Callable[..., RunResult], pictures: Path) -> RunResult:
-    return run_tiny("vision", f"images:{pictures}")
+    return run_tiny("vision", f"images:{pictures}", **{"net.stem_stride": 1})  # frames of 2 x 2

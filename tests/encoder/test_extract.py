@@ -77,7 +77,7 @@ def test_pictures_give_what_the_run_cached(vision_run: RunResult, pictures: Path
     found, cached = features_of(tmp_path / "features.h5"), cached_features(vision_run, 3)
     assert list(found) == list(cached)
     for name in cached:
-        assert found[name].shape == (49, 64, 1, 1)
+        assert found[name].shape == (49, 64, 2, 2)
         np.testing.assert_allclose(found[name], cached[name], rtol=1e-5, atol=1e-5)
     with h5py.File(tmp_path / "features.h5") as file:
         assert set(file["labels/class"]) == {b"cat", b"ship"}
