@@ -1,6 +1,6 @@
 """A stage that trains from its cache against the same stage that trains from batches that lie in memory: steps per second.
 
-python benchmarks/feeding.py [--folder .] [--gigabytes 1] [--batch-size 8] [--steps 10] [--rounds 9] [--device cpu]
+python benchmarks/feeding.py [--folder .] [--gigabytes 1] [--steps 10] [--rounds 9] [--networks speech vision]
 
 Stage 2 of the paper's networks. The cache is dropped from memory first, so the windows come from the disk and their
 checksums are compared; the ways take turns.
@@ -35,12 +35,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10, help="of a turn")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--networks", nargs="+", choices=("speech", "vision"), default=("speech", "vision"))
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
     print(f"batch {options.batch_size}, {machine(device)}\n")
     print("| stage | steps/s from memory | from its cache | ratio |\n| --- | --- | --- | --- |")
-    for kind in ("speech", "vision"):
+    for kind in options.networks:
         config, data = paper(kind, options.batch_size)
         plan = natural_stages(config, data)[1]
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
