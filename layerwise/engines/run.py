@@ -4,6 +4,7 @@ Starting a run and resuming it are the same call. What is done is read from the 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,14 +59,15 @@ def run(
     from_stage: int | None = None,
     overwrite: bool = False,
     network: Network | None = None,
+    cut: Sequence[int] | None = None,
     stop: StopFlag | None = None,
     notify: Notify = silent,
 ) -> RunResult:
     """Trains every stage that is not done yet, and writes the encoder.
 
     from_stage: retrain this stage and those above it from the cache below. overwrite: delete the run in `config.out`
-    first. network: in place of the one that the options name. stop: a flag that ends the run after the step in hand.
-    notify: is told what happens.
+    first. network: in place of the one that the options name. cut: layers in each stage, in place of what the options say
+    of it. stop: a flag that ends the run after the step in hand. notify: is told what happens.
     Raises Interrupted after saving when asked to stop, and other LayerwiseErrors where the request cannot be met.
     """
     service = find_service(config.training.log)
@@ -73,7 +75,7 @@ def run(
     paths = RunPaths.of(config.out, config.cache.dir)
     data = open_data(config.data, shortest_sample(config))
     planned_for = _content(paths.state)
-    plans = plan_run(config, data, device, network, None if overwrite else _earlier_cut(paths, config))
+    plans = plan_run(config, data, device, network, cut or (None if overwrite else _earlier_cut(paths, config)))
     split = split_samples(data, config)
     earlier = earlier_records(paths, config, overwrite, from_stage)
     storage = plan_storage(
@@ -176,7 +178,7 @@ def _refuse_foreign_folder(out: Path) -> None:
 
 def _earlier_cut(paths: RunPaths, config: Config) -> list[int] | None:
     """How an earlier start has cut the network, so that this one goes on with it whatever its budget."""
-    if not paths.state.exists():
+    if not paths.state.exists() or config.training.schedule == "simultaneous":
         return None
     cut = RunState.load(paths.state).cut
     return cut if config.training.stages in (None, len(cut)) else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from layerwise.evaluate.examples import Examples
-from layerwise.evaluate.feature_file import FeatureFile
+from layerwise.evaluate.feature_rows import FeatureRows
 from layerwise.evaluate.linear import linear_predictions
 from layerwise.evaluate.nearest import nearest_predictions
 from layerwise.evaluate.question import Truth
@@ -38,7 +38,7 @@ class Answer:
     confusion: Confusion | None
 
 
-def answer(features: FeatureFile, truth: Truth, classifier: str) -> Answer:
+def answer(features: FeatureRows, truth: Truth, classifier: str) -> Answer:
     """Fits the classifier and tests it."""
     predicted = CLASSIFIERS[classifier](Examples(features, truth.classes, truth.parts))
     right = truth.classes[truth.parts.test.start :]

@@ -22,13 +22,14 @@ from layerwise.evaluate.question import Question, ask, truth
 from layerwise.events import CachingProgress, Event, Notify, silent
 from layerwise.files import exclusive, write_atomically
 from layerwise.memory.device import find_device
-from layerwise.nets import shortest_sample
+from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.module import Module
+from layerwise.nets.network import ranges
 from layerwise.run_directory import RunPaths
 from layerwise.stop import StopFlag
 from layerwise.training.cutting import plan_run
 from layerwise.training.encoder import load_encoder
-from layerwise.training.plan import StagePlan
+from layerwise.training.plan import StagePlan, plan_stages
 from layerwise.training.removal import remove_caches
 
 
@@ -75,6 +76,8 @@ class Comparison:
 
     label: str
     epochs: int
+    cut: list[int]
+    """Layers in each module, of every method; decided at the first start."""
     finished: bool = False
     outcomes: list[Outcome] = field(default_factory=list)
 
@@ -95,7 +98,7 @@ def load_comparison(out: Path) -> Comparison:
     try:
         tree = json.loads((out / "compare.json").read_text())
         outcomes = [Outcome(**{**each, "errors": tuple(each["errors"])}) for each in tree["outcomes"]]
-        return Comparison(tree["label"], tree["epochs"], tree["finished"], outcomes)
+        return Comparison(tree["label"], tree["epochs"], tree["cut"], tree["finished"], outcomes)
     except FileNotFoundError:
         raise RunError(
             f"{out} holds no comparison; make one with: layerwise compare --out {out} --label NAME."
@@ -128,24 +131,26 @@ def compare(
     with exclusive(
         out / "lock", RunError(f"Another process is comparing in {out}; wait for it, or name another --out.")
     ):
-        found = _begun(out, config, label)
+        found = _begun(out, config, label, data)
         wanted = [(method, seed) for seed in seeds for method in METHODS if method in methods]
         found.finished = False
         for method, seed in wanted:
             if any((each.method, each.seed) == (method, seed) for each in found.outcomes):
                 continue
             tell(f"{method}, seed {seed}")
-            found.outcomes.append(_outcome(method, seed, config, label, data, stop, notify))
+            found.outcomes.append(_outcome(method, seed, config, found, data, stop, notify))
             found.save(out / "compare.json")
         found.finished = True
         found.save(out / "compare.json")
     return found
 
 
-def _begun(out: Path, config: Config, label: str) -> Comparison:
+def _begun(out: Path, config: Config, label: str, data: DataSet) -> Comparison:
     """What an earlier start has left, which must have had the same options."""
     if not (out / "compare.json").exists():
-        found = Comparison(label, config.training.max_epochs)
+        greedy = config_of(GREEDY, config.training.seed, config, label, config.out, config.cache.dir)
+        plans = plan_run(greedy, data, find_device(greedy.training.device))
+        found = Comparison(label, config.training.max_epochs, [len(plan.layers) for plan in plans])
         write_atomically(out / "config.toml", config.to_toml().encode())
         found.save(out / "compare.json")
         return found
@@ -162,20 +167,19 @@ def _begun(out: Path, config: Config, label: str) -> Comparison:
 
 
 def _outcome(
-    method: str, seed: int, config: Config, label: str, data: DataSet, stop: StopFlag, notify: Notify
+    method: str, seed: int, config: Config, compared: Comparison, data: DataSet, stop: StopFlag, notify: Notify
 ) -> Outcome:
     out = Path(config.out) / "runs" / method / f"seed-{seed}"
     caches = Path(config.cache.dir) / Path(config.out).resolve().name / method
-    options = config_of(method, seed, config, label, str(out), str(caches))
-    plans = plan_run(
-        config_of(GREEDY, seed, config, label, str(out), str(caches)), data, find_device(options.training.device)
-    )
-    question = ask(label, data, options)
+    options = config_of(method, seed, config, compared.label, str(out), str(caches))
+    plans = plan_stages(options, data, build_network(options.net, data.frame_shape), ranges(compared.cut))
+    question = ask(compared.label, data, options)
     if method == UNTRAINED:
         modules = untrained_modules(options, plans)
         return Outcome(method, seed, _errors(options, question, plans, modules, out, stop), 0, 0, 0.0)
     disk = _Disk(RunPaths.of(out, caches).caches)
-    result = run(options, stop=stop, notify=lambda event: (disk.look(event), notify(event)))
+    cut = None if options.training.stages == 1 else compared.cut
+    result = run(options, cut=cut, stop=stop, notify=lambda event: (disk.look(event), notify(event)))
     modules = trained_modules(options, plans, load_encoder(result.paths.encoder)[0])
     errors = _errors(options, question, plans, modules, result.paths.probes, stop)
     remove_caches(out, None)

@@ -6,7 +6,7 @@ import torch
 
 from layerwise.config import Config
 from layerwise.errors import BudgetError
-from layerwise.evaluate.feature_file import FeatureFile
+from layerwise.evaluate.feature_rows import FeatureRows
 from layerwise.evaluate.passed import passed_features
 from layerwise.evaluate.question import Question
 from layerwise.memory.allocator import meter_for
@@ -38,7 +38,7 @@ def trained_modules(config: Config, plans: list[StagePlan], weights: Arrays) -> 
 
 def features_under_budget(
     config: Config, question: Question, modules: list[Module], folder: Path, stop: StopFlag
-) -> tuple[list[FeatureFile], int]:
+) -> tuple[list[FeatureRows], int]:
     """Features of each module, in files in the folder, and the bytes on the device that they took.
 
     Raises BudgetError where --gpu-mem does not hold even short pieces.
@@ -48,7 +48,7 @@ def features_under_budget(
     piece = config.training.batch_size * (config.data.window if data.columns == 1 else int(data.lengths[0])) // 2
     while True:
         meter = meter_for(device, budget)
-        files = [FeatureFile(folder) for _ in modules]
+        files = [FeatureRows(folder) for _ in modules]
         try:
             with meter:
                 passed_features(modules, data, question.samples, piece, question.per_frame, files, device, stop)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from layerwise.evaluate.feature_file import FeatureFile
+from layerwise.evaluate.feature_rows import FeatureRows
 
 PIECE_BYTES = 64 * 2**20
 """Features in memory at once; fewer are kept there."""
@@ -35,7 +35,7 @@ class Parts:
 class Examples:
     """Rows in their order; each channel has mean 0 and spread 1 over the training rows."""
 
-    def __init__(self, features: FeatureFile, classes: np.ndarray, parts: Parts) -> None:
+    def __init__(self, features: FeatureRows, classes: np.ndarray, parts: Parts) -> None:
         """classes: int64 [N] from 0."""
         self.parts, self.channels = parts, features.channels
         self.count = int(classes.max()) + 1

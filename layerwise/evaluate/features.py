@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from layerwise.cache import ActivationCache
-from layerwise.evaluate.feature_file import FeatureFile
+from layerwise.evaluate.feature_rows import FeatureRows
 from layerwise.memory.meter import host_tensor, uncounted
 from layerwise.nets.frames import vectors
 from layerwise.streams import stream
@@ -69,7 +69,7 @@ def cached_features(
     cache: ActivationCache,
     samples: np.ndarray,
     per_frame: bool,
-    into: FeatureFile,
+    into: FeatureRows,
     poll: Callable[[], None] = lambda: None,
 ) -> None:
     """Features of the samples from a cache, in their order: a row each, or one per chosen frame where per_frame.

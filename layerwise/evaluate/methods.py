@@ -9,11 +9,11 @@ GREEDY = "greedy-infomax"
 UNTRAINED = "untrained"
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    GREEDY: {},
+    GREEDY: {"training.schedule": "sequential"},
     "greedy-infomax-simultaneous": {"training.schedule": "simultaneous"},
-    "cpc": {"training.stages": 1},
-    "greedy-supervised": {"objective.name": "supervised"},
-    "supervised": {"objective.name": "supervised", "training.stages": 1},
+    "cpc": {"training.schedule": "sequential", "training.stages": 1},
+    "greedy-supervised": {"training.schedule": "sequential", "objective.name": "supervised"},
+    "supervised": {"training.schedule": "sequential", "training.stages": 1, "objective.name": "supervised"},
     UNTRAINED: {},
 }
 """Name to the options in which it differs from a run of one's own; `untrained` is not run at all."""
@@ -30,7 +30,7 @@ def config_of(method: str, seed: int, config: Config, label: str, out: str, cach
     changes |= {"out": out, "cache.dir": cache_dir}
     if changes.get("objective.name") == "supervised":
         changes["objective.label"] = label
-    if changes.get("training.stages") == 1 or "training.schedule" in changes:
+    if changes.get("training.stages") == 1 or changes.get("training.schedule") == "simultaneous":
         tree["memory"].pop("gpu_mem", None)
         changes["cache.policy"] = "never"
     for key, value in changes.items():

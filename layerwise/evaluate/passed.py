@@ -13,7 +13,7 @@ import torch
 from layerwise.data.batches import Batch, read_ahead
 from layerwise.data.groups import Group, group_renderings, read_piece
 from layerwise.data.source import DataSet
-from layerwise.evaluate.feature_file import FeatureFile
+from layerwise.evaluate.feature_rows import FeatureRows
 from layerwise.evaluate.features import SampleSummary, choose_frames
 from layerwise.memory.device import on_device
 from layerwise.nets.copying import copied
@@ -27,7 +27,7 @@ def passed_features(
     samples: np.ndarray,
     piece: int,
     per_frame: bool,
-    into: list[FeatureFile],
+    into: list[FeatureRows],
     device: torch.device,
     stop: StopFlag,
 ) -> None:

@@ -16,7 +16,7 @@ from layerwise.data.source import DataSet
 from layerwise.errors import CacheError, ConfigError, DataError, RunError
 from layerwise.evaluate.answer import CLASSIFIERS, Confusion, answer
 from layerwise.evaluate.encoders import features_under_budget, trained_modules, untrained_modules
-from layerwise.evaluate.feature_file import FeatureFile
+from layerwise.evaluate.feature_rows import FeatureRows
 from layerwise.evaluate.features import cached_features
 from layerwise.evaluate.question import Question, ask, truth
 from layerwise.files import write_atomically
@@ -131,7 +131,7 @@ def _cached_features(
     question: Question,
     stop: StopFlag,
     warn: Callable[[str], None],
-) -> FeatureFile | None:
+) -> FeatureRows | None:
     """From the stage's cache, or None where it is not there or cannot be used."""
     if not paths.cache(stage).exists():
         return None
@@ -139,7 +139,7 @@ def _cached_features(
         with ActivationCache(paths.cache(stage)) as cache:
             if cache.layout.fingerprint != state.record(stage).fingerprint:
                 raise RunError(f"{cache.path} was not made by this run; move it away.")
-            features = FeatureFile(paths.probes)
+            features = FeatureRows(paths.probes)
             poll = stop.raise_if_set
             cached_features(cache, question.samples, question.per_frame, features, lambda: poll("while probing"))
             return features

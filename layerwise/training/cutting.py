@@ -65,7 +65,8 @@ def plan_run(
     network: Network | None = None,
     sizes: Sequence[int] | None = None,
 ) -> list[StagePlan]:
-    """The stages of a run: cut into `sizes` layers each where an earlier start has cut it so; else as the options say.
+    """The stages of a run: cut into `sizes` layers each where given, and where they are this network's; else as the options
+    say. All at once, they are the parts of one stage.
 
     With no number of stages in the options they are the network's own, and under a budget the fewest that it holds: each
     trains in one pass over the batch, with its optimizer on the device. (In many passes almost anything fits, at many
@@ -74,7 +75,7 @@ def plan_run(
     """
     network = network or build_network(config.net, data.frame_shape)
     if config.training.schedule == "simultaneous":
-        return [_all_at_once(config, data, network)]
+        return [_all_at_once(config, data, network, sizes)]
     stages, natural = config.training.stages, plan_stages(config, data, network, network.natural_ranges)
     if sizes is not None and sum(sizes) == len(network.layers):
         return plan_stages(config, data, network, ranges(sizes))
@@ -103,7 +104,7 @@ def plan_run(
     return next(held, cuts[-1])
 
 
-def _all_at_once(config: Config, data: DataSet, network: Network) -> StagePlan:
+def _all_at_once(config: Config, data: DataSet, network: Network, sizes: Sequence[int] | None) -> StagePlan:
     """The whole network as one stage whose parts are the stages of the sequential schedule."""
     if config.memory.gpu_mem is not None:
         raise ConfigError(
@@ -111,7 +112,7 @@ def _all_at_once(config: Config, data: DataSet, network: Network) -> StagePlan:
             "leave one of the two out."
         )
     sequential = config.model_copy(update={"training": config.training.model_copy(update={"schedule": "sequential"})})
-    parts = plan_run(sequential, data, torch.device("cpu"), network)
+    parts = plan_run(sequential, data, torch.device("cpu"), network, sizes)
     (whole,) = plan_stages(config, data, network, ranges([len(network.layers)]))
     return replace(whole, parts=tuple(parts))
 

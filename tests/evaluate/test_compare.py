@@ -92,6 +92,21 @@ def test_only_one_stage_at_a_time_is_held_to_the_budget(config: Config, tiny_spe
     assert together.peak_bytes > greedy.peak_bytes
 
 
+def test_every_method_has_the_cut_that_the_budget_gave_greedy_infomax(
+    config: Config, tiny_speech: Tiny, digits: Path
+) -> None:
+    wide = {"net.width": 32, "net.context": 0, "training.stages": None, "memory.gpu_mem": "380kB"}
+    config = tiny_speech(f"fsdd:{digits}", **{"training.max_epochs": 1, **wide})
+    first = compare(config, "digit", seeds=[0], methods=["greedy-infomax"])
+    assert 1 < len(first.cut) < 3  # neither the whole network nor its natural cut
+    found = compare(config, "digit", seeds=[0], methods=[method for method in METHODS if method != UNTRAINED])
+    assert found.cut == first.cut
+    for method in ("greedy-infomax", "greedy-supervised"):
+        state = RunState.load(Path(config.out) / "runs" / method / "seed-0" / "run.json")
+        assert state.cut == first.cut
+    assert {len(method.stages) for method in found.methods} == {len(first.cut)}
+
+
 def test_what_cannot_be_compared_is_refused_before_anything_is_trained(config: Config) -> None:
     with pytest.raises(ConfigError, match=r"'gim' .*greedy-infomax"):
         compare(config, "digit", methods=["gim"])

@@ -16,7 +16,7 @@ from layerwise.evaluate import linear, nearest
 from layerwise.evaluate.answer import answer
 from layerwise.evaluate.encoders import features_under_budget, untrained_modules
 from layerwise.evaluate.examples import Examples, Parts
-from layerwise.evaluate.feature_file import FeatureFile
+from layerwise.evaluate.feature_rows import FeatureRows
 from layerwise.evaluate.features import FRAMES_PER_SAMPLE, SampleSummary, choose_frames
 from layerwise.evaluate.question import Truth, truth
 from layerwise.evaluate.question import ask as ask_data
@@ -35,8 +35,8 @@ def ask(tmp_path: Path) -> Callable[..., float]:
     return ask
 
 
-def stored(features: np.ndarray, folder: Path) -> FeatureFile:
-    file = FeatureFile(folder)
+def stored(features: np.ndarray, folder: Path) -> FeatureRows:
+    file = FeatureRows(folder)
     for rows in np.array_split(features, 7):
         file.append(rows)
     return file

@@ -248,6 +248,17 @@ def test_where_nothing_is_held_in_one_pass_the_finest_cut_is_taken(planned_stage
     assert all(fitting_layout(config, plan, CPU) is None for plan in plans)
 
 
+def test_all_at_once_the_parts_are_the_stages_of_the_given_cut(case: Callable[..., Case]) -> None:
+    recipe, changes = SMALL["speech"]
+    made = case(recipe, **changes)
+    training = made.config.training.model_copy(update={"schedule": "simultaneous"})
+    config = made.config.model_copy(update={"training": training})
+    sizes = [made.layers - 1, 1]
+    (whole,) = plan_run(config, made.data, CPU, made.network, sizes)
+    assert ranges_of([whole]) == [range(made.layers)]
+    assert ranges_of(list(whole.parts)) == [range(made.layers - 1), range(made.layers - 1, made.layers)]
+
+
 @pytest.mark.parametrize(("first", "then"), [(None, "1GB"), ("1GB", None)])
 def test_a_resume_with_another_budget_keeps_the_cut(
     tiny_speech: Tiny, write_tone: Callable[..., Path], first: str | None, then: str | None

@@ -12,7 +12,7 @@ from layerwise.errors import RunError
 from layerwise.files import unwritable
 
 
-class FeatureFile:
+class FeatureRows:
     """float32 rows [N, C] in a file without a name, which goes with it."""
 
     def __init__(self, folder: Path) -> None:
