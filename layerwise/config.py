@@ -302,11 +302,15 @@ def recipe_names() -> list[str]:
 
 
 def resolve(
-    recipe: str | None = None, config_file: Path | None = None, overrides: Mapping[str, Any] | None = None
+    recipe: str | None = None,
+    config_file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    default_out: str = "runs/{recipe}",
 ) -> Config:
     """One Config from a recipe, then a TOML file, then single options; later ones win.
 
-    `overrides` maps dotted keys to values. Raises ConfigError with the option, the value and what would be right.
+    `overrides` maps dotted keys to values; default_out: `out` where nothing says it. Raises ConfigError with the option, the
+    value and what would be right.
     """
     overrides = dict(overrides or {})
     file_tree = _read_toml(config_file) if config_file else {}
@@ -323,7 +327,7 @@ def resolve(
     for key, value in overrides.items():
         tree = _merge(tree, _nested(key, value))
     if not tree.get("out"):
-        tree["out"] = f"runs/{recipe}"
+        tree["out"] = default_out.format(recipe=recipe)
     return validated(tree)
 
 

@@ -2,10 +2,9 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 
 import click
-from click.core import ParameterSource
 from rich.console import Console
 
 from layerwise.commands.options import configured
@@ -17,8 +16,10 @@ from layerwise.stop import stop_on_signals
 
 
 @click.command(short_help="Compare the methods of the paper on one data set.")
-@configured
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Runs of each method.")
+@partial(configured, default_out="runs/compare-{recipe}")
+@click.option(
+    "--seeds", default=3, show_default=True, type=click.IntRange(1), help="Runs of each method, from --seed on."
+)
 @click.option("--methods", metavar="A,B,...", help="Some of them only. [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for scripts.")
 def compare(config: Config, seeds: int, methods: str | None, as_json: bool) -> None:
@@ -33,9 +34,7 @@ def compare(config: Config, seeds: int, methods: str | None, as_json: bool) -> N
     from layerwise.evaluate.compare import compare as compare_library  # imports torch, which --help need not wait for
     from layerwise.evaluate.methods import METHODS
 
-    if click.get_current_context().get_parameter_source("out") == ParameterSource.DEFAULT:
-        # Of its own: the default of a run is where a run may be already.
-        config = config.model_copy(update={"out": str(Path(config.out).with_name(f"compare-{Path(config.out).name}"))})
+    first = config.training.seed
     console, doing = Console(stderr=True), ""
 
     def show(event: Event) -> None:
@@ -45,12 +44,18 @@ def compare(config: Config, seeds: int, methods: str | None, as_json: bool) -> N
     def tell(line: str) -> None:
         nonlocal doing
         doing = line
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
 
     with stop_on_signals() as stop, console.status("comparing", spinner="dots") as shown:
-        chosen = tuple(METHODS) if methods is None else tuple(methods.split(","))
+        chosen = tuple(METHODS) if methods is None else tuple(name.strip() for name in methods.split(","))
         found = compare_library(
-            config, config.objective.label, seeds=range(seeds), methods=chosen, stop=stop, notify=show, tell=tell
+            config,
+            config.objective.label,
+            seeds=range(first, first + seeds),
+            methods=chosen,
+            stop=stop,
+            notify=show,
+            tell=tell,
         )
     if as_json:
         click.echo(json.dumps({"label": found.label, "methods": [asdict(method) for method in found.methods]}))
@@ -58,4 +63,4 @@ def compare(config: Config, seeds: int, methods: str | None, as_json: bool) -> N
     console = console_for_results()
     console.print(f"test error of a linear probe for {found.label} after each module, {found.epochs} epochs a module")
     console.print(comparison_table(found))
-    console.print(f"kept in {config.out}/compare.json", highlight=False, soft_wrap=True)
+    console.print(f"kept in {config.out}/compare.json", highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The options that `run` and `plan` share: all of the configuration."""
+"""The options that `run`, `plan` and `compare` share: all of the configuration."""
 
 import functools
 from collections.abc import Callable
@@ -10,8 +10,8 @@ import click
 from layerwise import config as configuration
 
 
-def configured(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds --recipe, --config, every flag of the configuration and --set; the command is called with `options`."""
+def configured(command: Callable[..., None], default_out: str = "runs/{recipe}") -> Callable[..., None]:
+    """Adds --recipe, --config, every flag of the configuration and --set; the command is called with `config`."""
 
     @functools.wraps(command)
     def with_options(recipe: str | None, config_file: Path | None, assignments: tuple[str, ...], **flags: Any) -> None:
@@ -19,7 +19,7 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
         overrides = {named[name]: flags[name] for name in named if flags[name] is not None}
         overrides |= dict(configuration.parse_assignment(text) for text in assignments)
         others = {name: value for name, value in flags.items() if name not in named}
-        command(config=configuration.resolve(recipe, config_file, overrides), **others)
+        command(config=configuration.resolve(recipe, config_file, overrides, default_out), **others)
 
     recipes = f"Defaults of an experiment: {', '.join(configuration.recipe_names())}."
     added = [

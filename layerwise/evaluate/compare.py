@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from layerwise.config import Config, changed_options, load
+from layerwise.config import Config, changed_options, load, with_options
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.engines.run import run
@@ -19,18 +19,18 @@ from layerwise.evaluate.answer import answer
 from layerwise.evaluate.encoders import features_under_budget, trained_modules, untrained_modules
 from layerwise.evaluate.methods import GREEDY, METHODS, UNTRAINED, config_of
 from layerwise.evaluate.question import Question, ask, truth
-from layerwise.events import CachingProgress, Event, Notify, silent
+from layerwise.events import Notify, silent
 from layerwise.files import exclusive, write_atomically
 from layerwise.memory.device import find_device
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.module import Module
 from layerwise.nets.network import ranges
-from layerwise.run_directory import RunPaths
 from layerwise.stop import StopFlag
 from layerwise.training.cutting import plan_run
 from layerwise.training.encoder import load_encoder
 from layerwise.training.plan import StagePlan, plan_stages
 from layerwise.training.removal import remove_caches
+from layerwise.training.storage import Storage, disk_peak, room_of_caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Outcome:
     peak_bytes: int
     """Highest of all stages, in training and in caching."""
     disk_bytes: int
-    """Most that its caches took at once."""
+    """Most that its caches take at once; where they are compressed, before they are."""
     seconds: float
     """Of training and caching."""
 
@@ -76,6 +76,7 @@ class Comparison:
 
     label: str
     epochs: int
+    data_identity: str
     cut: list[int]
     """Layers in each module, of every method; decided at the first start."""
     finished: bool = False
@@ -98,7 +99,8 @@ def load_comparison(out: Path) -> Comparison:
     try:
         tree = json.loads((out / "compare.json").read_text())
         outcomes = [Outcome(**{**each, "errors": tuple(each["errors"])}) for each in tree["outcomes"]]
-        return Comparison(tree["label"], tree["epochs"], tree["cut"], tree["finished"], outcomes)
+        fixed = (tree[name] for name in ("label", "epochs", "data_identity", "cut"))
+        return Comparison(*fixed, tree["finished"], outcomes)
     except FileNotFoundError:
         raise RunError(
             f"{out} holds no comparison; make one with: layerwise compare --out {out} --label NAME."
@@ -120,37 +122,64 @@ def compare(
     """Trains each method with each seed for `training.max_epochs` epochs per module, and probes `label` after each module.
 
     notify: is told what happens in the runs; tell: of the runs. Raises ConfigError where a method is unknown or the folder
-    holds a comparison with other options, Interrupted after saving when asked to stop.
+    holds a comparison with other options, RunError where it holds something else or the data have changed, Interrupted
+    after saving when asked to stop.
     """
     stop, out = stop or StopFlag(), Path(config.out)
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown:
-        raise ConfigError(f"There is no method {unknown[0]!r} to compare; there are {', '.join(METHODS)}.")
+    wanted = [(method, seed) for seed in seeds for method in METHODS if method in methods]
+    config = with_options(config, {"objective.label": "", "training.seed": 0})  # each run has its own
     data = open_data(config.data, shortest_sample(config))
-    ask(label, data, config)  # refuses what cannot be asked before anything is trained
+    _check_request(config, label, data, seeds, methods)
     with exclusive(
         out / "lock", RunError(f"Another process is comparing in {out}; wait for it, or name another --out.")
     ):
         found = _begun(out, config, label, data)
-        wanted = [(method, seed) for seed in seeds for method in METHODS if method in methods]
         found.finished = False
+        found.save(out / "compare.json")
         for method, seed in wanted:
-            if any((each.method, each.seed) == (method, seed) for each in found.outcomes):
-                continue
-            tell(f"{method}, seed {seed}")
-            found.outcomes.append(_outcome(method, seed, config, found, data, stop, notify))
-            found.save(out / "compare.json")
+            if not any((each.method, each.seed) == (method, seed) for each in found.outcomes):
+                tell(f"{method}, seed {seed}")
+                found.outcomes.append(_outcome(method, seed, config, found, data, stop, notify))
+                found.save(out / "compare.json")
+            # After a kill in between, the caches of what is known are still there.
+            if method != UNTRAINED:
+                remove_caches(_folder(out, method, seed), None)
         found.finished = True
         found.save(out / "compare.json")
     return found
 
 
+def _check_request(config: Config, label: str, data: DataSet, seeds: Sequence[int], methods: Sequence[str]) -> None:
+    """Refuses what cannot be compared before anything is trained. Raises ConfigError or DataError."""
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise ConfigError(f"There is no method {unknown[0]!r} to compare; there are {', '.join(METHODS)}.")
+    if config.objective.name != "infonce":
+        raise ConfigError(
+            f"--objective {config.objective.name}: the methods of a comparison have objectives of their own; leave it out."
+        )
+    for seed in seeds:
+        ask(label, data, config_of(GREEDY, seed, config, label, config.out, config.cache.dir))
+    supervised = [method for method in methods if METHODS[method].get("objective.name") == "supervised"]
+    if supervised and label not in data.labels:
+        raise ConfigError(
+            f"--label {label} is one of frames, which {' and '.join(supervised)} cannot learn; leave them out with --methods."
+        )
+
+
+def _folder(out: Path, method: str, seed: int) -> Path:
+    return out / "runs" / method / f"seed-{seed}"
+
+
 def _begun(out: Path, config: Config, label: str, data: DataSet) -> Comparison:
-    """What an earlier start has left, which must have had the same options."""
+    """What an earlier start has left, which must have had the same options and data."""
     if not (out / "compare.json").exists():
+        others = sorted(entry.name for entry in out.iterdir() if entry.name not in ("lock", "config.toml.tmp"))
+        if others not in ([], ["config.toml"]):
+            raise RunError(f"--out {out} holds something else ({others[0]}); name a new or empty folder.")
         greedy = config_of(GREEDY, config.training.seed, config, label, config.out, config.cache.dir)
         plans = plan_run(greedy, data, find_device(greedy.training.device))
-        found = Comparison(label, config.training.max_epochs, [len(plan.layers) for plan in plans])
+        found = Comparison(label, config.training.max_epochs, data.identity, [len(plan.layers) for plan in plans])
         write_atomically(out / "config.toml", config.to_toml().encode())
         found.save(out / "compare.json")
         return found
@@ -163,13 +192,18 @@ def _begun(out: Path, config: Config, label: str, data: DataSet) -> Comparison:
         raise ConfigError(
             f"{out} was begun with {option.key} = {old}, and now it is {new}; give the old value, or name another --out."
         )
+    if found.data_identity != data.identity:
+        raise RunError(
+            f"The data set is not the one that {out} was begun on: files or their sizes have changed. Bring the old ones "
+            "back, or name another --out."
+        )
     return found
 
 
 def _outcome(
     method: str, seed: int, config: Config, compared: Comparison, data: DataSet, stop: StopFlag, notify: Notify
 ) -> Outcome:
-    out = Path(config.out) / "runs" / method / f"seed-{seed}"
+    out = _folder(Path(config.out), method, seed)
     caches = Path(config.cache.dir) / Path(config.out).resolve().name / method
     options = config_of(method, seed, config, compared.label, str(out), str(caches))
     plans = plan_stages(options, data, build_network(options.net, data.frame_shape), ranges(compared.cut))
@@ -177,15 +211,15 @@ def _outcome(
     if method == UNTRAINED:
         modules = untrained_modules(options, plans)
         return Outcome(method, seed, _errors(options, question, plans, modules, out, stop), 0, 0, 0.0)
-    disk = _Disk(RunPaths.of(out, caches).caches)
     cut = None if options.training.stages == 1 else compared.cut
-    result = run(options, cut=cut, stop=stop, notify=lambda event: (disk.look(event), notify(event)))
+    result = run(options, cut=cut, stop=stop, notify=notify)
     modules = trained_modules(options, plans, load_encoder(result.paths.encoder)[0])
     errors = _errors(options, question, plans, modules, result.paths.probes, stop)
-    remove_caches(out, None)
     records = result.state.stages
+    cached = Storage(tuple(bool(record.cached) for record in records))
+    disk = disk_peak(options.cache, room_of_caches(plans, data, options.cache), cached) if any(cached.cached) else 0
     peak = max(record.peak_bytes or 0 for record in records)
-    return Outcome(method, seed, errors, peak, disk.most, sum(record.seconds for record in records))
+    return Outcome(method, seed, errors, peak, disk, sum(record.seconds for record in records))
 
 
 def _errors(
@@ -204,19 +238,6 @@ def _errors(
         errors.append(answer(features, truth(question, plan), "linear").error)
         features.close()
     return tuple(errors)
-
-
-class _Disk:
-    """Looks at a folder of caches while they are written."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self.most = folder, 0
-
-    def look(self, event: Event) -> None:
-        """The room is highest while a cache is written beside those below it."""
-        if isinstance(event, CachingProgress):
-            now = sum(path.stat().st_blocks * 512 for path in self._folder.glob("stage-*"))
-            self.most = max(self.most, now)
 
 
 def _over_seeds(outcomes: list[Outcome]) -> MethodResult:

@@ -14,7 +14,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "cpc": {"training.schedule": "sequential", "training.stages": 1},
     "greedy-supervised": {"training.schedule": "sequential", "objective.name": "supervised"},
     "supervised": {"training.schedule": "sequential", "training.stages": 1, "objective.name": "supervised"},
-    UNTRAINED: {},
+    UNTRAINED: {"training.schedule": "sequential"},
 }
 """Name to the options in which it differs from a run of one's own; `untrained` is not run at all."""
 
@@ -25,7 +25,7 @@ def config_of(method: str, seed: int, config: Config, label: str, out: str, cach
     The budget is for training one stage at a time: what is trained as a whole goes without.
     """
     tree = config.model_dump(mode="json", exclude_none=True)
-    changes = dict(METHODS[method])
+    changes = {"objective.label": ""} | dict(METHODS[method])
     changes |= {"training.seed": seed, "training.patience": config.training.max_epochs}
     changes |= {"out": out, "cache.dir": cache_dir}
     if changes.get("objective.name") == "supervised":

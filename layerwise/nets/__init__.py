@@ -13,8 +13,11 @@ def build_network(net: NetOptions, frame_shape: tuple[int, ...]) -> Network:
 
 
 def rows_needed(config: Config) -> int:
-    """Rows of output that give a contrastive objective at least one pair of context and target."""
-    return 1 if config.objective.name == "supervised" else config.objective.skip + 2
+    """Rows of output that give a contrastive objective at least one pair of context and target.
+
+    Asked of every objective, so that all of them train on the same samples and can be compared.
+    """
+    return config.objective.skip + 2
 
 
 def shortest_sample(config: Config) -> int:
