@@ -38,7 +38,7 @@ def configuration(folder: Path, stages: int, device: str) -> dict[str, object]:
         "training.device": device,
         "out": str(folder / "run"),
         "cache.dir": str(folder / "cache"),
-        "cache.block": "4MB",
+        "cache.block": "1MB",  # so that even the smallest data set fills the buffers
     }
 
 

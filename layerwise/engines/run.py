@@ -19,6 +19,7 @@ from layerwise.errors import BudgetError, RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import exclusive, write_atomically
 from layerwise.memory.device import find_device
+from layerwise.memory.heap import share_one_heap
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
 from layerwise.run_directory import RunPaths, RunState
@@ -70,6 +71,7 @@ def run(
     of it. stop: a flag that ends the run after the step in hand. notify: is told what happens.
     Raises Interrupted after saving when asked to stop, and other LayerwiseErrors where the request cannot be met.
     """
+    share_one_heap()
     service = find_service(config.training.log)
     device, stop = find_device(config.training.device), stop or StopFlag()
     paths = RunPaths.of(config.out, config.cache.dir)

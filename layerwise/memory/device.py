@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from layerwise.errors import BudgetError, ConfigError
+from layerwise.memory.heap import return_freed
 from layerwise.memory.meter import uncounted
 
 CUDA_WORKSPACE = 2 * 32 * 2**20
@@ -118,8 +119,9 @@ def why_out_of_memory(error: BudgetError | RuntimeError) -> str:
 
 
 def release(device: torch.device) -> None:
-    """Gives back what no tensor holds any more: cycles to the collector, free blocks to the driver."""
+    """Gives back what no tensor holds any more: cycles to the collector, free blocks to the driver and the system."""
     gc.collect()
+    return_freed()
     if device.type == "cuda":
         torch._C._cuda_clearCublasWorkspaces()  # they come from the allocator, and would count as tensors of ours
         torch.cuda.empty_cache()
