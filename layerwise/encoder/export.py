@@ -30,9 +30,9 @@ def export(
     if folder.exists():
         raise ExportError(f"{folder} exists; delete it, or name another folder.")
     paths, state = open_run(run_directory)
-    origin, modules = load_stages(run_directory, None, network)
+    origin, stages = load_stages(run_directory, None, network)
     origin = replace(origin, config=without_places(origin.config))
-    encoder = Encoder(entry_of(origin), modules).eval()
+    encoder = Encoder(entry_of(origin), [stage.module for stage in stages]).eval()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:

@@ -17,12 +17,10 @@ from layerwise.encoder.passing import pass_through
 from layerwise.errors import BudgetError, DataError
 from layerwise.memory.allocator import meter_for
 from layerwise.memory.device import cap, find_device, release, why_out_of_memory
-from layerwise.nets.module import Module
 from layerwise.nets.network import Network
 from layerwise.stop import StopFlag
-
-SHORTEST_PIECE = 64
-"""Frames of a sequence, or rows of a picture, below which pieces are not made smaller."""
+from layerwise.training.caching import SHORTEST
+from layerwise.training.frozen import FrozenStage
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +59,26 @@ def extract(
     and Interrupted between two pieces; then nothing is left of the output.
     """
     output, stop = Path(output), stop or StopFlag()
-    origin, modules = load_stages(Path(run_directory), stage, network)
+    origin, stages = load_stages(Path(run_directory), stage, network)
     asked = {"memory.gpu_mem": gpu_mem, "training.device": device}
     config = with_options(origin.config, {key: value for key, value in asked.items() if value is not None})
-    encoder = Encoder(entry_of(origin), modules)
+    encoder = Encoder(entry_of(origin), [each.module for each in stages])
     data = open_input(str(source), config, origin.level, encoder.shortest)
-    dtype = np.dtype(np.float16 if config.cache.dtype == "float16" else np.float32)
+    dtype = np.dtype(np.float16 if stages[-1].handing.dtype == "float16" else np.float32)
     with torch.no_grad():
         *_, outputs = encoder.frames_of_stages(torch.zeros(1, encoder.shortest, *data.frame_shape))
     kind = MeanFile if mean else FeatureFile
-    with kind(output, tuple(outputs.shape[2:]), dtype, len(modules)) as file:
-        kept, skipped, peak = _fill(file, modules, data, config, stop, notify)
+    with kind(output, tuple(outputs.shape[2:]), dtype, len(stages)) as file:
+        kept, skipped, peak = _fill(file, stages, data, config, stop, notify)
         if not kept:
             raise DataError(f"Not one file of {source} could be read to its end; the first: {skipped[0].reason}")
         file.finish({name: values[kept] for name, values in data.labels.items()})
-    return Extracted(output, len(modules), len(kept), file.rows, (*data.skipped, *skipped), peak)
+    return Extracted(output, len(stages), len(kept), file.rows, (*data.skipped, *skipped), peak)
 
 
 def _fill(
     file: FeatureFile,
-    modules: Sequence[Module],
+    stages: Sequence[FrozenStage],
     data: DataSet,
     config: Config,
     stop: StopFlag,
@@ -98,7 +96,7 @@ def _fill(
         meter, reason = meter_for(device, budget), None
         try:
             with meter:
-                for passed in pass_through(modules, data, done, piece, config, device):
+                for passed in pass_through(stages, data, done, piece, device):
                     stop.raise_if_set("before the features were whole, so none are left")
                     name = data.ids[passed.sample]
                     if passed.rows is None:
@@ -119,7 +117,7 @@ def _fill(
         if reason is not None:
             file.drop()
             release(device)
-            if piece <= SHORTEST_PIECE * data.columns:
+            if piece <= SHORTEST * data.columns:
                 raise BudgetError(
                     f"--gpu-mem of {budget} bytes cannot hold the encoder: {reason} Give a larger --gpu-mem."
                 )

@@ -11,6 +11,7 @@ from layerwise.nets.network import Network, ranges
 from layerwise.run_directory import RunPaths, RunState
 from layerwise.training.checkpoint import Arrays, load_weights
 from layerwise.training.encoder import Origin, load_encoder
+from layerwise.training.frozen import FrozenStage
 
 
 def load(place: str | Path, *, stage: int | None = None, network: Network | None = None) -> Encoder:
@@ -20,12 +21,12 @@ def load(place: str | Path, *, stage: int | None = None, network: Network | None
     keep; default: all. network: the one that the run was given, where options do not name it. Nothing is unpickled.
     Raises RunError where there is no encoder or its weights do not fit its network, ConfigError for stage and network.
     """
-    origin, modules = load_stages(Path(place), stage, network)
-    return Encoder(entry_of(origin), modules).eval()
+    origin, stages = load_stages(Path(place), stage, network)
+    return Encoder(entry_of(origin), [each.module for each in stages]).eval()
 
 
-def load_stages(place: Path, stage: int | None, network: Network | None) -> tuple[Origin, list[Module]]:
-    """The modules of stages 1 to `stage`, each by itself, in host memory; see `load`."""
+def load_stages(place: Path, stage: int | None, network: Network | None) -> tuple[Origin, list[FrozenStage]]:
+    """Stages 1 to `stage`, each by itself; see `load`."""
     path = _encoder_file(place)
     weights, origin = load_encoder(path)
     network = _network(origin, network, path)
@@ -34,10 +35,12 @@ def load_stages(place: Path, stage: int | None, network: Network | None) -> tupl
         raise ConfigError(f"--stage {stage}: the encoder in {place} has stages 1 to {stages}.")
     cut = ranges(origin.cut)
     _check_shapes(network.build(range(cut[-1].stop), 0, "meta"), weights, path)
-    modules = [network.build(layers, 0, "cpu").eval() for layers in cut[:stage]]
-    for module in modules:
+    frozen = []
+    for number, (layers, handing) in enumerate(zip(cut[:stage], origin.handings, strict=False), start=1):
+        module = network.build(layers, 0, "cpu").eval()
         load_weights(module, {name: weights[name] for name in module.state_dict()})
-    return origin, modules
+        frozen.append(FrozenStage(number, module, handing))
+    return origin, frozen
 
 
 def entry_of(origin: Origin) -> Entry:

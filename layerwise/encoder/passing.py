@@ -1,7 +1,6 @@
 """Samples on their way through all stages, one module on the device at a time and no more frames than a piece.
 
-Nothing is cached; between two stages the frames are rounded as the run's caches round them, because that is what the upper
-stages were trained on: a file then gives the features that the run has cached for it.
+Nothing is cached, and a file gives the features that the run has cached for it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,15 +12,11 @@ import numpy as np
 import torch
 
 from layerwise.cache.stored import as_array
-from layerwise.config import Config
 from layerwise.data.batches import Batch, collate, read_ahead
 from layerwise.data.groups import Group, group_renderings
 from layerwise.data.source import DataSet
 from layerwise.errors import DataError
-from layerwise.memory.device import autocast, on_device
-from layerwise.nets.copying import copied
-from layerwise.nets.module import Module
-from layerwise.training.caching import rounded
+from layerwise.training.frozen import FrozenStage, pass_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +43,12 @@ class _Read:
 
 
 def pass_through(
-    modules: Sequence[Module], data: DataSet, first: int, piece: int, config: Config, device: torch.device
+    stages: Sequence[FrozenStage], data: DataSet, first: int, piece: int, device: torch.device
 ) -> Iterator[Passed]:
-    """Samples `first` on, in their order, with what the last module puts out.
+    """Samples `first` on, in their order, with what the last stage hands over.
 
-    modules: in host memory, lowest first; piece: most input frames on the device at once; config: that of their run.
-    Raises TrainingError where an output does not fit into the dtype of the run's caches.
+    stages: lowest first; piece: most input frames on the device at once. Raises TrainingError where an output does not fit
+    into the dtype of the run's caches.
     """
     groups = [
         replace(group, first=group.first + first, stop=group.stop + first)
@@ -61,7 +56,7 @@ def pass_through(
     ]
     reads = read_ahead(partial(_read, data, group, start) for group in groups for start in group.starts)
     for group in groups:
-        states: list[Any] = [None] * len(modules)
+        states: list[Any] | None = [None] * len(stages) if group.streamed else None
         failed: dict[int, str] = {}
         for start in group.starts:
             read, last = next(reads), group.is_last(start)
@@ -70,7 +65,7 @@ def pass_through(
             failed |= read.faults
             outputs: list[np.ndarray] = []
             if read.batch is not None:
-                outputs = _outputs(modules, read.batch, states, group, last, config, device)
+                outputs = _outputs(stages, read.batch, states, last, device)
             rows = dict(zip(read.samples, outputs, strict=True))
             for sample in range(group.first, group.stop):
                 yield Passed(sample, rows.get(sample), last or sample in failed, failed.get(sample, ""))
@@ -88,27 +83,11 @@ def _read(data: DataSet, group: Group, start: int) -> _Read:
 
 
 def _outputs(
-    modules: Sequence[Module],
-    batch: Batch,
-    states: list[Any],
-    group: Group,
-    last: bool,
-    config: Config,
-    device: torch.device,
+    stages: Sequence[FrozenStage], batch: Batch, states: list[Any] | None, last: bool, device: torch.device
 ) -> list[np.ndarray]:
-    """Rows of each sample of the batch. `states`, one for each module, are those of a sample that is streamed."""
-    frames, lengths = on_device(batch.frames, device), batch.lengths
-    for number, on_host in enumerate(modules):
-        module = copied(on_host, device)
-        with torch.no_grad(), autocast(device, config.training.precision):
-            if group.streamed:
-                frames, states[number] = module.push(frames.float(), states[number], last)
-                lengths = np.array([frames.shape[1]])
-            else:
-                frames = module(frames.float(), lengths)[1]
-                lengths = module.out_length(lengths)
-            del module
-            frames = rounded(frames, config.cache.dtype, number + 1)
+    """Rows of each sample of the batch."""
+    for handed in pass_up(stages, batch, states, last, device):
+        frames, lengths = handed
     return [_on_host(sample[:length]) for sample, length in zip(frames, lengths.tolist(), strict=True)]
 
 

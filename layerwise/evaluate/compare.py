@@ -16,18 +16,18 @@ from layerwise.data.source import DataSet
 from layerwise.engines.run import run
 from layerwise.errors import ConfigError, RunError
 from layerwise.evaluate.answer import answer
-from layerwise.evaluate.encoders import features_under_budget, trained_modules, untrained_modules
+from layerwise.evaluate.encoders import features_under_budget
 from layerwise.evaluate.methods import GREEDY, METHODS, UNTRAINED, config_of
 from layerwise.evaluate.question import Question, ask, truth
 from layerwise.events import Notify, silent
 from layerwise.files import exclusive, write_atomically
 from layerwise.memory.device import find_device
 from layerwise.nets import build_network, shortest_sample
-from layerwise.nets.module import Module
 from layerwise.nets.network import ranges
 from layerwise.stop import StopFlag
 from layerwise.training.cutting import plan_run
 from layerwise.training.encoder import load_encoder
+from layerwise.training.frozen import FrozenStage, Handing, trained_stages, untrained_stages
 from layerwise.training.plan import StagePlan, plan_stages
 from layerwise.training.removal import remove_caches
 from layerwise.training.storage import Storage, disk_peak, room_of_caches
@@ -209,12 +209,15 @@ def _outcome(
     plans = plan_stages(options, data, build_network(options.net, data.frame_shape), ranges(compared.cut))
     question = ask(compared.label, data, options)
     if method == UNTRAINED:
-        modules = untrained_modules(options, plans)
-        return Outcome(method, seed, _errors(options, question, plans, modules, out, stop), 0, 0, 0.0)
+        stages = untrained_stages(plans, [Handing.of(options)] * len(plans), seed)
+        return Outcome(method, seed, _errors(options, question, plans, stages, out, stop), 0, 0, 0.0)
     cut = None if options.training.stages == 1 else compared.cut
     result = run(options, cut=cut, stop=stop, notify=notify)
-    modules = trained_modules(options, plans, load_encoder(result.paths.encoder)[0])
-    errors = _errors(options, question, plans, modules, result.paths.probes, stop)
+    weights, origin = load_encoder(result.paths.encoder)
+    together = Handing(options.training.precision, None)
+    handings = origin.handings if len(origin.cut) == len(plans) else [together] * len(plans)
+    stages = trained_stages(plans, handings, weights)
+    errors = _errors(options, question, plans, stages, result.paths.probes, stop)
     records = result.state.stages
     cached = Storage(tuple(bool(record.cached) for record in records))
     disk = disk_peak(options.cache, room_of_caches(plans, data, options.cache), cached) if any(cached.cached) else 0
@@ -226,12 +229,12 @@ def _errors(
     config: Config,
     question: Question,
     plans: list[StagePlan],
-    modules: list[Module],
+    stages: list[FrozenStage],
     folder: Path,
     stop: StopFlag,
 ) -> tuple[float, ...]:
     """Of a linear probe after each module."""
-    files, _ = features_under_budget(config, question, modules, folder, stop)
+    files, _ = features_under_budget(config, question, stages, folder, stop)
     errors = []
     for plan, features in zip(plans, files, strict=True):
         stop.raise_if_set(f"before the probe of module {plan.stage}")

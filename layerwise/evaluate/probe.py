@@ -15,7 +15,7 @@ from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.errors import CacheError, ConfigError, DataError, RunError
 from layerwise.evaluate.answer import CLASSIFIERS, Confusion, answer
-from layerwise.evaluate.encoders import features_under_budget, trained_modules, untrained_modules
+from layerwise.evaluate.encoders import features_under_budget
 from layerwise.evaluate.feature_rows import FeatureRows
 from layerwise.evaluate.features import cached_features
 from layerwise.evaluate.question import Question, ask, truth
@@ -24,7 +24,8 @@ from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import ranges
 from layerwise.run_directory import RunPaths, RunState, open_run
 from layerwise.stop import StopFlag
-from layerwise.training.checkpoint import Arrays, load_stage
+from layerwise.training.checkpoint import load_stages
+from layerwise.training.frozen import Handing, trained_stages, untrained_stages
 from layerwise.training.plan import plan_stages
 
 
@@ -74,22 +75,23 @@ def probe(
     paths, state = open_run(run_directory)
     if state.network:
         raise RunError(f"{run_directory} was trained with a network of its own, which probes cannot build again yet.")
-    stages = [record.stage for record in state.stages if record.status == "done"]
-    if not stages:
+    done = [record.stage for record in state.stages if record.status == "done"]
+    if not done:
         raise RunError(f"No stage of {run_directory} is done yet; go on with the run first.")
     config = load(paths.config)
     data = _data_of_the_run(config, state)
-    plans = plan_stages(config, data, build_network(config.net, data.frame_shape), ranges(state.cut))[: len(stages)]
+    plans = plan_stages(config, data, build_network(config.net, data.frame_shape), ranges(state.cut))[: max(done)]
     question = ask(label, data, config)
+    handings = [Handing.of(load(paths.stage_config(plan.stage))) for plan in plans]
 
     notify("features of the same network with random weights")
-    modules = untrained_modules(config, plans)
-    untrained, peak = features_under_budget(config, question, modules, paths.probes, stop)
-    trained = {stage: _cached_features(paths, state, stage, question, stop, warn) for stage in stages}
+    random = untrained_stages(plans, handings, config.training.seed)
+    untrained, peak = features_under_budget(config, question, random, paths.probes, stop)
+    trained = {stage: _cached_features(paths, state, stage, question, stop, warn) for stage in done}
     if any(features is None for features in trained.values()):
         notify("features of stages that are not cached")
-        modules = trained_modules(config, plans, _weights(paths, stages))
-        passed, more = features_under_budget(config, question, modules, paths.probes, stop)
+        stages = trained_stages(plans, handings, load_stages(paths, [plan.stage for plan in plans]))
+        passed, more = features_under_budget(config, question, stages, paths.probes, stop)
         trained = {stage: passed[stage - 1] if kept is None else kept for stage, kept in trained.items()}
         peak = max(peak, more)
     results = []
@@ -115,13 +117,6 @@ def _data_of_the_run(config: Config, state: RunState) -> DataSet:
             "needs them. Bring the old ones back."
         )
     return data
-
-
-def _weights(paths: RunPaths, stages: list[int]) -> Arrays:
-    weights: Arrays = {}
-    for stage in stages:
-        weights |= load_stage(paths, stage)
-    return weights
 
 
 def _cached_features(

@@ -27,7 +27,7 @@ from layerwise.training.feed import Feed
 from layerwise.training.plan import StagePlan
 
 SHORTEST = 64
-"""Frames."""
+"""Frames of a sequence, or rows of a picture, below which pieces are not made smaller where memory runs out."""
 
 
 def longest_piece(plan: StagePlan, config: Config) -> int:

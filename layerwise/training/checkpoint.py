@@ -6,7 +6,7 @@ its header. All of it is copied to host memory as numpy arrays, so that nothing 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,14 @@ def load_arrays(path: Path, way_out: str) -> tuple[Arrays, dict[str, str]]:
 def load_stage(paths: RunPaths, stage: int) -> Arrays:
     """The weights of a trained stage. Raises RunError where they are missing or damaged."""
     return load_arrays(paths.weights(stage), f"train the stage again with --from-stage {stage}.")[0]
+
+
+def load_stages(paths: RunPaths, stages: Iterable[int]) -> Arrays:
+    """The weights of several, by the names that they have in the whole network. Raises RunError as `load_stage` does."""
+    weights: Arrays = {}
+    for stage in stages:
+        weights |= load_stage(paths, stage)
+    return weights
 
 
 def digest(arrays: Arrays) -> str:

@@ -8,11 +8,12 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from layerwise.config import Config, parsed
+from layerwise.config import Config, load, parsed
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, RunError
 from layerwise.run_directory import RunPaths
-from layerwise.training.checkpoint import Arrays, load_arrays, load_stage, save_arrays
+from layerwise.training.checkpoint import Arrays, load_arrays, load_stages, save_arrays
+from layerwise.training.frozen import Handing
 from layerwise.training.plan import StagePlan
 from layerwise.version import __version__
 
@@ -25,6 +26,8 @@ class Origin:
     """Of the run."""
     cut: list[int]
     """Layers in each stage."""
+    handings: list[Handing]
+    """How each of them hands its outputs on."""
     level: float
     """What recordings were divided by; 1 for pictures."""
     samples: int
@@ -37,12 +40,10 @@ class Origin:
 
 def stitch(config: Config, paths: RunPaths, plans: list[StagePlan], data: DataSet) -> None:
     """Writes encoder.safetensors, on the host: the weights of all layers under their names in the whole network."""
-    weights: Arrays = {}
-    for plan in plans:
-        weights |= load_stage(paths, plan.stage)
     cut = [len(plan.layers) for plan in plans]
-    origin = Origin(config, cut, data.level, len(data.ids), plans[0].network.identity)
-    save_encoder(paths.encoder, weights, origin)
+    handings = [Handing.of(load(paths.stage_config(plan.stage))) for plan in plans]
+    origin = Origin(config, cut, handings, data.level, len(data.ids), plans[0].network.identity)
+    save_encoder(paths.encoder, load_stages(paths, [plan.stage for plan in plans]), origin)
 
 
 def save_encoder(path: Path, weights: Arrays, origin: Origin) -> None:
@@ -54,17 +55,20 @@ def save_encoder(path: Path, weights: Arrays, origin: Origin) -> None:
 def load_encoder(path: Path) -> tuple[Arrays, Origin]:
     """Weights and origin. Raises RunError where the file is missing, damaged or of a layerwise that wrote no origin."""
     weights, header = load_arrays(path, "start its run again, which writes it anew and trains nothing.")
-    if "origin" not in header:
-        raise RunError(
-            f"{path} does not say how it is to be used: an earlier layerwise wrote it. Start its run again with the same "
-            "command, which writes it anew and trains nothing."
-        )
+    way_out = "start its run again with the same command, which writes it anew and trains nothing."
     try:
-        origin = Origin(parsed(header["config"]), **json.loads(header["origin"]))
+        described = json.loads(header["origin"])
+        handings = [Handing(**each) for each in described.pop("handings")]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{path} does not say how it is to be used ({error!r}): it is damaged, or an earlier layerwise wrote it; {way_out}"
+        ) from None
+    try:
+        origin = Origin(parsed(header["config"]), handings=handings, **described)
         if not (all(isinstance(size, int) and size > 0 for size in origin.cut) and 0 < origin.level < math.inf):
             raise ValueError("cut or level")
+        if len(handings) != len(origin.cut):
+            raise ValueError("handings")
     except (ValueError, KeyError, TypeError, ConfigError) as error:
-        raise RunError(
-            f"The header of {path} is damaged ({error}); restore the file, or start its run again."
-        ) from None
+        raise RunError(f"The header of {path} is damaged ({error}); restore the file, or {way_out}") from None
     return weights, origin

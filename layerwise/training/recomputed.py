@@ -14,7 +14,6 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from layerwise.config import Config
 from layerwise.data.batches import Batch, Epoch, read_ahead
 from layerwise.data.groups import Group
 from layerwise.data.source import FrameSource
@@ -23,8 +22,8 @@ from layerwise.memory.device import autocast, on_device, release, why_out_of_mem
 from layerwise.memory.meter import uncounted
 from layerwise.nets.copying import copied
 from layerwise.nets.module import Module
-from layerwise.training.caching import rounded
 from layerwise.training.feed import Parked
+from layerwise.training.frozen import FrozenStage
 from layerwise.training.plan import StagePlan
 
 BLOCK_BYTES = 256 * 2**20
@@ -50,18 +49,14 @@ class RecomputedFeed:
         self,
         source: FrameSource,
         plans: Sequence[StagePlan],
-        modules: Sequence[Module],
+        stages: Sequence[FrozenStage],
         samples: int,
-        configs: Sequence[Config],
         device: torch.device,
     ) -> None:
-        """modules: those of `plans`, trained, in host memory, lowest first; samples: windows on the device at once.
-
-        configs: the options that each of them was trained with.
-        """
+        """stages: those of `plans`, trained, lowest first; samples: windows on the device at once."""
         self.lengths, self.columns, self.views = plans[-1].output_lengths, source.columns, source.views
-        self._source, self._plans, self._modules = source, plans, modules
-        self._samples, self._configs, self._device = samples, configs, device
+        self._source, self._plans, self._stages = source, plans, stages
+        self._samples, self._device = samples, device
 
     def batches(self, epoch: Epoch, first: int, parked: Parked) -> Iterator[Batch]:
         per_block = max(BLOCK_BYTES // self._bytes(epoch.batch_size, epoch.window.frames), 1)
@@ -85,15 +80,15 @@ class RecomputedFeed:
     def _block(self, reads: list[partial[Windows]], parked: Parked) -> Iterator[Batch]:
         block = list(read_ahead(reads))
         with parked():
-            for plan, module, config in zip(self._plans, self._modules, self._configs, strict=True):
-                block = self._passed(module, plan.stage, config, block)
+            for stage in self._stages:
+                block = self._passed(stage, block)
         block.reverse()
         while block:  # what is trained on is let go of
             windows = block.pop()
             yield Batch(windows.frames, windows.real)
 
     def _read_windows(self, epoch: Epoch, step: int) -> Windows:
-        if not all(module.frame_by_frame for module in self._modules):
+        if not all(stage.module.frame_by_frame for stage in self._stages):
             rows = slice(step * epoch.batch_size, (step + 1) * epoch.batch_size)
             return self._read(epoch.samples[rows], epoch.views[rows], epoch.first_rows[rows], epoch.window.rows)
         batch = epoch.read(self._source, step)
@@ -108,8 +103,8 @@ class RecomputedFeed:
         real = np.minimum(starts + count, self.lengths[samples]) - starts
         count = int(real.max())
         firsts, stops = starts, starts + count
-        for module in reversed(self._modules):
-            firsts, stops = module.inputs_of(firsts, stops)
+        for stage in reversed(self._stages):
+            firsts, stops = stage.module.inputs_of(firsts, stops)
         lengths = self._source.lengths[samples]
         frames = None
         for row, (sample, view, first, stop, length) in enumerate(
@@ -123,12 +118,12 @@ class RecomputedFeed:
         assert frames is not None
         return Windows(frames, firsts, lengths, real)
 
-    def _passed(self, on_host: Module, stage: int, config: Config, block: list[Windows]) -> list[Windows]:
+    def _passed(self, stage: FrozenStage, block: list[Windows]) -> list[Windows]:
         """The windows one module further up, which is alone on the device meanwhile; fewer at once where they do not fit."""
         while True:
             try:
-                module = copied(on_host, self._device)
-                return [self._pass(module, stage, config, windows) for windows in block]
+                module = copied(stage.module, self._device)
+                return [self._pass(module, stage, windows) for windows in block]
             except (BudgetError, RuntimeError) as error:
                 reason = why_out_of_memory(error)
             del module
@@ -137,15 +132,15 @@ class RecomputedFeed:
                 raise BudgetError(reason)
             self._samples //= 2
 
-    def _pass(self, module: Module, stage: int, config: Config, windows: Windows) -> Windows:
+    def _pass(self, module: Module, stage: FrozenStage, windows: Windows) -> Windows:
         outputs, firsts, lengths = [], [], []
         for start in range(0, len(windows.frames), self._samples):
             samples = slice(start, start + self._samples)
-            with torch.no_grad(), autocast(self._device, config.training.precision):
+            with torch.no_grad(), autocast(self._device, stage.handing.precision):
                 frames = on_device(windows.frames, self._device, samples)
                 passed, first, length = module.window(frames, windows.firsts[samples], windows.lengths[samples])
                 del frames
-                kept = rounded(passed, config.cache.dtype, stage)
+                kept = stage.handed_over(passed)
                 with uncounted():
                     outputs.append(kept.to("cpu", copy=True))
                 del kept
@@ -159,9 +154,9 @@ class RecomputedFeed:
     def _bytes(self, samples: int, frames: int) -> int:
         """Host memory of windows at the two levels next to each other that take most."""
         sizes = []
-        for plan, module in zip(reversed(self._plans), reversed(self._modules), strict=True):
+        for plan, stage in zip(reversed(self._plans), reversed(self._stages), strict=True):
             sizes.append(frames * math.prod(plan.output_shape))
-            start, stop = module.inputs_of(0, frames)
+            start, stop = stage.module.inputs_of(0, frames)
             frames = stop - start
         sizes.append(frames * math.prod(self._plans[0].frame_shape))
         return samples * 4 * max(map(sum, pairwise(sizes)))

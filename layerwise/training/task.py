@@ -22,15 +22,15 @@ from layerwise.events import EpochDone, Event, Notify, StageDone
 from layerwise.files import write_atomically
 from layerwise.memory.allocator import AnyMeter, meter_for
 from layerwise.memory.device import cap, process_bytes, release, why_out_of_memory
-from layerwise.memory.meter import uncounted
 from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.stop import StopFlag
 from layerwise.training.cache_layout import cache_layout
 from layerwise.training.caching import cache_outputs, shortest_piece
-from layerwise.training.checkpoint import digest, load_stage, load_weights, save_arrays
+from layerwise.training.checkpoint import digest, load_stage, load_stages, load_weights, save_arrays
 from layerwise.training.classes import sample_classes
 from layerwise.training.feed import Feed, ReadFeed
 from layerwise.training.fingerprint import fingerprint, training_key
+from layerwise.training.frozen import Handing, trained_stages
 from layerwise.training.labels import frame_labels
 from layerwise.training.memory_record import MemoryRecord
 from layerwise.training.plan import StagePlan
@@ -152,12 +152,10 @@ def _feed(stage: int, source: FrameSource, run: Run) -> Feed:
     plans = below(run.plans, stage, run.storage)
     if not plans:
         return ReadFeed(source, run.device)
-    with uncounted():
-        modules = [plan.build_module(run.config.training.seed, torch.device("cpu")).eval() for plan in plans]
-        for plan, module in zip(plans, modules, strict=True):
-            load_weights(module, load_stage(run.paths, plan.stage))
-    configs = [run.trained_with(plan.stage) for plan in plans]
-    return RecomputedFeed(source, plans, modules, run.layouts[stage - 1].windows, configs, run.device)
+    numbers = [plan.stage for plan in plans]
+    handings = [Handing.of(run.trained_with(below)) for below in numbers]
+    stages = trained_stages(plans, handings, load_stages(run.paths, numbers))
+    return RecomputedFeed(source, plans, stages, run.layouts[stage - 1].windows, run.device)
 
 
 def delete_leftovers(run: Run) -> None:

@@ -184,9 +184,9 @@ def test_files_that_do_not_fit_together_are_refused(speech_run: RunResult, tmp_p
     refused(r"the shape of layers\.0\.weight is \(8, 1, 3\) and should be \(8, 1, 10\)")
     save_encoder(path, weights | {"layers.9.weight": np.zeros(3, np.float32)}, origin)
     refused(r"should be missing")
-    save_encoder(path, weights, replace(origin, cut=[1, 1]))
+    save_encoder(path, weights, replace(origin, cut=[1, 1], handings=origin.handings[:2]))
     refused("cut into 2 layers, and its network has 4")
-    for damaged in ({"level": 0.0}, {"level": float("nan")}, {"cut": [-4]}):
+    for damaged in ({"level": 0.0}, {"level": float("nan")}, {"cut": [-4]}, {"handings": []}):
         save_encoder(path, weights, replace(origin, **damaged))
         refused("header of .* is damaged")
     save_arrays(path, weights, {"config": origin.config.to_toml()})

@@ -14,7 +14,7 @@ from layerwise.data.open import open_data
 from layerwise.evaluate import examples as examples_file
 from layerwise.evaluate import linear, nearest
 from layerwise.evaluate.answer import answer
-from layerwise.evaluate.encoders import features_under_budget, untrained_modules
+from layerwise.evaluate.encoders import features_under_budget
 from layerwise.evaluate.examples import Examples, Parts
 from layerwise.evaluate.feature_rows import FeatureRows
 from layerwise.evaluate.features import FRAMES_PER_SAMPLE, SampleSummary, choose_frames
@@ -22,6 +22,7 @@ from layerwise.evaluate.question import Truth, truth
 from layerwise.evaluate.question import ask as ask_data
 from layerwise.nets import build_network, shortest_sample
 from layerwise.stop import StopFlag
+from layerwise.training.frozen import Handing, untrained_stages
 from layerwise.training.plan import plan_stages
 
 
@@ -119,7 +120,8 @@ def test_scikit_learn_is_of_the_same_opinion_on_spoken_digits(fsdd: Path, tmp_pa
     network = build_network(config.net, data.frame_shape)
     plans = plan_stages(config, data, network, network.natural_ranges)[:2]
     question = ask_data("digit", data, config)
-    (_, features), _ = features_under_budget(config, question, untrained_modules(config, plans), tmp_path, StopFlag())
+    stages = untrained_stages(plans, [Handing.of(config)] * 2, 0)
+    (_, features), _ = features_under_budget(config, question, stages, tmp_path, StopFlag())
     right = truth(question, plans[1])
     examples = Examples(features, right.classes, right.parts)
     ours = linear.linear_predictions(examples)

@@ -17,6 +17,7 @@ from layerwise.data.source import DataSet
 from layerwise.memory.meter import Meter
 from layerwise.nets.module import Module
 from layerwise.training.feed import ReadFeed
+from layerwise.training.frozen import FrozenStage, Handing
 from layerwise.training.plan import StagePlan
 from layerwise.training.planner import recomputing_peak
 from layerwise.training.recomputed import RecomputedFeed
@@ -59,7 +60,9 @@ def both_feeds(
         data = replace(data, lengths=np.array([6400, 1300, 5001, 700, 1600, 6399]))
         plans = [replace(plan, **lengths_of(plan, plans, data)) for plan in plans]
     modules = [plan.build_module(0, CPU).eval() for plan in plans[:stages]]
-    recomputed = RecomputedFeed(data, plans[:stages], modules, windows, [config] * stages, CPU)
+    handing = Handing.of(config)
+    frozen = [FrozenStage(plan.stage, module, handing) for plan, module in zip(plans, modules, strict=False)]
+    recomputed = RecomputedFeed(data, plans[:stages], frozen, windows, CPU)
     return recomputed, ReadFeed(Outputs(data, modules), CPU), plans[stages].window, config
 
 

@@ -1,0 +1,91 @@
+"""Stages without a cache are probed on the frames that their cache would hold."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from layerwise.cache import ActivationCache
+from layerwise.config import Config
+from layerwise.data.open import open_data
+from layerwise.engines.run import RunResult, run
+from layerwise.evaluate.encoders import features_under_budget
+from layerwise.evaluate.feature_rows import FeatureRows
+from layerwise.evaluate.features import cached_features
+from layerwise.evaluate.probe import probe
+from layerwise.evaluate.question import ask
+from layerwise.nets import build_network, shortest_sample
+from layerwise.nets.network import ranges
+from layerwise.stop import StopFlag
+from layerwise.training.encoder import load_encoder
+from layerwise.training.frozen import Handing, trained_stages
+from layerwise.training.plan import plan_stages
+
+
+@pytest.fixture
+def mixed(tiny_speech: Callable[..., Config], digits: Path) -> RunResult:
+    """Stage 1 is cached as bfloat16, and those above, which were trained again later, as float32."""
+    options = {"training.stages": 4, "training.max_epochs": 1}
+    run(tiny_speech(f"fsdd:{digits}", **options, **{"cache.dtype": "bfloat16"}))
+    return run(tiny_speech(f"fsdd:{digits}", **options, **{"cache.dtype": "float32"}), from_stage=2)
+
+
+def features_without_caches(result: RunResult, handings: list[Handing], folder: Path) -> list[np.ndarray]:
+    """One array [samples, C] for each stage."""
+    config, (weights, origin) = result.config, load_encoder(result.paths.encoder)
+    data = open_data(config.data, shortest_sample(config))
+    plans = plan_stages(config, data, build_network(config.net, data.frame_shape), ranges(origin.cut))
+    stages = trained_stages(plans, handings, weights)
+    question = ask("digit", data, config)
+    files, _ = features_under_budget(config, question, stages, folder, StopFlag())
+    return [everything(file) for file in files]
+
+
+def features_of_the_cache(result: RunResult, stage: int, folder: Path) -> np.ndarray:
+    config = result.config
+    question = ask("digit", open_data(config.data, shortest_sample(config)), config)
+    file = FeatureRows(folder)
+    with ActivationCache(result.paths.cache(stage)) as cache:
+        cached_features(cache, question.samples, False, file)
+    return everything(file)
+
+
+def everything(file: FeatureRows) -> np.ndarray:
+    return file.read(0, file.rows)
+
+
+def test_each_stage_hands_over_in_the_dtype_that_it_was_cached_in(mixed: RunResult, tmp_path: Path) -> None:
+    handings = load_encoder(mixed.paths.encoder)[1].handings
+    assert [handing.dtype for handing in handings] == ["bfloat16", "float32", "float32", "float32"]
+    passed = features_without_caches(mixed, handings, tmp_path)
+    unrounded = features_without_caches(mixed, [Handing("float32", None)] * 4, tmp_path)
+    for stage in (2, 3, 4):
+        cached = features_of_the_cache(mixed, stage, tmp_path)
+        far = np.abs(unrounded[stage - 1] - cached).max()
+        assert np.abs(passed[stage - 1] - cached).max() < far / 20
+
+
+def test_a_probe_finds_the_same_with_and_without_caches(mixed: RunResult) -> None:
+    with_caches = probe(mixed.paths.out, "digit")
+    for stage in (1, 2, 4):
+        mixed.paths.cache(stage).unlink()
+    without = probe(mixed.paths.out, "digit")
+    assert [each.error for each in without.stages] == pytest.approx(
+        [each.error for each in with_caches.stages], abs=0.05
+    )
+
+
+def test_a_stage_below_that_is_being_cached_again_does_not_shift_the_others(mixed: RunResult) -> None:
+    whole = probe(mixed.paths.out, "digit")
+    state = json.loads(mixed.paths.state.read_text())
+    state["stages"][1]["status"] = "caching"
+    mixed.paths.state.write_text(json.dumps(state))
+    for stage in (2, 3):
+        mixed.paths.cache(stage).unlink()
+    found = probe(mixed.paths.out, "digit")
+    assert [each.stage for each in found.stages] == [1, 3, 4]
+    kept = [each for each in whole.stages if each.stage != 2]
+    assert [each.error for each in found.stages] == pytest.approx([each.error for each in kept], abs=0.05)
+    assert [each.untrained_error for each in found.stages] == [each.untrained_error for each in kept]
