@@ -23,6 +23,8 @@ class Group:
     """Frames of the longest of them."""
     piece: int
     """Most frames that are on the device at once."""
+    padded: bool
+    """Whether they differ in length."""
 
     @property
     def streamed(self) -> bool:
@@ -45,12 +47,17 @@ def group_renderings(lengths: np.ndarray, piece: int) -> list[Group]:
     first, longest = 0, 0
     for rendering, length in enumerate(lengths.tolist()):
         if rendering > first and max(longest, length) * (rendering - first + 1) > piece:
-            groups.append(Group(first, rendering, longest, piece))
+            groups.append(_group(lengths, first, rendering, piece))
             first, longest = rendering, 0
         longest = max(longest, length)
     if len(lengths):
-        groups.append(Group(first, len(lengths), longest, piece))
+        groups.append(_group(lengths, first, len(lengths), piece))
     return groups
+
+
+def _group(lengths: np.ndarray, first: int, stop: int, piece: int) -> Group:
+    within = lengths[first:stop]
+    return Group(first, stop, int(within.max()), piece, bool(within.min() < within.max()))
 
 
 def read_piece(source: FrameSource, group: Group, start: int) -> Batch:

@@ -96,7 +96,7 @@ def _fill(
         meter, reason = meter_for(device, budget), None
         try:
             with meter:
-                for passed in pass_through(stages, data, done, piece, device):
+                for passed in pass_through(stages, data, done, piece, device, meter):
                     stop.raise_if_set("before the features were whole, so none are left")
                     name = data.ids[passed.sample]
                     if passed.rows is None:

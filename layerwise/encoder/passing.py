@@ -16,6 +16,9 @@ from layerwise.data.batches import Batch, collate, read_ahead
 from layerwise.data.groups import Group, group_renderings
 from layerwise.data.source import DataSet
 from layerwise.errors import DataError
+from layerwise.memory.allocator import AnyMeter
+from layerwise.memory.meter import metered
+from layerwise.training.caching import looks_at
 from layerwise.training.frozen import FrozenStage, pass_up
 
 
@@ -43,7 +46,7 @@ class _Read:
 
 
 def pass_through(
-    stages: Sequence[FrozenStage], data: DataSet, first: int, piece: int, device: torch.device
+    stages: Sequence[FrozenStage], data: DataSet, first: int, piece: int, device: torch.device, meter: AnyMeter
 ) -> Iterator[Passed]:
     """Samples `first` on, in their order, with what the last stage hands over.
 
@@ -58,6 +61,7 @@ def pass_through(
     for group in groups:
         states: list[Any] | None = [None] * len(stages) if group.streamed else None
         failed: dict[int, str] = {}
+        look = looks_at(meter, group)
         for start in group.starts:
             read, last = next(reads), group.is_last(start)
             if failed and group.streamed:
@@ -65,7 +69,8 @@ def pass_through(
             failed |= read.faults
             outputs: list[np.ndarray] = []
             if read.batch is not None:
-                outputs = _outputs(stages, read.batch, states, last, device)
+                with metered(look):
+                    outputs = _outputs(stages, read.batch, states, last, device)
             rows = dict(zip(read.samples, outputs, strict=True))
             for sample in range(group.first, group.stop):
                 yield Passed(sample, rows.get(sample), last or sample in failed, failed.get(sample, ""))

@@ -61,6 +61,7 @@ def run(
     overwrite: bool = False,
     network: Network | None = None,
     cut: Sequence[int] | None = None,
+    data: DataSet | None = None,
     stop: StopFlag | None = None,
     notify: Notify = silent,
 ) -> RunResult:
@@ -68,14 +69,15 @@ def run(
 
     from_stage: retrain this stage and those above it from the cache below. overwrite: delete the run in `config.out`
     first. network: in place of the one that the options name. cut: layers in each stage, in place of what the options say
-    of it. stop: a flag that ends the run after the step in hand. notify: is told what happens.
+    of it. data: what the options name, where it is open already. stop: a flag that ends the run after the step in hand.
+    notify: is told what happens.
     Raises Interrupted after saving when asked to stop, and other LayerwiseErrors where the request cannot be met.
     """
     share_one_heap()
     service = find_service(config.training.log)
     device, stop = find_device(config.training.device), stop or StopFlag()
     paths = RunPaths.of(config.out, config.cache.dir)
-    data = open_data(config.data, shortest_sample(config))
+    data = data or open_data(config.data, shortest_sample(config))
     planned_for = _content(paths.state)
     plans = plan_run(config, data, device, network, cut or (None if overwrite else _earlier_cut(paths, config)))
     split = split_samples(data, config)

@@ -212,7 +212,7 @@ def _outcome(
         stages = untrained_stages(plans, [Handing.of(options)] * len(plans), seed)
         return Outcome(method, seed, _errors(options, question, plans, stages, out, stop), 0, 0, 0.0)
     cut = None if options.training.stages == 1 else compared.cut
-    result = run(options, cut=cut, stop=stop, notify=notify)
+    result = run(options, cut=cut, data=data, stop=stop, notify=notify)
     weights, origin = load_encoder(result.paths.encoder)
     together = Handing(options.training.precision, None)
     handings = origin.handings if len(origin.cut) == len(plans) else [together] * len(plans)

@@ -30,7 +30,7 @@ def features_under_budget(
         files = [FeatureRows(folder) for _ in stages]
         try:
             with meter:
-                passed_features(stages, data, question.samples, piece, question.per_frame, files, device, stop)
+                passed_features(stages, data, question.samples, piece, question.per_frame, files, device, meter, stop)
             return files, meter.peak
         except (BudgetError, RuntimeError) as error:
             reason = why_out_of_memory(error)

@@ -16,7 +16,10 @@ from layerwise.data.groups import Group, group_renderings, read_piece
 from layerwise.data.source import DataSet
 from layerwise.evaluate.feature_rows import FeatureRows
 from layerwise.evaluate.features import SampleSummary, choose_frames
+from layerwise.memory.allocator import AnyMeter
+from layerwise.memory.meter import metered
 from layerwise.stop import StopFlag
+from layerwise.training.caching import looks_at
 from layerwise.training.frozen import FrozenStage, pass_up
 
 
@@ -28,6 +31,7 @@ def passed_features(
     per_frame: bool,
     into: list[FeatureRows],
     device: torch.device,
+    meter: AnyMeter,
     stop: StopFlag,
 ) -> None:
     """For each stage: a row for each sample, or one per chosen frame where per_frame; view 0, in the samples' order.
@@ -42,7 +46,8 @@ def passed_features(
         stop.raise_if_set("while probing")
         numbers = samples[group.first : group.stop]
         summaries = _summaries(stages, data.lengths[numbers], numbers, per_frame)
-        _pass(stages, group, pieces, summaries, device)
+        with metered(looks_at(meter, group)):
+            _pass(stages, group, pieces, summaries, device)
         for file, of_group in zip(into, summaries, strict=True):
             for summary in of_group:
                 file.append(summary.features(per_frame))

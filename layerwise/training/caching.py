@@ -91,12 +91,9 @@ def _stored_outputs(
     pieces = feed.pieces(groups, away)
     for group in groups:
         states = None
-        look = group.streamed and meter.looks("caching streamed", group.longest)
+        look = looks_at(meter, group)
         for start in group.starts:
             batch = next(pieces)
-            if not group.streamed:
-                padded = bool((batch.lengths < batch.frames.shape[1]).any())
-                look = meter.looks("caching side by side", batch.lengths.size * batch.frames.shape[1], padded)
             with metered(look), autocast(device, precision):
                 frames = on_device(batch.frames, device)
                 if group.streamed:
@@ -112,6 +109,13 @@ def _stored_outputs(
                 ]
                 del outputs
             yield from stored
+
+
+def looks_at(meter: AnyMeter, group: Group) -> bool:
+    """Whether to meter the pass of this group, see `Meter.looks`; what a streamed sample carries is seen whole or not."""
+    if group.streamed:
+        return meter.looks("streamed", group.longest)
+    return meter.looks("side by side", (group.stop - group.first) * group.longest, group.padded)
 
 
 def _as_stored(rows: torch.Tensor, dtype: str, stage: int) -> np.ndarray:
