@@ -62,7 +62,7 @@ def chosen(options: argparse.Namespace) -> list[Experiment]:
         experiments.append(Experiment("fsdd", "Free Spoken Digits", "digit", 8, source, "fsdd"))
     if options.cifar10:
         source = {"data.source": f"images:{options.cifar10}"}
-        experiments.append(Experiment("cifar10", "A fifth of CIFAR-10", "class", 3, source, "cifar10"))
+        experiments.append(Experiment("cifar10", "A fifth of CIFAR-10", "class", 2, source, "cifar10"))
     return experiments
 
 

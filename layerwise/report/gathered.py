@@ -84,13 +84,6 @@ class StageErrors:
     means: list[float]
     deviations: list[float]
 
-    def shown(self, stage: int) -> str:
-        """In percent, for a table; empty where the method has no such stage."""
-        if stage not in self.stages:
-            return ""
-        i = self.stages.index(stage)
-        return f"{100 * self.means[i]:.1f} ± {100 * self.deviations[i]:.1f}"
-
 
 @dataclass(frozen=True, slots=True)
 class Method:
@@ -102,6 +95,14 @@ class Method:
     seconds: float | None
     disk_bytes: int | None
     errors: StageErrors
+
+    def error(self, stage: int) -> str:
+        """In percent, for a table, with its spread where there are several seeds; empty where there is no such stage."""
+        if stage not in self.errors.stages:
+            return ""
+        i = self.errors.stages.index(stage)
+        spread = f" ± {100 * self.errors.deviations[i]:.1f}" if self.seeds > 1 else ""
+        return f"{100 * self.errors.means[i]:.1f}{spread}"
 
 
 @dataclass(frozen=True, slots=True)

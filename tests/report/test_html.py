@@ -78,6 +78,14 @@ def test_a_report_of_a_comparison_shows_every_method(comparison_directory: Calla
     assert (folder / "runs" / "greedy-infomax" / "seed-0" / "plots" / "memory.png").exists()
 
 
+def test_one_seed_has_no_spread(comparison_directory: Callable[..., Path]) -> None:
+    stages = [{"stage": 1, "error_mean": 0.4, "error_std": 0.0}]
+    only = {"method": "cpc", "seeds": [3], "peak_bytes": 1, "seconds": 1, "stages": stages}
+    page = write_report(comparison_directory(methods=[only])).read_text()
+    assert "1 method on the same" in page
+    assert '<td class="n">40.0</td>' in page
+
+
 def test_an_unfinished_comparison_says_so(comparison_directory: Callable[..., Path]) -> None:
     begun = {"method": "cpc", "seeds": [], "peak_bytes": None, "seconds": None, "stages": []}
     page = write_report(comparison_directory(finished=False, methods=[begun])).read_text()
