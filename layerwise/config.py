@@ -156,6 +156,15 @@ class TrainingOptions(_Section):
         "none", "place", "show curves in tensorboard, wandb or mlflow too; none: in metrics.jsonl alone", "--log"
     )
 
+    @model_validator(mode="after")
+    def _inputs_that_never_change(self) -> "TrainingOptions":
+        if self.schedule == "simultaneous" and (self.input_noise or self.frame_dropout):
+            raise ValueError(
+                "input_noise and frame_dropout are for inputs that never change; with schedule simultaneous they do, so "
+                "leave them out"
+            )
+        return self
+
 
 def _size(value: Any) -> Any:
     """A budget in bytes, from text with a unit. Raises ValueError."""

@@ -64,8 +64,9 @@ def _what_it_is(encoder: Encoder, origin: Origin) -> str:
         name = f"A speech network of {len(net.kernels)} convolutions of {net.width} channels{recurrent}"
     else:
         name = f"A vision network of {len(net.blocks)} modules of {', '.join(map(str, net.blocks))} residual blocks on patches"
+    order = "one after another" if origin.config.training.schedule == "sequential" else "all at once"
     stages = (
-        f"in {len(origin.cut)} gradient-isolated stages, one after another, as in Greedy InfoMax (Löwe, O'Connor, Veeling, "
+        f"in {len(origin.cut)} gradient-isolated stages, {order}, as in Greedy InfoMax (Löwe, O'Connor, Veeling, "
         "NeurIPS 2019, arXiv 1905.11786)"
         if len(origin.cut) > 1
         else "end to end"
@@ -141,11 +142,16 @@ def _training(origin: Origin, state: RunState) -> str:
     training, objective = origin.config.training, origin.config.objective
     shown = {"label"} if objective.name == "supervised" else type(objective).model_fields.keys() - {"name", "label"}
     settings = ", ".join(f"{name} {value}" for name, value in objective.model_dump().items() if name in shown)
+    read = (
+        f" Each stage read the outputs of the one below as {origin.config.cache.dtype}."
+        if len(state.stages) > 1
+        else ""
+    )
     budget = f"a device budget of {size(state.budget_bytes)}" if state.budget_bytes else "no device budget"
     return (
         f"Objective: {objective.name} ({settings}). Adam, learning rate {training.lr:g}, batches of {training.batch_size}, "
         f"at most {training.max_epochs} epochs a stage, {training.precision}, seed {training.seed}; {budget}, on "
-        f"{state.device}. Each stage read the outputs of the one below as {origin.config.cache.dtype}."
+        f"{state.device}.{read}"
     )
 
 
@@ -155,10 +161,12 @@ def _stages(encoder: Encoder, origin: Origin, state: RunState) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     layers = list(encoder.layers.values())
-    for record, indices in zip(state.stages, ranges(origin.cut), strict=True):
+    # Trained all at once, the stages share one record.
+    records = state.stages if len(state.stages) == len(origin.cut) else state.stages * len(origin.cut)
+    for stage, (record, indices) in enumerate(zip(records, ranges(origin.cut), strict=True), start=1):
         parameters = sum(parameter.numel() for index in indices for parameter in layers[index].parameters())
         loss = "" if record.best_loss is None else f"{record.best_loss:.4f}"
-        cells = (record.stage, len(indices), f"{parameters:,}", record.epochs, loss, size(record.peak_bytes))
+        cells = (stage, len(indices), f"{parameters:,}", record.epochs, loss, size(record.peak_bytes))
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows)
 
@@ -168,11 +176,13 @@ def _results(paths: RunPaths) -> Iterator[str]:
     if not probes:
         yield "No probe was run; `layerwise probe` measures how well each stage tells a label."
         return
-    yield "Errors of linear probes on frozen features of test samples, beside the same network with random weights:"
+    yield "Errors of probes on frozen features of test samples, beside the same network with random weights:"
     for path in probes:
         probe = json.loads(path.read_text())
-        label = probe["label"]
-        rows = [f"| stage | {label} error | random weights | test samples |", "| --- | --- | --- | --- |"]
+        rows = [
+            f"| stage | {probe['label']} error, {probe['classifier']} probe | random weights | test samples |",
+            "| --- | --- | --- | --- |",
+        ]
         rows += [
             f"| {s['stage']} | {percent(s['error'])} | {percent(s['untrained_error'])} | {s['test']} |"
             for s in probe["stages"]
@@ -185,7 +195,7 @@ def _limits(origin: Origin, exported: Exported) -> str:
     return (
         f"- It has seen the {what} named above and no others; of other kinds of {what} nothing is known.\n"
         "- It gives features, not decisions, and was tested for nothing but what stands under Results.\n"
-        f"- It computes in float32. Between the stages the run rounded to {origin.config.cache.dtype}; its own caches, and "
+        f"- It computes in float32. The run rounded what it cached to {origin.config.cache.dtype}; its own caches, and "
         "`layerwise extract`, differ from the output of this encoder by that.\n"
         f"- The file was read back and compared with the encoder of the run: the largest difference was "
         f"{exported.difference:.1g} of the largest feature."

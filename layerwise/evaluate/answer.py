@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layerwise.evaluate.examples import Examples
+from layerwise.evaluate.examples import Examples, Poll, unasked
 from layerwise.evaluate.feature_rows import FeatureRows
 from layerwise.evaluate.linear import linear_predictions
 from layerwise.evaluate.nearest import nearest_predictions
@@ -38,9 +38,9 @@ class Answer:
     confusion: Confusion | None
 
 
-def answer(features: FeatureRows, truth: Truth, classifier: str) -> Answer:
-    """Fits the classifier and tests it."""
-    predicted = CLASSIFIERS[classifier](Examples(features, truth.classes, truth.parts))
+def answer(features: FeatureRows, truth: Truth, classifier: str, poll: Poll = unasked) -> Answer:
+    """Fits the classifier and tests it. `poll` is called before each piece of the features and may raise."""
+    predicted = CLASSIFIERS[classifier](Examples(features, truth.classes, truth.parts, poll))
     right = truth.classes[truth.parts.test.start :]
     confusion = None
     if len(truth.names) <= MOST_CONFUSED:

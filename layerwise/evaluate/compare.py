@@ -8,6 +8,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from layerwise.config import Config, changed_options, load, with_options
@@ -70,6 +71,10 @@ class MethodResult:
     stages: list[ModuleError]
 
 
+FREE = {"out", "cache.dir", "cache.block", "training.checkpoint_seconds", "training.log"}
+"""Options that may differ between two starts of a comparison; all others act on what it shows: memory, disk and time, too."""
+
+
 @dataclass(slots=True)
 class Comparison:
     """compare.json."""
@@ -80,6 +85,7 @@ class Comparison:
     cut: list[int]
     """Layers in each module, of every method; decided at the first start."""
     finished: bool = False
+    """Whether the newest start has done what it was asked, and every method has the same seeds."""
     outcomes: list[Outcome] = field(default_factory=list)
 
     @property
@@ -142,9 +148,9 @@ def compare(
                 found.outcomes.append(_outcome(method, seed, config, found, data, stop, notify))
                 found.save(out / "compare.json")
             # After a kill in between, the caches of what is known are still there.
-            if method != UNTRAINED:
+            if (_folder(out, method, seed) / "run.json").exists():
                 remove_caches(_folder(out, method, seed), None)
-        found.finished = True
+        found.finished = len({tuple(sorted(method.seeds)) for method in found.methods}) == 1
         found.save(out / "compare.json")
     return found
 
@@ -167,6 +173,10 @@ def _check_request(config: Config, label: str, data: DataSet, seeds: Sequence[in
         )
 
 
+BEGINNINGS = {"lock", "config.toml", "config.toml.tmp", "compare.json.tmp"}
+"""What a comparison may have left that was killed before anything was known."""
+
+
 def _folder(out: Path, method: str, seed: int) -> Path:
     return out / "runs" / method / f"seed-{seed}"
 
@@ -174,8 +184,8 @@ def _folder(out: Path, method: str, seed: int) -> Path:
 def _begun(out: Path, config: Config, label: str, data: DataSet) -> Comparison:
     """What an earlier start has left, which must have had the same options and data."""
     if not (out / "compare.json").exists():
-        others = sorted(entry.name for entry in out.iterdir() if entry.name not in ("lock", "config.toml.tmp"))
-        if others not in ([], ["config.toml"]):
+        others = sorted(entry.name for entry in out.iterdir() if entry.name not in BEGINNINGS)
+        if others:
             raise RunError(f"--out {out} holds something else ({others[0]}); name a new or empty folder.")
         greedy = config_of(GREEDY, config.training.seed, config, label, config.out, config.cache.dir)
         plans = plan_run(greedy, data, find_device(greedy.training.device))
@@ -184,7 +194,8 @@ def _begun(out: Path, config: Config, label: str, data: DataSet) -> Comparison:
         found.save(out / "compare.json")
         return found
     found = load_comparison(out)
-    changed = changed_options(load(out / "config.toml"), config, {"shape", "training"})
+    all_changed = changed_options(load(out / "config.toml"), config, {"shape", "training", "place"})
+    changed = [change for change in all_changed if change[0].key not in FREE]
     if found.label != label:
         raise ConfigError(f"{out} compares the label {found.label!r}, not {label!r}; name another --out.")
     if changed:
@@ -215,7 +226,7 @@ def _outcome(
     result = run(options, cut=cut, data=data, stop=stop, notify=notify)
     weights, origin = load_encoder(result.paths.encoder)
     together = Handing(options.training.precision, None)
-    handings = origin.handings if len(origin.cut) == len(plans) else [together] * len(plans)
+    handings = origin.handings if len(result.state.stages) == len(plans) else [together] * len(plans)
     stages = trained_stages(plans, handings, weights)
     errors = _errors(options, question, plans, stages, result.paths.probes, stop)
     records = result.state.stages
@@ -237,8 +248,8 @@ def _errors(
     files, _ = features_under_budget(config, question, stages, folder, stop)
     errors = []
     for plan, features in zip(plans, files, strict=True):
-        stop.raise_if_set(f"before the probe of module {plan.stage}")
-        errors.append(answer(features, truth(question, plan), "linear").error)
+        poll = partial(stop.raise_if_set, f"in the probe of module {plan.stage}")
+        errors.append(answer(features, truth(question, plan), "linear", poll).error)
         features.close()
     return tuple(errors)
 

@@ -1,12 +1,20 @@
 """What a classifier is fitted to and tested on: standardised features and their classes, piece by piece."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from layerwise.evaluate.feature_rows import FeatureRows
+
+Poll = Callable[[], None]
+"""Is called between two pieces and may raise."""
+
+
+def unasked() -> None:
+    """The poll of nobody."""
+
 
 PIECE_BYTES = 64 * 2**20
 """Features in memory at once; fewer are kept there."""
@@ -35,11 +43,11 @@ class Parts:
 class Examples:
     """Rows in their order; each channel has mean 0 and spread 1 over the training rows."""
 
-    def __init__(self, features: FeatureRows, classes: np.ndarray, parts: Parts) -> None:
+    def __init__(self, features: FeatureRows, classes: np.ndarray, parts: Parts, poll: Poll = unasked) -> None:
         """classes: int64 [N] from 0."""
         self.parts, self.channels = parts, features.channels
         self.count = int(classes.max()) + 1
-        self._features, self._classes = features, classes
+        self._features, self._classes, self._poll = features, classes, poll
         self._step = max(PIECE_BYTES // (4 * features.channels), 1)
         self._mean, self._spread = self._statistics()
         self._kept = self._read(range(features.rows)) if features.rows <= self._step else None
@@ -47,6 +55,7 @@ class Examples:
     def pieces(self, rows: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """float32 [n, C] and int64 [n] of these rows, piece after piece."""
         for first in range(rows.start, rows.stop, self._step):
+            self._poll()
             stop = min(first + self._step, rows.stop)
             x = self._read(range(first, stop)) if self._kept is None else self._kept[first:stop]
             yield x, torch.from_numpy(self._classes[first:stop])

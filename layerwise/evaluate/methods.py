@@ -3,14 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from layerwise.config import Config, validated
+from layerwise.config import Config, with_options
 
 GREEDY = "greedy-infomax"
 UNTRAINED = "untrained"
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     GREEDY: {"training.schedule": "sequential"},
-    "greedy-infomax-simultaneous": {"training.schedule": "simultaneous"},
+    "greedy-infomax-simultaneous": {
+        "training.schedule": "simultaneous",
+        # Against inputs that never change, which only training one after another has.
+        "training.input_noise": 0.0,
+        "training.frame_dropout": 0.0,
+    },
     "cpc": {"training.schedule": "sequential", "training.stages": 1},
     "greedy-supervised": {"training.schedule": "sequential", "objective.name": "supervised"},
     "supervised": {"training.schedule": "sequential", "training.stages": 1, "objective.name": "supervised"},
@@ -24,19 +29,11 @@ def config_of(method: str, seed: int, config: Config, label: str, out: str, cach
 
     The budget is for training one stage at a time: what is trained as a whole goes without.
     """
-    tree = config.model_dump(mode="json", exclude_none=True)
     changes = {"objective.label": ""} | dict(METHODS[method])
     changes |= {"training.seed": seed, "training.patience": config.training.max_epochs}
     changes |= {"out": out, "cache.dir": cache_dir}
     if changes.get("objective.name") == "supervised":
         changes["objective.label"] = label
     if changes.get("training.stages") == 1 or changes.get("training.schedule") == "simultaneous":
-        tree["memory"].pop("gpu_mem", None)
-        changes["cache.policy"] = "never"
-    for key, value in changes.items():
-        *sections, name = key.split(".")
-        section = tree
-        for each in sections:
-            section = section[each]
-        section[name] = value
-    return validated(tree)
+        changes |= {"memory.gpu_mem": None, "cache.policy": "never"}
+    return with_options(config, changes)

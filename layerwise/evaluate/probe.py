@@ -7,6 +7,7 @@ are there; those of other stages are made again from the data.
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from layerwise.cache import ActivationCache
@@ -96,11 +97,11 @@ def probe(
         peak = max(peak, more)
     results = []
     for stage, features in trained.items():
-        stop.raise_if_set(f"before the probe of stage {stage}")
+        poll = partial(stop.raise_if_set, f"in the probe of stage {stage}")
         notify(f"stage {stage}")
         right = truth(question, plans[stage - 1])
-        found = answer(features, right, classifier)
-        baseline = answer(untrained[stage - 1], right, classifier)
+        found = answer(features, right, classifier, poll)
+        baseline = answer(untrained[stage - 1], right, classifier, poll)
         train, test = len(right.parts.fitted), len(right.parts.test)
         results.append(StageError(stage, found.error, baseline.error, train, test, found.confusion))
     result = ProbeResult(label, results, peak, classifier)

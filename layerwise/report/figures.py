@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -143,7 +144,8 @@ def draw_memory(memory: dict[int, list[MemorySample]], budget: int | None) -> Pl
 
 def draw_caches(run: GatheredRun) -> Plot | None:
     """A bar for each cache that is there, and one for all of them."""
-    sizes = {str(record.stage): record.cache_bytes for record in run.state.stages if record.cache_bytes}
+    there = [record for record in run.state.stages if record.cache and Path(record.cache).exists()]
+    sizes = {str(record.stage): record.cache_bytes for record in there if record.cache_bytes}
     if not sizes:
         return None
     total = sum(sizes.values())
@@ -162,7 +164,7 @@ def draw_caches(run: GatheredRun) -> Plot | None:
     axes.xaxis.set_major_formatter(BYTES)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.grid(axis="x")
-    missing = [str(record.stage) for record in run.state.stages if not record.cache_bytes]
+    missing = [str(record.stage) for record in run.state.stages if str(record.stage) not in sizes]
     gone = f" Stages without a cache now: {', '.join(missing)}." if missing else ""
     caption = f"Caches on the disk now, {size(total)} in all{_against(budget, near)}.{gone}"
     return Plot("caches", "Activation caches", caption, figure)
@@ -175,9 +177,7 @@ def draw_probe(probe: Probe) -> Plot:
         ("trained", StageErrors(probe.stages, probe.errors, none), BLUE, "o"),
         ("random weights", StageErrors(probe.stages, probe.untrained_errors, none), GRAY, "X"),
     ]
-    caption = (
-        f"Error of a linear probe for {probe.label} on each frozen stage, on test samples; the axis is logarithmic."
-    )
+    caption = f"Error of a {probe.classifier} probe on each frozen stage, on test samples; the axis is logarithmic."
     return _draw_errors(f"errors-{probe.label}", f"Error: {probe.label}", caption, curves)
 
 
@@ -186,8 +186,9 @@ def draw_comparison(label: str, methods: Sequence[Method]) -> Plot | None:
     curves = [(m.name, m.errors, *look) for m, look in zip(methods, _looks(methods), strict=True) if m.errors.stages]
     if not curves:
         return None
-    seeds = max(method.seeds for method in methods)
-    band = f"; line: mean of {seeds} seeds, band: one standard deviation" if seeds > 1 else ""
+    fewest, most = (found(method.seeds for method in methods) for found in (min, max))
+    seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
+    band = f"; line: mean of {seeds} seeds, band: one standard deviation" if most > 1 else ""
     caption = (
         f"Error of a linear probe for {label} on each frozen module, on test samples{band}. The axis is logarithmic."
     )

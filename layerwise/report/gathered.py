@@ -54,6 +54,8 @@ class Probe:
     untrained_errors: list[float]
     confusion: Confusion | None
     """Of the last stage."""
+    classifier: str
+    """linear or knn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +188,7 @@ def _probe(path: Path) -> Probe:
             errors=[float(stage["error"]) for stage in stages],
             untrained_errors=[float(stage["untrained_error"]) for stage in stages],
             confusion=_confusion(stages[-1].get("confusion")),
+            classifier=str(tree["classifier"]),
         )
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         raise _damaged(path) from None

@@ -44,7 +44,7 @@ class Following:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._try(self._tracker.close)
+        self._try(lambda: self._tracker.close(kind is None))
 
     def __call__(self, event: Event) -> None:
         self._notify(event)

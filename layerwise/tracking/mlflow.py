@@ -8,6 +8,7 @@ from mlflow.entities import Metric, Param
 
 from layerwise.config import Config, options, value_of
 from layerwise.run_directory import RunPaths
+from layerwise.tracking.protocol import shown_name
 
 EXPERIMENT = "layerwise"
 TAG = "layerwise.run_id"
@@ -25,7 +26,7 @@ class MLflow:
             self._id = earlier[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
         else:
-            run = self._client.create_run(place, tags={TAG: run_id}, run_name=paths.out.resolve().name)
+            run = self._client.create_run(place, tags={TAG: run_id}, run_name=shown_name(paths))
             self._id = run.info.run_id
             chosen = [Param(option.key, str(value_of(config, option.key))) for option in options()]
             self._client.log_batch(self._id, params=chosen)
@@ -34,8 +35,8 @@ class MLflow:
         now = int(time.time() * 1000)
         self._client.log_batch(self._id, [Metric(f"stage-{stage}/{k}", v, now, step) for k, v in values.items()])
 
-    def close(self) -> None:
-        self._client.set_terminated(self._id)
+    def close(self, done: bool) -> None:
+        self._client.set_terminated(self._id, "FINISHED" if done else "KILLED")
 
 
 open_tracker = MLflow

@@ -14,8 +14,8 @@ class Tracker(Protocol):
         """Numbers of a stage by name; `step` counts epochs of this stage from 1 and never falls, over all starts."""
         ...
 
-    def close(self) -> None:
-        """After the last numbers of this start."""
+    def close(self, done: bool) -> None:
+        """After the last numbers of this start; done: the run is finished, not stopped and not failed."""
         ...
 
 
@@ -29,5 +29,11 @@ class Nowhere:
     def log(self, stage: int, step: int, values: Mapping[str, float]) -> None:
         """Nothing."""
 
-    def close(self) -> None:
+    def close(self, done: bool) -> None:
         """Nothing."""
+
+
+def shown_name(paths: RunPaths) -> str:
+    """NAME of runs/NAME; METHOD/seed-N of a run that is part of a comparison."""
+    out = paths.out.resolve()
+    return f"{out.parent.name}/{out.name}" if out.name.startswith("seed-") else out.name

@@ -25,7 +25,7 @@ class TensorBoard:
             self._writers[stage].add_scalar(name, value, step)
         self._writers[stage].flush()  # an epoch that is told here once is not told again after a kill
 
-    def close(self) -> None:
+    def close(self, done: bool) -> None:
         for writer in self._writers.values():
             writer.close()
 

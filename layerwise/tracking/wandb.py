@@ -6,6 +6,7 @@ import wandb
 
 from layerwise.config import Config
 from layerwise.run_directory import RunPaths
+from layerwise.tracking.protocol import shown_name
 
 
 class WeightsAndBiases:
@@ -14,7 +15,7 @@ class WeightsAndBiases:
     def __init__(self, paths: RunPaths, run_id: str, config: Config) -> None:
         self._run = wandb.init(
             project="layerwise",
-            name=paths.out.resolve().name,
+            name=shown_name(paths),
             id=run_id,
             resume="allow",
             dir=str(paths.out),
@@ -29,8 +30,8 @@ class WeightsAndBiases:
             self._defined.add(stage)
         self._run.log({f"stage-{stage}/{name}": value for name, value in (values | {"epoch": step}).items()})
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, done: bool) -> None:
+        self._run.finish(0 if done else 75)  # as the command itself exits
 
 
 open_tracker = WeightsAndBiases

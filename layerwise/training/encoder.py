@@ -40,8 +40,13 @@ class Origin:
 
 def stitch(config: Config, paths: RunPaths, plans: list[StagePlan], data: DataSet) -> None:
     """Writes encoder.safetensors, on the host: the weights of all layers under their names in the whole network."""
-    cut = [len(plan.layers) for plan in plans]
-    handings = [Handing.of(load(paths.stage_config(plan.stage))) for plan in plans]
+    cut, handings = [], []
+    for plan in plans:
+        trained_with = load(paths.stage_config(plan.stage))
+        for _ in plan.parts[:-1]:  # which nothing lay between
+            handings.append(Handing(trained_with.training.precision, None))
+        handings.append(Handing.of(trained_with))
+        cut += [len(part.layers) for part in plan.parts or (plan,)]
     origin = Origin(config, cut, handings, data.level, len(data.ids), plans[0].network.identity)
     save_encoder(paths.encoder, load_stages(paths, [plan.stage for plan in plans]), origin)
 

@@ -208,7 +208,9 @@ class LoadedStage:
 
     def _looks(self, name: str, batch: Batch, draws: list[Draw]) -> bool:
         padded = bool((batch.lengths < batch.frames.shape[1]).any())
-        return self.meter.looks(name, batch.frames.shape[1], max(len(draw.rows) for draw in draws), padded)
+        return self.meter.looks(
+            f"{name}, stage {self.plan.stage}", batch.frames.shape[1], max(len(draw.rows) for draw in draws), padded
+        )
 
     def _adam(self, trained: nn.Module, options: TrainingOptions) -> Optimizer:
         make = HostAdam if self.placement.optimizer_on_host else DeviceAdam

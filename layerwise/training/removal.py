@@ -33,4 +33,6 @@ def remove_caches(run_directory: Path, stages: Sequence[int] | None) -> int:
                 if path.exists():
                     freed += path.stat().st_blocks * 512
                     path.unlink()
+        if stages is None:
+            paths.cache_owner.unlink(missing_ok=True)  # nothing is left that could be taken for another run's
     return freed

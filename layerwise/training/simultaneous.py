@@ -72,7 +72,7 @@ class SimultaneousStages:
 
     def _outputs(self, part: LoadedStage, batch: Batch) -> Batch:
         """The input of the next part, on the device."""
-        look = self._meter.looks("outputs", part.plan.stage, batch.frames.shape[1])
+        look = self._meter.looks(f"outputs, stage {part.plan.stage}", batch.frames.shape[1])
         with torch.no_grad(), metered(look), autocast(self._device, self._precision):
             part.module.eval()
             frames = on_device(batch.frames, self._device)

@@ -20,6 +20,7 @@ from layerwise.evaluate.feature_rows import FeatureRows
 from layerwise.evaluate.features import FRAMES_PER_SAMPLE, SampleSummary, choose_frames
 from layerwise.evaluate.question import Truth, truth
 from layerwise.evaluate.question import ask as ask_data
+from layerwise.memory.meter import Meter
 from layerwise.nets import build_network, shortest_sample
 from layerwise.stop import StopFlag
 from layerwise.training.frozen import Handing, untrained_stages
@@ -138,6 +139,7 @@ def test_scikit_learn_is_of_the_same_opinion_on_spoken_digits(fsdd: Path, tmp_pa
         for penalty in linear.PENALTIES
     ]
     assert min(abs((ours != wanted).mean() - error) for error in errors) <= 0.01
+    assert (ours != wanted).mean() < 0.75  # chance is 0.9: the labels belong to the features
     assert (ours != wanted).mean() <= min(errors) + 0.03  # the penalty is well chosen, too
 
 
@@ -155,24 +157,26 @@ def test_pieces_of_the_features_give_what_all_at_once_gives(
 
 
 @pytest.mark.parametrize("classifier", ["linear", "knn"])
-def test_ten_times_the_rows_take_no_more_memory(
+def test_many_times_the_rows_take_no_more_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifier: str
 ) -> None:
     monkeypatch.setattr(examples_file, "PIECE_BYTES", 2**18)
     monkeypatch.setattr(linear, "ITERATIONS", 3)
 
     def taken(count: int) -> int:
-        """Bytes of numpy arrays at the highest point, beside the classes."""
+        """Bytes of arrays and of tensors at their highest points, beside the classes."""
         features, classes = blobs(count, channels=64)
         file = stored(features, tmp_path)
         truth = truth_of(classes)
         del features
         tracemalloc.start()
-        answer(file, truth, classifier)
+        with Meter(torch.device("cpu")) as meter:
+            answer(file, truth, classifier)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        return peak - 8 * count
+        return peak + meter.peak - 16 * count  # the classes are an array, and a tensor that shares it
 
+    taken(400)  # the first fit of a process imports the optimizer
     assert taken(20_000) < 1.2 * taken(4000)
 
 
