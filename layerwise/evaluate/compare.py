@@ -31,6 +31,7 @@ from layerwise.training.encoder import load_encoder
 from layerwise.training.frozen import FrozenStage, Handing, trained_stages, untrained_stages
 from layerwise.training.plan import StagePlan, plan_stages
 from layerwise.training.removal import remove_caches
+from layerwise.training.resume import listed_changes
 from layerwise.training.storage import Storage, disk_peak, room_of_caches
 
 
@@ -199,9 +200,8 @@ def _begun(out: Path, config: Config, label: str, data: DataSet) -> Comparison:
     if found.label != label:
         raise ConfigError(f"{out} compares the label {found.label!r}, not {label!r}; name another --out.")
     if changed:
-        option, old, new = changed[0]
         raise ConfigError(
-            f"{out} was begun with {option.key} = {old}, and now it is {new}; give the old value, or name another --out."
+            f"{listed_changes(changed, f'when {out} was begun')}. Give the old back, or name another --out."
         )
     if found.data_identity != data.identity:
         raise RunError(

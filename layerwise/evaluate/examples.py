@@ -72,9 +72,13 @@ class Examples:
 
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and spread float32 [C]."""
-        rows = self.parts.train
-        starts = range(rows.start, rows.stop, self._step)
-        read = [(first, min(first + self._step, rows.stop)) for first in starts]
-        mean = sum(self._features.read(*piece).sum(0, dtype=np.float64) for piece in read) / len(rows)
-        squares = sum(np.square(self._features.read(*piece) - mean).sum(0, dtype=np.float64) for piece in read)
-        return mean.astype(np.float32), np.sqrt(squares / len(rows)).astype(np.float32)
+        count = len(self.parts.train)
+        mean = sum(rows.sum(0, dtype=np.float64) for rows in self._raw(self.parts.train)) / count
+        squares = sum(np.square(rows - mean).sum(0, dtype=np.float64) for rows in self._raw(self.parts.train))
+        return mean.astype(np.float32), np.sqrt(squares / count).astype(np.float32)
+
+    def _raw(self, rows: range) -> Iterator[np.ndarray]:
+        """float32 [n, C], as they were stored."""
+        for first in range(rows.start, rows.stop, self._step):
+            self._poll()
+            yield self._features.read(first, min(first + self._step, rows.stop))

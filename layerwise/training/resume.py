@@ -138,7 +138,7 @@ def _check_shape(state: RunState, paths: RunPaths, config: Config) -> None:
     ]
     if changes:
         raise ConfigError(
-            f"{_listed(changes, f'when {paths.out} was started')}. Give the old back, or start anew with --overwrite or "
+            f"{listed_changes(changes, f'when {paths.out} was started')}. Give the old back, or start anew with --overwrite or "
             "another --out."
         )
 
@@ -149,7 +149,7 @@ def _check_training(state: RunState, paths: RunPaths, config: Config) -> None:
         changes = _training_changes(state, paths, config, [stage])
         if changes:
             raise ConfigError(
-                f"{_listed(changes, f'when stage {stage} of {paths.out} was trained')}. Give the old back, or retrain "
+                f"{listed_changes(changes, f'when stage {stage} of {paths.out} was trained')}. Give the old back, or retrain "
                 f"with --from-stage {stage}."
             )
 
@@ -238,7 +238,7 @@ def _training_changes(
     ]
 
 
-def _listed(changes: list[tuple[Option, object, object]], when: str) -> str:
+def listed_changes(changes: list[tuple[Option, object, object]], when: str) -> str:
     """Every change: name, old value, new value."""
     named = [
         f"{f'{option.flag} ({option.key})' if option.flag else option.key} was {_shown(old)} {when} and is {_shown(new)} now"

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
+import layerwise
 from layerwise.config import Config
+from layerwise.encoder.export import export
 from layerwise.engines.plan import plan
 from layerwise.engines.run import run
 from layerwise.errors import ConfigError, DataError, Interrupted
@@ -84,6 +87,42 @@ def test_simultaneous_training_refuses_a_budget_and_a_plan(tiny_speech: Tiny, di
         run(tiny_speech(f"fsdd:{digits}", **SIMULTANEOUS, **{"memory.gpu_mem": "1GB"}))
     with pytest.raises(ConfigError, match="simultaneous"):
         plan(tiny_speech(f"fsdd:{digits}", **SIMULTANEOUS))
+
+
+def test_the_peak_of_all_at_once_holds_the_modules_below(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> None:
+    """Two schedules of one network: together it is on the device whole, whichever module is the largest."""
+    for width in ({"net.width": 4, "net.context": 64}, {"net.width": 32, "net.context": 4}):
+        options = {"training.max_epochs": 1, **width}
+        one, all_of_them = (
+            run(
+                tiny_speech(f"fsdd:{digits}", out=str(tmp_path / f"{schedule}-{width['net.width']}"), **options, **more)
+            )
+            for schedule, more in (("sequential", {}), ("simultaneous", SIMULTANEOUS))
+        )
+        (together,) = (record.peak_bytes for record in all_of_them.state.stages)
+        assert together > max(record.peak_bytes for record in one.state.stages)
+
+
+@pytest.mark.parametrize("option", ["training.input_noise", "training.frame_dropout"])
+def test_simultaneous_training_has_no_frozen_inputs_to_disturb(tiny_speech: Tiny, digits: Path, option: str) -> None:
+    with pytest.raises(ConfigError, match=f"{option.split('.')[1]}.*simultaneous|simultaneous.*{option.split('.')[1]}"):
+        tiny_speech(f"fsdd:{digits}", **SIMULTANEOUS, **{option: 0.1})
+
+
+def test_an_encoder_that_was_trained_all_at_once_has_its_stages(
+    tiny_speech: Tiny, digits: Path, tmp_path: Path
+) -> None:
+    result = run(tiny_speech(f"fsdd:{digits}", **SIMULTANEOUS))
+    encoder = layerwise.load(result.paths.out)
+    waveforms = torch.randn(2, 1600)
+    stages = encoder.stages(waveforms)
+    assert len(stages) == 4
+    assert torch.equal(stages[-1], encoder(waveforms))
+    for number, expected in enumerate(stages, start=1):
+        assert torch.equal(layerwise.load(result.paths.out, stage=number)(waveforms), expected)
+    card = (export(result.paths.out, tmp_path / "mine").folder / "README.md").read_text()
+    assert "in 4 gradient-isolated stages, all at once" in card
+    assert card.count(f"| {result.state.stages[0].best_loss:.4f} |") == 4
 
 
 def test_a_supervised_run_needs_a_label_that_the_data_have(tiny_speech: Tiny, digits: Path) -> None:

@@ -1,13 +1,14 @@
 """The comparison of methods on a few real recordings."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from layerwise.config import Config
-from layerwise.errors import ConfigError, DataError, Interrupted
+from layerwise.config import Config, with_options
+from layerwise.errors import ConfigError, DataError, Interrupted, RunError
 from layerwise.evaluate.compare import compare, load_comparison
 from layerwise.evaluate.methods import METHODS, UNTRAINED
 from layerwise.evaluate.probe import probe
@@ -117,8 +118,65 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(config: C
 
 def test_other_options_do_not_mix_with_those_of_before(config: Config, tiny_speech: Tiny, digits: Path) -> None:
     compare(config, "digit", seeds=[0], methods=[UNTRAINED])
-    longer = config.model_copy(update={"training": config.training.model_copy(update={"max_epochs": 3})})
-    with pytest.raises(ConfigError, match=r"training.max_epochs = 1, and now it is 3"):
-        compare(longer, "digit", seeds=[0])
+    for key, before, now in [("training.max_epochs", 1, 3), ("memory.gpu_mem", "not given", 5_000_000)]:
+        with pytest.raises(ConfigError, match=rf"{key}.* was {before} when .* and is {now} now"):
+            compare(with_options(config, {key: now}), "digit", seeds=[0])
+    compare(with_options(config, {"training.log": "tensorboard"}), "digit", seeds=[0], methods=[UNTRAINED])
     with pytest.raises(ConfigError, match="'digit', not 'speaker'"):
         compare(config, "speaker", seeds=[0])
+
+
+def test_two_comparisons_of_one_name_do_not_meet(config: Config, tmp_path: Path) -> None:
+    """Their caches lie under the name of the folder, each until its run has been probed."""
+    outcomes = []
+    for seed, parent in enumerate(("a", "b")):
+        own = with_options(config, {"out": str(tmp_path / parent / "same")})
+        outcomes += compare(own, "digit", seeds=[seed], methods=["greedy-infomax"]).outcomes
+    assert [outcome.seed for outcome in outcomes] == [0, 1]
+    assert not list(Path(config.cache.dir).rglob("stage-*"))
+
+
+def test_a_kill_at_the_first_save_leaves_nothing_in_the_way(config: Config) -> None:
+    out = Path(config.out)
+    out.mkdir(parents=True)
+    for name in ("lock", "config.toml", "compare.json.tmp"):
+        (out / name).write_text("")
+    assert compare(config, "digit", seeds=[0], methods=[UNTRAINED]).finished
+
+
+def test_a_folder_of_something_else_is_left_alone(config: Config) -> None:
+    Path(config.out).mkdir(parents=True)
+    (Path(config.out) / "thesis.tex").write_text("the only copy")
+    with pytest.raises(RunError, match=r"something else \(thesis.tex\)"):
+        compare(config, "digit", seeds=[0], methods=[UNTRAINED])
+    assert sorted(path.name for path in Path(config.out).iterdir()) == ["lock", "thesis.tex"]
+
+
+def test_what_is_known_needs_no_run_directories(config: Config) -> None:
+    found = compare(config, "digit", seeds=[0], methods=["cpc", UNTRAINED])
+    shutil.rmtree(Path(config.out) / "runs")
+    assert compare(config, "digit", seeds=[0], methods=["cpc", UNTRAINED]).outcomes == found.outcomes
+
+
+def test_methods_of_different_seeds_are_not_yet_a_comparison(config: Config) -> None:
+    assert compare(config, "digit", seeds=[0], methods=[UNTRAINED]).finished
+    assert not compare(config, "digit", seeds=[0, 1], methods=["cpc"]).finished
+    assert compare(config, "digit", seeds=[1], methods=[UNTRAINED]).finished
+
+
+def test_other_data_do_not_mix_with_those_of_before(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(digits, tmp_path / "digits")
+    config = tiny_speech(f"fsdd:{copy}", **{"training.max_epochs": 1})
+    compare(config, "digit", seeds=[0], methods=[UNTRAINED])
+    (copy / "3_theo_5.wav").unlink()
+    with pytest.raises(RunError, match=r"not the one that .* was begun on"):
+        compare(config, "digit", seeds=[1], methods=[UNTRAINED])
+
+
+def test_a_label_of_frames_is_not_for_supervised_methods(tiny_speech: Tiny) -> None:
+    config = tiny_speech("demo", **{"data.sample_rate": 16000, "data.window": 10240})
+    with pytest.raises(ConfigError, match=r"--label phone .* greedy-supervised and supervised"):
+        compare(config, "phone", seeds=[0])
+    assert not Path(config.out).exists()
+    (untrained,) = compare(config, "phone", seeds=[0], methods=[UNTRAINED]).methods
+    assert len(untrained.stages) == 4

@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 
 from layerwise.config import resolve
 from layerwise.data.open import open_data
+from layerwise.errors import Interrupted
 from layerwise.evaluate import examples as examples_file
 from layerwise.evaluate import linear, nearest
 from layerwise.evaluate.answer import answer
@@ -178,6 +179,23 @@ def test_many_times_the_rows_take_no_more_memory(
 
     taken(400)  # the first fit of a process imports the optimizer
     assert taken(20_000) < 1.2 * taken(4000)
+
+
+@pytest.mark.parametrize("classifier", ["linear", "knn"])
+def test_a_probe_can_be_stopped_while_it_fits(classifier: str, tmp_path: Path) -> None:
+    features, classes = blobs(400)
+    asked, stop = 0, StopFlag()
+
+    def poll() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 4:  # two pieces for the statistics, then the classifier's own
+            stop.reason = "the test"
+        stop.raise_if_set("in the probe")
+
+    with pytest.raises(Interrupted, match="in the probe"):
+        answer(stored(features, tmp_path), truth_of(classes), classifier, poll)
+    assert asked == 4
 
 
 def test_a_confusion_matrix_counts_what_was_taken_for_what(tmp_path: Path) -> None:

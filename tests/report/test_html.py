@@ -86,6 +86,30 @@ def test_one_seed_has_no_spread(comparison_directory: Callable[..., Path]) -> No
     assert '<td class="n">40.0</td>' in page
 
 
+def test_seeds_that_not_every_method_has_are_not_claimed(comparison_directory: Callable[..., Path]) -> None:
+    stages = [{"stage": 1, "error_mean": 0.4, "error_std": 0.01}]
+    both = [
+        {"method": name, "seeds": seeds, "peak_bytes": 1, "seconds": 1, "stages": stages}
+        for name, seeds in (("cpc", [0, 1, 2]), ("untrained", [0]))
+    ]
+    assert "line: mean of 1 to 3 seeds" in write_report(comparison_directory(methods=both)).read_text()
+
+
+def test_the_error_of_nearest_neighbours_is_called_theirs(run_directory: Path) -> None:
+    path = run_directory / "probes" / "digit.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"classifier": "knn"}))
+    page = write_report(run_directory).read_text()
+    assert "Error of a knn probe" in page
+    assert "Error of a linear probe" in page  # the speakers'
+
+
+def test_a_cache_that_was_deleted_by_hand_is_not_drawn(run_directory: Path) -> None:
+    state = RunState.load(run_directory / "run.json")
+    state.record(2).cache = str(run_directory / "gone.h5")
+    state.save(run_directory / "run.json")
+    assert "Stages without a cache now: 2." in write_report(run_directory).read_text()
+
+
 def test_an_unfinished_comparison_says_so(comparison_directory: Callable[..., Path]) -> None:
     begun = {"method": "cpc", "seeds": [], "peak_bytes": None, "seconds": None, "stages": []}
     page = write_report(comparison_directory(finished=False, methods=[begun])).read_text()
