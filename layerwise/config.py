@@ -128,6 +128,14 @@ class TrainingOptions(_Section):
         "gradients isolated, all on the device (to compare with)",
     )
     max_epochs: int = _option(100, "training", "most epochs that a stage is trained", "--max-epochs", ge=1)
+    rounds: int = _option(
+        1,
+        "shape",
+        "parts of the epochs of each stage; after each the next stage goes on from what it has put out, so that stages can "
+        "train at the same time (see --devices)",
+        "--rounds",
+        ge=1,
+    )
     patience: int = _option(
         3, "training", "epochs without improvement before a stage has converged", "--patience", ge=1
     )
@@ -163,6 +171,16 @@ class TrainingOptions(_Section):
                 "input_noise and frame_dropout are for inputs that never change; with schedule simultaneous they do, so "
                 "leave them out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_of_an_epoch_or_more(self) -> "TrainingOptions":
+        if self.rounds > self.max_epochs:
+            raise ValueError(
+                f"--rounds {self.rounds} share out --max-epochs {self.max_epochs}: give at least one epoch to each round"
+            )
+        if self.rounds > 1 and self.schedule == "simultaneous":
+            raise ValueError(f"--rounds {self.rounds}: with schedule simultaneous there is one; leave them out")
         return self
 
 

@@ -20,6 +20,7 @@ class RunStarted:
     """Stages that an earlier start has finished."""
     max_epochs: int
     budget_bytes: int | None
+    rounds: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class StageStarted:
     stage: int
     epoch: int
     step: int
+    round: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class StageDone:
     device_bytes_left: int
     cache_bytes: int
     seconds: float
+    round: int = 1
 
 
 Event = Message | RunStarted | StageStarted | StepDone | EpochDone | CachingProgress | StageDone

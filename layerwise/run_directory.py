@@ -32,6 +32,12 @@ class RunPaths:
         except RuntimeError as error:
             raise RunError(f"--out {out} or --cache-dir {cache_dir} cannot be found: {error}.") from None
 
+    def round(self, round: int, rounds: int) -> "RunPaths":
+        """The last round is the run itself; an earlier one is a run directory below it, with caches of its own."""
+        if round == rounds:
+            return self
+        return RunPaths(self.out / "rounds" / str(round), self.caches / f"round-{round}")
+
     @property
     def state(self) -> Path:
         return self.out / "run.json"
@@ -66,6 +72,11 @@ class RunPaths:
     def caches_lock(self) -> Path:
         """Held as well: runs of the same name in other folders have this folder of caches, too."""
         return self.caches / "lock"
+
+    @property
+    def task_lock(self) -> Path:
+        """Held by the process that performs a task of this round."""
+        return self.out / "task.lock"
 
     @property
     def encoder(self) -> Path:

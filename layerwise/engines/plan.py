@@ -34,6 +34,7 @@ from layerwise.training.storage import (
     input_of,
     plan_storage,
     room_of_caches,
+    rounds_under_way,
 )
 
 
@@ -56,7 +57,7 @@ def plan(config: Config, *, network: Network | None = None) -> Forecast:
         ),
         peak_bytes=max(max(s.train_peak_bytes, s.cache_peak_bytes) for s in stages) + context_bytes(device),
         cache_bytes=sum(stage.cache_bytes for stage in stages if stage.cached),
-        disk_bytes=disk_peak(config.cache, rooms, storage),
+        disk_bytes=disk_peak(config.cache, rooms, storage) * rounds_under_way(config, len(plans)),
         disk_budget_bytes=config.cache.disk,
         notes=list(storage.notes),
         host_bytes=max(stage.host_bytes for stage in stages),

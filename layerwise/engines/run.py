@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
-from layerwise.engines import local
+from layerwise.engines import in_process
 from layerwise.engines.machine import machine
-from layerwise.errors import BudgetError, RunError, UnusableCache
+from layerwise.engines.opened import OpenedRun, layouts_of
+from layerwise.errors import RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import exclusive, write_atomically
 from layerwise.memory.device import find_device
@@ -28,19 +27,13 @@ from layerwise.tracking.following import Following, find_service, open_service
 from layerwise.training.cutting import plan_run
 from layerwise.training.encoder import stitch
 from layerwise.training.plan import StagePlan
-from layerwise.training.planner import StageLayout, lay_out, smallest_budget, smallest_layout
-from layerwise.training.resume import (
-    check_from_stage,
-    decided,
-    earlier_records,
-    find_what_is_missing,
-    intended,
-    prepare,
-)
-from layerwise.training.schedule import tasks_of_run
+from layerwise.training.planner import StageLayout
+from layerwise.training.resume import check_from_stage, decided, earlier_records, intended
+from layerwise.training.rounds import prepare_rounds
+from layerwise.training.schedule import Task, tasks_of_run
 from layerwise.training.split import split_samples
-from layerwise.training.storage import Storage, below, free_for_caches, plan_storage, sealed_bytes
-from layerwise.training.task import Run, check_kept, delete_leftovers, perform
+from layerwise.training.storage import Storage, free_for_caches, plan_storage, sealed_bytes
+from layerwise.training.task import Run, check_kept, delete_leftovers, mend
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +69,24 @@ def run(
     share_one_heap()
     service = find_service(config.training.log)
     device, stop = find_device(config.training.device), stop or StopFlag()
-    paths = RunPaths.of(config.out, config.cache.dir)
+    paths, rounds = RunPaths.of(config.out, config.cache.dir), config.training.rounds
     data = data or open_data(config.data, shortest_sample(config))
     planned_for = _content(paths.state)
     plans = plan_run(config, data, device, network, cut or (None if overwrite else _earlier_cut(paths, config)))
     split = split_samples(data, config)
-    earlier = earlier_records(paths, config, overwrite, from_stage)
+    furthest = _furthest_round(paths, config.training.rounds)
+    earlier = earlier_records(furthest, config, overwrite, from_stage)
     storage = plan_storage(
         config,
         plans,
         data,
         free_for_caches(paths.caches),
         decided(earlier),
-        sealed_bytes(paths, len(plans)),
-        intended(earlier, paths, config),
+        sealed_bytes(furthest, len(plans)),
+        intended(earlier, furthest, config),
     )
-    done = {record.stage for record in earlier if record.status == "done"}
-    layouts = _layouts(config, plans, storage, device, done, stop)
+    finished = {each.stage for each in earlier_records(paths, config, overwrite, from_stage) if each.status == "done"}
+    layouts = layouts_of(config, plans, storage, device, finished, stop)
     busy = RunError(f"Another process is running {paths.out}; wait for it, or name another --out.")
     caches_busy = RunError(
         f"Another run of the same name is using {paths.caches}; wait for it, or give another --out name or --cache-dir."
@@ -103,66 +97,57 @@ def run(
     with exclusive(paths.lock, busy), exclusive(paths.caches_lock, caches_busy):
         if _content(paths.state) != planned_for:
             raise RunError(f"Another process has gone on with {paths.out} meanwhile; start the same command again.")
-        state = prepare(
+        states = prepare_rounds(
             config, paths, data, plans, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
         )
+        state, opened = states[rounds], OpenedRun(config, paths, data, split, plans, layouts, storage, device)
         write_atomically(paths.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
         tracker = open_service(config.training.log, service, paths, state.run_id, config)
         with Following(tracker, notify) as told:
             for line in _described(config, data, plans, layouts, storage):
                 told(Message(line))
-            finished = tuple(record.stage for record in state.stages if record.status == "done")
-            told(RunStarted(len(plans), finished, config.training.max_epochs, state.budget_bytes))
-            shared = Run(config, paths, state, data, split, plans, layouts, storage, device, stop, told)
-            delete_leftovers(shared)
-            _perform_all(shared)
+            done = tuple(record.stage for record in state.stages if record.status == "done")
+            told(RunStarted(len(plans), done, config.training.max_epochs, state.budget_bytes, rounds))
+            tasks = _tasks(opened, [opened.round(number, stop, told) for number in states])
+            in_process.execute(tasks, opened, stop, told)
         stitch(config, paths, plans, data)
-        state.from_stage = None
-        state.save(paths.state)
+        for number in states:
+            _forget_from_stage(paths.round(number, rounds))
+        state = RunState.load(paths.state)
     return RunResult(paths, state, config, (*data.labels, *data.frame_label_names))
 
 
-def _layouts(
-    config: Config, plans: list[StagePlan], storage: Storage, device: torch.device, done: set[int], stop: StopFlag
-) -> list[StageLayout]:
-    """How each stage is laid out; that of a stage that is done already need not fit.
-
-    Raises BudgetError that names the neediest stage, Interrupted between two stages.
-    """
-    layouts, refused = [], {}
-    for plan in plans:
-        stop.raise_if_set("before anything was trained")
-        recomputed = below(plans, plan.stage, storage)
-        try:
-            layouts.append(lay_out(config, plan, device, recomputed))
-        except BudgetError as error:
-            layouts.append(smallest_layout(config, plan, recomputed))
-            if plan.stage not in done:
-                refused[smallest_budget(config, plan, device, recomputed)] = error
-    if refused:
-        raise refused[max(refused)]
-    return layouts
+def _furthest_round(paths: RunPaths, rounds: int) -> RunPaths:
+    """The round that is ahead of all others: the first, until the last one has done it all."""
+    if not paths.round(1, rounds).state.exists():
+        return paths
+    return paths.round(1, rounds)
 
 
-def _perform_all(run: Run) -> None:
-    """Every task; a cache that cannot be used is made anew, once."""
-    mended: set[Path] = set()
-    while True:
+def _tasks(opened: OpenedRun, rounds: list[Run]) -> list[Task]:
+    """What is to be done, each behind those that it needs; of caches that cannot be used, they are made anew."""
+    for run in rounds:
+        delete_leftovers(run)
+        _mend_kept(run)
+    states = {run.round: run.state for run in rounds}
+    tasks = tasks_of_run(len(opened.plans), opened.config.training.rounds)
+    return [task for task in tasks if task.round in states and states[task.round].record(task.stage).status != "done"]
+
+
+def _mend_kept(run: Run) -> None:
+    """Has each cache that is to stay made again where it cannot be used."""
+    for _ in run.plans:
         try:
             check_kept(run)
-            local.execute(tasks_of_run(len(run.plans)), lambda task: perform(task, run))
             return
         except UnusableCache as error:
-            if error.path in mended:
-                raise
-            mended.add(error.path)
-            run.notify(Message(f"{error} It is made again from below."))
-            try:
-                error.path.unlink(missing_ok=True)
-            except OSError as failed:
-                raise RunError(f"{error} Here it cannot be deleted: {failed.strerror}.") from None
-            find_what_is_missing(run.state, run.paths, run.config.cache.keep)
-            run.state.save(run.paths.state)
+            mend(error, run)
+
+
+def _forget_from_stage(paths: RunPaths) -> None:
+    state = RunState.load(paths.state)
+    state.from_stage = None
+    state.save(paths.state)
 
 
 def _content(path: Path) -> bytes | None:

@@ -7,7 +7,7 @@ its header. All of it is copied to host memory as numpy arrays, so that nothing 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,15 @@ class Progress:
     """Where the training of a stage stands; the next batch is step `step` of epoch `epoch`, both from 0."""
 
     epoch: int = 0
+    """Over all rounds."""
+    first_epoch: int = 0
+    """Of this round."""
     step: int = 0
     loss_sum: float = 0.0
     """Over the steps of this epoch that are done."""
     accuracy_sum: float = 0.0
     best_loss: float | None = None
-    """Lowest held-out loss."""
+    """Lowest held-out loss of this round."""
     plateau_loss: float | None = None
     """Held-out loss at the last improvement that counted."""
     plateau_epochs: int = 0
@@ -50,6 +53,10 @@ class Progress:
     """See training.scaling."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry per finished epoch."""
+
+    def in_next_round(self) -> "Progress":
+        """At the beginning of the next round, whose input is another and whose losses are measured anew."""
+        return replace(self, first_epoch=self.epoch, best_loss=None, plateau_loss=None, plateau_epochs=0)
 
 
 def to_host(tensors: dict[str, torch.Tensor]) -> Arrays:

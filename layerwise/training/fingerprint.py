@@ -6,10 +6,15 @@ import json
 from layerwise.config import Config, options, value_of
 
 
-def training_key(config: Config, data_identity: str, below: str | None, stage: int, layers: range) -> str:
-    """SHA-256 of the input of a stage and of all options that act on its result; `below` is the lower fingerprint."""
+def training_key(
+    config: Config, data_identity: str, below: str | None, before: str | None, stage: int, layers: range
+) -> str:
+    """SHA-256 of the input of a stage and of all options that act on its result.
+
+    below, before: fingerprints of the stage below in this round, and of this stage in the round before.
+    """
     acting = {option.key: value_of(config, option.key) for option in options() if option.scope != "place"}
-    return _digest([data_identity, below, stage, layers.start, layers.stop, acting])
+    return _digest([data_identity, below, before, stage, layers.start, layers.stop, acting])
 
 
 def fingerprint(key: str, weights_digest: str) -> str:

@@ -7,6 +7,7 @@ Every check comes before the first change. Whatever is changed, run.json says so
 steps then finds nothing that it would wrongly believe in.
 """
 
+import contextlib
 import itertools
 import shutil
 from collections.abc import Iterable, Sequence
@@ -34,17 +35,18 @@ def prepare(
     from_stage: int | None,
     overwrite: bool,
     cached: Sequence[bool],
+    keep: str,
 ) -> RunState:
     """The state to go on from; run.json and config.toml are written. Raises RunError or ConfigError.
 
-    cached: for each stage, whether its outputs are to be cached.
+    cached: for each stage, whether its outputs are to be cached; keep: which caches stay at the end, see `Storage.kept`.
     """
     old = RunState.load(paths.state) if paths.state.exists() else None
     # Killed before its options were written, a run has nothing to go on with.
     if old is None or overwrite or not paths.config.exists():
         state = _begin(config, paths, data, plans, device, old)
     else:
-        state = _go_on(old, config, paths, data, plans, from_stage, cached)
+        state = _go_on(old, config, paths, data, plans, from_stage, cached, keep)
     _assign(state, cached)
     state.budget_bytes, state.device = config.memory.gpu_mem, str(device)
     state.save(paths.state)
@@ -83,6 +85,7 @@ def _go_on(
     plans: list[StagePlan],
     from_stage: int | None,
     cached: Sequence[bool],
+    keep: str,
 ) -> RunState:
     if Path(state.caches) != paths.caches and Path(state.caches).exists():
         raise ConfigError(
@@ -106,13 +109,22 @@ def _go_on(
         for record in state.stages:
             record.cache = str(paths.cache(record.stage)) if record.cache else None
     _assign(state, cached)
-    find_what_is_missing(state, paths, config.cache.keep)
+    find_what_is_missing(state, paths, keep)
     state.save(paths.state)
+    delete_pending(state, paths)
+    return state
+
+
+def delete_pending(state: RunState, paths: RunPaths) -> None:
+    """Of stages that are not begun: a stage leaves "pending" before it writes its first file, so these are left over."""
     for record in state.stages:
-        # A stage leaves "pending" before it writes its first file, so what lies there is left over.
         if record.status == "pending":
             _delete_stage(paths, record.stage)
-    return state
+
+
+def reset_above(state: RunState, stage: int) -> None:
+    """Sets this stage and those above it back to the beginning, in the state alone."""
+    state.stages[stage - 1 :] = [StageRecord(each.stage, cached=each.cached) for each in state.stages[stage - 1 :]]
 
 
 def _check_cache_owner(paths: RunPaths, state: RunState | None) -> None:
@@ -189,7 +201,7 @@ def earlier_records(paths: RunPaths, config: Config, overwrite: bool, from_stage
 
 def decided(records: Sequence[StageRecord]) -> list[bool]:
     """For the first stages, those that are trained: whether their outputs are cached. Stages above were fed accordingly."""
-    return [bool(record.cached) for record in itertools.takewhile(_is_trained, records)]
+    return [bool(record.cached) for record in itertools.takewhile(is_trained, records)]
 
 
 def intended(records: Sequence[StageRecord], paths: RunPaths, config: Config) -> list[bool | None]:
@@ -201,11 +213,12 @@ def intended(records: Sequence[StageRecord], paths: RunPaths, config: Config) ->
 def _assign(state: RunState, cached: Sequence[bool]) -> None:
     """Says of every stage that is not trained whether its outputs are to be cached."""
     for record, to_be in zip(state.stages, cached, strict=True):
-        if not _is_trained(record):
+        if not is_trained(record):
             record.cached = to_be
 
 
-def _is_trained(record: StageRecord) -> bool:
+def is_trained(record: StageRecord) -> bool:
+    """Whether its weights are final, its outputs cached or not."""
     return record.status in ("caching", "done")
 
 
@@ -215,14 +228,13 @@ def find_what_is_missing(state: RunState, paths: RunPaths, keep: str) -> None:
     Caches that were deleted are written again from the weights, where a stage above still needs them, or the run is
     finished and keeps them.
     """
-    is_trained = all(_is_trained(record) for record in state.stages)
-    kept = kept_caches(state, keep) if is_trained else set()
+    all_trained = all(is_trained(record) for record in state.stages)
+    kept = kept_caches(state, keep) if all_trained else set()
     for record in reversed(state.stages):
         inputs = {state.source(above.stage) for above in state.stages if above.status != "done"}
         needed = record.stage in kept | inputs
         if record.status in ("caching", "done") and not paths.weights(record.stage).exists():
-            above = state.stages[record.stage - 1 :]
-            state.stages[record.stage - 1 :] = [StageRecord(each.stage, cached=each.cached) for each in above]
+            reset_above(state, record.stage)
         elif needed and record.status == "done" and not paths.cache(record.stage).exists():
             record.status = "caching"
 
@@ -270,5 +282,10 @@ def _delete_run(paths: RunPaths, state: RunState) -> None:
         old.cache_owner.unlink()
     for folder in (old.out / "stages", old.probes, old.plots):
         shutil.rmtree(folder, ignore_errors=True)
-    for path in (old.encoder, old.config, old.log, old.machine, old.report):
+    for path in (old.encoder, old.config, old.log, old.machine, old.report, old.task_lock):
         path.unlink(missing_ok=True)
+    for folder in (old.out / "rounds").glob("*"):
+        with contextlib.suppress(RunError):  # nothing readable is in it
+            earlier = RunState.load(folder / "run.json")
+            _delete_run(RunPaths(folder, Path(earlier.caches)), earlier)
+    shutil.rmtree(old.out / "rounds", ignore_errors=True)

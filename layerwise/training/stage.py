@@ -19,7 +19,7 @@ import torch
 
 from layerwise.config import Config, TrainingOptions
 from layerwise.data.batches import Batch, Epoch, held_out_epoch, training_epoch
-from layerwise.errors import TrainingError
+from layerwise.errors import RunError, TrainingError
 from layerwise.events import EpochDone, Notify, StageStarted, StepDone
 from layerwise.files import write_atomically
 from layerwise.memory.allocator import AnyMeter
@@ -42,6 +42,8 @@ class StageFiles:
     metrics: Path
     made_for: str
     """Names the stage's input and options; a checkpoint of another name is refused."""
+    before: tuple[Path, str] | None = None
+    """Checkpoint of the round before, at its end, and what that was made for; None in the first round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,9 @@ def train_stage(
     files: StageFiles,
     stop: StopFlag,
     notify: Notify,
+    round: int = 1,
 ) -> Trained:
-    """Trains to convergence or to max_epochs, from the checkpoint where there is one.
+    """Trains to convergence or to the round's share of max_epochs, from the checkpoint where there is one.
 
     train, held_out: int64 sample numbers; classes: int64 [N] of all samples, for objectives that learn a label. Raises
     Interrupted after saving, TrainingError where the loss is not a number.
@@ -82,8 +85,9 @@ def train_stage(
     options = config.training
     load = SimultaneousStages if plan.parts else LoadedStage
     loaded = load(plan, config, device, placement, meter)
-    progress, best = load_checkpoint(files.checkpoint, files.made_for, loaded) or (Progress(), None)
-    notify(StageStarted(plan.stage, progress.epoch, progress.step))
+    progress, best = _found(files, loaded)
+    epochs = epochs_of_round(options, round)
+    notify(StageStarted(plan.stage, progress.epoch, progress.step, round))
     started = time.monotonic() - progress.seconds
     last_save = time.monotonic()
 
@@ -96,7 +100,7 @@ def train_stage(
             save()
             stop.raise_if_set(f"in stage {plan.stage}, epoch {progress.epoch + 1}, after step {progress.step}")
 
-    while not _finished(progress, config):
+    while not _finished(progress, epochs, options.patience):
         epoch_started = time.monotonic()
         rng = stream(options.seed, "epoch", plan.stage, progress.epoch)
         epoch = training_epoch(feed, train, plan.window, options.batch_size, rng)
@@ -133,7 +137,7 @@ def train_stage(
 
     assert best is not None and progress.best_loss is not None
     converged = progress.plateau_epochs >= options.patience
-    peak = max(entry["peak_bytes"] for entry in progress.history)
+    peak = max(entry["peak_bytes"] for entry in progress.history[progress.first_epoch :])
     return Trained(
         best, progress.epoch, converged, progress.best_loss, time.monotonic() - started, peak, loaded.placement
     )
@@ -179,9 +183,25 @@ def _check_finite(loss: float, stage: int, epoch: int, lr: float) -> None:
         )
 
 
-def _finished(progress: Progress, config: Config) -> bool:
-    options = config.training
-    return progress.epoch >= options.max_epochs or progress.plateau_epochs >= options.patience
+def epochs_of_round(options: TrainingOptions, round: int) -> int:
+    """Most epochs of a stage in this round, from 1; over all rounds they make max_epochs."""
+    return options.max_epochs * round // options.rounds - options.max_epochs * (round - 1) // options.rounds
+
+
+def _found(files: StageFiles, loaded: Loaded) -> tuple[Progress, Arrays | None]:
+    """What an earlier start has saved of this round, or else the end of the round before, or else the beginning."""
+    saved = load_checkpoint(files.checkpoint, files.made_for, loaded)
+    if saved is None and files.before is not None:
+        path, made_for = files.before
+        ended = load_checkpoint(path, made_for, loaded)
+        if ended is None:
+            raise RunError(f"{path} is gone, with which the next round begins; start the same command again.")
+        saved = ended[0].in_next_round(), None
+    return saved or (Progress(), None)
+
+
+def _finished(progress: Progress, epochs: int, patience: int) -> bool:
+    return progress.epoch - progress.first_epoch >= epochs or progress.plateau_epochs >= patience
 
 
 def _close_epoch(

@@ -38,9 +38,21 @@ class Storage:
         """The stages whose caches stay once `stage` is done."""
         if keep == "all":
             return set(range(1, stage + 1))
+        if keep == "nothing":
+            return set()
         newest = self.source(stage + 1)
         # A damaged cache is made again from the one below it.
         return {newest, self.source(newest)} if keep == "needed" and newest else {newest}
+
+
+def rounds_under_way(config: Config, stages: int) -> int:
+    """How many rounds may hold caches at once; of processes it knows nothing, for what is cached acts on the last bits."""
+    return min(config.training.rounds, stages)
+
+
+def keep_of_round(config: Config, round: int) -> str:
+    """What --keep says, in the last round; of an earlier one nothing stays that no stage is to read."""
+    return config.cache.keep if round == config.training.rounds else "nothing"
 
 
 def kept_caches(state: RunState, keep: str) -> set[int]:
@@ -91,7 +103,7 @@ def room_of_caches(plans: Sequence[StagePlan], data: DataSet, options: CacheOpti
 def free_for_caches(folder: Path) -> int:
     """Bytes that are free on the disk of a run's caches, those that it holds there already included."""
     there = next(place for place in (folder, *folder.parents) if place.exists())
-    ours = sum(file.bytes for file in cache_files(folder))
+    ours = sum(file.bytes for each in (folder, *folder.glob("round-*")) for file in cache_files(each))
     return shutil.disk_usage(there).free + ours
 
 
@@ -120,8 +132,9 @@ def plan_storage(
     options = config.cache
     if options.compression != "none" and options.policy != "never":
         require_zstandard()
+    under_way = rounds_under_way(config, len(plans))
     known = {stage: taken for stage, taken in (sealed or {}).items() if stage <= len(decided)}
-    room = free if options.disk is None else min(options.disk, free)
+    room = (free if options.disk is None else min(options.disk, free)) // under_way
     cached, notes = list(decided), []
     rooms = room_of_caches(plans, data, options)
     _check_decided(options, rooms, Storage(tuple(cached)), known)
@@ -132,12 +145,12 @@ def plan_storage(
         fits = beside + needed <= room
         last = plan.stage == len(plans)
         if options.policy == "always" and not fits:
-            no_room = _no_room(plan, needed, beside, room, options)
+            no_room = _no_room(plan, needed, beside, room, options, under_way)
             raise BudgetError(f"{no_room}or let what does not fit be recomputed: --cache auto.")
         before = dict(enumerate(intended, start=1)).get(plan.stage)
         wanted = options.policy != "never" and fits and before is not False
         if not wanted and not last:
-            _check_recomputable(plan, options, _no_room(plan, needed, beside, room, options))
+            _check_recomputable(plan, options, _no_room(plan, needed, beside, room, options, under_way))
         if before and not wanted:
             notes.append(f"an earlier start was to cache the outputs of stage {plan.stage}; they find no room any more")
         cached.append(wanted)
@@ -206,8 +219,13 @@ def _beside(
     return sum(sealed.get(below, rooms[below - 1].file) for below in there if storage.cached[below - 1])
 
 
-def _no_room(plan: StagePlan, needed: int, beside: int, room: int, options: CacheOptions) -> str:
-    what = f"--disk {size(room)}" if room == options.disk else f"{size(room)} of free disk"
+def _no_room(plan: StagePlan, needed: int, beside: int, room: int, options: CacheOptions, under_way: int) -> str:
+    whole = room * under_way
+    what = f"{size(whole)} of free disk"
+    if options.disk is not None and whole > options.disk - under_way:
+        what = f"--disk {size(options.disk)}"
+    if under_way > 1:
+        what += f", shared by the {under_way} rounds that may be under way at once,"
     others = f" beside the {size(beside)} that must stay" if beside else ""
     packing = " while it is packed" if options.compression != "none" else ""
     return (

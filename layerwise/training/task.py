@@ -17,8 +17,8 @@ from layerwise.cache import ActivationCache, CacheWriter
 from layerwise.cache.unsealed import cache_files
 from layerwise.config import Config, load
 from layerwise.data.source import DataSet, FrameSource
-from layerwise.errors import BudgetError, RunError
-from layerwise.events import EpochDone, Event, Notify, StageDone
+from layerwise.errors import BudgetError, RunError, UnusableCache
+from layerwise.events import EpochDone, Event, Message, Notify, StageDone
 from layerwise.files import write_atomically
 from layerwise.memory.allocator import AnyMeter, meter_for
 from layerwise.memory.device import cap, process_bytes, release, why_out_of_memory
@@ -36,18 +36,22 @@ from layerwise.training.memory_record import MemoryRecord
 from layerwise.training.plan import StagePlan
 from layerwise.training.planner import StageLayout
 from layerwise.training.recomputed import RecomputedFeed
+from layerwise.training.resume import find_what_is_missing
 from layerwise.training.schedule import Task
 from layerwise.training.split import HELD_OUT, TRAIN
 from layerwise.training.stage import StageFiles, train_stage
-from layerwise.training.storage import Storage, below, input_of, kept_caches
+from layerwise.training.storage import Storage, below, input_of, keep_of_round, kept_caches
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that the tasks of one run share."""
+    """Everything that the tasks of one round share."""
 
     config: Config
+    round: int
+    """From 1; the last one is the run itself."""
     paths: RunPaths
+    """Of this round, as `state` is."""
     state: RunState
     data: DataSet
     split: np.ndarray
@@ -58,11 +62,23 @@ class Run:
     device: torch.device
     stop: StopFlag
     notify: Notify
+    earlier: "Run | None" = None
+    """The round before."""
+
+    @property
+    def keep(self) -> str:
+        """Which caches stay once all stages are done; an earlier round has served its purpose by then."""
+        return keep_of_round(self.config, self.round)
 
     def key(self, stage: int) -> str:
-        """The training key of a stage whose lower stages are done."""
+        """The training key of a stage whose lower stages are done, as is the stage itself in the round before."""
         below = self.state.record(stage - 1).fingerprint if stage > 1 else None
-        return training_key(self.config, self.data.identity, below, stage, self.plans[stage - 1].layers)
+        if self.round > 1 and self.earlier is None:
+            raise RunError(
+                f"{self.paths.out} has lost the folder of its round {self.round - 1}; begin anew with --overwrite."
+            )
+        before = self.earlier.state.record(stage).fingerprint if self.earlier else None
+        return training_key(self.config, self.data.identity, below, before, stage, self.plans[stage - 1].layers)
 
     def trained_with(self, stage: int) -> Config:
         """The options of a trained stage; where `--from-stage` has changed some, those below keep theirs."""
@@ -70,18 +86,47 @@ class Run:
 
 
 def perform(task: Task, run: Run) -> None:
-    """Trains, caches and seals one stage, and records it in run.json. Raises Interrupted after saving."""
-    record = run.state.record(task.stage)
+    """Trains, caches and seals one stage, and records it in run.json; a cache that cannot be used is made anew, once.
+
+    Raises Interrupted after saving.
+    """
+    mended: set[Path] = set()
+    while True:
+        try:
+            check_kept(run)
+            for stage in range(1, task.stage + 1):  # those below are done, but for a cache that is to be made again
+                _perform(stage, run)
+            return
+        except UnusableCache as error:
+            if error.path in mended:
+                raise
+            mended.add(error.path)
+            mend(error, run)
+
+
+def mend(error: UnusableCache, run: Run) -> None:
+    """Deletes a cache that cannot be used, and has it made again. Raises RunError where it cannot be deleted."""
+    run.notify(Message(f"{error} It is made again from below."))
+    try:
+        error.path.unlink(missing_ok=True)
+    except OSError as failed:
+        raise RunError(f"{error} Here it cannot be deleted: {failed.strerror}.") from None
+    find_what_is_missing(run.state, run.paths, run.keep)
+    run.state.save(run.paths.state)
+
+
+def _perform(stage: int, run: Run) -> None:
+    record = run.state.record(stage)
     if record.status == "done":
         return
-    plan = run.plans[task.stage - 1]
-    source = _open_source(task.stage, run)
+    plan = run.plans[stage - 1]
+    source = _open_source(stage, run)
     cap(run.device, run.state.budget_bytes)  # anew: what the driver itself takes grows as kernels are loaded
     before = _allocated(run.device)
     meter = meter_for(run.device, run.state.budget_bytes)
     reason = None
     try:
-        with meter, MemoryRecord(run.paths.memory(task.stage), meter, run.notify) as recorded:
+        with meter, MemoryRecord(run.paths.memory(stage), meter, run.notify) as recorded:
             _train_and_cache(plan, source, replace(run, notify=recorded), record, meter)
     except (BudgetError, RuntimeError) as error:
         reason = why_out_of_memory(error)
@@ -90,13 +135,13 @@ def perform(task: Task, run: Run) -> None:
             source.close()
     if reason is not None:  # raised out here: while the first error is known, so are the tensors of the attempt
         what = "cache its outputs" if record.status == "caching" else "train"
-        raise BudgetError(f"Stage {task.stage} does not fit into the device budget to {what}. {reason}")
+        raise BudgetError(f"Stage {stage} does not fit into the device budget to {what}. {reason}")
     left = _device_bytes_left(meter, run.device, before)
     _finish(run, record)
     delete_leftovers(run)
     run.notify(
         StageDone(
-            stage=task.stage,
+            stage=stage,
             epochs=record.epochs,
             converged=bool(record.converged),
             best_loss=float(record.best_loss or 0),
@@ -105,6 +150,7 @@ def perform(task: Task, run: Run) -> None:
             device_bytes_left=left,
             cache_bytes=record.cache_bytes or 0,
             seconds=record.seconds,
+            round=run.round,
         )
     )
 
@@ -160,7 +206,7 @@ def _feed(stage: int, source: FrameSource, run: Run) -> Feed:
 
 def delete_leftovers(run: Run) -> None:
     """Frees what no stage reads or writes any more and --keep does not name, whatever a kill has left of it."""
-    keep = kept_caches(run.state, run.config.cache.keep)
+    keep = kept_caches(run.state, run.keep)
     unsealed = {record.stage for record in run.state.stages if record.status == "caching"}
     left = [file for file in cache_files(run.paths.caches) if file.stage not in (keep if file.is_sealed else unsealed)]
     for record in run.state.stages:
@@ -177,7 +223,7 @@ def check_kept(run: Run) -> None:
 
     Raises UnusableCache where one cannot be used.
     """
-    for stage in kept_caches(run.state, run.config.cache.keep):
+    for stage in kept_caches(run.state, run.keep):
         if run.state.record(stage).status == "done" and run.paths.cache(stage).exists():
             _open_cache(stage, run).close()
 
@@ -211,9 +257,12 @@ def _train(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
         device=run.device,
         placement=run.layouts[stage - 1].placement,
         meter=meter,
-        files=StageFiles(run.paths.checkpoint(stage), run.paths.metrics(stage), run.key(stage)),
+        files=StageFiles(
+            run.paths.checkpoint(stage), run.paths.metrics(stage), run.key(stage), _end_before(stage, run)
+        ),
         stop=run.stop,
         notify=record_epoch,
+        round=run.round,
     )
     save_arrays(weights_path, trained.weights, {"stage": str(stage), "made_for": run.key(stage)})
     record.status = "caching"
@@ -224,6 +273,11 @@ def _train(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
     record.seconds = trained.seconds
     record.fingerprint = fingerprint(run.key(stage), digest(trained.weights))
     run.state.save(run.paths.state)
+
+
+def _end_before(stage: int, run: Run) -> tuple[Path, str] | None:
+    """The checkpoint that the round before has ended with, and what that was made for."""
+    return (run.earlier.paths.checkpoint(stage), run.earlier.key(stage)) if run.earlier else None
 
 
 def _cache(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: AnyMeter) -> None:
@@ -284,7 +338,10 @@ def _finish(run: Run, record: StageRecord) -> None:
     record.status = "done"
     record.peak_bytes = max(record.train_peak_bytes or 0, record.cache_peak_bytes or 0)
     run.state.save(run.paths.state)
-    run.paths.checkpoint(record.stage).unlink(missing_ok=True)
+    if run.round == run.config.training.rounds:
+        run.paths.checkpoint(record.stage).unlink(missing_ok=True)  # an earlier one is what the next round begins with
+    if run.earlier:
+        run.earlier.paths.checkpoint(record.stage).unlink(missing_ok=True)
 
 
 def _allocated(device: torch.device) -> int:

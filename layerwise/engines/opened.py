@@ -1,0 +1,156 @@
+"""A run as a process holds it that performs tasks of it: the data, the stages, how they are laid out and stored.
+
+A process that joins a run later opens the same from the run directory. What is done is read from the disk before each task,
+so that nothing of it is passed between processes.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from layerwise.config import Config, load, with_options
+from layerwise.data.open import open_data
+from layerwise.data.source import DataSet
+from layerwise.errors import BudgetError, RunError
+from layerwise.events import Notify
+from layerwise.files import exclusive
+from layerwise.memory.device import find_device
+from layerwise.memory.heap import share_one_heap
+from layerwise.nets import shortest_sample
+from layerwise.run_directory import RunPaths, RunState
+from layerwise.stop import StopFlag
+from layerwise.training.cutting import plan_run
+from layerwise.training.plan import StagePlan
+from layerwise.training.planner import StageLayout, lay_out, smallest_budget, smallest_layout
+from layerwise.training.schedule import Task
+from layerwise.training.split import split_samples
+from layerwise.training.storage import Storage, below
+from layerwise.training.task import Run, perform
+
+HANDOVER_SECONDS = 60
+"""How long a task waits for another process to let go of its round: one that was killed may still be on its way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedRun:
+    """What is the same for all rounds."""
+
+    config: Config
+    paths: RunPaths
+    data: DataSet
+    split: np.ndarray
+    """uint8 [N], see training.split."""
+    plans: list[StagePlan]
+    layouts: list[StageLayout]
+    storage: Storage
+    device: torch.device
+
+    def perform(self, task: Task, stop: StopFlag, notify: Notify) -> None:
+        """Performs a task whose needs are met, or finds it done. Raises Interrupted after saving."""
+        with _round_to_itself(self.paths.round(task.round, self.config.training.rounds).task_lock, task, stop):
+            perform(task, self.round(task.round, stop, notify))
+
+    def round(self, number: int, stop: StopFlag, notify: Notify) -> Run:
+        """A round as the disk has it now, and those before it."""
+        run, rounds = None, self.config.training.rounds
+        for each in range(1, number + 1):
+            paths = self.paths.round(each, rounds)
+            if each < number and not paths.state.exists():  # of a finished run, a user may have deleted it
+                continue
+            state = RunState.load(paths.state)
+            run = Run(
+                self.config,
+                each,
+                paths,
+                state,
+                self.data,
+                self.split,
+                self.plans,
+                self.layouts,
+                self.storage,
+                self.device,
+                stop,
+                notify,
+                run,
+            )
+        assert run is not None
+        return run
+
+
+def reopen(out: Path, device: str | None = None) -> OpenedRun:
+    """A run that another process has prepared. device: in place of the one in its options.
+
+    Raises RunError where the run was given its network as an object, which no other process can know.
+    """
+    share_one_heap()
+    config = load(out / "config.toml")
+    if device is not None:
+        config = with_options(config, {"training.device": device})
+    main = RunState.load(out / "run.json")
+    if main.network:
+        raise RunError(
+            f"The network of {out} was given as an object, which only its own process knows; leave --devices and --engine out."
+        )
+    paths, on = RunPaths(out, Path(main.caches)), find_device(config.training.device)
+    data = open_data(config.data, shortest_sample(config))
+    if data.identity != main.data_identity:
+        raise RunError(f"The data of {out} have changed since it was prepared; bring the old ones back.")
+    first = RunState.load(paths.round(1, config.training.rounds).state)
+    storage = Storage(tuple(bool(record.cached) for record in first.stages))
+    plans = plan_run(config, data, on, None, main.cut)
+    done = {record.stage for record in main.stages if record.status == "done"}
+    layouts = layouts_of(config, plans, storage, on, done, StopFlag())
+    return OpenedRun(config, paths, data, split_samples(data, config), plans, layouts, storage, on)
+
+
+def layouts_of(
+    config: Config, plans: Sequence[StagePlan], storage: Storage, device: torch.device, done: set[int], stop: StopFlag
+) -> list[StageLayout]:
+    """How each stage is laid out; that of a stage that is done already need not fit.
+
+    Raises BudgetError that names the neediest stage, Interrupted between two stages.
+    """
+    layouts, refused = [], {}
+    for plan in plans:
+        stop.raise_if_set("before anything was trained")
+        recomputed = below(plans, plan.stage, storage)
+        try:
+            layouts.append(lay_out(config, plan, device, recomputed))
+        except BudgetError as error:
+            layouts.append(smallest_layout(config, plan, recomputed))
+            if plan.stage not in done:
+                refused[smallest_budget(config, plan, device, recomputed)] = error
+    if refused:
+        raise refused[max(refused)]
+    return layouts
+
+
+@contextmanager
+def _round_to_itself(lock: Path, task: Task, stop: StopFlag) -> Iterator[None]:
+    """Within a round one task follows another, so whoever performs one has its files to itself.
+
+    Raises RunError where another process keeps them.
+    """
+    busy = RunError(
+        f"Another process is at work in round {task.round}, where stage {task.stage} comes next; wait for it, or stop it."
+    )
+    deadline = time.monotonic() + HANDOVER_SECONDS
+    while True:
+        stop.raise_if_set(f"before stage {task.stage} of round {task.round}")
+        held = exclusive(lock, busy)
+        try:
+            held.__enter__()
+            break
+        except RunError as error:
+            if error is not busy or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+    try:
+        yield
+    finally:
+        held.__exit__(None, None, None)

@@ -1,0 +1,52 @@
+"""The run directories of all rounds, prepared or resumed together."""
+
+from collections.abc import Sequence
+
+import torch
+
+from layerwise.config import Config
+from layerwise.data.source import DataSet
+from layerwise.run_directory import RunPaths, RunState
+from layerwise.training.plan import StagePlan
+from layerwise.training.resume import delete_pending, is_trained, prepare, reset_above
+from layerwise.training.storage import keep_of_round
+
+
+def prepare_rounds(
+    config: Config,
+    paths: RunPaths,
+    data: DataSet,
+    plans: list[StagePlan],
+    device: torch.device,
+    *,
+    from_stage: int | None,
+    overwrite: bool,
+    cached: Sequence[bool],
+) -> dict[int, RunState]:
+    """States of the rounds that there is still something to do in, by number; of the last one in any case.
+
+    Everything else as in `prepare`, which does the same for one round. The last comes first: what it refuses, all refuse.
+    """
+    rounds, states = config.training.rounds, {}
+    for number in range(rounds, 0, -1):
+        of_round, keep = paths.round(number, rounds), keep_of_round(config, number)
+        how = {"from_stage": from_stage, "overwrite": overwrite, "cached": cached, "keep": keep}
+        states[number] = prepare(config, of_round, data, plans, device, **how)
+        if number < rounds:
+            _find_lost_ends(number, paths, rounds, states)
+        if all(is_trained(record) for record in states[number].stages) and number == rounds:
+            break  # what came before has served its purpose, and may have been deleted
+    return dict(sorted(states.items()))
+
+
+def _find_lost_ends(number: int, paths: RunPaths, rounds: int, states: dict[int, RunState]) -> None:
+    """Where the next round cannot begin for want of what this one ended with, this one trains the stage again."""
+    here, above = paths.round(number, rounds), paths.round(number + 1, rounds)
+    for record, following in zip(states[number].stages, states[number + 1].stages, strict=True):
+        to_begin = not is_trained(following) and not above.checkpoint(record.stage).exists()
+        if is_trained(record) and to_begin and not here.checkpoint(record.stage).exists():
+            for later in range(number, rounds + 1):
+                reset_above(states[later], record.stage)
+                states[later].save(paths.round(later, rounds).state)
+                delete_pending(states[later], paths.round(later, rounds))
+            return
