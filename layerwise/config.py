@@ -7,6 +7,7 @@ An option's scope says what follows when it changes between two starts of a run:
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -254,6 +255,26 @@ class CacheOptions(_Section):
         return _size(value)
 
 
+class EngineOptions(_Section):
+    """Who performs the tasks of a run."""
+
+    devices: tuple[str, ...] = _option(
+        (), "place", "a worker process for each of these devices: 0,1,2 or cpu,cpu; default: this process", "--devices"
+    )
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _a_list(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            value = str(value)
+        names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+        devices = [f"cuda:{name}" if str(name).isdigit() else name for name in names]
+        wrong = [name for name in devices if not re.fullmatch(r"cpu|cuda:\d+", str(name))]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is no device; write --devices 0,1,2 for GPUs, or cpu,cpu")
+        return devices
+
+
 class Config(_Section):
     """All options of one run, resolved."""
 
@@ -264,6 +285,7 @@ class Config(_Section):
     training: TrainingOptions = TrainingOptions()
     memory: MemoryOptions = MemoryOptions()
     cache: CacheOptions = CacheOptions()
+    engine: EngineOptions = EngineOptions()
 
     def to_toml(self) -> str:
         """The resolved configuration as TOML; options without a value are left out."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
-from layerwise.engines import in_process
+from layerwise.engines import in_process, processes
 from layerwise.engines.machine import machine
 from layerwise.engines.opened import OpenedRun, layouts_of
-from layerwise.errors import RunError, UnusableCache
+from layerwise.errors import ConfigError, RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import exclusive, write_atomically
 from layerwise.memory.device import find_device
@@ -68,7 +68,12 @@ def run(
     """
     share_one_heap()
     service = find_service(config.training.log)
-    device, stop = find_device(config.training.device), stop or StopFlag()
+    if network is not None and config.engine.devices:
+        raise ConfigError(
+            "The network was given as an object, which worker processes cannot know; leave --devices out."
+        )
+    device = find_device(config.engine.devices[0] if config.engine.devices else config.training.device)
+    stop = stop or StopFlag()
     paths, rounds = RunPaths.of(config.out, config.cache.dir), config.training.rounds
     data = data or open_data(config.data, shortest_sample(config))
     planned_for = _content(paths.state)
@@ -109,7 +114,7 @@ def run(
             done = tuple(record.stage for record in state.stages if record.status == "done")
             told(RunStarted(len(plans), done, config.training.max_epochs, state.budget_bytes, rounds))
             tasks = _tasks(opened, [opened.round(number, stop, told) for number in states])
-            in_process.execute(tasks, opened, stop, told)
+            _execute(tasks, opened, stop, told)
         stitch(config, paths, plans, data)
         for number in states:
             _forget_from_stage(paths.round(number, rounds))
@@ -122,6 +127,14 @@ def _furthest_round(paths: RunPaths, rounds: int) -> RunPaths:
     if not paths.round(1, rounds).state.exists():
         return paths
     return paths.round(1, rounds)
+
+
+def _execute(tasks: list[Task], opened: OpenedRun, stop: StopFlag, notify: Notify) -> None:
+    devices = opened.config.engine.devices
+    if not devices:
+        in_process.execute(tasks, opened, stop, notify)
+    elif tasks:
+        processes.execute(tasks, opened, devices, stop, notify)
 
 
 def _tasks(opened: OpenedRun, rounds: list[Run]) -> list[Task]:

@@ -1,0 +1,174 @@
+"""Performs the tasks of a run in worker processes on this machine, one for each device.
+
+A worker that dies is replaced, and its task goes on from its last checkpoint; a task whose workers die three times ends the
+run, with the end of the last one's log.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+import torch
+
+from layerwise.engines.opened import OpenedRun
+from layerwise.engines.worker import STOP, Answer, error_of, event_of
+from layerwise.errors import Interrupted, RunError
+from layerwise.events import Message, Notify
+from layerwise.stop import StopFlag
+from layerwise.training.schedule import Task, ready
+
+POLL_SECONDS = 0.2
+ATTEMPTS = 3
+LOG_LINES = 15
+
+
+@dataclass(slots=True)
+class _Worker:
+    device: str
+    process: subprocess.Popen[str]
+    log: Path
+    task: Task | None = None
+
+
+Inbox = SimpleQueue[tuple[_Worker, Answer | None]]
+"""What workers tell; None once one has ended."""
+
+
+@dataclass(slots=True)
+class _Work:
+    """What is left of a run, and who is at it."""
+
+    waiting: list[Task]
+    """Neither done nor in hand, in the order of the schedule."""
+    undone: set[Task]
+    deaths: Counter[Task | None] = field(default_factory=Counter)
+
+
+def execute(tasks: Sequence[Task], run: OpenedRun, devices: Sequence[str], stop: StopFlag, notify: Notify) -> None:
+    """Every task as soon as its needs are met and a worker is free.
+
+    Raises Interrupted after all workers have saved, RunError where a task's workers have died three times, and what a task
+    raises that cannot be done.
+    """
+    work, inbox = _Work(list(tasks), set(tasks)), Inbox()
+    workers = [_start(device, number, run, inbox) for number, device in enumerate(devices)]
+    try:
+        while work.undone:
+            stop.raise_if_set("")
+            _hand_out(work, workers)
+            try:
+                worker, message = inbox.get(timeout=POLL_SECONDS)
+            except Empty:
+                continue
+            if worker not in workers:
+                continue  # a worker that was replaced has nothing more to say
+            if message is None:
+                _replace(worker, work, workers, run, inbox, notify)
+            elif "event" in message:
+                notify(event_of(message))
+            elif message["ended"] == "done":
+                work.undone.discard(worker.task)
+                worker.task = None
+            else:
+                raise error_of(message)
+    except Interrupted:
+        _end(workers, inbox, notify)
+        raise Interrupted(f"Stopped by {stop.reason}; start the same command again to go on.") from None
+    finally:
+        _end(workers, inbox, notify)
+
+
+def _hand_out(work: _Work, workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        task = ready(work.waiting, work.undone)
+        if worker.task is None and task is not None:
+            work.waiting.remove(task)
+            worker.task = task
+            _send(worker, json.dumps([task.round, task.stage]))
+
+
+def _start(device: str, number: int, run: OpenedRun, inbox: Inbox) -> _Worker:
+    log = run.paths.out / "workers" / f"{number}.txt"
+    log.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "layerwise.engines.worker", str(run.paths.out), device]
+    # The last bits of sums on a CPU depend on the number of threads.
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with log.open("a") as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=threads,
+            start_new_session=True,  # Ctrl-C is for this process, which tells them
+        )
+    worker = _Worker(device, process, log)
+    threading.Thread(target=_listen, args=(worker, inbox), daemon=True).start()
+    return worker
+
+
+def _listen(worker: _Worker, inbox: Inbox) -> None:
+    assert worker.process.stdout is not None
+    for line in worker.process.stdout:
+        inbox.put((worker, json.loads(line)))
+    worker.process.wait()
+    inbox.put((worker, None))
+
+
+def _send(worker: _Worker, line: str) -> None:
+    assert worker.process.stdin is not None
+    try:
+        worker.process.stdin.write(line + "\n")
+        worker.process.stdin.flush()
+    except OSError:
+        pass  # it has died, which the inbox will say
+
+
+def _replace(
+    worker: _Worker, work: _Work, workers: list[_Worker], run: OpenedRun, inbox: Inbox, notify: Notify
+) -> None:
+    """Another worker in the place of one that has died. Raises RunError where its task has had enough of them."""
+    how, task = _how_it_ended(worker.process.returncode), worker.task
+    work.deaths[task] += 1
+    if task is not None:
+        work.waiting.insert(0, task)
+    if work.deaths[task] >= ATTEMPTS:
+        what = f"Stage {task.stage} in round {task.round}" if task else "A worker without a task"
+        raise RunError(
+            f"{what} has failed {ATTEMPTS} times; the last worker {how}. The same command goes on once that is mended. "
+            f"The end of its log, {worker.log}:\n{end_of_log(worker.log)}"
+        )
+    notify(Message(f"the worker on {worker.device} {how}; another takes its place"))
+    number = workers.index(worker)
+    workers[number] = _start(worker.device, number, run, inbox)
+
+
+def _how_it_ended(code: int) -> str:
+    return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+
+
+def end_of_log(path: Path, lines: int = LOG_LINES) -> str:
+    """The last lines of a log."""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _end(workers: list[_Worker], inbox: Inbox, notify: Notify) -> None:
+    """Every worker saves and ends; what they still tell is passed on."""
+    for worker in workers:
+        _send(worker, STOP)
+    running = [worker for worker in workers if worker.process.poll() is None]
+    while running:
+        worker, message = inbox.get()
+        if message is None:
+            running = [each for each in running if each is not worker]
+        elif "event" in message:
+            notify(event_of(message))
+    workers.clear()

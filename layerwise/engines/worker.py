@@ -1,0 +1,91 @@
+"""A process that performs tasks of a run that another one has prepared: `python -m layerwise.engines.worker DIR DEVICE`.
+
+It reads tasks from its standard input, one a line, and answers on its standard output with JSON lines: events as they come,
+then how the task ended. Where the input ends, so does the worker, after saving: it does not outlive whoever sent it tasks.
+"""
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TextIO
+
+from layerwise import errors, events
+from layerwise.engines.opened import reopen
+from layerwise.errors import Interrupted, LayerwiseError, RunError
+from layerwise.events import Event
+from layerwise.stop import StopFlag, stop_on_signals
+from layerwise.training.schedule import Task
+
+Answer = dict[str, Any]
+STOP = "stop"
+
+
+def main(out: str, device: str) -> None:
+    """Until the input ends or says stop."""
+    tell = _teller(_own_output())
+    with stop_on_signals() as stop:
+        lines: SimpleQueue[str] = SimpleQueue()
+        threading.Thread(target=_listen, args=(sys.stdin, lines, stop), daemon=True).start()
+        run = None
+        while line := lines.get():
+            try:
+                run = run or reopen(Path(out), device)
+                run.perform(Task(*json.loads(line)), stop, lambda event: tell(event_message(event)))
+                tell({"ended": "done"})
+            except LayerwiseError as error:
+                tell(error_message(error))
+
+
+def _own_output() -> TextIO:
+    """The standard output, which from here on is this worker's alone: what libraries print goes to the log with the errors."""
+    own = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return own
+
+
+def _teller(stream: TextIO) -> Callable[[Answer], None]:
+    def tell(message: Answer) -> None:
+        print(json.dumps(message), file=stream, flush=True)
+
+    return tell
+
+
+def _listen(stream: TextIO, lines: "SimpleQueue[str]", stop: StopFlag) -> None:
+    for line in stream:
+        if line.strip() == STOP:
+            break
+        lines.put(line)
+    stop.reason = stop.reason or "the process that sent it tasks"
+    lines.put("")
+
+
+def event_message(event: Event) -> Answer:
+    """An event as JSON has it."""
+    return {"event": type(event).__name__, **asdict(event)}
+
+
+def event_of(message: Answer) -> Event:
+    """The event of a message."""
+    values = {name: value for name, value in message.items() if name != "event"}
+    return getattr(events, message["event"])(**values)
+
+
+def error_message(error: LayerwiseError) -> Answer:
+    """How a task ended that was stopped, or that cannot be done however often it is tried."""
+    ended = "stopped" if isinstance(error, Interrupted) else "refused"
+    return {"ended": ended, "error": type(error).__name__, "sentence": str(error)}
+
+
+def error_of(message: Answer) -> LayerwiseError:
+    """The error of a message."""
+    kind = getattr(errors, message["error"])
+    return kind(message["sentence"]) if not issubclass(kind, errors.UnusableCache) else RunError(message["sentence"])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,126 @@
+"""Worker processes: the same bits as one process, whoever dies."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from layerwise.config import Config, with_options
+from layerwise.engines.run import run
+from layerwise.errors import ConfigError, Interrupted, RunError, TrainingError
+from layerwise.events import EpochDone, Event, Message, StageStarted
+from layerwise.nets import build_network
+from layerwise.stop import StopFlag
+from layerwise.training.schedule import tasks_of_run
+
+Tiny = Callable[..., Config]
+ROUNDS = {"training.rounds": 2, "training.max_epochs": 4}
+TWO = {"engine.devices": "cpu,cpu"}
+
+
+def bits(out: str | Path) -> dict[str, bytes]:
+    return {name: value.tobytes() for name, value in load_file(Path(out) / "encoder.safetensors").items()}
+
+
+def workers() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "layerwise.engines.worker" in child.cmdline()]
+
+
+@pytest.fixture
+def config(tiny_speech: Tiny, digits: Path) -> Config:
+    return tiny_speech(f"fsdd:{digits}", **ROUNDS, **TWO)
+
+
+@pytest.fixture
+def alone(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> dict[str, bytes]:
+    """The bits of the same run in one process."""
+    other = tiny_speech(f"fsdd:{digits}", out=str(tmp_path / "alone"), **ROUNDS)
+    run(other)
+    return bits(other.out)
+
+
+def test_two_processes_end_with_the_bits_of_one_and_tell_what_they_do(config: Config, alone: dict[str, bytes]) -> None:
+    events: list[Event] = []
+    run(config, notify=events.append)
+    assert bits(config.out) == alone
+    begun = {(event.round, event.stage) for event in events if isinstance(event, StageStarted)}
+    assert begun == {(task.round, task.stage) for task in tasks_of_run(4, 2)}
+    assert not workers()
+
+
+def test_a_worker_that_is_killed_is_replaced(config: Config, alone: dict[str, bytes]) -> None:
+    events: list[Event] = []
+
+    def kill_the_second_time(event: Event) -> None:
+        events.append(event)
+        if sum(isinstance(each, EpochDone) for each in events) == 5 and isinstance(event, EpochDone):
+            workers()[0].send_signal(signal.SIGKILL)
+
+    run(config, notify=kill_the_second_time)
+    assert bits(config.out) == alone
+    told = [event.text for event in events if isinstance(event, Message)]
+    assert any("was killed by signal 9; another takes its place" in text for text in told)
+
+
+def test_a_stop_reaches_the_workers_and_the_same_command_goes_on(config: Config, alone: dict[str, bytes]) -> None:
+    stop = StopFlag()
+
+    def stop_in_the_second_round(event: Event) -> None:
+        if isinstance(event, StageStarted) and event.round == 2:
+            stop.reason = "the test"
+
+    with pytest.raises(Interrupted, match="Stopped by the test"):
+        run(config, stop=stop, notify=stop_in_the_second_round)
+    assert not workers()
+    run(config)
+    assert bits(config.out) == alone
+
+
+def test_a_run_that_is_killed_leaves_no_workers(config: Config, alone: dict[str, bytes], tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(config.to_toml())
+    command = [sys.executable, "-m", "layerwise", "run", "--config", str(tmp_path / "own.toml")]
+    coordinator = psutil.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(Path(config.out).rglob("checkpoint.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    orphans = coordinator.children()
+    coordinator.kill()
+    coordinator.wait()
+    _, alive = psutil.wait_procs(orphans, timeout=60)
+    assert len(orphans) == 2
+    assert not alive
+    run(config)
+    assert bits(config.out) == alone
+
+
+def test_a_task_whose_workers_die_three_times_ends_the_run(config: Config) -> None:
+    def kill(event: Event) -> None:
+        if isinstance(event, StageStarted):
+            workers()[0].kill()
+
+    with pytest.raises(
+        RunError, match=r"Stage 1 in round 1 has failed 3 times; the last worker was killed by signal 9"
+    ):
+        run(with_options(config, {"engine.devices": "cpu"}), notify=kill)
+    assert not workers()
+
+
+def test_what_cannot_be_done_is_not_tried_again(config: Config) -> None:
+    events: list[Event] = []
+    with pytest.raises(TrainingError, match="lower --lr"):
+        run(with_options(config, {"training.lr": 1e30}), notify=events.append)
+    assert sum(isinstance(event, StageStarted) for event in events) == 1
+
+
+def test_what_processes_cannot_share_is_refused(config: Config, tiny_speech: Tiny) -> None:
+    with pytest.raises(ConfigError, match="was given as an object"):
+        run(config, network=build_network(config.net, (1,)))
+    with pytest.raises(ConfigError, match=r"'gpu' is no device"):
+        tiny_speech("demo", **{"engine.devices": "gpu"})
+    assert not Path(config.out).exists()
