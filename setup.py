@@ -44,6 +44,7 @@ setup(
         "wandb": ["wandb>=0.19"],
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "mlflow": ["mlflow>=3.0"],
+        "dask": ["distributed>=2025.1"],
         "dev": [
             "pytest>=8.3",
             "pytest-xdist>=3.6",
@@ -53,7 +54,7 @@ setup(
             *COMPRESSION,
             "playwright>=1.50",  # drives the system's Chromium, where there is one
             "tensorboard>=2.18",
-            "layerwise[onnx]",
+            "layerwise[onnx,dask]",
         ],
     },
     entry_points={"console_scripts": ["layerwise = layerwise.commands:main"]},

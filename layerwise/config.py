@@ -258,6 +258,12 @@ class CacheOptions(_Section):
 class EngineOptions(_Section):
     """Who performs the tasks of a run."""
 
+    name: Literal["local", "dask"] = _option(
+        "local", "place", "local: processes of this machine; dask: the workers of a Dask cluster", "--engine"
+    )
+    scheduler: str | None = _option(
+        None, "place", "address of a Dask scheduler; default: a cluster on this machine", "--scheduler"
+    )
     devices: tuple[str, ...] = _option(
         (), "place", "a worker process for each of these devices: 0,1,2 or cpu,cpu; default: this process", "--devices"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
-from layerwise.engines import in_process, processes
+from layerwise.engines import dask, in_process, processes
 from layerwise.engines.machine import machine
 from layerwise.engines.opened import OpenedRun, layouts_of
 from layerwise.errors import ConfigError, RunError, UnusableCache
@@ -68,9 +68,9 @@ def run(
     """
     share_one_heap()
     service = find_service(config.training.log)
-    if network is not None and config.engine.devices:
+    if network is not None and (config.engine.devices or config.engine.name != "local"):
         raise ConfigError(
-            "The network was given as an object, which worker processes cannot know; leave --devices out."
+            "The network was given as an object, which other processes cannot know; leave --devices and --engine out."
         )
     device = find_device(config.engine.devices[0] if config.engine.devices else config.training.device)
     stop = stop or StopFlag()
@@ -130,11 +130,13 @@ def _furthest_round(paths: RunPaths, rounds: int) -> RunPaths:
 
 
 def _execute(tasks: list[Task], opened: OpenedRun, stop: StopFlag, notify: Notify) -> None:
-    devices = opened.config.engine.devices
-    if not devices:
+    options = opened.config.engine
+    if options.name == "dask" and tasks:
+        dask.execute(tasks, opened, stop, notify)
+    elif options.devices and tasks:
+        processes.execute(tasks, opened, options.devices, stop, notify)
+    else:
         in_process.execute(tasks, opened, stop, notify)
-    elif tasks:
-        processes.execute(tasks, opened, devices, stop, notify)
 
 
 def _tasks(opened: OpenedRun, rounds: list[Run]) -> list[Task]:

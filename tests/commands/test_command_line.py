@@ -163,6 +163,7 @@ def test_the_command_line_has_exactly_these_options() -> None:
         *("--patience", "--batch-size", "--lr", "--precision", "--device", "--seed", "--from-stage", "--overwrite"),
         *("--set", "--cache", "--cache-dtype", "--cache-compression", "--disk", "--keep", "--views"),
         *("--objective", "--label", "--log"),
+        *("--rounds", "--devices", "--engine", "--scheduler"),
     }
 
 

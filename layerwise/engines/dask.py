@@ -1,0 +1,185 @@
+"""Performs the tasks of a run on the workers of a Dask cluster, which must see the run directory, the caches and the data.
+
+A worker performs one task at a time. Where one dies, Dask gives its task to another, which goes on from the last checkpoint.
+"""
+
+import contextlib
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layerwise.engines.opened import OpenedRun, reopen
+from layerwise.engines.worker import Answer, error_message, error_of, event_message, event_of
+from layerwise.errors import ConfigError, Interrupted, LayerwiseError, RunError
+from layerwise.events import CachingProgress, Event, Notify, StepDone
+from layerwise.stop import StopFlag
+from layerwise.training.schedule import Task
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+POLL_SECONDS = 0.2
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What a worker must know to perform a task."""
+
+    out: str
+    start: str
+    """Names this start of the run: what an earlier one has opened may be out of date."""
+    threads: int
+    """Of each worker: on a CPU the last bits of sums depend on it."""
+    devices: tuple[str, ...]
+    """Of workers named 0, 1, …; where it is empty, each takes the one of the options."""
+
+    @property
+    def topic(self) -> str:
+        return f"layerwise-{self.start}"
+
+
+def execute(tasks: Sequence[Task], run: OpenedRun, stop: StopFlag, notify: Notify) -> None:
+    """Every task, on the cluster of `--scheduler`, or on one of this machine with a worker for each of `--devices`.
+
+    Raises ConfigError where there is no such cluster, Interrupted after all workers have saved, RunError where a task's
+    workers have died three times, and what a task raises that cannot be done.
+    """
+    options = run.config.engine
+    own = () if options.scheduler else options.devices or (str(run.device),)
+    order = _Order(str(run.paths.out.resolve()), uuid.uuid4().hex, torch.get_num_threads(), own)
+    with _client(options.scheduler, len(own)) as client:
+        from distributed import Event as Signal
+
+        told: SimpleQueue[Answer] = SimpleQueue()
+        client.subscribe_topic(order.topic, lambda event: told.put(event[1]["told"]))
+        halt = Signal(order.topic, client=client)
+        resources = {"GPU": 1} if run.device.type == "cuda" and options.scheduler else None
+        futures: dict[Task, Future] = {}
+        for task in tasks:
+            needed = [futures[need] for need in task.needs if need in futures]
+            name = f"{order.topic}-round-{task.round}-stage-{task.stage}"
+            futures[task] = client.submit(
+                _perform, order, task, needed, key=name, retries=ATTEMPTS - 1, pure=False, resources=resources
+            )
+        try:
+            _follow(futures, told, stop, notify)
+        finally:
+            if any(not future.done() for future in futures.values()):
+                halt.set()
+                _settle(futures, told, notify)
+
+
+def _follow(futures: dict[Task, "Future"], told: "SimpleQueue[Answer]", stop: StopFlag, notify: Notify) -> None:
+    undone = dict(futures)
+    while undone:
+        _pass_on(told, notify)
+        if stop.reason:
+            raise Interrupted(f"Stopped by {stop.reason}; start the same command again to go on.")
+        for task in [task for task, future in undone.items() if future.done()]:
+            _check(task, undone.pop(task))
+        time.sleep(POLL_SECONDS)
+    _pass_on(told, notify)
+
+
+def _check(task: Task, future: "Future") -> None:
+    """Raises what has kept the task from being done."""
+    if future.status != "finished":
+        raise RunError(
+            f"Stage {task.stage} in round {task.round} has failed {ATTEMPTS} times: {future.exception()!r}. The same command "
+            "goes on once that is mended; the logs of the Dask workers say more."
+        )
+    answer = future.result()
+    if answer["ended"] != "done":
+        raise error_of(answer)
+
+
+def _pass_on(told: "SimpleQueue[Answer]", notify: Notify) -> None:
+    with contextlib.suppress(Empty):
+        while True:
+            notify(event_of(told.get_nowait()))
+
+
+def _settle(futures: dict[Task, "Future"], told: "SimpleQueue[Answer]", notify: Notify) -> None:
+    """Until every task has ended: those in hand save, and those behind them see the signal at once."""
+    while any(not future.done() for future in futures.values()):
+        _pass_on(told, notify)
+        time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _client(scheduler: str | None, workers: int) -> "Iterator[Client]":
+    try:
+        import distributed
+    except ImportError as error:
+        raise ConfigError(
+            f"--engine dask: the package for it is missing ({error}); pip install 'layerwise[dask]'."
+        ) from None
+    import dask
+
+    # A worker that dies is no fault of the task's until it has happened three times.
+    settings = {"distributed.scheduler.allowed-failures": ATTEMPTS - 1, "distributed.worker.daemon": True}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(dask.config.set(settings))
+        if scheduler is None:
+            cluster = distributed.LocalCluster(
+                n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None, silence_logs=50
+            )
+            address: Any = stack.enter_context(cluster)
+        else:
+            address = scheduler
+        try:
+            client = distributed.Client(address, timeout=10)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--scheduler {scheduler}: no Dask scheduler answers there ({error}).") from None
+        yield stack.enter_context(client)
+
+
+_one_at_a_time = threading.Lock()
+"""A worker's device belongs to one task, whatever the number of its threads."""
+
+
+def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
+    """On a worker: how the task has ended. Raises what is a defect, or may go better at another try."""
+    from distributed import Event as Signal
+    from distributed import get_worker
+
+    worker, stop = get_worker(), StopFlag()
+    if any(answer["ended"] != "done" for answer in needed):
+        return error_message(Interrupted("What it needs was not done."))
+    halt, done = Signal(order.topic), threading.Event()
+
+    def listen() -> None:
+        while not done.is_set():
+            if halt.wait(timeout=1):
+                stop.reason = "whoever started it"
+                return
+
+    def tell(event: Event) -> None:
+        if not isinstance(event, StepDone | CachingProgress):
+            worker.log_event(order.topic, {"told": event_message(event)})  # Dask adds to the dict
+
+    with _one_at_a_time:
+        threading.Thread(target=listen, daemon=True).start()
+        torch.set_num_threads(order.threads)
+        try:
+            device = order.devices[int(worker.name)] if order.devices else None
+            _opened(order.out, device, order.start).perform(task, stop, tell)
+        except LayerwiseError as error:
+            return error_message(error)
+        finally:
+            done.set()
+    return {"ended": "done"}
+
+
+@lru_cache(maxsize=1)
+def _opened(out: str, device: str | None, start: str) -> OpenedRun:
+    return reopen(Path(out), device)

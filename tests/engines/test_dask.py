@@ -1,0 +1,116 @@
+"""A real Dask scheduler and its workers on loopback: the same bits as one process."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from layerwise.config import Config
+from layerwise.engines.run import run
+from layerwise.errors import ConfigError, Interrupted, TrainingError
+from layerwise.events import Event, StageStarted
+from layerwise.run_directory import RunPaths
+from layerwise.stop import StopFlag
+
+pytest.importorskip("distributed")
+
+Tiny = Callable[..., Config]
+ROUNDS = {"training.rounds": 2, "training.max_epochs": 16, "engine.name": "dask"}
+
+
+def bits(out: str | Path) -> dict[str, bytes]:
+    return {name: value.tobytes() for name, value in load_file(Path(out) / "encoder.safetensors").items()}
+
+
+@pytest.fixture(scope="module")
+def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a scheduler with three worker processes, each with a nanny that replaces it."""
+    folder = tmp_path_factory.mktemp("dask")
+    file, quiet = folder / "scheduler.json", os.environ | {"OMP_NUM_THREADS": "1"}
+    scheduler = ["scheduler", "--scheduler-file", str(file), "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+    worker = ["worker", "--scheduler-file", str(file), "--nthreads", "1", "--memory-limit", "0", "--no-dashboard"]
+    processes = []
+    with (folder / "log.txt").open("w") as log:
+        for command in (scheduler, worker, worker, worker):
+            command = [sys.executable, "-m", "distributed.cli.dask_" + command[0], *command[1:]]
+            processes.append(psutil.Popen(command, cwd=folder, env=quiet, stdout=log, stderr=log))
+        from distributed import Client
+
+        deadline = time.monotonic() + 60
+        while not file.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        with Client(scheduler_file=str(file)) as client:
+            client.wait_for_workers(3, timeout=60)
+            address = client.scheduler.address
+        yield address
+        for process in reversed(processes):
+            for each in [*process.children(recursive=True), process]:
+                each.kill()
+            process.wait()
+
+
+@pytest.fixture
+def config(tiny_speech: Tiny, digits: Path, scheduler: str) -> Config:
+    return tiny_speech(f"fsdd:{digits}", **ROUNDS, **{"engine.scheduler": scheduler})
+
+
+def workers() -> list[psutil.Process]:
+    """Worker processes below nannies."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "dask_worker" in " ".join(process.info["cmdline"] or [])
+        for process in process.children()
+        if "spawn_main" in " ".join(process.cmdline())
+    ]
+
+
+def test_workers_of_a_cluster_end_with_the_bits_of_one_process_though_one_is_killed(
+    config: Config, tiny_speech: Tiny, digits: Path, tmp_path: Path
+) -> None:
+    alone = tiny_speech(f"fsdd:{digits}", out=str(tmp_path / "alone"), **ROUNDS | {"engine.name": "local"})
+    run(alone)
+    lock = RunPaths.of(config.out, config.cache.dir).round(1, 2).task_lock
+    events: list[Event] = []
+
+    def kill_whoever_trains(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, StageStarted) and (event.round, event.stage, event.epoch) == (1, 2, 0):
+            (busy,) = [worker for worker in workers() if str(lock) in [file.path for file in worker.open_files()]]
+            busy.kill()
+
+    run(config, notify=kill_whoever_trains)
+    assert bits(config.out) == bits(alone.out)
+    begun = [(event.round, event.stage) for event in events if isinstance(event, StageStarted)]
+    assert (len(begun), len(set(begun))) == (9, 8)  # one task has begun twice
+
+
+def test_a_stop_reaches_the_cluster_and_the_same_command_goes_on(config: Config) -> None:
+    stop = StopFlag()
+
+    def stop_in_the_second_round(event: Event) -> None:
+        if isinstance(event, StageStarted) and event.round == 2:
+            stop.reason = "the test"
+
+    with pytest.raises(Interrupted, match="Stopped by the test"):
+        run(config, stop=stop, notify=stop_in_the_second_round)
+    assert not (Path(config.out) / "encoder.safetensors").exists()
+    run(config)
+    assert (Path(config.out) / "encoder.safetensors").exists()
+
+
+def test_what_cannot_be_done_ends_the_run(config: Config) -> None:
+    training = config.training.model_copy(update={"lr": 1e30})
+    with pytest.raises(TrainingError, match="lower --lr"):
+        run(config.model_copy(update={"training": training}))
+
+
+def test_a_scheduler_that_is_not_there_is_named(tiny_speech: Tiny, digits: Path) -> None:
+    nowhere = tiny_speech(f"fsdd:{digits}", **ROUNDS, **{"engine.scheduler": "tcp://127.0.0.1:9"})
+    with pytest.raises(ConfigError, match=r"--scheduler tcp://127.0.0.1:9: no Dask scheduler answers"):
+        run(nowhere)
