@@ -109,8 +109,8 @@ def rounds_section(out: Path) -> list[str]:
     return [
         "## Rounds, Free Spoken Digits, digit",
         "",
-        f"Greedy InfoMax with the same {found.epochs} epochs a module in so many rounds (`--rounds`): after each, a module goes",
-        "on from the newest outputs of the one below, so that all of them can train at the same time. Error in %.",
+        f"Greedy InfoMax with the same {found.epochs} epochs a module in so many rounds (`--rounds`): after each, a module",
+        "goes on from the newest outputs of the one below, so that all of them can train at the same time. Error in %.",
         "",
         f"| rounds | seeds | {' | '.join(map(str, modules))} |",
         f"| --- | --- |{' --- |' * len(modules)}",
