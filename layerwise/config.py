@@ -6,6 +6,7 @@ An option's scope says what follows when it changes between two starts of a run:
     place     where things lie and how they are run; it may change at any time
 """
 
+import datetime
 import difflib
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ from pydantic import (
 )
 
 from layerwise.errors import ConfigError
+from layerwise.units import seconds
 
 Scope = Literal["shape", "training", "place"]
 
@@ -236,6 +238,28 @@ class CacheOptions(_Section):
         return _size(value)
 
 
+class EngineOptions(_Section):
+    """What executes a run."""
+
+    time: str | None = _option(
+        None,
+        "place",
+        "stop by oneself, resumable, a little before so much time is over, such as 2h or 1:30:00; default: no limit",
+        "--time",
+    )
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _a_time(cls, value: Any) -> Any:
+        # Unquoted in TOML, 01:30:00 is a time of day.
+        written = str(value) if isinstance(value, datetime.time) else value
+        if written is not None:
+            if not isinstance(written, str) or written.strip().isdigit():
+                raise ValueError(f"{written} has no unit; write it like 2h, 90min, 3600s, 1:30:00 or 1-12:00:00")
+            seconds(written)
+        return written
+
+
 class Config(_Section):
     """All options of one run, resolved."""
 
@@ -246,6 +270,7 @@ class Config(_Section):
     training: TrainingOptions = TrainingOptions()
     memory: MemoryOptions = MemoryOptions()
     cache: CacheOptions = CacheOptions()
+    engine: EngineOptions = EngineOptions()
 
     def to_toml(self) -> str:
         """The resolved configuration as TOML; options without a value are left out."""
