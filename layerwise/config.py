@@ -6,6 +6,7 @@ An option's scope says what follows when it changes between two starts of a run:
     place     where things lie and how they are run; it may change at any time
 """
 
+import datetime
 import difflib
 import re
 import tomllib
@@ -28,6 +29,7 @@ from pydantic import (
 )
 
 from layerwise.errors import ConfigError
+from layerwise.units import seconds
 
 Scope = Literal["shape", "training", "place"]
 
@@ -258,14 +260,27 @@ class CacheOptions(_Section):
 class EngineOptions(_Section):
     """Who performs the tasks of a run."""
 
-    name: Literal["local", "dask"] = _option(
-        "local", "place", "local: processes of this machine; dask: the workers of a Dask cluster", "--engine"
-    )
-    scheduler: str | None = _option(
-        None, "place", "address of a Dask scheduler; default: a cluster on this machine", "--scheduler"
+    name: Literal["local", "dask", "slurm"] = _option(
+        "local",
+        "place",
+        "local: this machine; dask: the workers of a Dask cluster; slurm: a batch job for each task",
+        "--engine",
     )
     devices: tuple[str, ...] = _option(
         (), "place", "a worker process for each of these devices: 0,1,2 or cpu,cpu; default: this process", "--devices"
+    )
+    scheduler: str | None = _option(
+        None, "place", "dask: address of the scheduler; default: a cluster on this machine", "--scheduler"
+    )
+    partition: str | None = _option(None, "place", "slurm: partition of the jobs; default: the cluster's", "--partition")
+    gpus: int = _option(1, "place", "slurm: GPUs of a job, where the device is not cpu", ge=0)
+    sbatch: tuple[str, ...] = _option((), "place", "slurm: more options of sbatch, such as ['--account=physics']")
+    time: str | None = _option(
+        None,
+        "place",
+        "stop by oneself, resumable, a little before so much time is over, such as 2h or 1:30:00; of a Slurm job: its limit; "
+        "default: none",
+        "--time",
     )
 
     @field_validator("devices", mode="before")
@@ -279,6 +294,17 @@ class EngineOptions(_Section):
         if wrong:
             raise ValueError(f"{wrong[0]!r} is no device; write --devices 0,1,2 for GPUs, or cpu,cpu")
         return devices
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _a_time(cls, value: Any) -> Any:
+        # Unquoted in TOML, 01:30:00 is a time of day.
+        written = str(value) if isinstance(value, datetime.time) else value
+        if written is not None:
+            if not isinstance(written, str) or written.strip().isdigit():
+                raise ValueError(f"{written} has no unit; write it like 2h, 90min, 3600s, 1:30:00 or 1-12:00:00")
+            seconds(written)
+        return written
 
 
 class Config(_Section):

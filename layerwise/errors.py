@@ -56,6 +56,10 @@ class TrainingError(LayerwiseError):
     """Training went astray, for example to a loss that is not a number."""
 
 
+class SlurmError(LayerwiseError):
+    """Slurm cannot be asked, or refuses."""
+
+
 class Interrupted(LayerwiseError):
     """A signal asked for a stop; everything is saved, and the same command goes on. Exit code 75."""
 

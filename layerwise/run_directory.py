@@ -56,6 +56,11 @@ class RunPaths:
         return self.out / "machine.json"
 
     @property
+    def restarts(self) -> Path:
+        """Where the run stood when it was last queued again, see engines.restarts."""
+        return self.out / "restarts.json"
+
+    @property
     def report(self) -> Path:
         return self.out / "report.html"
 

@@ -1,19 +1,24 @@
 """A wish to stop, that every loop polls: finish the step, save, raise Interrupted."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
 from layerwise.errors import Interrupted
+from layerwise.units import seconds
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+LONGEST_MARGIN = 120
+"""Seconds that are left of a time limit when the flag is set."""
 
 
 @dataclass(slots=True)
 class StopFlag:
-    """Set by a signal, or by whoever holds it."""
+    """Set by a signal, by the clock, or by whoever holds it."""
 
     reason: str | None = None
 
@@ -40,3 +45,28 @@ def stop_on_signals() -> Iterator[StopFlag]:
     finally:
         for number in SIGNALS:
             signal.signal(number, before[number])
+
+
+@contextmanager
+def stop_in_time(flag: StopFlag, time: str | None) -> Iterator[None]:
+    """Sets the flag before so much time (`2h`, `1:30:00`) is over: two minutes before, or a tenth where that is less.
+
+    What is left is for the step in hand and for saving. Without a time nothing happens. Raises ValueError where the text is
+    no time.
+    """
+    if time is None:
+        yield
+        return
+    whole = seconds(time)
+    until = min(whole - min(LONGEST_MARGIN, whole / 10), threading.TIMEOUT_MAX)
+    timer = threading.Timer(until, _ask_in_time, (flag, f"--time {time}"))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _ask_in_time(flag: StopFlag, reason: str) -> None:
+    flag.reason = flag.reason or reason

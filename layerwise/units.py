@@ -1,4 +1,13 @@
-"""Sizes, times and rates as a person reads them."""
+"""Sizes, times and rates as a person reads them, and times as a person writes them."""
+
+import re
+
+_WITH_UNITS = re.compile(
+    r"(?:(?P<d>[\d.]+) *d)? *(?:(?P<h>[\d.]+) *h)? *(?:(?P<min>[\d.]+) *min)? *(?:(?P<s>[\d.]+) *s)?"
+)
+_WITH_COLONS = re.compile(r"(?P<h>\d+):(?P<min>[0-5]?\d):(?P<s>[0-5]?\d)")
+_WITH_DAYS = re.compile(r"(?P<d>\d+)-(?P<h>\d+)(?::(?P<min>[0-5]?\d)(?::(?P<s>[0-5]?\d))?)?")
+_SECONDS = {"d": 86_400, "h": 3600, "min": 60, "s": 1}
 
 
 def size(count: int | None) -> str:
@@ -26,3 +35,17 @@ def duration(seconds: float) -> str:
 def percent(rate: float) -> str:
     """A rate from 0 to 1 as 4.3 %."""
     return f"{100 * rate:.1f} %"
+
+
+def seconds(text: str) -> float:
+    """The seconds of 2h, 1h 30min, 90min, 3600s, 1:30:00, 1-12:00:00 or 1-12. Raises ValueError."""
+    found = next(
+        (match for form in (_WITH_COLONS, _WITH_DAYS, _WITH_UNITS) if (match := form.fullmatch(text.strip()))), None
+    )
+    try:
+        total = sum(float(count) * _SECONDS[unit] for unit, count in found.groupdict().items() if count) if found else 0
+    except ValueError:
+        total = 0
+    if not total:
+        raise ValueError(f"{text!r} is no length of time; write it like 2h, 90min, 3600s, 1:30:00 or 1-12:00:00")
+    return total

@@ -12,7 +12,7 @@ from layerwise.config import Config
 from layerwise.errors import ConfigError
 from layerwise.events import EpochDone, Event
 from layerwise.report.summary import comparison_table, console_for_results
-from layerwise.stop import stop_on_signals
+from layerwise.stop import stop_in_time, stop_on_signals
 
 
 @click.command(short_help="Compare the methods of the paper on one data set.")
@@ -46,7 +46,11 @@ def compare(config: Config, seeds: int, methods: str | None, as_json: bool) -> N
         doing = line
         console.print(line, highlight=False, markup=False)
 
-    with stop_on_signals() as stop, console.status("comparing", spinner="dots") as shown:
+    with (
+        stop_on_signals() as stop,
+        stop_in_time(stop, config.engine.time),
+        console.status("comparing", spinner="dots") as shown,
+    ):
         chosen = tuple(METHODS) if methods is None else tuple(name.strip() for name in methods.split(","))
         found = compare_library(
             config,

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from layerwise.commands.options import configured
 from layerwise.config import Config
-from layerwise.errors import LayerwiseError
+from layerwise.engines.batch_job import queue_again
+from layerwise.errors import Interrupted, LayerwiseError
 from layerwise.events import Notify
 from layerwise.report.lines import LogFile, PlainLines
 from layerwise.report.live import LiveTable
@@ -22,7 +23,7 @@ from layerwise.report.summary import (
     where_things_lie,
 )
 from layerwise.run_directory import RunPaths
-from layerwise.stop import stop_on_signals
+from layerwise.stop import stop_in_time, stop_on_signals
 
 if TYPE_CHECKING:
     from layerwise.engines.run import RunResult
@@ -43,7 +44,7 @@ def run(config: Config, from_stage: int | None, overwrite: bool) -> None:
     from layerwise.engines.run import run as run_library  # imports torch, which --help need not wait for
 
     console = console_for_results()
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, stop_in_time(stop, config.engine.time):
         try:
             with _display(console) as show:
                 result = run_library(
@@ -53,10 +54,28 @@ def run(config: Config, from_stage: int | None, overwrite: bool) -> None:
                     stop=stop,
                     notify=lambda event: (show(event), log(event)),
                 )
+        except Interrupted as interrupted:
+            log.write(str(interrupted))
+            _queue_again(stop.reason, paths, log)
+            raise
         except LayerwiseError as error:
             log.write(str(error))
             raise
     _print_summary(console, result)
+
+
+def _queue_again(stopped_by: str | None, paths: RunPaths, log: LogFile) -> None:
+    """As a batch job: has Slurm start the job again. Raises RunError where that would go on for ever."""
+
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+        log.write(line)
+
+    try:
+        queue_again(stopped_by, paths, say)
+    except LayerwiseError as error:
+        log.write(str(error))
+        raise
 
 
 def _display(console: Console) -> AbstractContextManager[Notify]:

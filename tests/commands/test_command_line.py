@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,8 +163,8 @@ def test_the_command_line_has_exactly_these_options() -> None:
         *("--recipe", "--config", "--data", "--net", "--stages", "--gpu-mem", "--out", "--cache-dir", "--max-epochs"),
         *("--patience", "--batch-size", "--lr", "--precision", "--device", "--seed", "--from-stage", "--overwrite"),
         *("--set", "--cache", "--cache-dtype", "--cache-compression", "--disk", "--keep", "--views"),
-        *("--objective", "--label", "--log"),
-        *("--rounds", "--devices", "--engine", "--scheduler"),
+        *("--objective", "--label", "--log", "--time", "--rounds", "--devices", "--engine", "--scheduler", "--partition"),
+        "--dry-run",
     }
 
 
@@ -390,3 +391,32 @@ def test_the_public_api_is_there() -> None:
         assert getattr(layerwise, name)
     with pytest.raises(AttributeError, match="has no attribute 'trian'; it has Comparison, Config"):
         layerwise.trian  # noqa: B018
+
+
+def test_a_run_stops_by_itself_before_its_time_is_over_and_goes_on(call: Callable, digits: Path) -> None:
+    options = ["run", *TINY, "--data", f"fsdd:{digits}", "--out", "limited", "--max-epochs", "100000"]
+    options += ["--patience", "100000"]
+    began = time.monotonic()
+    code, _, err = call(*options, "--time", "6s")
+    assert code == 75
+    assert time.monotonic() - began < 6
+    assert "Stopped by --time 6s in stage 1" in err
+    code, out, err = call(*options, "--time", "00:00:04")
+    assert code == 75
+    assert "going on in epoch" in out
+    assert "Stopped by --time 00:00:04" in err
+
+
+def test_a_batch_job_that_gets_nowhere_is_not_started_for_ever(
+    call: Callable, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\necho JobState=RUNNING Reason=None Restarts=3 BatchFlag=1\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    code, _, err = call("run", *TINY, "--data", f"fsdd:{digits}", "--time", "0.001s")
+    assert code == 2
+    assert "started 3 times in a row" in err
+    assert "not queued again" in err

@@ -1,0 +1,103 @@
+"""Batch scripts for Slurm, and handing them in."""
+
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerwise.errors import SlurmError
+from layerwise.units import seconds
+
+WARNING_SECONDS = 120
+"""How long before the end of its time a job is told, so that it saves and is queued again."""
+
+ANSWER_SECONDS = 60
+"""Longest wait for an answer of Slurm's."""
+
+
+@dataclass(frozen=True, slots=True)
+class SbatchOptions:
+    """What a job asks of the cluster; the cluster's own default where nothing is said."""
+
+    partition: str | None = None
+    time: str | None = None
+    """Longest time of one start, as `units.seconds` reads it: 2h, 1:30:00."""
+    gpus: int = 0
+    """On one node."""
+    extra: tuple[str, ...] = ()
+    """More options of sbatch, such as --account=physics; they come last, so they win."""
+
+
+def script(name: str, command: Sequence[str], log: Path, options: SbatchOptions) -> str:
+    """The text of a batch script that runs the command as one task, and may be started again at any time.
+
+    name: of the job. log: takes the output of all starts, one after the other; its folder must exist, for without it Slurm
+    fails the job and says nothing. Raises ValueError where the time is none, SlurmError where an option has several lines.
+    """
+    asked = [
+        f"--job-name={name}",
+        f"--output={str(log).replace('%', '%%')}",  # % begins what Slurm fills in
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=USR1@{WARNING_SECONDS}",
+        "--nodes=1",
+        "--ntasks=1",
+    ]
+    if options.partition:
+        asked.append(f"--partition={options.partition}")
+    if options.time:
+        asked.append(f"--time={_slurm_time(seconds(options.time))}")
+    if options.gpus:
+        asked.append(f"--gres=gpu:{options.gpus}")
+    asked += options.extra
+    broken = next((each for each in asked if "\n" in each), None)
+    if broken:
+        raise SlurmError(
+            f"The option {broken!r} has more than one line, which no batch script can hold; write it in one."
+        )
+    # srun, because Slurm's warning goes to steps and not to the script; exec, so that no shell dies of a signal first.
+    lines = ["#!/bin/bash", *(f"#SBATCH {shlex.quote(each)}" for each in asked), f"exec srun {shlex.join(command)}"]
+    return "\n".join(lines) + "\n"
+
+
+def submit(script_path: Path, after: Sequence[str] = ()) -> str:
+    """Hands the script in and gives the number of the job.
+
+    after: jobs that must have ended well before it is started; where one of them fails, this one is cancelled. Raises
+    SlurmError with sbatch's own words.
+    """
+    dependency = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable", *dependency, str(script_path)],
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_SECONDS,
+        )
+    except FileNotFoundError:
+        raise SlurmError(
+            f"There is no sbatch on the PATH, so {script_path} cannot be handed in; do it where Slurm is installed."
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(
+            f"sbatch has not answered for {ANSWER_SECONDS} s, so {script_path} may not have been handed in; look with squeue."
+        ) from None
+    if done.returncode:
+        raise SlurmError(
+            f"sbatch does not take {script_path}: {_words(done.stderr)}; mend that and start the same command again."
+        )
+    return done.stdout.strip().partition(";")[0]  # behind it stands the cluster, where there are several
+
+
+def _words(complaint: str) -> str:
+    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in complaint.strip().splitlines()]
+    return " ".join(lines).rstrip(".") or "it does not say why"
+
+
+def _slurm_time(length: float) -> str:
+    """Seconds as D-HH:MM:SS."""
+    minutes, second = divmod(round(length), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{days}-{hour:02d}:{minute:02d}:{second:02d}"
