@@ -272,7 +272,9 @@ class EngineOptions(_Section):
     scheduler: str | None = _option(
         None, "place", "dask: address of the scheduler; default: a cluster on this machine", "--scheduler"
     )
-    partition: str | None = _option(None, "place", "slurm: partition of the jobs; default: the cluster's", "--partition")
+    partition: str | None = _option(
+        None, "place", "slurm: partition of the jobs; default: the cluster's", "--partition"
+    )
     gpus: int = _option(1, "place", "slurm: GPUs of a job, where the device is not cpu", ge=0)
     sbatch: tuple[str, ...] = _option((), "place", "slurm: more options of sbatch, such as ['--account=physics']")
     time: str | None = _option(

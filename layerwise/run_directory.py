@@ -79,6 +79,11 @@ class RunPaths:
         return self.caches / "lock"
 
     @property
+    def jobs(self) -> Path:
+        """Batch scripts and logs of a run on Slurm."""
+        return self.out / "jobs"
+
+    @property
     def task_lock(self) -> Path:
         """Held by the process that performs a task of this round."""
         return self.out / "task.lock"

@@ -15,6 +15,7 @@ from layerwise.commands.probe import probe
 from layerwise.commands.report import report
 from layerwise.commands.run import run
 from layerwise.commands.status import status
+from layerwise.commands.task import task
 from layerwise.errors import Interrupted, LayerwiseError
 from layerwise.version import __version__
 
@@ -25,7 +26,7 @@ def layerwise() -> None:
     """Train deep networks that do not fit on the GPU, one gradient-isolated module at a time."""
 
 
-for command in (plan, run, status, probe, compare, report, extract, export, cache):
+for command in (plan, run, status, probe, compare, report, extract, export, cache, task):
     layerwise.add_command(command)
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from layerwise.commands.options import configured
 from layerwise.config import Config
 from layerwise.engines.batch_job import queue_again
-from layerwise.errors import Interrupted, LayerwiseError
+from layerwise.errors import ConfigError, Interrupted, LayerwiseError
 from layerwise.events import Notify
 from layerwise.report.lines import LogFile, PlainLines
 from layerwise.report.live import LiveTable
@@ -33,11 +33,17 @@ if TYPE_CHECKING:
 @configured
 @click.option("--from-stage", type=int, help="Retrain this stage and those above it from the cache of the stage below.")
 @click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")
-def run(config: Config, from_stage: int | None, overwrite: bool) -> None:
+@click.option("--dry-run", is_flag=True, help="With --engine slurm: print the batch scripts, and do nothing.")
+def run(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) -> None:
     """Train every stage that is not done yet, each from the activation cache of the one below.
 
     The same command starts a run and goes on with it. With no --data it trains the demo.
     """
+    if config.engine.name == "slurm":
+        _hand_in(config, from_stage, overwrite, dry_run)
+        return
+    if dry_run:
+        raise ConfigError("--dry-run prints batch scripts: give --engine slurm, too. For a forecast: layerwise plan.")
     paths = RunPaths.of(config.out, config.cache.dir)
     log = LogFile(paths.log)
 
@@ -62,6 +68,23 @@ def run(config: Config, from_stage: int | None, overwrite: bool) -> None:
             log.write(str(error))
             raise
     _print_summary(console, result)
+
+
+def _hand_in(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) -> None:
+    """The run as batch jobs of Slurm."""
+    from layerwise.engines.slurm import scripts, submit_run
+
+    if dry_run:
+        for task, text in scripts(config, from_stage=from_stage, overwrite=overwrite):
+            needs = ", ".join(f"round {need.round} stage {need.stage}" for need in task.needs)
+            click.echo(f"# round {task.round}, stage {task.stage}; after {needs or 'nothing'}\n{text}")
+        return
+    with stop_on_signals() as stop:
+        jobs = submit_run(config, from_stage=from_stage, overwrite=overwrite, stop=stop, notify=PlainLines(sys.stdout))
+    for job in jobs:
+        click.echo(f"job {job.number}: round {job.task.round}, stage {job.task.stage}; log {job.log}")
+    out = RunPaths.of(config.out, config.cache.dir).out
+    click.echo(f"next:\n  layerwise status {out} --watch" if jobs else f"done before: {out}")
 
 
 def _queue_again(stopped_by: str | None, paths: RunPaths, log: LogFile) -> None:

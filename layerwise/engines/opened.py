@@ -25,6 +25,7 @@ from layerwise.nets import shortest_sample
 from layerwise.run_directory import RunPaths, RunState
 from layerwise.stop import StopFlag
 from layerwise.training.cutting import plan_run
+from layerwise.training.encoder import stitch
 from layerwise.training.plan import StagePlan
 from layerwise.training.planner import StageLayout, lay_out, smallest_budget, smallest_layout
 from layerwise.training.schedule import Task
@@ -54,6 +55,16 @@ class OpenedRun:
         """Performs a task whose needs are met, or finds it done. Raises Interrupted after saving."""
         with _round_to_itself(self.paths.round(task.round, self.config.training.rounds).task_lock, task, stop):
             perform(task, self.round(task.round, stop, notify))
+
+    def finish(self) -> None:
+        """Writes the encoder; every task is done."""
+        stitch(self.config, self.paths, self.plans, self.data)
+        rounds = self.config.training.rounds
+        for paths in (self.paths.round(number, rounds) for number in range(1, rounds + 1)):
+            if paths.state.exists():
+                state = RunState.load(paths.state)
+                state.from_stage = None
+                state.save(paths.state)
 
     def round(self, number: int, stop: StopFlag, notify: Notify) -> Run:
         """A round as the disk has it now, and those before it."""

@@ -4,7 +4,8 @@ Starting a run and resuming it are the same call. What is done is read from the 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from layerwise.run_directory import RunPaths, RunState
 from layerwise.stop import StopFlag
 from layerwise.tracking.following import Following, find_service, open_service
 from layerwise.training.cutting import plan_run
-from layerwise.training.encoder import stitch
 from layerwise.training.plan import StagePlan
 from layerwise.training.planner import StageLayout
 from layerwise.training.resume import check_from_stage, decided, earlier_records, intended
@@ -66,6 +66,40 @@ def run(
     notify: is told what happens.
     Raises Interrupted after saving when asked to stop, and other LayerwiseErrors where the request cannot be met.
     """
+    stop = stop or StopFlag()
+    how = {"from_stage": from_stage, "overwrite": overwrite, "network": network, "cut": cut, "data": data}
+    with begun(config, stop=stop, notify=notify, **how) as work:
+        _execute(work.tasks, work.run, stop, work.told)
+        work.run.finish()
+    data = work.run.data
+    return RunResult(
+        work.run.paths, RunState.load(work.run.paths.state), config, (*data.labels, *data.frame_label_names)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A run that is prepared on the disk, for an engine."""
+
+    run: OpenedRun
+    tasks: list[Task]
+    """What is to be done, each behind those that it needs."""
+    told: Notify
+
+
+@contextmanager
+def begun(
+    config: Config,
+    *,
+    from_stage: int | None,
+    overwrite: bool,
+    network: Network | None,
+    cut: Sequence[int] | None,
+    data: DataSet | None,
+    stop: StopFlag,
+    notify: Notify,
+) -> Iterator[Work]:
+    """Holds a run while its tasks are performed, or handed in. Parameters and errors as those of `run`."""
     share_one_heap()
     service = find_service(config.training.log)
     if network is not None and (config.engine.devices or config.engine.name != "local"):
@@ -73,7 +107,6 @@ def run(
             "The network was given as an object, which other processes cannot know; leave --devices and --engine out."
         )
     device = find_device(config.engine.devices[0] if config.engine.devices else config.training.device)
-    stop = stop or StopFlag()
     paths, rounds = RunPaths.of(config.out, config.cache.dir), config.training.rounds
     data = data or open_data(config.data, shortest_sample(config))
     planned_for = _content(paths.state)
@@ -102,24 +135,34 @@ def run(
     with exclusive(paths.lock, busy), exclusive(paths.caches_lock, caches_busy):
         if _content(paths.state) != planned_for:
             raise RunError(f"Another process has gone on with {paths.out} meanwhile; start the same command again.")
-        states = prepare_rounds(
-            config, paths, data, plans, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
-        )
-        state, opened = states[rounds], OpenedRun(config, paths, data, split, plans, layouts, storage, device)
-        write_atomically(paths.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
-        tracker = open_service(config.training.log, service, paths, state.run_id, config)
+        with _nobody_at_work(paths, rounds):
+            states = prepare_rounds(
+                config, paths, data, plans, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
+            )
+            state, opened = states[rounds], OpenedRun(config, paths, data, split, plans, layouts, storage, device)
+            write_atomically(paths.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
+            tracker = open_service(config.training.log, service, paths, state.run_id, config)
         with Following(tracker, notify) as told:
             for line in _described(config, data, plans, layouts, storage):
                 told(Message(line))
             done = tuple(record.stage for record in state.stages if record.status == "done")
             told(RunStarted(len(plans), done, config.training.max_epochs, state.budget_bytes, rounds))
-            tasks = _tasks(opened, [opened.round(number, stop, told) for number in states])
-            _execute(tasks, opened, stop, told)
-        stitch(config, paths, plans, data)
-        for number in states:
-            _forget_from_stage(paths.round(number, rounds))
-        state = RunState.load(paths.state)
-    return RunResult(paths, state, config, (*data.labels, *data.frame_label_names))
+            with _nobody_at_work(paths, rounds):
+                tasks = _tasks(opened, [opened.round(number, stop, told) for number in states])
+            yield Work(opened, tasks, told)
+
+
+@contextmanager
+def _nobody_at_work(paths: RunPaths, rounds: int) -> Iterator[None]:
+    """Keeps tasks from their rounds meanwhile. Raises RunError where one is in hand."""
+    with ExitStack() as held:
+        for number in range(1, rounds + 1):
+            busy = RunError(
+                f"A task of round {number} of {paths.out} is being performed, by a batch job or a worker; wait for it, or "
+                "cancel it."
+            )
+            held.enter_context(exclusive(paths.round(number, rounds).task_lock, busy))
+        yield
 
 
 def _furthest_round(paths: RunPaths, rounds: int) -> RunPaths:
@@ -137,6 +180,21 @@ def _execute(tasks: list[Task], opened: OpenedRun, stop: StopFlag, notify: Notif
         processes.execute(tasks, opened, options.devices, stop, notify)
     else:
         in_process.execute(tasks, opened, stop, notify)
+
+
+def tasks_left(config: Config, overwrite: bool, from_stage: int | None) -> list[Task]:
+    """What `begun` would find to do, were nothing damaged; nothing is written."""
+    paths, rounds = RunPaths.of(config.out, config.cache.dir), config.training.rounds
+    data = open_data(config.data, shortest_sample(config))
+    device, cut = find_device(config.training.device), None if overwrite else _earlier_cut(paths, config)
+    stages = len(plan_run(config, data, device, None, cut))
+    done = {
+        Task(number, record.stage)
+        for number in range(1, rounds + 1)
+        for record in earlier_records(paths.round(number, rounds), config, overwrite, from_stage)
+        if record.status == "done"
+    }
+    return [task for task in tasks_of_run(stages, rounds) if task not in done]
 
 
 def _tasks(opened: OpenedRun, rounds: list[Run]) -> list[Task]:
@@ -159,12 +217,6 @@ def _mend_kept(run: Run) -> None:
             mend(error, run)
 
 
-def _forget_from_stage(paths: RunPaths) -> None:
-    state = RunState.load(paths.state)
-    state.from_stage = None
-    state.save(paths.state)
-
-
 def _content(path: Path) -> bytes | None:
     return path.read_bytes() if path.exists() else None
 
@@ -174,7 +226,7 @@ def _refuse_foreign_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} is a file; name a folder.")
     if out.is_dir() and not (out / "run.json").exists():
-        ours = {"lock", "run.json.tmp"}
+        ours = {"lock", "task.lock", "rounds", "run.json.tmp"}
         others = sorted(entry.name for entry in out.iterdir() if entry.name not in ours)
         if others:
             raise RunError(f"--out {out} holds something else ({others[0]}); name a new or empty folder.")

@@ -1,0 +1,49 @@
+"""`layerwise task`: one task of a run that is prepared; what batch jobs run."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from layerwise.engines.batch_job import queue_again
+from layerwise.errors import ConfigError, Interrupted, LayerwiseError
+from layerwise.report.lines import LogFile, PlainLines
+from layerwise.run_directory import open_run
+from layerwise.stop import stop_in_time, stop_on_signals
+
+
+@click.command(short_help="Perform one task of a run that is prepared.", hidden=True)
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--round", "round", type=int, required=True, help="Round, from 1.")
+@click.option("--stage", type=int, required=True, help="Stage, from 1.")
+def task(directory: Path, round: int, stage: int) -> None:
+    """Train and cache one stage in one round of the run in DIR, whose needs are done; the last task writes the encoder."""
+    paths, state = open_run(directory)
+    from layerwise.engines.opened import reopen
+    from layerwise.training.schedule import Task
+
+    with stop_on_signals() as stop:
+        opened = reopen(directory)
+        rounds = opened.config.training.rounds
+        if not (1 <= round <= rounds and 1 <= stage <= len(state.stages)):
+            raise ConfigError(
+                f"--round {round} --stage {stage}: {directory} has {rounds} rounds of {len(state.stages)} stages."
+            )
+        show, log = PlainLines(sys.stdout), LogFile(paths.log)
+        with stop_in_time(stop, opened.config.engine.time):
+            try:
+                opened.perform(Task(round, stage), stop, lambda event: (show(event), log(event)))
+            except Interrupted as interrupted:
+                log.write(str(interrupted))
+                queue_again(stop.reason, paths.round(round, rounds), lambda line: _say(line, log))
+                raise
+            except LayerwiseError as error:
+                log.write(str(error))
+                raise
+        if (round, stage) == (rounds, len(state.stages)):
+            opened.finish()
+
+
+def _say(line: str, log: LogFile) -> None:
+    click.echo(line, err=True)
+    log.write(line)

@@ -1,0 +1,114 @@
+"""Hands in the tasks of a run as batch jobs of Slurm, each to be started once those are done that it needs.
+
+Nothing is left behind that waits: the jobs find all that they need in the run directory, the last one writes the encoder.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerwise.config import Config
+from layerwise.engines.run import begun, tasks_left
+from layerwise.engines.sbatch import SbatchOptions, script, submit
+from layerwise.errors import ConfigError, RunError
+from layerwise.events import Notify, silent
+from layerwise.files import write_atomically
+from layerwise.run_directory import RunPaths
+from layerwise.stop import StopFlag
+from layerwise.training.schedule import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A task that was handed in."""
+
+    task: Task
+    number: str
+    """Of the job."""
+    script: Path
+    log: Path
+
+
+def submit_run(
+    config: Config, *, from_stage: int | None, overwrite: bool, stop: StopFlag, notify: Notify = silent
+) -> list[Job]:
+    """Prepares the run and hands in a job for every task that is not done.
+
+    Raises SlurmError where Slurm does not take one, RunError where jobs of an earlier start are still in its queue.
+    """
+    _check(config)
+    folder = _folder(config)
+    _refuse_while_queued(folder)
+    with begun(
+        config, from_stage=from_stage, overwrite=overwrite, network=None, cut=None, data=None, stop=stop, notify=notify
+    ) as work:
+        folder.mkdir(exist_ok=True)
+        numbers: dict[Task, str] = {}
+        jobs = []
+        for task in work.tasks:
+            stop.raise_if_set(f"before round {task.round}, stage {task.stage} was handed in")
+            path = folder / f"{_name(task)}.sbatch"
+            write_atomically(path, task_script(config, task).encode())
+            numbers[task] = submit(path, [numbers[need] for need in task.needs if need in numbers])
+            jobs.append(Job(task, numbers[task], path, _log(config, task)))
+            write_atomically(folder / "jobs.json", json.dumps([job.number for job in jobs]).encode())
+        if not work.tasks:
+            work.run.finish()
+    return jobs
+
+
+def scripts(config: Config, *, overwrite: bool, from_stage: int | None) -> list[tuple[Task, str]]:
+    """The batch scripts that `submit_run` would hand in; nothing is written."""
+    _check(config)
+    return [(task, task_script(config, task)) for task in tasks_left(config, overwrite, from_stage)]
+
+
+def task_script(config: Config, task: Task) -> str:
+    """The batch script of a task."""
+    engine = config.engine
+    gpus = 0 if config.training.device == "cpu" else engine.gpus
+    out = str(Path(config.out).expanduser().resolve())
+    command = [sys.executable, "-m", "layerwise", "task", out]
+    command += ["--round", str(task.round), "--stage", str(task.stage)]
+    options = SbatchOptions(engine.partition, engine.time, gpus, engine.sbatch)
+    return script(f"{Path(out).name}-{_name(task)}", command, _log(config, task), options)
+
+
+def _check(config: Config) -> None:
+    if config.training.log != "none":
+        raise ConfigError(
+            f"--log {config.training.log}: a batch job tells no service; leave it out, metrics.jsonl has each epoch."
+        )
+
+
+def _folder(config: Config) -> Path:
+    return RunPaths.of(config.out, config.cache.dir).jobs.resolve()
+
+
+def _name(task: Task) -> str:
+    return f"round-{task.round}-stage-{task.stage}"
+
+
+def _log(config: Config, task: Task) -> Path:
+    return _folder(config) / f"{_name(task)}.txt"
+
+
+def _refuse_while_queued(folder: Path) -> None:
+    path = folder / "jobs.json"
+    if not path.exists():
+        return
+    numbers: Sequence[str] = json.loads(path.read_text())
+    asked = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(numbers)}"]
+    try:
+        # Where Slurm knows none of them any more it says so as an error.
+        queued = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout.split() if numbers else []
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return  # the same will be said better of sbatch
+    if queued:
+        raise RunError(
+            f"Jobs of an earlier start are still queued: {', '.join(queued)}. Let them work, or end them first with: "
+            f"scancel {' '.join(queued)}."
+        )
