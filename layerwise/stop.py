@@ -47,6 +47,12 @@ def stop_on_signals() -> Iterator[StopFlag]:
             signal.signal(number, before[number])
 
 
+def too_late_to_stop() -> None:
+    """Everything is done: a signal that comes while the process ends must not make a failure of it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def stop_in_time(flag: StopFlag, time: str | None) -> Iterator[None]:
     """Sets the flag before so much time (`2h`, `1:30:00`) is over: two minutes before, or a tenth where that is less.

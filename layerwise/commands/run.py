@@ -47,10 +47,10 @@ def run(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) 
     paths = RunPaths.of(config.out, config.cache.dir)
     log = LogFile(paths.log)
 
-    from layerwise.engines.run import run as run_library  # imports torch, which --help need not wait for
-
     console = console_for_results()
     with stop_on_signals() as stop, stop_in_time(stop, config.engine.time):
+        from layerwise.engines.run import run as run_library  # imports torch, which --help need not wait for
+
         try:
             with _display(console) as show:
                 result = run_library(

@@ -9,7 +9,7 @@ from layerwise.engines.batch_job import queue_again
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError
 from layerwise.report.lines import LogFile, PlainLines
 from layerwise.run_directory import open_run
-from layerwise.stop import stop_in_time, stop_on_signals
+from layerwise.stop import stop_in_time, stop_on_signals, too_late_to_stop
 
 
 @click.command(short_help="Perform one task of a run that is prepared.", hidden=True)
@@ -19,10 +19,11 @@ from layerwise.stop import stop_in_time, stop_on_signals
 def task(directory: Path, round: int, stage: int) -> None:
     """Train and cache one stage in one round of the run in DIR, whose needs are done; the last task writes the encoder."""
     paths, state = open_run(directory)
-    from layerwise.engines.opened import reopen
-    from layerwise.training.schedule import Task
-
     with stop_on_signals() as stop:
+        # A signal may well come while torch is imported, too.
+        from layerwise.engines.opened import reopen
+        from layerwise.training.schedule import Task
+
         opened = reopen(directory)
         rounds = opened.config.training.rounds
         if not (1 <= round <= rounds and 1 <= stage <= len(state.stages)):
@@ -42,6 +43,7 @@ def task(directory: Path, round: int, stage: int) -> None:
                 raise
         if (round, stage) == (rounds, len(state.stages)):
             opened.finish()
+    too_late_to_stop()
 
 
 def _say(line: str, log: LogFile) -> None:

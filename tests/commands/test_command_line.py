@@ -163,7 +163,17 @@ def test_the_command_line_has_exactly_these_options() -> None:
         *("--recipe", "--config", "--data", "--net", "--stages", "--gpu-mem", "--out", "--cache-dir", "--max-epochs"),
         *("--patience", "--batch-size", "--lr", "--precision", "--device", "--seed", "--from-stage", "--overwrite"),
         *("--set", "--cache", "--cache-dtype", "--cache-compression", "--disk", "--keep", "--views"),
-        *("--objective", "--label", "--log", "--time", "--rounds", "--devices", "--engine", "--scheduler", "--partition"),
+        *(
+            "--objective",
+            "--label",
+            "--log",
+            "--time",
+            "--rounds",
+            "--devices",
+            "--engine",
+            "--scheduler",
+            "--partition",
+        ),
         "--dry-run",
     }
 
