@@ -1,29 +1,78 @@
 """`layerwise status`: what each stage of a run is at."""
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 import click
+from rich.console import Group
+from rich.live import Live
 
+from layerwise.config import load
+from layerwise.errors import RunError
 from layerwise.files import is_locked
+from layerwise.report.rounds import RoundState, round_states, rounds_table
 from layerwise.report.summary import console_for_results, stage_table, totals
-from layerwise.run_directory import open_run
+from layerwise.run_directory import RunPaths, RunState, open_run
+from layerwise.stop import stop_on_signals
+
+WATCH_SECONDS = 1.0
 
 
 @click.command(short_help="Show what each stage is at.")
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for scripts.")
-def status(directory: Path, as_json: bool) -> None:
-    """Show each stage of the run in DIR."""
-    paths, state = open_run(directory)
-    overall = "done" if state.done else "running" if is_locked(paths.lock) else "stopped"
-    if as_json:
-        stages = [asdict(record) for record in state.stages]
-        click.echo(
-            json.dumps({"state": overall, "budget_bytes": state.budget_bytes, "device": state.device, "stages": stages})
+@click.option("--watch", is_flag=True, help="Look again every second, until the run is done or Ctrl-C.")
+def status(directory: Path, as_json: bool, watch: bool) -> None:
+    """Show each stage of the run in DIR: with --rounds, who trains it, which version it has published, how far it is behind."""
+    if (directory / "compare.json").exists():
+        raise RunError(
+            f"{directory} is a comparison; see it with: layerwise report {directory}. Its runs lie in {directory}/runs."
         )
+    paths, state = open_run(directory)
+    rounds = load(paths.config).training.rounds if paths.config.exists() else 1
+    if as_json:
+        click.echo(json.dumps(_as_json(paths, state, rounds)))
         return
     console = console_for_results()
-    console.print(stage_table(state))
-    console.print(f"{overall}: {totals(state)}", highlight=False)
+    if not watch:
+        console.print(_shown(paths, state, rounds), highlight=False)
+        return
+    with stop_on_signals() as stop, Live(console=console, auto_refresh=False) as live:
+        while not stop.reason:
+            live.update(_shown(paths, state, rounds), refresh=True)
+            if state.done:
+                break
+            time.sleep(WATCH_SECONDS)
+            state = RunState.load(paths.state)
+
+
+def _shown(paths: RunPaths, state: RunState, rounds: int) -> Group:
+    states = round_states(paths, rounds) if rounds > 1 else []
+    table = rounds_table(states, rounds) if states and not state.done else stage_table(state)
+    return Group(table, f"{_overall(paths, state, states)}: {totals(state)}")
+
+
+def _overall(paths: RunPaths, state: RunState, states: list[RoundState]) -> str:
+    if state.done:
+        return "done"
+    at_work = is_locked(paths.lock) or is_locked(paths.task_lock) or any(each.worker for each in states)
+    return "running" if at_work else "stopped"
+
+
+def _as_json(paths: RunPaths, state: RunState, rounds: int) -> dict[str, object]:
+    """The contract's object; `rounds` in it is for runs that have several."""
+    states = round_states(paths, rounds) if rounds > 1 else []
+    tree: dict[str, object] = {
+        "state": _overall(paths, state, states),
+        "budget_bytes": state.budget_bytes,
+        "device": state.device,
+        "stages": [asdict(record) for record in state.stages],
+    }
+    if states:
+        tree["rounds"] = [
+            {"round": each.number, "worker": each.worker, "stages": [asdict(record) for record in each.stages]}
+            for each in states
+        ]
+    return tree

@@ -4,6 +4,8 @@ A process that joins a run later opens the same from the run directory. What is 
 so that nothing of it is passed between processes.
 """
 
+import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,7 +55,9 @@ class OpenedRun:
 
     def perform(self, task: Task, stop: StopFlag, notify: Notify) -> None:
         """Performs a task whose needs are met, or finds it done. Raises Interrupted after saving."""
-        with _round_to_itself(self.paths.round(task.round, self.config.training.rounds).task_lock, task, stop):
+        lock = self.paths.round(task.round, self.config.training.rounds).task_lock
+        with _round_to_itself(lock, task, stop):
+            lock.write_text(f"{socket.gethostname()}, process {os.getpid()}, {self.device}\n")  # for `layerwise status`
             perform(task, self.round(task.round, stop, notify))
 
     def finish(self) -> None:

@@ -16,6 +16,8 @@ def line(event: Event) -> str | None:
             return text
         case StageStarted(stage, 0, 0):
             return f"stage {stage}: training"
+        case StageStarted(stage, epoch, 0, round) if round > 1:
+            return f"stage {stage}: training from epoch {epoch + 1}, round {round}"
         case StageStarted(stage, epoch, step):
             return f"stage {stage}: going on in epoch {epoch + 1}, after step {step}"
         case EpochDone():

@@ -15,8 +15,8 @@ def remove_caches(run_directory: Path, stages: Sequence[int] | None) -> int:
     Raises RunError where the run is running, CacheError where a stage has no cache.
     """
     paths, state = open_run(run_directory)
-    freed = 0
-    with exclusive(paths.lock, RunError(f"{run_directory} is running; stop it first.")):
+    freed, busy = 0, RunError(f"{run_directory} is running; stop it first.")
+    with exclusive(paths.lock, busy), exclusive(paths.task_lock, busy):
         numbers = [record.stage for record in state.stages] if stages is None else stages
         for stage in numbers:
             if not 1 <= stage <= len(state.stages):
@@ -33,6 +33,8 @@ def remove_caches(run_directory: Path, stages: Sequence[int] | None) -> int:
                 if path.exists():
                     freed += path.stat().st_blocks * 512
                     path.unlink()
+        for folder in sorted((paths.out / "rounds").glob("*")):
+            freed += remove_caches(folder, None)
         if stages is None:
             paths.cache_owner.unlink(missing_ok=True)  # nothing is left that could be taken for another run's
     return freed
