@@ -416,7 +416,11 @@ def resolve(
 
 def load(path: Path) -> Config:
     """The Config in a resolved TOML file. Raises ConfigError."""
-    return validated(_read_toml(path))
+    tree = _read_toml(path)
+    try:
+        return validated(tree)
+    except ConfigError as error:
+        raise ConfigError(f"In {path}, which another version of layerwise may have written: {error}") from None
 
 
 def parsed(text: str) -> Config:

@@ -79,7 +79,7 @@ def verify(place: Path) -> None:
             others += not isinstance(error, DamagedCache)
             click.echo(str(error))
     if damaged:
-        raise CacheError(f"{damaged} of these caches are damaged; delete them, and a run makes what it needs again.")
+        raise CacheError(f"Damaged caches: {damaged}. Delete them, and a run makes what it needs again.")
     if others:
         raise CacheError(f"{others} of these files could not be read as caches.")
 

@@ -19,9 +19,8 @@ def export(directory: Path, format: str, output: Path) -> None:
 
     with Console(stderr=True).status("exporting", spinner="dots"):
         exported = export_library(directory, output, format)
-    click.echo(
-        f"{output}: {format} and README.md; its features differ from the encoder's by at most {exported.difference:.1g} of "
-        "the largest"
-    )
+    same = f"differ from the encoder's by at most {exported.difference:.1g} of the largest"
+    agreement = same if exported.difference else "are those of the encoder, bit by bit"
+    click.echo(f"{output}: {format}, README.md says how to use it; its features {agreement}")
     if exported.fixed:
         click.echo(f"its input has a fixed size: {exported.fixed}")

@@ -26,6 +26,8 @@ def open_input(source: str, config: Config, level: float, shortest: int) -> Data
     """
     options = config.data.model_copy(update={"source": source, "views": None, "flip": False})
     kind, colon, _ = source.partition(":")
+    if not colon and source != "demo" and not Path(source).expanduser().exists():
+        raise DataError(f"There is no file or folder {source}; name one, or KIND:PATH as --data takes it.")
     if source == "demo" or (colon and kind in DATA_KINDS and kind not in ("speech", "images")):
         data = _open(options, shortest)
         data.level = level

@@ -44,7 +44,8 @@ class Layer(nn.Module):
 
     def out_length(self, length: Any) -> Any:
         """Frames that come out of `length` frames (an int or an int64 array)."""
-        return np.maximum((length + 2 * self.padding - self.kernel) // self.stride + 1, 0)
+        # Of no frame nothing comes, though the padding alone may be as long as the kernel.
+        return np.maximum((length + 2 * self.padding - self.kernel) // self.stride + 1, 0) * (np.asarray(length) > 0)
 
     def push(self, x: torch.Tensor, state: Any, last: bool) -> tuple[torch.Tensor, Any]:
         """The next piece of a stream: (B, n, *frame) to the output frames that are complete by now, and the new state.

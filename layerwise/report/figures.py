@@ -249,7 +249,7 @@ def draw_confusion(probe: Probe, confusion: Confusion) -> Plot:
     axes.set_aspect("equal")
     axes.invert_yaxis()
     axes.set_xlabel("taken for")
-    axes.set_ylabel(probe.label)
+    axes.set_ylabel("right")
     few = (
         f" The {len(kept)} classes with the most errors of {len(confusion.classes)}."
         if len(kept) < len(confusion.classes)

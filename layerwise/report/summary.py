@@ -60,7 +60,7 @@ def stages_at_chance(state: RunState, objective: ObjectiveOptions) -> str | None
     stages = [str(r.stage) for r in state.stages if r.best_loss is not None and r.best_loss > 0.995 * chance]
     if not stages:
         return None
-    return f"Stage {', '.join(stages)} did not get below chance, a loss of {chance:.3f}: train longer, or raise --lr."
+    return f"Stage {', '.join(stages)} did not get clearly below chance, a loss of {chance:.3f}: train longer, or raise --lr."
 
 
 def few_test_samples(result: "ProbeResult") -> str | None:

@@ -60,7 +60,7 @@ def test_a_damaged_cache_is_found_and_named(finished: RunResult, call: Call) -> 
     code, out, err = call("verify", finished.paths.out)
     assert (code, out.count("whole")) == (2, 3)
     assert "stage-3.h5" in out
-    assert "1 of these caches" in err
+    assert "Damaged caches: 1." in err
 
 
 def test_what_cannot_be_looked_at_is_listed_with_the_reason(tmp_path: Path, call: Call) -> None:

@@ -147,3 +147,13 @@ def test_geometry_points_at_the_centre_of_what_a_frame_sees() -> None:
     seen = x.grad[0, :, 0].nonzero()
     middle = (seen.min() + seen.max()).item() / 2
     assert middle == pytest.approx(geometry.hop * frame + geometry.offset, abs=1)
+
+
+@pytest.mark.parametrize("layers", range(1, 7))
+def test_of_no_frame_nothing_comes_however_long_the_padding(layers: int) -> None:
+    """The paper's third layer alone would make a frame of its padding."""
+    module = build_network(NetOptions(width=4, context=4), (1,)).build(range(layers), 0, "cpu")
+    shortest = next(length for length in range(1, 1000) if module.out_length(length) >= 1)
+    outputs = module(torch.zeros(1, shortest, 1), np.array([shortest]))[1]
+    assert outputs.shape[1] == module.out_length(shortest)
+    assert module.out_length(np.array([0, shortest - 1])).tolist() == [0, 0]
