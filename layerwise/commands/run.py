@@ -10,7 +10,7 @@ from rich.console import Console
 from layerwise.commands.options import configured
 from layerwise.config import Config
 from layerwise.errors import LayerwiseError
-from layerwise.events import Notify
+from layerwise.events import Notify, silent
 from layerwise.report.lines import LogFile, PlainLines
 from layerwise.report.live import LiveTable
 from layerwise.report.summary import (
@@ -40,23 +40,28 @@ def run(config: Config, from_stage: int | None, overwrite: bool) -> None:
     paths = RunPaths.of(config.out, config.cache.dir)
     log = LogFile(paths.log)
 
+    from layerwise.engines.joining import is_restart, is_told_elsewhere, joined
     from layerwise.engines.run import run as run_library  # imports torch, which --help need not wait for
 
     console = console_for_results()
-    with stop_on_signals() as stop:
+    with joined(config) as ranks, stop_on_signals() as stop:
         try:
-            with _display(console) as show:
+            with _display(console) if ranks.first else nullcontext(silent) as show:
                 result = run_library(
                     config,
                     from_stage=from_stage,
-                    overwrite=overwrite,
+                    overwrite=overwrite and not is_restart(),
                     stop=stop,
                     notify=lambda event: (show(event), log(event)),
+                    ranks=ranks,
                 )
         except LayerwiseError as error:
+            if is_told_elsewhere(error, ranks):
+                raise click.exceptions.Exit(error.exit_code) from None
             log.write(str(error))
             raise
-    _print_summary(console, result)
+    if ranks.first:
+        _print_summary(console, result)
 
 
 def _display(console: Console) -> AbstractContextManager[Notify]:

@@ -11,14 +11,15 @@ from pathlib import Path
 from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
-from layerwise.engines import in_process
+from layerwise.engines import in_process, shared
+from layerwise.engines.joining import device_of
 from layerwise.engines.machine import machine
 from layerwise.engines.opened import OpenedRun, layouts_of
 from layerwise.errors import RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import exclusive, write_atomically
-from layerwise.memory.device import find_device
 from layerwise.memory.heap import share_one_heap
+from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
 from layerwise.run_directory import RunPaths, RunState
@@ -31,6 +32,7 @@ from layerwise.training.planner import StageLayout
 from layerwise.training.resume import check_from_stage, decided, earlier_records, intended
 from layerwise.training.rounds import prepare_rounds
 from layerwise.training.schedule import Task, tasks_of_run
+from layerwise.training.sharing import check_shareable
 from layerwise.training.split import split_samples
 from layerwise.training.storage import Storage, free_for_caches, plan_storage, sealed_bytes
 from layerwise.training.task import Run, check_kept, delete_leftovers, mend
@@ -57,22 +59,29 @@ def run(
     data: DataSet | None = None,
     stop: StopFlag | None = None,
     notify: Notify = silent,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
     """Trains every stage that is not done yet, and writes the encoder.
 
     from_stage: retrain this stage and those above it from the cache below. overwrite: delete the run in `config.out`
     first. network: in place of the one that the options name. cut: layers in each stage, in place of what the options say
     of it. data: what the options name, where it is open already. stop: a flag that ends the run after the step in hand.
-    notify: is told what happens.
+    notify: is told what happens. ranks: the processes that torchrun has started, see `engines.joining.joined`; in all but the
+    first, the call follows what the first one does.
     Raises Interrupted after saving when asked to stop, and other LayerwiseErrors where the request cannot be met.
     """
     share_one_heap()
+    if not ranks.first:
+        opened = shared.follow(ranks, stop or StopFlag())
+        ranks.meet()
+        return _result(opened.paths, opened.config, opened.data)
     service = find_service(config.training.log)
-    device, stop = find_device(config.training.device), stop or StopFlag()
+    device, stop = device_of(config.training.device, ranks), stop or StopFlag()
     paths, rounds = RunPaths.of(config.out, config.cache.dir), config.training.rounds
     data = data or open_data(config.data, shortest_sample(config))
     planned_for = _content(paths.state)
     plans = plan_run(config, data, device, network, cut or (None if overwrite else _earlier_cut(paths, config)))
+    check_shareable(plans, ranks)
     split = split_samples(data, config)
     furthest = _furthest_round(paths, config.training.rounds)
     earlier = earlier_records(furthest, config, overwrite, from_stage)
@@ -100,7 +109,7 @@ def run(
         states = prepare_rounds(
             config, paths, data, plans, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
         )
-        state, opened = states[rounds], OpenedRun(config, paths, data, split, plans, layouts, storage, device)
+        state, opened = states[rounds], OpenedRun(config, paths, data, split, plans, layouts, storage, device, ranks)
         write_atomically(paths.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
         tracker = open_service(config.training.log, service, paths, state.run_id, config)
         with Following(tracker, notify) as told:
@@ -109,12 +118,17 @@ def run(
             done = tuple(record.stage for record in state.stages if record.status == "done")
             told(RunStarted(len(plans), done, config.training.max_epochs, state.budget_bytes, rounds))
             tasks = _tasks(opened, [opened.round(number, stop, told) for number in states])
-            in_process.execute(tasks, opened, stop, told)
+            engine = in_process if ranks.count == 1 else shared
+            engine.execute(tasks, opened, stop, told)
         stitch(config, paths, plans, data)
         for number in states:
             _forget_from_stage(paths.round(number, rounds))
-        state = RunState.load(paths.state)
-    return RunResult(paths, state, config, (*data.labels, *data.frame_label_names))
+        ranks.meet()
+        return _result(paths, config, data)
+
+
+def _result(paths: RunPaths, config: Config, data: DataSet) -> RunResult:
+    return RunResult(paths, RunState.load(paths.state), config, (*data.labels, *data.frame_label_names))
 
 
 def _furthest_round(paths: RunPaths, rounds: int) -> RunPaths:

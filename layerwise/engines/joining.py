@@ -1,0 +1,84 @@
+"""Joins the processes that torchrun has started for one run, and gives each of them its device."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from layerwise.config import Config
+from layerwise.errors import ConfigError, Interrupted, LayerwiseError
+from layerwise.memory.device import find_device
+from layerwise.memory.ranks import ALONE, FirstRankFailed, Ranks
+
+SILENCE = timedelta(hours=2)
+"""How long a rank waits for another that lives but does not answer: the first one may be packing a cache. One that has ended
+is noticed at once."""
+
+
+@contextmanager
+def joined(config: Config) -> Iterator[Ranks]:
+    """The ranks of this run, from the environment that torchrun sets; ALONE without it.
+
+    Raises ConfigError where the processes are on several machines, or the options ask for what they cannot share.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1 or "RANK" not in os.environ:
+        yield ALONE
+        return
+    _check(config, count)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=SILENCE)
+    yield Ranks(dist.get_rank(), dist.get_world_size())
+    dist.destroy_process_group()  # after an error its own end would wait for the other ranks
+
+
+def device_of(name: str, ranks: Ranks) -> torch.device:
+    """The device of this rank: with several, its own GPU by its place on the machine. Raises ConfigError."""
+    if ranks.count == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return find_device(name)
+    device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    torch.cuda.set_device(device)
+    return device
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started these processes again: then there is a run to go on with, whatever was to go first."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def is_told_elsewhere(error: LayerwiseError, ranks: Ranks) -> bool:
+    """Whether the first rank says the same, so that this one says nothing."""
+    return not ranks.first and isinstance(error, Interrupted | FirstRankFailed)
+
+
+def _check(config: Config, count: int) -> None:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    options = config.training
+    if here != count:
+        raise ConfigError(
+            f"{count} processes share this run and {here} of them are on this machine; start all of them on one, with "
+            "torchrun --nproc-per-node."
+        )
+    if options.batch_size < count:
+        raise ConfigError(
+            f"--batch-size {options.batch_size} leaves some of {count} processes without a window; give at least {count}, or "
+            "start fewer processes."
+        )
+    if options.rounds > 1:
+        raise ConfigError(
+            f"--rounds {options.rounds} and {count} processes to a stage do not go together; leave one out."
+        )
+    if options.schedule != "sequential":
+        raise ConfigError(
+            f"training.schedule {options.schedule} trains all modules in one process; start it without torchrun."
+        )
+    if options.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            f"--device {options.device}: with {count} processes each has a GPU of its own; give --device cuda, or leave it out."
+        )
+    gpus = torch.cuda.device_count()
+    on_gpus = options.device == "cuda" or (options.device == "auto" and gpus > 0)
+    if on_gpus and gpus < count:
+        raise ConfigError(f"{count} processes were started for {gpus} GPUs; start one for each, or give --device cpu.")
