@@ -215,12 +215,14 @@ def _open_cache(stage: int, run: Run) -> ActivationCache:
 def _feed(stage: int, source: FrameSource, run: Run) -> Feed:
     """Reads the source, or passes it up through the stages that are not cached."""
     plans = below(run.plans, stage, run.storage)
+    # The level of noise is that of all inputs of a batch.
+    ranks = ALONE if run.config.training.input_noise else run.ranks
     if not plans:
-        return ReadFeed(source, run.device)
+        return ReadFeed(source, run.device, ranks)
     numbers = [plan.stage for plan in plans]
     handings = [Handing.of(run.trained_with(below)) for below in numbers]
     stages = trained_stages(plans, handings, load_stages(run.paths, numbers))
-    return RecomputedFeed(source, plans, stages, run.layouts[stage - 1].windows, run.device)
+    return RecomputedFeed(source, plans, stages, run.layouts[stage - 1].windows, run.device, ranks)
 
 
 def delete_leftovers(run: Run) -> None:
