@@ -1,8 +1,9 @@
 """Joins the processes that torchrun has started for one run, and gives each of them its device."""
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -17,6 +18,11 @@ SILENCE = timedelta(hours=2)
 """How long a rank waits for another that lives but does not answer: the first one may be packing a cache. One that has ended
 is noticed at once."""
 
+PARTING = timedelta(seconds=10)
+
+_JOINED: list[tuple[dist.Store, Ranks]] = []
+"""Of this process, once it has joined others."""
+
 
 @contextmanager
 def joined(config: Config) -> Iterator[Ranks]:
@@ -29,9 +35,29 @@ def joined(config: Config) -> Iterator[Ranks]:
         yield ALONE
         return
     _check(config, count)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=SILENCE)
-    yield Ranks(dist.get_rank(), dist.get_world_size())
-    dist.destroy_process_group()  # after an error its own end would wait for the other ranks
+    store, rank, count = next(dist.rendezvous("env://", timeout=SILENCE))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=SILENCE)
+    _JOINED.append((store, Ranks(rank, count)))
+    yield Ranks(rank, count)
+
+
+def leave(exit_code: int) -> None:
+    """Ends a process that has joined others, at once; does nothing in one that has not.
+
+    Where all of them end alike, each waits a moment until all are about to: one that goes early may cut off the answer that
+    another is still reading. The interpreter is not wound up, for torch's own threads may abort the process meanwhile.
+    """
+    if not _JOINED:
+        return
+    store, ranks = _JOINED[0]
+    if exit_code in (0, Interrupted.exit_code):
+        with suppress(RuntimeError):
+            store.set(f"rank {ranks.rank} ends", "")
+            store.wait([f"rank {rank} ends" for rank in range(ranks.count)], PARTING)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def device_of(name: str, ranks: Ranks) -> torch.device:

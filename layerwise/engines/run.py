@@ -73,7 +73,6 @@ def run(
     share_one_heap()
     if not ranks.first:
         opened = shared.follow(ranks, stop or StopFlag())
-        ranks.meet()
         return _result(opened.paths, opened.config, opened.data)
     service = find_service(config.training.log)
     device, stop = device_of(config.training.device, ranks), stop or StopFlag()
@@ -123,7 +122,6 @@ def run(
         stitch(config, paths, plans, data)
         for number in states:
             _forget_from_stage(paths.round(number, rounds))
-        ranks.meet()
         return _result(paths, config, data)
 
 
