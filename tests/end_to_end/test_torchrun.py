@@ -20,12 +20,18 @@ SECONDS = 55
 STAGES = 4
 
 
-@pytest.fixture
-def command(digits: Path, tiny_options: dict[str, dict[str, object]], tmp_path: Path) -> Callable[..., list[str]]:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the folders of all launches lie."""
+    return tmp_path_factory.mktemp("torchrun")
+
+
+@pytest.fixture(scope="module")
+def command(digits: Path, tiny_options: dict[str, dict[str, object]], place: Path) -> Callable[..., list[str]]:
     """command(folder, *more options) is `layerwise run` on the digits into that folder, without the interpreter."""
 
     def build(folder: str, *more: str) -> list[str]:
-        out, caches = tmp_path / folder / "run", tmp_path / folder / "cache"
+        out, caches = place / folder / "run", place / folder / "cache"
         options = {**tiny_options["speech"], "training.stages": STAGES}
         sets = [
             word for key, value in options.items() for word in ("--set", f"{key}={json.dumps(value).strip(chr(34))}")
@@ -39,8 +45,8 @@ def command(digits: Path, tiny_options: dict[str, dict[str, object]], tmp_path: 
 Launch = Callable[..., subprocess.Popen]
 
 
-@pytest.fixture
-def launch(command: Callable[..., list[str]], tmp_path: Path) -> Launch:
+@pytest.fixture(scope="module")
+def launch(command: Callable[..., list[str]], place: Path) -> Launch:
     """launch(folder, *more options, ranks=2, restarts=0) starts the command in as many processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
@@ -51,7 +57,7 @@ def launch(command: Callable[..., list[str]], tmp_path: Path) -> Launch:
             start += [*torchrun, "--max-restarts", str(restarts), "--monitor-interval", "0.2"]
         return subprocess.Popen(
             [*start, *command(folder, *more)],
-            cwd=tmp_path,
+            cwd=place,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -110,17 +116,17 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-def test_two_ranks_end_where_one_process_does_and_always_with_the_same_bits(launch: Launch, tmp_path: Path) -> None:
+def test_two_ranks_end_where_one_process_does_and_always_with_the_same_bits(launch: Launch, place: Path) -> None:
     started = [launch("alone", ranks=1), launch("first")]
     printed = [finished(process) for process in started][1]
     finished(launch("second"))
     assert printed.count("stage 1: training") == 1  # one of them tells
-    assert bits(tmp_path / "first") == bits(tmp_path / "second")
+    assert bits(place / "first") == bits(place / "second")
     for stage in range(1, STAGES + 1):
-        assert losses(tmp_path / "first", stage) == pytest.approx(losses(tmp_path / "alone", stage), rel=1e-4)
+        assert losses(place / "first", stage) == pytest.approx(losses(place / "alone", stage), rel=1e-4)
         layouts = []
         for folder in ("alone", "first"):
-            with h5py.File(tmp_path / folder / "cache" / "run" / f"stage-{stage}.h5") as file:
+            with h5py.File(place / folder / "cache" / "run" / f"stage-{stage}.h5") as file:
                 activations = file["activations"]
                 layouts.append(
                     (activations.shape, activations.dtype, activations.id.get_offset(), file.id.get_filesize())
@@ -128,55 +134,75 @@ def test_two_ranks_end_where_one_process_does_and_always_with_the_same_bits(laun
         assert layouts[0] == layouts[1]
 
 
-def test_caches_that_two_ranks_write_hold_the_bytes_that_one_process_writes(launch: Launch, tmp_path: Path) -> None:
-    int8 = ("--cache-dtype", "int8", "--views", "1")
-    finished(launch("alone", *int8, ranks=1))
-    expected = caches(tmp_path / "alone")
+def test_caches_that_two_ranks_write_hold_the_bytes_that_one_process_writes(launch: Launch, place: Path) -> None:
+    int8 = ("--cache-dtype", "int8")
+    finished(launch("caches", *int8, ranks=1))
+    expected = caches(place / "caches")
     assert len(expected) == STAGES
-    for cache in (tmp_path / "alone" / "cache" / "run").glob("*.h5"):
+    for cache in (place / "caches" / "cache" / "run").glob("*.h5"):
         cache.unlink()
-    finished(launch("alone", *int8))  # the same weights are there: the caches alone are written again
-    assert caches(tmp_path / "alone") == expected
+    finished(launch("caches", *int8))  # the same weights are there: the caches alone are written again
+    assert caches(place / "caches") == expected
 
 
-def test_a_rank_that_is_killed_is_started_again_and_ends_with_the_same_bits(launch: Launch, tmp_path: Path) -> None:
-    often = ("--set", "training.checkpoint_seconds=0", "--max-epochs", "12")
-    undisturbed = launch("undisturbed", *often)
-    process = launch("killed", *often, restarts=3)
-    checkpoint = tmp_path / "killed" / "run" / "stages" / "2" / "checkpoint.safetensors"
-    wait_for(checkpoint.exists, process)
-    os.kill(ranks_of(process)[1], signal.SIGKILL)
-    assert "going on in epoch" in finished(process)
-    finished(undisturbed)
-    assert bits(tmp_path / "killed") == bits(tmp_path / "undisturbed")
+OFTEN = ("--set", "training.checkpoint_seconds=0", "--max-epochs", "12", "--set", "cache.block=512")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launch: Launch, place: Path) -> dict[str, bytes]:
+    """The bits of two ranks that nobody stopped."""
+    finished(launch("undisturbed", *OFTEN))
+    return bits(place / "undisturbed")
+
+
+def in_a_stage(run: Path, caches: Path) -> bool:
+    return (run / "stages" / "2" / "checkpoint.safetensors").exists()
+
+
+def in_a_cache(run: Path, caches: Path) -> bool:
+    """The second rank has written some of its blocks."""
+    return any(journal.stat().st_size >= 4 * 16 for journal in caches.glob("stage-1.h5.journal-*"))
+
+
+@pytest.mark.parametrize(("when", "rank"), [(in_a_stage, 1), (in_a_cache, 0)])
+def test_a_rank_that_is_killed_is_started_again_and_ends_with_the_same_bits(
+    launch: Launch, place: Path, undisturbed: dict[str, bytes], when: Callable[[Path, Path], bool], rank: int
+) -> None:
+    folder = place / f"killed {when.__name__}"
+    process = launch(folder.name, *OFTEN, restarts=3)
+    wait_for(lambda: when(folder / "run", folder / "cache" / "run"), process)
+    os.kill(ranks_of(process)[rank], signal.SIGKILL)
+    printed = finished(process)
+    assert ("going on in epoch" in printed) == (when is in_a_stage)
+    assert printed.count("samples from fsdd") == 2
+    assert bits(folder) == undisturbed
 
 
 @pytest.mark.parametrize("whom", ["torchrun", "the second rank"])
-def test_a_signal_stops_all_ranks_and_the_same_command_goes_on(launch: Launch, tmp_path: Path, whom: str) -> None:
-    often = ("--set", "training.checkpoint_seconds=0", "--max-epochs", "12")
-    undisturbed = launch("undisturbed", *often)
-    process = launch("stopped", *often)
-    checkpoint = tmp_path / "stopped" / "run" / "stages" / "2" / "checkpoint.safetensors"
-    wait_for(checkpoint.exists, process)
+def test_a_signal_stops_all_ranks_and_the_same_command_goes_on(
+    launch: Launch, place: Path, undisturbed: dict[str, bytes], whom: str
+) -> None:
+    folder = place / f"signal to {whom}"
+    process = launch(folder.name, *OFTEN)
+    wait_for(lambda: in_a_stage(folder / "run", folder / "cache" / "run"), process)
     os.kill(process.pid if whom == "torchrun" else ranks_of(process)[1], signal.SIGTERM)
     _, err = finish(process)
     assert process.returncode != 0
     assert "layerwise: Stopped by SIGTERM in stage 2" in err
     assert err.count("layerwise: ") == 1
-    assert not (tmp_path / "stopped" / "run" / "encoder.safetensors").exists()
-    finished(undisturbed)
-    assert "stage 2: going on in epoch" in finished(launch("stopped", *often))
-    assert bits(tmp_path / "stopped") == bits(tmp_path / "undisturbed")
+    assert not (folder / "run" / "encoder.safetensors").exists()
+    assert "stage 2: going on in epoch" in finished(launch(folder.name, *OFTEN))
+    assert bits(folder) == undisturbed
 
 
-def test_what_ranks_cannot_share_is_refused_in_one_sentence(launch: Launch, tmp_path: Path) -> None:
+def test_what_ranks_cannot_share_is_refused_in_one_sentence(launch: Launch, place: Path) -> None:
     process = launch("refused", "--rounds", "2")
     _, err = finish(process)
     assert process.returncode != 0
     assert "layerwise: --rounds 2 and 2 processes to a stage do not go together" in err
     assert "defect" not in err
-    assert not (tmp_path / "refused").exists()
-    foreign = tmp_path / "foreign" / "run"
+    assert not (place / "refused").exists()
+    foreign = place / "foreign" / "run"
     foreign.mkdir(parents=True)
     (foreign / "notes.txt").touch()
     _, err = finish(launch("foreign"))
