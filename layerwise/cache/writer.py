@@ -192,7 +192,9 @@ class CacheWriter:
                 self._part.unlink(missing_ok=True)
                 create(self._part, self.layout)
                 _, places = self._read_part()
-            reserve(self._part)
+            # Where the file system cannot reserve, it is done by writing, and others may be at work in a shared file.
+            if not is_ours or len(self._spans) == 1:
+                reserve(self._part)
         except OSError:
             if not is_ours:
                 self._part.unlink(missing_ok=True)

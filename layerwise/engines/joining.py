@@ -20,6 +20,8 @@ is noticed at once."""
 
 PARTING = timedelta(seconds=10)
 
+_SET_BY_TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
 _JOINED: list[tuple[dist.Store, Ranks]] = []
 """Of this process, once it has joined others."""
 
@@ -30,16 +32,19 @@ def joined(config: Config) -> Iterator[Ranks]:
 
     Raises ConfigError where the processes are on several machines, or the options ask for what they cannot share.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1 or "RANK" not in os.environ:
+    count = int(os.environ.get("WORLD_SIZE", "1")) if os.environ.keys() >= _SET_BY_TORCHRUN else 1
+    if count == 1:
         yield ALONE
         return
     _check(config, count)
     store, rank, count = next(dist.rendezvous("env://", timeout=SILENCE))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=SILENCE)
-    _JOINED.append((store, Ranks(rank, count)))
-    yield Ranks(rank, count)
+    ranks = Ranks(rank, count)
+    _JOINED.append((store, ranks))
+    # What the exchange itself takes of a GPU is taken now, before the budget is shared out.
+    ranks.add([torch.zeros(1, device=device_of(config.training.device, ranks))])
+    yield ranks
 
 
 def leave(exit_code: int) -> None:
