@@ -28,14 +28,14 @@ def aligned_buffer(size: int) -> np.ndarray:
 class Appends:
     """Appends one after another, from the last good one in the journal on; `append` is for one thread at a time."""
 
-    def __init__(self, part: Path, journal_path: Path, layout: Layout, places: Places) -> None:
-        """Raises OSError."""
+    def __init__(self, part: Path, journal_path: Path, layout: Layout, places: Places, first: int = 0) -> None:
+        """first: the block that the journal begins with. Raises OSError."""
         self._part, self._layout, self._places, self._journal = part, layout, places, journal_path
         self._descriptor = os.open(part, os.O_RDWR)
         self._direct = _open_direct(part)
         self._failed = False
-        self.blocks = journal.replay(journal_path, self._checksums)
-        """Blocks that are durable."""
+        self.blocks = journal.replay(journal_path, self._checksums, first)
+        """Blocks that are durable, counted from the beginning of the file."""
 
     def append(self, content: memoryview) -> None:
         """Raises OSError; after that, further appends do nothing, since the file would have a hole."""
@@ -59,6 +59,10 @@ class Appends:
     def put_frame_labels(self, name: str, first: int, codes: np.ndarray) -> None:
         """Stores codes int32 [n] of frames `first` on; durable once the file is sealed. Raises OSError."""
         write_all(self._descriptor, codes.astype("<i4").tobytes(), self._places.frame_labels[name] + 4 * first)
+
+    def done_in(self, journal_path: Path, first: int) -> int:
+        """The block up to which another's journal says that all are durable, from its first one on."""
+        return journal.replay(journal_path, self._checksums, first)
 
     def close(self) -> None:
         """Gives the descriptors back."""

@@ -29,15 +29,15 @@ def append(path: Path, blocks: int, checksums: bytes) -> None:
         os.close(descriptor)
 
 
-def replay(path: Path, checksums: Callable[[int, int], bytes]) -> int:
-    """Number of blocks that are done; cuts off records that are torn or belong to other blocks.
+def replay(path: Path, checksums: Callable[[int, int], bytes], first: int = 0) -> int:
+    """The block up to which all are done from `first` on; cuts off records that are torn or belong to other blocks.
 
     `checksums(first, stop)` gives the bytes of the checksums in the file.
     """
     if not path.exists():
-        return 0
+        return first
     content = path.read_bytes()
-    done = records = 0
+    done, records = first, 0
     for start in range(0, len(content) - _SIZE + 1, _SIZE):
         record, check = content[start : start + _RECORD.size], content[start + _RECORD.size : start + _SIZE]
         blocks, checksum = _RECORD.unpack(record)

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_NAME = re.compile(r"stage-([1-9]\d*)\.h5(\.part|\.journal|\.packing)?")
+_NAME = re.compile(r"stage-([1-9]\d*)\.h5(\.part|\.journal(?:-[1-9]\d*)?|\.packing)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,25 @@ def unsealed(path: Path) -> tuple[Path, Path, Path]:
     return part, journal, packing
 
 
+def journal_of(path: Path, first_block: int) -> Path:
+    """The journal of the process that writes the blocks from this one on, where several share the file."""
+    journal = unsealed(path)[1]
+    return journal.with_name(f"{journal.name}-{first_block}") if first_block else journal
+
+
+def journals(path: Path) -> list[Path]:
+    """Those of all processes that have written the cache; the first need not be there."""
+    journal = unsealed(path)[1]
+    return [journal, *path.parent.glob(f"{journal.name}-*")]
+
+
+def all_unsealed(path: Path) -> list[Path]:
+    """Everything that may lie beside the cache until it is sealed."""
+    part, _, packing = unsealed(path)
+    return [part, *journals(path), packing]
+
+
 def remove_unsealed(path: Path) -> None:
     """Deletes those that are there. Raises OSError."""
-    for beside in unsealed(path):
+    for beside in all_unsealed(path):
         beside.unlink(missing_ok=True)

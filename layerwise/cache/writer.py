@@ -3,6 +3,9 @@
 The file bears the name NAME.part, with NAME.journal beside it, until every row is there; then it is sealed and takes its
 final name, or a packed copy of it does. A later writer of the same layout goes on behind the last whole append. A thread
 writes while the caller computes; the caller waits only where it is a whole append ahead of the disk.
+
+Several processes of one machine may share the work: each writes a span of the blocks, with a journal of its own, and when all
+are done one of them seals. The file ends with the bytes that one process would have written.
 """
 
 import os
@@ -20,8 +23,9 @@ from layerwise.cache.layout import Layout, as_codes
 from layerwise.cache.packing import pack, packed
 from layerwise.cache.quantise import Quantiser
 from layerwise.cache.seal import stamp
+from layerwise.cache.span import spans
 from layerwise.cache.stored import STORED
-from layerwise.cache.unsealed import remove_unsealed, unsealed
+from layerwise.cache.unsealed import journal_of, journals, remove_unsealed, unsealed
 from layerwise.cache.zstd import require_zstandard
 from layerwise.errors import CacheError
 from layerwise.files import sync_folder, unwritable
@@ -39,13 +43,24 @@ class CacheWriter:
     Leaving the block without `seal` waits for the appends that are whole, and keeps them for the next writer.
     """
 
-    def __init__(self, path: Path, layout: Layout, append_bytes: int = APPEND_BYTES, compression: str = "none") -> None:
+    def __init__(
+        self,
+        path: Path,
+        layout: Layout,
+        append_bytes: int = APPEND_BYTES,
+        compression: str = "none",
+        writer: int = 0,
+        writers: int = 1,
+    ) -> None:
         """`append_bytes` is rounded up to whole blocks; twice as much is held in memory. compression: none, or zstd.
 
+        writer, writers: which of how many that share the file; the first must have been there before the others come.
         Raises CacheError where the file exists, or the folder or the disk does not take it, or zstandard is not installed.
         """
         self.path, self.layout = path, layout
-        self._part, self._journal, self._packing = unsealed(path)
+        self._part, _, self._packing = unsealed(path)
+        self._spans = spans(layout, writers)
+        self._span = self._spans[writer]
         self._packs = compression == "zstd" and packed(layout) != layout
         if path.exists():
             raise CacheError(f"{path} is sealed already; delete it to write it again.")
@@ -53,20 +68,23 @@ class CacheWriter:
             require_zstandard()
         with self._sentences(self._part):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._packing.unlink(missing_ok=True)
+            if writer == 0:
+                self._packing.unlink(missing_ok=True)
             self._places = self._claim()
-            self._appends = Appends(self._part, self._journal, layout, self._places)
-        durable = min(self._appends.blocks * layout.block_bytes, layout.activation_bytes)
+            first = self._span.first
+            self._appends = Appends(self._part, journal_of(path, first), layout, self._places, first)
+        durable = min(self._appends.blocks * layout.block_bytes, self._span.stop_byte)
         rows_done = self.rows_done
         # The last append may end inside a row or a group of rows: the writer wants that again, and drops what it has of it.
         self._overlap = durable - rows_done * layout.row_bytes
-        self._rows_left = layout.rows - rows_done
+        self._rows_left = self.rows_stop - rows_done
+        self._bytes_left = self._span.stop_byte - durable
         self._group = rows_done // layout.scale_rows
         self._quantiser: Quantiser | None = None
         if layout.dtype == "int8":
             self._quantiser = Quantiser(self._rows_left, layout.frame_shape, layout.scale_rows)
         blocks = -(-append_bytes // layout.block_bytes)
-        self._append_bytes = min(blocks * layout.block_bytes, layout.activation_bytes - durable)
+        self._append_bytes = min(blocks * layout.block_bytes, self._bytes_left)
         self._thread = ThreadPoolExecutor(1, "cache-writer")
         self._queued: deque[Future[np.ndarray]] = deque()
         self._spare: list[np.ndarray] = []
@@ -76,12 +94,17 @@ class CacheWriter:
 
     @property
     def rows_done(self) -> int:
-        """Rows that are durable and need not come again: whole appends, for int8 of whole groups."""
+        """Rows up to which none need come again: those of other spans, and whole appends, for int8 of whole groups."""
         layout, blocks = self.layout, self._appends.blocks
-        if blocks == layout.blocks:
-            return layout.rows
+        if blocks >= self._span.stop:
+            return self.rows_stop
         rows = blocks * layout.block_bytes // layout.row_bytes
         return rows // layout.scale_rows * layout.scale_rows if layout.dtype == "int8" else rows
+
+    @property
+    def rows_stop(self) -> int:
+        """Behind the last row that this writer wants: all of them, where it does not share the file."""
+        return self._span.stop_row
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -121,17 +144,26 @@ class CacheWriter:
         with self._sentences(self._part):
             self._appends.put_frame_labels(name, int(self.layout.frames[sample]), codes)
 
+    def finish(self) -> None:
+        """Waits until all rows of this writer's span are durable. Raises CacheError where some are missing."""
+        if self._filled and not self._rows_left:
+            self._hand_over()
+        self._wait(0)
+        if self._rows_left or self._appends.blocks < self._span.stop:
+            raise CacheError(f"{self._part} has {self.rows_done} of {self.rows_stop} rows; start the run again.")
+
     def seal(self, poll: Callable[[], None] = lambda: None) -> None:
         """Ends the file and gives it its name. While it is packed, calls `poll` now and then, which may raise.
 
         Raises CacheError where rows are missing, or the disk does not take the packed file.
         """
-        if self._filled and not self._rows_left:
-            self._hand_over()
-        self._wait(0)
+        self.finish()
         layout = self.layout
-        if self._rows_left or self._appends.blocks < layout.blocks:
-            raise CacheError(f"{self._part} has {self.rows_done} of {layout.rows} rows; start the run again.")
+        for span in self._spans:
+            if span.first < span.stop and span is not self._span:
+                done = self._appends.done_in(journal_of(self.path, span.first), span.first)
+                if done < span.stop:
+                    raise CacheError(f"{self._part} lacks blocks {done} to {span.stop}; start the run again.")
         if self._frames_labelled != int(layout.frames[-1]) * len(layout.frame_labels_classes):
             raise ValueError(f"labels of frames are missing in {self._part}")
         whole = self._packing if self._packs else self._part
@@ -154,12 +186,15 @@ class CacheWriter:
             is_ours = False
         try:
             if not is_ours:
-                # The journal goes first: without it, what is left of the old file counts for nothing.
-                self._journal.unlink(missing_ok=True)
+                # The journals go first: without them, what is left of the old file counts for nothing.
+                for journal in journals(self.path):
+                    journal.unlink(missing_ok=True)
                 self._part.unlink(missing_ok=True)
                 create(self._part, self.layout)
                 _, places = self._read_part()
-            reserve(self._part)
+            # Where the file system cannot reserve, it is done by writing, and others may be at work in a shared file.
+            if not is_ours or len(self._spans) == 1:
+                reserve(self._part)
         except OSError:
             if not is_ours:
                 self._part.unlink(missing_ok=True)
@@ -174,6 +209,8 @@ class CacheWriter:
         content = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
         dropped = min(self._overlap, len(content))
         content, self._overlap = content[dropped:], self._overlap - dropped
+        content = content[: self._bytes_left]  # what is left of the last row belongs to the next span
+        self._bytes_left -= len(content)
         while len(content):
             if self._buffer is None:
                 self._wait(BUFFERS - 1)

@@ -32,7 +32,10 @@ for command in (plan, run, status, probe, compare, report, extract, export, cach
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command and exits: 0 done, 2 the request cannot be met, 75 stopped and resumable, 1 a defect of ours."""
-    sys.exit(_exit_code(arguments))
+    exit_code = _exit_code(arguments)
+    if joining := sys.modules.get("layerwise.engines.joining"):  # imports torch, which most commands do without
+        joining.leave(exit_code)
+    sys.exit(exit_code)
 
 
 def _exit_code(arguments: Sequence[str] | None) -> int:

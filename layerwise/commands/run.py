@@ -1,7 +1,7 @@
 """`layerwise run`: start a run, or go on with it."""
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING
 
 import click
@@ -11,7 +11,7 @@ from layerwise.commands.options import configured
 from layerwise.config import Config
 from layerwise.engines.batch_job import queue_again
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError
-from layerwise.events import Notify
+from layerwise.events import Notify, silent
 from layerwise.report.lines import LogFile, PlainLines
 from layerwise.report.live import LiveTable
 from layerwise.report.summary import (
@@ -48,26 +48,31 @@ def run(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) 
     log = LogFile(paths.log)
 
     console = console_for_results()
-    with stop_on_signals() as stop, stop_in_time(stop, config.engine.time):
-        from layerwise.engines.run import run as run_library  # imports torch, which --help need not wait for
+    with stop_on_signals() as stop, stop_in_time(stop, config.engine.time), ExitStack() as sharing:
+        # These import torch, which --help need not wait for, and a signal may well come meanwhile.
+        from layerwise.engines.joining import is_restart, is_told_elsewhere, joined
+        from layerwise.engines.run import run as run_library
 
+        ranks = sharing.enter_context(joined(config))
         try:
-            with _display(console) as show:
+            with _display(console) if ranks.first else nullcontext(silent) as show:
                 result = run_library(
                     config,
                     from_stage=from_stage,
-                    overwrite=overwrite,
+                    overwrite=overwrite and not is_restart(),
                     stop=stop,
                     notify=lambda event: (show(event), log(event)),
+                    ranks=ranks,
                 )
-        except Interrupted as interrupted:
-            log.write(str(interrupted))
-            _queue_again(stop.reason, paths, log)
-            raise
         except LayerwiseError as error:
+            if is_told_elsewhere(error, ranks):
+                raise click.exceptions.Exit(error.exit_code) from None
             log.write(str(error))
+            if isinstance(error, Interrupted):
+                _queue_again(stop.reason, paths, log)
             raise
-    _print_summary(console, result)
+    if ranks.first:
+        _print_summary(console, result)
 
 
 def _hand_in(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) -> None:

@@ -59,11 +59,24 @@ class Epoch:
 
     def samples_of(self, step: int) -> np.ndarray:
         """int64 [B], the samples of one step."""
-        return self.samples[step * self.batch_size : (step + 1) * self.batch_size]
+        return self.samples[self.rows_of(step)]
 
-    def read(self, source: FrameSource, step: int) -> Batch:
-        """The batch of one step."""
-        rows = slice(step * self.batch_size, (step + 1) * self.batch_size)
+    def lengths_of(self, extent: Extent, step: int) -> np.ndarray:
+        """int64 [B], real frames of the windows of one step, which are not read for it."""
+        samples, rows = self.samples_of(step), self.rows_of(step)
+        start = self.first_rows[rows] * extent.columns
+        stop = np.minimum(start + self.window.rows * extent.columns, extent.lengths[samples])
+        return (stop - start) // extent.columns * min(self.window.columns, extent.columns)
+
+    def rows_of(self, step: int, share: slice = slice(None)) -> slice:
+        """Where the windows of one step, or a share of them, stand among all."""
+        first = step * self.batch_size
+        start, stop, _ = share.indices(min(self.batch_size, len(self.samples) - first))
+        return slice(first + start, first + stop)
+
+    def read(self, source: FrameSource, step: int, share: slice = slice(None)) -> Batch:
+        """The batch of one step, or a share of its windows alone."""
+        rows = self.rows_of(step, share)
         return collate(
             [
                 _read_window(source, sample, view, first_row, first_column, self.window)
@@ -102,6 +115,15 @@ def collate(windows: list[torch.Tensor]) -> Batch:
     into = frames.view(torch.uint8).numpy()
     for row, window in enumerate(windows):
         into[row, : len(window)] = window.contiguous().view(torch.uint8).numpy()
+    return Batch(frames, lengths)
+
+
+def among_others(batch: Batch, lengths: np.ndarray, first: int) -> Batch:
+    """A whole batch of windows of these lengths, of which only those from `first` on were read: the others are zero."""
+    read = batch.frames
+    frames = torch.zeros(len(lengths), int(lengths.max()), *read.shape[2:], dtype=read.dtype)
+    own = frames[first : first + len(read), : read.shape[1]]
+    own.view(torch.uint8).numpy()[:] = read.view(torch.uint8).numpy()
     return Batch(frames, lengths)
 
 

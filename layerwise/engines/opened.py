@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from layerwise.events import Notify
 from layerwise.files import exclusive
 from layerwise.memory.device import find_device
 from layerwise.memory.heap import share_one_heap
+from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets import shortest_sample
 from layerwise.run_directory import RunPaths, RunState
 from layerwise.stop import StopFlag
@@ -32,6 +33,7 @@ from layerwise.training.plan import StagePlan
 from layerwise.training.planner import StageLayout, lay_out, smallest_budget, smallest_layout
 from layerwise.training.schedule import Task
 from layerwise.training.split import split_samples
+from layerwise.training.stopping import stop_together
 from layerwise.training.storage import Storage, below
 from layerwise.training.task import Run, perform
 
@@ -52,13 +54,21 @@ class OpenedRun:
     layouts: list[StageLayout]
     storage: Storage
     device: torch.device
+    ranks: Ranks = ALONE
+    """Who performs its tasks together; the first one holds the locks."""
 
     def perform(self, task: Task, stop: StopFlag, notify: Notify) -> None:
         """Performs a task whose needs are met, or finds it done. Raises Interrupted after saving."""
+        stop_together(stop, self.ranks, f"before stage {task.stage} of round {task.round}")
         lock = self.paths.round(task.round, self.config.training.rounds).task_lock
-        with _round_to_itself(lock, task, stop):
-            lock.write_text(f"{socket.gethostname()}, process {os.getpid()}, {self.device}\n")  # for `layerwise status`
-            perform(task, self.round(task.round, stop, notify))
+        with _round_to_itself(lock, task, stop) if self.ranks.first else nullcontext():
+            if self.ranks.first:
+                lock.write_text(
+                    f"{socket.gethostname()}, process {os.getpid()}, {self.device}\n"
+                )  # for `layerwise status`
+            run = self.round(task.round, stop, notify)
+            self.ranks.meet()  # all have read the state, before the first one changes it
+            perform(task, run)
 
     def finish(self) -> None:
         """Writes the encoder; every task is done."""
@@ -92,6 +102,7 @@ class OpenedRun:
                 stop,
                 notify,
                 run,
+                self.ranks,
             )
         assert run is not None
         return run

@@ -12,14 +12,15 @@ from pathlib import Path
 from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
-from layerwise.engines import dask, in_process, processes
+from layerwise.engines import dask, in_process, processes, shared
+from layerwise.engines.joining import device_of
 from layerwise.engines.machine import machine
 from layerwise.engines.opened import OpenedRun, layouts_of
 from layerwise.errors import ConfigError, RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import exclusive, write_atomically
-from layerwise.memory.device import find_device
 from layerwise.memory.heap import share_one_heap
+from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
 from layerwise.run_directory import RunPaths, RunState
@@ -31,6 +32,7 @@ from layerwise.training.planner import StageLayout
 from layerwise.training.resume import check_from_stage, decided, earlier_records, intended
 from layerwise.training.rounds import prepare_rounds
 from layerwise.training.schedule import Task, tasks_of_run
+from layerwise.training.sharing import check_shareable
 from layerwise.training.split import split_samples
 from layerwise.training.storage import Storage, free_for_caches, plan_storage, sealed_bytes
 from layerwise.training.task import Run, check_kept, delete_leftovers, mend
@@ -57,24 +59,30 @@ def run(
     data: DataSet | None = None,
     stop: StopFlag | None = None,
     notify: Notify = silent,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
     """Trains every stage that is not done yet, and writes the encoder.
 
     from_stage: retrain this stage and those above it from the cache below. overwrite: delete the run in `config.out`
     first. network: in place of the one that the options name. cut: layers in each stage, in place of what the options say
     of it. data: what the options name, where it is open already. stop: a flag that ends the run after the step in hand.
-    notify: is told what happens.
+    notify: is told what happens. ranks: the processes that torchrun has started, see `engines.joining.joined`; in all but the
+    first, the call follows what the first one does.
     Raises Interrupted after saving when asked to stop, and other LayerwiseErrors where the request cannot be met.
     """
     stop = stop or StopFlag()
+    if not ranks.first:
+        return _result(shared.follow(ranks, stop))
     how = {"from_stage": from_stage, "overwrite": overwrite, "network": network, "cut": cut, "data": data}
-    with begun(config, stop=stop, notify=notify, **how) as work:
+    with begun(config, stop=stop, notify=notify, ranks=ranks, **how) as work:
         _execute(work.tasks, work.run, stop, work.told)
         work.run.finish()
-    data = work.run.data
-    return RunResult(
-        work.run.paths, RunState.load(work.run.paths.state), config, (*data.labels, *data.frame_label_names)
-    )
+        return _result(work.run)
+
+
+def _result(run: OpenedRun) -> RunResult:
+    labels = (*run.data.labels, *run.data.frame_label_names)
+    return RunResult(run.paths, RunState.load(run.paths.state), run.config, labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +106,7 @@ def begun(
     data: DataSet | None,
     stop: StopFlag,
     notify: Notify,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Work]:
     """Holds a run while its tasks are performed, or handed in. Parameters and errors as those of `run`."""
     share_one_heap()
@@ -106,11 +115,12 @@ def begun(
         raise ConfigError(
             "The network was given as an object, which other processes cannot know; leave --devices and --engine out."
         )
-    device = find_device(config.engine.devices[0] if config.engine.devices else config.training.device)
+    device = device_of(config.engine.devices[0] if config.engine.devices else config.training.device, ranks)
     paths, rounds = RunPaths.of(config.out, config.cache.dir), config.training.rounds
     data = data or open_data(config.data, shortest_sample(config))
     planned_for = _content(paths.state)
     plans = plan_run(config, data, device, network, cut or (None if overwrite else _earlier_cut(paths, config)))
+    check_shareable(plans, ranks)
     split = split_samples(data, config)
     furthest = _furthest_round(paths, config.training.rounds)
     earlier = earlier_records(furthest, config, overwrite, from_stage)
@@ -139,7 +149,10 @@ def begun(
             states = prepare_rounds(
                 config, paths, data, plans, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
             )
-            state, opened = states[rounds], OpenedRun(config, paths, data, split, plans, layouts, storage, device)
+            state, opened = (
+                states[rounds],
+                OpenedRun(config, paths, data, split, plans, layouts, storage, device, ranks),
+            )
             write_atomically(paths.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
             tracker = open_service(config.training.log, service, paths, state.run_id, config)
         with Following(tracker, notify) as told:
@@ -174,7 +187,9 @@ def _furthest_round(paths: RunPaths, rounds: int) -> RunPaths:
 
 def _execute(tasks: list[Task], opened: OpenedRun, stop: StopFlag, notify: Notify) -> None:
     options = opened.config.engine
-    if options.name == "dask" and tasks:
+    if opened.ranks.count > 1:
+        shared.execute(tasks, opened, stop, notify)
+    elif options.name == "dask" and tasks:
         dask.execute(tasks, opened, stop, notify)
     elif options.devices and tasks:
         processes.execute(tasks, opened, options.devices, stop, notify)
@@ -186,7 +201,7 @@ def tasks_left(config: Config, overwrite: bool, from_stage: int | None) -> list[
     """What `begun` would find to do, were nothing damaged; nothing is written."""
     paths, rounds = RunPaths.of(config.out, config.cache.dir), config.training.rounds
     data = open_data(config.data, shortest_sample(config))
-    device, cut = find_device(config.training.device), None if overwrite else _earlier_cut(paths, config)
+    device, cut = device_of(config.training.device, ALONE), None if overwrite else _earlier_cut(paths, config)
     stages = len(plan_run(config, data, device, None, cut))
     done = {
         Task(number, record.stage)

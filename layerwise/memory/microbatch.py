@@ -7,6 +7,9 @@ second forward pass repeats the first to the bit, its random numbers included.
 
 Of the representations only the rows that the loss scores are kept. Where even those are too many, the batch is gone
 through in several passes, each of which scores a part of the targets: their losses add up.
+
+Several ranks share the samples of a batch: each encodes its own and runs them back, and between the two all of them see
+all representations and the whole loss. The gradients of the module are then to be added up over the ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +20,7 @@ import numpy as np
 import torch
 
 from layerwise.memory.meter import uncounted
+from layerwise.memory.ranks import ALONE, Ranks
 
 
 class Scored(Protocol):
@@ -58,7 +62,7 @@ class Pending:
     gradients: list[torch.Tensor]
     """Of the representations at the part's rows."""
     encoded: tuple[torch.Tensor, ...] | None
-    """The representations with their graph, where the whole batch was encoded at once."""
+    """The representations of this rank's samples with their graph, where all of these were encoded at once."""
     on_host: bool = False
     """Whether the gradients wait in host memory."""
 
@@ -85,13 +89,15 @@ class Batch:
     samples: int
     frames: int
     """Output frames of each sample, padding included."""
+    ranks: Ranks = ALONE
+    """Who shares the samples."""
 
 
 def score(batch: Batch, loss: Loss, parts: Sequence[Part], micro_batch: int) -> Total:
     """The score of a batch, without gradients."""
-    slices = _slices(batch.samples, micro_batch)
+    slices = _slices(batch, micro_batch)
     with torch.no_grad():
-        return total([loss(_encoded(batch, part.rows, slices), part) for part in parts])
+        return total([loss(_gathered(batch, part.rows, _encoded(batch, part.rows, slices)), part) for part in parts])
 
 
 def loss_gradients(batch: Batch, loss: Loss, part: Part, micro_batch: int, scale: float = 1.0) -> Pending:
@@ -99,13 +105,16 @@ def loss_gradients(batch: Batch, loss: Loss, part: Part, micro_batch: int, scale
 
     scale: what the gradients of the representations are multiplied by, to keep short floats from losing small ones.
     """
-    slices = _slices(batch.samples, micro_batch)
+    slices = _slices(batch, micro_batch)
     with torch.set_grad_enabled(len(slices) == 1):
         encoded = _encoded(batch, part.rows, slices)
     # In float32 at least: short floats would lose small gradients before they are scaled.
     leaves = tuple(
-        tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).requires_grad_() for tensor in encoded
+        tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).requires_grad_()
+        for tensor in _gathered(batch, part.rows, encoded)
     )
+    if len(slices) != 1 and batch.ranks.count > 1:
+        encoded = ()  # the whole takes its place
     scored = loss(leaves, part)
     scored.loss.backward()
     gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.mul_(scale) for leaf in leaves]
@@ -117,13 +126,13 @@ def run_back(pending: Pending, batch: Batch, micro_batch: int) -> None:
     """Runs the gradients of a part back through the module, into the `.grad` of its parameters."""
     encoded, pending.encoded = pending.encoded, None
     if encoded is not None:
-        _backward(encoded, pending.gradients)
+        _backward(encoded, pending.gradients_at(_own_rows(batch, pending.part.rows), encoded[0].device))
         return
     rows = pending.part.rows
-    for samples in _slices(batch.samples, micro_batch):
+    for samples in _slices(batch, micro_batch):
         here = _rows_of(rows, samples, batch.frames)
         if here.start < here.stop:
-            encoded = batch.encode(samples, rows[here] - samples.start * batch.frames)
+            encoded = batch.encode(samples, _within(rows, samples, batch.frames))
             _backward(encoded, pending.gradients_at(here, encoded[0].device))
             del encoded
 
@@ -137,24 +146,45 @@ def total(scores: Sequence[Scored]) -> Total:
     return Total(loss, accuracy)
 
 
-def _slices(samples: int, micro_batch: int) -> list[slice]:
-    return [slice(start, min(start + micro_batch, samples)) for start in range(0, samples, micro_batch)]
+def _slices(batch: Batch, micro_batch: int) -> list[slice]:
+    """Of this rank's samples."""
+    own = batch.ranks.share(batch.samples)
+    return [slice(start, min(start + micro_batch, own.stop)) for start in range(own.start, own.stop, micro_batch)]
 
 
 def _encoded(batch: Batch, rows: np.ndarray, slices: list[slice]) -> tuple[torch.Tensor, ...]:
-    """The representations at `rows`, of all slices."""
+    """The representations at those of `rows` that are this rank's, of all its slices."""
     if len(slices) == 1:
-        return batch.encode(slices[0], rows)
+        return batch.encode(slices[0], _within(rows, slices[0], batch.frames))
+    if not slices:
+        return batch.encode(slice(0, 1), rows[:0])  # nothing, in the right shapes
+    own = _own_rows(batch, rows)
     whole: tuple[torch.Tensor, ...] = ()
     for samples in slices:
         here = _rows_of(rows, samples, batch.frames)
-        encoded = batch.encode(samples, rows[here] - samples.start * batch.frames)
+        encoded = batch.encode(samples, _within(rows, samples, batch.frames))
         # Filled slice by slice: joining them in the end would hold all of them twice.
-        whole = whole or tuple(tensor.new_empty(len(rows), *tensor.shape[1:]) for tensor in encoded)
+        whole = whole or tuple(tensor.new_empty(own.stop - own.start, *tensor.shape[1:]) for tensor in encoded)
         for into, tensor in zip(whole, encoded, strict=True):
-            into[here] = tensor
+            into[here.start - own.start : here.stop - own.start] = tensor
         del encoded
     return whole
+
+
+def _own_rows(batch: Batch, rows: np.ndarray) -> slice:
+    """Where the rows of this rank's samples stand among all rows."""
+    if batch.ranks.count == 1:
+        return slice(0, len(rows))
+    return _rows_of(rows, batch.ranks.share(batch.samples), batch.frames)
+
+
+def _gathered(batch: Batch, rows: np.ndarray, own: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The representations at all rows, from those of each rank's samples."""
+    ranks = batch.ranks
+    if ranks.count == 1:
+        return own
+    places = [_rows_of(rows, ranks.share(batch.samples, rank), batch.frames) for rank in range(ranks.count)]
+    return tuple(ranks.gather(tensor, places) for tensor in own)
 
 
 def _backward(encoded: tuple[torch.Tensor, ...], gradients: list[torch.Tensor]) -> None:
@@ -170,3 +200,8 @@ def _rows_of(rows: np.ndarray, samples: slice, frames: int) -> slice:
     """Where the rows of some samples stand among all rows."""
     start, stop = np.searchsorted(rows, [samples.start * frames, samples.stop * frames])
     return slice(int(start), int(stop))
+
+
+def _within(rows: np.ndarray, samples: slice, frames: int) -> np.ndarray:
+    """The rows of some samples, numbered from the first frame of these."""
+    return rows[_rows_of(rows, samples, frames)] - samples.start * frames

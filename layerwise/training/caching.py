@@ -54,18 +54,24 @@ def cache_outputs(
     stop: StopFlag,
     notify: Notify,
 ) -> None:
-    """Writes what the writer lacks. Raises Interrupted between two pieces; what is written so far stays."""
+    """Writes what the writer lacks. Raises Interrupted between two pieces; what is written so far stays.
+
+    Writers that share a cache go through the groups of the whole of it, each through those that its rows are in: the values
+    are those of one writer to the bit.
+    """
     layout = writer.layout
-    rows_done = writer.rows_done
-    groups = group_renderings(np.repeat(feed.lengths, feed.views), piece)
-    missing = [group for group in groups if layout.offsets[group.stop] > rows_done]
+    rows_done, rows_stop = writer.rows_done, writer.rows_stop
+    groups = group_renderings(np.repeat(feed.lengths, feed.views), piece) if rows_done < rows_stop else []
+    missing = [
+        group for group in groups if layout.offsets[group.stop] > rows_done and layout.offsets[group.first] < rows_stop
+    ]
     row = int(layout.offsets[missing[0].first]) if missing else 0
     module.eval()
     with torch.no_grad():
         for stored in _stored_outputs(module, feed, missing, precision, device, meter, layout):
-            writer.write(stored[max(rows_done - row, 0) :])
+            writer.write(stored[max(rows_done - row, 0) : max(rows_stop - row, 0)])
             row += len(stored)
-            notify(CachingProgress(layout.stage, row, layout.rows, meter.live, meter.peak))
+            notify(CachingProgress(layout.stage, min(row, rows_stop), rows_stop, meter.live, meter.peak))
             stop.raise_if_set(f"in the cache of stage {layout.stage}, after row {row}")
 
 

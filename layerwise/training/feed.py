@@ -7,9 +7,10 @@ from typing import Protocol
 
 import torch
 
-from layerwise.data.batches import Batch, Epoch, read_ahead
+from layerwise.data.batches import Batch, Epoch, among_others, read_ahead
 from layerwise.data.groups import Group, read_piece
 from layerwise.data.source import Extent, FrameSource
+from layerwise.memory.ranks import ALONE, Ranks
 
 Parked = Callable[[], AbstractContextManager[object]]
 """Takes the stage off the device for as long as the block lasts; a feed that works on the device itself asks for it."""
@@ -30,8 +31,9 @@ class Feed(Extent, Protocol):
 class ReadFeed:
     """Reads a data set or a cache; nothing of it is on the device. For a GPU, batches come in pinned host memory."""
 
-    def __init__(self, source: FrameSource, device: torch.device) -> None:
-        self._source = source
+    def __init__(self, source: FrameSource, device: torch.device, ranks: Ranks = ALONE) -> None:
+        """ranks: who shares the batches; the windows of the others are zeros, and not read."""
+        self._source, self._ranks = source, ranks
         self._finished = _pinned if device.type == "cuda" else _as_it_is
         self.lengths, self.columns, self.views = source.lengths, source.columns, source.views
 
@@ -39,10 +41,24 @@ class ReadFeed:
         return read_ahead(partial(self._read, epoch, step) for step in range(first, epoch.steps))
 
     def _read(self, epoch: Epoch, step: int) -> Batch:
-        return self._finished(epoch.read(self._source, step))
+        share = share_of(epoch, step, self._ranks)
+        return self._finished(in_whole_batch(epoch.read(self._source, step, share), epoch, step, self, self._ranks))
 
     def pieces(self, groups: list[Group], parked: Parked) -> Iterator[Batch]:
         return read_ahead(partial(read_piece, self._source, group, start) for group in groups for start in group.starts)
+
+
+def share_of(epoch: Epoch, step: int, ranks: Ranks) -> slice:
+    """The windows of a step that this rank reads; one that none are left for reads the first, to know what they are like."""
+    share = ranks.share(len(epoch.samples_of(step)))
+    return share if share.start < share.stop else slice(0, 1)
+
+
+def in_whole_batch(batch: Batch, epoch: Epoch, step: int, extent: Extent, ranks: Ranks) -> Batch:
+    """The windows of `share_of` in their places in the batch, whose other windows are zeros."""
+    if ranks.count == 1:
+        return batch
+    return among_others(batch, epoch.lengths_of(extent, step), share_of(epoch, step, ranks).start)
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -2,6 +2,9 @@
 
 Where a step runs out of memory all the same, it is repeated in smaller slices with the same random numbers; the result
 does not change. Everything random is seeded by the caller, so that nothing has to be remembered for that.
+
+Several ranks take the same step, each with its share of the batch (see memory.microbatch). Slices are not made smaller there
+before the predictors have stepped: the other ranks would wait for something else.
 """
 
 import contextlib
@@ -24,6 +27,7 @@ from layerwise.memory.meter import metered
 from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.parking import parked, repack
 from layerwise.memory.placement import Placement
+from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.objectives.protocol import Draw
 from layerwise.training.behaviour import behaviour
 from layerwise.training.optimizer import DeviceAdam, HostAdam, Optimizer
@@ -47,9 +51,16 @@ class LoadedStage:
     """Module, objective and their optimizers on the device, and the placement of a batch, which may become smaller."""
 
     def __init__(
-        self, plan: StagePlan, config: Config, device: torch.device, placement: Placement, meter: AnyMeter
+        self,
+        plan: StagePlan,
+        config: Config,
+        device: torch.device,
+        placement: Placement,
+        meter: AnyMeter,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.plan, self.device, self.placement, self.meter = plan, device, placement, meter
+        """ranks: who trains it together."""
+        self.plan, self.device, self.placement, self.meter, self.ranks = plan, device, placement, meter, ranks
         self.behaviour = behaviour(plan)
         self.module = plan.build_module(config.training.seed, device)
         self.objective = plan.build_objective(config, device)
@@ -73,17 +84,18 @@ class LoadedStage:
         draws = self._draws(batch, randomness)
         with metered(self._looks("training", batch, draws)):
             score = self._repeat_in_smaller_slices(self._attempt, draws, batch, randomness)
+            self._add_gradients()
             if self.scale.unscale(self.module.parameters()):
                 self.optimizer.step()
             self._forget_gradients()
-        return score
+        return self._agreed(score)
 
     def evaluate(self, batch: Batch, randomness: Randomness) -> Total:
         """The score of a batch, without a step."""
         self.module.eval()
         draws = self._draws(batch, randomness)
         with metered(self._looks("held-out", batch, draws)):
-            return self._repeat_in_smaller_slices(self._score, draws, batch, randomness)
+            return self._agreed(self._repeat_in_smaller_slices(self._score, draws, batch, randomness))
 
     @contextlib.contextmanager
     def parked(self) -> Iterator[None]:
@@ -107,13 +119,33 @@ class LoadedStage:
                 microbatch.run_back(pending, encoded, self.placement.micro_batch)
                 scores.append(pending.score)
                 del pending  # its gradients would stay through the next pass
-            self.predictor_optimizer.step()
+            self._step_predictors()
             return microbatch.total(scores)
         pending = self._loss_gradients(encoded, draws[0])
         # The predictors step at once and let go of their gradients: the module's come into their room.
-        self.predictor_optimizer.step()
+        self._step_predictors()
         self._run_back(pending, encoded)
         return pending.score
+
+    def _step_predictors(self) -> None:
+        """Their gradients are the same on all ranks, but for how each device rounds."""
+        self.ranks.of_first(parameter.grad for parameter in self.objective.parameters() if parameter.grad is not None)
+        self.predictor_optimizer.step()
+
+    def _add_gradients(self) -> None:
+        """Each rank has the part of the module's gradients that comes through its own samples."""
+        if self.ranks.count == 1:
+            return
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:  # none of this rank's samples was scored
+                parameter.grad = torch.zeros_like(parameter)
+        self.ranks.add(parameter.grad for parameter in trained)
+
+    def _agreed(self, score: Total) -> Total:
+        """The same to the bit on all ranks."""
+        self.ranks.of_first([score.loss, score.accuracy])
+        return score
 
     def _loss_gradients(self, encoded: microbatch.Batch, draw: Draw) -> Pending:
         pending = microbatch.loss_gradients(encoded, self._loss, draw, self.placement.micro_batch, self.scale.factor)
@@ -154,6 +186,11 @@ class LoadedStage:
                 reason = why_out_of_memory(error)
             # Outside of the handler: while the error is known, so are the tensors of the attempt.
             self._forget_gradients()
+            if self.ranks.count > 1:
+                raise NoSmallerSlices(
+                    f"{reason} Several processes share the batches and cannot make their slices smaller on the way: give "
+                    f"--set memory.micro_batch={max(self._samples_at_once(batch) // 2, 1)}."
+                )
             self._shrink(reason)
             draws = self._draws(batch, randomness)
 
@@ -178,6 +215,10 @@ class LoadedStage:
         """Samples of the batch that a step goes through."""
         return len(batch.lengths)
 
+    def _samples_at_once(self, batch: Batch) -> int:
+        share = self.ranks.share(len(batch.lengths))
+        return min(self.placement.micro_batch, share.stop - share.start)
+
     def _encoded(self, batch: Batch, seed: int) -> microbatch.Batch:
         def encode(samples: slice, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
             # Checkpoints end a layer's second pass as soon as all tensors are there that its backward pass needs, and torch
@@ -191,7 +232,8 @@ class LoadedStage:
                     self.placement.recompute,
                 )
 
-        return microbatch.Batch(encode, self._samples(batch), int(self.module.out_length(batch.frames.shape[1])))
+        frames = int(self.module.out_length(batch.frames.shape[1]))
+        return microbatch.Batch(encode, self._samples(batch), frames, self.ranks)
 
     def _loss(self, representations: tuple[torch.Tensor, ...], draw: Draw) -> Total:
         return self.objective(representations[0], representations[-1], draw, self.placement.loss_room)

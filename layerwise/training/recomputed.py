@@ -20,9 +20,10 @@ from layerwise.data.source import FrameSource
 from layerwise.errors import BudgetError
 from layerwise.memory.device import autocast, on_device, release, why_out_of_memory
 from layerwise.memory.meter import uncounted
+from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets.copying import copied
 from layerwise.nets.module import Module
-from layerwise.training.feed import Parked
+from layerwise.training.feed import Parked, in_whole_batch, share_of
 from layerwise.training.frozen import FrozenStage
 from layerwise.training.plan import StagePlan
 
@@ -52,17 +53,21 @@ class RecomputedFeed:
         stages: Sequence[FrozenStage],
         samples: int,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
-        """stages: those of `plans`, trained, lowest first; samples: windows on the device at once."""
+        """stages: those of `plans`, trained, lowest first; samples: windows on the device at once; ranks: who shares the
+        batches; the windows of the others are zeros, and not worked out."""
         self.lengths, self.columns, self.views = plans[-1].output_lengths, source.columns, source.views
         self._source, self._plans, self._stages = source, plans, stages
-        self._samples, self._device = samples, device
+        self._samples, self._device, self._ranks = samples, device, ranks
 
     def batches(self, epoch: Epoch, first: int, parked: Parked) -> Iterator[Batch]:
         per_block = max(BLOCK_BYTES // self._bytes(epoch.batch_size, epoch.window.frames), 1)
         for start in range(first, epoch.steps, per_block):
             steps = range(start, min(start + per_block, epoch.steps))
-            yield from self._block([partial(self._read_windows, epoch, step) for step in steps], parked)
+            block = self._block([partial(self._read_windows, epoch, step) for step in steps], parked)
+            for step, batch in zip(steps, block, strict=True):
+                yield in_whole_batch(batch, epoch, step, self, self._ranks)
 
     def pieces(self, groups: list[Group], parked: Parked) -> Iterator[Batch]:
         reads, held = [], 0
@@ -88,10 +93,11 @@ class RecomputedFeed:
             yield Batch(windows.frames, windows.real)
 
     def _read_windows(self, epoch: Epoch, step: int) -> Windows:
+        share = share_of(epoch, step, self._ranks)
         if not all(stage.module.frame_by_frame for stage in self._stages):
-            rows = slice(step * epoch.batch_size, (step + 1) * epoch.batch_size)
+            rows = epoch.rows_of(step, share)
             return self._read(epoch.samples[rows], epoch.views[rows], epoch.first_rows[rows], epoch.window.rows)
-        batch = epoch.read(self._source, step)
+        batch = epoch.read(self._source, step, share)
         return Windows(batch.frames, np.zeros_like(batch.lengths), batch.lengths, batch.lengths)
 
     def _read_piece(self, group: Group, start: int) -> Windows:

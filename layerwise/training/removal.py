@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from layerwise.cache.unsealed import unsealed
+from layerwise.cache.unsealed import all_unsealed
 from layerwise.errors import CacheError, RunError
 from layerwise.files import exclusive
 from layerwise.run_directory import open_run
@@ -29,7 +29,7 @@ def remove_caches(run_directory: Path, stages: Sequence[int] | None) -> int:
             record = state.record(stage)
             record.cache = record.cache_bytes = None
             state.save(paths.state)
-            for path in (paths.cache(stage), *unsealed(paths.cache(stage))):
+            for path in (paths.cache(stage), *all_unsealed(paths.cache(stage))):
                 if path.exists():
                     freed += path.stat().st_blocks * 512
                     path.unlink()

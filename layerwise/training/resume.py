@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from layerwise.cache.unsealed import unsealed
+from layerwise.cache.unsealed import all_unsealed
 from layerwise.config import Config, Option, changed_options, load
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, RunError
@@ -265,7 +265,7 @@ def _shown(value: object) -> str:
 
 def _delete_stage(paths: RunPaths, stage: int) -> None:
     cache = paths.cache(stage)
-    for path in (paths.encoder, cache, *unsealed(cache)):
+    for path in (paths.encoder, cache, *all_unsealed(cache)):
         path.unlink(missing_ok=True)
     for folder in (paths.stage(stage), paths.probes):
         shutil.rmtree(folder, ignore_errors=True)

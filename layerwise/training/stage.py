@@ -24,6 +24,7 @@ from layerwise.events import EpochDone, Notify, StageStarted, StepDone
 from layerwise.files import write_atomically
 from layerwise.memory.allocator import AnyMeter
 from layerwise.memory.placement import Placement
+from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.stop import StopFlag
 from layerwise.streams import stream
 from layerwise.training.augmentation import augmented
@@ -32,6 +33,7 @@ from layerwise.training.feed import Feed
 from layerwise.training.loaded import LoadedStage, Randomness
 from layerwise.training.plan import StagePlan
 from layerwise.training.simultaneous import Loaded, SimultaneousStages
+from layerwise.training.stopping import asked_to_stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +78,19 @@ def train_stage(
     stop: StopFlag,
     notify: Notify,
     round: int = 1,
+    ranks: Ranks = ALONE,
 ) -> Trained:
     """Trains to convergence or to the round's share of max_epochs, from the checkpoint where there is one.
 
-    train, held_out: int64 sample numbers; classes: int64 [N] of all samples, for objectives that learn a label. Raises
-    Interrupted after saving, TrainingError where the loss is not a number.
+    train, held_out: int64 sample numbers; classes: int64 [N] of all samples, for objectives that learn a label; ranks: who
+    trains it together; the first one writes. Raises Interrupted after saving, TrainingError where the loss is not a number.
     """
     options = config.training
-    load = SimultaneousStages if plan.parts else LoadedStage
-    loaded = load(plan, config, device, placement, meter)
+    loaded: Loaded
+    if plan.parts:
+        loaded = SimultaneousStages(plan, config, device, placement, meter)
+    else:
+        loaded = LoadedStage(plan, config, device, placement, meter, ranks)
     progress, best = _found(files, loaded)
     epochs = epochs_of_round(options, round)
     notify(StageStarted(plan.stage, progress.epoch, progress.step, round))
@@ -93,11 +99,13 @@ def train_stage(
 
     def save() -> None:
         progress.seconds = time.monotonic() - started
-        save_checkpoint(files.checkpoint, files.made_for, progress, loaded, best)
+        if ranks.first:
+            save_checkpoint(files.checkpoint, files.made_for, progress, loaded, best)
 
     def poll() -> None:
-        if stop.reason:
+        if asked_to_stop(stop, ranks):
             save()
+            ranks.meet()  # one that ended before it was saved would have the others killed
             stop.raise_if_set(f"in stage {plan.stage}, epoch {progress.epoch + 1}, after step {progress.step}")
 
     while not _finished(progress, epochs, options.patience):
@@ -128,8 +136,9 @@ def train_stage(
             progress, epoch.steps, held_out_loss, held_out_accuracy, options.min_delta, seconds, meter.peak
         ):
             best = to_host(loaded.module.state_dict())
-        lines = "".join(json.dumps(entry) + "\n" for entry in progress.history)
-        write_atomically(files.metrics, lines.encode())
+        if ranks.first:
+            lines = "".join(json.dumps(entry) + "\n" for entry in progress.history)
+            write_atomically(files.metrics, lines.encode())
         save()
         last_save = time.monotonic()
         notify(EpochDone(plan.stage, **progress.history[-1]))

@@ -7,6 +7,7 @@ cache, the sealed cache.
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from layerwise.cache import ActivationCache, CacheWriter
 from layerwise.cache.unsealed import cache_files
 from layerwise.config import Config, load
 from layerwise.data.source import DataSet, FrameSource
-from layerwise.errors import BudgetError, RunError, UnusableCache
+from layerwise.errors import BudgetError, Interrupted, RunError, UnusableCache
 from layerwise.events import EpochDone, Event, Message, Notify, StageDone
 from layerwise.files import write_atomically
 from layerwise.memory.allocator import AnyMeter, meter_for
 from layerwise.memory.device import cap, process_bytes, release, why_out_of_memory
+from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.run_directory import RunPaths, RunState, StageRecord
 from layerwise.stop import StopFlag
 from layerwise.training.cache_layout import cache_layout
@@ -40,6 +42,7 @@ from layerwise.training.resume import find_what_is_missing
 from layerwise.training.schedule import Task
 from layerwise.training.split import HELD_OUT, TRAIN
 from layerwise.training.stage import StageFiles, train_stage
+from layerwise.training.stopping import stop_together
 from layerwise.training.storage import Storage, below, input_of, keep_of_round, kept_caches
 
 
@@ -64,11 +67,18 @@ class Run:
     notify: Notify
     earlier: "Run | None" = None
     """The round before."""
+    ranks: Ranks = ALONE
+    """Who performs its tasks together: each holds the same state, and the first one alone writes."""
 
     @property
     def keep(self) -> str:
         """Which caches stay once all stages are done; an earlier round has served its purpose by then."""
         return keep_of_round(self.config, self.round)
+
+    def save(self) -> None:
+        """Replaces run.json. Raises RunError."""
+        if self.ranks.first:
+            self.state.save(self.paths.state)
 
     def key(self, stage: int) -> str:
         """The training key of a stage whose lower stages are done, as is the stage itself in the round before."""
@@ -98,7 +108,9 @@ def perform(task: Task, run: Run) -> None:
                 _perform(stage, run)
             return
         except UnusableCache as error:
-            if error.path in mended:
+            if run.ranks.count > 1:  # the others have met nothing of it: at the next start it is missing for all
+                error.path.unlink(missing_ok=True)
+            if error.path in mended or run.ranks.count > 1:
                 raise
             mended.add(error.path)
             mend(error, run)
@@ -112,7 +124,7 @@ def mend(error: UnusableCache, run: Run) -> None:
     except OSError as failed:
         raise RunError(f"{error} Here it cannot be deleted: {failed.strerror}.") from None
     find_what_is_missing(run.state, run.paths, run.keep)
-    run.state.save(run.paths.state)
+    run.save()
 
 
 def _perform(stage: int, run: Run) -> None:
@@ -126,7 +138,7 @@ def _perform(stage: int, run: Run) -> None:
     meter = meter_for(run.device, run.state.budget_bytes)
     reason = None
     try:
-        with meter, MemoryRecord(run.paths.memory(stage), meter, run.notify) as recorded:
+        with meter, _recorded(stage, meter, run) as recorded:
             _train_and_cache(plan, source, replace(run, notify=recorded), record, meter)
     except (BudgetError, RuntimeError) as error:
         reason = why_out_of_memory(error)
@@ -153,6 +165,13 @@ def _perform(stage: int, run: Run) -> None:
             round=run.round,
         )
     )
+
+
+def _recorded(stage: int, meter: AnyMeter, run: Run) -> AbstractContextManager[Notify]:
+    """Takes the events of a stage and passes them on; notes the memory of the first rank."""
+    if run.ranks.first:
+        return MemoryRecord(run.paths.memory(stage), meter, run.notify)
+    return nullcontext(run.notify)
 
 
 def _train_and_cache(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, meter: AnyMeter) -> None:
@@ -196,12 +215,14 @@ def _open_cache(stage: int, run: Run) -> ActivationCache:
 def _feed(stage: int, source: FrameSource, run: Run) -> Feed:
     """Reads the source, or passes it up through the stages that are not cached."""
     plans = below(run.plans, stage, run.storage)
+    # The level of noise is that of all inputs of a batch.
+    ranks = ALONE if run.config.training.input_noise else run.ranks
     if not plans:
-        return ReadFeed(source, run.device)
+        return ReadFeed(source, run.device, ranks)
     numbers = [plan.stage for plan in plans]
     handings = [Handing.of(run.trained_with(below)) for below in numbers]
     stages = trained_stages(plans, handings, load_stages(run.paths, numbers))
-    return RecomputedFeed(source, plans, stages, run.layouts[stage - 1].windows, run.device)
+    return RecomputedFeed(source, plans, stages, run.layouts[stage - 1].windows, run.device, ranks)
 
 
 def delete_leftovers(run: Run) -> None:
@@ -213,8 +234,8 @@ def delete_leftovers(run: Run) -> None:
         if record.stage in {file.stage for file in left if file.is_sealed}:
             record.cache = record.cache_bytes = None
     if left:
-        run.state.save(run.paths.state)
-    for file in left:
+        run.save()
+    for file in left if run.ranks.first else ():
         file.path.unlink(missing_ok=True)
 
 
@@ -236,15 +257,16 @@ def _train(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
         return
     record.status = "training"
     record.input = input_of(stage, run.storage)
-    run.state.save(run.paths.state)
-    write_atomically(run.paths.stage_config(stage), run.config.to_toml().encode())
+    run.save()
+    if run.ranks.first:
+        write_atomically(run.paths.stage_config(stage), run.config.to_toml().encode())
 
     def record_epoch(event: Event) -> None:
         if isinstance(event, EpochDone):
             record.epochs, record.train_peak_bytes = event.epoch, event.peak_bytes
             record.seconds += event.seconds
             record.best_loss = min(event.held_out_loss, math.inf if record.best_loss is None else record.best_loss)
-            run.state.save(run.paths.state)
+            run.save()
         run.notify(event)
 
     trained = train_stage(
@@ -263,16 +285,21 @@ def _train(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
         stop=run.stop,
         notify=record_epoch,
         round=run.round,
+        ranks=run.ranks,
     )
-    save_arrays(weights_path, trained.weights, {"stage": str(stage), "made_for": run.key(stage)})
+    if run.ranks.first:
+        save_arrays(weights_path, trained.weights, {"stage": str(stage), "made_for": run.key(stage)})
+    found = digest(trained.weights)
+    if len(set(run.ranks.all(found))) > 1:
+        raise AssertionError(f"the ranks have trained different weights of stage {stage}")
     record.status = "caching"
     record.epochs, record.converged, record.best_loss = trained.epochs, trained.converged, trained.best_loss
     record.train_peak_bytes = max(meter.peak, trained.peak_bytes)
     record.train_peak_by_kind = dict(meter.peak_by_kind)
     record.micro_batch = trained.placement.micro_batch
     record.seconds = trained.seconds
-    record.fingerprint = fingerprint(run.key(stage), digest(trained.weights))
-    run.state.save(run.paths.state)
+    record.fingerprint = fingerprint(run.key(stage), found)
+    run.save()
 
 
 def _end_before(stage: int, run: Run) -> tuple[Path, str] | None:
@@ -292,23 +319,62 @@ def _cache(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
         def record_progress() -> None:
             record.cache_peak_bytes = max(meter.peak, record.cache_peak_bytes or 0)
             record.seconds = seconds + time.monotonic() - started
-            run.state.save(run.paths.state)
+            run.save()
+
+        options, ranks, trained_with = run.config.cache, run.ranks, run.trained_with(plan.stage)
+        layout = cache_layout(plan, run.data, trained_with.cache.dtype, run.split, str(record.fingerprint))
+
+        def open_writer() -> CacheWriter:
+            return CacheWriter(path, layout, int(options.block), options.compression, ranks.rank, ranks.count)
 
         def write(piece: int) -> None:
-            options = run.config.cache
-            dtype = run.trained_with(plan.stage).cache.dtype
-            layout = cache_layout(plan, run.data, dtype, run.split, str(record.fingerprint))
-            with CacheWriter(path, layout, int(options.block), options.compression) as writer:
+            with open_writer() as writer:
                 try:
-                    precision = run.trained_with(plan.stage).training.precision
+                    precision = trained_with.training.precision
                     cache_outputs(module, feed, writer, piece, precision, run.device, meter, run.stop, run.notify)
                 finally:
                     record_progress()
-                _put_frame_labels(writer, plan, run.data)
-                writer.seal(lambda: run.stop.raise_if_set(f"while the cache of stage {plan.stage} was packed"))
+                if ranks.count == 1:
+                    seal(writer)
+                else:
+                    writer.finish()
 
-        _in_pieces_that_fit(write, run.layouts[plan.stage - 1].piece, shortest_piece(plan, run.config), run.device)
+        def seal(writer: CacheWriter) -> None:
+            _put_frame_labels(writer, plan, run.data)
+            writer.seal(lambda: run.stop.raise_if_set(f"while the cache of stage {plan.stage} was packed"))
+
+        def write_in_pieces() -> None:
+            _in_pieces_that_fit(write, run.layouts[plan.stage - 1].piece, shortest_piece(plan, run.config), run.device)
+
+        if ranks.count == 1:
+            write_in_pieces()
+        else:
+            _write_together(open_writer, write_in_pieces, seal, run, f"in the cache of stage {plan.stage}")
     record.cache, record.cache_bytes = str(path), path.stat().st_size
+
+
+def _write_together(
+    open_writer: Callable[[], CacheWriter],
+    write: Callable[[], None],
+    seal: Callable[[CacheWriter], None],
+    run: Run,
+    where: str,
+) -> None:
+    """Each rank writes its span of the cache, and the first one seals it. Raises Interrupted on all where one was asked."""
+
+    def create() -> None:
+        with open_writer():
+            pass
+
+    def complete() -> None:
+        with open_writer() as writer:
+            seal(writer)
+
+    run.ranks.wait_for_first(create)
+    with suppress(Interrupted):  # the others are told of it below
+        write()
+    stop_together(run.stop, run.ranks, where)
+    run.ranks.wait_for_first(complete)
 
 
 def _in_pieces_that_fit(write: Callable[[int], None], piece: int, shortest: int, device: torch.device) -> None:
@@ -337,7 +403,9 @@ def _is_sealed(path: Path, expected: str | None) -> bool:
 def _finish(run: Run, record: StageRecord) -> None:
     record.status = "done"
     record.peak_bytes = max(record.train_peak_bytes or 0, record.cache_peak_bytes or 0)
-    run.state.save(run.paths.state)
+    run.save()
+    if not run.ranks.first:
+        return
     if run.round == run.config.training.rounds:
         run.paths.checkpoint(record.stage).unlink(missing_ok=True)  # an earlier one is what the next round begins with
     if run.earlier:

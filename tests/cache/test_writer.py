@@ -61,6 +61,53 @@ def test_a_writer_that_was_stopped_leaves_a_file_that_another_one_ends_with_the_
     assert sorted(path.name for path in folder.iterdir()) == ["stopped.h5", "whole.h5"]
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32", "int8"]),
+    starts=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 100)), max_size=4),
+    block_bytes=st.integers(8, 150),
+    append_bytes=st.integers(1, 400),
+    scale_rows=st.integers(1, 20),
+    last=st.integers(1, 5),
+)
+def test_writers_that_share_a_file_end_it_with_the_bytes_of_one(
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    dtype: str,
+    starts: list[tuple[int, int]],
+    block_bytes: int,
+    append_bytes: int,
+    scale_rows: int,
+    last: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("shared")
+    a_layout = layout(lengths, dtype, block_bytes=block_bytes, scale_rows=scale_rows)
+    rows, path = rows_of(a_layout), folder / "shared.h5"
+    write(folder / "whole.h5", a_layout, rows)
+    # Each start stops after some rows of each writer, and may have another number of them than the one before.
+    for writers, stop in [*starts, (last, a_layout.rows)]:
+        for number in range(writers):
+            with CacheWriter(path, a_layout, append_bytes, writer=number, writers=writers) as writer:
+                writer.write(as_array(rows[writer.rows_done : min(writer.rows_done + stop, writer.rows_stop)]))
+                if stop == a_layout.rows:
+                    writer.finish()
+    with CacheWriter(path, a_layout, append_bytes, writer=0, writers=last) as writer:
+        seal(writer)
+    assert path.read_bytes() == (folder / "whole.h5").read_bytes()
+    assert sorted(each.name for each in folder.iterdir()) == ["shared.h5", "whole.h5"]
+
+
+def test_a_file_that_lacks_the_rows_of_another_writer_is_not_sealed(tmp_path: Path) -> None:
+    a_layout = layout([100])
+    rows = rows_of(a_layout)
+    with CacheWriter(tmp_path / "c.h5", a_layout, 1, writer=0, writers=2) as writer:
+        writer.write(as_array(rows[: writer.rows_stop]))
+        with pytest.raises(CacheError, match="lacks blocks 3 to 6; start the run again"):
+            seal(writer)
+    assert rows_done(tmp_path / "c.h5", a_layout) == 300 // 6  # one writer goes on behind the first of the two
+
+
 def test_a_torn_journal_record_does_not_count(tmp_path: Path) -> None:
     a_layout = layout([100])
     half_written(tmp_path / "c.h5", a_layout)
