@@ -229,6 +229,11 @@ class CacheOptions(_Section):
     dtype: Literal["float16", "bfloat16", "float32", "int8"] = _option(
         "float16", "training", "dtype of cached activations; int8: with a scale per channel", "--cache-dtype"
     )
+    scratch: str | None = _option(
+        None,
+        "place",
+        "folder on a fast disk of this machine, such as $TMPDIR, in which a cache is written before it is copied to its place",
+    )
     compression: Literal["none", "zstd"] = _option(
         "none", "place", "zstd: pack each cache once it is whole; less room, slower reads", "--cache-compression"
     )

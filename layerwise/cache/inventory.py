@@ -22,7 +22,7 @@ class Entry:
     """sealed, being written, being packed, or what is wrong with it."""
 
 
-UNSEALED = {".part": "being written", ".packing": "being packed"}
+UNSEALED = {".part": "being written", ".packing": "being packed", ".copying": "being copied"}
 """Ending of a cache that is not sealed, to its state."""
 
 

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_NAME = re.compile(r"stage-([1-9]\d*)\.h5(\.part|\.journal(?:-[1-9]\d*)?|\.packing)?")
+_NAME = re.compile(r"stage-([1-9]\d*)\.h5(\.part|\.journal(?:-[1-9]\d*)?|\.packing|\.copying)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,11 @@ def unsealed(path: Path) -> tuple[Path, Path, Path]:
     return part, journal, packing
 
 
+def copying(path: Path) -> Path:
+    """A copy of the whole cache that is not there to its end yet."""
+    return path.with_name(path.name + ".copying")
+
+
 def journal_of(path: Path, first_block: int) -> Path:
     """The journal of the process that writes the blocks from this one on, where several share the file."""
     journal = unsealed(path)[1]
@@ -51,7 +56,7 @@ def journals(path: Path) -> list[Path]:
 def all_unsealed(path: Path) -> list[Path]:
     """Everything that may lie beside the cache until it is sealed."""
     part, _, packing = unsealed(path)
-    return [part, *journals(path), packing]
+    return [part, *journals(path), packing, copying(path)]
 
 
 def remove_unsealed(path: Path) -> None:

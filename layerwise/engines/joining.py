@@ -105,6 +105,8 @@ def _check(config: Config, count: int) -> None:
         raise ConfigError(
             f"torchrun has started {count} processes to share each stage; leave --devices and --engine out."
         )
+    if config.cache.scratch:
+        raise ConfigError(f"cache.scratch {config.cache.scratch}: {count} processes write one cache; leave it out.")
     if options.schedule != "sequential":
         raise ConfigError(
             f"training.schedule {options.schedule} trains all modules in one process; start it without torchrun."

@@ -72,7 +72,15 @@ class MethodResult:
     stages: list[ModuleError]
 
 
-FREE = {"out", "cache.dir", "cache.block", "training.checkpoint_seconds", "training.log", "engine.time"}
+FREE = {
+    "out",
+    "cache.dir",
+    "cache.block",
+    "training.checkpoint_seconds",
+    "training.log",
+    "cache.scratch",
+    "engine.time",
+}
 """Options that may differ between two starts of a comparison; all others act on what it shows: memory, disk and time, too."""
 
 

@@ -5,6 +5,7 @@ cache, the sealed cache.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from layerwise.cache import ActivationCache, CacheWriter
+from layerwise.cache.publishing import publish
 from layerwise.cache.unsealed import cache_files
 from layerwise.config import Config, load
 from layerwise.data.source import DataSet, FrameSource
@@ -310,7 +312,8 @@ def _end_before(stage: int, run: Run) -> tuple[Path, str] | None:
 def _cache(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: AnyMeter) -> None:
     """Leaves the sealed cache, and its peak and size in the record."""
     path = run.paths.cache(plan.stage)
-    if not _is_sealed(path, record.fingerprint):
+    written = _written_at(path, run)
+    if not _is_sealed(path, record.fingerprint) and not _is_sealed(written, record.fingerprint):
         module = plan.build_module(run.config.training.seed, run.device)
         load_weights(module, load_stage(run.paths, plan.stage))
         meter.label("parameters", module.state_dict().values())
@@ -325,7 +328,7 @@ def _cache(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
         layout = cache_layout(plan, run.data, trained_with.cache.dtype, run.split, str(record.fingerprint))
 
         def open_writer() -> CacheWriter:
-            return CacheWriter(path, layout, int(options.block), options.compression, ranks.rank, ranks.count)
+            return CacheWriter(written, layout, int(options.block), options.compression, ranks.rank, ranks.count)
 
         def write(piece: int) -> None:
             with open_writer() as writer:
@@ -350,7 +353,17 @@ def _cache(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
             write_in_pieces()
         else:
             _write_together(open_writer, write_in_pieces, seal, run, f"in the cache of stage {plan.stage}")
+    if written.exists() and written != path:
+        publish(written, path, lambda: run.stop.raise_if_set(f"while the cache of stage {plan.stage} was copied"))
     record.cache, record.cache_bytes = str(path), path.stat().st_size
+
+
+def _written_at(path: Path, run: Run) -> Path:
+    """Where the cache is written: in its place, or on a faster disk."""
+    scratch = run.config.cache.scratch
+    if scratch is None:
+        return path
+    return Path(os.path.expandvars(scratch)).expanduser() / f"layerwise-{run.state.run_id}" / path.name
 
 
 def _write_together(

@@ -1,0 +1,47 @@
+"""Caches that are written on a fast disk first."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from layerwise.config import Config
+from layerwise.engines.run import run
+from layerwise.errors import Interrupted
+from layerwise.events import CachingProgress, Event, StepDone
+from layerwise.stop import StopFlag
+
+Tiny = Callable[..., Config]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("stage-*")}
+
+
+def test_they_end_in_their_place_with_the_same_bytes(
+    tiny_speech: Tiny, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAST", str(tmp_path / "fast"))
+    plain = run(tiny_speech(f"fsdd:{digits}"))
+    scratch = run(tiny_speech(f"fsdd:{digits}", out=str(tmp_path / "other"), **{"cache.scratch": "$FAST"}))
+    assert contents(scratch.paths.caches) == contents(plain.paths.caches)
+    assert not contents(tmp_path / "fast")
+
+
+def test_a_stop_goes_on_from_what_lies_there(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> None:
+    plain = run(tiny_speech(f"fsdd:{digits}"))
+    config = tiny_speech(f"fsdd:{digits}", out=str(tmp_path / "other"), **{"cache.scratch": str(tmp_path / "fast")})
+    stop = StopFlag()
+
+    def stop_at(event: Event) -> None:
+        if isinstance(event, CachingProgress) and event.stage == 1 and event.rows >= event.total / 2:
+            stop.reason = "the test"
+
+    with pytest.raises(Interrupted):
+        run(config, stop=stop, notify=stop_at)
+    assert contents(tmp_path / "fast")
+    events: list[Event] = []
+    result = run(config, notify=events.append)
+    assert not any(isinstance(event, StepDone) and event.stage == 1 for event in events)
+    assert contents(result.paths.caches) == contents(plain.paths.caches)
+    assert not contents(tmp_path / "fast")
