@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from layerwise.cache.unsealed import copying
@@ -29,5 +30,6 @@ def publish(written: Path, path: Path, poll: Callable[[], None]) -> None:
         sync_folder(path.parent)
         written.unlink()
     except OSError as error:
-        copy.unlink(missing_ok=True)
+        with suppress(OSError):
+            copy.unlink(missing_ok=True)
         raise CacheError(unwritable(copy, error)) from None
