@@ -15,7 +15,7 @@ from layerwise.commands.probe import probe
 from layerwise.commands.report import report
 from layerwise.commands.run import run
 from layerwise.commands.status import status
-from layerwise.errors import Interrupted, LayerwiseError
+from layerwise.errors import Interrupted, LayerwiseError, ToldElsewhere
 from layerwise.version import __version__
 
 
@@ -41,6 +41,8 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
     try:
         # Without standalone mode click raises its errors, and returns the code of --help and --version.
         return layerwise.main(arguments, prog_name="layerwise", standalone_mode=False) or 0
+    except ToldElsewhere as error:
+        return error.exit_code
     except LayerwiseError as error:
         _say(str(error))
         return error.exit_code

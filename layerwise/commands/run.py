@@ -9,7 +9,7 @@ from rich.console import Console
 
 from layerwise.commands.options import configured
 from layerwise.config import Config
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, ToldElsewhere
 from layerwise.events import Notify, silent
 from layerwise.report.lines import LogFile, PlainLines
 from layerwise.report.live import LiveTable
@@ -40,7 +40,7 @@ def run(config: Config, from_stage: int | None, overwrite: bool) -> None:
     paths = RunPaths.of(config.out, config.cache.dir)
     log = LogFile(paths.log)
 
-    from layerwise.engines.joining import is_restart, is_told_elsewhere, joined
+    from layerwise.engines.joining import is_restart, joined
     from layerwise.engines.run import run as run_library  # imports torch, which --help need not wait for
 
     console = console_for_results()
@@ -55,9 +55,9 @@ def run(config: Config, from_stage: int | None, overwrite: bool) -> None:
                     notify=lambda event: (show(event), log(event)),
                     ranks=ranks,
                 )
+        except ToldElsewhere:
+            raise
         except LayerwiseError as error:
-            if is_told_elsewhere(error, ranks):
-                raise click.exceptions.Exit(error.exit_code) from None
             log.write(str(error))
             raise
     if ranks.first:
