@@ -64,3 +64,11 @@ class Interrupted(LayerwiseError):
     """A signal asked for a stop; everything is saved, and the same command goes on. Exit code 75."""
 
     exit_code = 75
+
+
+class ToldElsewhere(LayerwiseError):
+    """Another process of the run tells the sentence; this one ends with the same exit code, and quietly."""
+
+    def __init__(self, sentence: str, exit_code: int) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code

@@ -16,7 +16,7 @@ from layerwise.commands.report import report
 from layerwise.commands.run import run
 from layerwise.commands.status import status
 from layerwise.commands.task import task
-from layerwise.errors import Interrupted, LayerwiseError
+from layerwise.errors import Interrupted, LayerwiseError, ToldElsewhere
 from layerwise.version import __version__
 
 
@@ -42,6 +42,8 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
     try:
         # Without standalone mode click raises its errors, and returns the code of --help and --version.
         return layerwise.main(arguments, prog_name="layerwise", standalone_mode=False) or 0
+    except ToldElsewhere as error:
+        return error.exit_code
     except LayerwiseError as error:
         _say(str(error))
         return error.exit_code

@@ -10,7 +10,7 @@ from rich.console import Console
 from layerwise.commands.options import configured
 from layerwise.config import Config
 from layerwise.engines.batch_job import queue_again
-from layerwise.errors import ConfigError, Interrupted, LayerwiseError
+from layerwise.errors import ConfigError, Interrupted, LayerwiseError, ToldElsewhere
 from layerwise.events import Notify, silent
 from layerwise.report.lines import LogFile, PlainLines
 from layerwise.report.live import LiveTable
@@ -50,7 +50,7 @@ def run(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) 
     console = console_for_results()
     with stop_on_signals() as stop, stop_in_time(stop, config.engine.time), ExitStack() as sharing:
         # These import torch, which --help need not wait for, and a signal may well come meanwhile.
-        from layerwise.engines.joining import is_restart, is_told_elsewhere, joined
+        from layerwise.engines.joining import is_restart, joined
         from layerwise.engines.run import run as run_library
 
         ranks = sharing.enter_context(joined(config))
@@ -64,9 +64,9 @@ def run(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) 
                     notify=lambda event: (show(event), log(event)),
                     ranks=ranks,
                 )
+        except ToldElsewhere:
+            raise
         except LayerwiseError as error:
-            if is_told_elsewhere(error, ranks):
-                raise click.exceptions.Exit(error.exit_code) from None
             log.write(str(error))
             if isinstance(error, Interrupted):
                 _queue_again(stop.reason, paths, log)

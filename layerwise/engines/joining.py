@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from layerwise.config import Config
-from layerwise.errors import ConfigError, Interrupted, LayerwiseError
+from layerwise.errors import ConfigError, Interrupted, ToldElsewhere
 from layerwise.memory.device import find_device
-from layerwise.memory.ranks import ALONE, FirstRankFailed, Ranks
+from layerwise.memory.ranks import ALONE, Ranks
 
 SILENCE = timedelta(hours=2)
 """How long a rank waits for another that lives but does not answer: the first one may be packing a cache. One that has ended
@@ -22,7 +22,7 @@ PARTING = timedelta(seconds=10)
 
 _SET_BY_TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
-_JOINED: list[tuple[dist.Store, Ranks]] = []
+_JOINED: "list[tuple[dist.Store, Ranks]]" = []
 """Of this process, once it has joined others."""
 
 
@@ -30,14 +30,20 @@ _JOINED: list[tuple[dist.Store, Ranks]] = []
 def joined(config: Config) -> Iterator[Ranks]:
     """The ranks of this run, from the environment that torchrun sets; ALONE without it.
 
-    Raises ConfigError where the processes are on several machines, or the options ask for what they cannot share.
+    Raises ConfigError where the processes are on several machines, or the options ask for what they cannot share; all ranks but
+    the first raise ToldElsewhere then.
     """
     count = int(os.environ.get("WORLD_SIZE", "1")) if os.environ.keys() >= _SET_BY_TORCHRUN else 1
     if count == 1:
         yield ALONE
         return
-    _check(config, count)
-    store, rank, count = next(dist.rendezvous("env://", timeout=SILENCE))
+    try:
+        _check(config, count)
+    except ConfigError as error:
+        raise error if os.environ["RANK"] == "0" else ToldElsewhere(str(error), error.exit_code) from None
+    found, rank, count = next(dist.rendezvous("env://"))
+    # torchrun keeps its store when it starts all again, and in it the addresses of those that are gone.
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=SILENCE)
     ranks = Ranks(rank, count)
@@ -77,11 +83,6 @@ def device_of(name: str, ranks: Ranks) -> torch.device:
 def is_restart() -> bool:
     """Whether torchrun has started these processes again: then there is a run to go on with, whatever was to go first."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def is_told_elsewhere(error: LayerwiseError, ranks: Ranks) -> bool:
-    """Whether the first rank says the same, so that this one says nothing."""
-    return not ranks.first and isinstance(error, Interrupted | FirstRankFailed)
 
 
 def _check(config: Config, count: int) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from layerwise.engines.joining import device_of
 from layerwise.engines.opened import OpenedRun, reopen
+from layerwise.errors import Interrupted, ToldElsewhere
 from layerwise.events import Notify, silent
-from layerwise.memory.ranks import FirstRankFailed, LostRank, Ranks
+from layerwise.memory.ranks import LostRank, Ranks
 from layerwise.stop import StopFlag
 from layerwise.training.planner import StageLayout
 from layerwise.training.schedule import Task
@@ -38,15 +39,18 @@ def execute(tasks: Sequence[Task], run: OpenedRun, stop: StopFlag, notify: Notif
 def follow(ranks: Ranks, stop: StopFlag) -> OpenedRun:
     """In every other rank: waits until the run is prepared, and performs the tasks along with the first.
 
-    Raises FirstRankFailed where the first ends without having prepared it.
+    Raises ToldElsewhere where the first ends without having prepared it, and where all of them stop.
     """
     try:
         prepared: Prepared = ranks.heard()
     except LostRank as lost:
-        raise FirstRankFailed(str(lost)) from None
+        raise ToldElsewhere(str(lost), lost.exit_code) from None
     opened = reopen(prepared.out, str(device_of(prepared.device, ranks)))
     opened = replace(opened, layouts=prepared.layouts, ranks=ranks)
-    _perform(prepared.tasks, opened, stop, silent)
+    try:
+        _perform(prepared.tasks, opened, stop, silent)
+    except Interrupted as stopped:
+        raise ToldElsewhere(str(stopped), stopped.exit_code) from None
     return opened
 
 

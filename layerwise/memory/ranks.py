@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from layerwise.errors import LayerwiseError
+from layerwise.errors import LayerwiseError, ToldElsewhere
 from layerwise.memory.meter import uncounted
 
 T = TypeVar("T")
@@ -19,10 +19,6 @@ T = TypeVar("T")
 
 class LostRank(LayerwiseError):
     """Another process of this run has ended, or does not answer."""
-
-
-class FirstRankFailed(LayerwiseError):
-    """What the first rank was alone to do has failed there, where the sentence is told; this one ends quietly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +85,7 @@ class Ranks:
         return self.all(value if self.first else None)[0]  # type: ignore[return-value]
 
     def wait_for_first(self, work: Callable[[], None]) -> None:
-        """The first rank works while the others wait. Where it fails, the others raise FirstRankFailed."""
+        """The first rank works while the others wait. Where it fails, the others raise ToldElsewhere."""
         failed: LayerwiseError | None = None
         if self.first:
             try:
@@ -100,17 +96,10 @@ class Ranks:
         if failed is not None:
             raise failed
         if told is not None:
-            raise first_rank_failed(*told)
+            raise ToldElsewhere(*told)
 
 
 ALONE = Ranks()
-
-
-def first_rank_failed(sentence: str, exit_code: int) -> FirstRankFailed:
-    """As the other ranks raise it: with the exit code of the first."""
-    error = FirstRankFailed(sentence)
-    error.exit_code = exit_code
-    return error
 
 
 def _wait(works: list[Any]) -> None:

@@ -279,7 +279,7 @@ def test_what_befalls_one_rank_reaches_the_others(tmp_path: Path, tiny_options: 
     assert first["asked"] == second["asked"] == [False, True]
     assert first["reason"] == second["reason"] == "SIGUSR1"
     assert first["failed"] == ("BudgetError", 2)
-    assert second["failed"] == ("FirstRankFailed", 2)
+    assert second["failed"] == ("ToldElsewhere", 2)
     assert first["heard"] == second["heard"] == "of the first"
     kind, sentence = second["step"]
     assert kind is NoSmallerSlices
