@@ -4,12 +4,16 @@ import errno
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from layerwise.errors import LayerwiseError, RunError
+
+GLANCE_SECONDS = 0.5
+"""How long a lock may be held by somebody who only looks whether it is held, see `is_locked`."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -71,11 +75,19 @@ def exclusive(path: Path, busy: LayerwiseError) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise RunError(unwritable(path, error)) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise busy from None
+    deadline = time.monotonic() + GLANCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise busy from None
+            time.sleep(0.02)
+        except OSError as error:
+            os.close(descriptor)
+            raise RunError(f"{path} cannot be locked: {error.strerror}; use a file system that has locks.") from None
     try:
         yield
     finally:

@@ -38,6 +38,11 @@ class RunPaths:
             return self
         return RunPaths(self.out / "rounds" / str(round), self.caches / f"round-{round}")
 
+    def furthest_round(self, rounds: int) -> "RunPaths":
+        """The round that is ahead of all others: the first, or the last one where those before it were deleted."""
+        first = self.round(1, rounds)
+        return first if first.state.exists() else self
+
     @property
     def state(self) -> Path:
         return self.out / "run.json"

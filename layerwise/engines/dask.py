@@ -19,15 +19,21 @@ import torch
 from layerwise.engines.opened import OpenedRun, reopen
 from layerwise.engines.worker import Answer, error_message, error_of, event_message, event_of
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, RunError
-from layerwise.events import CachingProgress, Event, Notify, StepDone
+from layerwise.events import CachingProgress, Event, Message, Notify, StepDone
 from layerwise.stop import StopFlag
 from layerwise.training.schedule import Task
 
 if TYPE_CHECKING:
-    from distributed import Client, Future
+    from distributed import Client, Future, Variable
 
 POLL_SECONDS = 0.2
 ATTEMPTS = 3
+
+PULSE_SECONDS = 5.0
+"""How often whoever started the run says that it is there."""
+
+LOST_SECONDS = 60.0
+"""After how long without a word a task saves and ends, so that another start can go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +64,13 @@ def execute(tasks: Sequence[Task], run: OpenedRun, stop: StopFlag, notify: Notif
     order = _Order(str(run.paths.out.resolve()), uuid.uuid4().hex, torch.get_num_threads(), own)
     with _client(options.scheduler, len(own)) as client:
         from distributed import Event as Signal
+        from distributed import Variable
 
         told: SimpleQueue[Answer] = SimpleQueue()
         client.subscribe_topic(order.topic, lambda event: told.put(event[1]["told"]))
-        halt = Signal(order.topic, client=client)
-        resources = {"GPU": 1} if run.device.type == "cuda" and options.scheduler else None
+        halt, pulse = Signal(order.topic, client=client), Variable(order.topic, client=client)
+        pulse.set(0)
+        resources = {"GPU": 1} if options.scheduler and _offers_gpus(client, notify) else None
         futures: dict[Task, Future] = {}
         for task in tasks:
             needed = [futures[need] for need in task.needs if need in futures]
@@ -71,16 +79,29 @@ def execute(tasks: Sequence[Task], run: OpenedRun, stop: StopFlag, notify: Notif
                 _perform, order, task, needed, key=name, retries=ATTEMPTS - 1, pure=False, resources=resources
             )
         try:
-            _follow(futures, told, stop, notify)
+            _follow(futures, told, pulse, stop, notify)
         finally:
             if any(not future.done() for future in futures.values()):
                 halt.set()
                 _settle(futures, told, notify)
 
 
-def _follow(futures: dict[Task, "Future"], told: "SimpleQueue[Answer]", stop: StopFlag, notify: Notify) -> None:
-    undone = dict(futures)
+def _offers_gpus(client: "Client", notify: Notify) -> bool:
+    """Whether workers were started with `--resources GPU=1`."""
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    if not workers:
+        notify(Message("no worker has joined the Dask scheduler yet; waiting for one"))
+    return any("GPU" in (worker.get("resources") or {}) for worker in workers)
+
+
+def _follow(
+    futures: dict[Task, "Future"], told: "SimpleQueue[Answer]", pulse: "Variable", stop: StopFlag, notify: Notify
+) -> None:
+    undone, felt = dict(futures), time.monotonic()
     while undone:
+        if time.monotonic() - felt > PULSE_SECONDS:
+            felt = time.monotonic()
+            pulse.set(felt)
         _pass_on(told, notify)
         if stop.reason:
             raise Interrupted(f"Stopped by {stop.reason}; start the same command again to go on.")
@@ -92,6 +113,8 @@ def _follow(futures: dict[Task, "Future"], told: "SimpleQueue[Answer]", stop: St
 
 def _check(task: Task, future: "Future") -> None:
     """Raises what has kept the task from being done."""
+    if future.status in ("cancelled", "lost"):
+        raise RunError("The Dask scheduler is gone; start it again, and then the same command.")
     if future.status != "finished":
         raise RunError(
             f"Stage {task.stage} in round {task.round} has failed {ATTEMPTS} times: {future.exception()!r}. The same command "
@@ -150,17 +173,23 @@ _one_at_a_time = threading.Lock()
 def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
     """On a worker: how the task has ended. Raises what is a defect, or may go better at another try."""
     from distributed import Event as Signal
-    from distributed import get_worker
+    from distributed import Variable, get_worker
 
     worker, stop = get_worker(), StopFlag()
     if any(answer["ended"] != "done" for answer in needed):
         return error_message(Interrupted("What it needs was not done."))
-    halt, done = Signal(order.topic), threading.Event()
+    halt, pulse, done = Signal(order.topic), Variable(order.topic), threading.Event()
 
     def listen() -> None:
+        value, felt = None, time.monotonic()
         while not done.is_set():
             if halt.wait(timeout=1):
                 stop.reason = "whoever started it"
+                return
+            if (newest := pulse.get(timeout=10)) != value:
+                value, felt = newest, time.monotonic()
+            if time.monotonic() - felt > LOST_SECONDS:
+                stop.reason = "the loss of whoever started it"
                 return
 
     def tell(event: Event) -> None:

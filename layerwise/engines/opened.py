@@ -31,14 +31,16 @@ from layerwise.training.cutting import plan_run
 from layerwise.training.encoder import stitch
 from layerwise.training.plan import StagePlan
 from layerwise.training.planner import StageLayout, lay_out, smallest_budget, smallest_layout
+from layerwise.training.resume import is_trained
 from layerwise.training.schedule import Task
 from layerwise.training.split import split_samples
 from layerwise.training.stopping import stop_together
 from layerwise.training.storage import Storage, below
 from layerwise.training.task import Run, perform
 
-HANDOVER_SECONDS = 60
-"""How long a task waits for another process to let go of its round: one that was killed may still be on its way out."""
+HANDOVER_SECONDS = 120
+"""How long a task waits for another process to let go of its round: one that was killed may still be on its way out,
+and over a network a lock outlives a machine by a minute or two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +69,20 @@ class OpenedRun:
                     f"{socket.gethostname()}, process {os.getpid()}, {self.device}\n"
                 )  # for `layerwise status`
             run = self.round(task.round, stop, notify)
+            _check_needs(task, run)
             self.ranks.meet()  # all have read the state, before the first one changes it
             perform(task, run)
 
     def finish(self) -> None:
         """Writes the encoder; every task is done."""
-        stitch(self.config, self.paths, self.plans, self.data)
         rounds = self.config.training.rounds
-        for paths in (self.paths.round(number, rounds) for number in range(1, rounds + 1)):
-            if paths.state.exists():
-                state = RunState.load(paths.state)
-                state.from_stage = None
-                state.save(paths.state)
+        with _round_to_itself(self.paths.task_lock, Task(rounds, len(self.plans)), StopFlag()):
+            stitch(self.config, self.paths, self.plans, self.data)
+            for paths in (self.paths.round(number, rounds) for number in range(1, rounds + 1)):
+                if paths.state.exists():
+                    state = RunState.load(paths.state)
+                    state.from_stage = None
+                    state.save(paths.state)
 
     def round(self, number: int, stop: StopFlag, notify: Notify) -> Run:
         """A round as the disk has it now, and those before it."""
@@ -126,8 +130,8 @@ def reopen(out: Path, device: str | None = None) -> OpenedRun:
     data = open_data(config.data, shortest_sample(config))
     if data.identity != main.data_identity:
         raise RunError(f"The data of {out} have changed since it was prepared; bring the old ones back.")
-    first = RunState.load(paths.round(1, config.training.rounds).state)
-    storage = Storage(tuple(bool(record.cached) for record in first.stages))
+    furthest = RunState.load(paths.furthest_round(config.training.rounds).state)
+    storage = Storage(tuple(bool(record.cached) for record in furthest.stages))
     plans = plan_run(config, data, on, None, main.cut)
     done = {record.stage for record in main.stages if record.status == "done"}
     layouts = layouts_of(config, plans, storage, on, done, StopFlag())
@@ -154,6 +158,18 @@ def layouts_of(
     if refused:
         raise refused[max(refused)]
     return layouts
+
+
+def _check_needs(task: Task, run: Run) -> None:
+    """Raises RunError where the round before has not ended for the stage: a job that is out of date came too early."""
+    if run.earlier is None or is_trained(run.state.record(task.stage)):
+        return
+    before = run.earlier.state.record(task.stage)
+    if not is_trained(before):
+        raise RunError(
+            f"Stage {task.stage} of round {task.round} needs round {task.round - 1}, where that stage is {before.status}: the "
+            "run has been changed since this task was handed out; start the run again."
+        )
 
 
 @contextmanager

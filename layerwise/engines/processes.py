@@ -9,8 +9,10 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -26,6 +28,10 @@ from layerwise.training.schedule import Task, ready
 
 POLL_SECONDS = 0.2
 ATTEMPTS = 3
+
+PATIENCE_SECONDS = 600
+"""How long workers may take to save once they were asked to stop."""
+
 LOG_LINES = 15
 
 
@@ -78,9 +84,10 @@ def execute(tasks: Sequence[Task], run: OpenedRun, devices: Sequence[str], stop:
                 worker.task = None
             else:
                 raise error_of(message)
-    except Interrupted:
+    except Interrupted as interrupted:
         _end(workers, inbox, notify)
-        raise Interrupted(f"Stopped by {stop.reason}; start the same command again to go on.") from None
+        reason = stop.reason or f"a worker ({interrupted})"
+        raise Interrupted(f"Stopped by {reason}; start the same command again to go on.") from None
     finally:
         _end(workers, inbox, notify)
 
@@ -117,10 +124,13 @@ def _start(device: str, number: int, run: OpenedRun, inbox: Inbox) -> _Worker:
 
 def _listen(worker: _Worker, inbox: Inbox) -> None:
     assert worker.process.stdout is not None
-    for line in worker.process.stdout:
-        inbox.put((worker, json.loads(line)))
-    worker.process.wait()
-    inbox.put((worker, None))
+    try:
+        for line in worker.process.stdout:
+            with suppress(ValueError):  # torn by a kill, or printed by a library before the worker could prevent it
+                inbox.put((worker, json.loads(line)))
+    finally:
+        worker.process.wait()
+        inbox.put((worker, None))
 
 
 def _send(worker: _Worker, line: str) -> None:
@@ -165,8 +175,14 @@ def _end(workers: list[_Worker], inbox: Inbox, notify: Notify) -> None:
     for worker in workers:
         _send(worker, STOP)
     running = [worker for worker in workers if worker.process.poll() is None]
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while running:
-        worker, message = inbox.get()
+        try:
+            worker, message = inbox.get(timeout=max(deadline - time.monotonic(), 0.01))
+        except Empty:
+            for worker in running:
+                worker.process.kill()
+            break
         if message is None:
             running = [each for each in running if each is not worker]
         elif "event" in message:

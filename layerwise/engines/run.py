@@ -16,6 +16,7 @@ from layerwise.engines import dask, in_process, processes, shared
 from layerwise.engines.joining import device_of
 from layerwise.engines.machine import machine
 from layerwise.engines.opened import OpenedRun, layouts_of
+from layerwise.engines.queued import refuse_while_queued
 from layerwise.errors import ConfigError, RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import exclusive, write_atomically
@@ -122,7 +123,7 @@ def begun(
     plans = plan_run(config, data, device, network, cut or (None if overwrite else _earlier_cut(paths, config)))
     check_shareable(plans, ranks)
     split = split_samples(data, config)
-    furthest = _furthest_round(paths, config.training.rounds)
+    furthest = paths.furthest_round(rounds)
     earlier = earlier_records(furthest, config, overwrite, from_stage)
     storage = plan_storage(
         config,
@@ -140,12 +141,13 @@ def begun(
         f"Another run of the same name is using {paths.caches}; wait for it, or give another --out name or --cache-dir."
     )
     _refuse_foreign_folder(paths.out)
+    refuse_while_queued(paths.jobs)
     check_from_stage(paths, from_stage, overwrite, len(plans))
     # The locks come this late because a request that is refused leaves no folder behind.
     with exclusive(paths.lock, busy), exclusive(paths.caches_lock, caches_busy):
-        if _content(paths.state) != planned_for:
-            raise RunError(f"Another process has gone on with {paths.out} meanwhile; start the same command again.")
         with _nobody_at_work(paths, rounds):
+            if _content(paths.state) != planned_for:
+                raise RunError(f"Another process has gone on with {paths.out} meanwhile; start the same command again.")
             states = prepare_rounds(
                 config, paths, data, plans, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
             )
@@ -167,22 +169,16 @@ def begun(
 
 @contextmanager
 def _nobody_at_work(paths: RunPaths, rounds: int) -> Iterator[None]:
-    """Keeps tasks from their rounds meanwhile. Raises RunError where one is in hand."""
+    """Keeps tasks from their rounds meanwhile, those of an earlier start included. Raises RunError where one is in hand."""
+    locks = {paths.round(number, rounds).task_lock for number in range(1, rounds + 1)}
+    locks |= {folder / paths.task_lock.name for folder in (paths.out / "rounds").glob("*")}
     with ExitStack() as held:
-        for number in range(1, rounds + 1):
+        for lock in sorted(locks):
             busy = RunError(
-                f"A task of round {number} of {paths.out} is being performed, by a batch job or a worker; wait for it, or "
-                "cancel it."
+                f"A task of {lock.parent} is being performed, by a batch job or a worker; wait for it, or cancel it."
             )
-            held.enter_context(exclusive(paths.round(number, rounds).task_lock, busy))
+            held.enter_context(exclusive(lock, busy))
         yield
-
-
-def _furthest_round(paths: RunPaths, rounds: int) -> RunPaths:
-    """The round that is ahead of all others: the first, until the last one has done it all."""
-    if not paths.round(1, rounds).state.exists():
-        return paths
-    return paths.round(1, rounds)
 
 
 def _execute(tasks: list[Task], opened: OpenedRun, stop: StopFlag, notify: Notify) -> None:
@@ -206,10 +202,16 @@ def tasks_left(config: Config, overwrite: bool, from_stage: int | None) -> list[
     done = {
         Task(number, record.stage)
         for number in range(1, rounds + 1)
-        for record in earlier_records(paths.round(number, rounds), config, overwrite, from_stage)
+        for record in earlier_records(_of_round(paths, number, rounds), config, overwrite, from_stage)
         if record.status == "done"
     }
     return [task for task in tasks_of_run(stages, rounds) if task not in done]
+
+
+def _of_round(paths: RunPaths, number: int, rounds: int) -> RunPaths:
+    """Of a round that was deleted, for it had served its purpose, the run itself."""
+    here = paths.round(number, rounds)
+    return here if here.state.exists() or not paths.state.exists() else paths
 
 
 def _tasks(opened: OpenedRun, rounds: list[Run]) -> list[Task]:

@@ -4,16 +4,15 @@ Nothing is left behind that waits: the jobs find all that they need in the run d
 """
 
 import json
-import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from layerwise.config import Config
+from layerwise.engines.queued import QUEUE
 from layerwise.engines.run import begun, tasks_left
 from layerwise.engines.sbatch import SbatchOptions, script, submit
-from layerwise.errors import ConfigError, RunError
+from layerwise.errors import ConfigError
 from layerwise.events import Notify, silent
 from layerwise.files import write_atomically
 from layerwise.run_directory import RunPaths
@@ -41,7 +40,6 @@ def submit_run(
     """
     _check(config)
     folder = _folder(config)
-    _refuse_while_queued(folder)
     with begun(
         config, from_stage=from_stage, overwrite=overwrite, network=None, cut=None, data=None, stop=stop, notify=notify
     ) as work:
@@ -54,7 +52,7 @@ def submit_run(
             write_atomically(path, task_script(config, task).encode())
             numbers[task] = submit(path, [numbers[need] for need in task.needs if need in numbers])
             jobs.append(Job(task, numbers[task], path, _log(config, task)))
-            write_atomically(folder / "jobs.json", json.dumps([job.number for job in jobs]).encode())
+            write_atomically(folder / QUEUE, json.dumps([job.number for job in jobs]).encode())
         if not work.tasks:
             work.run.finish()
     return jobs
@@ -94,21 +92,3 @@ def _name(task: Task) -> str:
 
 def _log(config: Config, task: Task) -> Path:
     return _folder(config) / f"{_name(task)}.txt"
-
-
-def _refuse_while_queued(folder: Path) -> None:
-    path = folder / "jobs.json"
-    if not path.exists():
-        return
-    numbers: Sequence[str] = json.loads(path.read_text())
-    asked = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(numbers)}"]
-    try:
-        # Where Slurm knows none of them any more it says so as an error.
-        queued = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout.split() if numbers else []
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return  # the same will be said better of sbatch
-    if queued:
-        raise RunError(
-            f"Jobs of an earlier start are still queued: {', '.join(queued)}. Let them work, or end them first with: "
-            f"scancel {' '.join(queued)}."
-        )

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
@@ -50,7 +51,8 @@ def _own_output() -> TextIO:
 
 def _teller(stream: TextIO) -> Callable[[Answer], None]:
     def tell(message: Answer) -> None:
-        print(json.dumps(message), file=stream, flush=True)
+        with suppress(BrokenPipeError):  # whoever sent the task is gone, and the task is about to save
+            print(json.dumps(message), file=stream, flush=True)
 
     return tell
 

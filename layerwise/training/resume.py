@@ -87,6 +87,29 @@ def _go_on(
     cached: Sequence[bool],
     keep: str,
 ) -> RunState:
+    check_going_on(state, config, paths, data, plans, from_stage)
+    if from_stage is not None and not _is_in_hand(state, paths, config, from_stage):
+        _reset_from(state, paths, from_stage)
+    if Path(state.caches) != paths.caches:
+        state.caches = str(paths.caches)
+        for record in state.stages:
+            record.cache = str(paths.cache(record.stage)) if record.cache else None
+    _assign(state, cached)
+    find_what_is_missing(state, paths, keep)
+    state.save(paths.state)
+    delete_pending(state, paths)
+    return state
+
+
+def check_going_on(
+    state: RunState,
+    config: Config,
+    paths: RunPaths,
+    data: DataSet,
+    plans: list[StagePlan],
+    from_stage: int | None,
+) -> None:
+    """Raises ConfigError or RunError where a run of this state cannot be gone on with as asked; nothing is changed."""
     if Path(state.caches) != paths.caches and Path(state.caches).exists():
         raise ConfigError(
             f"--cache-dir: the caches of {paths.out} lie in {state.caches}, not in {paths.caches}. Give the old place, or "
@@ -100,19 +123,12 @@ def _go_on(
             f"The network is not the one that {paths.out} was begun with; give that one, or start anew with --overwrite "
             "or another --out."
         )
-    if from_stage is not None and not _is_in_hand(state, paths, config, from_stage):
-        _reset_from(state, paths, from_stage)
-    else:
+    if from_stage is None or _is_in_hand(state, paths, config, from_stage):
         _check_training(state, paths, config)
-    if Path(state.caches) != paths.caches:
-        state.caches = str(paths.caches)
-        for record in state.stages:
-            record.cache = str(paths.cache(record.stage)) if record.cache else None
-    _assign(state, cached)
-    find_what_is_missing(state, paths, keep)
-    state.save(paths.state)
-    delete_pending(state, paths)
-    return state
+        return
+    unfinished = [record.stage for record in state.stages[: from_stage - 1] if record.status != "done"]
+    if unfinished:
+        raise RunError(f"--from-stage {from_stage}: stage {unfinished[0]} is not done yet; leave --from-stage out.")
 
 
 def delete_pending(state: RunState, paths: RunPaths) -> None:
@@ -182,9 +198,6 @@ def _is_in_hand(state: RunState, paths: RunPaths, config: Config, from_stage: in
 
 def _reset_from(state: RunState, paths: RunPaths, from_stage: int) -> None:
     """Sets this stage and those above it back to the beginning; those below keep their options from now on."""
-    unfinished = [record.stage for record in state.stages[: from_stage - 1] if record.status != "done"]
-    if unfinished:
-        raise RunError(f"--from-stage {from_stage}: stage {unfinished[0]} is not done yet; leave --from-stage out.")
     state.from_stage, state.kept_stages = from_stage, from_stage - 1
     state.stages[from_stage - 1 :] = [StageRecord(record.stage) for record in state.stages[from_stage - 1 :]]
 
@@ -282,7 +295,7 @@ def _delete_run(paths: RunPaths, state: RunState) -> None:
         old.cache_owner.unlink()
     for folder in (old.out / "stages", old.probes, old.plots):
         shutil.rmtree(folder, ignore_errors=True)
-    for path in (old.encoder, old.config, old.log, old.machine, old.report, old.task_lock):
+    for path in (old.encoder, old.config, old.log, old.machine, old.report):
         path.unlink(missing_ok=True)
     for folder in (old.out / "rounds").glob("*"):
         with contextlib.suppress(RunError):  # nothing readable is in it

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
+from layerwise.cache.unsealed import cache_files
 from layerwise.config import Config
 from layerwise.data.source import DataSet
 from layerwise.run_directory import RunPaths, RunState
 from layerwise.training.plan import StagePlan
-from layerwise.training.resume import delete_pending, is_trained, prepare, reset_above
+from layerwise.training.resume import check_going_on, delete_pending, is_trained, prepare, reset_above
 from layerwise.training.storage import keep_of_round
 
 
@@ -25,11 +26,19 @@ def prepare_rounds(
 ) -> dict[int, RunState]:
     """States of the rounds that there is still something to do in, by number; of the last one in any case.
 
-    Everything else as in `prepare`, which does the same for one round. The last comes first: what it refuses, all refuse.
+    Everything else as in `prepare`, which does the same for one round. What one of them refuses is refused before the first is
+    changed.
     """
     rounds, states = config.training.rounds, {}
+    if not overwrite:
+        for number in _to_be_prepared(paths, rounds, from_stage):
+            of_round = paths.round(number, rounds)
+            if of_round.state.exists() and of_round.config.exists():
+                check_going_on(RunState.load(of_round.state), config, of_round, data, plans, from_stage)
     for number in range(rounds, 0, -1):
         of_round, keep = paths.round(number, rounds), keep_of_round(config, number)
+        if number < rounds and not of_round.state.exists() and _is_ours(paths):
+            _clear(of_round)
         how = {"from_stage": from_stage, "overwrite": overwrite, "cached": cached, "keep": keep}
         states[number] = prepare(config, of_round, data, plans, device, **how)
         if number < rounds:
@@ -37,6 +46,24 @@ def prepare_rounds(
         if all(is_trained(record) for record in states[number].stages) and number == rounds:
             break  # what came before has served its purpose, and may have been deleted
     return dict(sorted(states.items()))
+
+
+def _to_be_prepared(paths: RunPaths, rounds: int, from_stage: int | None) -> list[int]:
+    """The last round; and those before it, unless it is trained and is to stay so."""
+    trained = paths.state.exists() and all(is_trained(record) for record in RunState.load(paths.state).stages)
+    return [rounds] if trained and from_stage is None else list(range(rounds, 0, -1))
+
+
+def _is_ours(paths: RunPaths) -> bool:
+    """Whether the caches of the run are its own, and with them those of its rounds; the last round is prepared by now."""
+    return paths.cache_owner.exists() and paths.cache_owner.read_text() == RunState.load(paths.state).run_id
+
+
+def _clear(paths: RunPaths) -> None:
+    """Deletes the caches of a round whose folder was deleted: nothing says any more what they are."""
+    for file in cache_files(paths.caches):
+        file.path.unlink(missing_ok=True)
+    paths.cache_owner.unlink(missing_ok=True)
 
 
 def _find_lost_ends(number: int, paths: RunPaths, rounds: int, states: dict[int, RunState]) -> None:

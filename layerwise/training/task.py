@@ -20,7 +20,7 @@ from layerwise.cache.publishing import publish
 from layerwise.cache.unsealed import cache_files
 from layerwise.config import Config, load
 from layerwise.data.source import DataSet, FrameSource
-from layerwise.errors import BudgetError, Interrupted, RunError, UnusableCache
+from layerwise.errors import BudgetError, ConfigError, Interrupted, RunError, UnusableCache
 from layerwise.events import EpochDone, Event, Message, Notify, StageDone
 from layerwise.files import write_atomically
 from layerwise.memory.allocator import AnyMeter, meter_for
@@ -134,6 +134,7 @@ def _perform(stage: int, run: Run) -> None:
     if record.status == "done":
         return
     plan = run.plans[stage - 1]
+    _written_at(run.paths.cache(stage), run)  # what is wrong with it is said before anything is trained
     source = _open_source(stage, run)
     cap(run.device, run.state.budget_bytes)  # anew: what the driver itself takes grows as kernels are loaded
     before = _allocated(run.device)
@@ -182,10 +183,15 @@ def _train_and_cache(plan: StagePlan, source: FrameSource, run: Run, record: Sta
     release(run.device)  # some modules, fx's among them, are cycles that only the collector frees
     _record_driver(run.device, record)
     meter.reset_peak()
-    if run.storage.cached[plan.stage - 1]:
+    if run.storage.cached[plan.stage - 1] and not _is_read_by_nobody(plan, run):
         delete_leftovers(run)
         _cache(plan, feed, run, record, meter)
         _record_driver(run.device, record)
+
+
+def _is_read_by_nobody(plan: StagePlan, run: Run) -> bool:
+    """The outputs of the last stage are for probes, which look at the last round."""
+    return plan.stage == len(run.plans) and run.round < run.config.training.rounds
 
 
 def _record_driver(device: torch.device, record: StageRecord) -> None:
@@ -313,6 +319,8 @@ def _cache(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
     """Leaves the sealed cache, and its peak and size in the record."""
     path = run.paths.cache(plan.stage)
     written = _written_at(path, run)
+    if written != path:
+        _discard_others(written, record.fingerprint)
     if not _is_sealed(path, record.fingerprint) and not _is_sealed(written, record.fingerprint):
         module = plan.build_module(run.config.training.seed, run.device)
         load_weights(module, load_stage(run.paths, plan.stage))
@@ -355,15 +363,33 @@ def _cache(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
             _write_together(open_writer, write_in_pieces, seal, run, f"in the cache of stage {plan.stage}")
     if written.exists() and written != path:
         publish(written, path, lambda: run.stop.raise_if_set(f"while the cache of stage {plan.stage} was copied"))
+        with suppress(OSError):
+            written.parent.rmdir()  # unless another stage is written there
     record.cache, record.cache_bytes = str(path), path.stat().st_size
 
 
 def _written_at(path: Path, run: Run) -> Path:
-    """Where the cache is written: in its place, or on a faster disk."""
+    """Where the cache is written: in its place, or on a faster disk. Raises ConfigError where that is not known here."""
     scratch = run.config.cache.scratch
     if scratch is None:
         return path
-    return Path(os.path.expandvars(scratch)).expanduser() / f"layerwise-{run.state.run_id}" / path.name
+    folder = os.path.expandvars(scratch)
+    if "$" in folder:
+        raise ConfigError(f"cache.scratch {scratch}: the variable is not set on this machine; name a folder.")
+    return Path(folder).expanduser() / f"layerwise-{run.state.run_id}" / path.name
+
+
+def _discard_others(written: Path, fingerprint: str | None) -> None:
+    """Deletes what an earlier training of the stage has left on the faster disk."""
+    if not written.exists():
+        return
+    try:
+        with ActivationCache(written) as cache:
+            stale = cache.layout.fingerprint != fingerprint
+    except UnusableCache:
+        stale = True
+    if stale:
+        written.unlink()
 
 
 def _write_together(

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from layerwise.config import Config
+from layerwise.config import Config, with_options
+from layerwise.engines.opened import reopen
 from layerwise.engines.run import run
-from layerwise.errors import ConfigError, Interrupted
-from layerwise.events import EpochDone, Event, StageDone, StageStarted, StepDone
+from layerwise.errors import ConfigError, Interrupted, RunError
+from layerwise.events import EpochDone, Event, StageDone, StageStarted, StepDone, silent
+from layerwise.files import exclusive
 from layerwise.run_directory import RunPaths, RunState
 from layerwise.stop import StopFlag
+from layerwise.training.schedule import Task
 
 Tiny = Callable[..., Config]
 ROUNDS = {"training.rounds": 2, "training.max_epochs": 3, "cache.keep": "needed"}
@@ -137,6 +140,55 @@ def test_stages_are_retrained_in_every_round(config: Config, undisturbed: dict[s
     begun = [(event.round, event.stage) for event in events if isinstance(event, StageStarted)]
     assert begun == [(1, 3), (1, 4), (2, 3), (2, 4)]
     assert bits(config.out) == undisturbed
+
+
+def test_a_task_that_comes_too_early_is_refused(config: Config, undisturbed: dict[str, bytes]) -> None:
+    """As a batch job would that an earlier start has handed in."""
+    stop = StopFlag()
+
+    def stop_in_the_first_stage(event: Event) -> None:
+        if isinstance(event, StepDone):
+            stop.reason = "the test"
+
+    with pytest.raises(Interrupted):
+        run(config, stop=stop, notify=stop_in_the_first_stage)
+    with pytest.raises(RunError, match="Stage 1 of round 2 needs round 1, where that stage is training"):
+        reopen(Path(config.out)).perform(Task(2, 1), StopFlag(), silent)
+    run(config)
+    assert bits(config.out) == undisturbed
+
+
+def test_rounds_that_were_deleted_do_not_stand_in_the_way(config: Config, undisturbed: dict[str, bytes]) -> None:
+    result = run(config)
+    shutil.rmtree(result.paths.out / "rounds")
+    run(config, from_stage=3)
+    assert bits(config.out) == undisturbed
+    shutil.rmtree(result.paths.out / "rounds")
+    run(config, overwrite=True)
+    assert bits(config.out) == undisturbed
+
+
+def test_what_is_refused_changes_nothing(config: Config) -> None:
+    stop = StopFlag()
+
+    def stop_in_the_first_stage(event: Event) -> None:
+        if isinstance(event, EpochDone):
+            stop.reason = "the test"
+
+    with pytest.raises(Interrupted):
+        run(config, stop=stop, notify=stop_in_the_first_stage)
+    before = {path: path.read_bytes() for path in Path(config.out).rglob("*.*") if path.is_file()}
+    with pytest.raises(ConfigError, match="--lr"):
+        run(with_options(config, {"training.lr": 0.5}))
+    assert {path: path.read_bytes() for path in Path(config.out).rglob("*.*") if path.is_file()} == before
+
+
+def test_a_round_that_somebody_works_on_is_not_overwritten(config: Config) -> None:
+    run(config)
+    lock = Path(config.out) / "rounds" / "1" / "task.lock"
+    with exclusive(lock, RunError("")), pytest.raises(RunError, match=r"rounds/1 is being performed"):
+        run(with_options(config, {"training.rounds": 1}), overwrite=True)
+    assert (Path(config.out) / "encoder.safetensors").exists()
 
 
 def test_overwriting_leaves_no_round_of_before(config: Config, tiny_speech: Tiny, digits: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from layerwise.config import Config
 from layerwise.engines.run import run
-from layerwise.errors import Interrupted
+from layerwise.errors import ConfigError, Interrupted
 from layerwise.events import CachingProgress, Event, StepDone
 from layerwise.stop import StopFlag
 
@@ -45,3 +45,23 @@ def test_a_stop_goes_on_from_what_lies_there(tiny_speech: Tiny, digits: Path, tm
     assert not any(isinstance(event, StepDone) and event.stage == 1 for event in events)
     assert contents(result.paths.caches) == contents(plain.paths.caches)
     assert not contents(tmp_path / "fast")
+
+
+def test_a_variable_that_is_not_set_is_named_before_anything_is_trained(tiny_speech: Tiny, digits: Path) -> None:
+    events: list[Event] = []
+    with pytest.raises(ConfigError, match=r"cache.scratch \$NOWHERE_AT_ALL: the variable is not set"):
+        run(tiny_speech(f"fsdd:{digits}", **{"cache.scratch": "$NOWHERE_AT_ALL"}), notify=events.append)
+    assert not any(isinstance(event, StepDone) for event in events)
+
+
+def test_what_an_earlier_training_has_left_there_is_not_taken_for_this_one(
+    tiny_speech: Tiny, digits: Path, tmp_path: Path
+) -> None:
+    config = tiny_speech(f"fsdd:{digits}", **{"cache.scratch": str(tmp_path / "fast")})
+    result = run(config)
+    (folder,) = [tmp_path / "fast" / f"layerwise-{result.state.run_id}"]
+    folder.mkdir()
+    (folder / "stage-2.h5").write_bytes(result.paths.cache(1).read_bytes())
+    expected = contents(result.paths.caches)
+    run(config, from_stage=2)
+    assert contents(result.paths.caches) == expected

@@ -95,6 +95,8 @@ def test_a_run_that_is_killed_leaves_no_workers(config: Config, alone: dict[str,
     _, alive = psutil.wait_procs(orphans, timeout=60)
     assert len(orphans) == 2
     assert not alive
+    logs = [path.read_text() for path in Path(config.out).glob("workers/*.txt")]
+    assert not any("Traceback" in log for log in logs), logs
     run(config)
     assert bits(config.out) == alone
 
