@@ -103,7 +103,10 @@ def rounds_section(out: Path) -> list[str]:
     for rounds in there:
         found = load_comparison(rounds_folder(out, rounds))
         (ours,) = (method for method in found.methods if method.method == GREEDY)
-        errors = [f"{100 * stage.error_mean:.1f} ± {100 * stage.error_std:.1f}" for stage in ours.stages]
+        errors = [
+            f"{100 * stage.error_mean:.1f}" + (f" ± {100 * stage.error_std:.1f}" if len(ours.seeds) > 1 else "")
+            for stage in ours.stages
+        ]
         rows.append(f"| {rounds} | {len(ours.seeds)} | {' | '.join(errors)} |")
     modules = range(1, len(ours.stages) + 1)
     return [

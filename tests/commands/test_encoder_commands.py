@@ -62,7 +62,7 @@ def test_extract_says_what_it_wrote_and_what_it_skipped(
     ("arguments", "message"),
     [
         (["extract", "{run}", "nowhere", "-o", "x.h5"], "There is no file or folder nowhere"),
-        (["extract", "{run}", "images:nowhere", "-o", "x.h5"], "There is no file or folder nowhere"),
+        (["extract", "{run}", "images:nowhere", "-o", "x.h5"], "nowhere does not exist"),
         (["extract", "{run}", "empty", "-o", "x.h5"], "holds no recordings"),
         (["extract", "{run}", "broken.wav", "-o", "x.h5"], "1 files were skipped, the first: broken.wav"),
         (["extract", "{run}", "{data}", "-o", "x.txt"], "a .npy or a .h5"),
