@@ -85,7 +85,6 @@ def execute(tasks: Sequence[Task], run: OpenedRun, devices: Sequence[str], stop:
             else:
                 raise error_of(message)
     except Interrupted as interrupted:
-        _end(workers, inbox, notify)
         reason = stop.reason or f"a worker ({interrupted})"
         raise Interrupted(f"Stopped by {reason}; start the same command again to go on.") from None
     finally:
