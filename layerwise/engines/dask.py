@@ -6,6 +6,7 @@ A worker performs one task at a time. Where one dies, Dask gives its task to ano
 import contextlib
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.2
 ATTEMPTS = 3
+LOG_LINES = 15
 
 PULSE_SECONDS = 5.0
 """How often whoever started the run says that it is there."""
@@ -79,7 +81,7 @@ def execute(tasks: Sequence[Task], run: OpenedRun, stop: StopFlag, notify: Notif
                 _perform, order, task, needed, key=name, retries=ATTEMPTS - 1, pure=False, resources=resources
             )
         try:
-            _follow(futures, told, pulse, stop, notify)
+            _follow(futures, client, told, pulse, stop, notify)
         finally:
             if any(not future.done() for future in futures.values()):
                 halt.set()
@@ -95,7 +97,12 @@ def _offers_gpus(client: "Client", notify: Notify) -> bool:
 
 
 def _follow(
-    futures: dict[Task, "Future"], told: "SimpleQueue[Answer]", pulse: "Variable", stop: StopFlag, notify: Notify
+    futures: dict[Task, "Future"],
+    client: "Client",
+    told: "SimpleQueue[Answer]",
+    pulse: "Variable",
+    stop: StopFlag,
+    notify: Notify,
 ) -> None:
     undone, felt = dict(futures), time.monotonic()
     while undone:
@@ -106,23 +113,39 @@ def _follow(
         if stop.reason:
             raise Interrupted(f"Stopped by {stop.reason}; start the same command again to go on.")
         for task in [task for task, future in undone.items() if future.done()]:
-            _check(task, undone.pop(task))
+            _check(task, undone.pop(task), client)
         time.sleep(POLL_SECONDS)
     _pass_on(told, notify)
 
 
-def _check(task: Task, future: "Future") -> None:
+def _check(task: Task, future: "Future", client: "Client") -> None:
     """Raises what has kept the task from being done."""
     if future.status in ("cancelled", "lost"):
         raise RunError("The Dask scheduler is gone; start it again, and then the same command.")
     if future.status != "finished":
         raise RunError(
-            f"Stage {task.stage} in round {task.round} has failed {ATTEMPTS} times: {future.exception()!r}. The same command "
-            "goes on once that is mended; the logs of the Dask workers say more."
+            f"Stage {task.stage} in round {task.round} has failed {ATTEMPTS} times. The same command goes on once that is "
+            f"mended. {_end_of_log(future, client)}"
         )
     answer = future.result()
     if answer["ended"] != "done":
         raise error_of(answer)
+
+
+def _end_of_log(future: "Future", client: "Client") -> str:
+    """The last lines that say why a task has failed; of a worker that died only the scheduler can tell."""
+    from distributed import KilledWorker
+
+    error = future.exception()
+    if isinstance(error, KilledWorker):
+        lines = [line for _, line in reversed(client.get_scheduler_logs(n=LOG_LINES))]
+        what = (
+            f"Its last worker was {error.last_worker.address}; its own output says why. The end of the scheduler's log:"
+        )
+    else:
+        lines = "".join(traceback.format_exception(type(error), error, future.traceback())).splitlines()
+        what = "The end of the last worker's log:"
+    return "\n".join([what, *lines[-LOG_LINES:]])
 
 
 def _pass_on(told: "SimpleQueue[Answer]", notify: Notify) -> None:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from layerwise.config import Config
 from layerwise.engines.run import run
-from layerwise.errors import ConfigError, Interrupted, TrainingError
+from layerwise.errors import ConfigError, Interrupted, RunError, TrainingError
 from layerwise.events import Event, StageStarted
 from layerwise.run_directory import RunPaths
 from layerwise.stop import StopFlag
@@ -88,6 +88,23 @@ def test_workers_of_a_cluster_end_with_the_bits_of_one_process_though_one_is_kil
     assert bits(config.out) == bits(alone.out)
     begun = [(event.round, event.stage) for event in events if isinstance(event, StageStarted)]
     assert (len(begun), len(set(begun))) == (9, 8)  # one task has begun twice
+
+
+def test_a_task_whose_workers_die_three_times_ends_the_run_with_the_end_of_a_log(config: Config) -> None:
+    lock, killed = RunPaths.of(config.out, config.cache.dir).round(1, 2).task_lock, []
+
+    def kill_whoever_trains_the_second_stage(event: Event) -> None:
+        if isinstance(event, StageStarted) and (event.round, event.stage) == (1, 2):
+            for worker in workers():
+                if str(lock) in [file.path for file in worker.open_files()]:
+                    killed.append(worker.pid)
+                    worker.kill()
+
+    with pytest.raises(
+        RunError, match=r"(?s)Stage 2 in round 1 has failed 3 times.*log:\n.*marked as failed because 3"
+    ):
+        run(config, notify=kill_whoever_trains_the_second_stage)
+    assert len(killed) == 3
 
 
 def test_a_stop_reaches_the_cluster_and_the_same_command_goes_on(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Every option once: its name, default, unit, check and what it touches. TOML in, resolved TOML out.
+"""Every option once: its name, default, unit, check and what it touches.
 
 An option's scope says what follows when it changes between two starts of a run:
     shape     it shapes the data or the network of all stages; only a new run can change it
@@ -7,13 +7,7 @@ An option's scope says what follows when it changes between two starts of a run:
 """
 
 import datetime
-import difflib
 import re
-import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
@@ -28,7 +22,6 @@ from pydantic import (
     model_validator,
 )
 
-from layerwise.errors import ConfigError
 from layerwise.units import seconds
 
 Scope = Literal["shape", "training", "place"]
@@ -38,11 +31,11 @@ def _option(default: Any, scope: Scope, help: str, flag: str | None = None, **ch
     return Field(default, description=help, json_schema_extra={"scope": scope, "flag": flag}, **checks)
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
-class DataOptions(_Section):
+class DataOptions(Section):
     """Where samples come from and how they are cut into frames."""
 
     source: str = _option(
@@ -72,7 +65,7 @@ class DataOptions(_Section):
     )
 
 
-class NetOptions(_Section):
+class NetOptions(Section):
     """The network. Defaults: the speech network of Löwe et al. 2019, appendix A.2."""
 
     name: Literal["speech", "vision"] = _option("speech", "shape", "network: speech or vision", "--net")
@@ -101,7 +94,7 @@ class NetOptions(_Section):
         return self
 
 
-class ObjectiveOptions(_Section):
+class ObjectiveOptions(Section):
     """What each stage is trained for. Defaults: speech, Löwe et al. 2019, appendix A.2."""
 
     name: str = _option(
@@ -114,7 +107,7 @@ class ObjectiveOptions(_Section):
     anchors: int = _option(128, "training", "rows of a window that serve as contexts and targets", ge=2)
 
 
-class TrainingOptions(_Section):
+class TrainingOptions(Section):
     """The stage loop."""
 
     stages: int | None = _option(
@@ -200,7 +193,7 @@ def _size(value: Any) -> Any:
     return size
 
 
-class MemoryOptions(_Section):
+class MemoryOptions(Section):
     """The device budget."""
 
     gpu_mem: ByteSize | None = _option(
@@ -222,7 +215,7 @@ class MemoryOptions(_Section):
         return _size(value)
 
 
-class CacheOptions(_Section):
+class CacheOptions(Section):
     """The activation caches."""
 
     dir: str = _option("cache", "place", "folder of the activation caches", "--cache-dir")
@@ -262,7 +255,7 @@ class CacheOptions(_Section):
         return _size(value)
 
 
-class EngineOptions(_Section):
+class EngineOptions(Section):
     """Who performs the tasks of a run."""
 
     name: Literal["local", "dask", "slurm"] = _option(
@@ -314,7 +307,7 @@ class EngineOptions(_Section):
         return written
 
 
-class Config(_Section):
+class Config(Section):
     """All options of one run, resolved."""
 
     out: str = _option("", "place", "run directory; default: runs/RECIPE", "--out")
@@ -329,190 +322,3 @@ class Config(_Section):
     def to_toml(self) -> str:
         """The resolved configuration as TOML; options without a value are left out."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One option as the command line and the documentation see it."""
-
-    key: str
-    """Dotted name, for example training.lr."""
-    flag: str | None
-    """Its own command line flag, or None where only `--set key=value` reaches it."""
-    scope: Scope
-    help: str
-    default: Any
-
-
-def options() -> Iterator[Option]:
-    """Every option, in the order of the file."""
-    for name, field in Config.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
-            for inner, inner_field in field.annotation.model_fields.items():
-                yield _as_option(f"{name}.{inner}", inner_field)
-        else:
-            yield _as_option(name, field)
-
-
-def _as_option(key: str, field: Any) -> Option:
-    extra = field.json_schema_extra
-    return Option(key, extra["flag"], extra["scope"], field.description, field.default)
-
-
-def changed_options(old: Config, new: Config, scopes: set[Scope]) -> list[tuple[Option, Any, Any]]:
-    """Options of the given scopes whose values differ: (option, old value, new value)."""
-    return [
-        (option, value_of(old, option.key), value_of(new, option.key))
-        for option in options()
-        if option.scope in scopes and value_of(old, option.key) != value_of(new, option.key)
-    ]
-
-
-def value_of(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
-DATA_KINDS = ("demo", "speech", "fsdd", "librispeech", "images", "stl10", "cifar10")
-"""What may stand before the colon of --data."""
-
-RECIPE_OF_KIND = {"speech": "librispeech", "images": "stl10"}
-"""The recipe that a kind of data is trained with when none is named; other kinds have a recipe of their own name."""
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    folder = resources.files("layerwise.recipes")
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
-
-
-def resolve(
-    recipe: str | None = None,
-    config_file: Path | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    default_out: str = "runs/{recipe}",
-) -> Config:
-    """One Config from a recipe, then a TOML file, then single options; later ones win.
-
-    `overrides` maps dotted keys to values; default_out: `out` where nothing says it. Raises ConfigError with the option, the
-    value and what would be right.
-    """
-    overrides = dict(overrides or {})
-    file_tree = _read_toml(config_file) if config_file else {}
-    in_file = file_tree.get("data", {})
-    source = overrides.get("data.source") or (in_file.get("source") if isinstance(in_file, dict) else None)
-    source = str(source or "demo")
-    kind = source.partition(":")[0]
-    if kind not in DATA_KINDS:
-        raise ConfigError(
-            f"--data {source}: write demo, or one of {', '.join(f'{k}:DIR' for k in DATA_KINDS if k != 'demo')}."
-        )
-    recipe = recipe or RECIPE_OF_KIND.get(kind, kind)
-    tree = _merge(_recipe(recipe), file_tree)
-    for key, value in overrides.items():
-        tree = _merge(tree, _nested(key, value))
-    if not tree.get("out"):
-        tree["out"] = default_out.format(recipe=recipe)
-    return validated(tree)
-
-
-def load(path: Path) -> Config:
-    """The Config in a resolved TOML file. Raises ConfigError."""
-    tree = _read_toml(path)
-    try:
-        return validated(tree)
-    except ConfigError as error:
-        raise ConfigError(f"In {path}, which another version of layerwise may have written: {error}") from None
-
-
-def parsed(text: str) -> Config:
-    """The Config in resolved TOML. Raises ConfigError, or ValueError where it is no TOML."""
-    return validated(tomllib.loads(text))
-
-
-def with_options(config: Config, changes: Mapping[str, Any]) -> Config:
-    """The Config with these options in place of its own; `changes` maps dotted keys to values. Raises ConfigError."""
-    tree = config.model_dump(mode="json", exclude_none=True)
-    for key, value in changes.items():
-        tree = _merge(tree, _nested(key, value))
-    return validated(tree)
-
-
-def validated(tree: Mapping[str, Any]) -> Config:
-    """A Config from nested dicts. Raises ConfigError."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_sentence(error)) from None
-
-
-def parse_assignment(text: str) -> tuple[str, Any]:
-    """`key=value` of `--set`; the value is read as TOML, and as plain text where it is not TOML."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"--set {text}: write it as key=value, for example --set objective.negatives=16.")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value
-    return key.strip(), parsed
-
-
-def _recipe(name: str) -> dict[str, Any]:
-    if name not in recipe_names():
-        raise ConfigError(f"There is no recipe {name!r}; the recipes are {', '.join(recipe_names())}.")
-    return tomllib.loads((resources.files("layerwise.recipes") / f"{name}.toml").read_text())
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"The configuration {path} cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The configuration {path} is not valid TOML: {error}.") from None
-
-
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-_PLAIN_WORDS = {
-    "int_parsing": "must be a whole number",
-    "int_type": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "float_parsing": "must be a number",
-    "float_type": "must be a number",
-    "string_pattern_mismatch": "must be auto, cpu, cuda or cuda:N",
-}
-
-
-def _sentence(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"There is no option {key!r}; did you mean {' or '.join(_near(key))}?"
-    flag = next((option.flag for option in options() if option.key == key), None)
-    message = _PLAIN_WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
-    shown = "" if first["type"] == "value_error" else f", got {first['input']!r}"
-    return f"{flag or key}: {message[0].lower() + message[1:]}{shown}."
-
-
-def _near(key: str) -> list[str]:
-    """Options with a like name: whole, or behind their section."""
-    known = [option.key for option in options()]
-    same_ending = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    return same_ending or difflib.get_close_matches(key, known, n=3, cutoff=0.0)

@@ -1,0 +1,126 @@
+"""One Config from a recipe, TOML files and single options; later ones win."""
+
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from layerwise.config.options import Config
+from layerwise.config.sentences import sentence
+from layerwise.errors import ConfigError
+
+DATA_KINDS = ("demo", "speech", "fsdd", "librispeech", "images", "stl10", "cifar10")
+"""What may stand before the colon of --data."""
+
+RECIPE_OF_KIND = {"speech": "librispeech", "images": "stl10"}
+"""The recipe that a kind of data is trained with when none is named; other kinds have a recipe of their own name."""
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = resources.files("layerwise.recipes")
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def resolve(
+    recipe: str | None = None,
+    config_file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    default_out: str = "runs/{recipe}",
+) -> Config:
+    """One Config from a recipe, then a TOML file, then single options; later ones win.
+
+    `overrides` maps dotted keys to values; default_out: `out` where nothing says it. Raises ConfigError with the option, the
+    value and what would be right.
+    """
+    overrides = dict(overrides or {})
+    file_tree = _read_toml(config_file) if config_file else {}
+    in_file = file_tree.get("data", {})
+    source = overrides.get("data.source") or (in_file.get("source") if isinstance(in_file, dict) else None)
+    source = str(source or "demo")
+    kind = source.partition(":")[0]
+    if kind not in DATA_KINDS:
+        raise ConfigError(
+            f"--data {source}: write demo, or one of {', '.join(f'{k}:DIR' for k in DATA_KINDS if k != 'demo')}."
+        )
+    recipe = recipe or RECIPE_OF_KIND.get(kind, kind)
+    tree = _merge(_recipe(recipe), file_tree)
+    for key, value in overrides.items():
+        tree = _merge(tree, _nested(key, value))
+    if not tree.get("out"):
+        tree["out"] = default_out.format(recipe=recipe)
+    return validated(tree)
+
+
+def load(path: Path) -> Config:
+    """The Config in a resolved TOML file. Raises ConfigError."""
+    tree = _read_toml(path)
+    try:
+        return validated(tree)
+    except ConfigError as error:
+        raise ConfigError(f"In {path}, which another version of layerwise may have written: {error}") from None
+
+
+def parsed(text: str) -> Config:
+    """The Config in resolved TOML. Raises ConfigError, or ValueError where it is no TOML."""
+    return validated(tomllib.loads(text))
+
+
+def with_options(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The Config with these options in place of its own; `changes` maps dotted keys to values. Raises ConfigError."""
+    tree = config.model_dump(mode="json", exclude_none=True)
+    for key, value in changes.items():
+        tree = _merge(tree, _nested(key, value))
+    return validated(tree)
+
+
+def validated(tree: Mapping[str, Any]) -> Config:
+    """A Config from nested dicts. Raises ConfigError."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(sentence(error)) from None
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`key=value` of `--set`; the value is read as TOML, and as plain text where it is not TOML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text}: write it as key=value, for example --set objective.negatives=16.")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    return key.strip(), parsed
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    if name not in recipe_names():
+        raise ConfigError(f"There is no recipe {name!r}; the recipes are {', '.join(recipe_names())}.")
+    return tomllib.loads((resources.files("layerwise.recipes") / f"{name}.toml").read_text())
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"The configuration {path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration {path} is not valid TOML: {error}.") from None
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
