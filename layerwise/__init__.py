@@ -1,16 +1,19 @@
 """layerwise trains deep networks that do not fit on the GPU, one gradient-isolated module at a time.
 
-The public API, in the words of the command line:
+The public API, in the words of the command line. A network of your own on data of your own, in a script or a notebook:
 
-    config = layerwise.resolve(overrides={"data.source": "speech:recordings", "memory.gpu_mem": "4GB"})
-    layerwise.plan(config)
-    result = layerwise.run(config)
-    layerwise.probe(result.paths.out, "speaker")
-    layerwise.compare(config, "speaker", seeds=[0])
-    layerwise.write_report(result.paths.out)
-    encoder = layerwise.load(result.paths.out)
-    layerwise.extract(result.paths.out, "new_recordings", "features.h5")
-    layerwise.export(result.paths.out, "my_encoder", "onnx")
+    stages = layerwise.cut(model, example, stages=6)
+    layerwise.plan(stages, dataset, gpu_mem="4GB")
+    result = layerwise.run(stages, dataset, gpu_mem="4GB", out="runs/mine")
+    encoder = layerwise.load("runs/mine", network=stages)
+
+The paper's networks on folders, as the command line does it:
+
+    result = layerwise.run(data="speech:recordings", gpu_mem="4GB", out="runs/mine")
+    layerwise.probe("runs/mine", "speaker")
+    layerwise.write_report("runs/mine")
+    layerwise.extract("runs/mine", "new_recordings", "features.h5")
+    layerwise.export("runs/mine", "my_encoder", "onnx")
 """
 
 from importlib import import_module
@@ -19,18 +22,20 @@ from typing import TYPE_CHECKING, Any
 from layerwise.version import __version__
 
 if TYPE_CHECKING:
+    from layerwise.api import cut, plan, probe, run
     from layerwise.config import Config, resolve
     from layerwise.encoder.card import Exported
     from layerwise.encoder.export import export
     from layerwise.encoder.extract import Extracted, extract
     from layerwise.encoder.load import load
     from layerwise.encoder.model import Encoder
-    from layerwise.engines.plan import plan
-    from layerwise.engines.run import RunResult, run
+    from layerwise.engines.run import RunResult
     from layerwise.errors import LayerwiseError
     from layerwise.evaluate.compare import Comparison, compare
-    from layerwise.evaluate.probe import ProbeResult, probe
+    from layerwise.evaluate.probe import ProbeResult
+    from layerwise.events import EpochDone, Event, StageDone
     from layerwise.forecast import Forecast
+    from layerwise.nets.network import Network
     from layerwise.objectives import register_objective
     from layerwise.report.html import write_report
     from layerwise.run_directory import RunState, open_run
@@ -39,15 +44,20 @@ __all__ = [
     "Comparison",
     "Config",
     "Encoder",
+    "EpochDone",
+    "Event",
     "Exported",
     "Extracted",
     "Forecast",
     "LayerwiseError",
+    "Network",
     "ProbeResult",
     "RunResult",
     "RunState",
+    "StageDone",
     "__version__",
     "compare",
+    "cut",
     "export",
     "extract",
     "load",
@@ -70,15 +80,20 @@ _HOME = {
     "extract": "layerwise.encoder.extract",
     "load": "layerwise.encoder.load",
     "Forecast": "layerwise.forecast",
-    "plan": "layerwise.engines.plan",
+    "cut": "layerwise.api",
+    "plan": "layerwise.api",
     "RunResult": "layerwise.engines.run",
-    "run": "layerwise.engines.run",
+    "run": "layerwise.api",
+    "EpochDone": "layerwise.events",
+    "Event": "layerwise.events",
+    "StageDone": "layerwise.events",
+    "Network": "layerwise.nets.network",
     "LayerwiseError": "layerwise.errors",
     "Comparison": "layerwise.evaluate.compare",
     "compare": "layerwise.evaluate.compare",
     "register_objective": "layerwise.objectives",
     "ProbeResult": "layerwise.evaluate.probe",
-    "probe": "layerwise.evaluate.probe",
+    "probe": "layerwise.api",
     "RunState": "layerwise.run_directory",
     "open_run": "layerwise.run_directory",
     "write_report": "layerwise.report.html",

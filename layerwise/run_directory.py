@@ -176,7 +176,9 @@ class RunState:
     cut: list[int]
     """Layers in each stage."""
     network: str = ""
-    """Identity of a network that was given as an object; empty where the options name it."""
+    """Identity of a network that is none of the paper's; empty where options say all about it."""
+    optimization: str = ""
+    """Identity of an optimizer that was given as an object."""
     from_stage: int | None = None
     """The `--from-stage` that is being carried out; None where there is none or it is finished."""
     kept_stages: int = 0

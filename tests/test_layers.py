@@ -7,11 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "layerwise"
 
-LEAVES = {"errors", "version", "config", "events", "files", "forecast", "run_directory", "stop", "streams", "units"}
+LEAVES = {
+    *("errors", "version", "config", "events", "files", "forecast"),
+    *("importing", "run_directory", "stop", "streams", "units"),
+}
 ROOMS = {
     "cache": {"errors", "files"},
-    "data": {"errors", "config", "streams"},
-    "nets": {"errors", "config"},
+    "data": {"errors", "config", "importing", "streams"},
+    "nets": {"errors", "config", "importing"},
     "objectives": {"errors", "config"},
     "memory": {"errors", "config"},
     "training": LEAVES | {"cache", "data", "nets", "objectives", "memory"},

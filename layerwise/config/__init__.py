@@ -13,8 +13,14 @@ from layerwise.config.options import (
     TrainingOptions,
 )
 from layerwise.config.resolving import (
+    ARRAYS,
     DATA_KINDS,
+    FUNCTION,
+    OWN,
+    PICTURES,
     RECIPE_OF_KIND,
+    RECORDINGS,
+    data_kind,
     load,
     parse_assignment,
     parsed,
@@ -25,8 +31,13 @@ from layerwise.config.resolving import (
 )
 
 __all__ = [
+    "ARRAYS",
     "DATA_KINDS",
+    "FUNCTION",
+    "OWN",
+    "PICTURES",
     "RECIPE_OF_KIND",
+    "RECORDINGS",
     "CacheOptions",
     "Config",
     "DataOptions",
@@ -38,6 +49,7 @@ __all__ = [
     "Scope",
     "TrainingOptions",
     "changed_options",
+    "data_kind",
     "load",
     "options",
     "parse_assignment",

@@ -39,10 +39,24 @@ class DataOptions(Section):
     """Where samples come from and how they are cut into frames."""
 
     source: str = _option(
-        "demo", "place", "demo, or KIND:PATH (speech, fsdd, librispeech, images, stl10, cifar10)", "--data"
+        "demo",
+        "place",
+        "demo, KIND:PATH (speech, fsdd, librispeech, images, stl10, cifar10, npy, h5), or package.module:function",
+        "--data",
+    )
+    frames: Literal["steps", "patches", "whole"] = _option(
+        "steps",
+        "shape",
+        "what a frame is: steps of a recording, a stream or an array; patches of a picture; or whole samples. Default: what "
+        "--net reads",
+        "--frames",
+    )
+    frame_length: int = _option(1, "shape", "steps: steps in a frame", ge=1)
+    frame_step: int | None = _option(
+        None, "shape", "steps: from one frame to the next, steps; default: data.frame_length", ge=1
     )
     sample_rate: int = _option(16_000, "shape", "speech: rate that recordings are resampled to, Hz", ge=1)
-    window: int = _option(20_480, "shape", "speech: length of a training window, samples", ge=1)
+    window: int = _option(20_480, "shape", "steps: length of a training window, frames (of speech: samples)", ge=1)
     pattern: str = _option(
         "", "shape", "speech: regular expression on the path whose named groups become labels; empty: speaker = folder"
     )
@@ -55,7 +69,7 @@ class DataOptions(Section):
     views: int | None = _option(
         None,
         "shape",
-        "renderings of each sample that are cached side by side; default: what the data have, 2 for pictures with flip",
+        "renderings of each sample that are cached side by side; default: what the data have, 2 for patches with flip",
         "--views",
         ge=1,
     )
@@ -68,7 +82,13 @@ class DataOptions(Section):
 class NetOptions(Section):
     """The network. Defaults: the speech network of Löwe et al. 2019, appendix A.2."""
 
-    name: Literal["speech", "vision"] = _option("speech", "shape", "network: speech or vision", "--net")
+    name: str = _option(
+        "speech",
+        "shape",
+        "network: speech, vision, torchvision:NAME (without its classifier), or package.module:function",
+        "--net",
+        pattern=r"^(speech|vision|own|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
+    )
     width: int = _option(
         512, "shape", "channels of the speech layers; of the first vision module before its expansion by 4", ge=1
     )
@@ -98,13 +118,15 @@ class ObjectiveOptions(Section):
     """What each stage is trained for. Defaults: speech, Löwe et al. 2019, appendix A.2."""
 
     name: str = _option(
-        "infonce", "training", "local objective of each stage: infonce, hinge or supervised", "--objective"
+        "infonce", "training", "local objective of each stage: infonce, hinge, ntxent or supervised", "--objective"
     )
     label: str = _option("", "training", "supervised: the label that is learnt", "--label")
     steps: int = _option(12, "training", "rows ahead that are predicted", ge=1)
     skip: int = _option(0, "training", "rows left out between context and first target", ge=0)
     negatives: int = _option(10, "training", "negatives of each target, drawn from the whole batch", ge=1)
     anchors: int = _option(128, "training", "rows of a window that serve as contexts and targets", ge=2)
+    temperature: float = _option(0.5, "training", "ntxent: what similarities are divided by", gt=0)
+    projection: int = _option(128, "training", "ntxent: width of the vectors that are compared", ge=1)
 
 
 class TrainingOptions(Section):

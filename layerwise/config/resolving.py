@@ -1,5 +1,7 @@
 """One Config from a recipe, TOML files and single options; later ones win."""
 
+import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from importlib import resources
@@ -12,11 +14,19 @@ from layerwise.config.options import Config
 from layerwise.config.sentences import sentence
 from layerwise.errors import ConfigError
 
-DATA_KINDS = ("demo", "speech", "fsdd", "librispeech", "images", "stl10", "cifar10")
+RECORDINGS, PICTURES, ARRAYS = ("demo", "speech", "fsdd", "librispeech"), ("images", "stl10", "cifar10"), ("npy", "h5")
+DATA_KINDS = (*RECORDINGS, *PICTURES, *ARRAYS)
 """What may stand before the colon of --data."""
 
+FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+"""How a function of the user's is named: package.module:function."""
+
+OWN = "own"
+"""The name of data and networks that are given as objects, in Python."""
+
 RECIPE_OF_KIND = {"speech": "librispeech", "images": "stl10"}
-"""The recipe that a kind of data is trained with when none is named; other kinds have a recipe of their own name."""
+"""The recipe that a kind of data is trained with when none is named; of other kinds the one of their own name, or else the one
+of their frames."""
 
 
 def recipe_names() -> list[str]:
@@ -38,21 +48,57 @@ def resolve(
     """
     overrides = dict(overrides or {})
     file_tree = _read_toml(config_file) if config_file else {}
-    in_file = file_tree.get("data", {})
-    source = overrides.get("data.source") or (in_file.get("source") if isinstance(in_file, dict) else None)
-    source = str(source or "demo")
-    kind = source.partition(":")[0]
-    if kind not in DATA_KINDS:
-        raise ConfigError(
-            f"--data {source}: write demo, or one of {', '.join(f'{k}:DIR' for k in DATA_KINDS if k != 'demo')}."
-        )
-    recipe = recipe or RECIPE_OF_KIND.get(kind, kind)
-    tree = _merge(_recipe(recipe), file_tree)
+    given = file_tree
     for key, value in overrides.items():
-        tree = _merge(tree, _nested(key, value))
+        given = _merge(given, _nested(key, value))
+    kind, frames = data_kind(str(_in(given, "data", "source") or "demo")), _frames(given)
+    recipe = recipe or _recipe_for(kind, frames, _in(given, "net", "name"))
+    tree = _merge(_recipe(recipe), given)
+    follows: dict[str, Any] = {"data": {"frames": frames or _frames(tree) or "steps"}}
+    if follows["data"]["frames"] == "whole":
+        follows["objective"] = {"name": "ntxent"}
+    tree = _merge(follows, tree)
     if not tree.get("out"):
         tree["out"] = default_out.format(recipe=recipe)
     return validated(tree)
+
+
+def data_kind(source: str) -> str:
+    """What stands before the colon of --data where it is one of DATA_KINDS, and else OWN. Raises ConfigError."""
+    kind = source.partition(":")[0]
+    if kind in DATA_KINDS:
+        return kind
+    if source == OWN or re.fullmatch(FUNCTION, source):
+        return OWN
+    near = difflib.get_close_matches(kind, DATA_KINDS, n=1)
+    meant = f" Did you mean {near[0]}:{source.partition(':')[2] or 'PATH'}?" if near and near[0] != "demo" else ""
+    raise ConfigError(
+        f"--data {source}: write demo, or one of {', '.join(f'{k}:PATH' for k in DATA_KINDS if k != 'demo')}, or "
+        f"package.module:function.{meant}"
+    )
+
+
+def _frames(tree: Mapping[str, Any]) -> str | None:
+    """What a frame is, where it is given; else what the network reads, where that is given."""
+    net, source = _in(tree, "net", "name"), str(_in(tree, "data", "source") or "demo")
+    if given := _in(tree, "data", "frames"):
+        return str(given)
+    if net in ("speech", "vision"):
+        return "steps" if net == "speech" else "patches"
+    return net and ("steps" if data_kind(source) in RECORDINGS else "whole")
+
+
+def _recipe_for(kind: str, frames: str | None, net: Any) -> str:
+    if frames == "whole":
+        return "whole"
+    if kind in RECORDINGS or kind in PICTURES:
+        return RECIPE_OF_KIND.get(kind, kind)
+    return "steps"
+
+
+def _in(tree: Mapping[str, Any], section: str, name: str) -> Any:
+    options = tree.get(section)
+    return options.get(name) if isinstance(options, Mapping) else None
 
 
 def load(path: Path) -> Config:

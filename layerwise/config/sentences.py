@@ -12,7 +12,12 @@ _PLAIN_WORDS = {
     "int_from_float": "must be a whole number",
     "float_parsing": "must be a number",
     "float_type": "must be a number",
-    "string_pattern_mismatch": "must be auto, cpu, cuda or cuda:N",
+}
+
+
+_PATTERNS = {
+    "training.device": "must be auto, cpu, cuda or cuda:N",
+    "net.name": "must be speech, vision, torchvision:NAME or package.module:function",
 }
 
 
@@ -23,7 +28,8 @@ def sentence(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"There is no option {key!r}; did you mean {' or '.join(_near(key))}?"
     flag = next((option.flag for option in options() if option.key == key), None)
-    message = _PLAIN_WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
+    plain = _PATTERNS.get(key) if first["type"] == "string_pattern_mismatch" else _PLAIN_WORDS.get(first["type"])
+    message = plain or first["msg"].removeprefix("Value error, ")
     shown = "" if first["type"] == "value_error" else f", got {first['input']!r}"
     return f"{flag or key}: {message[0].lower() + message[1:]}{shown}."
 

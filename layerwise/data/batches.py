@@ -92,19 +92,33 @@ class Epoch:
 
 
 def training_epoch(
-    extent: Extent, samples: np.ndarray, window: Window, batch_size: int, rng: np.random.Generator
+    extent: Extent,
+    samples: np.ndarray,
+    window: Window,
+    batch_size: int,
+    rng: np.random.Generator,
+    renderings: int = 1,
 ) -> Epoch:
-    """Every sample once, in random order, at a random view and place; a last batch that is not full is left out."""
-    order = rng.permutation(samples)
+    """Every sample once, in random order, at a random view and place; a last batch that is not full is left out.
+
+    renderings: neighbouring windows that show each sample, in views that differ; divides the batch size, which counts windows.
+    """
+    order = np.repeat(rng.permutation(samples), renderings)
     steps = max(len(order) // batch_size, 1)
-    return _place_windows(extent, order[: steps * batch_size], window, batch_size, steps, rng)
+    return _place_windows(extent, order[: steps * batch_size], window, batch_size, steps, rng, renderings)
 
 
 def held_out_epoch(
-    extent: Extent, samples: np.ndarray, window: Window, batch_size: int, rng: np.random.Generator
+    extent: Extent,
+    samples: np.ndarray,
+    window: Window,
+    batch_size: int,
+    rng: np.random.Generator,
+    renderings: int = 1,
 ) -> Epoch:
-    """Every sample once, in order, at a place that `rng` fixes; the last batch may be smaller."""
-    return _place_windows(extent, samples, window, batch_size, -(-len(samples) // batch_size), rng)
+    """Every sample once, in order, at a place that `rng` fixes; the last batch may be smaller. Otherwise as in training."""
+    order = np.repeat(samples, renderings)
+    return _place_windows(extent, order, window, batch_size, -(-len(order) // batch_size), rng, renderings)
 
 
 def collate(windows: list[torch.Tensor]) -> Batch:
@@ -144,19 +158,33 @@ def read_ahead(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
 
 
 def _place_windows(
-    extent: Extent, samples: np.ndarray, window: Window, batch_size: int, steps: int, rng: np.random.Generator
+    extent: Extent,
+    samples: np.ndarray,
+    window: Window,
+    batch_size: int,
+    steps: int,
+    rng: np.random.Generator,
+    renderings: int,
 ) -> Epoch:
     spare_rows = np.maximum(extent.lengths[samples] // extent.columns - window.rows, 0)
     spare_columns = max(extent.columns - window.columns, 0)
     return Epoch(
         samples,
-        views=rng.integers(0, extent.views, size=len(samples)),
+        views=_draw_views(extent.views, len(samples), renderings, rng),
         first_rows=rng.integers(0, spare_rows + 1),
         first_columns=rng.integers(0, spare_columns + 1, size=len(samples)),
         window=window,
         batch_size=batch_size,
         steps=steps,
     )
+
+
+def _draw_views(views: int, windows: int, renderings: int, rng: np.random.Generator) -> np.ndarray:
+    """int64 [windows]; among neighbouring renderings of a sample no view occurs twice."""
+    if renderings == 1:
+        return rng.integers(0, views, size=windows)
+    orders = rng.permuted(np.tile(np.arange(views), (windows // renderings, 1)), axis=1)
+    return orders[:, :renderings].flatten()
 
 
 def _read_window(

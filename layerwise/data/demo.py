@@ -12,6 +12,7 @@ from layerwise.data.synthesis import Utterance, synthesise_corpus
 class DemoSpeech:
     """A DataSet of synthetic utterances; a frame is one audio sample. Labels: speaker, and phone per frame."""
 
+    takes = "waveforms"
     columns = 1
     frame_shape = (1,)
     views = 1

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from layerwise.config import DataOptions
 from layerwise.data.listing import list_files
 from layerwise.data.source import Skipped
 from layerwise.errors import ConfigError, DataError
@@ -75,9 +76,17 @@ class PatchOptions:
         return 1 if self.gray else 3
 
 
+def patch_options(options: DataOptions) -> PatchOptions:
+    """As the options of a run say; a whole picture is one patch. Raises ConfigError."""
+    if options.frames == "whole":
+        return PatchOptions(options.picture, options.picture, options.picture, options.gray, flip=False)
+    return PatchOptions(options.picture, options.patch, options.patch_stride, options.gray, options.flip)
+
+
 class PictureSet:
     """A DataSet of pictures cut into patches, over anything that can deliver picture i as pixels."""
 
+    takes = "pictures"
     frame_label_names: tuple[str, ...] = ()
     level = 1.0
 

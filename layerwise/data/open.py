@@ -1,12 +1,16 @@
-"""From `--data KIND:PATH` to a data set."""
+"""From `--data` to a data set, framed and in as many views as the options say."""
 
+import re
 from pathlib import Path
+from typing import Any
 
-from layerwise.config import DATA_KINDS, Config, DataOptions
-from layerwise.data.images import PatchOptions, open_image_folder, pictures_at
+from layerwise.config import ARRAYS, DATA_KINDS, FUNCTION, OWN, Config, DataOptions
+from layerwise.data.framed import Framed
+from layerwise.data.images import open_image_folder, patch_options, pictures_at
 from layerwise.data.source import DataSet
 from layerwise.data.views import WithViews
 from layerwise.errors import ConfigError, DataError
+from layerwise.importing import called
 
 
 def open_data(options: DataOptions, shortest: int) -> DataSet:
@@ -14,47 +18,93 @@ def open_data(options: DataOptions, shortest: int) -> DataSet:
 
     Raises DataError where it cannot be read, ConfigError where the name is none.
     """
-    data = _open(options, shortest)
-    return data if options.views in (None, data.views) else WithViews(data, options.views)
+    return framed(_open(options, shortest), options)
 
 
-def open_input(source: str, config: Config, level: float, shortest: int) -> DataSet:
-    """What a trained encoder is to be given: a file or a folder, or KIND:PATH as --data takes it; in one view.
+def as_data(given: Any, options: DataOptions) -> DataSet:
+    """What a user has in Python as a data set: a torch Dataset, an array or tensor [N, ...], or a DataSet of their own.
 
-    level: of the run's recordings. What cannot be used is in `skipped`. Raises DataError where nothing is left or the
-    encoder does not read such data.
+    Raises DataError where it is none of these.
+    """
+    return given if is_data_set(given) else framed(open_items(given, options), options)
+
+
+def is_data_set(given: Any) -> bool:
+    """Whether it is a `DataSet` already, which frames its samples itself."""
+    return hasattr(given, "frame_shape") and hasattr(given, "identity")
+
+
+def open_items(given: Any, options: DataOptions) -> DataSet:
+    """A torch Dataset, an array, a tensor, or a list, whose items are samples. Raises DataError."""
+    from layerwise.data.dataset import open_dataset
+
+    if not hasattr(given, "__getitem__") or isinstance(given, str | bytes | dict):
+        raise DataError(
+            f"The data are a {type(given).__name__}; give a torch.utils.data.Dataset, an array [samples, ...], or text as "
+            "--data takes it."
+        )
+    return open_dataset(given, options)
+
+
+def framed(data: DataSet, options: DataOptions) -> DataSet:
+    """In frames of several steps, and in several views, where the options ask for it."""
+    if options.frames == "steps" and (options.frame_length > 1 or options.frame_step not in (None, 1)):
+        data = Framed(data, options.frame_length, options.frame_step or options.frame_length)
+    whole = options.frames == "whole"
+    return (
+        data if options.views in (None, data.views) else WithViews(data, options.views, whole, whole and options.flip)
+    )
+
+
+def open_input(
+    source: str, config: Config, takes: str, frame_shape: tuple[int, ...], level: float, shortest: int
+) -> DataSet:
+    """What a trained encoder is to be given: a file or a folder, or what --data takes; in one view.
+
+    takes, frame_shape, level: of the run's data. What cannot be used is in `skipped`. Raises DataError where nothing is left
+    or the encoder does not read such data.
     """
     options = config.data.model_copy(update={"source": source, "views": None, "flip": False})
-    kind, colon, _ = source.partition(":")
-    if not colon and source != "demo" and not Path(source).expanduser().exists():
-        raise DataError(f"There is no file or folder {source}; name one, or KIND:PATH as --data takes it.")
-    if source == "demo" or (colon and kind in DATA_KINDS and kind not in ("speech", "images")):
-        data = _open(options, shortest)
-        data.level = level
-    else:
-        speech = kind == "speech" if colon and kind in DATA_KINDS else config.net.name == "speech"
-        data = _open_plain(source, options, speech, level, shortest)
-    is_speech = len(data.frame_shape) == 1
-    if is_speech != (config.net.name == "speech"):
-        given, taken = ("recordings", "pictures") if is_speech else ("pictures", "recordings")
-        raise DataError(f"{source} holds {given}, but the encoder was trained on {taken}; name some of those.")
+    kind, colon, place = source.partition(":")
+    named = source == "demo" or (colon and kind in DATA_KINDS)
+    if not named and not Path(source).expanduser().exists():
+        if not re.fullmatch(FUNCTION, source):
+            raise DataError(f"There is no file or folder {source}; name one, or KIND:PATH as --data takes it.")
+    elif not named or kind in ("speech", "images"):
+        given = {"speech": "waveforms", "images": "pictures"}.get(kind if named else "", takes)
+        data = _open_plain(_found(source, place if named else source), options, given, level, shortest)
+        return _usable(framed(data, options), source, takes, frame_shape)
+    data = _open(options, shortest)
+    data.level = level
+    return _usable(framed(data, options), source, takes, frame_shape)
+
+
+def _usable(data: DataSet, source: str, takes: str, frame_shape: tuple[int, ...]) -> DataSet:
+    if data.takes != takes:
+        raise DataError(f"{source} holds {data.takes}, but the encoder was trained on {takes}; name some of those.")
     if not len(data.ids):
         first = data.skipped[0]
         raise DataError(
             f"Nothing of {source} can be used; {len(data.skipped)} files were skipped, the first: {first.path}, "
             f"{first.reason}. Name others."
         )
+    if tuple(data.frame_shape) != tuple(frame_shape):
+        shapes = [" x ".join(map(str, shape)) for shape in (data.frame_shape, frame_shape)]
+        raise DataError(f"{source} has frames of {shapes[0]}, but the encoder was trained on frames of {shapes[1]}.")
     return data
 
 
-def _open_plain(source: str, options: DataOptions, speech: bool, level: float, shortest: int) -> DataSet:
-    """A file or a folder, with or without its kind in front."""
+def _open_plain(place: Path, options: DataOptions, takes: str, level: float, shortest: int) -> DataSet:
+    """A file or a folder of what the encoder takes."""
     from layerwise.data.speech import recordings_at
 
-    place = _found(source, source.removeprefix("speech:" if speech else "images:"))
-    if speech:
+    if takes == "waveforms":
         return recordings_at(place, options.sample_rate, level, shortest)
-    return pictures_at(place, _patches(options))
+    if takes == "pictures":
+        return pictures_at(place, patch_options(options))
+    from layerwise.data.arrays import open_h5, open_npy
+
+    return open_npy(place, options.frames) if place.suffix == ".npy" else open_h5(place, None, options.frames)
 
 
 def _open(options: DataOptions, shortest: int) -> DataSet:
@@ -63,9 +113,18 @@ def _open(options: DataOptions, shortest: int) -> DataSet:
         from layerwise.data.demo import open_demo
 
         return open_demo()
-    if not place or kind not in DATA_KINDS:
-        raise ConfigError(f"--data {options.source}: name the folder too, like {kind}:DIR.")
+    if options.source == OWN:
+        raise ConfigError("The data of this run were given as an object, in Python; give them again, as data=.")
+    if kind not in DATA_KINDS:
+        given = called(options.source, "--data")
+        return given if is_data_set(given) else open_items(given, options)
+    if not place:
+        raise ConfigError(
+            f"--data {options.source}: name the place too, like {kind}:{'FILE' if kind in ARRAYS else 'DIR'}."
+        )
     folder = _found(options.source, place)
+    if kind in ARRAYS:
+        return _open_array(kind, folder, options)
     if kind in ("speech", "fsdd", "librispeech"):
         return _open_speech(kind, folder, options, shortest)
     return _open_pictures(kind, folder, options)
@@ -93,8 +152,15 @@ def _open_pictures(kind: str, folder: Path, options: DataOptions) -> DataSet:
     from layerwise.data.torchvision_sets import open_cifar10, open_stl10
 
     opener = {"images": open_image_folder, "stl10": open_stl10, "cifar10": open_cifar10}[kind]
-    return opener(folder, _patches(options))
+    return opener(folder, patch_options(options))
 
 
-def _patches(options: DataOptions) -> PatchOptions:
-    return PatchOptions(options.picture, options.patch, options.patch_stride, options.gray, options.flip)
+def _open_array(kind: str, place: Path, options: DataOptions) -> DataSet:
+    """FILE, or of HDF5 FILE:NAME."""
+    from layerwise.data.arrays import open_h5, open_npy
+
+    if kind == "npy":
+        return open_npy(place, options.frames)
+    file, colon, name = str(place).rpartition(":")
+    named = colon and not place.exists()
+    return open_h5(Path(file) if named else place, name if named else None, options.frames)

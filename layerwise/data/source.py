@@ -44,6 +44,8 @@ class FrameSource(Extent, Protocol):
 class DataSet(FrameSource, Protocol):
     """A FrameSource at the bottom of the network: what a user names with --data."""
 
+    takes: str
+    """What an encoder that is trained on it takes: waveforms, pictures or arrays."""
     identity: str
     """A hash that changes when the samples, their order or the way in which they are read change."""
     test: np.ndarray | None

@@ -56,6 +56,7 @@ class RecordingSet:
     columns = 1
     frame_shape = (1,)
     views = 1
+    takes = "waveforms"
     frame_label_names: tuple[str, ...] = ()
 
     def __init__(

@@ -2,7 +2,8 @@
 
 A rendering is a function of the sample's id and the view alone, and of single samples of audio or single pixels: any part
 of it can be read by itself. Recordings get another tilt of their spectrum and noise, pictures another brightness and
-contrast. View 0 stays plain, and so do the views that the data have themselves, such as the mirrored one.
+contrast. View 0 stays plain, and so do the views that the data have themselves, such as the mirrored one. Samples that are
+read whole are cropped as well, see `data.crops`.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from layerwise.data.crops import cropped
 from layerwise.data.source import DataSet
 from layerwise.streams import stream
 
@@ -30,9 +32,11 @@ CONTRAST = 0.3
 class WithViews:
     """A data set in another number of views."""
 
-    def __init__(self, data: DataSet, views: int) -> None:
-        self._data, self.views = data, views
-        self.identity = hashlib.sha256(f"{data.identity} in {views} views".encode()).hexdigest()
+    def __init__(self, data: DataSet, views: int, whole: bool = False, flip: bool = False) -> None:
+        """whole: samples are single frames, which may be cropped, and mirrored where `flip` allows it."""
+        self._data, self.views, self._whole, self._flip = data, views, whole, flip
+        kind = f", whole, flip {flip}" if whole else ""
+        self.identity = hashlib.sha256(f"{data.identity} in {views} views{kind}".encode()).hexdigest()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what copying and pickling look for
@@ -45,6 +49,8 @@ class WithViews:
         if view < data.views:
             return data.read(sample, start, stop, view)
         base, rng = view % data.views, stream(0, "view", view, data.ids[sample])
+        if self._whole and start < stop:
+            return cropped(data.read(sample, start, stop, base)[0], self._flip, rng)[None]
         if len(data.frame_shape) == 1:
             before = min(start, 1)
             return self._recording(data.read(sample, start - before, stop, base), before, rng, sample, start, view)

@@ -16,19 +16,9 @@ Computes = Callable[[torch.Tensor], torch.Tensor]
 
 def inputs_of_the_run(encoder: Encoder, origin: Origin, may_vary: Collection[int] = (0, 1, 2, 3)) -> list[torch.Tensor]:
     """Three batches of noise: the first of the size that the run was trained on, others where these axes may vary."""
-    data, generator = origin.config.data, torch.Generator().manual_seed(0)
-    if encoder.entry.takes == "waveforms":
-        longer = data.window + 3 * encoder.geometry.hop + 1
-        sizes = [(2, data.window), (1, longer), (3, max(data.window // 2, encoder.shortest))]
-        draw = torch.randn
-    else:
-        channels, side, stride = encoder.entry.frame_shape[0], data.picture, data.patch_stride
-        sizes = [
-            (2, channels, side, side),
-            (1, channels, side + stride, side),
-            (3, channels, side, side + 2 * stride + 1),
-        ]
-        draw = torch.rand
+    generator = torch.Generator().manual_seed(0)
+    sizes = encoder.entry.sizes(encoder.shortest, encoder.geometry.hop)
+    draw = torch.rand if encoder.entry.takes == "pictures" else torch.randn
     allowed = [tuple(n if axis in may_vary else sizes[0][axis] for axis, n in enumerate(size)) for size in sizes]
     # In order, and each size once.
     return [draw(*size, generator=generator) * origin.level for size in dict.fromkeys(allowed)]

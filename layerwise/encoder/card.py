@@ -51,13 +51,15 @@ def model_card(encoder: Encoder, origin: Origin, paths: RunPaths, state: RunStat
 
 
 def _front_matter(encoder: Encoder) -> str:
-    domain = "audio" if encoder.entry.takes == "waveforms" else "image"
-    return f"---\nlibrary_name: layerwise\npipeline_tag: {domain}-feature-extraction\n---"
+    domain = {"waveforms": "audio-feature-extraction", "pictures": "image-feature-extraction"}
+    return f"---\nlibrary_name: layerwise\npipeline_tag: {domain.get(encoder.entry.takes, 'feature-extraction')}\n---"
 
 
 def _what_it_is(encoder: Encoder, origin: Origin) -> str:
     net, parameters = origin.config.net, sum(parameter.numel() for parameter in encoder.parameters())
-    if origin.network:
+    if origin.network and ":" in net.name:
+        name = f"The network `{net.name}`"
+    elif origin.network:
         name = "A network of its author's own"
     elif net.name == "speech":
         recurrent = f" and a GRU of width {net.context}" if net.context else ""
@@ -76,14 +78,14 @@ def _what_it_is(encoder: Encoder, origin: Origin) -> str:
 
 def _use(encoder: Encoder, origin: Origin, exported: Exported) -> str:
     shape = tuple(inputs_of_the_run(encoder, origin)[0].shape)
-    takes, draw = encoder.entry.takes, "randn" if encoder.entry.takes == "waveforms" else "rand"
+    takes, draw = encoder.entry.takes, "rand" if encoder.entry.takes == "pictures" else "randn"
     lines = {"safetensors": _load_safetensors, "pt2": _load_pt2, "onnx": _load_onnx}[exported.format](takes, origin)
     code = [*lines[:-1], f"{takes} = torch.{draw}{shape}  # yours", lines[-1], "print(features.shape)"]
     return "In this folder:\n\n```python\n" + "\n".join(code) + "\n```"
 
 
 def _load_safetensors(takes: str, origin: Origin) -> list[str]:
-    network = ", network=network" if origin.network else ""
+    network = ", network=network" if origin.network and ":" not in origin.config.net.name else ""
     return [
         *("import torch", "import layerwise", ""),
         f'encoder = layerwise.load("."{network})',
@@ -117,6 +119,13 @@ def _input(encoder: Encoder, origin: Origin, exported: Exported) -> str:
             f"trained on, by the encoder itself. Features (B, frames, channels): one frame every {hop} samples "
             f"({1000 * hop / data.sample_rate:g} ms)."
         )
+    elif encoder.entry.takes == "arrays":
+        shape = ", ".join(map(str, inputs_of_the_run(encoder, origin)[0].shape[2 if encoder.entry.ragged else 1 :]))
+        steps = "steps, " if encoder.entry.ragged else ""
+        text = (
+            f"Arrays of floats (B, {steps}{shape}), divided by {origin.level:.4g}, the level of the data that it was trained "
+            "on, by the encoder itself. Features (B, frames, channels)."
+        )
     else:
         kind = "grey" if data.gray else "colour"
         floats = ", as uint8 or as floats from 0 to 1" if exported.format == "safetensors" else " of floats from 0 to 1"
@@ -127,11 +136,8 @@ def _input(encoder: Encoder, origin: Origin, exported: Exported) -> str:
         )
     if exported.fixed:
         return f"{text} In this file the size of the input is fixed: {exported.fixed}."
-    return (
-        f"{text} Batch and length are free."
-        if encoder.entry.takes == "waveforms"
-        else f"{text} Batch and size are free."
-    )
+    free = "Batch and length are" if encoder.entry.ragged else "Batch and size are"
+    return f"{text} {'The batch is' if data.frames == 'whole' else free} free."
 
 
 def _data(origin: Origin) -> str:
@@ -191,7 +197,7 @@ def _results(paths: RunPaths) -> Iterator[str]:
 
 
 def _limits(origin: Origin, exported: Exported) -> str:
-    what = "recordings" if origin.config.net.name == "speech" else "pictures"
+    what = {"waveforms": "recordings", "pictures": "pictures"}.get(origin.takes, "samples")
     return (
         f"- It has seen the {what} named above and no others; of other kinds of {what} nothing is known.\n"
         "- It gives features, not decisions, and was tested for nothing but what stands under Results.\n"

@@ -1,13 +1,16 @@
-"""From what a user holds, waveforms or pictures, to the frames that the network reads: as the run's data were read."""
+"""From what a user holds, waveforms, pictures or arrays, to the frames that the network reads: as the run's data were read."""
 
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
 from layerwise.config import DataOptions
-from layerwise.data.images import cut_patches, mean_and_deviation
+from layerwise.data.framed import in_frames
+from layerwise.data.images import cut_patches, mean_and_deviation, patch_options
 from layerwise.errors import DataError
+from layerwise.nets.module import Geometry
 
 
 class Entry(Protocol):
@@ -16,28 +19,75 @@ class Entry(Protocol):
     frame_shape: tuple[int, ...]
     takes: str
     """The name of its input."""
+    ragged: bool
+    """Whether samples of several lengths may share a batch."""
+    geometry: Geometry
+    """Of the frames on the steps of the input."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The frames (B, L, *frame shape) of a batch."""
+        ...
+
+    def frames_of(self, steps: Any) -> Any:
+        """Frames that come of so many steps of a sequence, or patches (an int or an int64 array)."""
         ...
 
     def check(self, x: torch.Tensor) -> None:
         """Raises DataError, saying what would be right, where x is no such batch."""
         ...
 
+    def sizes(self, shortest: int, hop: int) -> list[tuple[int, ...]]:
+        """Three batches to try an encoder with, that of the run first.
 
-class Waveforms(nn.Module):
-    """(B, samples) to (B, samples, 1), at the level of the run's recordings; see data/speech.py."""
+        shortest: fewest steps that it needs; hop: steps between its features.
+        """
+        ...
 
-    frame_shape = (1,)
-    takes: ClassVar[str] = "waveforms"
 
-    def __init__(self, data: DataOptions, level: float) -> None:
+class Steps(nn.Module):
+    """Sequences (B, L, C, *rest) at the level of the run's data, in frames of several steps where the run had such."""
+
+    takes: ClassVar[str] = "arrays"
+    ragged: ClassVar[bool] = True
+
+    def __init__(self, data: DataOptions, level: float, frame_shape: tuple[int, ...]) -> None:
+        """frame_shape: as the network reads it."""
         super().__init__()
-        self.rate, self.level = data.sample_rate, level
+        self.level, self.frame_shape, self.window = level, frame_shape, data.window
+        self.length, self.step = data.frame_length, data.frame_step or data.frame_length
+        self.framed = self.length > 1 or self.step > 1
+        self.step_shape = (frame_shape[0], *frame_shape[2:]) if self.framed else frame_shape
+        self.geometry = Geometry(self.step, (self.length - 1) / 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x[..., None] / self.level
+        x = x / self.level
+        return in_frames(x, self.length, self.step) if self.framed else x
+
+    def frames_of(self, steps: Any) -> Any:
+        return np.maximum((steps - self.length) // self.step + 1, 0)
+
+    def check(self, x: torch.Tensor) -> None:
+        if x.dim() < 3 or tuple(x.shape[2:]) != self.step_shape or not x.is_floating_point():
+            shape = ", ".join(map(str, self.step_shape))
+            raise DataError(f"The encoder got {_described(x)}; give floats (B, steps, {shape}).")
+
+    def sizes(self, shortest: int, hop: int) -> list[tuple[int, ...]]:
+        window = (self.window - 1) * self.step + self.length
+        lengths = (2, window), (1, window + 3 * hop + 1), (3, max(window // 2, shortest))
+        return [(batch, length, *self.step_shape) for batch, length in lengths]
+
+
+class Waveforms(Steps):
+    """(B, samples) to (B, samples, 1), or to frames, at the level of the run's recordings; see data/speech.py."""
+
+    takes: ClassVar[str] = "waveforms"
+
+    def __init__(self, data: DataOptions, level: float, frame_shape: tuple[int, ...] = (1,)) -> None:
+        super().__init__(data, level, frame_shape)
+        self.rate = data.sample_rate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x[..., None])
 
     def check(self, x: torch.Tensor) -> None:
         if x.dim() != 2 or not x.is_floating_point():
@@ -46,38 +96,89 @@ class Waveforms(nn.Module):
                 "channel: waveform[None] makes a batch of one."
             )
 
+    def sizes(self, shortest: int, hop: int) -> list[tuple[int, ...]]:
+        return [size[:2] for size in super().sizes(shortest, hop)]
+
+
+class Whole(nn.Module):
+    """Whole samples (B, C, *space) at the level of the run's data, each of them one frame."""
+
+    takes: ClassVar[str] = "arrays"
+    ragged: ClassVar[bool] = False
+    geometry = Geometry()
+
+    def __init__(self, level: float, frame_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.level, self.frame_shape = level, frame_shape
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x / self.level)[:, None]
+
+    def frames_of(self, steps: Any) -> Any:
+        return steps
+
+    def check(self, x: torch.Tensor) -> None:
+        if tuple(x.shape[1:]) != self.frame_shape or not x.is_floating_point():
+            raise DataError(
+                f"The encoder got {_described(x)}; give floats (B, {', '.join(map(str, self.frame_shape))})."
+            )
+
+    def sizes(self, shortest: int, hop: int) -> list[tuple[int, ...]]:
+        return [(batch, *self.frame_shape) for batch in (2, 1, 3)]
+
 
 class Pictures(nn.Module):
     """(B, C, H, W), uint8 or floats from 0 to 1, to normalised patches (B, L, C, patch, patch); see data/images.py.
 
-    L is rows times columns of the grid; what the last patches leave over at the right and the bottom is not looked at.
+    L is rows times columns of the grid; what the last patches leave over at the right and the bottom is not looked at. Of
+    whole pictures there is one patch.
     """
 
     takes: ClassVar[str] = "pictures"
+    ragged: ClassVar[bool] = False
+    geometry = Geometry()
 
     def __init__(self, data: DataOptions) -> None:
         super().__init__()
-        self.channels, self.patch, self.stride = 1 if data.gray else 3, data.patch, data.patch_stride
-        self.frame_shape = (self.channels, data.patch, data.patch)
+        options = patch_options(data)
+        self.channels, self.patch, self.stride = options.channels, options.patch, options.patch_stride
+        self.picture, self.whole = data.picture, data.frames == "whole"
+        self.frame_shape = (self.channels, self.patch, self.patch)
         for name, constant in zip(("mean", "deviation"), mean_and_deviation(self.channels), strict=True):
             self.register_buffer(name, constant, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         values = x if x.is_floating_point() else x / 255
-        return cut_patches((values - self.mean) / self.deviation, self.patch, self.stride)
+        normal = (values - self.mean) / self.deviation
+        return normal[:, None] if self.whole else cut_patches(normal, self.patch, self.stride)
+
+    def frames_of(self, steps: Any) -> Any:
+        return steps
 
     def check(self, x: torch.Tensor) -> None:
         kind = "grey" if self.channels == 1 else "colour"
         fits = x.dim() == 4 and x.shape[1] == self.channels and min(x.shape[2:]) >= self.patch
+        if self.whole:
+            fits = fits and tuple(x.shape[2:]) == (self.patch, self.patch)
         if not fits or not (x.is_floating_point() or x.dtype == torch.uint8):
+            least = "" if self.whole else "at least "
             raise DataError(
-                f"The encoder got {_described(x)}; give {kind} pictures (B, {self.channels}, H, W) of at least "
+                f"The encoder got {_described(x)}; give {kind} pictures (B, {self.channels}, H, W) of {least}"
                 f"{self.patch} x {self.patch} pixels, as uint8 or as floats from 0 to 1."
             )
         if x.is_floating_point() and x.numel() and x.max() > 2:  # interpolation may overshoot 1, and no more
             raise DataError(
                 f"The encoder got pixels of up to {x.max().item():g}; give floats from 0 to 1, or uint8: .to(torch.uint8)."
             )
+
+    def sizes(self, shortest: int, hop: int) -> list[tuple[int, ...]]:
+        side, stride = self.picture, 0 if self.whole else self.stride
+        odd = 0 if self.whole else 1
+        return [
+            (2, self.channels, side, side),
+            (1, self.channels, side + stride, side),
+            (3, self.channels, side, side + 2 * stride + odd),
+        ]
 
 
 def _described(x: torch.Tensor) -> str:

@@ -8,16 +8,15 @@ from tempfile import TemporaryDirectory
 from layerwise.encoder.agreement import largest_difference
 from layerwise.encoder.card import Exported, model_card
 from layerwise.encoder.formats import FORMATS, without_places
-from layerwise.encoder.load import entry_of, load_stages
+from layerwise.encoder.load import Given, entry_of, load_stages
 from layerwise.encoder.model import Encoder
 from layerwise.errors import ExportError
 from layerwise.files import write_atomically
-from layerwise.nets.network import Network
 from layerwise.run_directory import open_run
 
 
 def export(
-    run_directory: str | Path, folder: str | Path, format: str = "safetensors", *, network: Network | None = None
+    run_directory: str | Path, folder: str | Path, format: str = "safetensors", *, network: Given = None
 ) -> Exported:
     """Writes the encoder of a finished run and its model card into a new folder.
 

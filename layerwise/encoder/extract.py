@@ -11,13 +11,12 @@ from layerwise.cache.features import FeatureFile, MeanFile
 from layerwise.config import Config, with_options
 from layerwise.data.open import open_input
 from layerwise.data.source import DataSet, Skipped
-from layerwise.encoder.load import entry_of, load_stages
+from layerwise.encoder.load import Given, entry_of, load_stages
 from layerwise.encoder.model import Encoder
 from layerwise.encoder.passing import pass_through
 from layerwise.errors import BudgetError, DataError
 from layerwise.memory.allocator import meter_for
 from layerwise.memory.device import cap, find_device, release, why_out_of_memory
-from layerwise.nets.network import Network
 from layerwise.stop import StopFlag
 from layerwise.training.caching import SHORTEST
 from layerwise.training.frozen import FrozenStage
@@ -47,7 +46,7 @@ def extract(
     mean: bool = False,
     gpu_mem: str | int | None = None,
     device: str | None = None,
-    network: Network | None = None,
+    network: Given = None,
     stop: StopFlag | None = None,
     notify: Callable[[str], None] = lambda line: None,
 ) -> Extracted:
@@ -63,10 +62,13 @@ def extract(
     asked = {"memory.gpu_mem": gpu_mem, "training.device": device}
     config = with_options(origin.config, {key: value for key, value in asked.items() if value is not None})
     encoder = Encoder(entry_of(origin), [each.module for each in stages])
-    data = open_input(str(source), config, origin.level, encoder.shortest)
+    shape = tuple(origin.frame_shape)
+    data = open_input(str(source), config, origin.takes, shape, origin.level, encoder.shortest)
     dtype = np.dtype(np.float16 if stages[-1].handing.dtype == "float16" else np.float32)
     with torch.no_grad():
-        *_, outputs = encoder.frames_of_stages(torch.zeros(1, encoder.shortest, *data.frame_shape))
+        *_, outputs = encoder.frames_of_stages(
+            torch.zeros(1, int(encoder.entry.frames_of(encoder.shortest)), *data.frame_shape)
+        )
     kind = MeanFile if mean else FeatureFile
     with kind(output, tuple(outputs.shape[2:]), dtype, len(stages)) as file:
         kept, skipped, peak = _fill(file, stages, data, config, stop, notify)
@@ -87,7 +89,7 @@ def _fill(
     """Numbers of the samples whose features are in the file, what could not be read, and bytes on the device."""
     device, budget = find_device(config.training.device), config.memory.gpu_mem
     cap(device, budget)
-    per_sample = config.data.window if data.columns == 1 else int(data.lengths[0])
+    per_sample = config.data.window if config.data.frames == "steps" else int(data.lengths[0])
     piece = max(config.training.batch_size * per_sample // 2, 1)  # half a training batch, as in the caching pass
     kept: list[int] = []
     skipped: list[Skipped] = []

@@ -9,12 +9,11 @@ import torch
 
 from layerwise.config import Config, options, with_options
 from layerwise.encoder.agreement import Computes, inputs_of_the_run
-from layerwise.encoder.load import load
+from layerwise.encoder.load import Given, load
 from layerwise.encoder.model import Encoder
 from layerwise.encoder.program import record
 from layerwise.errors import ExportError
 from layerwise.files import write_atomically
-from layerwise.nets.network import Network
 from layerwise.training.checkpoint import to_host
 from layerwise.training.encoder import Origin, save_encoder
 
@@ -31,21 +30,21 @@ class Written:
     """Sizes of the input that cannot be changed."""
 
 
-def write_safetensors(encoder: Encoder, origin: Origin, network: Network | None, folder: Path) -> Written:
+def write_safetensors(encoder: Encoder, origin: Origin, network: Given, folder: Path) -> Written:
     """encoder.safetensors and config.toml, for layerwise.load."""
     write_atomically(folder / "config.toml", origin.config.to_toml().encode())
     save_encoder(folder / "encoder.safetensors", to_host(encoder.state_dict()), origin)
     return Written(load(folder, network=network), inputs_of_the_run(encoder, origin))
 
 
-def write_pt2(encoder: Encoder, origin: Origin, network: Network | None, folder: Path) -> Written:
+def write_pt2(encoder: Encoder, origin: Origin, network: Given, folder: Path) -> Written:
     """encoder.pt2, a program for torch.export.load."""
     program, path = record(encoder, origin), folder / "encoder.pt2"
     torch.export.save(program.exported, path)
     return Written(torch.export.load(path).module(), program.inputs, program.fixed)
 
 
-def write_onnx(encoder: Encoder, origin: Origin, network: Network | None, folder: Path) -> Written:
+def write_onnx(encoder: Encoder, origin: Origin, network: Given, folder: Path) -> Written:
     """encoder.onnx, a graph for any ONNX runtime. Raises ExportError where packages are missing."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
@@ -66,7 +65,7 @@ def _onnx_session(path: Path, takes: str) -> Computes:
     return lambda x: torch.from_numpy(session.run(None, {takes: x.numpy()})[0])
 
 
-FORMATS: dict[str, Callable[[Encoder, Origin, Network | None, Path], Written]] = {
+FORMATS: dict[str, Callable[[Encoder, Origin, Given, Path], Written]] = {
     "safetensors": write_safetensors,
     "pt2": write_pt2,
     "onnx": write_onnx,

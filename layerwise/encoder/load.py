@@ -2,19 +2,25 @@
 
 from pathlib import Path
 
-from layerwise.encoder.entry import Entry, Pictures, Waveforms
+from torch import nn
+
+from layerwise.encoder.entry import Entry, Pictures, Steps, Waveforms, Whole
 from layerwise.encoder.model import Encoder
 from layerwise.errors import ConfigError, RunError
 from layerwise.nets import build_network
 from layerwise.nets.module import Module
 from layerwise.nets.network import Network, ranges
+from layerwise.nets.traced import traced_network
 from layerwise.run_directory import RunPaths, RunState
 from layerwise.training.checkpoint import Arrays, load_weights
 from layerwise.training.encoder import Origin, load_encoder
 from layerwise.training.frozen import FrozenStage
 
+Given = Network | nn.Module | None
+"""A network that the run was given as an object."""
 
-def load(place: str | Path, *, stage: int | None = None, network: Network | None = None) -> Encoder:
+
+def load(place: str | Path, *, stage: int | None = None, network: Given = None) -> Encoder:
     """The trained encoder of a finished run, on the CPU and in eval mode.
 
     place: a run directory, a folder made by `export` as safetensors, or an encoder.safetensors. stage: the last stage to
@@ -25,7 +31,7 @@ def load(place: str | Path, *, stage: int | None = None, network: Network | None
     return Encoder(entry_of(origin), [each.module for each in stages]).eval()
 
 
-def load_stages(place: Path, stage: int | None, network: Network | None) -> tuple[Origin, list[FrozenStage]]:
+def load_stages(place: Path, stage: int | None, network: Given) -> tuple[Origin, list[FrozenStage]]:
     """Stages 1 to `stage`, each by itself; see `load`."""
     path = _encoder_file(place)
     weights, origin = load_encoder(path)
@@ -45,8 +51,12 @@ def load_stages(place: Path, stage: int | None, network: Network | None) -> tupl
 
 def entry_of(origin: Origin) -> Entry:
     """The way into the encoder."""
-    data = origin.config.data
-    return Waveforms(data, origin.level) if origin.config.net.name == "speech" else Pictures(data)
+    data, frame_shape = origin.config.data, tuple(origin.frame_shape)
+    if origin.takes == "pictures":
+        return Pictures(data)
+    if origin.takes == "waveforms":
+        return Waveforms(data, origin.level, frame_shape)
+    return Whole(origin.level, frame_shape) if data.frames == "whole" else Steps(data, origin.level, frame_shape)
 
 
 def _encoder_file(place: Path) -> Path:
@@ -66,14 +76,17 @@ def _encoder_file(place: Path) -> Path:
     raise RunError(f"{place} has no encoder yet{why}; go on with the run first.")
 
 
-def _network(origin: Origin, given: Network | None, path: Path) -> Network:
+def _network(origin: Origin, given: Given, path: Path) -> Network:
     """The network that the weights belong to."""
-    if origin.network and given is None:
+    if isinstance(given, nn.Module):
+        given = traced_network(given, tuple(origin.frame_shape))
+    named = ":" in origin.config.net.name
+    if origin.network and given is None and not named:
         raise ConfigError(
             f"{path} belongs to a network of the user's own, which no option names; give it as network= in Python."
         )
-    network = given or build_network(origin.config.net, entry_of(origin).frame_shape)
-    if network.identity != origin.network:
+    network = given or build_network(origin.config.net, tuple(origin.frame_shape), origin.config.training.seed)
+    if network.structure != origin.network:
         raise ConfigError(f"The network given is not the one that {path} was trained with; give that one, as it was.")
     if sum(origin.cut) != len(network.layers):
         raise RunError(

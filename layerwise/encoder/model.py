@@ -23,15 +23,16 @@ class Encoder(nn.Module):
         self.entry = entry
         self.layers = nn.ModuleDict({name: layer for module in modules for name, layer in module.layers.items()})
         self.shortest = next(length for length in count(1) if self.out_length(length) >= 1)
-        """Fewest samples of a waveform, or patches, that give a frame of features."""
+        """Fewest samples of a waveform, steps of a sequence, or patches, that give a frame of features."""
         self._stage_ends = np.cumsum([len(module.layers) for module in modules]).tolist()
 
     def forward(self, x: torch.Tensor, lengths: Any = None) -> torch.Tensor:
         """The features of the last stage: (B, L, C), one vector per frame.
 
-        x: waveforms (B, samples) of floats from -1 to 1 at the run's sample rate, or pictures (B, C, H, W), uint8 or from
-        0 to 1. lengths: int [B], samples of each waveform in a padded batch; its features are then those that it has
-        alone, and zero from `out_length` on. Raises DataError where x or lengths do not fit.
+        x: waveforms (B, samples) of floats from -1 to 1 at the run's sample rate; pictures (B, C, H, W), uint8 or from 0 to 1;
+        or arrays as the run read them, (B, steps, C, ...) or whole samples (B, C, ...). lengths: int [B], steps of each
+        sequence in a padded batch; its features are then those that it has alone, and zero from `out_length` on. Raises
+        DataError where x or lengths do not fit.
         """
         for frames in self._passed(x, lengths):
             features = frames
@@ -42,15 +43,16 @@ class Encoder(nn.Module):
         return list(self._passed(x, lengths))
 
     def out_length(self, length: Any) -> Any:
-        """Frames of features that come of so many samples of a waveform, or patches (an int or an int64 array)."""
+        """Frames of features that come of so many samples of a waveform, steps, or patches (an int or an int64 array)."""
+        length = self.entry.frames_of(length)
         for layer in self.layers.values():
             length = layer.out_length(length)
         return length
 
     @property
     def geometry(self) -> Geometry:
-        """Where the frames of features lie: frame t is centred on sample hop * t + offset of the waveform."""
-        geometry = Geometry()
+        """Where the frames of features lie: frame t is centred on sample hop * t + offset of the waveform, or on that step."""
+        geometry = self.entry.geometry
         for layer in self.layers.values():
             geometry = geometry.after(layer)
         return geometry
@@ -64,13 +66,15 @@ class Encoder(nn.Module):
 
     def _passed(self, x: torch.Tensor, lengths: Any) -> Iterator[torch.Tensor]:
         self.entry.check(x)
-        if self.entry.takes == "waveforms" and x.shape[1] < self.shortest:
-            raise DataError(f"Waveforms of {x.shape[1]} samples are too short; the encoder needs {self.shortest}.")
+        if self.entry.ragged and x.shape[1] < self.shortest:
+            what = "Waveforms" if self.entry.takes == "waveforms" else "Sequences"
+            raise DataError(f"{what} of {x.shape[1]} samples are too short; the encoder needs {self.shortest}.")
         if lengths is None:
             return self.frames_of_stages(self.entry(x))
         return self._padded(x, self._checked(lengths, x))
 
     def _padded(self, x: torch.Tensor, lengths: np.ndarray) -> Iterator[torch.Tensor]:
+        lengths = self.entry.frames_of(lengths)
         frames = mask_padding(self.entry(x), lengths)
         for number, layer in enumerate(self.layers.values(), start=1):
             lengths = layer.out_length(lengths)
@@ -80,13 +84,13 @@ class Encoder(nn.Module):
 
     def _checked(self, lengths: Any, x: torch.Tensor) -> np.ndarray:
         """Lengths as int64 [B]."""
-        if self.entry.takes != "waveforms":
+        if not self.entry.ragged:
             raise DataError("Pictures of a batch have one size, so lengths mean nothing for them; leave them out.")
         lengths = np.asarray(lengths.cpu() if isinstance(lengths, torch.Tensor) else lengths)
         whole = np.issubdtype(lengths.dtype, np.integer)
         if not whole or lengths.shape != (len(x),) or lengths.min() < self.shortest or lengths.max() > x.shape[1]:
             raise DataError(
-                f"lengths {lengths.tolist()} do not fit; give a whole number for each of the {len(x)} waveforms, from the "
-                f"{self.shortest} samples that the encoder needs to the {x.shape[1]} of the batch."
+                f"lengths {lengths.tolist()} do not fit; give a whole number for each of the {len(x)} {self.entry.takes}, from "
+                f"the {self.shortest} samples that the encoder needs to the {x.shape[1]} of the batch."
             )
         return lengths.astype(np.int64)

@@ -30,9 +30,10 @@ class Program:
 
 def record(encoder: Encoder, origin: Origin) -> Program:
     """The program with as few sizes fixed as can be. Raises ExportError where torch.export cannot record it at all."""
-    sizes = tuple(range(1 if encoder.entry.takes == "waveforms" else 2, inputs_of_the_run(encoder, origin)[0].dim()))
+    tried = inputs_of_the_run(encoder, origin)
+    sizes = tuple(axis for axis in range(1, tried[0].dim()) if len({x.shape[axis] for x in tried}) > 1)
     plain, reason = _Plain(encoder), ""
-    for may_vary in ((0, *sizes), (0,), ()):
+    for may_vary in dict.fromkeys(((0, *sizes), (0,), ())):
         inputs = inputs_of_the_run(encoder, origin, may_vary)
         try:
             with torch.no_grad():
@@ -58,10 +59,11 @@ def _forget_places(exported: ExportedProgram) -> None:
 
 
 def _fixed(encoder: Encoder, example: torch.Tensor, may_vary: tuple[int, ...]) -> str:
-    if len(may_vary) > 1:
+    if len(may_vary) > 1 or (may_vary and not encoder.entry.ragged and encoder.entry.takes != "pictures"):
         return ""
     size = " x ".join(map(str, example.shape[1:]))
-    of_one = f"{size} samples of each waveform" if encoder.entry.takes == "waveforms" else f"{size} for each picture"
+    what = {"waveforms": "samples of each waveform", "pictures": "for each picture"}
+    of_one = f"{size} {what.get(encoder.entry.takes, 'values for each sample')}"
     return of_one if may_vary else f"{of_one}, {len(example)} in each batch"
 
 

@@ -122,7 +122,7 @@ def reopen(out: Path, device: str | None = None) -> OpenedRun:
     if device is not None:
         config = with_options(config, {"training.device": device})
     main = RunState.load(out / "run.json")
-    if main.network:
+    if main.network and ":" not in config.net.name:
         raise RunError(
             f"The network of {out} was given as an object, which only its own process knows; leave --devices and --engine out."
         )

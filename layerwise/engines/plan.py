@@ -9,6 +9,7 @@ from layerwise.cache.stored import STORED
 from layerwise.config import Config
 from layerwise.data.batches import READ_AHEAD
 from layerwise.data.open import open_data
+from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError
 from layerwise.forecast import Forecast, StageForecast
 from layerwise.memory.device import context_bytes, find_device
@@ -38,12 +39,15 @@ from layerwise.training.storage import (
 )
 
 
-def plan(config: Config, *, network: Network | None = None) -> Forecast:
-    """Predicts a run without running anything. Raises LayerwiseErrors where it could not even be begun."""
+def plan(config: Config, *, network: Network | None = None, data: DataSet | None = None) -> Forecast:
+    """Predicts a run without running anything. network, data: as in `run`.
+
+    Raises LayerwiseErrors where it could not even be begun.
+    """
     if config.training.schedule == "simultaneous":
         raise ConfigError("plan predicts one stage at a time; leave training.schedule simultaneous out.")
     device = find_device(config.training.device)
-    data = open_data(config.data, shortest_sample(config))
+    data = data or open_data(config.data, shortest_sample(config))
     plans = plan_run(config, data, device, network)
     folder = RunPaths.of(config.out, config.cache.dir).caches
     storage = plan_storage(config, plans, data, free_for_caches(folder))

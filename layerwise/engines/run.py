@@ -6,10 +6,11 @@ Starting a run and resuming it are the same call. What is done is read from the 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from layerwise.config import Config
+from layerwise.config import OWN, Config
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.engines import dask, in_process, processes, shared
@@ -28,6 +29,7 @@ from layerwise.run_directory import RunPaths, RunState
 from layerwise.stop import StopFlag
 from layerwise.tracking.following import Following, find_service, open_service
 from layerwise.training.cutting import plan_run
+from layerwise.training.optimizer import Optimization
 from layerwise.training.plan import StagePlan
 from layerwise.training.planner import StageLayout
 from layerwise.training.resume import check_from_stage, decided, earlier_records, intended
@@ -58,6 +60,7 @@ def run(
     network: Network | None = None,
     cut: Sequence[int] | None = None,
     data: DataSet | None = None,
+    optimization: Optimization | None = None,
     stop: StopFlag | None = None,
     notify: Notify = silent,
     ranks: Ranks = ALONE,
@@ -66,7 +69,8 @@ def run(
 
     from_stage: retrain this stage and those above it from the cache below. overwrite: delete the run in `config.out`
     first. network: in place of the one that the options name. cut: layers in each stage, in place of what the options say
-    of it. data: what the options name, where it is open already. stop: a flag that ends the run after the step in hand.
+    of it. data: what the options name, where it is open already. optimization: in place of Adam. stop: a flag that ends the
+    run after the step in hand.
     notify: is told what happens. ranks: the processes that torchrun has started, see `engines.joining.joined`; in all but the
     first, the call follows what the first one does.
     Raises Interrupted after saving when asked to stop, and other LayerwiseErrors where the request cannot be met.
@@ -74,8 +78,8 @@ def run(
     stop = stop or StopFlag()
     if not ranks.first:
         return _result(shared.follow(ranks, stop))
-    how = {"from_stage": from_stage, "overwrite": overwrite, "network": network, "cut": cut, "data": data}
-    with begun(config, stop=stop, notify=notify, ranks=ranks, **how) as work:
+    begin = partial(begun, config, from_stage=from_stage, overwrite=overwrite, network=network, cut=cut, data=data)
+    with begin(optimization=optimization, stop=stop, notify=notify, ranks=ranks) as work:
         _execute(work.tasks, work.run, stop, work.told)
         work.run.finish()
         return _result(work.run)
@@ -107,20 +111,29 @@ def begun(
     data: DataSet | None,
     stop: StopFlag,
     notify: Notify,
+    optimization: Optimization | None = None,
     ranks: Ranks = ALONE,
 ) -> Iterator[Work]:
     """Holds a run while its tasks are performed, or handed in. Parameters and errors as those of `run`."""
     share_one_heap()
     service = find_service(config.training.log)
-    if network is not None and (config.engine.devices or config.engine.name != "local"):
+    objects = {
+        "network": network is not None,
+        "data set": config.data.source == OWN,
+        "optimizer": optimization is not None,
+    }
+    given = next((name for name, is_given in objects.items() if is_given), None)
+    if given and (config.engine.devices or config.engine.name != "local" or ranks.count > 1):
         raise ConfigError(
-            "The network was given as an object, which other processes cannot know; leave --devices and --engine out."
+            f"The {given} was given as an object, which other processes cannot know; leave devices and engine out, or name a "
+            "function that makes it, as in --net and --data package.module:function."
         )
     device = device_of(config.engine.devices[0] if config.engine.devices else config.training.device, ranks)
     paths, rounds = RunPaths.of(config.out, config.cache.dir), config.training.rounds
     data = data or open_data(config.data, shortest_sample(config))
     planned_for = _content(paths.state)
     plans = plan_run(config, data, device, network, cut or (None if overwrite else _earlier_cut(paths, config)))
+    plans = [replace(plan, optimization=optimization) for plan in plans]
     check_shareable(plans, ranks)
     split = split_samples(data, config)
     furthest = paths.furthest_round(rounds)

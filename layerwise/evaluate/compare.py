@@ -225,7 +225,8 @@ def _outcome(
     out = _folder(Path(config.out), method, seed)
     caches = Path(config.cache.dir) / Path(config.out).resolve().name / method
     options = config_of(method, seed, config, compared.label, str(out), str(caches))
-    plans = plan_stages(options, data, build_network(options.net, data.frame_shape), ranges(compared.cut))
+    network = build_network(options.net, data.frame_shape, options.training.seed)
+    plans = plan_stages(options, data, network, ranges(compared.cut))
     question = ask(compared.label, data, options)
     if method == UNTRAINED:
         stages = untrained_stages(plans, [Handing.of(options)] * len(plans), seed)

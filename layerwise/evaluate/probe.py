@@ -21,7 +21,7 @@ from layerwise.evaluate.feature_rows import FeatureRows
 from layerwise.evaluate.features import cached_features
 from layerwise.evaluate.question import Question, ask, truth
 from layerwise.files import write_atomically
-from layerwise.nets import build_network, shortest_sample
+from layerwise.nets import Network, build_network, shortest_sample
 from layerwise.nets.network import ranges
 from layerwise.run_directory import RunPaths, RunState, open_run
 from layerwise.stop import StopFlag
@@ -60,28 +60,33 @@ def probe(
     label: str,
     *,
     classifier: str = "linear",
+    network: Network | None = None,
+    data: DataSet | None = None,
     stop: StopFlag | None = None,
     notify: Callable[[str], None] = lambda line: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> ProbeResult:
     """Fits a classifier for `label` on each finished stage; also written to probes/LABEL.json, or LABEL-knn.json.
 
-    classifier: linear, or knn (nearest neighbours). notify: is told what it is at; warn: which caches cannot be used; their
-    stages are passed through anew. Raises RunError where no stage is done, DataError where the label does not exist or has
-    one value only.
+    classifier: linear, or knn (nearest neighbours). network, data: those that the run was given as objects. notify: is told
+    what it is at; warn: which caches cannot be used; their stages are passed through anew. Raises RunError where no stage is
+    done, DataError where the label does not exist or has one value only.
     """
     stop, run_directory = stop or StopFlag(), Path(run_directory)
     if classifier not in CLASSIFIERS:
         raise ConfigError(f"There is no probe {classifier!r}; there are {', '.join(CLASSIFIERS)}.")
     paths, state = open_run(run_directory)
-    if state.network:
-        raise RunError(f"{run_directory} was trained with a network of its own, which probes cannot build again yet.")
     done = [record.stage for record in state.stages if record.status == "done"]
     if not done:
         raise RunError(f"No stage of {run_directory} is done yet; go on with the run first.")
     config = load(paths.config)
-    data = _data_of_the_run(config, state)
-    plans = plan_stages(config, data, build_network(config.net, data.frame_shape), ranges(state.cut))[: max(done)]
+    data = _data_of_the_run(config, state, data)
+    network = network or build_network(config.net, data.frame_shape, config.training.seed)
+    if network.identity != state.network:
+        raise RunError(
+            f"The network given is not the one that {run_directory} was trained with; give that one, as it was."
+        )
+    plans = plan_stages(config, data, network, ranges(state.cut))[: max(done)]
     question = ask(label, data, config)
     handings = [Handing.of(load(paths.stage_config(plan.stage))) for plan in plans]
 
@@ -110,8 +115,8 @@ def probe(
     return result
 
 
-def _data_of_the_run(config: Config, state: RunState) -> DataSet:
-    data = open_data(config.data, shortest_sample(config))
+def _data_of_the_run(config: Config, state: RunState, given: DataSet | None) -> DataSet:
+    data = given or open_data(config.data, shortest_sample(config))
     if data.identity != state.data_identity:
         raise DataError(
             f"The data at {config.data.source} are not those of the run any more; the comparison with random weights "

@@ -1,25 +1,41 @@
 """Networks and how they are cut into gradient-isolated modules."""
 
-from layerwise.config import Config, NetOptions
+from layerwise.config import OWN, Config, NetOptions
+from layerwise.errors import ConfigError
+from layerwise.nets.named import named_network
 from layerwise.nets.network import Network
 from layerwise.nets.speech import shortest_input, speech_network
 from layerwise.nets.vision import vision_network
 
 
-def build_network(net: NetOptions, frame_shape: tuple[int, ...]) -> Network:
-    """The network named by the options, for input frames of this shape (channels first)."""
-    make = {"speech": speech_network, "vision": vision_network}[net.name]
-    return make(net, frame_shape[0])
+def build_network(net: NetOptions, frame_shape: tuple[int, ...], seed: int = 0) -> Network:
+    """The network named by the options, for input frames of this shape (channels first).
+
+    seed: of the first weights of a network that brings them along. Raises ConfigError.
+    """
+    if net.name in PAPER:
+        return PAPER[net.name](net, frame_shape[0])
+    if net.name == OWN:
+        raise ConfigError("The network of this run was given as an object, in Python; give it again, as network=.")
+    return named_network(net.name, frame_shape, seed)
+
+
+PAPER = {"speech": speech_network, "vision": vision_network}
+"""Networks of Löwe et al. 2019, whose layers are options; all others are applied to each frame by itself."""
 
 
 def rows_needed(config: Config) -> int:
-    """Rows of output that give a contrastive objective at least one pair of context and target.
+    """Rows of output that give the objective something to score.
 
-    Asked of every objective, so that all of them train on the same samples and can be compared.
+    The same for all objectives over rows, so that they train on the same samples and can be compared.
     """
-    return config.objective.skip + 2
+    return 1 if config.data.frames == "whole" else config.objective.skip + 2
 
 
 def shortest_sample(config: Config) -> int:
-    """Fewest frames of a sample that give the objective something to score at the last stage."""
-    return shortest_input(config.net, rows_needed(config)) if config.net.name == "speech" else 1
+    """Fewest steps of a sample that give the objective something to score at the last stage."""
+    if config.data.frames != "steps":
+        return 1
+    rows, data = rows_needed(config), config.data
+    frames = shortest_input(config.net, rows) if config.net.name == "speech" else rows
+    return (frames - 1) * (data.frame_step or data.frame_length) + data.frame_length

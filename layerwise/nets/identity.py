@@ -1,7 +1,7 @@
 """A hash of everything that a traced network computes with: operations, settings of its parts, and tensors."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from enum import Enum
 from functools import partial
 from itertools import chain
@@ -12,7 +12,17 @@ from torch import fx, nn
 
 
 def identity(units: Iterable[fx.GraphModule]) -> str:
-    """SHA-256; the same in every process."""
+    """SHA-256 of operations, settings and the values of all tensors; the same in every process."""
+    return _digest(units, frozenset())
+
+
+def structure(units: Iterable[fx.GraphModule]) -> str:
+    """The same without the values of weights, which a trained encoder brings along."""
+    units = list(units)
+    return _digest(units, {name for unit in units for name in unit.state_dict()})
+
+
+def _digest(units: Iterable[fx.GraphModule], without_values: Set[str]) -> str:
     total = hashlib.sha256()
     for unit in units:
         total.update(unit.code.encode())
@@ -20,7 +30,8 @@ def identity(units: Iterable[fx.GraphModule]) -> str:
             total.update(f"{name} {_named(type(part))} {_settings(part)}".encode())
         for name, tensor in _tensors(unit):
             total.update(name.encode())
-            total.update(_bytes(tensor))
+            plain = name.partition(" is ")[0]
+            total.update(_about(tensor) if plain in without_values else _about(tensor) + _values(tensor))
     return total.hexdigest()
 
 
@@ -38,7 +49,7 @@ def _written(value: Any) -> str:
     if isinstance(value, bool | int | float | complex | str | bytes | Enum | torch.dtype | None):
         return repr(value)
     if isinstance(value, torch.Tensor):
-        return hashlib.sha256(_bytes(value)).hexdigest()
+        return hashlib.sha256(_about(value) + _values(value)).hexdigest()
     if isinstance(value, tuple | list):
         return str([_written(entry) for entry in value])
     if isinstance(value, Mapping):
@@ -68,7 +79,9 @@ def _tensors(unit: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"{name} is {first.setdefault(id(tensor), name)}", tensor
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    about = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}"
-    values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return about.encode() + values.numpy().tobytes()
+def _about(tensor: torch.Tensor) -> bytes:
+    return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode()
+
+
+def _values(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -26,6 +26,8 @@ class Network:
     """Number of layers in each of the paper's modules; sums to len(layers)."""
     identity: str = ""
     """A hash of what it computes and of its first weights, where options do not say it."""
+    structure: str = ""
+    """The same without its weights."""
     why_no_finer: Callable[[], str] = str
     """A sentence on what forbids more layers, or nothing."""
 

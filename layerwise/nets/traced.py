@@ -1,12 +1,14 @@
 """A traced network as layers: each unit of it, applied to every frame."""
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import fx, nn
 
 from layerwise.nets.copying import copied
-from layerwise.nets.identity import identity
+from layerwise.nets.identity import identity, structure
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.nets.tracing import trace, why_uncut
@@ -24,6 +26,7 @@ def traced_network(model: nn.Module, frame_shape: tuple[int, ...]) -> Network:
         layers,
         natural_cut=(1,) * len(layers),
         identity=identity(units),
+        structure=structure(units),
         why_no_finer=partial(why_uncut, model, example),
     )
 
@@ -47,5 +50,17 @@ class FrameUnit(Layer):
         if frames.dim() == 3 and not self.first:
             # The unit may rely on the layout that the network itself would have given it, as .view() does.
             frames = frames.transpose(1, 2).contiguous()
-        y = self.unit(frames)
+        with _same_attention():
+            y = self.unit(frames)
         return (y.transpose(1, 2) if y.dim() == 3 else y).unflatten(0, x.shape[:2])
+
+
+@contextlib.contextmanager
+def _same_attention() -> Iterator[None]:
+    """Transformer layers in evaluation compute as in training: their other way has no rehearsal, and rounds differently."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -13,6 +13,7 @@ from layerwise.errors import ConfigError
 from layerwise.objectives.contrastive import Contrastive
 from layerwise.objectives.hinge import Hinge
 from layerwise.objectives.infonce import InfoNCE
+from layerwise.objectives.ntxent import NTXent
 from layerwise.objectives.protocol import Objective
 from layerwise.objectives.supervised import Supervised
 
@@ -49,18 +50,28 @@ def _contrastive(kind: type[Contrastive]) -> Build:
 _BUILD: dict[str, Build] = {
     "infonce": _contrastive(InfoNCE),
     "hinge": _contrastive(Hinge),
+    "ntxent": lambda options, scored: NTXent(scored.context_channels, options.projection, options.temperature),
     "supervised": lambda _, scored: Supervised(scored.context_channels, scored.classes),
 }
 
+_RENDERINGS: dict[str, int] = {"ntxent": 2}
 
-def register_objective(name: str, build: Build) -> None:
+
+def register_objective(name: str, build: Build, renderings: int = 1) -> None:
     """Makes an objective known under a name of --objective. `build` is called with the options and what is scored.
 
-    Raises ConfigError where the name is taken.
+    renderings: neighbouring windows of a batch that show the same sample, each in another view. Raises ConfigError where the
+    name is taken.
     """
     if name in _BUILD:
         raise ConfigError(f"There is an objective {name!r} already; give yours another name.")
     _BUILD[name] = build
+    _RENDERINGS[name] = renderings
+
+
+def renderings_compared(name: str) -> int:
+    """Neighbouring windows of a batch that show one sample in different views: 1 for most objectives."""
+    return _RENDERINGS.get(name, 1)
 
 
 def check_objective(name: str) -> None:

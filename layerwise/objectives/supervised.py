@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from layerwise.objectives.pooling import Pool, pooled, real_rows
 from layerwise.objectives.protocol import Score
 
 UNLABELLED = -1
@@ -19,16 +20,11 @@ UNLABELLED = -1
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """B samples of the batch, one after another, that are classified in one pass. Nothing about it is random."""
+    """Samples that are classified in one pass. Nothing about it is random."""
 
     rows: np.ndarray
-    """int64 [R], sorted: all real frames of these samples, numbered b * frames + t over the padded batch."""
-    frames: int
-    """Frames of the padded batch."""
-    first: int
-    """The first of the samples."""
-    lengths: np.ndarray
-    """float32 [B], real frames of each."""
+    """int64 [R], sorted: all real frames that are pooled."""
+    pool: Pool
     classes: np.ndarray
     """int64 [B]"""
     weights: np.ndarray
@@ -56,34 +52,22 @@ class Supervised(nn.Module):
             raise ValueError("the supervised objective needs the classes of the batch")
         labelled = classes != UNLABELLED
         weights = (labelled / max(labelled.sum(), 1)).astype(np.float32)
-        real = np.arange(frames) < lengths[:, None]
-        draws = []
-        for part in np.array_split(np.arange(len(lengths)), passes):
-            sample, frame = np.nonzero(real[part])
-            draws.append(
-                Draw(
-                    rows=(part[0] + sample) * frames + frame,
-                    frames=frames,
-                    first=int(part[0]),
-                    lengths=np.maximum(lengths[part], 1).astype(np.float32),
-                    classes=np.maximum(classes[part], 0),
-                    weights=weights[part],
-                )
+        parts = np.array_split(np.arange(len(lengths)), passes)
+        return [
+            Draw(
+                real_rows(lengths, frames, part),
+                Pool.of(lengths, frames, part),
+                np.maximum(classes[part], 0),
+                weights[part],
             )
-        return draws
+            for part in parts
+        ]
 
     def forward(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int) -> Score:
         """contexts (R, D) at the rows of the draw; computed in float32 at least. Targets and room are not needed."""
-        device, dtype = contexts.device, torch.promote_types(contexts.dtype, torch.float32)
-        sample = torch.as_tensor(draw.rows // draw.frames - draw.first, device=device)
-        total = torch.zeros(len(draw.lengths), contexts.shape[1], dtype=dtype, device=device)
-        mean = total.index_add(0, sample, contexts.to(dtype)) / _on(device, draw.lengths)[:, None]
-        logits = self.classifier(mean)
-        classes, weights = torch.as_tensor(draw.classes, device=device), _on(device, draw.weights)
+        device = contexts.device
+        logits = self.classifier(pooled(contexts, draw.rows, draw.pool))
+        classes, weights = (torch.as_tensor(each, device=device) for each in (draw.classes, draw.weights))
         loss = (weights * F.cross_entropy(logits, classes, reduction="none")).sum()
         hits = (weights * (logits.detach().argmax(1) == classes)).sum()
         return Score(loss, hits)
-
-
-def _on(device: torch.device, values: np.ndarray) -> torch.Tensor:
-    return torch.as_tensor(values, device=device)

@@ -73,7 +73,7 @@ def plan_run(
     times the time.) Where no number is held so, the largest number is taken that is held at all.
     Raises ConfigError where the network, the cut or the window do not fit the data.
     """
-    network = network or build_network(config.net, data.frame_shape)
+    network = network or build_network(config.net, data.frame_shape, config.training.seed)
     if config.training.schedule == "simultaneous":
         return [_all_at_once(config, data, network, sizes)]
     stages, natural = config.training.stages, plan_stages(config, data, network, network.natural_ranges)

@@ -30,10 +30,14 @@ class Origin:
     """How each of them hands its outputs on."""
     level: float
     """What recordings were divided by; 1 for pictures."""
+    takes: str
+    """What it is given: waveforms, pictures or arrays."""
+    frame_shape: list[int]
+    """Of its input, as the network reads it."""
     samples: int
     """In the data set."""
     network: str = ""
-    """Identity of a network that was given as an object; empty where the options name it."""
+    """Structure of a network that is none of the paper's; empty where options say all about it."""
     version: str = field(default=__version__)
     """Of the layerwise that trained it."""
 
@@ -47,7 +51,8 @@ def stitch(config: Config, paths: RunPaths, plans: list[StagePlan], data: DataSe
             handings.append(Handing(trained_with.training.precision, None))
         handings.append(Handing.of(trained_with))
         cut += [len(part.layers) for part in plan.parts or (plan,)]
-    origin = Origin(config, cut, handings, data.level, len(data.ids), plans[0].network.identity)
+    structure, shape = plans[0].network.structure, list(data.frame_shape)
+    origin = Origin(config, cut, handings, data.level, data.takes, shape, len(data.ids), structure)
     save_encoder(paths.encoder, load_stages(paths, [plan.stage for plan in plans]), origin)
 
 
@@ -70,8 +75,9 @@ def load_encoder(path: Path) -> tuple[Arrays, Origin]:
         ) from None
     try:
         origin = Origin(parsed(header["config"]), handings=handings, **described)
-        if not (all(isinstance(size, int) and size > 0 for size in origin.cut) and 0 < origin.level < math.inf):
-            raise ValueError("cut or level")
+        sizes = [*origin.cut, *origin.frame_shape]
+        if not (all(isinstance(size, int) and size > 0 for size in sizes) and 0 < origin.level < math.inf):
+            raise ValueError("cut, frame shape or level")
         if len(handings) != len(origin.cut):
             raise ValueError("handings")
     except (ValueError, KeyError, TypeError, ConfigError) as error:

@@ -8,7 +8,7 @@ before the predictors have stepped: the other ranks would wait for something els
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,7 +30,7 @@ from layerwise.memory.placement import Placement
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.objectives.protocol import Draw
 from layerwise.training.behaviour import behaviour
-from layerwise.training.optimizer import DeviceAdam, HostAdam, Optimizer
+from layerwise.training.optimizer import DeviceAdam, HostOptimizer, Optimizer, OwnOptimizer
 from layerwise.training.plan import StagePlan
 from layerwise.training.scaling import LossScale
 
@@ -64,8 +64,8 @@ class LoadedStage:
         self.behaviour = behaviour(plan)
         self.module = plan.build_module(config.training.seed, device)
         self.objective = plan.build_objective(config, device)
-        self.optimizer = self._adam(self.module, config.training)
-        self.predictor_optimizer = self._adam(self.objective, config.training)
+        self.optimizer = self._optimizer(self.module, config.training)
+        self.predictor_optimizer = self._optimizer(self.objective, config.training)
         self.shrunk = False
         """Whether a step ran out of memory, so that the placement is smaller than it was."""
         self.scale = LossScale.of(config.training.precision)
@@ -77,6 +77,11 @@ class LoadedStage:
         """Takes slices at least as small as an earlier start had to: with these it got where it stopped."""
         micro_batch, passes = min(micro_batch, self.placement.micro_batch), max(passes, self.placement.passes)
         self.placement, self.shrunk = replace(self.placement, micro_batch=micro_batch, passes=passes), True
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Sets the learning rates of an epoch, from 0."""
+        self.optimizer.begin_epoch(epoch)
+        self.predictor_optimizer.begin_epoch(epoch)
 
     def train(self, batch: Batch, randomness: Randomness) -> Total:
         """One optimizer step; leaves no gradients behind. Raises BudgetError where not even the smallest slices fit."""
@@ -254,10 +259,12 @@ class LoadedStage:
             f"{name}, stage {self.plan.stage}", batch.frames.shape[1], max(len(draw.rows) for draw in draws), padded
         )
 
-    def _adam(self, trained: nn.Module, options: TrainingOptions) -> Optimizer:
-        make = HostAdam if self.placement.optimizer_on_host else DeviceAdam
+    def _optimizer(self, trained: nn.Module, options: TrainingOptions) -> Optimizer:
+        own = self.plan.optimization
+        make: Callable[[Mapping[str, nn.Parameter]], Optimizer]
+        make = partial(OwnOptimizer, how=own) if own else partial(DeviceAdam, lr=options.lr, eps=options.adam_eps)
         parameters = {name: value for name, value in trained.named_parameters() if value.requires_grad}
-        return make(parameters, options.lr, options.adam_eps)
+        return HostOptimizer(parameters, make) if self.placement.optimizer_on_host else make(parameters)
 
     def _label(self) -> None:
         """Tells the meter what is what."""

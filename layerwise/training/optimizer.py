@@ -1,14 +1,18 @@
-"""Adam, with its state beside the parameters or in host memory. Both take the same steps.
+"""Adam, or an optimizer of the user's, with its state beside the parameters or in host memory. Both take the same steps.
 
-The fused form holds no temporary copies of the gradients.
+Adam's fused form holds no temporary copies of the gradients.
 """
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
+from layerwise.errors import ConfigError
 from layerwise.memory.meter import uncounted
 
 State = dict[str, torch.Tensor]
@@ -36,6 +40,10 @@ class Optimizer(Stepping, Protocol):
 
     def load(self, state: Mapping[str, State]) -> None:
         """Takes over a state: tensors on the host."""
+        ...
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Sets the learning rate of an epoch, from 0."""
         ...
 
 
@@ -70,35 +78,133 @@ class DeviceAdam:
     def on_device(self) -> Iterable[torch.Tensor]:
         return [tensor for state in self._adam.state.values() for tensor in state.values()]
 
+    def begin_epoch(self, epoch: int) -> None:
+        """The learning rate stays as it is."""
 
-class HostAdam:
+
+Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
+
+
+@dataclass(frozen=True, slots=True)
+class Optimization:
+    """An optimizer and a schedule of the user's, by the functions that make them anew for each stage."""
+
+    make: Make
+    schedule: Schedule | None
+    identity: str
+    """What it does: the kind, its settings, and the learning rate of each epoch."""
+
+    @classmethod
+    def of(cls, make: Make, schedule: Schedule | None, max_epochs: int) -> "Optimization":
+        """make: parameters to optimizer; schedule: optimizer to scheduler, stepped once an epoch.
+
+        Raises ConfigError where they do not make such.
+        """
+        try:
+            tried = make([nn.Parameter(torch.zeros(2, 2))])
+            scheduler = schedule(tried) if schedule else None
+        except Exception as error:
+            raise ConfigError(
+                f"The optimizer or its schedule cannot be made ({type(error).__name__}: {error})."
+            ) from error
+        if not isinstance(tried, torch.optim.Optimizer) or not isinstance(scheduler, LRScheduler | None):
+            raise ConfigError(
+                f"optimizer and schedule gave {type(tried).__name__} and {type(scheduler).__name__}; let them give a "
+                "torch.optim.Optimizer, and a scheduler of torch.optim.lr_scheduler that needs no metric."
+            )
+        rates = []
+        for _ in range(max_epochs if scheduler else 1):
+            rates.append([group["lr"] for group in tried.param_groups])
+            if scheduler:
+                _step_unwarned(scheduler)
+        kind = f"{type(tried).__module__}.{type(tried).__qualname__}"
+        return cls(make, schedule, f"{kind} {sorted(tried.defaults.items(), key=str)} {rates}")
+
+
+class OwnOptimizer:
+    """The user's, beside the parameters; its state is made at the first step."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], how: Optimization) -> None:
+        self._parameters = dict(parameters)
+        self._optimizer = how.make(list(self._parameters.values()))
+        self._scheduler = how.schedule(self._optimizer) if how.schedule else None
+
+    def step(self) -> None:
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, State]:
+        return {
+            name: {
+                key: torch.as_tensor(value)
+                for key, value in self._optimizer.state[parameter].items()
+                if value is not None
+            }
+            for name, parameter in self._parameters.items()
+            if parameter in self._optimizer.state
+        }
+
+    def load(self, state: Mapping[str, State]) -> None:
+        with torch.no_grad():
+            for name, tensors in state.items():
+                parameter = self._parameters[name]
+                for key, value in tensors.items():
+                    on_device = value.dim() > 0 or key != "step"
+                    self._optimizer.state[parameter][key] = (
+                        value.to(parameter.device, copy=True) if on_device else value.clone()
+                    )
+
+    def begin_epoch(self, epoch: int) -> None:
+        while self._scheduler is not None and self._scheduler.last_epoch < epoch:
+            _step_unwarned(self._scheduler)
+
+    def on_device(self) -> Iterable[torch.Tensor]:
+        values = (value for state in self._optimizer.state.values() for value in state.values())
+        return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+def _step_unwarned(scheduler: LRScheduler) -> None:
+    """A resume steps it before the optimizer, which torch warns of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scheduler.step()
+
+
+class HostOptimizer:
     """State and a second copy of the parameters in host memory; gradients go there, new values come back."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], lr: float, eps: float) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], make: Callable[[Mapping[str, nn.Parameter]], Optimizer]
+    ) -> None:
+        """make: the optimizer of the copies."""
         self._parameters = dict(parameters)
         with uncounted():
             copies = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
             self._copies = {name: nn.Parameter(copy) for name, copy in copies.items()}
-            self._adam = DeviceAdam(self._copies, lr, eps)
+            self._optimizer = make(self._copies)
 
     def step(self) -> None:
         with torch.no_grad(), uncounted():
             for name, parameter in self._parameters.items():
                 self._copies[name].grad = None if parameter.grad is None else parameter.grad.cpu()
                 parameter.grad = None
-            self._adam.step()
+            self._optimizer.step()
             for name, parameter in self._parameters.items():
                 parameter.copy_(self._copies[name])
 
     def state(self) -> dict[str, State]:
-        return self._adam.state()
+        return self._optimizer.state()
 
     def load(self, state: Mapping[str, State]) -> None:
         """The parameters must have their values already: the copies take them over."""
         with torch.no_grad(), uncounted():
-            self._adam.load(state)
+            self._optimizer.load(state)
             for name, parameter in self._parameters.items():
                 self._copies[name].copy_(parameter)
+
+    def begin_epoch(self, epoch: int) -> None:
+        self._optimizer.begin_epoch(epoch)
 
     def on_device(self) -> Iterable[torch.Tensor]:
         return []

@@ -12,12 +12,13 @@ from layerwise.config import Config
 from layerwise.data.batches import Window
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, DataError
-from layerwise.nets import Network, rows_needed
+from layerwise.nets import Network
 from layerwise.nets.first_weights import with_first_weights
 from layerwise.nets.module import Geometry, Module
 from layerwise.nets.speech import shortest_input
-from layerwise.objectives import Objective, Scored, build_objective, check_objective
+from layerwise.objectives import Objective, Scored, build_objective, check_objective, renderings_compared
 from layerwise.training.classes import count_classes
+from layerwise.training.optimizer import Optimization
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -39,6 +40,8 @@ class StagePlan:
     """Of the label that the objective learns; 0 where it learns none."""
     parameters: int
     """Of the module, without those of the objective."""
+    renderings: int
+    """Neighbouring windows of a batch that show one sample in different views."""
     window: Window
     """Of its input."""
     lengths: np.ndarray
@@ -49,6 +52,8 @@ class StagePlan:
     """Of its output."""
     parts: tuple["StagePlan", ...] = ()
     """Where the stage is several modules that are trained at once, each by its own objective: these."""
+    optimization: Optimization | None = None
+    """An optimizer of the user's in place of Adam."""
 
     def build_module(self, seed: int, device: torch.device) -> Module:
         """The module with its first weights, on the device."""
@@ -66,8 +71,10 @@ def plan_stages(config: Config, data: DataSet, network: Network, cut: Sequence[r
 
     Raises ConfigError where the network, the cut or the window do not fit the data.
     """
-    window = input_window(config, data.columns)
+    window = input_window(config, data)
     check_objective(config.objective.name)
+    renderings = renderings_compared(config.objective.name)
+    _check_renderings(config, data, renderings)
     classes = count_classes(config, data)
     frame_shape, lengths, geometry = data.frame_shape, data.lengths, Geometry()
     stages = []
@@ -91,6 +98,7 @@ def plan_stages(config: Config, data: DataSet, network: Network, cut: Sequence[r
                 output_shape=tuple(outputs.shape[2:]),
                 classes=classes,
                 parameters=sum(parameter.numel() for parameter in module.parameters()),
+                renderings=renderings,
                 window=window,
                 lengths=lengths,
                 output_lengths=output_lengths,
@@ -103,25 +111,53 @@ def plan_stages(config: Config, data: DataSet, network: Network, cut: Sequence[r
     return stages
 
 
-def input_window(config: Config, columns: int) -> Window:
-    """The window that stage 1 reads: samples of a recording, or a sub-grid of the patches of a picture.
+def input_window(config: Config, data: DataSet) -> Window:
+    """The window that stage 1 reads: steps of a sequence, a sub-grid of the patches of a picture, or a whole sample.
 
-    columns: patches per row of the whole picture; 1 for sequences. Raises ConfigError.
+    Raises ConfigError.
     """
-    if config.net.name == "speech":
-        if columns != 1:
-            raise ConfigError("--net speech trains on recordings; for pictures give --net vision.")
+    _check_net(config, data)
+    if config.data.frames == "whole":
+        return Window(1, 1)
+    if config.data.frames == "steps":
         return Window(config.data.window, 1)
-    if columns == 1:
-        raise ConfigError("--net vision trains on pictures; for recordings give --net speech.")
-    data = config.data
-    side = (data.crop - data.patch) // data.patch_stride + 1
-    if data.crop < data.patch or (data.crop - data.patch) % data.patch_stride or side > columns:
+    options = config.data
+    side = (options.crop - options.patch) // options.patch_stride + 1
+    if options.crop < options.patch or (options.crop - options.patch) % options.patch_stride or side > data.columns:
         raise ConfigError(
-            f"data.crop {data.crop}: a crop must be the patch of {data.patch} pixels plus a multiple of "
-            f"data.patch_stride {data.patch_stride}, and at most the picture of {data.picture} pixels."
+            f"data.crop {options.crop}: a crop must be the patch of {options.patch} pixels plus a multiple of "
+            f"data.patch_stride {options.patch_stride}, and at most the picture of {options.picture} pixels."
         )
     return Window(side, side)
+
+
+def _check_net(config: Config, data: DataSet) -> None:
+    """Raises ConfigError where one of the paper's networks is to read what it was not made for."""
+    net, shape = config.net.name, " x ".join(map(str, data.frame_shape))
+    if net == "speech" and (data.columns != 1 or len(data.frame_shape) != 1):
+        raise ConfigError(
+            f"--net speech trains on recordings and other sequences of steps, and these frames are of {shape}; for pictures "
+            "give --net vision, for others a --net of your own."
+        )
+    if net == "vision" and (data.columns == 1 or len(data.frame_shape) != 3):
+        raise ConfigError(
+            f"--net vision trains on pictures in patches, and these frames are of {shape}; for recordings give --net speech, "
+            "for others a --net of your own."
+        )
+
+
+def _check_renderings(config: Config, data: DataSet, renderings: int) -> None:
+    name, size = config.objective.name, config.training.batch_size
+    if renderings > data.views:
+        raise ConfigError(
+            f"--objective {name} compares {renderings} views of a sample, and these data have {data.views}; give --views "
+            f"{max(renderings, 4)}."
+        )
+    if size % renderings or size < 2 * renderings > 2:
+        raise ConfigError(
+            f"--batch-size {size}: with --objective {name} {renderings} windows of a batch show one sample, so give a multiple "
+            f"of {renderings} from {2 * renderings} on."
+        )
 
 
 def _shapes(module: Module, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,14 +190,23 @@ def _check_lengths(stage: int, output_lengths: np.ndarray, data: DataSet) -> Non
 
 
 def _check_rows(config: Config, rows: int) -> None:
-    needed = rows_needed(config)
+    predicts = config.data.frames != "whole" or config.objective.name in ("infonce", "hinge")
+    needed = config.objective.skip + 2 if predicts else 1
     if rows < needed:
-        ways = (
-            f"data.window {config.data.window} is too small; give at least {shortest_input(config.net, needed)}"
-            if config.net.name == "speech"
-            else "data.crop is too small for the steps of the objective; give a larger one, or a smaller data.patch_stride"
+        ways = {
+            "steps": f"data.window {config.data.window} is too small; give at least {_shortest_window(config, needed)}",
+            "patches": "data.crop is too small for the steps of the objective; give a larger one, or a smaller "
+            "data.patch_stride",
+            "whole": f"--objective {config.objective.name} predicts frames from others, and --frames whole makes one of each "
+            "sample; give --objective ntxent, or other --frames",
+        }
+        raise ConfigError(
+            f"{ways[config.data.frames]}: the last stage sees {rows} rows of a window, and the objective needs {needed}."
         )
-        raise ConfigError(f"{ways}: the last stage sees {rows} rows of a window, and the objective needs {needed}.")
+
+
+def _shortest_window(config: Config, rows: int) -> int:
+    return shortest_input(config.net, rows) if config.net.name == "speech" else rows
 
 
 def _objective_seed(seed: int, stage: int) -> int:

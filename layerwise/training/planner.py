@@ -184,8 +184,15 @@ class _Rehearsal(LoadedStage):
         rows = _spread_out(most, min(in_slice, most), samples, frames, self.placement.micro_batch)
         return [replace(draw, rows=rows) for draw in draws[:REHEARSED_PASSES]]
 
-    def _adam(self, trained: nn.Module, options: TrainingOptions) -> Stepping:
-        return _Elsewhere(trained) if self.placement.optimizer_on_host else super()._adam(trained, options)
+    def _optimizer(self, trained: nn.Module, options: TrainingOptions) -> Stepping:
+        if self.placement.optimizer_on_host:
+            return _Elsewhere(trained)
+        optimizer = super()._optimizer(trained, options)
+        if self.plan.optimization:  # which makes its state at the first step: here as much is there as in all others
+            for parameter in filter(lambda parameter: parameter.requires_grad, trained.parameters()):
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+        return optimizer
 
     def _samples(self, batch: Batch) -> int:
         return min(len(batch.lengths), REHEARSED_SLICES * self.placement.micro_batch)

@@ -73,7 +73,14 @@ def _begin(
     records = [StageRecord(plan.stage) for plan in plans]
     cut = [len(plan.layers) for plan in plans]
     return RunState(
-        records, data.identity, config.memory.gpu_mem, str(device), str(paths.caches), cut, plans[0].network.identity
+        records,
+        data.identity,
+        config.memory.gpu_mem,
+        str(device),
+        str(paths.caches),
+        cut,
+        network=plans[0].network.identity,
+        optimization=_optimization(plans),
     )
 
 
@@ -123,12 +130,22 @@ def check_going_on(
             f"The network is not the one that {paths.out} was begun with; give that one, or start anew with --overwrite "
             "or another --out."
         )
+    if state.optimization != _optimization(plans):
+        raise RunError(
+            f"The optimizer or its schedule is not the one that {paths.out} was begun with; give that one, or start anew with "
+            "--overwrite or another --out."
+        )
     if from_stage is None or _is_in_hand(state, paths, config, from_stage):
         _check_training(state, paths, config)
         return
     unfinished = [record.stage for record in state.stages[: from_stage - 1] if record.status != "done"]
     if unfinished:
         raise RunError(f"--from-stage {from_stage}: stage {unfinished[0]} is not done yet; leave --from-stage out.")
+
+
+def _optimization(plans: list[StagePlan]) -> str:
+    own = plans[0].optimization
+    return own.identity if own else ""
 
 
 def delete_pending(state: RunState, paths: RunPaths) -> None:

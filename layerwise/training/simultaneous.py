@@ -47,6 +47,11 @@ class SimultaneousStages:
         for part in self._parts:
             part.scale = self.scale
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Sets the learning rates of an epoch, from 0."""
+        for part in self._parts:
+            part.begin_epoch(epoch)
+
     def train(self, batch: Batch, randomness: Randomness) -> Total:
         """One step of every module. Means over the modules."""
         return self._up(batch, randomness, LoadedStage.train)
@@ -100,6 +105,10 @@ class _Optimizers:
     def step(self) -> None:
         for _, optimizer in self._parts:
             optimizer.step()
+
+    def begin_epoch(self, epoch: int) -> None:
+        for _, optimizer in self._parts:
+            optimizer.begin_epoch(epoch)
 
     def on_device(self) -> Iterable[torch.Tensor]:
         return [tensor for _, optimizer in self._parts for tensor in optimizer.on_device()]

@@ -110,8 +110,9 @@ def train_stage(
 
     while not _finished(progress, epochs, options.patience):
         epoch_started = time.monotonic()
+        loaded.begin_epoch(progress.epoch)
         rng = stream(options.seed, "epoch", plan.stage, progress.epoch)
-        epoch = training_epoch(feed, train, plan.window, options.batch_size, rng)
+        epoch = training_epoch(feed, train, plan.window, options.batch_size, rng, plan.renderings)
         for step, batch in _batches(epoch, feed, classes, loaded, first=progress.step):
             key = (plan.stage, progress.epoch, step)
             if plan.stage > 1:
@@ -166,12 +167,12 @@ def evaluate(
     """
     stage = loaded.plan.stage
     windows = stream(options.seed, "held-out windows", stage)
-    epoch = held_out_epoch(feed, samples, loaded.plan.window, options.batch_size, windows)
+    epoch = held_out_epoch(feed, samples, loaded.plan.window, options.batch_size, windows, loaded.plan.renderings)
     loss = accuracy = 0.0
     for step, batch in _batches(epoch, feed, classes, loaded, first=0):
         score = loaded.evaluate(batch, Randomness(partial(stream, options.seed, "held-out negatives", stage, step)))
         poll()
-        share = len(batch.lengths) / len(samples)
+        share = len(batch.lengths) / len(epoch.samples)
         loss += share * score.loss.item()
         accuracy += share * score.accuracy.item()
     return loss, accuracy

@@ -90,7 +90,9 @@ class Run:
                 f"{self.paths.out} has lost the folder of its round {self.round - 1}; begin anew with --overwrite."
             )
         before = self.earlier.state.record(stage).fingerprint if self.earlier else None
-        return training_key(self.config, self.data.identity, below, before, stage, self.plans[stage - 1].layers)
+        plan = self.plans[stage - 1]
+        how = plan.optimization.identity if plan.optimization else None
+        return training_key(self.config, self.data.identity, below, before, stage, plan.layers, how)
 
     def trained_with(self, stage: int) -> Config:
         """The options of a trained stage; where `--from-stage` has changed some, those below keep theirs."""

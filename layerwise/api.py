@@ -1,0 +1,247 @@
+"""What a notebook or a script calls, in the words of the command line: networks and data may be objects here.
+
+Options are keywords named as the flags are, `gpu_mem="4GB"` for --gpu-mem 4GB; `options={"objective.negatives": 16}` reaches
+those without a flag, as --set does.
+"""
+
+import contextlib
+import difflib
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+
+from layerwise.config import OWN, Config, load, resolve
+from layerwise.config import options as all_options
+from layerwise.data.open import as_data
+from layerwise.data.source import DataSet, Skipped
+from layerwise.engines.plan import plan as plan_config
+from layerwise.engines.run import RunResult
+from layerwise.engines.run import run as run_config
+from layerwise.errors import ConfigError
+from layerwise.evaluate.probe import ProbeResult
+from layerwise.evaluate.probe import probe as probe_run
+from layerwise.events import EpochDone, Event, Notify, StageDone, silent
+from layerwise.forecast import Forecast
+from layerwise.nets.network import Network
+from layerwise.nets.traced import traced_network
+from layerwise.report.lines import LogFile, PlainLines
+from layerwise.report.live import LiveTable
+from layerwise.run_directory import RunPaths, open_run
+from layerwise.stop import StopFlag, stop_on_signals
+from layerwise.training.cutting import plan_run
+from layerwise.training.optimizer import Make, Optimization, Schedule
+
+Model = nn.Module | Network | str | Config | None
+"""A network: a module, one that `cut` has cut, the name that --net takes; or all options at once; None: the recipe's."""
+
+Data = Any
+"""A torch.utils.data.Dataset, an array or tensor [N, ...], a `DataSet`, the text that --data takes, or None: the demo."""
+
+
+def cut(model: nn.Module, example: torch.Tensor, stages: int | None = None) -> Network:
+    """The model as gradient-isolated stages, for frames like the example (N, *frame shape), channels first.
+
+    stages: how many, cut so that the largest takes the least memory at this N; default: as many as there can be. Nothing is
+    computed, and the model keeps its weights, from which training starts. Raises ConfigError, naming the operation, where the
+    model cannot be recorded or cut so.
+    """
+    network = traced_network(model, tuple(example.shape[1:]))
+    if stages is None:
+        return network
+    given = {"training.stages": stages, "training.batch_size": max(len(example) // 2 * 2, 4)}
+    config = resolve("whole", overrides={"data.source": OWN, "net.name": OWN, **given})
+    plans = plan_run(config, _Example(tuple(example.shape[1:])), torch.device("cpu"), network)
+    return replace(network, natural_cut=tuple(len(plan.layers) for plan in plans))
+
+
+def plan(model: Model = None, data: Data = None, *, options: Mapping[str, Any] | None = None, **flags: Any) -> Forecast:
+    """What a run would take on the device, on the disk and on the host; nothing is trained and nothing written.
+
+    Parameters as in `run`. Raises LayerwiseErrors where a run could not even be begun.
+    """
+    asked = _asked(model, data, options, flags)
+    return plan_config(asked.config, network=asked.network, data=asked.data)
+
+
+def run(
+    model: Model = None,
+    data: Data = None,
+    *,
+    optimizer: Make | None = None,
+    schedule: Schedule | None = None,
+    on_epoch: Callable[[EpochDone], None] | None = None,
+    on_stage: Callable[[StageDone], None] | None = None,
+    notify: Notify | None = None,
+    from_stage: int | None = None,
+    overwrite: bool = False,
+    stop: StopFlag | None = None,
+    options: Mapping[str, Any] | None = None,
+    **flags: Any,
+) -> RunResult:
+    """Trains every stage that is not done yet, each from the cache of the one below; the same call goes on where it stopped.
+
+    model: see `Model`; a module is applied to each frame, and its weights are where training starts. data: see `Data`.
+    optimizer: makes a torch optimizer of a stage's parameters, in place of Adam; schedule: makes a scheduler of that
+    optimizer, stepped once an epoch. on_epoch, on_stage: are told when one is over; notify: is told of everything, and then no
+    progress is shown. from_stage, overwrite: as the flags. stop: ends the run after the step in hand, when its reason is set.
+    options, flags: see the module, for example gpu_mem="4GB", out="runs/mine", stages=6, max_epochs=20, objective="ntxent".
+
+    Raises Interrupted after saving, where Ctrl-C or a signal asked for it, and other LayerwiseErrors where the request cannot
+    be met. It never ends the process.
+    """
+    asked = _asked(model, data, options, flags)
+    optimization = None
+    if optimizer is not None:
+        optimization = Optimization.of(optimizer, schedule, asked.config.training.max_epochs)
+    elif schedule is not None:
+        raise ConfigError("A schedule goes with an optimizer of your own: give optimizer= too.")
+    log = LogFile(RunPaths.of(asked.config.out, asked.config.cache.dir).log)
+    with _shown(notify) as show, _stoppable(stop) as flag:
+
+        def tell(event: Event) -> None:
+            show(event)
+            log(event)
+            if on_epoch is not None and isinstance(event, EpochDone):
+                on_epoch(event)
+            if on_stage is not None and isinstance(event, StageDone):
+                on_stage(event)
+
+        return run_config(
+            asked.config,
+            from_stage=from_stage,
+            overwrite=overwrite,
+            network=asked.network,
+            data=asked.data,
+            optimization=optimization,
+            stop=flag,
+            notify=tell,
+        )
+
+
+def probe(
+    run_directory: str | Path, label: str, *, model: Model = None, data: Data = None, classifier: str = "linear"
+) -> ProbeResult:
+    """How well a classifier on the frozen features of each stage tells a label, beside the same stage with random weights.
+
+    model, data: those of the run, where it was given objects. Also written to probes/LABEL.json. Raises LayerwiseErrors.
+    """
+    config = load(open_run(Path(run_directory))[0].config)
+    samples = None if data is None or isinstance(data, str) else as_data(data, config.data)
+    network = model if isinstance(model, Network) else None
+    if isinstance(model, nn.Module):
+        if samples is None:
+            raise ConfigError("A probe needs the data of the run beside its model: give data= too.")
+        network = traced_network(model, tuple(samples.frame_shape))
+    return probe_run(run_directory, label, classifier=classifier, network=network, data=samples)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request as the engines take it."""
+
+    config: Config
+    network: Network | None
+    data: DataSet | None
+
+
+def _asked(model: Model, data: Data, options: Mapping[str, Any] | None, flags: Mapping[str, Any]) -> _Asked:
+    if isinstance(model, Config):
+        if data is not None or options or flags:
+            raise ConfigError(
+                "A Config holds all options already: change it with layerwise.resolve, and give it alone."
+            )
+        return _Asked(model, None, None)
+    asked = dict(flags)
+    recipe, config_file = asked.pop("recipe", None), asked.pop("config", None)
+    overrides = {_key(name): value for name, value in asked.items() if value is not None} | dict(options or {})
+    if data is not None:
+        overrides["data.source"] = data if isinstance(data, str) else OWN
+    if model is not None:
+        overrides["net.name"] = model if isinstance(model, str) else OWN
+    if isinstance(model, Network):
+        overrides.setdefault("training.stages", len(model.natural_cut))
+    config = resolve(recipe, None if config_file is None else Path(config_file), overrides)
+    samples = None if data is None or isinstance(data, str) else as_data(data, config.data)
+    return _Asked(config, _network(model, config, samples), samples)
+
+
+def _network(model: Model, config: Config, samples: DataSet | None) -> Network | None:
+    if not isinstance(model, nn.Module):
+        return model if isinstance(model, Network) else None
+    if samples is None:
+        from layerwise.data.open import open_data
+        from layerwise.nets import shortest_sample
+
+        samples = open_data(config.data, shortest_sample(config))
+    return traced_network(model, tuple(samples.frame_shape))
+
+
+def _key(name: str) -> str:
+    """The dotted key of a keyword that is named as a flag."""
+    keys = {option.flag.removeprefix("--").replace("-", "_"): option.key for option in all_options() if option.flag}
+    if name not in keys:
+        near = difflib.get_close_matches(name, [*keys, "recipe", "config", "options"], n=3, cutoff=0.4)
+        meant = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(keys)}."
+        raise ConfigError(
+            f"There is no option {name}; {meant} Those without a flag go into options={{'section.name': value}}."
+        )
+    return keys[name]
+
+
+@contextlib.contextmanager
+def _shown(notify: Notify | None) -> Iterator[Notify]:
+    """Progress: a live table on a terminal and in a notebook, lines elsewhere."""
+    console = Console()
+    if notify is not None:
+        yield notify
+    elif console.is_terminal or console.is_jupyter:
+        with LiveTable(console) as show:
+            yield show
+    else:
+        yield PlainLines(sys.stdout)
+
+
+@contextlib.contextmanager
+def _stoppable(stop: StopFlag | None) -> Iterator[StopFlag]:
+    """Ctrl-C and signals save first; outside of the main thread Python does not hand them out."""
+    if stop is not None or threading.current_thread() is not threading.main_thread():
+        yield stop or StopFlag()
+    else:
+        with stop_on_signals() as flag:
+            yield flag
+
+
+class _Example:
+    """Whole samples of a shape, which are never read."""
+
+    takes = "arrays"
+    columns, views, level = 1, 2, 1.0
+    lengths = np.ones(4, dtype=np.int64)
+    ids = ("0", "1", "2", "3")
+    identity = ""
+    test: np.ndarray | None = None
+    skipped: tuple[Skipped, ...] = ()
+    frame_label_names: tuple[str, ...] = ()
+
+    def __init__(self, frame_shape: tuple[int, ...]) -> None:
+        self.frame_shape = frame_shape
+        self.labels: dict[str, np.ndarray] = {}
+
+    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+        """Zeros."""
+        return torch.zeros(stop - start, *self.frame_shape)
+
+    def frame_labels(self, name: str, sample: int, positions: np.ndarray) -> np.ndarray:
+        """There are none."""
+        raise KeyError(name)
+
+
+__all__ = ["Data", "Model", "cut", "plan", "probe", "run", "silent"]

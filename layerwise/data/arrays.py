@@ -1,0 +1,218 @@
+"""Arrays as samples: .npy and HDF5 files, and anything else that can be cut into samples by number.
+
+Samples of steps [L, C, ...] may differ in length; whole samples [C, ...] have one shape. All are divided by one number, so
+that the mean square over the set is 1, as recordings are.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+from layerwise.data.source import Skipped
+from layerwise.errors import DataError
+
+LEVEL_SAMPLES = 200
+"""The level of a set is measured on this many samples, spread over it."""
+
+LEVEL_VALUES = 2**20
+"""And on so many values of each."""
+
+ENDS = 2**20
+"""Bytes at each end of a file that tell it from others of the same size."""
+
+
+class ArraySet:
+    """A DataSet over `read_steps(sample, start, stop)`: an array of steps, or of the one frame of a whole sample."""
+
+    columns = 1
+    views = 1
+    test: np.ndarray | None = None
+    skipped: Sequence[Skipped] = ()
+    takes = "arrays"
+    frame_label_names: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        read_steps: Callable[[int, int, int], np.ndarray],
+        lengths: np.ndarray,
+        frame_shape: tuple[int, ...],
+        ids: Sequence[str],
+        labels: dict[str, np.ndarray],
+        identity: str,
+        level: float | None = None,
+    ) -> None:
+        """lengths: int64 [N]; level: measured where it is not given. Raises DataError where nothing can be learnt from it."""
+        if len(lengths) < 2:
+            raise DataError(f"These data hold {len(lengths)} samples, too few to train on.")
+        self._read, self.lengths, self.frame_shape = read_steps, lengths, frame_shape
+        self.ids, self.labels, self.identity = ids, labels, identity
+        self.level = self._measured() if level is None else level
+
+    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+        """Frames start to stop of one sample: float32 [stop - start, *frame_shape]."""
+        values = np.asarray(self._read(sample, start, stop), dtype=np.float32)
+        return torch.from_numpy(np.ascontiguousarray(values / np.float32(self.level)))
+
+    def frame_labels(self, name: str, sample: int, positions: np.ndarray) -> np.ndarray:
+        """Raises DataError always: arrays have labels of whole samples alone."""
+        raise DataError(f"These data have no label {name!r} per frame; use a label of the samples.")
+
+    def _measured(self) -> float:
+        squares, count = 0.0, 0
+        for sample in np.unique(np.linspace(0, len(self.lengths) - 1, LEVEL_SAMPLES).astype(int)).tolist():
+            steps = max(LEVEL_VALUES // math.prod(self.frame_shape), 1)
+            values = np.asarray(self._read(sample, 0, min(int(self.lengths[sample]), steps)), dtype=np.float64)
+            if not np.isfinite(values).all():
+                raise DataError(f"Sample {self.ids[sample]} holds values that are no numbers; mend it or leave it out.")
+            squares, count = squares + float(np.square(values).sum()), count + values.size
+        if squares == 0:
+            raise DataError("These data are zero everywhere; there is nothing to learn from them.")
+        return math.sqrt(squares / count)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a file holds."""
+
+    array: Any
+    """[N, ...], or [rows of all samples, ...] where there are offsets; sliced along its first axis."""
+    offsets: np.ndarray | None = None
+    """int64 [N + 1]"""
+    ids: Sequence[str] | None = None
+    labels: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def open_npy(path: Path, frames: str) -> ArraySet:
+    """An array [N, ...] in a .npy file, read through a memory map; its index.npz beside it, as `layerwise extract` writes it,
+    says where samples of different lengths lie. Raises DataError."""
+    _check_file(path)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        beside = path.with_suffix(".index.npz")
+        found = _with_index(array, beside) if beside.exists() else Found(array)
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as a .npy file of numbers: {error}.") from None
+    return _array_set(found, frames, path)
+
+
+def _with_index(array: np.ndarray, path: Path) -> Found:
+    with np.load(path, allow_pickle=False) as index:
+        labels = {name.removeprefix("labels_"): index[name].astype(str) for name in index if name.startswith("labels_")}
+        return Found(array, index["offsets"], index["ids"].astype(str).tolist(), labels)
+
+
+def open_h5(path: Path, name: str | None, frames: str) -> ArraySet:
+    """A data set [N, ...] of an HDF5 file, with `offsets`, `ids` and the group `labels` beside it where they are there.
+
+    name: of the data set; without it the only one that could be meant. Raises DataError; links to other files are refused.
+    """
+    _check_file(path)
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read as an HDF5 file: {error}.") from None
+    chosen = _data_set(file, path, name)
+    beside = chosen.parent
+    offsets, labels = beside.get("offsets"), beside.get("labels")
+    named = labels.items() if isinstance(labels, h5py.Group) else [("label", labels)] * isinstance(labels, h5py.Dataset)
+    ids = beside.get("ids")
+    found = Found(
+        chosen,
+        None if offsets is None else offsets[()],
+        None if ids is None else ids.asstr()[()].tolist(),
+        {label: _text(values) for label, values in named if isinstance(values, h5py.Dataset)},
+    )
+    return _array_set(found, frames, path)
+
+
+def _data_set(file: h5py.File, path: Path, name: str | None) -> h5py.Dataset:
+    sets = []
+    for each in file:
+        link = file.get(each, getlink=True)
+        if not isinstance(link, h5py.HardLink):
+            raise DataError(f"{path}: {each} is a link to somewhere else; copy what it means into the file.")
+        if isinstance(file[each], h5py.Dataset) and each not in ("offsets", "ids", "labels") and file[each].shape:
+            sets.append(each)
+    if name is None and len(sets) != 1:
+        raise DataError(
+            f"{path} holds {', '.join(sets) or 'no data sets at its top'}; say which one is meant: --data h5:{path}:NAME."
+        )
+    chosen = file.get(name or sets[0])
+    if not isinstance(chosen, h5py.Dataset) or not chosen.shape:
+        raise DataError(f"{path} has no data set {name}; it has {', '.join(sets) or 'none'}.")
+    if chosen.is_virtual or chosen.external:
+        raise DataError(f"{path}: the values of {chosen.name} lie in other files; copy them into this one.")
+    return chosen
+
+
+def _text(values: h5py.Dataset) -> np.ndarray:
+    return values.asstr()[()].astype(str) if h5py.check_string_dtype(values.dtype) else values[()].astype(str)
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise DataError(f"There is no file {path}; name one that holds an array.")
+
+
+def _array_set(found: Found, frames: str, path: Path) -> ArraySet:
+    array, offsets = found.array, found.offsets
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"{path} holds {array.dtype}; arrays of numbers can be trained on.")
+    shape = array.shape
+    if len(shape) < (1 if offsets is not None else 2):
+        raise DataError(f"{path} has the shape {shape}; give samples first: [samples, ...].")
+    count = shape[0] if offsets is None else len(offsets) - 1
+    ids = found.ids or [str(number) for number in range(count)]
+    wrong = next((name for name, values in found.labels.items() if len(values) != count), None)
+    if wrong is not None or len(ids) != count:
+        raise DataError(f"{path}: {wrong or 'ids'} must have one entry for each of the {count} samples.")
+    if frames == "patches":
+        raise DataError(f"{path}: arrays come in --frames steps or whole; for patches give pictures as files.")
+    if frames == "whole" and offsets is not None:
+        raise DataError(f"{path} holds samples of several lengths; give --frames steps.")
+    if frames == "whole":
+        lengths, frame_shape, read = np.ones(count, dtype=np.int64), shape[1:], partial(_whole, array)
+    elif offsets is None:
+        lengths, frame_shape, read = np.full(count, shape[1]), shape[2:], partial(_steps, array)
+    else:
+        lengths, frame_shape, read = np.diff(offsets), shape[1:], partial(_rows, array, offsets)
+    described = [str(array.dtype), shape, frames, sorted(found.labels), _contents(path)]
+    identity = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+    return ArraySet(read, lengths.astype(np.int64), tuple(frame_shape) or (1,), ids, found.labels, identity)
+
+
+def _contents(path: Path) -> list[Any]:
+    """Size and both ends: to go through all of a large file would take as long as an epoch."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        ends = hashlib.sha256(file.read(ENDS))
+        file.seek(max(size - ENDS, 0))
+        ends.update(file.read(ENDS))
+    return [size, ends.hexdigest()]
+
+
+def _whole(array: Any, sample: int, start: int, stop: int) -> np.ndarray:
+    return array[sample : sample + 1][start:stop]
+
+
+def _steps(array: Any, sample: int, start: int, stop: int) -> np.ndarray:
+    return _in_channels(array[sample, start:stop])
+
+
+def _rows(array: Any, offsets: np.ndarray, sample: int, start: int, stop: int) -> np.ndarray:
+    first = int(offsets[sample])
+    return _in_channels(array[first + start : first + stop])
+
+
+def _in_channels(steps: np.ndarray) -> np.ndarray:
+    """[n] to [n, 1]: a step has channels, were it one."""
+    return steps[:, None] if steps.ndim == 1 else steps

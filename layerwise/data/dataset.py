@@ -1,0 +1,189 @@
+"""Any torch.utils.data.Dataset as a data set: torchvision's, torchaudio's, Hugging Face's, or one of the user's own.
+
+An item is a sample, alone or with what is known about it: a tuple (sample, label, ...), or a dict as Hugging Face's. Pictures
+(PIL) are resized and cut as files are; waveforms with their rate are mixed and resampled as files are; other arrays and
+tensors are taken as they are: steps first, [L, C, ...], or whole, [C, ...].
+
+Opening goes through all items once: it finds their lengths, shapes and labels, and a hash of the values names the data, so
+that a resume notices where they have changed. Items must be the same at every call: a data set that augments at random is
+refused, for caches would hold one of its renderings for ever.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from layerwise.config import DataOptions
+from layerwise.data.arrays import ArraySet
+from layerwise.data.images import PictureSet, identity, patch_options, square_pixels
+from layerwise.data.source import DataSet
+from layerwise.errors import DataError
+
+READ_TWICE = 3
+"""Items that are looked at a second time."""
+
+
+class Items(Protocol):
+    """What a map-style torch.utils.data.Dataset is."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A sample and what is known about it."""
+
+    sample: Any
+    """A picture, or an array."""
+    labels: dict[str, str]
+    rate: int | None = None
+    """Of a waveform, Hz."""
+
+
+def open_dataset(items: Items, options: DataOptions) -> DataSet:
+    """The items as the options frame them. Raises DataError where they cannot be used, naming the first that cannot."""
+    count, first = _count(items), item_of(items, 0)
+    shape = _values(first, options, 0).shape[1:]
+    seen, lengths, labels = hashlib.sha256(), [], []
+    for number in range(count):
+        item = item_of(items, number)
+        values = _values(item, options, number)
+        if values.shape[1:] != shape:
+            raise DataError(
+                f"Item {number} of the data set has frames of {values.shape[1:]}, and the first of {shape}; all must agree."
+            )
+        lengths.append(len(values))
+        labels.append(item.labels)
+        seen.update(np.ascontiguousarray(values).tobytes())
+        if number < READ_TWICE and not np.array_equal(values, _values(item_of(items, number), options, number)):
+            raise DataError(
+                "The data set gives another sample at each call: it augments at random, and a cache would keep one rendering "
+                "for ever. Leave the augmentation out; --views N makes renderings that are cached side by side."
+            )
+    named = {name: np.array([each.get(name, "") for each in labels]) for name in labels[0]}
+    ids = [str(number) for number in range(count)]
+    if isinstance(first.sample, Image.Image):
+        framing = patch_options(options)
+        name = identity("dataset", framing, [(seen.hexdigest(), count)])
+        return PictureSet(partial(_pixels, items, options), framing, ids, named, None, (), name)
+    name = hashlib.sha256(f"dataset {options.frames} {options.sample_rate} {seen.hexdigest()}".encode()).hexdigest()
+    newest = lru_cache(maxsize=4)(lambda number: _values(item_of(items, number), options, number))
+    data = ArraySet(
+        lambda number, start, stop: newest(number)[start:stop],
+        np.array(lengths, dtype=np.int64),
+        shape,
+        ids,
+        named,
+        name,
+    )
+    data.takes = "arrays" if first.rate is None else "waveforms"
+    return data
+
+
+def item_of(items: Items, number: int) -> Item:
+    """One item, taken apart. Raises DataError where it has no sample that can be used."""
+    try:
+        item = items[number]
+    except Exception as error:
+        raise DataError(f"Item {number} of the data set cannot be read ({type(error).__name__}: {error}).") from error
+    if isinstance(item, Mapping):
+        return _of_mapping(item, number)
+    if isinstance(item, tuple | list):
+        return _of_sequence(item, number)
+    return Item(_array(item, number), {})
+
+
+def _of_mapping(item: Mapping[str, Any], number: int) -> Item:
+    samples = [name for name, value in item.items() if not isinstance(value, str | int | float | bool | None)]
+    if not samples:
+        raise DataError(f"Item {number} of the data set holds no array and no picture, only {', '.join(item)}.")
+    sample, rate = item[samples[0]], None
+    if isinstance(sample, Mapping) and "array" in sample:  # how Hugging Face hands audio over
+        sample, rate = sample["array"], int(sample["sampling_rate"])
+    known = {name: str(value) for name, value in item.items() if isinstance(value, str | int | bool)}
+    return Item(_array(sample, number), known, rate)
+
+
+def _of_sequence(item: Sequence[Any], number: int) -> Item:
+    sample, *others = item
+    array = _array(sample, number)
+    rate = None
+    if (
+        others
+        and isinstance(sample, torch.Tensor)
+        and sample.dim() == 2
+        and len(others) > 1
+        and isinstance(others[0], int)
+    ):
+        # (waveform [channels, samples], rate, ...), as all of torchaudio's data sets have it
+        rate, *others = others
+    plain = [value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value for value in others]
+    known = [str(value) for value in plain if isinstance(value, str | int | bool)]
+    names = ["label", *(f"label_{number}" for number in range(2, len(known) + 1))]
+    return Item(array, dict(zip(names, known, strict=False)), rate)
+
+
+def _array(sample: Any, number: int) -> Any:
+    """A picture as it is; anything else as an array of numbers."""
+    if isinstance(sample, Image.Image):
+        return sample
+    try:
+        array = np.asarray(sample.detach().cpu() if isinstance(sample, torch.Tensor) else sample)
+    except Exception:
+        array = np.empty(0, dtype=object)
+    if array.dtype.kind not in "fiub" or array.ndim == 0:
+        raise DataError(
+            f"Item {number} of the data set begins with a {type(sample).__name__}; give a tensor, an array or a picture first, "
+            "and what is known about it behind."
+        )
+    return array
+
+
+def _values(item: Item, options: DataOptions, number: int) -> np.ndarray:
+    """[L, *frame shape]: pictures as pixels, waveforms as steps of one channel, others as they are framed."""
+    if isinstance(item.sample, Image.Image):
+        return square_pixels(item.sample, patch_options(options)).numpy()
+    array = item.sample
+    if item.rate is not None:
+        return _waveform(array, item.rate, options.sample_rate)[:, None]
+    if options.frames == "patches":
+        raise DataError(
+            f"Item {number} of the data set is an array; --frames patches needs pictures (PIL), others steps or whole."
+        )
+    if options.frames == "whole":
+        return array[None]
+    return array[:, None] if array.ndim == 1 else array
+
+
+def _waveform(array: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    """One channel at the wanted rate."""
+    mono = torch.from_numpy(np.ascontiguousarray(np.atleast_2d(array), dtype=np.float32)).mean(0)
+    if rate == wanted:
+        return mono.numpy()
+    from torchaudio.functional import resample
+
+    return resample(mono, rate, wanted).numpy()
+
+
+def _pixels(items: Items, options: DataOptions, number: int) -> torch.Tensor:
+    return square_pixels(item_of(items, number).sample, patch_options(options))
+
+
+def _count(items: Items) -> int:
+    try:
+        count = len(items)
+    except TypeError:
+        raise DataError(
+            f"The data set, a {type(items).__name__}, has no length; give a map-style one, with __len__ and __getitem__."
+        ) from None
+    if count < 2:
+        raise DataError(f"The data set has {count} items, too few to train on.")
+    return count
