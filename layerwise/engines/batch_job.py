@@ -6,21 +6,18 @@ same SIGTERM, so its state tells the two apart.
 """
 
 import os
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from layerwise.engines.restarts import count_restart
+from layerwise.engines.slurm_command import NoAnswer, NoCommand, ask_slurm
 from layerwise.errors import SlurmError
 from layerwise.run_directory import RunPaths
 from layerwise.stop import stop_on_signals
 
 BY_A_PERSON = ("SIGINT", "SIGUSR2")
 """Reasons of a stop that is meant to last."""
-
-ANSWER_SECONDS = 60
-"""Longest wait for an answer of Slurm's."""
 
 END_SECONDS = 600
 """Longest wait for Slurm to end a job that it has queued again."""
@@ -119,11 +116,11 @@ def _requeue(job: BatchJob) -> None:
 
 def _scontrol(job: BatchJob, *words: str) -> str:
     try:
-        done = subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=ANSWER_SECONDS)
-    except FileNotFoundError:
-        why = "there is no scontrol on the PATH of this node"
-    except subprocess.TimeoutExpired:
-        why = f"scontrol has not answered for {ANSWER_SECONDS} s"
+        done = ask_slurm(["scontrol", *words])
+    except NoCommand as error:
+        why = f"{error} of this node"
+    except NoAnswer as error:
+        why = str(error)
     else:
         if done.returncode == 0:
             return done.stdout

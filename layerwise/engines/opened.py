@@ -32,11 +32,12 @@ from layerwise.training.encoder import stitch
 from layerwise.training.plan import StagePlan
 from layerwise.training.planner import StageLayout, lay_out, smallest_budget, smallest_layout
 from layerwise.training.resume import is_trained
+from layerwise.training.run import Run
 from layerwise.training.schedule import Task
 from layerwise.training.split import split_samples
 from layerwise.training.stopping import stop_together
 from layerwise.training.storage import Storage, below
-from layerwise.training.task import Run, perform
+from layerwise.training.task import perform
 
 HANDOVER_SECONDS = 120
 """How long a task waits for another process to let go of its round: one that was killed may still be on its way out,

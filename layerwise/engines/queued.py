@@ -1,15 +1,13 @@
 """Batch jobs of an earlier start that Slurm has not ended yet."""
 
 import json
-import subprocess
 from pathlib import Path
 
+from layerwise.engines.slurm_command import NoAnswer, NoCommand, ask_slurm
 from layerwise.errors import RunError, SlurmError
 
 QUEUE = "jobs.json"
 """Beside the scripts: numbers of the jobs that were handed in last."""
-
-ANSWER_SECONDS = 60
 
 
 def refuse_while_queued(folder: Path) -> None:
@@ -22,11 +20,11 @@ def refuse_while_queued(folder: Path) -> None:
         return
     asked = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(numbers)}"]
     try:
-        answer = subprocess.run(asked, capture_output=True, text=True, timeout=ANSWER_SECONDS)
-    except FileNotFoundError:
+        answer = ask_slurm(asked)
+    except NoCommand:
         return
-    except subprocess.TimeoutExpired:
-        raise SlurmError(f"squeue has not answered for {ANSWER_SECONDS} s; try again when Slurm is back.") from None
+    except NoAnswer as error:
+        raise SlurmError(f"{error}; try again when Slurm is back.") from None
     # Of a single job that it has forgotten Slurm says so as an error, of several it lists those that it knows.
     if answer.returncode and "Invalid job id" not in answer.stderr:
         raise SlurmError(f"squeue does not say whether jobs are queued: {answer.stderr.strip()}; try again later.")

@@ -29,16 +29,17 @@ from layerwise.run_directory import RunPaths, RunState
 from layerwise.stop import StopFlag
 from layerwise.tracking.following import Following, find_service, open_service
 from layerwise.training.cutting import plan_run
+from layerwise.training.kept import check_kept, delete_leftovers, mend
 from layerwise.training.optimizer import Optimization
 from layerwise.training.plan import StagePlan
 from layerwise.training.planner import StageLayout
 from layerwise.training.resume import check_from_stage, decided, earlier_records, intended
 from layerwise.training.rounds import prepare_rounds
+from layerwise.training.run import Run
 from layerwise.training.schedule import Task, tasks_of_run
 from layerwise.training.sharing import check_shareable
 from layerwise.training.split import split_samples
 from layerwise.training.storage import Storage, free_for_caches, plan_storage, sealed_bytes
-from layerwise.training.task import Run, check_kept, delete_leftovers, mend
 
 
 @dataclass(frozen=True, slots=True)

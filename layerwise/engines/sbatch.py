@@ -1,19 +1,16 @@
 """Batch scripts for Slurm, and handing them in."""
 
 import shlex
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from layerwise.engines.slurm_command import NoAnswer, NoCommand, ask_slurm
 from layerwise.errors import SlurmError
 from layerwise.units import seconds
 
 WARNING_SECONDS = 120
 """How long before the end of its time a job is told, so that it saves and is queued again."""
-
-ANSWER_SECONDS = 60
-"""Longest wait for an answer of Slurm's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +66,13 @@ def submit(script_path: Path, after: Sequence[str] = ()) -> str:
     """
     dependency = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
     try:
-        done = subprocess.run(
-            ["sbatch", "--parsable", *dependency, str(script_path)],
-            capture_output=True,
-            text=True,
-            timeout=ANSWER_SECONDS,
-        )
-    except FileNotFoundError:
+        done = ask_slurm(["sbatch", "--parsable", *dependency, str(script_path)])
+    except NoCommand:
         raise SlurmError(
             f"There is no sbatch on the PATH, so {script_path} cannot be handed in; do it where Slurm is installed."
         ) from None
-    except subprocess.TimeoutExpired:
-        raise SlurmError(
-            f"sbatch has not answered for {ANSWER_SECONDS} s, so {script_path} may not have been handed in; look with squeue."
-        ) from None
+    except NoAnswer as error:
+        raise SlurmError(f"{error}, so {script_path} may not have been handed in; look with squeue.") from None
     if done.returncode:
         raise SlurmError(
             f"sbatch does not take {script_path}: {_words(done.stderr)}; mend that and start the same command again."

@@ -16,8 +16,11 @@ DEVICE = torch.device("cpu")
 for real. A GPU's own workspaces come on top (`memory.device.workspace_bytes`)."""
 
 
-def rehearse(work: Callable[[Meter], None]) -> Meter:
-    """The meter after `work`, which builds all its tensors itself, on DEVICE."""
-    with FakeTensorMode(allow_fallback_kernels=False), Meter(DEVICE) as meter:
+def rehearse(work: Callable[[Meter], None], limit: int | None = None) -> Meter:
+    """The meter after `work`, which builds all its tensors itself, on DEVICE.
+
+    Raises BudgetError with the first byte beyond the limit.
+    """
+    with FakeTensorMode(allow_fallback_kernels=False), Meter(DEVICE, limit) as meter:
         work(meter)
     return meter

@@ -15,6 +15,14 @@ REFRESH_PER_SECOND = 4
 
 
 @dataclass(slots=True)
+class _Pace:
+    """Epochs of a stage since it was started, to say how long it may take at most."""
+
+    seconds: list[float] = field(default_factory=list)
+    started: float = 0.0
+
+
+@dataclass(slots=True)
 class _Row:
     status: str = "pending"
     epoch: str = ""
@@ -23,14 +31,7 @@ class _Row:
     accuracy: str = ""
     peak: str = ""
     left: str = ""
-
-
-@dataclass(slots=True)
-class _Pace:
-    """Epochs of the stage in hand, to say how long it may take at most."""
-
-    seconds: list[float] = field(default_factory=list)
-    started: float = 0.0
+    pace: _Pace = field(default_factory=_Pace)
 
 
 class LiveTable:
@@ -40,7 +41,6 @@ class LiveTable:
         self._rows: dict[int, _Row] = {}
         self._max_epochs = 0
         self._budget: int | None = None
-        self._pace = _Pace()
         self._memory = ""
         # Cleared at the end: the summary, or the sentence of an error, takes its place.
         self._live = Live(console=console, refresh_per_second=REFRESH_PER_SECOND, transient=True)
@@ -65,18 +65,18 @@ class LiveTable:
         match event:
             case StageStarted():
                 row.status, row.epoch = "training", f"{event.epoch + 1}/{self._max_epochs}"
-                self._pace = _Pace(started=time.monotonic())
+                row.pace = _Pace(started=time.monotonic())
             case StepDone():
                 row.epoch = f"{event.epoch + 1}/{self._max_epochs}"
                 row.loss, row.accuracy = f"{event.loss:.4f}", f"{event.accuracy:.3f}"
                 row.peak = size(event.peak_bytes)
                 self._memory = self._against_budget(event.live_bytes, event.peak_bytes)
-                row.left = self._time_left(event.epoch, (event.step + 1) / event.steps)
+                row.left = self._time_left(row.pace, event.epoch, (event.step + 1) / event.steps)
             case EpochDone():
                 row.loss, row.held_out = f"{event.loss:.4f}", f"{event.held_out_loss:.4f}"
                 row.accuracy = f"{event.held_out_accuracy:.3f}"
-                self._pace.seconds.append(event.seconds)
-                self._pace.started = time.monotonic()
+                row.pace.seconds.append(event.seconds)
+                row.pace.started = time.monotonic()
             case CachingProgress():
                 row.status, row.left = f"caching {event.rows / max(event.total, 1):.0%}", ""
                 self._memory = self._against_budget(event.live_bytes, event.peak_bytes)
@@ -91,11 +91,9 @@ class LiveTable:
         budget = f", budget {size(self._budget)}" if self._budget else ""
         return f"device memory: {size(live)} now, peak {size(peak)}{budget}"
 
-    def _time_left(self, epoch: int, part: float) -> str:
-        in_hand = time.monotonic() - self._pace.started
-        per_epoch = (
-            sum(self._pace.seconds[-3:]) / len(self._pace.seconds[-3:]) if self._pace.seconds else in_hand / part
-        )
+    def _time_left(self, pace: _Pace, epoch: int, part: float) -> str:
+        in_hand, last = time.monotonic() - pace.started, pace.seconds[-3:]
+        per_epoch = sum(last) / len(last) if last else in_hand / part
         return f"< {duration(max(per_epoch * (self._max_epochs - epoch - part), 0))}"
 
     def _render(self) -> Table:

@@ -4,7 +4,7 @@ Every layer runs once on fake tensors; what a stage of several layers would take
 what they need for a moment. Predictions for the stages of the chosen cut are then exact (`training.planner`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +20,7 @@ from layerwise.memory.placement import Placement
 from layerwise.nets import Network, build_network
 from layerwise.nets.network import ranges
 from layerwise.training.plan import StagePlan, plan_stages
-from layerwise.training.planner import held_in_one_pass, smallest_budget, training_peak
+from layerwise.training.planner import held_at_all, held_in_one_pass, training_peak
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,21 +87,24 @@ def plan_run(
             f"--stages {stages}: this network can be cut into at most {most} stages; give a number from 1 to {most} "
             f"(its natural number is {len(natural)}). {network.why_no_finer()}".rstrip()
         )
-    costs, budget = layer_costs(config, data, network), config.memory.gpu_mem or 0
+    costs = layer_costs(config, data, network)
     if stages is not None:
         return _best(config, data, network, costs, stages)
     cuts = [
         natural if count == len(natural) else _best(config, data, network, costs, count)
         for count in range(1, len(network.layers) + 1)
     ]
-    for plans in cuts:
+
+    def held(plans: list[StagePlan], holds: Callable[[Config, StagePlan, torch.device], bool]) -> bool:
         # The largest first: where it does not fit, the others need not be looked at.
         order = sorted(plans, key=lambda plan: -stage_cost(costs[plan.layers.start : plan.layers.stop]))
-        if all(held_in_one_pass(config, plan, device) for plan in order):
+        return all(holds(config, plan, device) for plan in order)
+
+    for plans in cuts:
+        if held(plans, held_in_one_pass):
             return plans
     # The finest is not always the smallest: its objectives have more to score.
-    held = (plans for plans in reversed(cuts) if max(smallest_budget(config, p, device) for p in plans) <= budget)
-    return next(held, cuts[-1])
+    return next((plans for plans in reversed(cuts) if held(plans, held_at_all)), cuts[-1])
 
 
 def _all_at_once(config: Config, data: DataSet, network: Network, sizes: Sequence[int] | None) -> StagePlan:

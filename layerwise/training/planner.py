@@ -16,9 +16,11 @@ from layerwise.cache.stored import STORED
 from layerwise.config import Config, TrainingOptions
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
+from layerwise.memory import microbatch
 from layerwise.memory.device import autocast, context_bytes, on_device, workspace_bytes
 from layerwise.memory.estimate import DEVICE, rehearse
 from layerwise.memory.meter import Kind, Meter
+from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.placement import Placement, cheapest, families
 from layerwise.nets.module import Module
 from layerwise.objectives.protocol import Draw
@@ -77,13 +79,15 @@ def fitting_layout(config: Config, plan: StagePlan, device: torch.device, below:
     room = config.memory.gpu_mem - context_bytes(device) - workspace_bytes(device)
     placement = cheapest(
         every_layout(config, plan),
-        lambda placement: training_peak(config, plan, placement).bytes <= room,
+        lambda placement: training_fits(config, plan, placement, room),
     )
+    if placement is None:
+        return None
     piece = _longest_that_fits(longest, shortest, lambda n: _piece_peak(config, plan, below, n) <= room)
     windows = _longest_that_fits(
         windows, min(windows, 1), lambda n: recomputing_peak(config, below, n, plan.window.frames) <= room
     )
-    if placement is None or piece is None or windows is None:
+    if piece is None or windows is None:
         return None
     why = "" if placement == first else _why(config, plan, placement, first)
     return StageLayout(placement, piece, windows, why)
@@ -94,22 +98,35 @@ def held_in_one_pass(config: Config, plan: StagePlan, device: torch.device) -> b
     room = (config.memory.gpu_mem or 0) - context_bytes(device) - workspace_bytes(device)
     families = [family for family in every_layout(config, plan) if family[0].passes == 1]
     kept_there = [family for family in families if not family[0].optimizer_on_host] or families
-    return caching_peak(config, plan, shortest_piece(plan, config)) <= room and any(
-        training_peak(config, plan, family[-1]).bytes <= room for family in kept_there
-    )
+    trained = any(training_fits(config, plan, family[-1], room) for family in kept_there)
+    return trained and caching_peak(config, plan, shortest_piece(plan, config)) <= room
+
+
+def held_at_all(config: Config, plan: StagePlan, device: torch.device) -> bool:
+    """Whether the budget is at least the smallest one of a stage whose input is read, not recomputed."""
+    room = (config.memory.gpu_mem or 0) - context_bytes(device) - workspace_bytes(device)
+    trained = any(training_fits(config, plan, placement, room) for placement in _smallest_placements(config, plan))
+    return trained and _piece_peak(config, plan, (), shortest_piece(plan, config)) <= room
 
 
 def smallest_layout(config: Config, plan: StagePlan, below: Below = ()) -> StageLayout:
-    """The layout that takes the least memory: with the smallest micro-batches, and of these the one that rehearses so.
+    """The layout that takes the least memory: with the smallest micro-batches, and of these the one that rehearses so."""
+    *others, least = _smallest_placements(config, plan)
+    for other in reversed(others):
+        if training_fits(config, plan, other, training_peak(config, plan, least).bytes):
+            least = other
+    return StageLayout(least, shortest_piece(plan, config), min(len(below), 1), "nothing smaller is left")
+
+
+def _smallest_placements(config: Config, plan: StagePlan) -> list[Placement]:
+    """One of these takes the least memory.
 
     More passes and more recomputing do not always take less, so all kinds of them are tried; among the numbers of passes
     the least and the most.
     """
     smallest = [family[-1] for family in every_layout(config, plan)]
     on_host = [layout for layout in smallest if layout.optimizer_on_host] or smallest  # never takes more
-    ends = [layout for layout in on_host if layout.passes in (smallest[0].passes, smallest[-1].passes)]
-    least = min(ends, key=lambda placement: training_peak(config, plan, placement).bytes)
-    return StageLayout(least, shortest_piece(plan, config), min(len(below), 1), "nothing smaller is left")
+    return [layout for layout in on_host if layout.passes in (smallest[0].passes, smallest[-1].passes)]
 
 
 def every_layout(config: Config, plan: StagePlan) -> list[list[Placement]]:
@@ -150,9 +167,41 @@ class Peak:
     by_kind: dict[Kind, int]
 
 
+@dataclass(slots=True)
+class _Known:
+    """What rehearsals have told of the training in one placement."""
+
+    peak: Peak | None = None
+    more_than: int | None = None
+    """Bytes at which a rehearsal was broken off, where none has reached its end."""
+
+
 @remembered
+def _known(config: Config, plan: StagePlan, placement: Placement) -> _Known:
+    return _Known()
+
+
 def training_peak(config: Config, plan: StagePlan, placement: Placement) -> Peak:
     """Predicted peak of the training pass of a stage, at full windows."""
+    known = _known(config, plan, placement)
+    if known.peak is None:
+        known.peak = _rehearsed_training(config, plan, placement)
+    return known.peak
+
+
+def training_fits(config: Config, plan: StagePlan, placement: Placement, room: int) -> bool:
+    """Whether that peak is at most `room` bytes; where it is not, the rehearsal ends with the first byte beyond."""
+    known = _known(config, plan, placement)
+    if known.peak is None and (known.more_than is None or known.more_than < room):
+        try:
+            known.peak = _rehearsed_training(config, plan, placement, room)
+        except BudgetError:
+            known.more_than = room
+    return known.peak is not None and known.peak.bytes <= room
+
+
+def _rehearsed_training(config: Config, plan: StagePlan, placement: Placement, limit: int | None = None) -> Peak:
+    """Raises BudgetError where the peak passes the limit."""
     size, window = config.training.batch_size, plan.window.frames
 
     def step(meter: Meter) -> None:
@@ -168,12 +217,12 @@ def training_peak(config: Config, plan: StagePlan, placement: Placement) -> Peak
         rehearsal.train(Batch(frames, lengths, classes), Randomness(lambda: np.random.default_rng(0)))
         del before
 
-    meter = rehearse(step)
+    meter = rehearse(step, limit)
     return Peak(meter.peak, meter.peak_by_kind)
 
 
 class _Rehearsal(LoadedStage):
-    """Goes through the first slices of a batch and its first passes."""
+    """Goes through the first slices of a batch and its first passes, and does not go on in smaller slices."""
 
     def _draws(self, batch: Batch, randomness: Randomness) -> list[Draw]:
         full = replace(batch, lengths=np.full(len(batch.lengths), batch.frames.shape[1]))
@@ -183,6 +232,18 @@ class _Rehearsal(LoadedStage):
         in_slice = max(_most_in_a_slice(draw.rows, samples, frames, self.placement.micro_batch) for draw in draws)
         rows = _spread_out(most, min(in_slice, most), samples, frames, self.placement.micro_batch)
         return [replace(draw, rows=rows) for draw in draws[:REHEARSED_PASSES]]
+
+    def _repeat_in_smaller_slices(
+        self,
+        work: Callable[[microbatch.Batch, list[Draw]], Total],
+        draws: list[Draw],
+        batch: Batch,
+        randomness: Randomness,
+    ) -> Total:
+        return work(self._encoded(batch, randomness.seed), draws)
+
+    def _run_back(self, pending: Pending, encoded: microbatch.Batch) -> None:
+        microbatch.run_back(pending, encoded, self.placement.micro_batch)
 
     def _optimizer(self, trained: nn.Module, options: TrainingOptions) -> Stepping:
         if self.placement.optimizer_on_host:

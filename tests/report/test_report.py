@@ -83,6 +83,24 @@ def test_the_live_table_shows_memory_against_the_budget_and_time_left() -> None:
     assert "pending" in shown
 
 
+def test_of_stages_that_train_at_once_each_has_its_own_time_left() -> None:
+    screen = io.StringIO()
+    with LiveTable(Console(file=screen, force_terminal=True, width=130, color_system=None)) as table:
+        for event in (
+            RunStarted(2, (), 8, None),
+            StageStarted(1, 0, 0),
+            EpochDone(1, 1, 2.0, 0.3, 1.9, 0.4, 7200.0, 5_000_000),
+            StageStarted(2, 0, 0),
+            EpochDone(2, 1, 2.0, 0.3, 1.9, 0.4, 600.0, 5_000_000),
+            StepDone(1, 1, 1, 4, 1.8, 0.25, 1_000_000, 3_000_000),
+            StepDone(2, 1, 1, 4, 1.8, 0.25, 1_000_000, 3_000_000),
+        ):
+            table(event)
+    first, second = (line for line in screen.getvalue().rsplit("time left", 1)[-1].splitlines() if "2/8" in line)
+    assert first.rstrip().endswith(f"< {duration(6.5 * 7200)}")
+    assert second.rstrip().endswith(f"< {duration(6.5 * 600)}")
+
+
 def test_the_live_table_ends_with_what_was_reached() -> None:
     screen = io.StringIO()
     with LiveTable(Console(file=screen, force_terminal=True, width=130, color_system=None)) as table:

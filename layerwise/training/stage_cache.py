@@ -1,0 +1,159 @@
+"""The sealed cache of a trained stage: written in pieces that fit, by all ranks, in its place or on a faster disk first.
+
+What an earlier start has written of it is found on the disk and kept.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from layerwise.cache import ActivationCache, CacheWriter
+from layerwise.cache.publishing import publish
+from layerwise.data.source import DataSet
+from layerwise.errors import BudgetError, ConfigError, Interrupted, RunError, UnusableCache
+from layerwise.memory.allocator import AnyMeter
+from layerwise.memory.device import release, why_out_of_memory
+from layerwise.run_directory import StageRecord
+from layerwise.training.cache_layout import cache_layout
+from layerwise.training.caching import cache_outputs, shortest_piece
+from layerwise.training.checkpoint import load_stage, load_weights
+from layerwise.training.feed import Feed
+from layerwise.training.labels import frame_labels
+from layerwise.training.plan import StagePlan
+from layerwise.training.run import Run
+from layerwise.training.stopping import stop_together
+
+
+def write_cache(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: AnyMeter) -> None:
+    """Leaves the sealed cache, and its peak and size in the record."""
+    path = run.paths.cache(plan.stage)
+    written = written_at(path, run)
+    if written != path:
+        _discard_others(written, record.fingerprint)
+    if not _is_sealed(path, record.fingerprint) and not _is_sealed(written, record.fingerprint):
+        module = plan.build_module(run.config.training.seed, run.device)
+        load_weights(module, load_stage(run.paths, plan.stage))
+        meter.label("parameters", module.state_dict().values())
+        started, seconds = time.monotonic(), record.seconds
+
+        def record_progress() -> None:
+            record.cache_peak_bytes = max(meter.peak, record.cache_peak_bytes or 0)
+            record.seconds = seconds + time.monotonic() - started
+            run.save()
+
+        options, ranks, trained_with = run.config.cache, run.ranks, run.trained_with(plan.stage)
+        layout = cache_layout(plan, run.data, trained_with.cache.dtype, run.split, str(record.fingerprint))
+
+        def open_writer() -> CacheWriter:
+            return CacheWriter(written, layout, int(options.block), options.compression, ranks.rank, ranks.count)
+
+        def write(piece: int) -> None:
+            with open_writer() as writer:
+                try:
+                    precision = trained_with.training.precision
+                    cache_outputs(module, feed, writer, piece, precision, run.device, meter, run.stop, run.notify)
+                finally:
+                    record_progress()
+                if ranks.count == 1:
+                    seal(writer)
+                else:
+                    writer.finish()
+
+        def seal(writer: CacheWriter) -> None:
+            _put_frame_labels(writer, plan, run.data)
+            writer.seal(lambda: run.stop.raise_if_set(f"while the cache of stage {plan.stage} was packed"))
+
+        def write_in_pieces() -> None:
+            _in_pieces_that_fit(write, run.layouts[plan.stage - 1].piece, shortest_piece(plan, run.config), run.device)
+
+        if ranks.count == 1:
+            write_in_pieces()
+        else:
+            _write_together(open_writer, write_in_pieces, seal, run, f"in the cache of stage {plan.stage}")
+    if written.exists() and written != path:
+        publish(written, path, lambda: run.stop.raise_if_set(f"while the cache of stage {plan.stage} was copied"))
+        with suppress(OSError):
+            written.parent.rmdir()  # unless another stage is written there
+    record.cache, record.cache_bytes = str(path), path.stat().st_size
+
+
+def written_at(path: Path, run: Run) -> Path:
+    """Where the cache is written: in its place, or on a faster disk. Raises ConfigError where that is not known here."""
+    scratch = run.config.cache.scratch
+    if scratch is None:
+        return path
+    folder = os.path.expandvars(scratch)
+    if "$" in folder:
+        raise ConfigError(f"cache.scratch {scratch}: the variable is not set on this machine; name a folder.")
+    return Path(folder).expanduser() / f"layerwise-{run.state.run_id}" / path.name
+
+
+def _discard_others(written: Path, fingerprint: str | None) -> None:
+    """Deletes what an earlier training of the stage has left on the faster disk."""
+    if not written.exists():
+        return
+    try:
+        with ActivationCache(written) as cache:
+            stale = cache.layout.fingerprint != fingerprint
+    except UnusableCache:
+        stale = True
+    if stale:
+        written.unlink()
+
+
+def _write_together(
+    open_writer: Callable[[], CacheWriter],
+    write: Callable[[], None],
+    seal: Callable[[CacheWriter], None],
+    run: Run,
+    where: str,
+) -> None:
+    """Each rank writes its span of the cache, and the first one seals it. Raises Interrupted on all where one was asked."""
+
+    def create() -> None:
+        with open_writer():
+            pass
+
+    def complete() -> None:
+        with open_writer() as writer:
+            seal(writer)
+
+    run.ranks.wait_for_first(create)
+    with suppress(Interrupted):  # the others are told of it below
+        write()
+    stop_together(run.stop, run.ranks, where)
+    run.ranks.wait_for_first(complete)
+
+
+def _in_pieces_that_fit(write: Callable[[int], None], piece: int, shortest: int, device: torch.device) -> None:
+    """Writes in pieces of `piece` frames, and goes on in shorter ones where the device runs out of memory."""
+    while True:
+        try:
+            write(piece)
+            return
+        except (BudgetError, RuntimeError) as error:
+            reason = why_out_of_memory(error)
+        if piece == shortest:
+            raise BudgetError(reason)
+        piece = max(piece // 2, shortest)
+        release(device)
+
+
+def _is_sealed(path: Path, expected: str | None) -> bool:
+    if not path.exists():
+        return False
+    with ActivationCache(path) as cache:
+        if cache.layout.fingerprint == expected:
+            return True
+    raise RunError(f"{path} holds another run's activations; move it away, or name another --cache-dir.")
+
+
+def _put_frame_labels(writer: CacheWriter, plan: StagePlan, data: DataSet) -> None:
+    for name in data.frame_label_names:
+        for sample, length in enumerate(plan.output_lengths.tolist()):
+            writer.put_frame_labels(name, sample, frame_labels(name, plan, data, sample, np.arange(length)))
