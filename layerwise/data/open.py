@@ -81,7 +81,8 @@ def open_input(
 
 def _usable(data: DataSet, source: str, takes: str, frame_shape: tuple[int, ...]) -> DataSet:
     if data.takes != takes:
-        raise DataError(f"{source} holds {data.takes}, but the encoder was trained on {takes}; name some of those.")
+        given, taken = (kind.replace("waveforms", "recordings") for kind in (data.takes, takes))
+        raise DataError(f"{source} holds {given}, but the encoder was trained on {taken}; name some of those.")
     if not len(data.ids):
         first = data.skipped[0]
         raise DataError(

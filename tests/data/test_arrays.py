@@ -1,0 +1,127 @@
+"""Arrays in files of the user's own."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layerwise.config import resolve
+from layerwise.data.arrays import ArraySet
+from layerwise.data.framed import Framed
+from layerwise.data.open import open_data
+from layerwise.data.source import DataSet
+from layerwise.errors import ConfigError, DataError
+
+VALUES = np.random.default_rng(0).standard_normal((6, 20, 3)).astype(np.float32) * 7
+
+
+def opened(source: str, **options: object) -> DataSet:
+    config = resolve(overrides={"data.source": source, **{f"data.{name}": value for name, value in options.items()}})
+    return open_data(config.data, 1)
+
+
+def test_an_npy_file_holds_sequences_of_steps(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", VALUES)
+    data = opened(f"npy:{tmp_path}/x.npy")
+    assert (data.lengths.tolist(), data.frame_shape) == ([20] * 6, (3,))
+    assert np.allclose(data.read(2, 5, 9) * data.level, VALUES[2, 5:9], atol=1e-5)
+    assert np.mean([data.read(n, 0, 20).square().mean() for n in range(6)]) == pytest.approx(1, rel=1e-4)
+
+
+def test_an_npy_file_holds_whole_samples(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", (VALUES * 10).astype(np.int16))
+    data = opened(f"npy:{tmp_path}/x.npy", frames="whole", views=1)
+    assert (data.lengths.tolist(), data.frame_shape) == ([1] * 6, (20, 3))
+    assert np.allclose(data.read(2, 0, 1)[0] * data.level, (VALUES[2] * 10).astype(np.int16), atol=1e-3)
+
+
+def test_numbers_alone_are_steps_of_one_channel(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", VALUES[..., 0])
+    assert opened(f"npy:{tmp_path}/x.npy").read(0, 0, 4).shape == (4, 1)
+
+
+def test_what_extract_writes_can_be_trained_on(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", VALUES.reshape(120, 3))
+    np.savez(tmp_path / "x.index.npz", offsets=[0, 50, 60, 120], ids=["a", "b", "c"], labels_kind=["one", "two", "one"])
+    data = opened(f"npy:{tmp_path}/x.npy")
+    assert (data.lengths.tolist(), list(data.ids)) == ([50, 10, 60], ["a", "b", "c"])
+    assert data.labels["kind"].tolist() == ["one", "two", "one"]
+    assert np.allclose(data.read(1, 2, 5) * data.level, VALUES.reshape(120, 3)[52:55], atol=1e-5)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as made:
+        made["sensor"] = VALUES
+        made["labels/activity"] = ["rest", "run", "rest", "run", "walk", "walk"]
+        made["ids"] = [f"person {n}" for n in range(6)]
+    return path
+
+
+def test_an_hdf5_file_brings_labels_and_ids_along(file: Path) -> None:
+    data = opened(f"h5:{file}")
+    assert data.labels["activity"].tolist()[:2] == ["rest", "run"]
+    assert data.ids[1] == "person 1"
+    assert np.allclose(data.read(3, 1, 3) * data.level, VALUES[3, 1:3], atol=1e-5)
+
+
+def test_of_several_data_sets_one_is_named(file: Path) -> None:
+    with h5py.File(file, "a") as made:
+        made["other"] = VALUES[:, :4]
+    with pytest.raises(DataError, match=r"holds other, sensor; say which one"):
+        opened(f"h5:{file}")
+    assert opened(f"h5:{file}:other").lengths.tolist() == [4] * 6
+    with pytest.raises(DataError, match="has no data set third"):
+        opened(f"h5:{file}:third")
+
+
+def test_links_to_other_files_are_refused(file: Path, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "linked.h5", "w") as made:
+        made["x"] = h5py.ExternalLink(str(file), "sensor")
+    with pytest.raises(DataError, match="x is a link"):
+        opened(f"h5:{tmp_path}/linked.h5")
+    with h5py.File(tmp_path / "virtual.h5", "w") as made:
+        layout = h5py.VirtualLayout((6, 20, 3), "f4")
+        layout[:] = h5py.VirtualSource(str(file), "sensor", (6, 20, 3))
+        made.create_virtual_dataset("x", layout)
+    with pytest.raises(DataError, match="lie in other files"):
+        opened(f"h5:{tmp_path}/virtual.h5")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (np.array(["a", "b"]), "arrays of numbers"),
+        (np.zeros((4, 8, 2)), "zero everywhere"),
+        (np.full((4, 8, 2), np.nan), "no numbers"),
+        (np.ones(5), "samples first"),
+        (np.ones((1, 9, 2)), "too few"),
+        (np.array([{"pickled": 1}], dtype=object), "cannot be read as a .npy file of numbers"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(tmp_path: Path, content: np.ndarray, complaint: str) -> None:
+    np.save(tmp_path / "x.npy", content, allow_pickle=True)
+    with pytest.raises(DataError, match=complaint):
+        opened(f"npy:{tmp_path}/x.npy")
+
+
+def test_a_kind_that_is_almost_right_is_suggested() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean npy:x.npy\?"):
+        resolve(overrides={"data.source": "numpy:x.npy"})
+
+
+@given(st.integers(1, 6), st.integers(1, 7), st.integers(0, 12), st.integers(0, 12))
+@settings(deadline=None)
+def test_frames_that_are_read_in_parts_are_those_of_the_whole(length: int, step: int, start: int, more: int) -> None:
+    steps = np.arange(2 * 40 * 2, dtype=np.float32).reshape(2, 40, 2)
+    inner = ArraySet(lambda n, a, b: steps[n, a:b], np.array([40, 40]), (2,), ("0", "1"), {}, "steps", level=1)
+    data = Framed(inner, length, step)
+    whole = data.read(1, 0, int(data.lengths[1]))
+    assert whole.shape == (len(range(0, 40 - length + 1, step)), 2, length)
+    start, stop = min(start, len(whole)), min(start + more, len(whole))
+    assert np.array_equal(data.read(1, start, stop), whole[start:stop])
+    assert np.array_equal(whole[-1].T, steps[1, (len(whole) - 1) * step :][:length])
