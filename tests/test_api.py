@@ -1,0 +1,215 @@
+"""The Python API: own networks on own data, the same words as the command line, the same bits after a stop."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+
+import layerwise
+from layerwise.errors import ConfigError, Interrupted, RunError
+from layerwise.stop import StopFlag
+
+RNG = np.random.default_rng(0)
+KINDS = ("low", "high")
+STREAMS = [
+    ((np.sin(np.arange(96)[:, None] * (0.2 + 0.4 * (n % 2))) + 0.2 * RNG.standard_normal((96, 2))), KINDS[n % 2])
+    for n in range(24)
+]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 6))
+
+
+SMALL = {"data.window": 24, "objective.steps": 2, "objective.negatives": 4, "cache.block": "4kB"}
+Run = Callable[..., layerwise.RunResult]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """run(model, data, **others): a small run of steps in the test's own folder, without progress."""
+
+    def run(model: Any = None, data: Any = STREAMS, out: str = "run", **others: Any) -> layerwise.RunResult:
+        places = {"out": str(tmp_path / out), "cache_dir": str(tmp_path / "cache" / out)}
+        asked = {"frames": "steps", "max_epochs": 2, "batch_size": 8, "options": SMALL, "notify": lambda event: None}
+        return layerwise.run(network() if model is None else model, data, **{**places, **asked, **others})
+
+    return run
+
+
+def bits(result: layerwise.RunResult) -> dict[str, bytes]:
+    return {name: value.tobytes() for name, value in load_file(result.paths.out / "encoder.safetensors").items()}
+
+
+def test_an_own_network_on_own_data_is_trained_probed_and_loaded(run: Run) -> None:
+    model = network()
+    result = run(model, stages=2)
+    assert [stage.status for stage in result.state.stages] == ["done", "done"]
+    found = layerwise.probe(result.paths.out, "label", model=model, data=STREAMS)
+    assert [stage.stage for stage in found.stages] == [1, 2]
+    encoder = layerwise.load(result.paths.out, network=model)
+    waves = torch.tensor(STREAMS[3][0], dtype=torch.float32)
+    assert encoder(waves[None]).shape == (1, 96, 6)
+    padded = torch.cat([waves[:50], torch.zeros(46, 2)])
+    together = encoder(torch.stack([waves, padded]), lengths=[96, 50])
+    assert torch.allclose(together[1, :50], encoder(waves[None, :50])[0], atol=1e-6)
+    assert not together[1, 50:].any()
+
+
+def test_the_model_is_left_as_it_is(run: Run) -> None:
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_network_with_other_weights_loads_what_was_trained(run: Run) -> None:
+    result = run()
+    waves = torch.randn(1, 40, 2)
+    torch.manual_seed(99)
+    other = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 6))
+    expected = layerwise.load(result.paths.out, network=network())(waves)
+    assert torch.equal(layerwise.load(result.paths.out, network=other)(waves), expected)
+    with pytest.raises(ConfigError, match="not the one that"):
+        layerwise.load(result.paths.out, network=nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 6)))
+
+
+def test_cut_makes_as_many_stages_as_asked_and_the_run_keeps_them(run: Run) -> None:
+    stages = layerwise.cut(network(), torch.zeros(8, 2), stages=2)
+    assert len(stages.natural_cut) == 2
+    result = run(stages, gpu_mem="1GB")
+    assert [len(result.state.stages), sum(result.state.cut)] == [2, 3]
+    with pytest.raises(ConfigError, match="at most 3 stages"):
+        layerwise.cut(network(), torch.zeros(8, 2), stages=9)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4)
+
+
+def halved(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+
+OWN = {"optimizer": sgd, "schedule": halved, "max_epochs": 4, "stages": 2}
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_an_own_optimizer_that_was_stopped_ends_with_the_bits_of_one_that_was_not(run: Run, where: str) -> None:
+    options = SMALL | {"memory.optimizer": where, "training.checkpoint_seconds": 0}
+    undisturbed = run(out="whole", **OWN, options=options)
+    stop, steps = StopFlag(), iter(range(100))
+
+    def stop_in_the_third_epoch(event: layerwise.Event) -> None:
+        if type(event).__name__ == "StepDone" and next(steps) == 5:
+            stop.reason = "the test"
+
+    with pytest.raises(Interrupted):
+        run(out="stopped", **OWN, options=options, stop=stop, notify=stop_in_the_third_epoch)
+    assert bits(run(out="stopped", **OWN, options=options)) == bits(undisturbed)
+    assert bits(run(out="adam", max_epochs=4, stages=2, options=options)) != bits(undisturbed)
+
+
+def test_another_optimizer_is_not_mixed_in(run: Run) -> None:
+    stop = StopFlag()
+    with pytest.raises(Interrupted):
+        run(**OWN, stop=stop, on_stage=lambda done: setattr(stop, "reason", "the test"))
+    for other in (
+        {"optimizer": sgd},
+        {"schedule": lambda optimizer: halved(optimizer), "optimizer": torch.optim.Adam},
+        {},
+    ):
+        with pytest.raises(RunError, match="The optimizer or its schedule is not the one"):
+            run(**{**OWN, "optimizer": None, "schedule": None, **other})
+
+
+def test_the_memory_of_an_own_optimizer_is_planned(run: Run) -> None:
+    wide = nn.Sequential(nn.Linear(2, 400), nn.ReLU(), nn.Linear(400, 400))
+    lean, heavy = (
+        run(wide, out=name, optimizer=lambda parameters, kind=kind: kind(parameters, lr=1e-3), stages=1, max_epochs=2)
+        for name, kind in (("sgd", torch.optim.SGD), ("adam", torch.optim.AdamW))
+    )
+    trained = 4 * sum(parameter.numel() for parameter in wide.parameters())
+    more = heavy.state.stages[0].train_peak_bytes - lean.state.stages[0].train_peak_bytes
+    assert more >= 1.9 * trained
+    with pytest.raises(layerwise.LayerwiseError, match="is too small: stage 1 needs"):
+        budget = f"{lean.state.stages[0].train_peak_bytes // 1000 + 50}kB"
+        options = SMALL | {"memory.optimizer": "device", "memory.micro_batch": 8, "memory.recompute": "never"}
+        run(wide, out="small", optimizer=torch.optim.AdamW, stages=1, gpu_mem=budget, options=options)
+
+
+def test_callbacks_are_told_of_epochs_and_stages(run: Run) -> None:
+    epochs, stages = [], []
+    run(
+        stages=2,
+        on_epoch=lambda done: epochs.append((done.stage, done.epoch)),
+        on_stage=lambda done: stages.append(done.stage),
+    )
+    assert epochs == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert stages == [1, 2]
+
+
+def test_a_plan_says_what_a_run_then_takes(run: Run) -> None:
+    asked = {"frames": "steps", "batch_size": 8, "stages": 2, "options": SMALL}
+    forecast = layerwise.plan(network(), STREAMS, **asked)
+    result = run(stages=2)
+    predicted = [stage.train_peak_bytes for stage in forecast.stages]
+    measured = [stage.train_peak_bytes for stage in result.state.stages]
+    assert predicted == pytest.approx(measured, rel=0.05)
+
+
+def test_whole_samples_are_trained_with_renderings_of_each(run: Run) -> None:
+    volumes = [torch.randn(1, 6, 8, 8) + n % 2 for n in range(20)]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(1, 4, 3, stride=2), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 6, 2))
+    result = run(model, volumes, frames="whole")
+    assert result.config.objective.name == "ntxent"
+    assert layerwise.load(result.paths.out, network=model)(torch.stack(volumes[:2])).shape == (2, 1, 6)
+
+
+def test_objects_cannot_go_to_other_processes(run: Run) -> None:
+    for given in ({}, {"model": "speech", "stages": 1}):
+        with pytest.raises(ConfigError, match=r"given as an object, which other processes cannot know"):
+            run(**given, devices="cpu,cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ({"gpu_memory": "4GB"}, r"no option gpu_memory; did you mean gpu_mem"),
+        ({"objective": "ntxent", "views": 2, "batch_size": 7}, "multiple of 2"),
+        ({"objective": "ntxent"}, "compares 2 views"),
+        ({"frames": "whole", "objective": "infonce"}, "frames whole makes one of each sample"),
+        ({"schedule": halved}, "give optimizer= too"),
+        ({"optimizer": lambda parameters: "sgd"}, "gave str and NoneType"),
+        ({"optimizer": lambda parameters: 1 / 0}, "cannot be made"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_refused_and_leaves_nothing(
+    run: Run, tmp_path: Path, asked: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        run(**asked)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_is_an_exception_and_never_the_end_of_the_process(tmp_path: Path) -> None:
+    script = """
+import signal, numpy as np, torch, layerwise
+def interrupt(done): signal.raise_signal(signal.SIGINT)
+data, options = [np.random.default_rng(n).normal(size=(40, 2)) for n in range(12)], {"data.window": 20, "objective.steps": 2}
+try:
+    layerwise.run(torch.nn.Linear(2, 4), data, frames="steps", max_epochs=3, out="run", on_epoch=interrupt, options=options)
+except layerwise.LayerwiseError as error:
+    print(type(error).__name__, "and on")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "Interrupted and on"
