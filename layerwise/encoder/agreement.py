@@ -19,7 +19,7 @@ def inputs_of_the_run(encoder: Encoder, origin: Origin, may_vary: Collection[int
     data, generator = origin.config.data, torch.Generator().manual_seed(0)
     if encoder.entry.takes == "waveforms":
         longer = data.window + 3 * encoder.geometry.hop + 1
-        sizes = [(2, data.window), (1, longer), (3, max(data.window // 2, encoder.shortest))]
+        sizes: list[tuple[int, ...]] = [(2, data.window), (1, longer), (3, max(data.window // 2, encoder.shortest))]
         draw = torch.randn
     else:
         channels, side, stride = encoder.entry.frame_shape[0], data.picture, data.patch_stride

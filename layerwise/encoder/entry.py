@@ -1,6 +1,6 @@
 """From what a user holds, waveforms or pictures, to the frames that the network reads: as the run's data were read."""
 
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -29,8 +29,8 @@ class Entry(Protocol):
 class Waveforms(nn.Module):
     """(B, samples) to (B, samples, 1), at the level of the run's recordings; see data/speech.py."""
 
-    frame_shape = (1,)
-    takes: ClassVar[str] = "waveforms"
+    frame_shape: tuple[int, ...] = (1,)
+    takes: str = "waveforms"
 
     def __init__(self, data: DataOptions, level: float) -> None:
         super().__init__()
@@ -53,12 +53,14 @@ class Pictures(nn.Module):
     L is rows times columns of the grid; what the last patches leave over at the right and the bottom is not looked at.
     """
 
-    takes: ClassVar[str] = "pictures"
+    takes: str = "pictures"
+    mean: torch.Tensor
+    deviation: torch.Tensor
 
     def __init__(self, data: DataOptions) -> None:
         super().__init__()
         self.channels, self.patch, self.stride = 1 if data.gray else 3, data.patch, data.patch_stride
-        self.frame_shape = (self.channels, data.patch, data.patch)
+        self.frame_shape: tuple[int, ...] = (self.channels, data.patch, data.patch)
         for name, constant in zip(("mean", "deviation"), mean_and_deviation(self.channels), strict=True):
             self.register_buffer(name, constant, persistent=False)
 

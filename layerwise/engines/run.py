@@ -75,8 +75,17 @@ def run(
     stop = stop or StopFlag()
     if not ranks.first:
         return _result(shared.follow(ranks, stop))
-    how = {"from_stage": from_stage, "overwrite": overwrite, "network": network, "cut": cut, "data": data}
-    with begun(config, stop=stop, notify=notify, ranks=ranks, **how) as work:
+    with begun(
+        config,
+        from_stage=from_stage,
+        overwrite=overwrite,
+        network=network,
+        cut=cut,
+        data=data,
+        stop=stop,
+        notify=notify,
+        ranks=ranks,
+    ) as work:
         _execute(work.tasks, work.run, stop, work.told)
         work.run.finish()
         return _result(work.run)

@@ -12,11 +12,13 @@ from layerwise.config import Config
 from layerwise.data.batches import Window
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, DataError
-from layerwise.nets import Network, rows_needed
+from layerwise.nets import rows_needed
 from layerwise.nets.first_weights import with_first_weights
 from layerwise.nets.module import Geometry, Module
+from layerwise.nets.network import Network
 from layerwise.nets.speech import shortest_input
-from layerwise.objectives import Objective, Scored, build_objective, check_objective
+from layerwise.objectives import Scored, build_objective, check_objective
+from layerwise.objectives.protocol import ObjectiveModule
 from layerwise.training.classes import count_classes
 
 
@@ -54,7 +56,7 @@ class StagePlan:
         """The module with its first weights, on the device."""
         return self.network.build(self.layers, seed, device)
 
-    def build_objective(self, config: Config, device: torch.device) -> Objective:
+    def build_objective(self, config: Config, device: torch.device) -> ObjectiveModule:
         """The objective with its first weights, on the device."""
         scored = Scored(self.target_channels, self.context_channels, self.classes)
         build = partial(build_objective, config.objective, scored)
