@@ -1,5 +1,5 @@
 # make run    set up and train the demo        make test   set up and run the test suite
-# make lint   check style                      make clean  remove the environment (runs and caches stay)
+# make lint   check style and types              make clean  remove the environment (runs and caches stay)
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -15,6 +15,7 @@ test: .venv/ready lint
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy layerwise
 
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv

@@ -18,7 +18,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["layerwise", "layerwise.*"]),
-    package_data={"layerwise": ["recipes/*.toml", "report/*.jinja"]},
+    package_data={"layerwise": ["py.typed", "recipes/*.toml", "report/*.jinja"]},
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",
@@ -50,6 +50,7 @@ setup(
             "pytest-xdist>=3.6",
             "hypothesis>=6.120",
             "ruff>=0.14",
+            "mypy>=2.0",
             "scikit-learn>=1.5",
             *COMPRESSION,
             "playwright>=1.50",  # drives the system's Chromium, where there is one

@@ -8,7 +8,7 @@ import contextlib
 import difflib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -225,10 +225,10 @@ class _Example:
     takes = "arrays"
     columns, views, level = 1, 2, 1.0
     lengths = np.ones(4, dtype=np.int64)
-    ids = ("0", "1", "2", "3")
+    ids: Sequence[str] = ("0", "1", "2", "3")
     identity = ""
     test: np.ndarray | None = None
-    skipped: tuple[Skipped, ...] = ()
+    skipped: Sequence[Skipped] = ()
     frame_label_names: tuple[str, ...] = ()
 
     def __init__(self, frame_shape: tuple[int, ...]) -> None:

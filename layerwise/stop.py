@@ -36,7 +36,7 @@ def stop_on_signals() -> Iterator[StopFlag]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         flag.reason = signal.Signals(number).name
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     for number in SIGNALS:
         signal.signal(number, ask)

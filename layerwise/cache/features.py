@@ -134,7 +134,7 @@ class _NpyArray:
         self._file.seek(0)
         self._write_header(rows)
         self._file.close()
-        index = {f"labels_{name}": values.astype(str) for name, values in labels.items()}
+        index: dict[str, Any] = {f"labels_{name}": values.astype(str) for name, values in labels.items()}
         temporary = path.with_suffix(".index.npz.part")
         with open(temporary, "wb") as file:
             np.savez(file, ids=np.array(ids), offsets=offsets, **index)

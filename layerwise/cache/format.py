@@ -166,13 +166,20 @@ def _read(path: Path, file: h5py.File) -> Layout:
 
 def _places(file: h5py.File, layout: Layout) -> Places:
     if layout.compression == "none":
-        first, size = byte_range(file["activations"].id)
+        first, size = _place(file["activations"])
     else:
         first, last = file["places"][:1].item(), file["places"][-1:].item()
         size = last - first
-    checksums, scales, places = (byte_range(file[name].id)[0] for name in ("checksums", "scales", "places"))
-    frame_labels = {name: byte_range(file[f"frame_labels/{name}"].id)[0] for name in layout.frame_labels_classes}
+    checksums, scales, places = (_place(file[name])[0] for name in ("checksums", "scales", "places"))
+    frame_labels = {name: _place(file[f"frame_labels/{name}"])[0] for name in layout.frame_labels_classes}
     return Places(first, size, checksums, scales, places, frame_labels)
+
+
+def _place(data_set: h5py.Dataset) -> tuple[int, int]:
+    place = byte_range(data_set.id)
+    if place is None:
+        raise ValueError(f"{data_set.name} has no place")
+    return place
 
 
 def _read_classes(path: Path, file: h5py.File, name: str) -> tuple[str, ...]:

@@ -114,4 +114,6 @@ class Layout:
 def _equal(one: object, other: object) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_equal(one[name], other[name]) for name in one)
-    return np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    return bool(one == other)

@@ -131,4 +131,4 @@ def _index_bytes(layout: Layout) -> int:
 def _copy(part: Path, raw: int, source: int, packed: int, target: int, size: int) -> None:
     for start in range(0, size, _COPIED_BYTES):
         content = read_stored(part, raw, source + start, min(_COPIED_BYTES, size - start))
-        write_all(packed, content, target + start)
+        write_all(packed, memoryview(content), target + start)

@@ -6,7 +6,7 @@ Only the path travels between processes: a pickled cache opens the file anew.
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,12 +55,9 @@ class ActivationCache:
             raise
         self._offsets = self.layout.offsets
         self._stored = STORED[self.layout.dtype]
-
-    ids = property(lambda self: self.layout.ids)
-    lengths = property(lambda self: self.layout.lengths)
-    columns = property(lambda self: self.layout.columns)
-    frame_shape = property(lambda self: self.layout.frame_shape)
-    views = property(lambda self: self.layout.views)
+        self.ids: Sequence[str] = self.layout.ids
+        self.lengths, self.frame_shape = self.layout.lengths, self.layout.frame_shape
+        self.columns, self.views = self.layout.columns, self.layout.views
 
     def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
         """Frames start to stop of one sample: CPU tensor [stop - start, *frame shape] of the cache's dtype.

@@ -222,6 +222,7 @@ class CacheWriter:
                 self._hand_over()
 
     def _hand_over(self) -> None:
+        assert self._buffer is not None
         self._queued.append(self._thread.submit(self._append, self._buffer, self._filled))
         self._buffer, self._filled = None, 0
 

@@ -10,7 +10,7 @@ from layerwise.errors import CacheError
 try:
     import zstandard
 except (ImportError, OSError, RuntimeError):
-    zstandard = None
+    zstandard = None  # type: ignore[assignment]  # a module has no type that says so
 
 FILTER = 32015
 """zstd's number in the HDF Group's registry of filters."""
@@ -53,9 +53,9 @@ class Decoder:
         Raises NotAFrame.
         """
         try:
-            if zstandard.frame_content_size(frame) != size:  # what decompress would allocate
+            if zstandard.frame_content_size(memoryview(frame)) != size:  # what decompress would allocate
                 raise NotAFrame
-            content = self._decompressor.decompress(frame)
+            content = self._decompressor.decompress(memoryview(frame))
         except zstandard.ZstdError:
             raise NotAFrame from None
         return np.frombuffer(content, dtype=np.uint8).reshape(itemsize, -1)

@@ -27,7 +27,7 @@ def configured(command: Callable[..., None], default_out: str = "runs/{recipe}")
         click.option(
             "--config", "config_file", type=click.Path(path_type=Path), help="TOML file of options, over the recipe."
         ),
-        *(_flag(option) for option in configuration.options() if option.flag),
+        *(_flag(option, option.flag) for option in configuration.options() if option.flag),
         click.option(
             "--set",
             "assignments",
@@ -41,7 +41,7 @@ def configured(command: Callable[..., None], default_out: str = "runs/{recipe}")
     return with_options
 
 
-def _flag(option: configuration.Option) -> Callable[..., Any]:
+def _flag(option: configuration.Option, flag: str) -> Callable[..., Any]:
     default = "" if option.default in (None, "") else f" [default: {option.default}]"
     name = option.key.replace(".", "__")
-    return click.option(option.flag, name, help=f"{option.help}{default}", metavar="VALUE")
+    return click.option(flag, name, help=f"{option.help}{default}", metavar="VALUE")

@@ -11,7 +11,7 @@ from layerwise.commands.options import configured
 from layerwise.config import Config
 from layerwise.engines.batch_job import queue_again
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, ToldElsewhere
-from layerwise.events import Notify, silent
+from layerwise.events import Event, Notify, silent
 from layerwise.report.lines import LogFile, PlainLines
 from layerwise.report.live import LiveTable
 from layerwise.report.summary import (
@@ -56,12 +56,17 @@ def run(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) 
         ranks = sharing.enter_context(joined(config))
         try:
             with _display(console) if ranks.first else nullcontext(silent) as show:
+
+                def tell(event: Event) -> None:
+                    show(event)
+                    log(event)
+
                 result = run_library(
                     config,
                     from_stage=from_stage,
                     overwrite=overwrite and not is_restart(),
                     stop=stop,
-                    notify=lambda event: (show(event), log(event)),
+                    notify=tell,
                     ranks=ranks,
                 )
         except ToldElsewhere:

@@ -7,6 +7,7 @@ import click
 
 from layerwise.engines.batch_job import queue_again
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError
+from layerwise.events import Event
 from layerwise.report.lines import LogFile, PlainLines
 from layerwise.run_directory import open_run
 from layerwise.stop import stop_in_time, stop_on_signals, too_late_to_stop
@@ -31,9 +32,14 @@ def task(directory: Path, round: int, stage: int) -> None:
                 f"--round {round} --stage {stage}: {directory} has {rounds} rounds of {len(state.stages)} stages."
             )
         show, log = PlainLines(sys.stdout), LogFile(paths.log)
+
+        def tell(event: Event) -> None:
+            show(event)
+            log(event)
+
         with stop_in_time(stop, opened.config.engine.time):
             try:
-                opened.perform(Task(round, stage), stop, lambda event: (show(event), log(event)))
+                opened.perform(Task(round, stage), stop, tell)
             except Interrupted as interrupted:
                 log.write(str(interrupted))
                 queue_again(stop.reason, paths.round(round, rounds), lambda line: _say(line, log))

@@ -1,6 +1,7 @@
 """The demo data set: the synthetic corpus, held in memory; it is the same on every machine and needs no file."""
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,14 +15,14 @@ class DemoSpeech:
 
     takes = "waveforms"
     columns = 1
-    frame_shape = (1,)
+    frame_shape: tuple[int, ...] = (1,)
     views = 1
     test: np.ndarray | None = None
-    skipped: tuple[Skipped, ...] = ()
-    frame_label_names = ("phone",)
+    skipped: Sequence[Skipped] = ()
+    frame_label_names: tuple[str, ...] = ("phone",)
 
     def __init__(self, utterances: list[Utterance]) -> None:
-        self.ids = tuple(utterance.name for utterance in utterances)
+        self.ids: Sequence[str] = tuple(utterance.name for utterance in utterances)
         self.lengths = np.array([len(utterance.samples) for utterance in utterances], dtype=np.int64)
         self.labels = {"speaker": np.array([utterance.speaker for utterance in utterances], dtype=str)}
         self._utterances = utterances

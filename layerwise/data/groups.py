@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from layerwise.data.batches import Batch, collate
-from layerwise.data.source import FrameSource
+from layerwise.data.source import Readable
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +60,13 @@ def _group(lengths: np.ndarray, first: int, stop: int, piece: int) -> Group:
     return Group(first, stop, int(within.max()), piece, bool(within.min() < within.max()))
 
 
-def read_piece(source: FrameSource, group: Group, start: int) -> Batch:
+def read_piece(source: Readable, group: Group, start: int) -> Batch:
     """Frames start to start + piece of each rendering of the group."""
     return collate(
         [_read_rendering(source, rendering, start, group.piece) for rendering in range(group.first, group.stop)]
     )
 
 
-def _read_rendering(source: FrameSource, rendering: int, start: int, piece: int) -> torch.Tensor:
+def _read_rendering(source: Readable, rendering: int, start: int, piece: int) -> torch.Tensor:
     sample, view = divmod(rendering, source.views)
     return source.read(sample, start, min(start + piece, int(source.lengths[sample])), view)

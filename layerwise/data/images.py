@@ -108,7 +108,7 @@ class PictureSet:
         self.identity = identity
         self.columns = options.columns
         self.lengths = np.full(len(ids), options.columns**2, dtype=np.int64)
-        self.frame_shape = (options.channels, options.patch, options.patch)
+        self.frame_shape: tuple[int, ...] = (options.channels, options.patch, options.patch)
         self.views = 2 if options.flip else 1
         self._pixels = pixels
         self._options = options
@@ -160,7 +160,7 @@ def pictures_at(place: Path, options: PatchOptions) -> PictureSet:
     Raises DataError where nothing is there.
     """
     if place.is_file():
-        folder, found, skipped = place.parent, [place.name], []
+        folder, found, skipped = place.parent, [place.name], list[Skipped]()
     else:
         folder = place
         found, skipped = list_files(place, EXTENSIONS, "pictures")

@@ -19,7 +19,18 @@ class Extent(Protocol):
     """Number of renderings of each sample, at least 1."""
 
 
-class FrameSource(Extent, Protocol):
+class Readable(Extent, Protocol):
+    """Frames, without their names."""
+
+    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+        """Frames start to stop of one sample: CPU tensor [stop - start, *frame_shape], float32 or the cache's dtype.
+
+        Safe to call from several threads.
+        """
+        ...
+
+
+class FrameSource(Readable, Protocol):
     """N samples, each a run of frames.
 
     A sample of a sequence has one frame per row. A sample of a picture has `columns` frames (patches) per row, row after
@@ -30,14 +41,10 @@ class FrameSource(Extent, Protocol):
     """[N] unique names."""
     frame_shape: tuple[int, ...]
     """Shape of one frame: (1,) for raw speech, (channels, height, width) for raw patches."""
-    labels: dict[str, np.ndarray]
-    """Label name to str [N]; an empty string means that the sample has no such label."""
 
-    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
-        """Frames start to stop of one sample: CPU tensor [stop - start, *frame_shape], float32 or the cache's dtype.
-
-        Safe to call from several threads.
-        """
+    @property
+    def labels(self) -> dict[str, np.ndarray]:
+        """Label name to str [N]; an empty string means that the sample has no such label."""
         ...
 
 

@@ -54,7 +54,7 @@ class RecordingSet:
     """
 
     columns = 1
-    frame_shape = (1,)
+    frame_shape: tuple[int, ...] = (1,)
     views = 1
     takes = "waveforms"
     frame_label_names: tuple[str, ...] = ()
@@ -69,11 +69,11 @@ class RecordingSet:
         skipped: Sequence[Skipped],
         level: float,
     ) -> None:
-        self.ids = tuple(ids)
+        self.ids: Sequence[str] = tuple(ids)
         self.rate = rate
         self.labels = labels
         self.test = test
-        self.skipped = tuple(skipped)
+        self.skipped: Sequence[Skipped] = tuple(skipped)
         self.lengths = np.array([recording.length for recording in recordings], dtype=np.int64)
         self.level = level
         self._recordings = recordings
@@ -125,7 +125,7 @@ def recordings_at(place: Path, rate: int, level: float, shortest: int = 1) -> Re
     The label `speaker` is the name of the folder that holds the file. Raises DataError where nothing is there.
     """
     if place.is_file():
-        folder, names, skipped = place.parent, [place.name], []
+        folder, names, skipped = place.parent, [place.name], list[Skipped]()
     else:
         folder = place
         names, skipped = list_files(place, EXTENSIONS, "recordings")

@@ -1,6 +1,6 @@
 """From what a user holds, waveforms, pictures or arrays, to the frames that the network reads: as the run's data were read."""
 
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -47,8 +47,8 @@ class Entry(Protocol):
 class Steps(nn.Module):
     """Sequences (B, L, C, *rest) at the level of the run's data, in frames of several steps where the run had such."""
 
-    takes: ClassVar[str] = "arrays"
-    ragged: ClassVar[bool] = True
+    takes: str = "arrays"
+    ragged: bool = True
 
     def __init__(self, data: DataOptions, level: float, frame_shape: tuple[int, ...]) -> None:
         """frame_shape: as the network reads it."""
@@ -80,7 +80,7 @@ class Steps(nn.Module):
 class Waveforms(Steps):
     """(B, samples) to (B, samples, 1), or to frames, at the level of the run's recordings; see data/speech.py."""
 
-    takes: ClassVar[str] = "waveforms"
+    takes: str = "waveforms"
 
     def __init__(self, data: DataOptions, level: float, frame_shape: tuple[int, ...] = (1,)) -> None:
         super().__init__(data, level, frame_shape)
@@ -103,8 +103,8 @@ class Waveforms(Steps):
 class Whole(nn.Module):
     """Whole samples (B, C, *space) at the level of the run's data, each of them one frame."""
 
-    takes: ClassVar[str] = "arrays"
-    ragged: ClassVar[bool] = False
+    takes: str = "arrays"
+    ragged: bool = False
     geometry = Geometry()
 
     def __init__(self, level: float, frame_shape: tuple[int, ...]) -> None:
@@ -134,16 +134,18 @@ class Pictures(nn.Module):
     whole pictures there is one patch.
     """
 
-    takes: ClassVar[str] = "pictures"
-    ragged: ClassVar[bool] = False
+    takes: str = "pictures"
+    ragged: bool = False
     geometry = Geometry()
+    mean: torch.Tensor
+    deviation: torch.Tensor
 
     def __init__(self, data: DataOptions) -> None:
         super().__init__()
         options = patch_options(data)
         self.channels, self.patch, self.stride = options.channels, options.patch, options.patch_stride
         self.picture, self.whole = data.picture, data.frames == "whole"
-        self.frame_shape = (self.channels, self.patch, self.patch)
+        self.frame_shape: tuple[int, ...] = (self.channels, self.patch, self.patch)
         for name, constant in zip(("mean", "deviation"), mean_and_deviation(self.channels), strict=True):
             self.register_buffer(name, constant, persistent=False)
 

@@ -54,6 +54,7 @@ def write_onnx(encoder: Encoder, origin: Origin, network: Given, folder: Path) -
     graph = torch.onnx.export(
         program.exported, dynamo=True, input_names=[takes], output_names=["features"], verbose=False
     )
+    assert graph is not None  # as it is where the exporter is torch.export's
     graph.save(path)
     return Written(_onnx_session(path, takes), program.inputs, program.fixed)
 

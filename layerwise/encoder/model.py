@@ -1,8 +1,8 @@
 """The stitched encoder as one nn.Module, from waveforms or pictures to features."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from layerwise.encoder.entry import Entry
 from layerwise.errors import DataError
 from layerwise.nets.frames import vectors
-from layerwise.nets.layer import mask_padding
+from layerwise.nets.layer import Layer, mask_padding
 from layerwise.nets.module import Geometry, Module
 
 
@@ -21,7 +21,8 @@ class Encoder(nn.Module):
     def __init__(self, entry: Entry, modules: Sequence[Module]) -> None:
         super().__init__()
         self.entry = entry
-        self.layers = nn.ModuleDict({name: layer for module in modules for name, layer in module.layers.items()})
+        named = nn.ModuleDict({name: layer for module in modules for name, layer in module.layers.items()})
+        self.layers = cast(Mapping[str, Layer], named)  # it does not tell its type checker what it holds
         self.shortest = next(length for length in count(1) if self.out_length(length) >= 1)
         """Fewest samples of a waveform, steps of a sequence, or patches, that give a frame of features."""
         self._stage_ends = np.cumsum([len(module.layers) for module in modules]).tolist()

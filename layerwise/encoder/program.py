@@ -1,6 +1,7 @@
 """The encoder as a torch.export program, for batches and lengths of any size where its layers allow that."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -73,9 +74,10 @@ class _Plain(nn.Module):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = copied(encoder).requires_grad_(False)
-        for name, layer in self.encoder.layers.items():
+        layers = cast(nn.ModuleDict, self.encoder.layers)
+        for name, layer in layers.items():
             if isinstance(layer, Recurrence):
-                self.encoder.layers[name] = StepwiseRecurrence(layer)
+                layers[name] = StepwiseRecurrence(layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         *_, features = self.encoder.frames_of_stages(self.encoder.entry(x))

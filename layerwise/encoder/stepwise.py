@@ -21,8 +21,8 @@ class StepwiseRecurrence(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, L, C) to (B, L, hidden)."""
         gru = self.gru
-        weight, bias = gru.weight_hh_l0, gru.bias_hh_l0
-        inputs = F.linear(x, gru.weight_ih_l0, gru.bias_ih_l0).transpose(0, 1)
+        input_weight, weight, input_bias, bias = gru.all_weights[0]
+        inputs = F.linear(x, input_weight, input_bias).transpose(0, 1)
 
         def step(state: torch.Tensor, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             carried = F.linear(state, weight, bias)

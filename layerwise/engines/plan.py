@@ -82,7 +82,9 @@ def _forecast(
         layers=len(stage.layers),
         parameters=stage.parameters,
         train_peak_bytes=training,
-        train_peak_by_kind=dict(training_peak(config, stage, layout.placement).by_kind),
+        train_peak_by_kind={
+            str(kind): most for kind, most in training_peak(config, stage, layout.placement).by_kind.items()
+        },
         cache_peak_bytes=caching,
         micro_batch=layout.placement.micro_batch,
         layout=str(layout.placement),

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from layerwise.config import OWN, Config
@@ -79,8 +78,18 @@ def run(
     stop = stop or StopFlag()
     if not ranks.first:
         return _result(shared.follow(ranks, stop))
-    begin = partial(begun, config, from_stage=from_stage, overwrite=overwrite, network=network, cut=cut, data=data)
-    with begin(optimization=optimization, stop=stop, notify=notify, ranks=ranks) as work:
+    with begun(
+        config,
+        from_stage=from_stage,
+        overwrite=overwrite,
+        network=network,
+        cut=cut,
+        data=data,
+        optimization=optimization,
+        stop=stop,
+        notify=notify,
+        ranks=ranks,
+    ) as work:
         _execute(work.tasks, work.run, stop, work.told)
         work.run.finish()
         return _result(work.run)

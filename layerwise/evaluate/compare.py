@@ -114,8 +114,8 @@ def load_comparison(out: Path) -> Comparison:
     try:
         tree = json.loads((out / "compare.json").read_text())
         outcomes = [Outcome(**{**each, "errors": tuple(each["errors"])}) for each in tree["outcomes"]]
-        fixed = (tree[name] for name in ("label", "epochs", "data_identity", "cut"))
-        return Comparison(*fixed, tree["finished"], outcomes)
+        fixed = {name: tree[name] for name in ("label", "epochs", "data_identity", "cut", "finished")}
+        return Comparison(**fixed, outcomes=outcomes)
     except FileNotFoundError:
         raise RunError(
             f"{out} holds no comparison; make one with: layerwise compare --out {out} --label NAME."

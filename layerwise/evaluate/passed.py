@@ -60,7 +60,7 @@ class _PlainView:
 
     def __init__(self, data: DataSet, samples: np.ndarray) -> None:
         self._data, self._samples = data, samples
-        self.lengths = data.lengths[samples]
+        self.lengths, self.columns = data.lengths[samples], data.columns
 
     def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
         return self._data.read(int(self._samples[sample]), start, stop)

@@ -21,8 +21,8 @@ from layerwise.evaluate.feature_rows import FeatureRows
 from layerwise.evaluate.features import cached_features
 from layerwise.evaluate.question import Question, ask, truth
 from layerwise.files import write_atomically
-from layerwise.nets import Network, build_network, shortest_sample
-from layerwise.nets.network import ranges
+from layerwise.nets import build_network, shortest_sample
+from layerwise.nets.network import Network, ranges
 from layerwise.run_directory import RunPaths, RunState, open_run
 from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import load_stages
@@ -93,13 +93,14 @@ def probe(
     notify("features of the same network with random weights")
     random = untrained_stages(plans, handings, config.training.seed)
     untrained, peak = features_under_budget(config, question, random, paths.probes, stop)
-    trained = {stage: _cached_features(paths, state, stage, question, stop, warn) for stage in done}
-    if any(features is None for features in trained.values()):
+    passed: list[FeatureRows] = []
+    cached = {stage: _cached_features(paths, state, stage, question, stop, warn) for stage in done}
+    if any(features is None for features in cached.values()):
         notify("features of stages that are not cached")
         stages = trained_stages(plans, handings, load_stages(paths, [plan.stage for plan in plans]))
         passed, more = features_under_budget(config, question, stages, paths.probes, stop)
-        trained = {stage: passed[stage - 1] if kept is None else kept for stage, kept in trained.items()}
         peak = max(peak, more)
+    trained = {stage: passed[stage - 1] if kept is None else kept for stage, kept in cached.items()}
     results = []
     for stage, features in trained.items():
         poll = partial(stop.raise_if_set, f"in the probe of stage {stage}")

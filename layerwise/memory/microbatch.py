@@ -26,15 +26,20 @@ from layerwise.memory.ranks import ALONE, Ranks
 class Scored(Protocol):
     """What an objective gives: two scalars."""
 
-    loss: torch.Tensor
-    accuracy: torch.Tensor
+    @property
+    def loss(self) -> torch.Tensor: ...
+
+    @property
+    def accuracy(self) -> torch.Tensor: ...
 
 
 class Part(Protocol):
     """What one pass scores."""
 
-    rows: np.ndarray
-    """int64 [R], sorted: frames of the batch, numbered b * L + t."""
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 [R], sorted: frames of the batch, numbered b * L + t."""
+        ...
 
 
 Encode = Callable[[slice, np.ndarray], tuple[torch.Tensor, ...]]

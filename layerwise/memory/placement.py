@@ -65,8 +65,8 @@ def cheapest(families: Iterable[list[Placement]], fits: Callable[[Placement], bo
     family of so many passes fits with it, the others of so many passes are not looked into.
     """
     fits = cache(fits)
-    for _, level in groupby(families, lambda family: family[0].passes):
-        level = list(level)
+    for _, of_so_many_passes in groupby(families, lambda family: family[0].passes):
+        level = list(of_so_many_passes)
         on_host = any(family[0].optimizer_on_host for family in level)
         if on_host and not any(fits(family[-1]) for family in level if family[0].optimizer_on_host):
             continue

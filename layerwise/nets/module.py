@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ class Module(nn.Module):
 
     def __init__(self, layers: Mapping[int, Layer]) -> None:
         super().__init__()
-        self.layers = nn.ModuleDict({str(index): layer for index, layer in layers.items()})
+        named = nn.ModuleDict({str(index): layer for index, layer in layers.items()})
+        self.layers = cast(Mapping[str, Layer], named)  # it does not tell its type checker what it holds
 
     def forward(self, x: torch.Tensor, lengths: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Input frames (B, L, *frame) with int64 [B] real lengths to (targets, outputs) of the local objective.
@@ -95,7 +96,7 @@ class Module(nn.Module):
 
         They may reach over both ends of the sample, where there are zeros. Not for recurrent modules.
         """
-        for layer in reversed(self.layers.values()):
+        for layer in reversed([*self.layers.values()]):
             start = start * layer.stride - layer.padding
             stop = (stop - 1) * layer.stride - layer.padding + layer.kernel
         return start, stop

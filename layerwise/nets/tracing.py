@@ -156,8 +156,8 @@ def _tied(root: nn.Module, nodes: list[fx.Node]) -> dict[int, range]:
 
 def _tensors(root: nn.Module, node: fx.Node) -> list[torch.Tensor]:
     """Parameters, buffers and constants that an operation uses."""
-    named = [operator.attrgetter(use.target)(root) for use in node.all_input_nodes if use.op == "get_attr"]
+    named = [operator.attrgetter(str(use.target))(root) for use in node.all_input_nodes if use.op == "get_attr"]
     if node.op == "call_module":
-        module = root.get_submodule(node.target)
+        module = root.get_submodule(str(node.target))
         named += [*module.parameters(), *module.buffers()]
     return [tensor for tensor in named if isinstance(tensor, torch.Tensor)]

@@ -7,6 +7,7 @@ One's own is a class that keeps to `Objective`, and one line before the run that
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from layerwise.config import ObjectiveOptions
 from layerwise.errors import ConfigError
@@ -14,7 +15,7 @@ from layerwise.objectives.contrastive import Contrastive
 from layerwise.objectives.hinge import Hinge
 from layerwise.objectives.infonce import InfoNCE
 from layerwise.objectives.ntxent import NTXent
-from layerwise.objectives.protocol import Objective
+from layerwise.objectives.protocol import Objective, ObjectiveModule
 from layerwise.objectives.supervised import Supervised
 
 
@@ -80,6 +81,6 @@ def check_objective(name: str) -> None:
         raise ConfigError(f"--objective {name}: there is none of that name; there are {', '.join(_BUILD)}.")
 
 
-def build_objective(options: ObjectiveOptions, scored: Scored) -> Objective:
+def build_objective(options: ObjectiveOptions, scored: Scored) -> ObjectiveModule:
     """The objective that the options name."""
-    return _BUILD[options.name](options, scored)
+    return cast(ObjectiveModule, _BUILD[options.name](options, scored))

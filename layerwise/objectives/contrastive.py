@@ -201,7 +201,7 @@ def _score(
         hits += (weight * (scores[:, 0] > scores[:, 1:].amax(1))).sum()
         more, of_score = of_scores(scores, weight)
         loss += more
-        if gradients is None or of_prediction_room is None:
+        if gradients is None or of_windows is None or of_prediction_room is None:
             continue
         of_targets, _, of_predictors = gradients
         of_predictions = torch.bmm(of_score.transpose(1, 2), z, out=of_prediction_room[: len(weight)])
@@ -215,7 +215,7 @@ def _score(
         ):
             of_predictors[step].addmm_(gradient.t(), context)
             of_context.addmm_(gradient, predictors[step])
-    if gradients is not None:
+    if gradients is not None and of_windows is not None:
         gradients[1].index_add_(0, anchors, of_windows)
     return Score(loss, hits)
 

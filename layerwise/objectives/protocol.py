@@ -1,10 +1,12 @@
 """What a local objective is: it draws what it needs on the host, then scores on the device."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +22,10 @@ class Score:
 class Draw(Protocol):
     """Everything random about one pass over a batch."""
 
-    rows: np.ndarray
-    """int64 [R], sorted, each once: the frames that are scored, numbered b * L + t over the padded batch."""
+    @property
+    def rows(self) -> np.ndarray:
+        """int64 [R], sorted, each once: the frames that are scored, numbered b * L + t over the padded batch."""
+        ...
 
 
 class Objective(Protocol):
@@ -35,7 +39,7 @@ class Objective(Protocol):
         rng: np.random.Generator,
         passes: int = 1,
         classes: np.ndarray | None = None,
-    ) -> list[Draw]:
+    ) -> Sequence[Draw]:
         """Everything random about one batch, as one draw per pass: the losses of the passes add up to the batch's.
 
         lengths: int64 [B], real frames of each sample; frames: L of the padded batch; columns: frames per row;
@@ -44,9 +48,13 @@ class Objective(Protocol):
         """
         ...
 
-    def __call__(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int) -> Score:
+    def __call__(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Any, room: int) -> Score:
         """targets (R, C) and contexts (R, D) at the rows of the draw; the same tensor where they are the same.
 
         room: bytes that the work may take on the device beside these, their gradients and the objective's own.
         """
         ...
+
+
+class ObjectiveModule(nn.Module, Objective):
+    """What an Objective is besides, which a Protocol cannot say; nobody needs to derive from it."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -51,7 +52,7 @@ FAR = 3.0
 """A budget that is so many times what was used is told in words: drawn, it would press all else to the ground."""
 
 
-BUDGET = {"color": INK, "linestyle": "--", "linewidth": 1.2}
+BUDGET: dict[str, Any] = {"color": INK, "linestyle": "--", "linewidth": 1.2}
 """The line of a budget."""
 
 
@@ -121,10 +122,10 @@ def draw_memory(memory: dict[int, list[MemorySample]], budget: int | None) -> Pl
         axes.axvline(begin / seconds_per_unit, color=INK, linewidth=0.6, alpha=0.3)
     axes.text(0, 1.01, "stage ", ha="right", transform=axes.transAxes)
     highest = max(sample.peak_bytes for samples in memory.values() for sample in samples)
-    near = _is_near(budget, highest)
+    near = budget if _is_near(budget, highest) else None
     if near:
-        axes.axhline(budget, **BUDGET)
-    axes.set_ylim(0, 1.06 * (max(highest, budget) if near else highest))
+        axes.axhline(near, **BUDGET)
+    axes.set_ylim(0, 1.06 * (max(highest, near) if near else highest))
     axes.set_xlim(0, max(begin, 1e-3) / seconds_per_unit)
     axes.set_xlabel(f"time worked on, {unit}")
     axes.yaxis.set_major_formatter(BYTES)
@@ -138,7 +139,7 @@ def draw_memory(memory: dict[int, list[MemorySample]], budget: int | None) -> Pl
         *([Line2D([], [], label="budget", **BUDGET)] if near else []),
     ]
     figure.legend(handles=keys, loc="outside lower center", ncols=3)
-    caption = f"Device memory of each stage; the highest was {size(highest)}{_against(budget, near)}."
+    caption = f"Device memory of each stage; the highest was {size(highest)}{_against(budget, near is not None)}."
     return Plot("memory", "Device memory", caption, figure)
 
 
@@ -154,10 +155,10 @@ def draw_caches(run: GatheredRun) -> Plot | None:
     axes = figure.subplots()
     bars = axes.barh([*sizes, "all"], [*sizes.values(), total], color=[BLUE] * len(sizes) + [GRAY], height=0.65)
     axes.bar_label(bars, [size(count) for count in (*sizes.values(), total)], padding=3, fontsize=8.5)
-    near = _is_near(budget, total)
-    axes.set_xlim(0, max(1.2 * total, 1.06 * budget if near else 0))
+    near = budget if _is_near(budget, total) else None
+    axes.set_xlim(0, max(1.2 * total, 1.06 * near if near else 0))
     if near:
-        axes.axvline(budget, **BUDGET)
+        axes.axvline(near, **BUDGET)
         figure.legend(handles=[Line2D([], [], label="disk budget", **BUDGET)], loc="outside upper right")
     axes.invert_yaxis()
     axes.set_ylabel("stage")
@@ -166,7 +167,7 @@ def draw_caches(run: GatheredRun) -> Plot | None:
     axes.grid(axis="x")
     missing = [str(record.stage) for record in run.state.stages if str(record.stage) not in sizes]
     gone = f" Stages without a cache now: {', '.join(missing)}." if missing else ""
-    caption = f"Caches on the disk now, {size(total)} in all{_against(budget, near)}.{gone}"
+    caption = f"Caches on the disk now, {size(total)} in all{_against(budget, near is not None)}.{gone}"
     return Plot("caches", "Activation caches", caption, figure)
 
 
@@ -197,7 +198,7 @@ def draw_comparison(label: str, methods: Sequence[Method]) -> Plot | None:
 
 def draw_costs(methods: Sequence[Method]) -> Plot | None:
     """Device peak, time and disk of each method."""
-    kinds = {
+    kinds: dict[str, dict[str, float | None]] = {
         "device peak": {method.name: method.peak_bytes for method in methods},
         "time": {method.name: method.seconds for method in methods},
         "disk": {method.name: method.disk_bytes for method in methods},
@@ -296,7 +297,7 @@ def _subdivisions(axes: Axes) -> Sequence[float]:
     return (1, 1.5, 2, 3, 5, 7) if high / low > 2.5 else (1, 1.2, 1.4, 1.6, 1.8, *(n / 2 for n in range(4, 20)))
 
 
-def _is_near(budget: int | None, highest: float) -> bool:
+def _is_near(budget: int | None, highest: float) -> TypeGuard[int]:
     """Whether the line of a budget is drawn."""
     return budget is not None and budget <= FAR * highest
 
@@ -334,5 +335,6 @@ def _worst(confusion: Confusion) -> list[int]:
     return sorted(sorted(numbers, key=lambda i: -wrong[i])[:MOST_CLASSES])
 
 
-def _rgb(color: str) -> tuple[float, ...]:
-    return tuple(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+def _rgb(color: str) -> tuple[float, float, float]:
+    red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return red, green, blue

@@ -28,7 +28,7 @@ class WeightsAndBiases:
         if stage not in self._defined:
             self._run.define_metric(f"stage-{stage}/*", step_metric=f"stage-{stage}/epoch")
             self._defined.add(stage)
-        self._run.log({f"stage-{stage}/{name}": value for name, value in (values | {"epoch": step}).items()})
+        self._run.log({f"stage-{stage}/{name}": value for name, value in {**values, "epoch": step}.items()})
 
     def close(self, done: bool) -> None:
         self._run.finish(0 if done else 75)  # as the command itself exits

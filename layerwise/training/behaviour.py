@@ -41,7 +41,7 @@ def _once(find: Callable[Concatenate[Owner, P], Behaviour]) -> Callable[Concaten
     answers: WeakKeyDictionary[Owner, dict[object, Behaviour]] = WeakKeyDictionary()
 
     @wraps(find)
-    def ask(owner: Owner, *rest: P.args, **none: P.kwargs) -> Behaviour:
+    def ask(owner: Owner, /, *rest: P.args, **none: P.kwargs) -> Behaviour:
         known = answers.setdefault(owner, {})
         if rest not in known:
             known[rest] = find(owner, *rest, **none)

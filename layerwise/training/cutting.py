@@ -17,8 +17,8 @@ from layerwise.memory.estimate import DEVICE, rehearse
 from layerwise.memory.meter import Meter
 from layerwise.memory.partition import partition
 from layerwise.memory.placement import Placement
-from layerwise.nets import Network, build_network
-from layerwise.nets.network import ranges
+from layerwise.nets import build_network
+from layerwise.nets.network import Network, ranges
 from layerwise.training.plan import StagePlan, plan_stages
 from layerwise.training.planner import held_at_all, held_in_one_pass, training_peak
 

@@ -8,7 +8,7 @@ before the predictors have stepped: the other ranks would wait for something els
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -28,7 +28,7 @@ from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.parking import parked, repack
 from layerwise.memory.placement import Placement
 from layerwise.memory.ranks import ALONE, Ranks
-from layerwise.objectives.protocol import Draw
+from layerwise.objectives.protocol import Draw, Score
 from layerwise.training.behaviour import behaviour
 from layerwise.training.optimizer import DeviceAdam, HostOptimizer, Optimizer, OwnOptimizer
 from layerwise.training.plan import StagePlan
@@ -112,10 +112,10 @@ class LoadedStage:
         repack(self.module)
         self._label()
 
-    def _score(self, encoded: microbatch.Batch, draws: list[Draw]) -> Total:
+    def _score(self, encoded: microbatch.Batch, draws: Sequence[Draw]) -> Total:
         return microbatch.score(encoded, self._loss, draws, self.placement.micro_batch)
 
-    def _attempt(self, encoded: microbatch.Batch, draws: list[Draw]) -> Total:
+    def _attempt(self, encoded: microbatch.Batch, draws: Sequence[Draw]) -> Total:
         """All gradients of the module in place, and the predictors' step taken."""
         if len(draws) > 1 or self.behaviour.draws:
             scores = []
@@ -145,7 +145,7 @@ class LoadedStage:
         for parameter in trained:
             if parameter.grad is None:  # none of this rank's samples was scored
                 parameter.grad = torch.zeros_like(parameter)
-        self.ranks.add(parameter.grad for parameter in trained)
+        self.ranks.add(parameter.grad for parameter in trained if parameter.grad is not None)
 
     def _agreed(self, score: Total) -> Total:
         """The same to the bit on all ranks."""
@@ -176,8 +176,8 @@ class LoadedStage:
 
     def _repeat_in_smaller_slices(
         self,
-        work: Callable[[microbatch.Batch, list[Draw]], Total],
-        draws: list[Draw],
+        work: Callable[[microbatch.Batch, Sequence[Draw]], Total],
+        draws: Sequence[Draw],
         batch: Batch,
         randomness: Randomness,
     ) -> Total:
@@ -209,7 +209,7 @@ class LoadedStage:
         self.shrunk = True
         release(self.device)
 
-    def _draws(self, batch: Batch, randomness: Randomness) -> list[Draw]:
+    def _draws(self, batch: Batch, randomness: Randomness) -> Sequence[Draw]:
         lengths = self.module.out_length(batch.lengths)
         frames = int(self.module.out_length(batch.frames.shape[1]))
         passes = min(self.placement.passes, len(lengths))
@@ -240,7 +240,7 @@ class LoadedStage:
         frames = int(self.module.out_length(batch.frames.shape[1]))
         return microbatch.Batch(encode, self._samples(batch), frames, self.ranks)
 
-    def _loss(self, representations: tuple[torch.Tensor, ...], draw: Draw) -> Total:
+    def _loss(self, representations: tuple[torch.Tensor, ...], draw: Draw) -> Score:
         return self.objective(representations[0], representations[-1], draw, self.placement.loss_room)
 
     @contextlib.contextmanager
@@ -253,7 +253,7 @@ class LoadedStage:
                 torch.cuda.default_generators[self.device.index or 0].manual_seed(number)
             yield
 
-    def _looks(self, name: str, batch: Batch, draws: list[Draw]) -> bool:
+    def _looks(self, name: str, batch: Batch, draws: Sequence[Draw]) -> bool:
         padded = bool((batch.lengths < batch.frames.shape[1]).any())
         return self.meter.looks(
             f"{name}, stage {self.plan.stage}", batch.frames.shape[1], max(len(draw.rows) for draw in draws), padded

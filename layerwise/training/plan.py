@@ -12,11 +12,12 @@ from layerwise.config import Config
 from layerwise.data.batches import Window
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, DataError
-from layerwise.nets import Network
 from layerwise.nets.first_weights import with_first_weights
 from layerwise.nets.module import Geometry, Module
+from layerwise.nets.network import Network
 from layerwise.nets.speech import shortest_input
-from layerwise.objectives import Objective, Scored, build_objective, check_objective, renderings_compared
+from layerwise.objectives import Scored, build_objective, check_objective, renderings_compared
+from layerwise.objectives.protocol import ObjectiveModule
 from layerwise.training.classes import count_classes
 from layerwise.training.optimizer import Optimization
 
@@ -59,7 +60,7 @@ class StagePlan:
         """The module with its first weights, on the device."""
         return self.network.build(self.layers, seed, device)
 
-    def build_objective(self, config: Config, device: torch.device) -> Objective:
+    def build_objective(self, config: Config, device: torch.device) -> ObjectiveModule:
         """The objective with its first weights, on the device."""
         scored = Scored(self.target_channels, self.context_channels, self.classes)
         build = partial(build_objective, config.objective, scored)

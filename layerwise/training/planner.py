@@ -5,8 +5,9 @@ Of many like slices only the first are rehearsed: the others need the same room.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from layerwise.objectives.protocol import Draw
 from layerwise.training.behaviour import behaviour
 from layerwise.training.caching import longest_piece, shortest_piece
 from layerwise.training.loaded import LoadedStage, Randomness
-from layerwise.training.optimizer import Stepping
+from layerwise.training.optimizer import Optimizer, State
 from layerwise.training.plan import StagePlan
 from layerwise.training.remembered import remembered
 
@@ -84,13 +85,13 @@ def fitting_layout(config: Config, plan: StagePlan, device: torch.device, below:
     if placement is None:
         return None
     piece = _longest_that_fits(longest, shortest, lambda n: _piece_peak(config, plan, below, n) <= room)
-    windows = _longest_that_fits(
+    at_once = _longest_that_fits(
         windows, min(windows, 1), lambda n: recomputing_peak(config, below, n, plan.window.frames) <= room
     )
-    if piece is None or windows is None:
+    if piece is None or at_once is None:
         return None
     why = "" if placement == first else _why(config, plan, placement, first)
-    return StageLayout(placement, piece, windows, why)
+    return StageLayout(placement, piece, at_once, why)
 
 
 def held_in_one_pass(config: Config, plan: StagePlan, device: torch.device) -> bool:
@@ -224,19 +225,19 @@ def _rehearsed_training(config: Config, plan: StagePlan, placement: Placement, l
 class _Rehearsal(LoadedStage):
     """Goes through the first slices of a batch and its first passes, and does not go on in smaller slices."""
 
-    def _draws(self, batch: Batch, randomness: Randomness) -> list[Draw]:
+    def _draws(self, batch: Batch, randomness: Randomness) -> Sequence[Draw]:
         full = replace(batch, lengths=np.full(len(batch.lengths), batch.frames.shape[1]))
         draws = super()._draws(full, randomness)
         samples, frames = len(batch.lengths), int(self.module.out_length(batch.frames.shape[1]))
         most = max(_most_hit(len(draw.rows), samples * frames) for draw in draws)
         in_slice = max(_most_in_a_slice(draw.rows, samples, frames, self.placement.micro_batch) for draw in draws)
         rows = _spread_out(most, min(in_slice, most), samples, frames, self.placement.micro_batch)
-        return [replace(draw, rows=rows) for draw in draws[:REHEARSED_PASSES]]
+        return [replace(cast(Any, draw), rows=rows) for draw in draws[:REHEARSED_PASSES]]
 
     def _repeat_in_smaller_slices(
         self,
-        work: Callable[[microbatch.Batch, list[Draw]], Total],
-        draws: list[Draw],
+        work: Callable[[microbatch.Batch, Sequence[Draw]], Total],
+        draws: Sequence[Draw],
         batch: Batch,
         randomness: Randomness,
     ) -> Total:
@@ -245,7 +246,7 @@ class _Rehearsal(LoadedStage):
     def _run_back(self, pending: Pending, encoded: microbatch.Batch) -> None:
         microbatch.run_back(pending, encoded, self.placement.micro_batch)
 
-    def _optimizer(self, trained: nn.Module, options: TrainingOptions) -> Stepping:
+    def _optimizer(self, trained: nn.Module, options: TrainingOptions) -> Optimizer:
         if self.placement.optimizer_on_host:
             return _Elsewhere(trained)
         optimizer = super()._optimizer(trained, options)
@@ -268,8 +269,17 @@ class _Elsewhere:
     def step(self) -> None:
         self._trained.zero_grad()
 
+    def begin_epoch(self, epoch: int) -> None:
+        """The learning rate is the host's."""
+
     def on_device(self) -> list[torch.Tensor]:
         return []
+
+    def state(self) -> dict[str, State]:
+        return {}
+
+    def load(self, state: Mapping[str, State]) -> None:
+        """There is nothing to take over."""
 
 
 def _most_hit(rows: int, frames: int) -> int:
@@ -325,7 +335,7 @@ def _rehearsed_caching(config: Config, plan: StagePlan, piece: int, layers: int)
 
     def build() -> Module:
         module = plan.build_module(config.training.seed, DEVICE).eval()
-        return Module(dict(list(module.layers.items())[:layers]))
+        return Module({int(name): layer for name, layer in list(module.layers.items())[:layers]})
 
     def stream(_: Meter) -> None:
         module, states = build(), None
@@ -399,7 +409,7 @@ def _passing_peak(config: Config, plan: StagePlan, windows: int, frames: int) ->
         firsts, lengths = np.full(windows, -module.inputs_of(0, 1)[1]), np.full(windows, 2 * frames)
         with torch.no_grad(), autocast(DEVICE, config.training.precision):
             x = on_device(torch.zeros(windows, frames, *plan.frame_shape, dtype=stored, device="meta"), DEVICE)
-            outputs, _, _ = module.window(x, firsts, lengths)
+            outputs = module.window(x, firsts, lengths)[0]
             del x
             outputs.to(rounded).isfinite().all()
 

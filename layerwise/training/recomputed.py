@@ -70,7 +70,8 @@ class RecomputedFeed:
                 yield in_whole_batch(batch, epoch, step, self, self._ranks)
 
     def pieces(self, groups: list[Group], parked: Parked) -> Iterator[Batch]:
-        reads, held = [], 0
+        reads: list[partial[Windows]] = []
+        held = 0
         for group in groups:
             for start in group.starts:
                 taken = self._bytes(group.stop - group.first, min(group.longest, group.piece))

@@ -19,7 +19,7 @@ def remembered(
     answers: WeakKeyDictionary[StagePlan, dict[Any, T]] = WeakKeyDictionary()
 
     @wraps(predict)
-    def ask(config: Config, plan: StagePlan, *rest: P.args, **none: P.kwargs) -> T:
+    def ask(config: Config, plan: StagePlan, /, *rest: P.args, **none: P.kwargs) -> T:
         known, key = answers.setdefault(plan, {}), (config, *rest)
         if key not in known:
             known[key] = predict(config, plan, *rest, **none)

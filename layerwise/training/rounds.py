@@ -39,8 +39,17 @@ def prepare_rounds(
         of_round, keep = paths.round(number, rounds), keep_of_round(config, number)
         if number < rounds and not of_round.state.exists() and _is_ours(paths):
             _clear(of_round)
-        how = {"from_stage": from_stage, "overwrite": overwrite, "cached": cached, "keep": keep}
-        states[number] = prepare(config, of_round, data, plans, device, **how)
+        states[number] = prepare(
+            config,
+            of_round,
+            data,
+            plans,
+            device,
+            from_stage=from_stage,
+            overwrite=overwrite,
+            cached=cached,
+            keep=keep,
+        )
         if number < rounds:
             _find_lost_ends(number, paths, rounds, states)
         if all(is_trained(record) for record in states[number].stages) and number == rounds:

@@ -196,7 +196,7 @@ def _train(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: An
     record.status = "caching"
     record.epochs, record.converged, record.best_loss = trained.epochs, trained.converged, trained.best_loss
     record.train_peak_bytes = max(meter.peak, trained.peak_bytes)
-    record.train_peak_by_kind = dict(meter.peak_by_kind)
+    record.train_peak_by_kind = {str(kind): most for kind, most in meter.peak_by_kind.items()}
     record.micro_batch = trained.placement.micro_batch
     record.seconds = trained.seconds
     record.fingerprint = fingerprint(run.key(stage), found)
