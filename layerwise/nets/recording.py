@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from layerwise.errors import ConfigError
@@ -46,6 +47,12 @@ def _check_input(model: nn.Module, example: torch.Tensor) -> None:
             f"The network's input is a {type(example).__name__}, but modules read one tensor; "
             "wrap the network so that its forward takes a tensor."
         )
+    for name, part in model.named_modules():
+        if any(is_lazy(tensor) for tensor in chain(part.parameters(recurse=False), part.buffers(recurse=False))):
+            raise ConfigError(
+                f"The network's '{name}' ({type(part).__name__}) does not know its size yet; call the network once on an example "
+                "before, or name the size."
+            )
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(model.forward).parameters.values()
     required = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
