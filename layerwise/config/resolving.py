@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from layerwise.config.options import Config
 from layerwise.config.sentences import sentence
 from layerwise.errors import ConfigError
+from layerwise.near import did_you_mean
 
 DATA_KINDS = ("demo", "speech", "fsdd", "librispeech", "images", "stl10", "cifar10")
 """What may stand before the colon of --data."""
@@ -23,6 +24,16 @@ def recipe_names() -> list[str]:
     """Names of the recipes that ship with the package."""
     folder = resources.files("layerwise.recipes")
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def recipe_text(name: str) -> str:
+    """The TOML of a recipe; its first line says what it is for. Raises ConfigError."""
+    names = recipe_names()
+    if name not in names:
+        raise ConfigError(
+            f"There is no recipe {name!r}; the recipes are {', '.join(names)}.{did_you_mean(name, names)}"
+        )
+    return (resources.files("layerwise.recipes") / f"{name}.toml").read_text()
 
 
 def resolve(
@@ -45,9 +56,10 @@ def resolve(
     if kind not in DATA_KINDS:
         raise ConfigError(
             f"--data {source}: write demo, or one of {', '.join(f'{k}:DIR' for k in DATA_KINDS if k != 'demo')}."
+            f"{did_you_mean(kind, DATA_KINDS)}"
         )
     recipe = recipe or RECIPE_OF_KIND.get(kind, kind)
-    tree = _merge(_recipe(recipe), file_tree)
+    tree = _merge(tomllib.loads(recipe_text(recipe)), file_tree)
     for key, value in overrides.items():
         tree = _merge(tree, _nested(key, value))
     if not tree.get("out"):
@@ -95,12 +107,6 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     except tomllib.TOMLDecodeError:
         parsed = value
     return key.strip(), parsed
-
-
-def _recipe(name: str) -> dict[str, Any]:
-    if name not in recipe_names():
-        raise ConfigError(f"There is no recipe {name!r}; the recipes are {', '.join(recipe_names())}.")
-    return tomllib.loads((resources.files("layerwise.recipes") / f"{name}.toml").read_text())
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

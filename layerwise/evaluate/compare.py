@@ -23,6 +23,7 @@ from layerwise.evaluate.question import Question, ask, truth
 from layerwise.events import Notify, silent
 from layerwise.files import exclusive, write_atomically
 from layerwise.memory.device import find_device
+from layerwise.near import did_you_mean
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import ranges
 from layerwise.stop import StopFlag
@@ -168,7 +169,9 @@ def _check_request(config: Config, label: str, data: DataSet, seeds: Sequence[in
     """Refuses what cannot be compared before anything is trained. Raises ConfigError or DataError."""
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
-        raise ConfigError(f"There is no method {unknown[0]!r} to compare; there are {', '.join(METHODS)}.")
+        raise ConfigError(
+            f"There is no method {unknown[0]!r} to compare; there are {', '.join(METHODS)}.{did_you_mean(unknown[0], METHODS)}"
+        )
     if config.objective.name != "infonce":
         raise ConfigError(
             f"--objective {config.objective.name}: the methods of a comparison have objectives of their own; leave it out."

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from layerwise.config import ObjectiveOptions
 from layerwise.errors import ConfigError
+from layerwise.near import did_you_mean
 from layerwise.objectives.contrastive import Contrastive
 from layerwise.objectives.hinge import Hinge
 from layerwise.objectives.infonce import InfoNCE
@@ -66,7 +67,9 @@ def register_objective(name: str, build: Build) -> None:
 def check_objective(name: str) -> None:
     """Raises ConfigError where there is no objective of that name."""
     if name not in _BUILD:
-        raise ConfigError(f"--objective {name}: there is none of that name; there are {', '.join(_BUILD)}.")
+        raise ConfigError(
+            f"--objective {name}: there is none of that name; there are {', '.join(_BUILD)}.{did_you_mean(name, _BUILD)}"
+        )
 
 
 def build_objective(options: ObjectiveOptions, scored: Scored) -> Objective:
