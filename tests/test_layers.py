@@ -31,8 +31,9 @@ ROOMS = {
     "tracking": LEAVES,
     "engines": LEAVES | {"training", "tracking", "data", "nets", "memory", "cache"},
     "encoder": LEAVES | {"training", "cache", "data", "nets", "memory"},
+    "doctor": {"errors", "files", "units"},
     "report": LEAVES | {"evaluate"},
-    "commands": LEAVES | {"training", "engines", "evaluate", "encoder", "report", "cache"},
+    "commands": LEAVES | {"training", "engines", "evaluate", "encoder", "report", "cache", "doctor"},
 }
 """Room to what it may import, besides itself."""
 

@@ -1,5 +1,6 @@
 """The options of a run: what there are, and one Config from all the places where they are given."""
 
+from layerwise.config.commented import commented
 from layerwise.config.listing import Option, changed_options, options, value_of
 from layerwise.config.options import (
     CacheOptions,
@@ -39,6 +40,7 @@ __all__ = [
     "Scope",
     "TrainingOptions",
     "changed_options",
+    "commented",
     "load",
     "options",
     "parse_assignment",

@@ -1,0 +1,19 @@
+"""`layerwise recipes`: the defaults that experiments begin with."""
+
+import click
+
+from layerwise.config import recipe_names, recipe_text
+from layerwise.report.summary import console_for_results, table
+
+
+@click.command(short_help="List the recipes, or print one.")
+@click.argument("name", metavar="[NAME]", required=False)
+def recipes(name: str | None) -> None:
+    """List the recipes with what each is for, or print the TOML of the one that is named."""
+    if name is not None:
+        click.echo(recipe_text(name), nl=False)
+        return
+    shown = table("recipe", "")
+    for each in recipe_names():
+        shown.add_row(each, recipe_text(each).partition("\n")[0].removeprefix("# "))
+    console_for_results().print(shown)
