@@ -3,7 +3,6 @@
 import click
 
 from layerwise.config import recipe_names, recipe_text
-from layerwise.report.summary import console_for_results, table
 
 
 @click.command(short_help="List the recipes, or print one.")
@@ -13,7 +12,7 @@ def recipes(name: str | None) -> None:
     if name is not None:
         click.echo(recipe_text(name), nl=False)
         return
-    shown = table("recipe", "")
+    width = max(map(len, recipe_names()))
     for each in recipe_names():
-        shown.add_row(each, recipe_text(each).partition("\n")[0].removeprefix("# "))
-    console_for_results().print(shown)
+        purpose = recipe_text(each).partition("\n")[0].removeprefix("# ")
+        click.echo(f"{each:<{width}}  {purpose}")

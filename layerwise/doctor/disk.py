@@ -74,5 +74,5 @@ def can_lock(cache_dir: Path) -> Finding:
 
 def nearest_folder(place: Path) -> Path:
     """The folder itself, or the nearest one above it that exists."""
-    here = place.expanduser().absolute()
+    here = place.expanduser()
     return next(folder for folder in (here, *here.parents) if folder.is_dir())

@@ -53,7 +53,7 @@ WRONG = [
     ("layerwise run --from-stage 2 --config tiny.toml --data speech:recordings", "would begin anew"),
     ("layerwise run --dry-run", "give --engine slurm, too"),
     ("layerwise run --config tiny.toml --data speech:recordings --stages 99", "--stages 99"),
-    ("layerwise run --config tiny.toml --data speech:recordings --gpu-mem 10kB", "is too small: stage"),
+    ("layerwise run --config small.toml --data speech:recordings --gpu-mem 10kB", "is too small: stage"),
     ("layerwise plan --config tiny.toml --data speech:recordings --net vision", "--net vision trains on pictures"),
     ("layerwise plan --config tiny.toml --data speech:recordings --set data.window=60", "data.window 60 is too small"),
     ("layerwise compare --config tiny.toml --data speech:recordings", "compare needs --label NAME"),
@@ -127,6 +127,8 @@ TINY = {
     "objective": {"steps": 3, "anchors": 16},
     "training": {"max_epochs": 1, "batch_size": 8},
 }
+FEW_LAYOUTS = {"training": {"stages": 4, "batch_size": 2}, "memory": {"recompute": "never"}}
+"""So that there is little to rehearse before a budget is refused."""
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +149,7 @@ def world(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "file").write_text("")
     (folder / "broken.toml").write_text("[training\n")
     (folder / "tiny.toml").write_text(tomli_w.dumps(TINY))
+    (folder / "small.toml").write_text(tomli_w.dumps({**TINY, **FEW_LAYOUTS}))
     shutil.copytree(small_run, folder / "run")
     return folder
 
