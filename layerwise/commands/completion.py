@@ -14,7 +14,7 @@ def completion(context: click.Context, shell: str) -> None:
     bash  layerwise completion bash > ~/.layerwise-completion.bash
           echo '. ~/.layerwise-completion.bash' >> ~/.bashrc
     zsh   layerwise completion zsh > ~/.layerwise-completion.zsh
-          echo '. ~/.layerwise-completion.zsh' >> ~/.zshrc, after compinit
+          echo '. ~/.layerwise-completion.zsh' >> ~/.zshrc    (behind compinit)
     fish  layerwise completion fish > ~/.config/fish/completions/layerwise.fish
 
     Bash must be 4.4 or newer.

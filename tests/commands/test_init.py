@@ -48,7 +48,9 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
     return run_main
 
 
-@pytest.mark.parametrize(("recipe", "kind"), itertools.product(configuration.recipe_names(), configuration.DATA_KINDS))
+@pytest.mark.parametrize(
+    ("recipe", "kind"), list(itertools.product(configuration.recipe_names(), configuration.DATA_KINDS))
+)
 def test_the_file_of_every_recipe_is_read_back_as_it_was(recipe: str, kind: str, tmp_path: Path) -> None:
     source = kind if kind == "demo" else f"{kind}:some where"
     written = configuration.resolve(recipe, overrides={"data.source": source})
