@@ -25,7 +25,7 @@ setup(
         "torchaudio>=2.9",
         "h5py>=3.11",
         "numpy>=2.0",
-        "click>=8.2",
+        "click>=8.4",
         "psutil>=6.0",
         "rich>=14.0",
         "pydantic>=2.10",

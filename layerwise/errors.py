@@ -56,6 +56,10 @@ class TrainingError(LayerwiseError):
     """Training went astray, for example to a loss that is not a number."""
 
 
+class SetupError(LayerwiseError):
+    """Something of the installation or of the machine must be mended before a run."""
+
+
 class SlurmError(LayerwiseError):
     """Slurm cannot be asked, or refuses."""
 

@@ -60,6 +60,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Raises RunError where the folder can neither be written nor made; nothing is changed on the disk to find out."""
+    here = folder.absolute()
+    nearest = next(place for place in (here, *here.parents) if place.exists())
+    if not nearest.is_dir():
+        raise RunError(f"{folder} cannot be written: {nearest} is not a folder; name another one.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError(f"{folder} cannot be written: {nearest} does not let you; name another one.")
+
+
 def unwritable(path: Path, error: OSError) -> str:
     """The sentence for an error of the operating system on a file that is written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -95,3 +95,20 @@ def test_changes_are_listed_by_scope() -> None:
     new = config.resolve(overrides={"training.lr": 0.5, "net.width": 3, "memory.gpu_mem": "1GB"})
     assert [option.key for option, _, _ in config.changed_options(old, new, {"training"})] == ["training.lr"]
     assert [option.key for option, _, _ in config.changed_options(old, new, {"shape"})] == ["net.width"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "meant"),
+    [
+        ({"overrides": {"gpu-mem": "4GB"}}, r"There is no option 'gpu-mem'; did you mean memory\.gpu_mem\?"),
+        ({"overrides": {"training.epochs": 3}}, r"did you mean training\.max_epochs\?"),
+        ({"overrides": {"zzz": 3}}, r"There is no option 'zzz'; `layerwise init` writes a file with all there are\."),
+        ({"recipe": "Librispech"}, r"librispeech, stl10\. Did you mean librispeech\?"),
+        ({"overrides": {"data.source": "picture:x"}}, r"cifar10:DIR\.$"),
+        ({"overrides": {"data.source": "image:x"}}, r"Did you mean images\?"),
+        ({"overrides": {"cache.keep": "needet"}}, r"got 'needet'\. Did you mean needed\?"),
+    ],
+)
+def test_what_looks_like_a_real_name_is_asked_for(request_: dict, meant: str) -> None:
+    with pytest.raises(ConfigError, match=meant):
+        config.resolve(**request_)

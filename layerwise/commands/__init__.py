@@ -8,10 +8,14 @@ import click
 
 from layerwise.commands.cache import cache
 from layerwise.commands.compare import compare
+from layerwise.commands.completion import completion
+from layerwise.commands.doctor import doctor
 from layerwise.commands.export import export
 from layerwise.commands.extract import extract
+from layerwise.commands.init import init
 from layerwise.commands.plan import plan
 from layerwise.commands.probe import probe
+from layerwise.commands.recipes import recipes
 from layerwise.commands.report import report
 from layerwise.commands.run import run
 from layerwise.commands.status import status
@@ -26,7 +30,10 @@ def layerwise() -> None:
     """Train deep networks that do not fit on the GPU, one gradient-isolated module at a time."""
 
 
-for command in (plan, run, status, probe, compare, report, extract, export, cache, task):
+for command in (
+    *(doctor, recipes, init, plan, run, status, probe, compare, report, extract, export, cache, completion),
+    task,
+):
     layerwise.add_command(command)
 
 
@@ -51,13 +58,15 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
         click.echo(error.format_message())
         return 2
     except click.ClickException as error:
-        _say(error.format_message())
+        message = error.format_message()
+        _say(message if message.endswith((".", "?", ")")) else f"{message}.")
         return 2
     except (click.Abort, KeyboardInterrupt):
         _say("Stopped by Ctrl-C before anything had to be saved; start the same command again.")
         return Interrupted.exit_code
     except SystemExit:
-        return 0  # click leaves so when the reader of our output has gone, as in `layerwise status | head`
+        # click leaves so behind completions, and when the reader of our output has gone, as in `layerwise status | head`
+        return 0
     except OSError as error:
         _say(
             f"{error.filename or 'The system'}: {error.strerror or error}; mend that and start the same command again."
@@ -70,4 +79,7 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
 
 
 def _say(sentence: str) -> None:
-    click.echo(f"layerwise: {sentence}", err=True)
+    in_one_line = " ".join(
+        line.strip() for line in sentence.splitlines()
+    )  # click lists what it would take below each other
+    click.echo(f"layerwise: {in_one_line}", err=True)

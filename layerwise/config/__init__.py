@@ -1,5 +1,6 @@
 """The options of a run: what there are, and one Config from all the places where they are given."""
 
+from layerwise.config.commented import commented
 from layerwise.config.listing import Option, changed_options, options, value_of
 from layerwise.config.options import (
     CacheOptions,
@@ -25,6 +26,7 @@ from layerwise.config.resolving import (
     parse_assignment,
     parsed,
     recipe_names,
+    recipe_text,
     resolve,
     validated,
     with_options,
@@ -49,12 +51,14 @@ __all__ = [
     "Scope",
     "TrainingOptions",
     "changed_options",
+    "commented",
     "data_kind",
     "load",
     "options",
     "parse_assignment",
     "parsed",
     "recipe_names",
+    "recipe_text",
     "resolve",
     "validated",
     "value_of",

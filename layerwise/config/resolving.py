@@ -1,6 +1,5 @@
 """One Config from a recipe, TOML files and single options; later ones win."""
 
-import difflib
 import re
 import tomllib
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 from layerwise.config.options import Config
 from layerwise.config.sentences import sentence
 from layerwise.errors import ConfigError
+from layerwise.near import did_you_mean
 
 RECORDINGS, PICTURES, ARRAYS = ("demo", "speech", "fsdd", "librispeech"), ("images", "stl10", "cifar10"), ("npy", "h5")
 DATA_KINDS = (*RECORDINGS, *PICTURES, *ARRAYS)
@@ -35,6 +35,16 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
+def recipe_text(name: str) -> str:
+    """The TOML of a recipe; its first line says what it is for. Raises ConfigError."""
+    names = recipe_names()
+    if name not in names:
+        raise ConfigError(
+            f"There is no recipe {name!r}; the recipes are {', '.join(names)}.{did_you_mean(name, names)}"
+        )
+    return (resources.files("layerwise.recipes") / f"{name}.toml").read_text()
+
+
 def resolve(
     recipe: str | None = None,
     config_file: Path | None = None,
@@ -53,7 +63,7 @@ def resolve(
         given = _merge(given, _nested(key, value))
     kind, frames = data_kind(str(_in(given, "data", "source") or "demo")), _frames(given)
     recipe = recipe or _recipe_for(kind, frames, _in(given, "net", "name"))
-    tree = _merge(_recipe(recipe), given)
+    tree = _merge(tomllib.loads(recipe_text(recipe)), given)
     follows: dict[str, Any] = {"data": {"frames": frames or _frames(tree) or "steps"}}
     if follows["data"]["frames"] == "whole":
         follows["objective"] = {"name": "ntxent"}
@@ -70,11 +80,9 @@ def data_kind(source: str) -> str:
         return kind
     if source == OWN or re.fullmatch(FUNCTION, source):
         return OWN
-    near = difflib.get_close_matches(kind, DATA_KINDS, n=1)
-    meant = f" Did you mean {near[0]}:{source.partition(':')[2] or 'PATH'}?" if near and near[0] != "demo" else ""
     raise ConfigError(
         f"--data {source}: write demo, or one of {', '.join(f'{k}:PATH' for k in DATA_KINDS if k != 'demo')}, or "
-        f"package.module:function.{meant}"
+        f"package.module:function.{did_you_mean(kind, DATA_KINDS)}"
     )
 
 
@@ -141,12 +149,6 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     except tomllib.TOMLDecodeError:
         parsed = value
     return key.strip(), parsed
-
-
-def _recipe(name: str) -> dict[str, Any]:
-    if name not in recipe_names():
-        raise ConfigError(f"There is no recipe {name!r}; the recipes are {', '.join(recipe_names())}.")
-    return tomllib.loads((resources.files("layerwise.recipes") / f"{name}.toml").read_text())
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from layerwise.encoder.load import Given, entry_of, load_stages
 from layerwise.encoder.model import Encoder
 from layerwise.errors import ExportError
 from layerwise.files import write_atomically
+from layerwise.near import did_you_mean
 from layerwise.run_directory import open_run
 
 
@@ -25,7 +26,7 @@ def export(
     """
     run_directory, folder = Path(run_directory), Path(folder)
     if format not in FORMATS:
-        raise ExportError(f"--format {format}: there are {', '.join(FORMATS)}.")
+        raise ExportError(f"--format {format}: there are {', '.join(FORMATS)}.{did_you_mean(format, FORMATS)}")
     if folder.exists():
         raise ExportError(f"{folder} exists; delete it, or name another folder.")
     paths, state = open_run(run_directory)

@@ -120,8 +120,7 @@ def _fill(
             file.drop()
             release(device)
             if piece <= SHORTEST * data.columns:
-                raise BudgetError(
-                    f"--gpu-mem of {budget} bytes cannot hold the encoder: {reason} Give a larger --gpu-mem."
-                )
+                why = reason.partition("; ")[0].rstrip(".")  # behind it stands advice for training
+                raise BudgetError(f"--gpu-mem of {budget} bytes cannot hold the encoder: {why}; give a larger one.")
             piece //= 2
     return kept, skipped, peak

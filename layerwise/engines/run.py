@@ -19,7 +19,7 @@ from layerwise.engines.opened import OpenedRun, layouts_of
 from layerwise.engines.queued import refuse_while_queued
 from layerwise.errors import ConfigError, RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
-from layerwise.files import exclusive, write_atomically
+from layerwise.files import exclusive, refuse_unwritable, write_atomically
 from layerwise.memory.heap import share_one_heap
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets import shortest_sample
@@ -164,6 +164,8 @@ def begun(
         f"Another run of the same name is using {paths.caches}; wait for it, or give another --out name or --cache-dir."
     )
     _refuse_foreign_folder(paths.out)
+    for folder in (paths.out, paths.caches):
+        refuse_unwritable(folder)
     refuse_while_queued(paths.jobs)
     check_from_stage(paths, from_stage, overwrite, len(plans))
     # The locks come this late because a request that is refused leaves no folder behind.

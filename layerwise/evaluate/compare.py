@@ -23,6 +23,7 @@ from layerwise.evaluate.question import Question, ask, truth
 from layerwise.events import Notify, silent
 from layerwise.files import exclusive, write_atomically
 from layerwise.memory.device import find_device
+from layerwise.near import did_you_mean
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import ranges
 from layerwise.stop import StopFlag
@@ -140,6 +141,7 @@ def compare(
     holds a comparison with other options, RunError where it holds something else or the data have changed, Interrupted
     after saving when asked to stop.
     """
+    _check_methods(methods)
     stop, out = stop or StopFlag(), Path(config.out)
     wanted = [(method, seed) for seed in seeds for method in METHODS if method in methods]
     config = with_options(config, {"objective.label": "", "training.seed": 0})  # each run has its own
@@ -164,11 +166,16 @@ def compare(
     return found
 
 
-def _check_request(config: Config, label: str, data: DataSet, seeds: Sequence[int], methods: Sequence[str]) -> None:
-    """Refuses what cannot be compared before anything is trained. Raises ConfigError or DataError."""
+def _check_methods(methods: Sequence[str]) -> None:
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
-        raise ConfigError(f"There is no method {unknown[0]!r} to compare; there are {', '.join(METHODS)}.")
+        raise ConfigError(
+            f"There is no method {unknown[0]!r} to compare; there are {', '.join(METHODS)}.{did_you_mean(unknown[0], METHODS)}"
+        )
+
+
+def _check_request(config: Config, label: str, data: DataSet, seeds: Sequence[int], methods: Sequence[str]) -> None:
+    """Refuses what cannot be compared before anything is trained. Raises ConfigError or DataError."""
     if config.objective.name != "infonce":
         raise ConfigError(
             f"--objective {config.objective.name}: the methods of a comparison have objectives of their own; leave it out."

@@ -21,6 +21,7 @@ from layerwise.evaluate.feature_rows import FeatureRows
 from layerwise.evaluate.features import cached_features
 from layerwise.evaluate.question import Question, ask, truth
 from layerwise.files import write_atomically
+from layerwise.near import did_you_mean
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network, ranges
 from layerwise.run_directory import RunPaths, RunState, open_run
@@ -74,7 +75,9 @@ def probe(
     """
     stop, run_directory = stop or StopFlag(), Path(run_directory)
     if classifier not in CLASSIFIERS:
-        raise ConfigError(f"There is no probe {classifier!r}; there are {', '.join(CLASSIFIERS)}.")
+        raise ConfigError(
+            f"There is no probe {classifier!r}; there are {', '.join(CLASSIFIERS)}.{did_you_mean(classifier, CLASSIFIERS)}"
+        )
     paths, state = open_run(run_directory)
     done = [record.stage for record in state.stages if record.status == "done"]
     if not done:

@@ -10,6 +10,7 @@ from layerwise.data.source import DataSet
 from layerwise.errors import DataError
 from layerwise.evaluate.examples import Parts
 from layerwise.evaluate.features import choose_frames
+from layerwise.near import did_you_mean
 from layerwise.training.labels import frame_labels
 from layerwise.training.plan import StagePlan
 from layerwise.training.split import split_samples
@@ -64,7 +65,9 @@ def _labelled(label: str, data: DataSet, split: np.ndarray) -> np.ndarray:
     """Numbers of the samples that carry the label."""
     if label not in data.labels:
         known = sorted({*data.labels, *data.frame_label_names})
-        raise DataError(f"The data have no label {label!r}; they have {', '.join(known) or 'none at all'}.")
+        raise DataError(
+            f"The data have no label {label!r}; they have {', '.join(known) or 'none at all'}.{did_you_mean(label, known)}"
+        )
     values = data.labels[label]
     classes = np.unique(values[values != ""])
     if len(classes) < 2:

@@ -50,8 +50,8 @@ def _check_input(model: nn.Module, example: torch.Tensor) -> None:
     for name, part in model.named_modules():
         if any(is_lazy(tensor) for tensor in chain(part.parameters(recurse=False), part.buffers(recurse=False))):
             raise ConfigError(
-                f"The network's '{name}' ({type(part).__name__}) does not know its size yet; call the network once on an example "
-                "before, or name the size."
+                f"The network's '{name}' ({type(part).__name__}) does not know its size yet; call the network once on an "
+                "example before, or name the size."
             )
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(model.forward).parameters.values()

@@ -11,6 +11,7 @@ from typing import cast
 
 from layerwise.config import ObjectiveOptions
 from layerwise.errors import ConfigError
+from layerwise.near import did_you_mean
 from layerwise.objectives.contrastive import Contrastive
 from layerwise.objectives.hinge import Hinge
 from layerwise.objectives.infonce import InfoNCE
@@ -78,7 +79,9 @@ def renderings_compared(name: str) -> int:
 def check_objective(name: str) -> None:
     """Raises ConfigError where there is no objective of that name."""
     if name not in _BUILD:
-        raise ConfigError(f"--objective {name}: there is none of that name; there are {', '.join(_BUILD)}.")
+        raise ConfigError(
+            f"--objective {name}: there is none of that name; there are {', '.join(_BUILD)}.{did_you_mean(name, _BUILD)}"
+        )
 
 
 def build_objective(options: ObjectiveOptions, scored: Scored) -> ObjectiveModule:

@@ -5,6 +5,7 @@ import numpy as np
 from layerwise.config import Config
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, DataError
+from layerwise.near import did_you_mean
 from layerwise.objectives.supervised import UNLABELLED
 
 
@@ -19,7 +20,10 @@ def sample_classes(config: Config, data: DataSet) -> np.ndarray | None:
             raise ConfigError(f"--objective supervised learns a label; name one: --label {_example(data)}.")
         return None
     if label not in data.labels:
-        raise DataError(f"--label {label}: the data have no such label; they have {', '.join(data.labels) or 'none'}.")
+        raise DataError(
+            f"--label {label}: the data have no such label; they have {', '.join(data.labels) or 'none'}."
+            f"{did_you_mean(label, data.labels)}"
+        )
     values = data.labels[label]
     known = np.unique(values[values != ""])
     if len(known) < 2:

@@ -110,7 +110,7 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path: Path, content: np.ndarra
 
 
 def test_a_kind_that_is_almost_right_is_suggested() -> None:
-    with pytest.raises(ConfigError, match=r"Did you mean npy:x.npy\?"):
+    with pytest.raises(ConfigError, match=r"[Dd]id you mean npy\?"):
         resolve(overrides={"data.source": "numpy:x.npy"})
 
 

@@ -1,0 +1,39 @@
+"""`layerwise init`: a configuration to edit."""
+
+import os
+import shlex
+from pathlib import Path
+
+import click
+
+from layerwise.commands.options import configured
+from layerwise.config import Config, commented
+from layerwise.errors import RunError
+from layerwise.files import unwritable
+
+
+@click.command(short_help="Write a commented config.toml for your data.")
+@configured
+@click.option(
+    "-o", "--output", default="config.toml", show_default=True, type=click.Path(path_type=Path), help="A new file."
+)
+def init(config: Config, output: Path) -> None:
+    """Write every option with its meaning and its value for your data into a TOML file, for `layerwise run --config`.
+
+    Takes the options of `run`. Looks at the data, and overwrites nothing.
+    """
+    if os.path.lexists(output):
+        raise RunError(f"{output} exists; delete it, or name another file with -o.")
+    from layerwise.engines.look import look  # imports torch, which --help need not wait for
+
+    seen = look(config)
+    try:
+        with output.open("x") as file:
+            file.write(commented(config))
+    except OSError as error:
+        raise RunError(unwritable(output, error)) from None
+    skipped = f", {seen.skipped} files skipped" if seen.skipped else ""
+    click.echo(f"{output}: for {seen.samples} samples from {config.data.source}{skipped}")
+    click.echo(f"labels for probes: {', '.join(seen.labels) or 'none'}")
+    named = shlex.quote(str(output))
+    click.echo(f"next:\n  layerwise plan --config {named}\n  layerwise run --config {named}")

@@ -1,0 +1,1 @@
+"""Examines the installation and the machine; works where torch does not import."""

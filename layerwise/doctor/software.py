@@ -1,0 +1,75 @@
+"""Python, torch and its companions, HDF5, extras."""
+
+import platform
+import sys
+from importlib.util import find_spec
+
+from layerwise.doctor.finding import Finding
+from layerwise.doctor.torch_report import TorchReport
+
+TRIED = ((3, 11), (3, 13))
+"""The oldest and the newest Python that layerwise was tried with."""
+
+REINSTALL = "in a checkout of layerwise: pip install -c constraints.txt ."
+
+EXTRAS = {
+    "gpu": ("pynvml",),
+    "compression": ("zstandard", "hdf5plugin"),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "dask": ("distributed",),
+}
+"""Each extra of setup.py that is for users, and the modules that it brings."""
+
+
+def python() -> Finding:
+    oldest, newest = (".".join(map(str, version)) for version in TRIED)
+    if sys.version_info < TRIED[0]:
+        return Finding("Python", "fix", platform.python_version(), f"layerwise needs Python {oldest} or newer")
+    if sys.version_info[:2] > TRIED[1]:
+        return Finding("Python", "note", f"{platform.python_version()}; tried are {oldest} to {newest}")
+    return Finding("Python", "ok", platform.python_version())
+
+
+def torch(report: TorchReport) -> Finding:
+    if error := report.errors.get("torch"):
+        return Finding("torch", "fix", f"does not import: {error}", REINSTALL)
+    if "torch" not in report.versions:
+        return Finding("torch", "fix", "said nothing", REINSTALL)
+    built = f"built for CUDA {report.cuda}" if report.cuda else "built without CUDA"
+    return Finding("torch", "ok", f"{report.versions['torch']}, {built}")
+
+
+def companions(report: TorchReport) -> list[Finding]:
+    """torchvision and torchaudio import only beside the torch that they were built for."""
+    if "torch" not in report.versions:
+        return []
+    return [_companion(name, report) for name in ("torchvision", "torchaudio")]
+
+
+def _companion(name: str, report: TorchReport) -> Finding:
+    if name in report.versions:
+        return Finding(name, "ok", report.versions[name])
+    error = report.errors.get(name, "it was not reached")
+    return Finding(name, "fix", f"does not import beside torch {report.versions['torch']}: {error}", REINSTALL)
+
+
+def hdf5() -> Finding:
+    try:
+        import h5py
+    except (ImportError, OSError, RuntimeError) as error:
+        return Finding("HDF5", "fix", f"h5py does not import: {error}", REINSTALL)
+    return Finding("HDF5", "ok", f"{h5py.version.hdf5_version}, h5py {h5py.__version__}")
+
+
+def extras() -> list[Finding]:
+    return [_extra(name, modules) for name, modules in EXTRAS.items()]
+
+
+def _extra(name: str, modules: tuple[str, ...]) -> Finding:
+    missing = [module for module in modules if find_spec(module) is None]
+    if not missing:
+        return Finding(f"extra {name}", "ok", f"{', '.join(modules)}")
+    return Finding(f"extra {name}", "note", f"not installed: pip install 'layerwise[{name}]'")
