@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +21,7 @@ import torch
 from layerwise.engines.opened import OpenedRun, reopen
 from layerwise.engines.worker import Answer, error_message, error_of, event_message, event_of
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, RunError
-from layerwise.events import CachingProgress, Event, Message, Notify, StepDone
+from layerwise.events import CachingProgress, Event, Message, Notify, StageStarted, StepDone
 from layerwise.stop import StopFlag
 from layerwise.training.schedule import Task
 
@@ -105,11 +106,19 @@ def _follow(
     notify: Notify,
 ) -> None:
     undone, felt = dict(futures), time.monotonic()
+    starts: Counter[Task] = Counter()
+
+    def tell(event: Event) -> None:
+        if isinstance(event, StageStarted):
+            starts[Task(event.round, event.stage)] += 1
+        notify(event)
+
     while undone:
         if time.monotonic() - felt > PULSE_SECONDS:
             felt = time.monotonic()
             pulse.set(felt)
-        _pass_on(told, notify)
+        _pass_on(told, tell)
+        _check_starts(starts, client)
         if stop.reason:
             raise Interrupted(f"Stopped by {stop.reason}; start the same command again to go on.")
         for task in [task for task, future in undone.items() if future.done()]:
@@ -118,15 +127,33 @@ def _follow(
     _pass_on(told, notify)
 
 
+def _check_starts(starts: "Counter[Task]", client: "Client") -> None:
+    """Raises RunError where a task is begun once more after its workers have died often enough.
+
+    A scheduler that was started elsewhere may allow more deaths than we do.
+    """
+    for task, count in starts.items():
+        if count > ATTEMPTS:
+            raise RunError(_failed(task, f"The end of the scheduler's log:\n{_scheduler_log(client)}"))
+
+
+def _failed(task: Task, log: str) -> str:
+    return (
+        f"Stage {task.stage} in round {task.round} has failed {ATTEMPTS} times. The same command goes on once that is mended. "
+        f"{log}"
+    )
+
+
+def _scheduler_log(client: "Client") -> str:
+    return "\n".join(line for _, line in reversed(client.get_scheduler_logs(n=LOG_LINES)))
+
+
 def _check(task: Task, future: "Future", client: "Client") -> None:
     """Raises what has kept the task from being done."""
     if future.status in ("cancelled", "lost"):
         raise RunError("The Dask scheduler is gone; start it again, and then the same command.")
     if future.status != "finished":
-        raise RunError(
-            f"Stage {task.stage} in round {task.round} has failed {ATTEMPTS} times. The same command goes on once that is "
-            f"mended. {_end_of_log(future, client)}"
-        )
+        raise RunError(_failed(task, _end_of_log(future, client)))
     answer = future.result()
     if answer["ended"] != "done":
         raise error_of(answer)
@@ -138,14 +165,10 @@ def _end_of_log(future: "Future", client: "Client") -> str:
 
     error = future.exception()
     if isinstance(error, KilledWorker):
-        lines = [line for _, line in reversed(client.get_scheduler_logs(n=LOG_LINES))]
-        what = (
-            f"Its last worker was {error.last_worker.address}; its own output says why. The end of the scheduler's log:"
-        )
-    else:
-        lines = "".join(traceback.format_exception(type(error), error, future.traceback())).splitlines()
-        what = "The end of the last worker's log:"
-    return "\n".join([what, *lines[-LOG_LINES:]])
+        last = error.last_worker.address
+        return f"Its last worker was {last}; the end of the scheduler's log:\n{_scheduler_log(client)}"
+    lines = "".join(traceback.format_exception(type(error), error, future.traceback())).splitlines()
+    return "\n".join(["The end of the last worker's log:", *lines[-LOG_LINES:]])
 
 
 def _pass_on(told: "SimpleQueue[Answer]", notify: Notify) -> None:
