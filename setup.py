@@ -22,7 +22,6 @@ setup(
     keywords=["deep learning", "representation learning", "greedy training", "InfoNCE", "GPU memory", "PyTorch"],
     project_urls={"Paper": "https://arxiv.org/abs/1905.11786"},
     classifiers=[
-        "Development Status :: 4 - Beta",
         "Environment :: Console",
         "Environment :: GPU :: NVIDIA CUDA",
         "Intended Audience :: Science/Research",

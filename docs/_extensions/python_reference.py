@@ -11,7 +11,6 @@ from sphinx.util.docutils import SphinxDirective
 
 import layerwise
 
-
 SHORT = {"Config": "Config(**sections)"}
 """Signatures that say it better: the options of a configuration fill a page of their own."""
 

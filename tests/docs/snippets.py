@@ -29,10 +29,11 @@ SMALL = {
     "training.batch_size": 8,
     "cache.keep": "all",
 }
-"""The pages show the options that people use. What trains is run with these on top, by `run`, `compare` and
-`layerwise.resolve`; what only plans is run as it stands."""
+"""The pages show the options that people use. `run`, `plan`, `compare` and `layerwise.resolve` get these on top."""
 
-BLOCK = re.compile(r"^(?:<!-- parsed only: (?P<why>[^\n]+?) -->\n)?```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.S | re.M)
+BLOCK = re.compile(
+    r"^(?:<!-- parsed only: (?P<why>[^\n]+?) -->\n)?```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.S | re.M
+)
 
 COMMAND = re.compile(r"^(?:\$ )?(?:srun |torchrun .*?-m )?layerwise (?P<rest>.+)$")
 """A line that somebody types; what stands behind srun or torchrun is a command of ours too."""
@@ -71,7 +72,7 @@ def snippets(page: str) -> Iterator[Snippet]:
 
 def small(command: list[str]) -> list[str]:
     """A command with options under which it takes seconds; later options win."""
-    if command[0] not in ("run", "compare"):
+    if command[0] not in ("run", "plan", "compare"):
         return command
     added = [word for key, value in SMALL.items() for word in ("--set", f"{key}={toml(value)}")]
     return [*command, *added, *(["--seeds", "1"] if command[0] == "compare" else [])]

@@ -63,7 +63,9 @@ def small_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         layerwise,
         "resolve",
-        lambda recipe=None, config_file=None, overrides=None: resolve(recipe, config_file, {**(overrides or {}), **SMALL}),
+        lambda recipe=None, config_file=None, overrides=None: resolve(
+            recipe, config_file, {**(overrides or {}), **SMALL}
+        ),
     )
 
 
