@@ -25,11 +25,14 @@ SMALL = {
     "net.blocks": [1, 1, 1],
     "objective.steps": 3,
     "objective.anchors": 16,
-    "training.max_epochs": 4,
+    "training.max_epochs": 1,
     "training.batch_size": 8,
     "cache.keep": "all",
 }
 """The pages show the options that people use. `run`, `plan`, `compare` and `layerwise.resolve` get these on top."""
+
+TWO_ROUNDS = {"training.rounds": 2, "training.max_epochs": 2}
+"""In place of any other number of rounds."""
 
 BLOCK = re.compile(
     r"^(?:<!-- parsed only: (?P<why>[^\n]+?) -->\n)?```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.S | re.M
@@ -74,7 +77,8 @@ def small(command: list[str]) -> list[str]:
     """A command with options under which it takes seconds; later options win."""
     if command[0] not in ("run", "plan", "compare"):
         return command
-    added = [word for key, value in SMALL.items() for word in ("--set", f"{key}={toml(value)}")]
+    options = SMALL | (TWO_ROUNDS if "--rounds" in command else {})
+    added = [word for key, value in options.items() for word in ("--set", f"{key}={toml(value)}")]
     return [*command, *added, *(["--seeds", "1"] if command[0] == "compare" else [])]
 
 
