@@ -46,7 +46,7 @@ def pattern(message: str) -> re.Pattern[str]:
     return re.compile(".*".join(re.escape(part) for part in message.split(VALUE)), re.DOTALL)
 
 
-@pytest.mark.parametrize(("page", "message"), quoted())
+@pytest.mark.parametrize(("page", "message"), list(quoted()))
 def test_a_quoted_message_is_said(page: str, message: str) -> None:
     assert any(pattern(message).search(text) for text in said()), f"{page}: layerwise never says {message!r}"
 
