@@ -1,10 +1,12 @@
 # make run    set up and train the demo        make test   set up and run the test suite
-# make lint   check style and types              make clean  remove the environment (runs and caches stay)
+# make lint   check style and types            make docs   build the pages of docs/ into docs/_build
+# make dist   build sdist and wheel into dist/ make try-dist  install the wheel into an empty environment, and run it
+# make clean  remove the environment (runs and caches stay)
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: run test lint clean
+.PHONY: run test lint docs dist try-dist clean
 
 run: .venv/ready
 	$(BIN)/layerwise run
@@ -16,6 +18,16 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy layerwise
+
+docs: .venv/ready
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build
+
+dist: .venv/ready
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist .
+
+try-dist: dist
+	.ci/try-dist "$(PYTHON)"
 
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv

@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+?)"', (here / "layerwise/version.py").read_text()).group(1)
 COMPRESSION = ["zstandard>=0.22", "hdf5plugin>=4.1"]  # of caches; hdf5plugin is for h5py, layerwise itself does without
+DOCS = ["sphinx>=8.2", "myst-parser>=4.0", "furo>=2024.8", "sphinx-click>=6.0"]  # the pages of docs/ as a site
 
 setup(
     name="layerwise",
@@ -15,7 +16,23 @@ setup(
     description="Train deep networks that do not fit on the GPU, one gradient-isolated module at a time",
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
+    author="the layerwise maintainers",
     license="MIT",
+    license_files=["LICENSE"],
+    keywords=["deep learning", "representation learning", "greedy training", "InfoNCE", "GPU memory", "PyTorch"],
+    project_urls={"Paper": "https://arxiv.org/abs/1905.11786"},
+    classifiers=[
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["layerwise", "layerwise.*"]),
     package_data={"layerwise": ["py.typed", "recipes/*.toml", "report/*.jinja"]},
@@ -45,14 +62,17 @@ setup(
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "mlflow": ["mlflow>=3.0"],
         "dask": ["distributed>=2025.1"],
+        "docs": DOCS,
         "dev": [
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.120",
             "ruff>=0.14",
+            "build>=1.2",
             "mypy>=2.0",
             "scikit-learn>=1.5",
             *COMPRESSION,
+            *DOCS,
             "playwright>=1.50",  # drives the system's Chromium, where there is one
             "tensorboard>=2.18",
             "layerwise[onnx,dask]",

@@ -40,7 +40,7 @@ class Encoder(nn.Module):
         return vectors(features)
 
     def stages(self, x: torch.Tensor, lengths: Any = None) -> list[torch.Tensor]:
-        """What each stage puts out, as it is cached: (B, L, *frame). Where frames are pictures, `forward` averages them."""
+        """What each stage puts out, as it is cached: `(B, L, *frame)`. Where frames are pictures, `forward` averages them."""
         return list(self._passed(x, lengths))
 
     def out_length(self, length: Any) -> Any:
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
         return geometry
 
     def frames_of_stages(self, frames: torch.Tensor) -> Iterator[torch.Tensor]:
-        """What each stage puts out, one at a time, for frames (B, L, *frame shape) behind the entry."""
+        """What each stage puts out, one at a time, for frames `(B, L, *frame shape)` behind the entry."""
         for number, layer in enumerate(self.layers.values(), start=1):
             frames = layer(frames)
             if number in self._stage_ends:
