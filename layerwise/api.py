@@ -5,7 +5,6 @@ those without a flag, as --set does.
 """
 
 import contextlib
-import difflib
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from layerwise.evaluate.probe import ProbeResult
 from layerwise.evaluate.probe import probe as probe_run
 from layerwise.events import EpochDone, Event, Notify, StageDone, silent
 from layerwise.forecast import Forecast
+from layerwise.near import did_you_mean
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 from layerwise.report.lines import LogFile, PlainLines
@@ -47,7 +47,7 @@ Data = Any
 
 
 def cut(model: nn.Module, example: torch.Tensor, stages: int | None = None) -> Network:
-    """The model as gradient-isolated stages, for frames like the example (N, *frame shape), channels first.
+    """The model as gradient-isolated stages, for frames like those of the example: (N, C, ...), N of them.
 
     stages: how many, cut so that the largest takes the least memory at this N; default: as many as there can be. Nothing is
     computed, and the model keeps its weights, from which training starts. Raises ConfigError, naming the operation, where the
@@ -188,10 +188,10 @@ def _key(name: str) -> str:
     """The dotted key of a keyword that is named as a flag."""
     keys = {option.flag.removeprefix("--").replace("-", "_"): option.key for option in all_options() if option.flag}
     if name not in keys:
-        near = difflib.get_close_matches(name, [*keys, "recipe", "config", "options"], n=3, cutoff=0.4)
-        meant = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(keys)}."
+        known = [*keys, "recipe", "config", "options"]
         raise ConfigError(
-            f"There is no option {name}; {meant} Those without a flag go into options={{'section.name': value}}."
+            f"There is no option {name}; those without a flag go into options={{'section.name': value}}."
+            f"{did_you_mean(name, known)}"
         )
     return keys[name]
 

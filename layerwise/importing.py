@@ -1,19 +1,20 @@
 """An object of the user's own that an option names as package.module:function."""
 
-import difflib
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from layerwise.errors import ConfigError
+from layerwise.near import did_you_mean
 
 
-def named_function(text: str, flag: str) -> Callable[..., Any]:
+def named_function(text: str, flag: str, others: Iterable[str]) -> Callable[..., Any]:
     """What `package.module:function` names, with the present folder among those that are searched.
 
-    flag: the option that names it. Raises ConfigError where there is no such thing, or the module cannot be imported.
+    flag: the option that names it; others: what else may stand before its colon. Raises ConfigError where there is no such
+    thing, or the module cannot be imported.
     """
     module_name, _, name = text.partition(":")
     if os.getcwd() not in sys.path:  # `python -m` and notebooks search it, a command that was installed does not
@@ -25,6 +26,7 @@ def named_function(text: str, flag: str) -> Callable[..., Any]:
             raise ConfigError(f"{flag} {text}: {module_name} needs {error.name}, which is not installed.") from None
         raise ConfigError(
             f"{flag} {text}: there is no module {error.name}; it is looked for in {os.getcwd()} and among what is installed."
+            f"{did_you_mean(module_name, others)}"
         ) from None
     except Exception as error:
         raise ConfigError(
@@ -33,15 +35,13 @@ def named_function(text: str, flag: str) -> Callable[..., Any]:
     found = getattr(module, name, None)
     if not callable(found):
         known = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
-        near = difflib.get_close_matches(name, known, n=1)
-        meant = f"did you mean {near[0]}?" if near else "define it there."
-        raise ConfigError(f"{flag} {text}: {module_name} has no function {name}; {meant}")
+        raise ConfigError(f"{flag} {text}: {module_name} has no function {name}.{did_you_mean(name, known)}")
     return found
 
 
-def called(text: str, flag: str, *arguments: Any) -> Any:
+def called(text: str, flag: str, others: Iterable[str], *arguments: Any) -> Any:
     """What the function named gives; of the arguments, as many as it takes. Raises ConfigError where it fails."""
-    function = named_function(text, flag)
+    function = named_function(text, flag, others)
     code = getattr(function, "__code__", None)
     taken = arguments[: code.co_argcount] if code else ()
     try:

@@ -103,9 +103,9 @@ def test_changes_are_listed_by_scope() -> None:
         ({"overrides": {"gpu-mem": "4GB"}}, r"There is no option 'gpu-mem'; did you mean memory\.gpu_mem\?"),
         ({"overrides": {"training.epochs": 3}}, r"did you mean training\.max_epochs\?"),
         ({"overrides": {"zzz": 3}}, r"There is no option 'zzz'; `layerwise init` writes a file with all there are\."),
-        ({"recipe": "Librispech"}, r"librispeech, stl10\. Did you mean librispeech\?"),
-        ({"overrides": {"data.source": "picture:x"}}, r"cifar10:DIR\.$"),
-        ({"overrides": {"data.source": "image:x"}}, r"Did you mean images\?"),
+        ({"recipe": "Librispech"}, r"whole\. Did you mean librispeech\?"),
+        ({"overrides": {"data.source": "painting:/x"}}, r"package\.module:function\.$"),
+        ({"overrides": {"data.source": "image:/x"}}, r"Did you mean images\?"),
         ({"overrides": {"cache.keep": "needet"}}, r"got 'needet'\. Did you mean needed\?"),
     ],
 )

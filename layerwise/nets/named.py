@@ -1,6 +1,5 @@
 """Networks that are no options of ours but a name: torchvision's, and what a function of the user's makes."""
 
-import difflib
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import nn
 
 from layerwise.errors import ConfigError
 from layerwise.importing import called
+from layerwise.near import did_you_mean
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 
@@ -25,7 +25,7 @@ def named_network(name: str, frame_shape: tuple[int, ...], seed: int) -> Network
         model = (
             _torchvision_model(name, frame_shape)
             if name.startswith(TORCHVISION)
-            else called(name, "--net", frame_shape)
+            else called(name, "--net", [TORCHVISION[:-1]], frame_shape)
         )
     if isinstance(model, Network):
         return model
@@ -45,8 +45,7 @@ def _torchvision_model(name: str, frame_shape: tuple[int, ...]) -> nn.Module:
         ) from error
     wanted, known = name.removeprefix(TORCHVISION), models.list_models(module=models)
     if wanted not in known:
-        near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.3)
-        raise ConfigError(f"--net {name}: torchvision has no such model; did you mean {' or '.join(near)}?")
+        raise ConfigError(f"--net {name}: torchvision has no such model.{did_you_mean(wanted, known)}")
     if len(frame_shape) != 3 or frame_shape[0] != 3 or frame_shape[1] != frame_shape[2]:
         shape = " x ".join(map(str, frame_shape))
         raise ConfigError(

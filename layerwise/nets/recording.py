@@ -1,12 +1,14 @@
 """Records the forward of any nn.Module with torch.fx: its operations, in order, with the shape and place of each."""
 
+import contextlib
 import copy
 import inspect
 import linecache
+import logging
 import operator
 import os
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partialmethod
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -214,11 +216,23 @@ def _note_shapes(root: nn.Module, graph: fx.Graph, example: torch.Tensor) -> Non
     # Left real, tensors of one element would be computed with, and counters of batches would count.
     tensors = chain(root.parameters(), root.buffers())
     shapes = _Shapes(copy.deepcopy(root, {id(tensor): mode.from_tensor(tensor) for tensor in tensors}), graph)
-    with torch.no_grad(), mode:
+    with torch.no_grad(), mode, _without_torch_s_log():
         output = shapes.run(torch.empty(BATCH, *example.shape[1:], dtype=example.dtype, device=example.device))
         for node in graph.nodes:
             node.meta["cacheable"] = shapes.cacheable(node)
     _check_output(output)
+
+
+@contextlib.contextmanager
+def _without_torch_s_log() -> Iterator[None]:
+    """Where an operation does not take a shape, torch logs a traceback besides raising what becomes our sentence."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _has_row_per_sample(value: Any) -> bool:

@@ -159,7 +159,18 @@ def test_version_and_help(call: Callable) -> None:
 def test_the_command_line_has_exactly_these_options() -> None:
     named = {option for parameter in group.commands["run"].params for option in parameter.opts}
     assert named == {
-        *("--recipe", "--config", "--data", "--net", "--stages", "--gpu-mem", "--out", "--cache-dir", "--max-epochs"),
+        *(
+            "--recipe",
+            "--config",
+            "--data",
+            "--frames",
+            "--net",
+            "--stages",
+            "--gpu-mem",
+            "--out",
+            "--cache-dir",
+            "--max-epochs",
+        ),
         *("--patience", "--batch-size", "--lr", "--precision", "--device", "--seed", "--from-stage", "--overwrite"),
         *("--set", "--cache", "--cache-dtype", "--cache-compression", "--disk", "--keep", "--views"),
         *(
@@ -195,7 +206,7 @@ BAD_REQUESTS = {
     "stages in words": (["--stages", "six"], "--stages: "),
     "unknown recipe": (["--recipe", "imagenet"], "the recipes are cifar10, demo"),
     "unknown data kind": (["--data", "video:x"], "--data video:x"),
-    "data without a folder": (["--data", "speech"], "name the folder too"),
+    "data without a folder": (["--data", "speech"], "name the place too"),
     "missing folder": (["--data", "speech:nowhere"], "nowhere does not exist"),
     "missing picture folder": (["--data", "images:nowhere", "--recipe", "cifar10"], "nowhere does not exist"),
     "missing librispeech": (["--data", "librispeech:nowhere"], "nowhere does not exist"),

@@ -21,7 +21,7 @@ CHANGES = {
     "cache.scratch": st.text("ab/ '\"#\\ü$", min_size=1),
     "data.pattern": st.sampled_from(["", r"(?P<speaker>[a-z]+)_\d", "'\"#"]),
     "data.gray": st.booleans(),
-    "net.strides": st.sampled_from([[5, 4, 2, 2, 2], [1, 1, 1, 1, 1]]),
+    "net.blocks": st.sampled_from([[3, 4, 6], [1, 1]]),
     "net.name": st.sampled_from(["speech", "vision"]),
     "objective.label": st.sampled_from(["", "speaker"]),
     "training.stages": st.integers(1, 6),

@@ -6,6 +6,7 @@ To add one, add a line to WRONG: the command line as it is typed in the folder t
 import os
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +68,40 @@ WRONG = [
     ("layerwise init --data speech:recordings -o tiny.toml", "tiny.toml exists"),
     ("layerwise init --config tiny.toml --data speech:recordings -o nowhere/config.toml", "cannot be written"),
     # data
-    ("layerwise run --data vidoe:x", "write demo, or one of speech:DIR"),
+    ("layerwise run --data vidoe:x", "there is no module vidoe"),
     ("layerwise run --data image:pictures", "Did you mean images?"),
-    ("layerwise run --data recordings", "write demo, or one of speech:DIR"),
-    ("layerwise run --data speech", "name the folder too, like speech:DIR"),
+    ("layerwise run --data imagse:pictures", "Did you mean images?"),
+    ("layerwise run --data recordings", "write demo, or one of speech:PATH"),
+    ("layerwise run --data npyy:numbers/x.npy", "Did you mean npy?"),
+    ("layerwise run --data speech", "name the place too, like speech:DIR"),
+    ("layerwise run --data npy", "name the place too, like npy:FILE"),
+    ("layerwise run --data npy:nowhere.npy", "There is no file nowhere.npy"),
+    ("layerwise run --data npy:corrupt/broken.wav", "cannot be read as a .npy file of numbers"),
+    ("layerwise run --data h5:corrupt/broken.wav", "cannot be read as an HDF5 file"),
+    ("layerwise run --data npy:words.npy", "arrays of numbers can be trained on"),
+    ("layerwise run --data npy:flat.npy", "give samples first"),
+    ("layerwise run --data npy:numbers.npy --frames patches", "for patches give pictures"),
+    ("layerwise run --data npy:numbers.npy --frames stpes", "Did you mean steps?"),
+    ("layerwise run --data npy:numbers.npy --frames whole", "--net speech trains on recordings"),
+    ("layerwise run --data npy:numbers.npy --net vision", "give pictures as files"),
+    ("layerwise run --data mine:nothing", "mine has no function nothing"),
+    ("layerwise run --data mine:text", "The data are a str"),
+    ("layerwise run --data mine:augmented --net mine:network --frames steps", "another sample at each call"),
+    ("layerwise run --data mine:broken", "the function failed (ZeroDivisionError"),
+    # networks
+    ("layerwise run --net resnet50", "--net: must be speech, vision, torchvision:NAME or package.module:function"),
+    ("layerwise run --data images:pictures --net torchvison:resnet50", "Did you mean torchvision?"),
+    ("layerwise run --data images:pictures --net torchvision:resnet5", "torchvision has no such model"),
+    (
+        "layerwise run --data images:pictures --net torchvision:resnet18 --set data.gray=true",
+        "reads square colour pictures",
+    ),
+    ("layerwise run --data npy:numbers.npy --net mine:network --batch-size 7", "give a multiple of 2"),
+    ("layerwise run --data npy:numbers.npy --net mine:network --views 1", "compares 2 views of a sample"),
+    ("layerwise run --data npy:numbers.npy --net mine:network --objective infonce", "makes one of each sample"),
+    ("layerwise run --data npy:numbers.npy --net mine:data", "gives a list; let it return an nn.Module"),
+    ("layerwise run --data npy:numbers.npy --net mine:narrow --frames whole", "The network fails at 'linear'"),
+    ("layerwise run --data npy:numbers.npy --net mine:network --frames whole --stages 9", "at most 2 stages"),
     ("layerwise init --data speech:nowhere", "nowhere does not exist"),
     ("layerwise run --data speech:nowhere", "nowhere does not exist"),
     ("layerwise run --data speech:empty", "empty holds no recordings"),
@@ -131,6 +162,34 @@ FEW_LAYOUTS = {"training": {"stages": 4, "batch_size": 2}, "memory": {"recompute
 """So that there is little to rehearse before a budget is refused."""
 
 
+MINE = """
+import torch
+from torch import nn
+
+def network():
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4))
+
+def narrow():
+    return nn.Linear(2, 4)
+
+def data():
+    return [torch.zeros(4, 3)]
+
+def text():
+    return "no data"
+
+def broken():
+    return 1 / 0
+
+class augmented:
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return torch.rand(40, 3)
+"""
+
+
 @pytest.fixture(scope="module")
 def world(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all that the lines of WRONG name, and a finished run of recordings in `run`."""
@@ -150,6 +209,10 @@ def world(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.toml").write_text("[training\n")
     (folder / "tiny.toml").write_text(tomli_w.dumps(TINY))
     (folder / "small.toml").write_text(tomli_w.dumps({**TINY, **FEW_LAYOUTS}))
+    (folder / "mine.py").write_text(MINE)
+    np.save(folder / "numbers.npy", np.random.default_rng(0).standard_normal((12, 40, 3)))
+    np.save(folder / "words.npy", np.array(["no", "numbers"]))
+    np.save(folder / "flat.npy", np.arange(5.0))
     shutil.copytree(small_run, folder / "run")
     return folder
 
@@ -168,6 +231,8 @@ def test_a_wrong_input_is_one_sentence_and_changes_nothing(
     line: str, words: str, world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     before = content(world)
     with pytest.raises(SystemExit) as stopped:
         main(shlex.split(line)[1:])

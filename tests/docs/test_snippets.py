@@ -5,6 +5,7 @@ the page's own with recordings and pictures.
 """
 
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # of another page
     return tmp_path
 
 
@@ -80,6 +83,8 @@ def test_what_a_page_shows_works(page: str, folder: Path, small_everything: None
         if snippet.parsed_only:
             continue
         if snippet.language == "python":
+            if named := re.match(r"# (\w+\.py)\n", snippet.text):
+                Path(named[1]).write_text(snippet.text)
             exec(compile(snippet.text, str(snippet), "exec"), names)
         for command in snippet.commands:
             run_command(command, str(snippet), capfd)
