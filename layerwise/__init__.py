@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from layerwise.encoder.load import load
     from layerwise.encoder.model import Encoder
     from layerwise.engines.run import RunResult
-    from layerwise.errors import LayerwiseError
+    from layerwise.errors import BudgetError, ConfigError, DataError, Interrupted, LayerwiseError
     from layerwise.evaluate.compare import Comparison, compare
     from layerwise.evaluate.probe import ProbeResult
     from layerwise.events import EpochDone, Event, StageDone
@@ -41,14 +41,18 @@ if TYPE_CHECKING:
     from layerwise.run_directory import RunState, open_run
 
 __all__ = [
+    "BudgetError",
     "Comparison",
     "Config",
+    "ConfigError",
+    "DataError",
     "Encoder",
     "EpochDone",
     "Event",
     "Exported",
     "Extracted",
     "Forecast",
+    "Interrupted",
     "LayerwiseError",
     "Network",
     "ProbeResult",
@@ -88,6 +92,10 @@ _HOME = {
     "Event": "layerwise.events",
     "StageDone": "layerwise.events",
     "Network": "layerwise.nets.network",
+    "BudgetError": "layerwise.errors",
+    "ConfigError": "layerwise.errors",
+    "DataError": "layerwise.errors",
+    "Interrupted": "layerwise.errors",
     "LayerwiseError": "layerwise.errors",
     "Comparison": "layerwise.evaluate.compare",
     "compare": "layerwise.evaluate.compare",

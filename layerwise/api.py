@@ -62,13 +62,22 @@ def cut(model: nn.Module, example: torch.Tensor, stages: int | None = None) -> N
     return replace(network, natural_cut=tuple(len(plan.layers) for plan in plans))
 
 
-def plan(model: Model = None, data: Data = None, *, options: Mapping[str, Any] | None = None, **flags: Any) -> Forecast:
+def plan(
+    model: Model = None,
+    data: Data = None,
+    *,
+    optimizer: Make | None = None,
+    schedule: Schedule | None = None,
+    options: Mapping[str, Any] | None = None,
+    **flags: Any,
+) -> Forecast:
     """What a run would take on the device, on the disk and on the host; nothing is trained and nothing written.
 
     Parameters as in `run`. Raises LayerwiseErrors where a run could not even be begun.
     """
     asked = _asked(model, data, options, flags)
-    return plan_config(asked.config, network=asked.network, data=asked.data)
+    optimization = _optimization(optimizer, schedule, asked.config)
+    return plan_config(asked.config, network=asked.network, data=asked.data, optimization=optimization)
 
 
 def run(
@@ -98,11 +107,7 @@ def run(
     be met. It never ends the process.
     """
     asked = _asked(model, data, options, flags)
-    optimization = None
-    if optimizer is not None:
-        optimization = Optimization.of(optimizer, schedule, asked.config.training.max_epochs)
-    elif schedule is not None:
-        raise ConfigError("A schedule goes with an optimizer of your own: give optimizer= too.")
+    optimization = _optimization(optimizer, schedule, asked.config)
     log = LogFile(RunPaths.of(asked.config.out, asked.config.cache.dir).log)
     with _shown(notify) as show, _stoppable(stop) as flag:
 
@@ -171,6 +176,14 @@ def _asked(model: Model, data: Data, options: Mapping[str, Any] | None, flags: M
     config = resolve(recipe, None if config_file is None else Path(config_file), overrides)
     samples = None if data is None or isinstance(data, str) else as_data(data, config.data)
     return _Asked(config, _network(model, config, samples), samples)
+
+
+def _optimization(optimizer: Make | None, schedule: Schedule | None, config: Config) -> Optimization | None:
+    if optimizer is not None:
+        return Optimization.of(optimizer, schedule, config.training.max_epochs)
+    if schedule is not None:
+        raise ConfigError("A schedule goes with an optimizer of your own: give optimizer= too.")
+    return None
 
 
 def _network(model: Model, config: Config, samples: DataSet | None) -> Network | None:

@@ -1,6 +1,7 @@
 """An object of the user's own that an option names as package.module:function."""
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -40,11 +41,12 @@ def named_function(text: str, flag: str, others: Iterable[str]) -> Callable[...,
 
 
 def called(text: str, flag: str, others: Iterable[str], *arguments: Any) -> Any:
-    """What the function named gives; of the arguments, as many as it takes. Raises ConfigError where it fails."""
+    """What the function named gives; of the arguments, as many as it asks for without a default. Raises ConfigError where it
+    fails."""
     function = named_function(text, flag, others)
-    code = getattr(function, "__code__", None)
-    taken = arguments[: code.co_argcount] if code else ()
     try:
-        return function(*taken)
+        asked = [each for each in inspect.signature(function).parameters.values() if each.default is each.empty]
+        positional = [each for each in asked if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+        return function(*arguments[: len(positional)])
     except Exception as error:
         raise ConfigError(f"{flag} {text}: the function failed ({type(error).__name__}: {error}); mend it.") from error

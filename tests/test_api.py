@@ -118,6 +118,40 @@ def test_an_own_optimizer_that_was_stopped_ends_with_the_bits_of_one_that_was_no
     assert bits(run(out="adam", max_epochs=4, stages=2, options=options)) != bits(undisturbed)
 
 
+class Counting(torch.optim.SGD):
+    """Counts in its group and in a plain number, as some optimizers from elsewhere do."""
+
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            group["count"] = group.get("count", 0) + 1
+            for parameter in group["params"]:
+                self.state[parameter]["seen"] = self.state[parameter].get("seen", 0.0) + 0.1
+            group["lr"] = 0.1 / group["count"]
+        super().step()
+
+
+def test_what_an_optimizer_counts_for_itself_survives_a_stop(run: Run) -> None:
+    own = {"optimizer": lambda parameters: Counting(parameters, lr=0.1), "max_epochs": 3, "stages": 1}
+    undisturbed, stop = run(out="whole", **own), StopFlag()
+    with pytest.raises(Interrupted):
+        run(out="stopped", **own, stop=stop, on_epoch=lambda done: setattr(stop, "reason", "the test"))
+    assert bits(run(out="stopped", **own)) == bits(undisturbed)
+
+
+def test_all_stages_at_once_take_the_optimizer_too(run: Run) -> None:
+    at_once = {"stages": 2, "options": SMALL | {"training.schedule": "simultaneous"}}
+    assert bits(run(out="sgd", optimizer=sgd, **at_once)) != bits(run(out="adam", **at_once))
+
+
+def test_groups_of_an_optimizer_tell_it_from_others(run: Run) -> None:
+    def decaying(decay: float) -> Any:
+        return lambda parameters: torch.optim.SGD([{"params": parameters, "weight_decay": decay}], lr=0.1)
+
+    run(optimizer=decaying(0.0), stages=1)
+    with pytest.raises(RunError, match="The optimizer or its schedule is not the one"):
+        run(optimizer=decaying(0.5), stages=1)
+
+
 def test_another_optimizer_is_not_mixed_in(run: Run) -> None:
     stop = StopFlag()
     with pytest.raises(Interrupted):
@@ -166,6 +200,12 @@ def test_a_plan_says_what_a_run_then_takes(run: Run) -> None:
     assert predicted == pytest.approx(measured, rel=0.05)
 
 
+def test_a_few_whole_samples_hold_two_out(run: Run) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    result = run(model, [torch.randn(4) for _ in range(8)], frames="whole", batch_size=4, stages=1)
+    assert result.state.stages[0].best_loss > 0.1
+
+
 def test_whole_samples_are_trained_with_renderings_of_each(run: Run) -> None:
     volumes = [torch.randn(1, 6, 8, 8) + n % 2 for n in range(20)]
     torch.manual_seed(0)
@@ -189,8 +229,10 @@ def test_objects_cannot_go_to_other_processes(run: Run) -> None:
         ({"objective": "ntxent"}, "compares 2 views"),
         ({"frames": "whole", "objective": "infonce"}, "frames whole makes one of each sample"),
         ({"schedule": halved}, "give optimizer= too"),
-        ({"optimizer": lambda parameters: "sgd"}, "gave str and NoneType"),
-        ({"optimizer": lambda parameters: 1 / 0}, "cannot be made"),
+        ({"optimizer": lambda parameters: "sgd"}, "they give str and NoneType"),
+        ({"optimizer": lambda parameters: 1 / 0}, "cannot be used"),
+        ({"optimizer": torch.optim.LBFGS}, "steps by gradients alone"),
+        ({"optimizer": sgd, "schedule": torch.optim.lr_scheduler.ReduceLROnPlateau}, "needs no metric"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused_and_leaves_nothing(

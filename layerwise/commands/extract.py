@@ -16,6 +16,7 @@ from layerwise.units import size
 @click.option("--stage", type=int, help="Outputs of this stage; default: the last.")
 @click.option("--mean", is_flag=True, help="One row per file, the mean of its frames.")
 @click.option("--gpu-mem", help="Most device memory, such as 4GB; default: that of the run.")
+@click.option("--net", help="package.module:function of a network of your own, as the run was given it.")
 @click.option("--device", help="auto, cpu, cuda or cuda:N; default: that of the run.")
 def extract(
     directory: Path,
@@ -24,6 +25,7 @@ def extract(
     stage: int | None,
     mean: bool,
     gpu_mem: str | None,
+    net: str | None,
     device: str | None,
 ) -> None:
     """Pass INPUT through the trained encoder in DIR, stage by stage, and write what comes out.
@@ -42,6 +44,7 @@ def extract(
             mean=mean,
             gpu_mem=gpu_mem,
             device=device,
+            network=net,
             stop=stop,
             notify=lambda line: shown.update(f"extracting: {line}"),
         )

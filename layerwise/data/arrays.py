@@ -26,8 +26,11 @@ LEVEL_SAMPLES = 200
 LEVEL_VALUES = 2**20
 """And on so many values of each."""
 
-ENDS = 2**20
-"""Bytes at each end of a file that tell it from others of the same size."""
+LOOKS, LOOK = 64, 2**16
+"""Places of a file, and bytes at each, that tell it from others of the same size."""
+
+BESIDE = ("offsets", "ids", "labels")
+"""Data sets of a file that say what lies in the others."""
 
 
 class ArraySet:
@@ -50,12 +53,21 @@ class ArraySet:
         identity: str,
         level: float | None = None,
     ) -> None:
-        """lengths: int64 [N]; level: measured where it is not given. Raises DataError where nothing can be learnt from it."""
-        if len(lengths) < 2:
-            raise DataError(f"These data hold {len(lengths)} samples, too few to train on.")
+        """lengths: int64 [N]; level: measured where it is not given."""
         self._read, self.lengths, self.frame_shape = read_steps, lengths, frame_shape
         self.ids, self.labels, self.identity = ids, labels, identity
-        self.level = self._measured() if level is None else level
+        self._level = level
+
+    @property
+    def level(self) -> float:
+        """What values are divided by. Raises DataError where nothing can be learnt from them."""
+        if self._level is None:
+            self._level = self._measured()
+        return self._level
+
+    @level.setter
+    def level(self, level: float) -> None:
+        self._level = level
 
     def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
         """Frames start to stop of one sample: float32 [stop - start, *frame_shape]."""
@@ -68,6 +80,8 @@ class ArraySet:
 
     def _measured(self) -> float:
         squares, count = 0.0, 0
+        if min(self.frame_shape) < 1 or not self.lengths.size or self.lengths.max() < 1:
+            raise DataError(f"These data are empty: frames of {self.frame_shape}, {len(self.lengths)} samples.")
         for sample in np.unique(np.linspace(0, len(self.lengths) - 1, LEVEL_SAMPLES).astype(int)).tolist():
             steps = max(LEVEL_VALUES // math.prod(self.frame_shape), 1)
             values = np.asarray(self._read(sample, 0, min(int(self.lengths[sample]), steps)), dtype=np.float64)
@@ -120,38 +134,46 @@ def open_h5(path: Path, name: str | None, frames: str) -> ArraySet:
         file = h5py.File(path, "r")
     except OSError as error:
         raise DataError(f"{path} cannot be read as an HDF5 file: {error}.") from None
-    chosen = _data_set(file, path, name)
-    beside = chosen.parent
-    offsets, labels = beside.get("offsets"), beside.get("labels")
-    named = labels.items() if isinstance(labels, h5py.Group) else [("label", labels)] * isinstance(labels, h5py.Dataset)
-    ids = beside.get("ids")
-    found = Found(
-        chosen,
-        None if offsets is None else offsets[()],
-        None if ids is None else ids.asstr()[()].tolist(),
-        {label: _text(values) for label, values in named if isinstance(values, h5py.Dataset)},
-    )
-    return _array_set(found, frames, path)
-
-
-def _data_set(file: h5py.File, path: Path, name: str | None) -> h5py.Dataset:
-    sets = []
-    for each in file:
-        link = file.get(each, getlink=True)
-        if not isinstance(link, h5py.HardLink):
-            raise DataError(f"{path}: {each} is a link to somewhere else; copy what it means into the file.")
-        if isinstance(file[each], h5py.Dataset) and each not in ("offsets", "ids", "labels") and file[each].shape:
-            sets.append(each)
+    top = _members(file, path)
+    sets = [each for each in top if isinstance(file[each], h5py.Dataset) and each not in BESIDE and file[each].shape]
     if name is None and len(sets) != 1:
         raise DataError(
             f"{path} holds {', '.join(sets) or 'no data sets at its top'}; say which one is meant: --data h5:{path}:NAME."
         )
-    chosen = file.get(name or sets[0])
-    if not isinstance(chosen, h5py.Dataset) or not chosen.shape:
+    *folders, last = (name or sets[0]).strip("/").split("/")
+    beside: Any = file
+    for folder in folders:
+        beside = beside[folder] if folder in _members(beside, path) else None
+        if not isinstance(beside, h5py.Group):
+            raise DataError(f"{path} has no group {folder} on the way to {name}.")
+    around = _members(beside, path)
+    if last not in around or not isinstance(beside[last], h5py.Dataset) or not beside[last].shape:
         raise DataError(f"{path} has no data set {name}; it has {', '.join(sets) or 'none'}.")
-    if chosen.is_virtual or chosen.external:
-        raise DataError(f"{path}: the values of {chosen.name} lie in other files; copy them into this one.")
-    return chosen
+    labels: Any = beside["labels"] if "labels" in around else None
+    within = _members(labels, path) if isinstance(labels, h5py.Group) else []
+    named = [("label", labels)] if isinstance(labels, h5py.Dataset) else [(each, labels[each]) for each in within]
+    found = Found(
+        _own_values(beside[last], path),
+        _own_values(beside["offsets"], path)[()] if "offsets" in around else None,
+        _text(_own_values(beside["ids"], path)).tolist() if "ids" in around else None,
+        {label: _text(_own_values(values, path)) for label, values in named if isinstance(values, h5py.Dataset)},
+    )
+    return _array_set(found, frames, path)
+
+
+def _members(group: h5py.Group, path: Path) -> list[str]:
+    """Names in a group. Raises DataError where one leads somewhere else."""
+    for each in group:
+        if not isinstance(group.get(each, getlink=True), h5py.HardLink):
+            raise DataError(f"{path}: {each} is a link to somewhere else; copy what it means into the file.")
+    return list(group)
+
+
+def _own_values(values: Any, path: Path) -> h5py.Dataset:
+    """Raises DataError where the values lie in other files."""
+    if not isinstance(values, h5py.Dataset) or values.is_virtual or values.external:
+        raise DataError(f"{path}: the values of {values.name} lie in other files, or nowhere; copy them into this one.")
+    return values
 
 
 def _text(values: h5py.Dataset) -> np.ndarray:
@@ -170,6 +192,8 @@ def _array_set(found: Found, frames: str, path: Path) -> ArraySet:
     shape = array.shape
     if len(shape) < (1 if offsets is not None else 2):
         raise DataError(f"{path} has the shape {shape}; give samples first: [samples, ...].")
+    if offsets is not None and not _are_offsets(offsets, shape[0]):
+        raise DataError(f"{path}: offsets must be whole numbers that rise from 0 on to at most the {shape[0]} rows.")
     count = shape[0] if offsets is None else len(offsets) - 1
     ids = found.ids or [str(number) for number in range(count)]
     wrong = next((name for name, values in found.labels.items() if len(values) != count), None)
@@ -185,19 +209,26 @@ def _array_set(found: Found, frames: str, path: Path) -> ArraySet:
         lengths, frame_shape, read = np.full(count, shape[1]), shape[2:], partial(_steps, array)
     else:
         lengths, frame_shape, read = np.diff(offsets), shape[1:], partial(_rows, array, offsets)
-    described = [str(array.dtype), shape, frames, sorted(found.labels), _contents(path)]
+    known = {name: values.tolist() for name, values in found.labels.items()}
+    described = [str(array.dtype), shape, frames, known, list(ids), lengths.tolist(), _contents(path)]
     identity = hashlib.sha256(json.dumps(described).encode()).hexdigest()
     return ArraySet(read, lengths.astype(np.int64), tuple(frame_shape) or (1,), ids, found.labels, identity)
 
 
+def _are_offsets(offsets: np.ndarray, rows: int) -> bool:
+    if offsets.ndim != 1 or len(offsets) < 2 or offsets.dtype.kind not in "iu":
+        return False
+    return bool(offsets[0] >= 0 and (np.diff(offsets.astype(np.int64)) >= 0).all() and offsets[-1] <= rows)
+
+
 def _contents(path: Path) -> list[Any]:
-    """Size and both ends: to go through all of a large file would take as long as an epoch."""
-    size = path.stat().st_size
+    """Size and looks at places all over it: to go through all of a large file would take as long as an epoch."""
+    size, looked = path.stat().st_size, hashlib.sha256()
     with path.open("rb") as file:
-        ends = hashlib.sha256(file.read(ENDS))
-        file.seek(max(size - ENDS, 0))
-        ends.update(file.read(ENDS))
-    return [size, ends.hexdigest()]
+        for place in np.linspace(0, max(size - LOOK, 0), LOOKS).astype(int).tolist():
+            file.seek(place)
+            looked.update(file.read(LOOK))
+    return [size, looked.hexdigest()]
 
 
 def _whole(array: Any, sample: int, start: int, stop: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Any torch.utils.data.Dataset as a data set: torchvision's, torchaudio's, Hugging Face's, or one of the user's own.
 
 An item is a sample, alone or with what is known about it: a tuple (sample, label, ...), or a dict as Hugging Face's. Pictures
-(PIL) are resized and cut as files are; waveforms with their rate are mixed and resampled as files are; other arrays and
-tensors are taken as they are: steps first, [L, C, ...], or whole, [C, ...].
+(PIL) are resized and cut as files are; waveforms with their rate, as torchaudio has them, are mixed and resampled as files are;
+other arrays and tensors are taken as they are: steps first, [L, C, ...], or whole, [C, ...].
 
 Opening goes through all items once: it finds their lengths, shapes and labels, and a hash of the values names the data, so
 that a resume notices where they have changed. Items must be the same at every call: a data set that augments at random is
@@ -10,7 +10,7 @@ refused, for caches would hold one of its renderings for ever.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Protocol
@@ -27,6 +27,12 @@ from layerwise.errors import DataError
 
 READ_TWICE = 3
 """Items that are looked at a second time."""
+
+RATES = range(1000, 1_000_001)
+"""Sampling rates of sound, Hz; other whole numbers behind a tensor are labels."""
+
+CHANNELS = 8
+"""Most channels of a waveform."""
 
 
 class Items(Protocol):
@@ -60,8 +66,13 @@ def open_dataset(items: Items, options: DataOptions) -> DataSet:
             raise DataError(
                 f"Item {number} of the data set has frames of {values.shape[1:]}, and the first of {shape}; all must agree."
             )
+        if not np.isfinite(values).all() or not values.size:
+            raise DataError(
+                f"Item {number} of the data set is empty, or holds values that are no numbers; leave it out."
+            )
         lengths.append(len(values))
         labels.append(item.labels)
+        seen.update(f"{values.dtype} {values.shape} {sorted(item.labels.items())}".encode())
         seen.update(np.ascontiguousarray(values).tobytes())
         if number < READ_TWICE and not np.array_equal(values, _values(item_of(items, number), options, number)):
             raise DataError(
@@ -96,39 +107,51 @@ def item_of(items: Items, number: int) -> Item:
         raise DataError(f"Item {number} of the data set cannot be read ({type(error).__name__}: {error}).") from error
     if isinstance(item, Mapping):
         return _of_mapping(item, number)
-    if isinstance(item, tuple | list):
-        return _of_sequence(item, number)
+    if isinstance(item, tuple) and item:
+        return _of_tuple(item, number)
     return Item(_array(item, number), {})
 
 
 def _of_mapping(item: Mapping[str, Any], number: int) -> Item:
-    samples = [name for name, value in item.items() if not isinstance(value, str | int | float | bool | None)]
+    plain = {name: _plain(value) for name, value in item.items()}
+    samples = [name for name, value in plain.items() if not isinstance(value, Known | float | None)]
     if not samples:
         raise DataError(f"Item {number} of the data set holds no array and no picture, only {', '.join(item)}.")
-    sample, rate = item[samples[0]], None
+    sample, rate = plain[samples[0]], None
     if isinstance(sample, Mapping) and "array" in sample:  # how Hugging Face hands audio over
         sample, rate = sample["array"], int(sample["sampling_rate"])
-    known = {name: str(value) for name, value in item.items() if isinstance(value, str | int | bool)}
-    return Item(_array(sample, number), known, rate)
+    return Item(
+        _array(sample, number), {name: str(value) for name, value in plain.items() if isinstance(value, Known)}, rate
+    )
 
 
-def _of_sequence(item: Sequence[Any], number: int) -> Item:
-    sample, *others = item
-    array = _array(sample, number)
-    rate = None
-    if (
-        others
-        and isinstance(sample, torch.Tensor)
-        and sample.dim() == 2
-        and len(others) > 1
-        and isinstance(others[0], int)
-    ):
-        # (waveform [channels, samples], rate, ...), as all of torchaudio's data sets have it
+def _of_tuple(item: tuple[Any, ...], number: int) -> Item:
+    array, others, rate = _array(item[0], number), [_plain(value) for value in item[1:]], None
+    if others and _is_rate(others[0]) and isinstance(item[0], torch.Tensor) and _is_sound(array):
         rate, *others = others
-    plain = [value.item() if isinstance(value, torch.Tensor) and value.dim() == 0 else value for value in others]
-    known = [str(value) for value in plain if isinstance(value, str | int | bool)]
+    known = [str(value) for value in others if isinstance(value, Known)]
     names = ["label", *(f"label_{number}" for number in range(2, len(known) + 1))]
     return Item(array, dict(zip(names, known, strict=False)), rate)
+
+
+Known = str | int | bool
+"""What a label may be."""
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy or torch as Python's."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0):
+        return value.item()
+    return value
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value in RATES
+
+
+def _is_sound(array: Any) -> bool:
+    """[channels, samples], as all of torchaudio's data sets have it."""
+    return isinstance(array, np.ndarray) and array.ndim == 2 and len(array) <= min(CHANNELS, array.shape[1])
 
 
 def _array(sample: Any, number: int) -> Any:
@@ -139,7 +162,7 @@ def _array(sample: Any, number: int) -> Any:
         array = np.asarray(sample.detach().cpu() if isinstance(sample, torch.Tensor) else sample)
     except Exception:
         array = np.empty(0, dtype=object)
-    if array.dtype.kind not in "fiub" or array.ndim == 0:
+    if array.dtype.kind not in "fiub" or array.ndim == 0 or isinstance(sample, tuple):
         raise DataError(
             f"Item {number} of the data set begins with a {type(sample).__name__}; give a tensor, an array or a picture first, "
             "and what is known about it behind."
@@ -184,6 +207,6 @@ def _count(items: Items) -> int:
         raise DataError(
             f"The data set, a {type(items).__name__}, has no length; give a map-style one, with __len__ and __getitem__."
         ) from None
-    if count < 2:
-        raise DataError(f"The data set has {count} items, too few to train on.")
+    if count < 1:
+        raise DataError("The data set has no items.")
     return count

@@ -18,7 +18,7 @@ def open_data(options: DataOptions, shortest: int) -> DataSet:
 
     Raises DataError where it cannot be read, ConfigError where the name is none.
     """
-    return framed(_open(options, shortest), options)
+    return framed(_measured(_open(options, shortest)), options)
 
 
 def as_data(given: Any, options: DataOptions) -> DataSet:
@@ -26,11 +26,11 @@ def as_data(given: Any, options: DataOptions) -> DataSet:
 
     Raises DataError where it is none of these.
     """
-    return given if is_data_set(given) else framed(open_items(given, options), options)
+    return framed(_measured(given if is_data_set(given) else open_items(given, options)), options)
 
 
 def is_data_set(given: Any) -> bool:
-    """Whether it is a `DataSet` already, which frames its samples itself."""
+    """Whether it is a `DataSet` already, and knows its frames."""
     return hasattr(given, "frame_shape") and hasattr(given, "identity")
 
 
@@ -47,13 +47,21 @@ def open_items(given: Any, options: DataOptions) -> DataSet:
 
 
 def framed(data: DataSet, options: DataOptions) -> DataSet:
-    """In frames of several steps, and in several views, where the options ask for it."""
+    """In frames of several steps, and in several views, where the options ask for it. Raises DataError where they cannot."""
+    if options.frames == "steps" and data.columns > 1:
+        raise DataError("--frames steps: pictures come in patches or whole; give --frames patches or whole.")
     if options.frames == "steps" and (options.frame_length > 1 or options.frame_step not in (None, 1)):
         data = Framed(data, options.frame_length, options.frame_step or options.frame_length)
     whole = options.frames == "whole"
     return (
         data if options.views in (None, data.views) else WithViews(data, options.views, whole, whole and options.flip)
     )
+
+
+def _measured(data: DataSet) -> DataSet:
+    """With its level known: where nothing can be learnt, that is said before anything is begun. Raises DataError."""
+    assert data.level
+    return data
 
 
 def open_input(

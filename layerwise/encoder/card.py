@@ -85,7 +85,10 @@ def _use(encoder: Encoder, origin: Origin, exported: Exported) -> str:
 
 
 def _load_safetensors(takes: str, origin: Origin) -> list[str]:
-    network = ", network=network" if origin.network and ":" not in origin.config.net.name else ""
+    name = origin.config.net.name
+    of_function = ":" in name and not name.startswith("torchvision:")
+    own = f', network="{name}"' if of_function else ", network=network"
+    network = own if origin.network and not name.startswith("torchvision:") else ""
     return [
         *("import torch", "import layerwise", ""),
         f'encoder = layerwise.load("."{network})',

@@ -9,6 +9,7 @@ from layerwise.encoder.model import Encoder
 from layerwise.errors import ConfigError, RunError
 from layerwise.nets import build_network
 from layerwise.nets.module import Module
+from layerwise.nets.named import TORCHVISION
 from layerwise.nets.network import Network, ranges
 from layerwise.nets.traced import traced_network
 from layerwise.run_directory import RunPaths, RunState
@@ -16,16 +17,17 @@ from layerwise.training.checkpoint import Arrays, load_weights
 from layerwise.training.encoder import Origin, load_encoder
 from layerwise.training.frozen import FrozenStage
 
-Given = Network | nn.Module | None
-"""A network that the run was given as an object."""
+Given = Network | nn.Module | str | None
+"""A network that the run was given as an object, or the package.module:function that made it."""
 
 
 def load(place: str | Path, *, stage: int | None = None, network: Given = None) -> Encoder:
     """The trained encoder of a finished run, on the CPU and in eval mode.
 
     place: a run directory, a folder made by `export` as safetensors, or an encoder.safetensors. stage: the last stage to
-    keep; default: all. network: the one that the run was given, where options do not name it. Nothing is unpickled.
-    Raises RunError where there is no encoder or its weights do not fit its network, ConfigError for stage and network.
+    keep; default: all. network: the one that the run was given, where it is neither the paper's nor torchvision's: as an
+    object, or as the package.module:function that the run was given. Nothing is unpickled, and nothing that a file names is
+    called. Raises RunError where there is no encoder or its weights do not fit its network, ConfigError for stage and network.
     """
     origin, stages = load_stages(Path(place), stage, network)
     return Encoder(entry_of(origin), [each.module for each in stages]).eval()
@@ -77,15 +79,28 @@ def _encoder_file(place: Path) -> Path:
 
 
 def _network(origin: Origin, given: Given, path: Path) -> Network:
-    """The network that the weights belong to."""
+    """The network that the weights belong to.
+
+    Of a function that makes it the file has only the name, which whoever wrote the file may have chosen: it is called where
+    the caller names it, too.
+    """
+    name = origin.config.net.name
     if isinstance(given, nn.Module):
         given = traced_network(given, tuple(origin.frame_shape))
-    named = ":" in origin.config.net.name
-    if origin.network and given is None and not named:
+    if isinstance(given, str):
+        if given != name:
+            raise ConfigError(f"--net {given}: {path} was trained with {name}; name that one.")
+        given = None
+    elif given is None and ":" in name and not name.startswith(TORCHVISION):
+        raise ConfigError(
+            f"{path} was trained with the network of {name}, a function that loading would call: give it too, as --net {name}, "
+            "or network= in Python."
+        )
+    if origin.network and given is None and ":" not in name:
         raise ConfigError(
             f"{path} belongs to a network of the user's own, which no option names; give it as network= in Python."
         )
-    network = given or build_network(origin.config.net, tuple(origin.frame_shape), origin.config.training.seed)
+    network: Network = given or build_network(origin.config.net, tuple(origin.frame_shape), origin.config.training.seed)
     if network.structure != origin.network:
         raise ConfigError(f"The network given is not the one that {path} was trained with; give that one, as it was.")
     if sum(origin.cut) != len(network.layers):

@@ -134,6 +134,11 @@ def reopen(out: Path, device: str | None = None) -> OpenedRun:
     furthest = RunState.load(paths.furthest_round(config.training.rounds).state)
     storage = Storage(tuple(bool(record.cached) for record in furthest.stages))
     plans = plan_run(config, data, on, None, main.cut)
+    if plans[0].network.identity != main.network:
+        raise RunError(
+            f"--net {config.net.name} makes another network than {out} was prepared with: it has been changed, or its weights "
+            "are drawn from another generator than torch's. Bring the old one back, or start anew with --overwrite."
+        )
     done = {record.stage for record in main.stages if record.status == "done"}
     layouts = layouts_of(config, plans, storage, on, done, StopFlag())
     return OpenedRun(config, paths, data, split_samples(data, config), plans, layouts, storage, on)

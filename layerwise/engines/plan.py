@@ -17,6 +17,7 @@ from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
 from layerwise.run_directory import RunPaths
 from layerwise.training.cutting import plan_run
+from layerwise.training.optimizer import Optimization
 from layerwise.training.plan import StagePlan
 from layerwise.training.planner import (
     fitting_layout,
@@ -39,8 +40,14 @@ from layerwise.training.storage import (
 )
 
 
-def plan(config: Config, *, network: Network | None = None, data: DataSet | None = None) -> Forecast:
-    """Predicts a run without running anything. network, data: as in `run`.
+def plan(
+    config: Config,
+    *,
+    network: Network | None = None,
+    data: DataSet | None = None,
+    optimization: Optimization | None = None,
+) -> Forecast:
+    """Predicts a run without running anything. network, data, optimization: as in `run`.
 
     Raises LayerwiseErrors where it could not even be begun.
     """
@@ -48,7 +55,7 @@ def plan(config: Config, *, network: Network | None = None, data: DataSet | None
         raise ConfigError("plan predicts one stage at a time; leave training.schedule simultaneous out.")
     device = find_device(config.training.device)
     data = data or open_data(config.data, shortest_sample(config))
-    plans = plan_run(config, data, device, network)
+    plans = plan_run(config, data, device, network, optimization=optimization)
     folder = RunPaths.of(config.out, config.cache.dir).caches
     storage = plan_storage(config, plans, data, free_for_caches(folder))
     rooms = room_of_caches(plans, data, config.cache)

@@ -6,7 +6,7 @@ Starting a run and resuming it are the same call. What is done is read from the 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from layerwise.config import OWN, Config
@@ -142,8 +142,8 @@ def begun(
     paths, rounds = RunPaths.of(config.out, config.cache.dir), config.training.rounds
     data = data or open_data(config.data, shortest_sample(config))
     planned_for = _content(paths.state)
-    plans = plan_run(config, data, device, network, cut or (None if overwrite else _earlier_cut(paths, config)))
-    plans = [replace(plan, optimization=optimization) for plan in plans]
+    sizes = cut or (None if overwrite else _earlier_cut(paths, config))
+    plans = plan_run(config, data, device, network, sizes, optimization)
     check_shareable(plans, ranks)
     split = split_samples(data, config)
     furthest = paths.furthest_round(rounds)

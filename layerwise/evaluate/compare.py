@@ -176,6 +176,11 @@ def _check_methods(methods: Sequence[str]) -> None:
 
 def _check_request(config: Config, label: str, data: DataSet, seeds: Sequence[int], methods: Sequence[str]) -> None:
     """Refuses what cannot be compared before anything is trained. Raises ConfigError or DataError."""
+    if config.data.frames == "whole":
+        raise ConfigError(
+            "compare trains methods that predict frames from others, and --frames whole makes one of each sample; give "
+            "--frames patches or steps."
+        )
     if config.objective.name != "infonce":
         raise ConfigError(
             f"--objective {config.objective.name}: the methods of a comparison have objectives of their own; leave it out."

@@ -6,6 +6,7 @@ what they need for a moment. Predictions for the stages of the chosen cut are th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from layerwise.memory.partition import partition
 from layerwise.memory.placement import Placement
 from layerwise.nets import build_network
 from layerwise.nets.network import Network, ranges
+from layerwise.training.optimizer import Optimization
 from layerwise.training.plan import StagePlan, plan_stages
 from layerwise.training.planner import held_at_all, held_in_one_pass, training_peak
 
@@ -64,9 +66,10 @@ def plan_run(
     device: torch.device,
     network: Network | None = None,
     sizes: Sequence[int] | None = None,
+    optimization: Optimization | None = None,
 ) -> list[StagePlan]:
     """The stages of a run: cut into `sizes` layers each where given, and where they are this network's; else as the options
-    say. All at once, they are the parts of one stage.
+    say. All at once, they are the parts of one stage. optimization: in place of Adam.
 
     With no number of stages in the options they are the network's own, and under a budget the fewest that it holds: each
     trains in one pass over the batch, with its optimizer on the device. (In many passes almost anything fits, at many
@@ -75,10 +78,11 @@ def plan_run(
     """
     network = network or build_network(config.net, data.frame_shape, config.training.seed)
     if config.training.schedule == "simultaneous":
-        return [_all_at_once(config, data, network, sizes)]
-    stages, natural = config.training.stages, plan_stages(config, data, network, network.natural_ranges)
+        return [_all_at_once(config, data, network, sizes, optimization)]
+    stages_of: StagesOf = partial(plan_stages, config, data, network, optimization=optimization)
+    stages, natural = config.training.stages, stages_of(network.natural_ranges)
     if sizes is not None and sum(sizes) == len(network.layers):
-        return plan_stages(config, data, network, ranges(sizes))
+        return stages_of(ranges(sizes))
     if stages == len(natural) or (stages is None and config.memory.gpu_mem is None):
         return natural
     if stages is not None and stages > len(network.layers):
@@ -89,9 +93,9 @@ def plan_run(
         )
     costs = layer_costs(config, data, network)
     if stages is not None:
-        return _best(config, data, network, costs, stages)
+        return _best(stages_of, costs, stages)
     cuts = [
-        natural if count == len(natural) else _best(config, data, network, costs, count)
+        natural if count == len(natural) else _best(stages_of, costs, count)
         for count in range(1, len(network.layers) + 1)
     ]
 
@@ -107,7 +111,16 @@ def plan_run(
     return next((plans for plans in reversed(cuts) if held(plans, held_at_all)), cuts[-1])
 
 
-def _all_at_once(config: Config, data: DataSet, network: Network, sizes: Sequence[int] | None) -> StagePlan:
+StagesOf = Callable[[Sequence[range]], list[StagePlan]]
+
+
+def _all_at_once(
+    config: Config,
+    data: DataSet,
+    network: Network,
+    sizes: Sequence[int] | None,
+    optimization: Optimization | None,
+) -> StagePlan:
     """The whole network as one stage whose parts are the stages of the sequential schedule."""
     if config.memory.gpu_mem is not None:
         raise ConfigError(
@@ -115,8 +128,8 @@ def _all_at_once(config: Config, data: DataSet, network: Network, sizes: Sequenc
             "leave one of the two out."
         )
     sequential = config.model_copy(update={"training": config.training.model_copy(update={"schedule": "sequential"})})
-    parts = plan_run(sequential, data, torch.device("cpu"), network, sizes)
-    (whole,) = plan_stages(config, data, network, ranges([len(network.layers)]))
+    parts = plan_run(sequential, data, torch.device("cpu"), network, sizes, optimization)
+    (whole,) = plan_stages(config, data, network, ranges([len(network.layers)]), optimization)
     return replace(whole, parts=tuple(parts))
 
 
@@ -126,9 +139,8 @@ def layer_costs(config: Config, data: DataSet, network: Network) -> list[LayerCo
     return [_layer_cost(config, plan) for plan in finest]
 
 
-def _best(config: Config, data: DataSet, network: Network, costs: list[LayerCost], stages: int) -> list[StagePlan]:
-    cut = partition(lambda start, stop: stage_cost(costs[start:stop]), len(costs), stages)
-    return plan_stages(config, data, network, cut)
+def _best(stages_of: StagesOf, costs: list[LayerCost], stages: int) -> list[StagePlan]:
+    return stages_of(partition(lambda start, stop: stage_cost(costs[start:stop]), len(costs), stages))
 
 
 def _layer_cost(config: Config, plan: StagePlan) -> LayerCost:

@@ -6,7 +6,7 @@ Adam's fused form holds no temporary copies of the gradients.
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -99,27 +99,35 @@ class Optimization:
     def of(cls, make: Make, schedule: Schedule | None, max_epochs: int) -> "Optimization":
         """make: parameters to optimizer; schedule: optimizer to scheduler, stepped once an epoch.
 
-        Raises ConfigError where they do not make such.
+        Raises ConfigError where they do not make such, or the optimizer needs more than gradients for a step.
         """
+        parameter = nn.Parameter(torch.ones(2, 2))
         try:
-            tried = make([nn.Parameter(torch.zeros(2, 2))])
-            scheduler = schedule(tried) if schedule else None
+            tried = make([parameter])
+            scheduler = schedule(tried) if schedule and isinstance(tried, torch.optim.Optimizer) else None
+            if not isinstance(tried, torch.optim.Optimizer) or not isinstance(scheduler, LRScheduler | None):
+                raise TypeError(f"they give {type(tried).__name__} and {type(scheduler).__name__}")
+            plans = []
+            for _ in range(max_epochs if scheduler else 1):
+                plans.append([_plain(group) for group in tried.param_groups])
+                if scheduler:
+                    _step_unwarned(scheduler)
+            parameter.grad = torch.ones_like(parameter)
+            tried.step()
+            _state_of(tried, {"tried": parameter})
         except Exception as error:
             raise ConfigError(
-                f"The optimizer or its schedule cannot be made ({type(error).__name__}: {error})."
+                f"The optimizer or its schedule cannot be used ({type(error).__name__}: {error}); let them give a "
+                "torch.optim.Optimizer that steps by gradients alone, and a scheduler of torch.optim.lr_scheduler that needs "
+                "no metric and lasts max_epochs."
             ) from error
-        if not isinstance(tried, torch.optim.Optimizer) or not isinstance(scheduler, LRScheduler | None):
-            raise ConfigError(
-                f"optimizer and schedule gave {type(tried).__name__} and {type(scheduler).__name__}; let them give a "
-                "torch.optim.Optimizer, and a scheduler of torch.optim.lr_scheduler that needs no metric."
-            )
-        rates = []
-        for _ in range(max_epochs if scheduler else 1):
-            rates.append([group["lr"] for group in tried.param_groups])
-            if scheduler:
-                _step_unwarned(scheduler)
         kind = f"{type(tried).__module__}.{type(tried).__qualname__}"
-        return cls(make, schedule, f"{kind} {sorted(tried.defaults.items(), key=str)} {rates}")
+        of_schedule = type(scheduler).__qualname__ if scheduler else None
+        return cls(make, schedule, f"{kind} {of_schedule} {plans}")
+
+
+def _plain(group: dict[str, Any]) -> list[tuple[str, str]]:
+    return sorted((name, repr(value)) for name, value in group.items() if name != "params")
 
 
 class OwnOptimizer:
@@ -135,33 +143,64 @@ class OwnOptimizer:
         self._optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, State]:
-        return {
-            name: {
-                key: torch.as_tensor(value)
-                for key, value in self._optimizer.state[parameter].items()
-                if value is not None
-            }
-            for name, parameter in self._parameters.items()
-            if parameter in self._optimizer.state
-        }
+        return _state_of(self._optimizer, self._parameters)
 
     def load(self, state: Mapping[str, State]) -> None:
         with torch.no_grad():
-            for name, tensors in state.items():
+            for name, values in state.items():
                 parameter = self._parameters[name]
-                for key, value in tensors.items():
-                    on_device = value.dim() > 0 or key != "step"
-                    self._optimizer.state[parameter][key] = (
-                        value.to(parameter.device, copy=True) if on_device else value.clone()
-                    )
+                for written, value in values.items():
+                    key, _, kind = written.partition(SEPARATOR)
+                    if key.startswith(GROUP):
+                        number, _, key = key.removeprefix(GROUP).partition(".")
+                        self._optimizer.param_groups[int(number)][key] = KINDS[kind](value.item())
+                    elif kind == ON_HOST:
+                        self._optimizer.state[parameter][key] = value.clone()
+                    elif kind:
+                        self._optimizer.state[parameter][key] = KINDS[kind](value.item())
+                    else:
+                        self._optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 
     def begin_epoch(self, epoch: int) -> None:
         while self._scheduler is not None and self._scheduler.last_epoch < epoch:
             _step_unwarned(self._scheduler)
 
     def on_device(self) -> Iterable[torch.Tensor]:
-        values = (value for state in self._optimizer.state.values() for value in state.values())
-        return [value for value in values if isinstance(value, torch.Tensor)]
+        values = ((value, parameter) for parameter, state in self._optimizer.state.items() for value in state.values())
+        return [v for v, parameter in values if isinstance(v, torch.Tensor) and v.device == parameter.device]
+
+
+SEPARATOR, GROUP, ON_HOST = "|", "group-", "host"
+KINDS: dict[str, Callable[[Any], Any]] = {"int": int, "float": float, "bool": bool}
+"""What a checkpoint writes as tensors though it is none: its kind stands behind its name."""
+
+
+def _state_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, State]:
+    """Everything that the next step depends on; what groups count for themselves stands with the first parameter.
+
+    Raises TypeError where something cannot be saved.
+    """
+    found: dict[str, State] = {name: {} for name in parameters}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                place = "" if value.device == parameter.device else f"{SEPARATOR}{ON_HOST}"
+                found[name][f"{key}{place}"] = value
+            elif value is not None:
+                found[name] |= _written(key, value)
+    first = next(iter(parameters))
+    for number, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if type(value).__name__ in KINDS and key != "lr":  # which the schedule sets
+                found[first] |= _written(f"{GROUP}{number}.{key}", value)
+    return found
+
+
+def _written(key: str, value: Any) -> State:
+    kind = type(value).__name__
+    if kind not in KINDS:
+        raise TypeError(f"its state {key} is a {kind}, which cannot be saved")
+    return {f"{key}{SEPARATOR}{kind}": torch.tensor(value, dtype=torch.float64 if kind == "float" else torch.int64)}
 
 
 def _step_unwarned(scheduler: LRScheduler) -> None:

@@ -67,8 +67,10 @@ class StagePlan:
         return with_first_weights(build, _objective_seed(config.training.seed, self.stage), device)
 
 
-def plan_stages(config: Config, data: DataSet, network: Network, cut: Sequence[range]) -> list[StagePlan]:
-    """The stages of a network that is cut into these ranges of layers, in order.
+def plan_stages(
+    config: Config, data: DataSet, network: Network, cut: Sequence[range], optimization: Optimization | None = None
+) -> list[StagePlan]:
+    """The stages of a network that is cut into these ranges of layers, in order. optimization: in place of Adam.
 
     Raises ConfigError where the network, the cut or the window do not fit the data.
     """
@@ -104,6 +106,7 @@ def plan_stages(config: Config, data: DataSet, network: Network, cut: Sequence[r
                 lengths=lengths,
                 output_lengths=output_lengths,
                 geometry=geometry,
+                optimization=optimization,
             )
         )
         window = Window(int(module.out_length(window.rows)), window.columns)

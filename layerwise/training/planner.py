@@ -12,11 +12,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from layerwise.cache.stored import STORED
 from layerwise.config import Config, TrainingOptions
 from layerwise.data.batches import Batch
-from layerwise.errors import BudgetError
+from layerwise.errors import BudgetError, ConfigError
 from layerwise.memory import microbatch
 from layerwise.memory.device import autocast, context_bytes, on_device, workspace_bytes
 from layerwise.memory.estimate import DEVICE, rehearse
@@ -253,7 +254,13 @@ class _Rehearsal(LoadedStage):
         if self.plan.optimization:  # which makes its state at the first step: here as much is there as in all others
             for parameter in filter(lambda parameter: parameter.requires_grad, trained.parameters()):
                 parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
+            try:
+                optimizer.step()
+            except DataDependentOutputException:
+                raise ConfigError(
+                    "The optimizer looks at values while it steps, so its memory cannot be rehearsed; set memory.optimizer to "
+                    "host."
+                ) from None
         return optimizer
 
     def _samples(self, batch: Batch) -> int:

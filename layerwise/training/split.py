@@ -6,6 +6,7 @@ from layerwise.cache import SPLITS
 from layerwise.config import Config
 from layerwise.data.source import DataSet
 from layerwise.errors import DataError
+from layerwise.objectives import renderings_compared
 from layerwise.streams import stream
 
 TRAIN, HELD_OUT, TEST = (SPLITS.index(name) for name in ("train", "held-out", "test"))
@@ -28,7 +29,9 @@ def split_samples(data: DataSet, config: Config) -> np.ndarray:
         raise DataError(
             f"The data set has {count} usable samples, too few to train, to hold out and to test on; three are the least."
         )
-    split[rest[: max(1, round(len(rest) * config.data.held_out))]] = HELD_OUT
+    # Alone in its batch, a sample has no others to be told from.
+    least = renderings_compared(config.objective.name)
+    split[rest[: max(least, round(len(rest) * config.data.held_out))]] = HELD_OUT
     if not (split == TRAIN).any():
         raise DataError("No sample is left to train on; lower data.held_out.")
     return split

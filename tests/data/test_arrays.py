@@ -79,6 +79,45 @@ def test_of_several_data_sets_one_is_named(file: Path) -> None:
         opened(f"h5:{file}:third")
 
 
+@pytest.mark.parametrize(
+    "offsets", [[0, 40, 20, 120], [-20, 60, 90, 120], [0, 60, 90, 121], [0.0, 60.0, 90.0, 120.0], [[0, 120]]]
+)
+def test_offsets_that_lie_are_refused(tmp_path: Path, offsets: list) -> None:
+    np.save(tmp_path / "x.npy", VALUES.reshape(120, 3))
+    np.savez(tmp_path / "x.index.npz", offsets=offsets, ids=["a", "b", "c"])
+    with pytest.raises(DataError, match="offsets must be whole numbers that rise from 0"):
+        opened(f"npy:{tmp_path}/x.npy")
+
+
+def test_what_has_changed_in_the_middle_of_a_file_or_beside_it_is_another_data_set(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((60, 4000, 3))
+    np.save(tmp_path / "x.npy", values)
+    before = opened(f"npy:{tmp_path}/x.npy").identity
+    values[20:40] = 0
+    np.save(tmp_path / "x.npy", values)
+    assert opened(f"npy:{tmp_path}/x.npy").identity != before
+
+
+def test_numbers_as_ids_and_labels_are_read(file: Path) -> None:
+    with h5py.File(file, "a") as made:
+        del made["ids"]
+        made["ids"] = np.arange(6)
+        made["labels/person"] = np.arange(6) // 2
+    data = opened(f"h5:{file}")
+    assert (data.ids[5], data.labels["person"].tolist()) == ("5", ["0", "0", "1", "1", "2", "2"])
+
+
+def test_values_beside_that_lie_elsewhere_are_refused(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("TOPSECRET" * 10)
+    with h5py.File(file, "a") as made:
+        made["labels"].create_dataset("kind", (6,), "S8", external=[(str(tmp_path / "secret.txt"), 0, 48)])
+        made["deep/down"] = h5py.ExternalLink(str(file), "sensor")
+    with pytest.raises(DataError, match="lie in other files"):
+        opened(f"h5:{file}:sensor")
+    with pytest.raises(DataError, match="down is a link"):
+        opened(f"h5:{file}:deep/down")
+
+
 def test_links_to_other_files_are_refused(file: Path, tmp_path: Path) -> None:
     with h5py.File(tmp_path / "linked.h5", "w") as made:
         made["x"] = h5py.ExternalLink(str(file), "sensor")
@@ -99,7 +138,7 @@ def test_links_to_other_files_are_refused(file: Path, tmp_path: Path) -> None:
         (np.zeros((4, 8, 2)), "zero everywhere"),
         (np.full((4, 8, 2), np.nan), "no numbers"),
         (np.ones(5), "samples first"),
-        (np.ones((1, 9, 2)), "too few"),
+        (np.ones((3, 0, 2)), "are empty"),
         (np.array([{"pickled": 1}], dtype=object), "cannot be read as a .npy file of numbers"),
     ],
 )

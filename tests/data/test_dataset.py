@@ -87,6 +87,53 @@ def test_items_of_hugging_face_are_named() -> None:
     assert pictures.frame_shape == (1, 16, 16)
 
 
+@pytest.mark.parametrize(
+    ("item", "labels"),
+    [
+        ((torch.randn(300, 6), 3, 7), {"label": "3", "label_2": "7"}),
+        ((torch.randn(300, 6), np.int64(3)), {"label": "3"}),
+        ({"x": torch.randn(9, 2), "label": torch.tensor(1), "who": np.str_("ada")}, {"label": "1", "who": "ada"}),
+        ({"label": np.int64(1), "x": torch.randn(9, 2)}, {"label": "1"}),
+        ((torch.randn(9, 2), None, 2.5, True), {"label": "True"}),
+        ([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]], {}),
+    ],
+)
+def test_labels_are_numbers_and_words_of_any_library(item: Any, labels: dict[str, str]) -> None:
+    data = as_data(Items([item] * 3), STEPS)
+    assert data.takes == "arrays"
+    assert {name: values[0] for name, values in data.labels.items()} == labels
+    assert data.lengths[0] in (300, 9, 3)
+
+
+def test_a_waveform_and_its_rate_need_no_label() -> None:
+    data = as_data(Items([(torch.randn(1, 4000), 8000)] * 2), DataOptions(sample_rate=8000))
+    assert (data.takes, data.lengths.tolist(), data.labels) == ("waveforms", [4000, 4000], {})
+
+
+def test_labels_and_the_ends_of_samples_are_part_of_the_identity() -> None:
+    values = torch.randn(20, 2)
+
+    def identity(cuts: list[int], labels: list[int]) -> str:
+        return as_data(Items(list(zip(torch.split(values, cuts), labels, strict=True))), STEPS).identity
+
+    found = {identity(*each) for each in (([10, 10], [0, 1]), ([12, 8], [0, 1]), ([10, 10], [1, 1]))}
+    assert len(found) == 3
+    assert identity([10, 10], [0, 1]) in found
+
+
+def test_values_that_are_no_numbers_are_named() -> None:
+    items = [torch.randn(5, 2) for _ in range(400)]
+    items[303][2, 1] = float("nan")
+    with pytest.raises(DataError, match="Item 303 of the data set is empty, or holds values that are no numbers"):
+        as_data(Items(items), STEPS)
+
+
+def test_pictures_are_no_steps() -> None:
+    for length in (1, 2):
+        with pytest.raises(DataError, match="pictures come in patches or whole"):
+            as_data(Items([picture() for _ in range(3)]), DataOptions(frame_length=length))
+
+
 class Augmenting(Dataset):
     def __len__(self) -> int:
         return 4
@@ -104,7 +151,9 @@ def test_a_data_set_that_augments_at_random_is_refused() -> None:
     ("given", "complaint"),
     [
         (7, "The data are a int"),
-        (Items([]), "too few"),
+        (Items([]), "no items"),
+        (Items([(), ()]), "begins with a tuple"),
+        (Items([torch.zeros(0, 2)] * 2), "is empty"),
         (Items(["text", "more"]), "begins with a str"),
         (Items([{"label": 1}, {"label": 2}]), "no array and no picture"),
         (Items([(None, 1), (None, 2)]), "begins with a NoneType"),

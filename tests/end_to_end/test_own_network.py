@@ -63,8 +63,10 @@ def test_functions_of_the_users_own_give_the_same_bits_in_worker_processes(call:
     assert workers.returncode == 0, workers.stderr
     assert bits(tmp_path / "alone") == bits(tmp_path / "workers")
     assert call("probe", "alone", "--label", "label").returncode == 0
-    assert call("export", "alone", "-o", "exported").returncode == 0
-    extracted = call("extract", "alone", "mine:data", "-o", "features.npy")
+    refused = call("export", "alone", "-o", "exported")
+    assert (refused.returncode, "--net mine:sized" in refused.stderr) == (2, True)
+    assert call("export", "alone", "-o", "exported", "--net", "mine:sized").returncode == 0
+    extracted = call("extract", "alone", "mine:data", "--net", "mine:sized", "-o", "features.npy")
     assert extracted.returncode == 0, extracted.stderr
     assert np.load(tmp_path / "features.npy").shape == (16 * 19, 6)
 
