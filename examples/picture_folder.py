@@ -24,7 +24,7 @@ def main() -> None:
     asked = parser.parse_args()
 
     request = {
-        "model": f"torchvision:{asked.net}",
+        "network": f"torchvision:{asked.net}",
         "data": f"images:{asked.pictures}",
         "gpu_mem": asked.gpu_mem,  # without stages: as few as the budget holds
         "max_epochs": asked.epochs,

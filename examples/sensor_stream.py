@@ -62,7 +62,7 @@ def main() -> None:
         network, streams, frames="steps", gpu_mem="40MB", max_epochs=asked.epochs, out=asked.out, options=framing
     )
     print(f"device peak {max(stage.peak_bytes for stage in result.state.stages) / 1e6:.1f} MB")
-    for stage in layerwise.probe(asked.out, "label", model=network, data=streams).stages:
+    for stage in layerwise.probe(asked.out, "label", network=network, data=streams).stages:
         print(f"stage {stage.stage}: error {stage.error:.1%}, with random weights {stage.untrained_error:.1%}")
     encoder = layerwise.load(asked.out, network=network)
     stream = torch.from_numpy(streams[0][0])[None]  # (B, steps, 6)

@@ -47,7 +47,7 @@ def main() -> None:
     stages = layerwise.cut(network, torch.zeros(16, 1, *(asked.side,) * 3), stages=3)
     result = layerwise.run(stages, data, gpu_mem="200MB", batch_size=16, max_epochs=asked.epochs, out=asked.out)
     print([f"{stage.peak_bytes / 1e6:.1f} MB" for stage in result.state.stages])
-    for stage in layerwise.probe(asked.out, "label", model=stages, data=data).stages:
+    for stage in layerwise.probe(asked.out, "label", network=stages, data=data).stages:
         print(f"stage {stage.stage}: error {stage.error:.1%}, with random weights {stage.untrained_error:.1%}")
     encoder = layerwise.load(asked.out, network=stages)
     print("features", tuple(encoder(torch.from_numpy(data[0][0])[None]).shape))

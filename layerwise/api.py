@@ -27,13 +27,14 @@ from layerwise.engines.run import run as run_config
 from layerwise.errors import ConfigError
 from layerwise.evaluate.probe import ProbeResult
 from layerwise.evaluate.probe import probe as probe_run
-from layerwise.events import EpochDone, Event, Notify, StageDone, silent
+from layerwise.events import EpochDone, Event, Message, Notify, StageDone, silent
 from layerwise.forecast import Forecast
 from layerwise.near import did_you_mean
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 from layerwise.report.lines import LogFile, PlainLines
 from layerwise.report.live import LiveTable
+from layerwise.report.summary import stages_at_chance
 from layerwise.run_directory import RunPaths, open_run
 from layerwise.stop import StopFlag, stop_on_signals
 from layerwise.training.cutting import plan_run
@@ -63,7 +64,7 @@ def cut(model: nn.Module, example: torch.Tensor, stages: int | None = None) -> N
 
 
 def plan(
-    model: Model = None,
+    network: Model = None,
     data: Data = None,
     *,
     optimizer: Make | None = None,
@@ -75,13 +76,13 @@ def plan(
 
     Parameters as in `run`. Raises LayerwiseErrors where a run could not even be begun.
     """
-    asked = _asked(model, data, options, flags)
+    asked = _asked(network, data, options, flags)
     optimization = _optimization(optimizer, schedule, asked.config)
     return plan_config(asked.config, network=asked.network, data=asked.data, optimization=optimization)
 
 
 def run(
-    model: Model = None,
+    network: Model = None,
     data: Data = None,
     *,
     optimizer: Make | None = None,
@@ -97,7 +98,7 @@ def run(
 ) -> RunResult:
     """Trains every stage that is not done yet, each from the cache of the one below; the same call goes on where it stopped.
 
-    model: see `Model`; a module is applied to each frame, and its weights are where training starts. data: see `Data`.
+    network: see `Model`; a module is applied to each frame, and its weights are where training starts. data: see `Data`.
     optimizer: makes a torch optimizer of a stage's parameters, in place of Adam; schedule: makes a scheduler of that
     optimizer, stepped once an epoch. on_epoch, on_stage: are told when one is over; notify: is told of everything, and then no
     progress is shown. from_stage, overwrite: as the flags. stop: ends the run after the step in hand, when its reason is set.
@@ -106,7 +107,7 @@ def run(
     Raises Interrupted after saving, where Ctrl-C or a signal asked for it, and other LayerwiseErrors where the request cannot
     be met. It never ends the process.
     """
-    asked = _asked(model, data, options, flags)
+    asked = _asked(network, data, options, flags)
     optimization = _optimization(optimizer, schedule, asked.config)
     log = LogFile(RunPaths.of(asked.config.out, asked.config.cache.dir).log)
     with _shown(notify) as show, _stoppable(stop) as flag:
@@ -119,7 +120,7 @@ def run(
             if on_stage is not None and isinstance(event, StageDone):
                 on_stage(event)
 
-        return run_config(
+        result = run_config(
             asked.config,
             from_stage=from_stage,
             overwrite=overwrite,
@@ -129,23 +130,26 @@ def run(
             stop=flag,
             notify=tell,
         )
+        if warning := stages_at_chance(result.state, result.config.objective):
+            tell(Message(warning))
+        return result
 
 
 def probe(
-    run_directory: str | Path, label: str, *, model: Model = None, data: Data = None, classifier: str = "linear"
+    run_directory: str | Path, label: str, *, network: Model = None, data: Data = None, classifier: str = "linear"
 ) -> ProbeResult:
     """How well a classifier on the frozen features of each stage tells a label, beside the same stage with random weights.
 
-    model, data: those of the run, where it was given objects. Also written to probes/LABEL.json. Raises LayerwiseErrors.
+    network, data: those of the run, where it was given objects. Also written to probes/LABEL.json. Raises LayerwiseErrors.
     """
     config = load(open_run(Path(run_directory))[0].config)
     samples = None if data is None or isinstance(data, str) else as_data(data, config.data)
-    network = model if isinstance(model, Network) else None
-    if isinstance(model, nn.Module):
+    given = network if isinstance(network, Network) else None
+    if isinstance(network, nn.Module):
         if samples is None:
-            raise ConfigError("A probe needs the data of the run beside its model: give data= too.")
-        network = traced_network(model, tuple(samples.frame_shape))
-    return probe_run(run_directory, label, classifier=classifier, network=network, data=samples)
+            raise ConfigError("A probe needs the data of the run beside its network: give data= too.")
+        given = traced_network(network, tuple(samples.frame_shape))
+    return probe_run(run_directory, label, classifier=classifier, network=given, data=samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,25 +161,30 @@ class _Asked:
     data: DataSet | None
 
 
-def _asked(model: Model, data: Data, options: Mapping[str, Any] | None, flags: Mapping[str, Any]) -> _Asked:
-    if isinstance(model, Config):
+def _asked(network: Model, data: Data, options: Mapping[str, Any] | None, flags: Mapping[str, Any]) -> _Asked:
+    if isinstance(network, Config):
         if data is not None or options or flags:
             raise ConfigError(
                 "A Config holds all options already: change it with layerwise.resolve, and give it alone."
             )
-        return _Asked(model, None, None)
+        return _Asked(network, None, None)
+    if not isinstance(network, nn.Module | Network | str | None):
+        what = f"the class {network.__name__}" if isinstance(network, type) else f"a {type(network).__name__}"
+        raise ConfigError(
+            f"The network is {what}; give an nn.Module, called where it is a class, or a name as --net takes it."
+        )
     asked = dict(flags)
     recipe, config_file = asked.pop("recipe", None), asked.pop("config", None)
     overrides = {_key(name): value for name, value in asked.items() if value is not None} | dict(options or {})
     if data is not None:
         overrides["data.source"] = data if isinstance(data, str) else OWN
-    if model is not None:
-        overrides["net.name"] = model if isinstance(model, str) else OWN
-    if isinstance(model, Network):
-        overrides.setdefault("training.stages", len(model.natural_cut))
+    if network is not None:
+        overrides["net.name"] = network if isinstance(network, str) else OWN
+    if isinstance(network, Network):
+        overrides.setdefault("training.stages", len(network.natural_cut))
     config = resolve(recipe, None if config_file is None else Path(config_file), overrides)
     samples = None if data is None or isinstance(data, str) else as_data(data, config.data)
-    return _Asked(config, _network(model, config, samples), samples)
+    return _Asked(config, _network(network, config, samples), samples)
 
 
 def _optimization(optimizer: Make | None, schedule: Schedule | None, config: Config) -> Optimization | None:
@@ -186,15 +195,15 @@ def _optimization(optimizer: Make | None, schedule: Schedule | None, config: Con
     return None
 
 
-def _network(model: Model, config: Config, samples: DataSet | None) -> Network | None:
-    if not isinstance(model, nn.Module):
-        return model if isinstance(model, Network) else None
+def _network(network: Model, config: Config, samples: DataSet | None) -> Network | None:
+    if not isinstance(network, nn.Module):
+        return network if isinstance(network, Network) else None
     if samples is None:
         from layerwise.data.open import open_data
         from layerwise.nets import shortest_sample
 
         samples = open_data(config.data, shortest_sample(config))
-    return traced_network(model, tuple(samples.frame_shape))
+    return traced_network(network, tuple(samples.frame_shape))
 
 
 def _key(name: str) -> str:

@@ -53,7 +53,7 @@ def test_an_own_network_on_own_data_is_trained_probed_and_loaded(run: Run) -> No
     model = network()
     result = run(model, stages=2)
     assert [stage.status for stage in result.state.stages] == ["done", "done"]
-    found = layerwise.probe(result.paths.out, "label", model=model, data=STREAMS)
+    found = layerwise.probe(result.paths.out, "label", network=model, data=STREAMS)
     assert [stage.stage for stage in found.stages] == [1, 2]
     encoder = layerwise.load(result.paths.out, network=model)
     waves = torch.tensor(STREAMS[3][0], dtype=torch.float32)
@@ -229,6 +229,7 @@ def test_objects_cannot_go_to_other_processes(run: Run) -> None:
         ({"objective": "ntxent"}, "compares 2 views"),
         ({"frames": "whole", "objective": "infonce"}, "frames whole makes one of each sample"),
         ({"schedule": halved}, "give optimizer= too"),
+        ({"model": nn.Linear}, "The network is the class Linear"),
         ({"optimizer": lambda parameters: "sgd"}, "they give str and NoneType"),
         ({"optimizer": lambda parameters: 1 / 0}, "cannot be used"),
         ({"optimizer": torch.optim.LBFGS}, "steps by gradients alone"),

@@ -42,6 +42,7 @@ def configured(command: Callable[..., None], default_out: str = "runs/{recipe}")
 
 
 def _flag(option: configuration.Option, flag: str) -> Callable[..., Any]:
-    default = "" if option.default in (None, "") else f" [default: {option.default}]"
+    said = option.default in (None, "") or "default:" in option.help.lower()
+    default = "" if said else f" [default: {option.default}]"
     name = option.key.replace(".", "__")
     return click.option(flag, name, help=f"{option.help}{default}", metavar="VALUE")

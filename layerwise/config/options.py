@@ -47,8 +47,8 @@ class DataOptions(Section):
     frames: Literal["steps", "patches", "whole"] = _option(
         "steps",
         "shape",
-        "what a frame is: steps of a recording, a stream or an array; patches of a picture; or whole samples. Default: what "
-        "--net reads",
+        "what a frame is: steps of a recording, a stream or an array; patches of a picture; or whole samples; default: what "
+        "--net reads, steps for recordings, whole samples for a network of your own",
         "--frames",
     )
     frame_length: int = _option(1, "shape", "steps: steps in a frame", ge=1)

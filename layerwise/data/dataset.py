@@ -64,7 +64,8 @@ def open_dataset(items: Items, options: DataOptions) -> DataSet:
         values = _values(item, options, number)
         if values.shape[1:] != shape:
             raise DataError(
-                f"Item {number} of the data set has frames of {values.shape[1:]}, and the first of {shape}; all must agree."
+                f"Item {number} of the data set has frames of {values.shape[1:]}, and the first of {shape}; all must agree. "
+                "Sequences of several lengths need --frames steps."
             )
         if not np.isfinite(values).all() or not values.size:
             raise DataError(
@@ -79,7 +80,8 @@ def open_dataset(items: Items, options: DataOptions) -> DataSet:
                 "The data set gives another sample at each call: it augments at random, and a cache would keep one rendering "
                 "for ever. Leave the augmentation out; --views N makes renderings that are cached side by side."
             )
-    named = {name: np.array([each.get(name, "") for each in labels]) for name in labels[0]}
+    names = dict.fromkeys(name for each in labels for name in each)
+    named = {name: np.array([each.get(name, "") for each in labels]) for name in names}
     ids = [str(number) for number in range(count)]
     if isinstance(first.sample, Image.Image):
         framing = patch_options(options)

@@ -123,7 +123,7 @@ def _open(options: DataOptions, shortest: int) -> DataSet:
 
         return open_demo()
     if options.source == OWN:
-        raise ConfigError("The data of this run were given as an object, in Python; give them again, as data=.")
+        raise ConfigError("The data of this run were given as an object, in Python; give them again there, as data=.")
     if kind not in DATA_KINDS:
         given = called(options.source, "--data", DATA_KINDS)
         return given if is_data_set(given) else open_items(given, options)

@@ -149,7 +149,8 @@ def _data(origin: Origin) -> str:
 
 def _training(origin: Origin, state: RunState) -> str:
     training, objective = origin.config.training, origin.config.objective
-    shown = {"label"} if objective.name == "supervised" else type(objective).model_fields.keys() - {"name", "label"}
+    own = {"supervised": {"label"}, "ntxent": {"temperature", "projection"}}
+    shown = own.get(objective.name, {"steps", "skip", "negatives", "anchors"})
     settings = ", ".join(f"{name} {value}" for name, value in objective.model_dump().items() if name in shown)
     read = (
         f" Each stage read the outputs of the one below as {origin.config.cache.dtype}."

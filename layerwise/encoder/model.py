@@ -66,6 +66,8 @@ class Encoder(nn.Module):
                 yield frames
 
     def _passed(self, x: torch.Tensor, lengths: Any) -> Iterator[torch.Tensor]:
+        if not isinstance(x, torch.Tensor):
+            raise DataError(f"The encoder got a {type(x).__name__}; give a tensor: torch.from_numpy(array).")
         self.entry.check(x)
         if self.entry.ragged and x.shape[1] < self.shortest:
             what = "Waveforms" if self.entry.takes == "waveforms" else "Sequences"

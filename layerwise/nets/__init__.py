@@ -16,7 +16,9 @@ def build_network(net: NetOptions, frame_shape: tuple[int, ...], seed: int = 0) 
     if net.name in PAPER:
         return PAPER[net.name](net, frame_shape[0])
     if net.name == OWN:
-        raise ConfigError("The network of this run was given as an object, in Python; give it again, as network=.")
+        raise ConfigError(
+            "The network of this run was given as an object, in Python; give it again there, as network=."
+        )
     return named_network(net.name, frame_shape, seed)
 
 

@@ -177,8 +177,9 @@ def _mode_error(node: fx.Node) -> ConfigError:
 class _Shapes(fx.Interpreter):
     """Sends the shape of a batch through the network, without computing anything."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph, frame_shape: tuple[int, ...]) -> None:
         super().__init__(root, garbage_collect_values=False, graph=graph)
+        self.shape = " x ".join(map(str, frame_shape)) or "one number"
         self.extra_traceback = False
         self.versions: dict[fx.Node, int] = {}
 
@@ -187,9 +188,11 @@ class _Shapes(fx.Interpreter):
         try:
             value = super().run_node(n)
         except Exception as error:
+            why = _reason(error).replace(str(BATCH), "N")
             raise ConfigError(
-                f"The network fails at {description(n)} for the input's shape: {_reason(error)}. "
-                "Give it data of the shape that it was made for, and operations whose shapes do not depend on values."
+                f"The network fails at {description(n)} for N frames of {self.shape}: {why}. "
+                "Give it frames of the shape that it was made for, channels first (data.frame_length steps make one), and "
+                "operations whose shapes do not depend on values."
             ) from error
         if isinstance(value, torch.Tensor):
             self.versions[n] = value._version
@@ -215,7 +218,11 @@ def _note_shapes(root: nn.Module, graph: fx.Graph, example: torch.Tensor) -> Non
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # Left real, tensors of one element would be computed with, and counters of batches would count.
     tensors = chain(root.parameters(), root.buffers())
-    shapes = _Shapes(copy.deepcopy(root, {id(tensor): mode.from_tensor(tensor) for tensor in tensors}), graph)
+    shapes = _Shapes(
+        copy.deepcopy(root, {id(tensor): mode.from_tensor(tensor) for tensor in tensors}),
+        graph,
+        tuple(example.shape[1:]),
+    )
     with torch.no_grad(), mode, _without_torch_s_log():
         output = shapes.run(torch.empty(BATCH, *example.shape[1:], dtype=example.dtype, device=example.device))
         for node in graph.nodes:

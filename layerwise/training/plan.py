@@ -189,7 +189,8 @@ def _check_lengths(stage: int, output_lengths: np.ndarray, data: DataSet) -> Non
     if output_lengths.min() < 1:
         name = data.ids[int(output_lengths.argmin())]
         raise DataError(
-            f"{name} is too short: stage {stage} gives not a single frame of it; remove it, or change the network."
+            f"{name} is too short: stage {stage} gives not a single frame of it; remove it, or change the network, or a "
+            "data.frame_length that it does not fill."
         )
 
 

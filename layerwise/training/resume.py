@@ -127,8 +127,8 @@ def check_going_on(
     _check_same_data(state, data, paths)
     if state.network != plans[0].network.identity:
         raise RunError(
-            f"The network is not the one that {paths.out} was begun with; give that one, or start anew with --overwrite "
-            "or another --out."
+            f"The network is not the one that {paths.out} was begun with, its first weights included; give that one (seed "
+            "torch before it is made), or start anew with --overwrite or another --out."
         )
     if state.optimization != _optimization(plans):
         raise RunError(

@@ -166,4 +166,4 @@ def test_the_least_limit_of_the_control_groups_counts(tmp_path: Path) -> None:
 def test_the_extras_are_those_of_setup_py() -> None:
     declared = re.search(r"extras_require=\{(.*)\n    \},", (ROOT / "setup.py").read_text(), re.DOTALL)
     assert declared
-    assert set(software.EXTRAS) == set(re.findall(r'^        "(\w+)": ', declared[1], re.MULTILINE)) - {"dev"}
+    assert set(software.EXTRAS) == set(re.findall(r'^        "(\w+)": ', declared[1], re.MULTILINE)) - {"dev", "docs"}
