@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -220,11 +221,12 @@ def _key(name: str) -> str:
 
 @contextlib.contextmanager
 def _shown(notify: Notify | None) -> Iterator[Notify]:
-    """Progress: a live table on a terminal and in a notebook, lines elsewhere."""
+    """Progress: a live table on a terminal, and in a notebook that has widgets to redraw it; lines elsewhere."""
     console = Console()
+    redrawn = find_spec("ipywidgets") is not None if console.is_jupyter else console.is_terminal
     if notify is not None:
         yield notify
-    elif console.is_terminal or console.is_jupyter:
+    elif redrawn:
         with LiveTable(console) as show:
             yield show
     else:
