@@ -112,3 +112,13 @@ def test_changes_are_listed_by_scope() -> None:
 def test_what_looks_like_a_real_name_is_asked_for(request_: dict, meant: str) -> None:
     with pytest.raises(ConfigError, match=meant):
         config.resolve(**request_)
+
+
+def test_what_is_wrong_in_a_file_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[training]\nlrr = 1")
+    with pytest.raises(ConfigError, match=r"In .*mine\.toml: There is no option 'training\.lrr'"):
+        config.resolve(config_file=file)
+    file.write_text("[training]\nlr = 1.0")
+    with pytest.raises(ConfigError, match=r"^--max-epochs: "):
+        config.resolve(config_file=file, overrides={"training.max_epochs": 0})

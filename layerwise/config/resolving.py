@@ -58,9 +58,10 @@ def resolve(
     """
     overrides = dict(overrides or {})
     file_tree = _read_toml(config_file) if config_file else {}
-    given = file_tree
+    flags: dict[str, Any] = {}
     for key, value in overrides.items():
-        given = _merge(given, _nested(key, value))
+        flags = _merge(flags, _nested(key, value))
+    given = _merge(file_tree, flags)
     kind, frames = data_kind(str(_in(given, "data", "source") or "demo")), _frames(given)
     recipe = recipe or _recipe_for(kind, frames, _in(given, "net", "name"))
     tree = _merge(tomllib.loads(recipe_text(recipe)), given)
@@ -70,7 +71,12 @@ def resolve(
     tree = _merge(follows, tree)
     if not tree.get("out"):
         tree["out"] = default_out.format(recipe=recipe)
-    return validated(tree)
+    try:
+        return validated(tree)
+    except ConfigError as error:
+        if config_file is None or not _is_valid(_merge(follows, _merge(tomllib.loads(recipe_text(recipe)), flags))):
+            raise
+        raise ConfigError(f"In {config_file}: {error}") from None
 
 
 def data_kind(source: str) -> str:
@@ -137,6 +143,14 @@ def validated(tree: Mapping[str, Any]) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(sentence(error)) from None
+
+
+def _is_valid(tree: Mapping[str, Any]) -> bool:
+    try:
+        validated(tree)
+    except ConfigError:
+        return False
+    return True
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
