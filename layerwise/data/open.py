@@ -81,16 +81,18 @@ def open_input(
     elif not named or kind in ("speech", "images"):
         given = {"speech": "waveforms", "images": "pictures"}.get(kind if named else "", takes)
         data = _open_plain(_found(source, place if named else source), options, given, level, shortest)
-        return _usable(framed(data, options), source, takes, frame_shape)
+        return _usable(data, options, source, takes, frame_shape)
     data = _open(options, shortest)
     data.level = level
-    return _usable(framed(data, options), source, takes, frame_shape)
+    return _usable(data, options, source, takes, frame_shape)
 
 
-def _usable(data: DataSet, source: str, takes: str, frame_shape: tuple[int, ...]) -> DataSet:
+def _usable(data: DataSet, options: DataOptions, source: str, takes: str, frame_shape: tuple[int, ...]) -> DataSet:
+    """The data in the run's frames. Raises DataError where an encoder of such data does not read them."""
     if data.takes != takes:
         given, taken = (kind.replace("waveforms", "recordings") for kind in (data.takes, takes))
         raise DataError(f"{source} holds {given}, but the encoder was trained on {taken}; name some of those.")
+    data = framed(data, options)
     if not len(data.ids):
         first = data.skipped[0]
         raise DataError(
