@@ -144,7 +144,9 @@ def probe(
     network, data: those of the run, where it was given objects. Also written to probes/LABEL.json. Raises LayerwiseErrors.
     """
     config = load(open_run(Path(run_directory))[0].config)
-    samples = None if data is None or isinstance(data, str) else as_data(data, config.data)
+    if isinstance(data, str) or isinstance(network, str | Config):
+        raise ConfigError("A probe knows what its run was given by name; give it objects alone, or leave them out.")
+    samples = None if data is None else as_data(data, config.data)
     given = network if isinstance(network, Network) else None
     if isinstance(network, nn.Module):
         if samples is None:

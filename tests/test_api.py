@@ -126,7 +126,7 @@ class Counting(torch.optim.SGD):
             group["count"] = group.get("count", 0) + 1
             for parameter in group["params"]:
                 self.state[parameter]["seen"] = self.state[parameter].get("seen", 0.0) + 0.1
-            group["lr"] = 0.1 / group["count"]
+            group["lr"] *= 0.9
         super().step()
 
 

@@ -60,7 +60,8 @@ def framed(data: DataSet, options: DataOptions) -> DataSet:
 
 def _measured(data: DataSet) -> DataSet:
     """With its level known: where nothing can be learnt, that is said before anything is begun. Raises DataError."""
-    assert data.level
+    if not data.level > 0:
+        raise DataError(f"The data say that their level is {data.level}; it must be above 0.")
     return data
 
 
@@ -75,15 +76,15 @@ def open_input(
     options = config.data.model_copy(update={"source": source, "views": None, "flip": False})
     kind, colon, place = source.partition(":")
     named = source == "demo" or (colon and kind in DATA_KINDS)
-    if not named and not Path(source).expanduser().exists():
-        if not re.fullmatch(FUNCTION, source):
-            raise DataError(f"There is no file or folder {source}; name one, or KIND:PATH as --data takes it.")
-    elif not named or kind in ("speech", "images"):
+    plain = not named and Path(source).expanduser().exists()
+    if not named and not plain and not re.fullmatch(FUNCTION, source):
+        raise DataError(f"There is no file or folder {source}; name one, or KIND:PATH as --data takes it.")
+    if plain or kind in ("speech", "images"):
         given = {"speech": "waveforms", "images": "pictures"}.get(kind if named else "", takes)
         data = _open_plain(_found(source, place if named else source), options, given, level, shortest)
-        return _usable(data, options, source, takes, frame_shape)
-    data = _open(options, shortest)
-    data.level = level
+    else:
+        data = _open(options, shortest)
+    data.level = level  # of the run, not their own
     return _usable(data, options, source, takes, frame_shape)
 
 

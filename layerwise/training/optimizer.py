@@ -114,7 +114,7 @@ class Optimization:
                     _step_unwarned(scheduler)
             parameter.grad = torch.ones_like(parameter)
             tried.step()
-            _state_of(tried, {"tried": parameter})
+            _state_of(tried, {"tried": parameter}, scheduled=set())
         except Exception as error:
             raise ConfigError(
                 f"The optimizer or its schedule cannot be used ({type(error).__name__}: {error}); let them give a "
@@ -143,7 +143,7 @@ class OwnOptimizer:
         self._optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, State]:
-        return _state_of(self._optimizer, self._parameters)
+        return _state_of(self._optimizer, self._parameters, scheduled={"lr"} if self._scheduler else set())
 
     def load(self, state: Mapping[str, State]) -> None:
         with torch.no_grad():
@@ -175,10 +175,12 @@ KINDS: dict[str, Callable[[Any], Any]] = {"int": int, "float": float, "bool": bo
 """What a checkpoint writes as tensors though it is none: its kind stands behind its name."""
 
 
-def _state_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, State]:
+def _state_of(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], scheduled: set[str]
+) -> dict[str, State]:
     """Everything that the next step depends on; what groups count for themselves stands with the first parameter.
 
-    Raises TypeError where something cannot be saved.
+    scheduled: values of groups that the schedule sets anew. Raises TypeError where something cannot be saved.
     """
     found: dict[str, State] = {name: {} for name in parameters}
     for name, parameter in parameters.items():
@@ -191,7 +193,7 @@ def _state_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Para
     first = next(iter(parameters))
     for number, group in enumerate(optimizer.param_groups):
         for key, value in group.items():
-            if type(value).__name__ in KINDS and key != "lr":  # which the schedule sets
+            if type(value).__name__ in KINDS and key not in scheduled:
                 found[first] |= _written(f"{GROUP}{number}.{key}", value)
     return found
 

@@ -71,6 +71,17 @@ def test_functions_of_the_users_own_give_the_same_bits_in_worker_processes(call:
     assert np.load(tmp_path / "features.npy").shape == (16 * 19, 6)
 
 
+def test_an_array_of_another_level_is_read_at_that_of_the_run(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((12, 30, 3)).astype(np.float32)
+    small = {"data.window": 12, "objective.steps": 2, "cache.dir": str(tmp_path / "cache")}
+    model, out = torch.nn.Linear(3, 4), tmp_path / "run"
+    layerwise.run(model, values, frames="steps", max_epochs=1, batch_size=4, out=str(out), options=small)
+    np.save(tmp_path / "loud.npy", 100 * values)
+    layerwise.extract(out, tmp_path / "loud.npy", tmp_path / "features.npy", network=model)
+    expected = layerwise.load(out, network=model)(torch.from_numpy(100 * values)).detach().numpy()
+    assert np.allclose(np.load(tmp_path / "features.npy").reshape(12, 30, 4), expected, rtol=2e-3, atol=0.1)
+
+
 def test_layers_that_do_not_know_their_size_yet_are_named(call: Call, tmp_path: Path) -> None:
     done = call("run", "--net", "mine:network", "--data", "mine:data", *FRAMED, *SMALL)
     assert done.returncode == 2
