@@ -36,20 +36,22 @@ class Appends:
         self._failed = False
         self.blocks = journal.replay(journal_path, self._checksums, first)
         """Blocks that are durable, counted from the beginning of the file."""
+        self._checksum = 0
+        if self.blocks > first:
+            self._checksum = int.from_bytes(self._checksums(self.blocks - 1, self.blocks), "little")
 
     def append(self, content: memoryview) -> None:
         """Raises OSError; after that, further appends do nothing, since the file would have a hole."""
         if self._failed:
             return
         self._failed = True  # until it is whole
-        block_bytes = self._layout.block_bytes
-        parts = [content[start : start + block_bytes] for start in range(0, len(content), block_bytes)]
-        checksums = np.array([crc32(part) for part in parts], dtype="<u4").tobytes()
-        self._write(content, self._places.activations + self.blocks * block_bytes)
-        write_all(self._descriptor, checksums, self._places.checksums + 4 * self.blocks)
+        self._write(content, self._places.activations + self.blocks * self._layout.block_bytes)
+        checksums = self._go_on(content)
+        table = np.array(checksums, dtype="<u4").tobytes()
+        write_all(self._descriptor, table, self._places.checksums + 4 * self.blocks)
         os.fdatasync(self._descriptor)
-        journal.append(self._journal, self.blocks + len(parts), checksums)
-        self.blocks += len(parts)
+        journal.append(self._journal, self.blocks + len(checksums), table)
+        self.blocks, self._checksum = self.blocks + len(checksums), checksums[-1]
         self._failed = False
 
     def put_scales(self, group: int, scales: np.ndarray) -> None:
@@ -69,6 +71,15 @@ class Appends:
         os.close(self._descriptor)
         if self._direct is not None:
             os.close(self._direct)
+
+    def _go_on(self, content: memoryview) -> list[int]:
+        """The checksums of the next blocks, each from the one before it in its chain."""
+        size, chain = self._layout.block_bytes, self._layout.chain_blocks
+        checksums, checksum = [], self._checksum
+        for block, start in enumerate(range(0, len(content), size), self.blocks):
+            checksum = crc32(content[start : start + size], checksum if block % chain else 0)
+            checksums.append(checksum)
+        return checksums
 
     def _write(self, content: memoryview, position: int) -> None:
         whole = len(content) // ALIGNMENT * ALIGNMENT if position % ALIGNMENT == 0 else 0

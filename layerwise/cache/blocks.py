@@ -1,9 +1,11 @@
 """The activations' bytes, block by block: each block is compared with its checksum the first time that it is read.
 
-A stretch that is read for the first time is widened to whole blocks. One bit per block remembers what was compared, and
-the checksums stay in the file, so memory stays small, whatever the size of the cache.
+A stretch that is read for the first time is widened to whole blocks. A checksum goes on from that of the block before, so
+the stretch takes one computation, from the checksum before it to that of its last block. One bit per block remembers what
+was compared, and the checksums stay in the file, so memory stays small, whatever the size of the cache.
 """
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 from layerwise.cache.crc import crc32
 from layerwise.cache.format import Places
 from layerwise.cache.layout import Layout
-from layerwise.cache.positional import read_stored
+from layerwise.cache.positional import read_few, read_stored
 from layerwise.errors import DamagedCache
 
 _CHUNK = 2**20
@@ -25,21 +27,24 @@ class Blocks:
     def __init__(self, path: Path, descriptor: int, layout: Layout, places: Places) -> None:
         self._path, self._descriptor, self._places = path, descriptor, places
         self._block_bytes, self._size, self._count = layout.block_bytes, layout.activation_bytes, layout.blocks
+        self._chain = layout.chain_blocks
         self._compared = bytearray(-(-layout.blocks // 8))
 
     def read(self, position: int, stop: int) -> np.ndarray:
         """uint8 [stop - position]. Raises DamagedCache that names the block."""
         if position == stop:
             return np.empty(0, dtype=np.uint8)
-        first, last = position // self._block_bytes, (stop - 1) // self._block_bytes
-        bits = int.from_bytes(self._compared[first >> 3 : (last >> 3) + 1], "little") >> (first & 7)
-        if ~bits & ((1 << last + 1 - first) - 1) == 0:
+        size = self._block_bytes
+        first, last = position // size, (stop - 1) // size
+        compared = int.from_bytes(self._compared[first >> 3 : (last >> 3) + 1], "little") >> (first & 7)
+        new = ~compared & ((1 << last + 1 - first) - 1)
+        if not new:
             return self._read(position, stop)
-        new = [block for block in range(first, last + 1) if not bits >> (block - first) & 1]
-        start = first * self._block_bytes if new[0] == first else position
-        end = self._end(last) if new[-1] == last else stop
+        first_new, last_new = first + (new & -new).bit_length() - 1, first + new.bit_length() - 1
+        start = first * size if first_new == first else position
+        end = self._end(last) if last_new == last else stop
         content = self._read(start, end)
-        self._compare(new, content, start)
+        self._compare(first_new, last_new, content, start)
         return content[position - start : stop - start]
 
     def check_all(self, poll: Callable[[], None]) -> None:
@@ -47,25 +52,39 @@ class Blocks:
         step = max(_CHUNK // self._block_bytes, 1)
         for first in range(0, self._count, step):
             poll()
-            blocks = range(first, min(first + step, self._count))
-            start = first * self._block_bytes
-            self._compare(blocks, self._read(start, self._end(blocks[-1])), start)
+            last, start = min(first + step, self._count) - 1, first * self._block_bytes
+            self._compare(first, last, self._read(start, self._end(last)), start)
 
     def _end(self, block: int) -> int:
         return min((block + 1) * self._block_bytes, self._size)
 
-    def _compare(self, blocks: list[int] | range, content: np.ndarray, start: int) -> None:
-        """Of blocks that lie wholly in the content, which begins at `start`."""
-        table, count = self._places.checksums + 4 * blocks[0], blocks[-1] + 1 - blocks[0]
-        checksums = read_stored(self._path, self._descriptor, table, 4 * count).view("<u4").tolist()
-        view, size = memoryview(content), self._block_bytes
-        for block in blocks:
-            first = block * size - start
-            if crc32(view[first : first + size]) != checksums[block - blocks[0]]:
-                raise DamagedCache(self._path, f"block {block} of its activations does not match its checksum")
-        for block in blocks:
-            # Two threads may lose each other's bit; then that block is compared once more.
-            self._compared[block >> 3] |= 1 << (block & 7)
+    def _compare(self, first: int, last: int, content: np.ndarray, start: int) -> None:
+        """Blocks first to last, which lie wholly in the content; that begins at `start`."""
+        size, chain, view = self._block_bytes, self._chain, memoryview(content)
+        before = max(first - 1, 0)
+        table, count = self._places.checksums + 4 * before, last + 1 - before
+        checksums = struct.unpack(f"<{count}I", read_few(self._path, self._descriptor, table, 4 * count))
+        block = first
+        while block <= last:
+            stop = min(block - block % chain + chain, last + 1)
+            checksum = checksums[block - 1 - before] if block % chain else 0
+            if crc32(view[block * size - start : stop * size - start], checksum) != checksums[stop - 1 - before]:
+                raise self._damaged(block, checksum, view[block * size - start :], checksums[block - before :])
+            block = stop
+        # Two threads may lose each other's bits; then those blocks are compared once more.
+        low, high = first >> 3, (last >> 3) + 1
+        compared = int.from_bytes(self._compared[low:high], "little") | ((1 << last + 1 - first) - 1) << (first & 7)
+        self._compared[low:high] = compared.to_bytes(high - low, "little")
+
+    def _damaged(self, block: int, checksum: int, content: memoryview, checksums: tuple[int, ...]) -> DamagedCache:
+        """Names the first block, from `block` on, that leads from the checksum before it to another one than it should."""
+        size = self._block_bytes
+        for number, expected in enumerate(checksums):
+            checksum = crc32(content[number * size : (number + 1) * size], checksum)
+            if checksum != expected:
+                block += number
+                break
+        return DamagedCache(self._path, f"block {block} of its activations does not match its checksum")
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         return read_stored(self._path, self._descriptor, self._places.activations + start, stop - start)

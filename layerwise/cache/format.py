@@ -1,4 +1,4 @@
-"""The file format of an activation cache, version 3. cache/README.md describes it for other readers.
+"""The file format of an activation cache, version 4. cache/README.md describes it for other readers.
 
 One contiguous, unfiltered HDF5 data set `activations` [frames of all samples and views, *frame shape], frame-major, so
 that a window is one contiguous read; allocated early, aligned, never filled. The file is created by h5py and closed;
@@ -31,6 +31,9 @@ LIBVER = ("earliest", "v108")
 """A library version whose files carry no "open for write" mark: a kill while sealing would leave that mark behind, and HDF5
 would never open the file again."""
 
+_NUMBERS = ("stage", "columns", "views", "hop", "block_bytes", "chain_blocks", "scale_rows")
+"""The fields of a layout that are attributes, and at least 1."""
+
 
 @dataclass(frozen=True, slots=True)
 class Places:
@@ -62,7 +65,7 @@ def create(path: Path, layout: Layout) -> None:
         file.attrs["complete"] = np.uint8(0)
         for name in ("fingerprint", "dtype", "compression"):
             file.attrs[name] = np.bytes_(getattr(layout, name))
-        for name in ("stage", "columns", "views", "hop", "block_bytes", "scale_rows"):
+        for name in _NUMBERS:
             file.attrs[name] = np.int64(getattr(layout, name))
         file.attrs["offset"] = np.float64(layout.offset)
         for name, values in _index(layout).items():
@@ -116,7 +119,7 @@ def reserve(path: Path) -> None:
 
 def _read(path: Path, file: h5py.File) -> Layout:
     attrs, shape = file.attrs, file["activations"].shape
-    numbers = {name: int(attrs[name]) for name in ("stage", "columns", "views", "hop", "block_bytes", "scale_rows")}
+    numbers = {name: int(attrs[name]) for name in _NUMBERS}
     for name, number in numbers.items():
         if number < 1 or (name == "block_bytes" and number > LARGEST_BLOCK):
             raise unusual(path, f"attribute {name}")
@@ -149,6 +152,7 @@ def _read(path: Path, file: h5py.File) -> Layout:
         "split": split.shape == (len(ids),) and bool((split < len(SPLITS)).all()),
         "activations": file["activations"].chunks == _chunk_shape(layout),
         "attribute block_bytes": layout.compression == "none" or layout.block_bytes % layout.row_bytes == 0,
+        "attribute chain_blocks": layout.compression == "none" or layout.chain_blocks == 1,
         "places": file["places"].shape == _places_shape(layout),
         "checksums": file["checksums"].shape == (layout.blocks,),
         "scales": file["scales"].shape == layout.scales_shape,

@@ -10,8 +10,11 @@ from layerwise.cache.quantise import SCALE_ROWS
 from layerwise.cache.stored import STORED
 from layerwise.errors import CacheError
 
-BLOCK_BYTES = 16 * 2**10
-"""What shares one checksum: so little that the first read of a shuffled window need not read much around it."""
+BLOCK_BYTES = 8 * 2**10
+"""Bytes between two checksums: so few that the first read of a shuffled window need not read much around it."""
+
+CHAIN_BLOCKS = 128
+"""Blocks whose checksums go on from one another; a process that shares a file begins where a chain does."""
 
 SPLITS = ("train", "held-out", "test")
 """Meaning of the numbers in the data set `split`."""
@@ -54,7 +57,9 @@ class Layout:
     offset: float
     """Centre of frame 0, in frames of the network's input."""
     block_bytes: int = BLOCK_BYTES
-    """Bytes that share one checksum, before they are compressed."""
+    """Bytes between two checksums, before they are compressed."""
+    chain_blocks: int = CHAIN_BLOCKS
+    """Blocks of a chain: a checksum covers its block and those before it in its chain, so any stretch is compared at once."""
     scale_rows: int = SCALE_ROWS
     """Rows that share one scale per channel; int8 alone has scales."""
     compression: str = "none"

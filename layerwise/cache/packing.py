@@ -42,7 +42,7 @@ def packed(layout: Layout) -> Layout:
     if not 0 < layout.row_bytes <= LARGEST_BLOCK or layout.rows == 0:
         return layout
     rows = min(max(BLOCK_BYTES // layout.row_bytes, 1), layout.rows)
-    return replace(layout, block_bytes=rows * layout.row_bytes, compression="zstd")
+    return replace(layout, block_bytes=rows * layout.row_bytes, chain_blocks=1, compression="zstd")
 
 
 def packed_bytes(layout: Layout) -> int:

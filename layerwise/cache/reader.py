@@ -53,8 +53,11 @@ class ActivationCache:
         except BaseException:
             self.close()
             raise
-        self._offsets = self.layout.offsets
+        # Plain integers and a ready dtype: a window from memory takes as long as a few of numpy's look-ups.
+        self._offsets = memoryview(self.layout.offsets)
         self._stored = STORED[self.layout.dtype]
+        self._on_disk = np.dtype(self._stored.on_disk)
+        self._row_bytes = self.layout.row_bytes
         self.ids: Sequence[str] = self.layout.ids
         self.lengths, self.frame_shape = self.layout.lengths, self.layout.frame_shape
         self.columns, self.views = self.layout.columns, self.layout.views
@@ -64,14 +67,15 @@ class ActivationCache:
 
         int8 comes back as float32. Raises DamagedCache where a block does not match its checksum.
         """
-        layout = self.layout
-        if not (sample >= 0 <= view < layout.views and 0 <= start <= stop <= layout.lengths[sample]):
+        place = sample * self.views + view
+        known = 0 <= view < self.views and 0 <= place < len(self._offsets) - 1
+        if not (known and 0 <= start <= stop <= self._offsets[place + 1] - self._offsets[place]):
             raise IndexError(f"frames {start} to {stop} of view {view} of sample {sample} are not in {self.path}")
-        first = int(self._offsets[sample * layout.views + view]) + start
-        content = self._blocks.read(first * layout.row_bytes, (first + stop - start) * layout.row_bytes)
-        rows = content.view(self._stored.on_disk).reshape(stop - start, *layout.frame_shape)
-        if layout.dtype == "int8":
-            rows = dequantise(rows, self._scales(first, first + len(rows)), first, layout.scale_rows)
+        first, last = self._offsets[place] + start, self._offsets[place] + stop
+        content = self._blocks.read(first * self._row_bytes, last * self._row_bytes)
+        rows = np.ndarray((stop - start, *self.frame_shape), self._on_disk, content)
+        if self.layout.dtype == "int8":
+            rows = dequantise(rows, self._scales(first, last), first, self.layout.scale_rows)
         return as_tensor(rows, self._stored.tensor)
 
     @property

@@ -18,7 +18,7 @@ from layerwise.cache.structure import UNREADABLE, is_plain_attribute
 from layerwise.errors import DamagedCache, UnusableCache
 
 NAME = "layerwise activation cache"
-VERSION = 3
+VERSION = 4
 MAGIC = f"{NAME} {VERSION}"
 USER_BLOCK = 4096
 """Bytes; HDF5 wants at least the alignment of the data sets."""

@@ -8,7 +8,7 @@ from layerwise.cache.layout import Layout
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Blocks `first` to `stop`; blocks end inside rows, so the rows of two spans overlap."""
+    """Blocks `first` to `stop`, whole chains; blocks end inside rows, so the rows of two spans overlap."""
 
     layout: Layout
     first: int
@@ -34,6 +34,7 @@ class Span:
 
 
 def spans(layout: Layout, count: int) -> list[Span]:
-    """The whole cache in `count` spans of nearly as many blocks; of few blocks some may be empty."""
-    ends = [layout.blocks * part // count for part in range(count + 1)]
+    """The whole cache in `count` spans of nearly as many chains; of few chains some may be empty."""
+    chains = -(-layout.blocks // layout.chain_blocks)
+    ends = [min(chains * part // count * layout.chain_blocks, layout.blocks) for part in range(count + 1)]
     return [Span(layout, first, stop) for first, stop in pairwise(ends)]

@@ -27,6 +27,7 @@ ATTRIBUTES = {
     "hop": "<i8",
     "offset": "<f8",
     "block_bytes": "<i8",
+    "chain_blocks": "<i8",
     "scale_rows": "<i8",
     "compression": "S",
 }

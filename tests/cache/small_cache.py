@@ -17,7 +17,12 @@ from layerwise.cache.stored import STORED, as_array
 
 
 def layout(
-    lengths: list[int], dtype: str = "float16", views: int = 1, block_bytes: int = 100, scale_rows: int = 1024
+    lengths: list[int],
+    dtype: str = "float16",
+    views: int = 1,
+    block_bytes: int = 100,
+    chain_blocks: int = 3,
+    scale_rows: int = 1024,
 ) -> Layout:
     """Frames of 3 channels, with labels of every kind."""
     count = len(lengths)
@@ -37,6 +42,7 @@ def layout(
         hop=160,
         offset=4.5,
         block_bytes=block_bytes,
+        chain_blocks=chain_blocks,
         scale_rows=scale_rows,
     )
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_cache import layout, read_all, reseal, rows_of, write
 
 from layerwise.cache import ActivationCache
@@ -73,6 +76,33 @@ def test_a_window_away_from_the_damage_can_be_read_and_one_upon_it_never(tmp_pat
                 cache.read(0, 34, 35)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    chain_blocks=st.integers(1, 9),
+    bit=st.integers(0, 200 * 6 * 8 - 1),
+    windows=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 60)), max_size=12),
+)
+def test_whatever_was_read_before_a_window_is_right_or_its_damage_is_found(
+    tmp_path_factory: pytest.TempPathFactory, chain_blocks: int, bit: int, windows: list[tuple[int, int]]
+) -> None:
+    path = tmp_path_factory.mktemp("damage") / "c.h5"
+    a_layout = layout([200], block_bytes=64, chain_blocks=chain_blocks)
+    rows = rows_of(a_layout)
+    write(path, a_layout, rows, append_bytes=1000)
+    content = bytearray(path.read_bytes())
+    content[place(path)[0] + bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    damaged = bit // 8 // 64
+    with ActivationCache(path) as cache:
+        for start, length in windows:
+            stop = min(start + length, 200)
+            if start < stop and start * 6 // 64 <= damaged <= (stop * 6 - 1) // 64:
+                with pytest.raises(DamagedCache, match=f"block {damaged} "):
+                    cache.read(0, start, stop)
+            else:
+                assert torch.equal(cache.read(0, start, stop), rows[start:stop])
+
+
 def test_a_block_is_compared_once(tmp_path: Path) -> None:
     path = tmp_path / "c.h5"
     content = sealed(path)
@@ -105,14 +135,17 @@ def test_a_disk_that_does_not_give_back_what_it_holds_is_damage(
     cache = ActivationCache(path)
     places = cache._places
     bad = {"everywhere": 0, "checksums": places.checksums, "scales": places.scales}[where]
-    preadv = os.preadv
 
-    def read(descriptor: int, buffers: list[memoryview], position: int) -> int:
-        if position == bad:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return preadv(descriptor, buffers, position)
+    def failing(read: Callable[[int, object, int], object]) -> Callable[[int, object, int], object]:
+        def read_elsewhere(descriptor: int, into: object, position: int) -> object:
+            if position == bad:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return read(descriptor, into, position)
 
-    monkeypatch.setattr(os, "preadv", read)
+        return read_elsewhere
+
+    monkeypatch.setattr(os, "preadv", failing(os.preadv))
+    monkeypatch.setattr(os, "pread", failing(os.pread))
     with pytest.raises(DamagedCache, match="the disk does not give it back"):
         ActivationCache(path) if where == "everywhere" else cache.read(0, 0, 10)
     cache.close()
@@ -157,7 +190,7 @@ def test_a_file_of_version_1_is_refused_by_name(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "c.h5", "w") as file:
         file.attrs.update({"format": "layerwise activation cache", "format_version": 1})
     with pytest.raises(
-        CacheError, match=r"holds layerwise activation cache version 1; this layerwise reads .* version 3"
+        CacheError, match=r"holds layerwise activation cache version 1; this layerwise reads .* version 4"
     ):
         ActivationCache(tmp_path / "c.h5")
 
@@ -166,10 +199,10 @@ def test_a_file_of_a_later_version_is_refused_by_name(tmp_path: Path, monkeypatc
     path = tmp_path / "c.h5"
     sealed(path)
     with monkeypatch.context() as patched:
-        patched.setattr("layerwise.cache.seal.MAGIC", "layerwise activation cache 4")
+        patched.setattr("layerwise.cache.seal.MAGIC", "layerwise activation cache 5")
         reseal(path)
     with pytest.raises(
-        CacheError, match=r"holds layerwise activation cache version 4; this layerwise reads .* version 3"
+        CacheError, match=r"holds layerwise activation cache version 5; this layerwise reads .* version 4"
     ):
         ActivationCache(path)
 

@@ -31,6 +31,7 @@ from layerwise.errors import CacheError
     dtype=st.sampled_from(["float16", "bfloat16", "float32", "int8"]),
     stops=st.lists(st.integers(0, 100), max_size=4),
     block_bytes=st.integers(8, 150),
+    chain_blocks=st.integers(1, 9),
     append_bytes=st.integers(1, 400),
     scale_rows=st.integers(1, 20),
 )
@@ -40,11 +41,12 @@ def test_a_writer_that_was_stopped_leaves_a_file_that_another_one_ends_with_the_
     dtype: str,
     stops: list[int],
     block_bytes: int,
+    chain_blocks: int,
     append_bytes: int,
     scale_rows: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("stopped")
-    a_layout = layout(lengths, dtype, block_bytes=block_bytes, scale_rows=scale_rows)
+    a_layout = layout(lengths, dtype, block_bytes=block_bytes, chain_blocks=chain_blocks, scale_rows=scale_rows)
     rows = rows_of(a_layout)
     write(folder / "whole.h5", a_layout, rows)
     done = 0
@@ -67,6 +69,7 @@ def test_a_writer_that_was_stopped_leaves_a_file_that_another_one_ends_with_the_
     dtype=st.sampled_from(["float16", "bfloat16", "float32", "int8"]),
     starts=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 100)), max_size=4),
     block_bytes=st.integers(8, 150),
+    chain_blocks=st.integers(1, 9),
     append_bytes=st.integers(1, 400),
     scale_rows=st.integers(1, 20),
     last=st.integers(1, 5),
@@ -77,12 +80,13 @@ def test_writers_that_share_a_file_end_it_with_the_bytes_of_one(
     dtype: str,
     starts: list[tuple[int, int]],
     block_bytes: int,
+    chain_blocks: int,
     append_bytes: int,
     scale_rows: int,
     last: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("shared")
-    a_layout = layout(lengths, dtype, block_bytes=block_bytes, scale_rows=scale_rows)
+    a_layout = layout(lengths, dtype, block_bytes=block_bytes, chain_blocks=chain_blocks, scale_rows=scale_rows)
     rows, path = rows_of(a_layout), folder / "shared.h5"
     write(folder / "whole.h5", a_layout, rows)
     # Each start stops after some rows of each writer, and may have another number of them than the one before.
