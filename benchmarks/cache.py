@@ -2,8 +2,8 @@
 
 python benchmarks/cache.py [--folder .] [--gigabytes 2] [--plain-gigabytes 1] [--rounds 7]
 
-Everything runs in one process; the ways take turns, of a whole file when they write and of 64 windows when they read;
-speeds and ratios are medians over the turns. Cold: the pages of the file were dropped, and no place is read twice. Warm:
+Everything runs in one process; the ways take turns, of a whole file when they write and of 64 windows when they read, in
+another order each time, since a disk may be faster after a rest; speeds and ratios are medians over the turns. Cold: the pages of the file were dropped, and no place is read twice. Warm:
 the same windows once more, so the file may be larger than the memory. In the first epoch checksums are compared. The
 usual h5py file may be smaller, since it is slow.
 """
@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import mmap
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -97,13 +98,14 @@ def measure_writes(path: Path, plain: Path, layout: Layout, plain_samples: int, 
         "posix_fallocate, os.pwrite, fsync": lambda: write_raw(raw, rows, layout, preallocate=True),
         "CacheWriter": lambda: write_cache(path, rows, layout),
     }
-    seconds: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            raw.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-            os.sync()
-            seconds.setdefault(name, []).append(timed(way))
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for name in in_turn(ways, rounds):
+        raw.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        os.sync()
+        seconds[name].append(timed(ways[name]))
+    if not path.exists():
+        write_cache(path, rows, layout)
     raw.unlink(missing_ok=True)
     os.sync()
     report("write", layout.activation_bytes, seconds)
@@ -168,12 +170,14 @@ def measure_reads(path: Path, plain: Path, samples: int, plain_samples: int) -> 
                 "ActivationCache, later epochs": (compared.read, compared.read, windows),
                 "h5py, automatic chunks, fancy indexing": (fancy, fancy, plain_windows),
             }
-            seconds: dict[str, dict[str, list[float]]] = {"cold": {}, "warm": {}}
-            for _ in range(turns):
-                for name, (read, read_again, some) in readers.items():
-                    chosen = list(islice(some, TURN))
-                    seconds["cold"].setdefault(name, []).append(timed(partial(way, read, chosen)))
-                    seconds["warm"].setdefault(name, []).append(timed(partial(way, read_again, chosen)))
+            seconds: dict[str, dict[str, list[float]]] = {
+                temperature: {name: [] for name in readers} for temperature in ("cold", "warm")
+            }
+            for name in in_turn(readers, turns):
+                read, read_again, some = readers[name]
+                chosen = list(islice(some, TURN))
+                seconds["cold"][name].append(timed(partial(way, read, chosen)))
+                seconds["warm"][name].append(timed(partial(way, read_again, chosen)))
             for temperature, taken in seconds.items():
                 report(f"windows, {temperature}, {threads}", TURN * WINDOW * ROW_BYTES, taken)
     measure_loader(plain, list(islice(places(plain_samples), turns * TURN)))
@@ -186,6 +190,14 @@ def measure_loader(plain: Path, windows: list[Window]) -> None:
     for temperature in ("cold", "warm"):
         speed = len(windows) * WINDOW * ROW_BYTES / 1e6 / timed(partial(exhaust, loader))
         print(f"| windows, {temperature}, 2 workers | DataLoader over h5py, automatic chunks | {speed:.0f} | |")
+
+
+def in_turn(names: Iterable[str], turns: int) -> Iterator[str]:
+    """All of them in random order, again and again."""
+    order, rng = list(names), random.Random(0)
+    for _ in range(turns):
+        rng.shuffle(order)
+        yield from order
 
 
 def places(samples: int) -> Iterator[Window]:
