@@ -3,9 +3,9 @@
 python benchmarks/cache.py [--folder .] [--gigabytes 2] [--plain-gigabytes 1] [--rounds 7]
 
 Everything runs in one process; the ways take turns, of a whole file when they write and of 64 windows when they read, in
-another order each time, since a disk may be faster after a rest; speeds and ratios are medians over the turns. Cold: the pages of the file were dropped, and no place is read twice. Warm:
-the same windows once more, so the file may be larger than the memory. In the first epoch checksums are compared. The
-usual h5py file may be smaller, since it is slow.
+another order each time, since a disk may be faster after a rest; speeds and ratios are medians over the turns. Cold: the
+pages of the file were dropped, and no place is read twice. Warm: the same windows once more, so the file may be larger than
+the memory. In the first epoch checksums are compared. The usual h5py file may be smaller, since it is slow.
 """
 
 import argparse

@@ -26,7 +26,10 @@ def aligned_buffer(size: int) -> np.ndarray:
 
 
 class Appends:
-    """Appends one after another, from the last good one in the journal on; `append` is for one thread at a time."""
+    """Appends one after another, from the last good one in the journal on.
+
+    `checksums` and `append` are for one thread each, so that the one is computed while the other waits for the disk.
+    """
 
     def __init__(self, part: Path, journal_path: Path, layout: Layout, places: Places, first: int = 0) -> None:
         """first: the block that the journal begins with. Raises OSError."""
@@ -34,24 +37,33 @@ class Appends:
         self._descriptor = os.open(part, os.O_RDWR)
         self._direct = _open_direct(part)
         self._failed = False
-        self.blocks = journal.replay(journal_path, self._checksums, first)
+        self.blocks = journal.replay(journal_path, self._stored, first)
         """Blocks that are durable, counted from the beginning of the file."""
-        self._checksum = 0
+        self._summed, self._checksum = self.blocks, 0
         if self.blocks > first:
-            self._checksum = int.from_bytes(self._checksums(self.blocks - 1, self.blocks), "little")
+            self._checksum = int.from_bytes(self._stored(self.blocks - 1, self.blocks), "little")
 
-    def append(self, content: memoryview) -> None:
+    def checksums(self, content: memoryview) -> np.ndarray:
+        """uint32 [blocks] of what is appended next; asked for once for each append, in order."""
+        size, chain = self._layout.block_bytes, self._layout.chain_blocks
+        checksums, checksum = [], self._checksum
+        for block, start in enumerate(range(0, len(content), size), self._summed):
+            checksum = crc32(content[start : start + size], checksum if block % chain else 0)
+            checksums.append(checksum)
+        self._summed, self._checksum = self._summed + len(checksums), checksum
+        return np.array(checksums, dtype="<u4")
+
+    def append(self, content: memoryview, checksums: np.ndarray) -> None:
         """Raises OSError; after that, further appends do nothing, since the file would have a hole."""
         if self._failed:
             return
         self._failed = True  # until it is whole
+        table = checksums.tobytes()
         self._write(content, self._places.activations + self.blocks * self._layout.block_bytes)
-        checksums = self._go_on(content)
-        table = np.array(checksums, dtype="<u4").tobytes()
         write_all(self._descriptor, table, self._places.checksums + 4 * self.blocks)
         os.fdatasync(self._descriptor)
         journal.append(self._journal, self.blocks + len(checksums), table)
-        self.blocks, self._checksum = self.blocks + len(checksums), checksums[-1]
+        self.blocks += len(checksums)
         self._failed = False
 
     def put_scales(self, group: int, scales: np.ndarray) -> None:
@@ -64,22 +76,13 @@ class Appends:
 
     def done_in(self, journal_path: Path, first: int) -> int:
         """The block up to which another's journal says that all are durable, from its first one on."""
-        return journal.replay(journal_path, self._checksums, first)
+        return journal.replay(journal_path, self._stored, first)
 
     def close(self) -> None:
         """Gives the descriptors back."""
         os.close(self._descriptor)
         if self._direct is not None:
             os.close(self._direct)
-
-    def _go_on(self, content: memoryview) -> list[int]:
-        """The checksums of the next blocks, each from the one before it in its chain."""
-        size, chain = self._layout.block_bytes, self._layout.chain_blocks
-        checksums, checksum = [], self._checksum
-        for block, start in enumerate(range(0, len(content), size), self.blocks):
-            checksum = crc32(content[start : start + size], checksum if block % chain else 0)
-            checksums.append(checksum)
-        return checksums
 
     def _write(self, content: memoryview, position: int) -> None:
         whole = len(content) // ALIGNMENT * ALIGNMENT if position % ALIGNMENT == 0 else 0
@@ -92,8 +95,8 @@ class Appends:
                     raise
         write_all(self._descriptor, content, position)
 
-    def _checksums(self, first: int, stop: int) -> bytes:
-        """Of blocks first to stop, as they lie in the file."""
+    def _stored(self, first: int, stop: int) -> bytes:
+        """The checksums of blocks first to stop, as they lie in the file."""
         size = 4 * max(min(stop, self._layout.blocks) - first, 0)
         return read_stored(self._part, self._descriptor, self._places.checksums + 4 * first, size).tobytes()
 

@@ -10,10 +10,10 @@ from layerwise.cache.quantise import SCALE_ROWS
 from layerwise.cache.stored import STORED
 from layerwise.errors import CacheError
 
-BLOCK_BYTES = 8 * 2**10
-"""Bytes between two checksums: so few that the first read of a shuffled window need not read much around it."""
+BLOCK_BYTES = 4 * 2**10
+"""Bytes between two checksums: a page, so that the first read of a window takes no more from the disk than any other."""
 
-CHAIN_BLOCKS = 128
+CHAIN_BLOCKS = 256
 """Blocks whose checksums go on from one another; a process that shares a file begins where a chain does."""
 
 SPLITS = ("train", "held-out", "test")

@@ -223,11 +223,12 @@ class CacheWriter:
 
     def _hand_over(self) -> None:
         assert self._buffer is not None
-        self._queued.append(self._thread.submit(self._append, self._buffer, self._filled))
+        checksums = self._appends.checksums(memoryview(self._buffer)[: self._filled])
+        self._queued.append(self._thread.submit(self._append, self._buffer, self._filled, checksums))
         self._buffer, self._filled = None, 0
 
-    def _append(self, buffer: np.ndarray, filled: int) -> np.ndarray:
-        self._appends.append(memoryview(buffer)[:filled])
+    def _append(self, buffer: np.ndarray, filled: int, checksums: np.ndarray) -> np.ndarray:
+        self._appends.append(memoryview(buffer)[:filled], checksums)
         return buffer
 
     def _wait(self, most: int) -> None:
