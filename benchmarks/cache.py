@@ -164,20 +164,20 @@ def measure_reads(path: Path, plain: Path, samples: int, plain_samples: int) -> 
             raw, file = stack.enter_context(raw_reader(path)), stack.enter_context(h5py.File(plain))
             fancy = partial(read_fancy, file["activations"])
             windows, plain_windows = places(samples), places(plain_samples)
-            readers: dict[str, tuple[Read, Read, Iterator[Window]]] = {
-                "os.preadv": (raw, raw, windows),
-                "ActivationCache, first epoch": (cold.read, warm.read, windows),
-                "ActivationCache, later epochs": (compared.read, compared.read, windows),
-                "h5py, automatic chunks, fancy indexing": (fancy, fancy, plain_windows),
+            readers: dict[str, tuple[Read, Read, Read, Iterator[Window]]] = {
+                "os.preadv": (nothing, raw, raw, windows),
+                "ActivationCache, first epoch": (cold.expect, cold.read, warm.read, windows),
+                "ActivationCache, later epochs": (compared.expect, compared.read, compared.read, windows),
+                "h5py, automatic chunks, fancy indexing": (nothing, fancy, fancy, plain_windows),
             }
             seconds: dict[str, dict[str, list[float]]] = {
                 temperature: {name: [] for name in readers} for temperature in ("cold", "warm")
             }
             for name in in_turn(readers, turns):
-                read, read_again, some = readers[name]
+                expect, read, read_again, some = readers[name]
                 chosen = list(islice(some, TURN))
-                seconds["cold"][name].append(timed(partial(way, read, chosen)))
-                seconds["warm"][name].append(timed(partial(way, read_again, chosen)))
+                seconds["cold"][name].append(timed(partial(way, expect, read, chosen)))
+                seconds["warm"][name].append(timed(partial(way, expect, read_again, chosen)))
             for temperature, taken in seconds.items():
                 report(f"windows, {temperature}, {threads}", TURN * WINDOW * ROW_BYTES, taken)
     measure_loader(plain, list(islice(places(plain_samples), turns * TURN)))
@@ -245,14 +245,25 @@ class PlainWindows(torch.utils.data.Dataset):
         return torch.from_numpy(self.rows[sample * SAMPLE + start : sample * SAMPLE + start + WINDOW])
 
 
-def each(read: Read, windows: list[Window]) -> None:
+def nothing(sample: int, start: int, stop: int) -> None:
+    """What a way expects that reads no batches."""
+
+
+def each(expect: Read, read: Read, windows: list[Window]) -> None:
     for sample, start in windows:
         read(sample, start, start + WINDOW)
 
 
-def ahead(read: Read, windows: list[Window]) -> None:
-    """As training reads: a thread reads batches before they are asked for."""
-    exhaust(read_ahead(partial(each, read, windows[first : first + BATCH]) for first in range(0, len(windows), BATCH)))
+def ahead(expect: Read, read: Read, windows: list[Window]) -> None:
+    """As training reads: batches are expected, and a thread reads them before they are asked for."""
+
+    def reads() -> Iterator[Callable[[], None]]:
+        for first in range(0, len(windows), BATCH):
+            batch = windows[first : first + BATCH]
+            each(nothing, expect, batch)
+            yield partial(each, nothing, read, batch)
+
+    exhaust(read_ahead(reads()))
 
 
 def exhaust(batches: Iterable[object]) -> None:

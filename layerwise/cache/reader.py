@@ -67,16 +67,19 @@ class ActivationCache:
 
         int8 comes back as float32. Raises DamagedCache where a block does not match its checksum.
         """
-        place = sample * self.views + view
-        known = 0 <= view < self.views and 0 <= place < len(self._offsets) - 1
-        if not (known and 0 <= start <= stop <= self._offsets[place + 1] - self._offsets[place]):
-            raise IndexError(f"frames {start} to {stop} of view {view} of sample {sample} are not in {self.path}")
-        first, last = self._offsets[place] + start, self._offsets[place] + stop
+        first, last = self._rows(sample, start, stop, view)
         content = self._blocks.read(first * self._row_bytes, last * self._row_bytes)
         rows = np.ndarray((stop - start, *self.frame_shape), self._on_disk, content)
         if self.layout.dtype == "int8":
             rows = dequantise(rows, self._scales(first, last), first, self.layout.scale_rows)
         return as_tensor(rows, self._stored.tensor)
+
+    def expect(self, sample: int, start: int, stop: int, view: int = 0) -> None:
+        """Has the system fetch frames that are read soon; returns at once. Those of a compressed cache are not fetched."""
+        first, last = self._rows(sample, start, stop, view)
+        if first < last and self.layout.compression == "none":  # of no bytes at all it would fetch the whole file
+            place, size = self._places.activations + first * self._row_bytes, (last - first) * self._row_bytes
+            os.posix_fadvise(self._descriptor, place, size, os.POSIX_FADV_WILLNEED)
 
     @property
     def labels(self) -> dict[str, np.ndarray]:
@@ -115,6 +118,14 @@ class ActivationCache:
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         return ActivationCache, (self.path,)
+
+    def _rows(self, sample: int, start: int, stop: int, view: int) -> tuple[int, int]:
+        """The same frames, as rows of the activations."""
+        place = sample * self.views + view
+        known = 0 <= view < self.views and 0 <= place < len(self._offsets) - 1
+        if not (known and 0 <= start <= stop <= self._offsets[place + 1] - self._offsets[place]):
+            raise IndexError(f"frames {start} to {stop} of view {view} of sample {sample} are not in {self.path}")
+        return self._offsets[place] + start, self._offsets[place] + stop
 
     def _open(self) -> tuple[Layout, Places]:
         seal = check_seal(self.path, self._descriptor)

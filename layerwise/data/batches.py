@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from layerwise.data.source import Extent, FrameSource
+from layerwise.data.source import Expecting, Extent, FrameSource, Readable
 
 T = TypeVar("T")
 
@@ -76,19 +76,27 @@ class Epoch:
 
     def read(self, source: FrameSource, step: int, share: slice = slice(None)) -> Batch:
         """The batch of one step, or a share of its windows alone."""
-        rows = self.rows_of(step, share)
+        columns = self.first_columns[self.rows_of(step, share)].tolist()
         return collate(
             [
-                _read_window(source, sample, view, first_row, first_column, self.window)
-                for sample, view, first_row, first_column in zip(
-                    self.samples[rows].tolist(),
-                    self.views[rows].tolist(),
-                    self.first_rows[rows].tolist(),
-                    self.first_columns[rows].tolist(),
-                    strict=True,
-                )
+                _cut_columns(source.read(*place), source.columns, first_column, self.window.columns)
+                for place, first_column in zip(self._places(source, step, share), columns, strict=True)
             ]
         )
+
+    def expect(self, source: Readable, step: int, share: slice = slice(None)) -> None:
+        """Tells a source that lies on a disk what `read` will want of it."""
+        if isinstance(source, Expecting):
+            for place in self._places(source, step, share):
+                source.expect(*place)
+
+    def _places(self, extent: Extent, step: int, share: slice) -> Iterator[tuple[int, int, int, int]]:
+        """Sample, first frame, frame behind the last one, and view of each window."""
+        rows = self.rows_of(step, share)
+        samples = self.samples[rows]
+        starts = self.first_rows[rows] * extent.columns
+        stops = np.minimum(starts + self.window.rows * extent.columns, extent.lengths[samples])
+        return zip(samples.tolist(), starts.tolist(), stops.tolist(), self.views[rows].tolist(), strict=True)
 
 
 def training_epoch(
@@ -187,13 +195,8 @@ def _draw_views(views: int, windows: int, renderings: int, rng: np.random.Genera
     return orders[:, :renderings].flatten()
 
 
-def _read_window(
-    source: FrameSource, sample: int, view: int, first_row: int, first_column: int, window: Window
-) -> torch.Tensor:
-    start = first_row * source.columns
-    stop = min(start + window.rows * source.columns, int(source.lengths[sample]))
-    frames = source.read(sample, start, stop, view)
-    if window.columns >= source.columns:
+def _cut_columns(frames: torch.Tensor, columns: int, first: int, count: int) -> torch.Tensor:
+    """Columns first to first + count of rows of `columns` frames."""
+    if count >= columns:
         return frames
-    grid = frames.unflatten(0, (-1, source.columns))
-    return grid[:, first_column : first_column + window.columns].flatten(0, 1)
+    return frames.unflatten(0, (-1, columns))[:, first : first + count].flatten(0, 1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,6 +27,15 @@ class Readable(Extent, Protocol):
 
         Safe to call from several threads.
         """
+        ...
+
+
+@runtime_checkable
+class Expecting(Readable, Protocol):
+    """A source that lies on a disk, and can be told what is read soon."""
+
+    def expect(self, sample: int, start: int, stop: int, view: int = 0) -> None:
+        """Frames that `read` is asked for soon: the system may fetch them meanwhile. Returns at once."""
         ...
 
 

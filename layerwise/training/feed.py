@@ -38,7 +38,12 @@ class ReadFeed:
         self.lengths, self.columns, self.views = source.lengths, source.columns, source.views
 
     def batches(self, epoch: Epoch, first: int, parked: Parked) -> Iterator[Batch]:
-        return read_ahead(partial(self._read, epoch, step) for step in range(first, epoch.steps))
+        return read_ahead(self._reads(epoch, first))
+
+    def _reads(self, epoch: Epoch, first: int) -> Iterator[Callable[[], Batch]]:
+        for step in range(first, epoch.steps):
+            epoch.expect(self._source, step, share_of(epoch, step, self._ranks))
+            yield partial(self._read, epoch, step)
 
     def _read(self, epoch: Epoch, step: int) -> Batch:
         share = share_of(epoch, step, self._ranks)

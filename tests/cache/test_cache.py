@@ -1,5 +1,6 @@
 """The activation cache: what is written comes back, and anyone's h5py reads it."""
 
+import os
 import re
 import zlib
 from dataclasses import replace
@@ -68,6 +69,24 @@ def test_samples_of_any_length_come_back(
         cache.verify()
     if lengths:
         assert torch.equal(read_all(path), rows)
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_frames_that_are_expected_are_fetched_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
+) -> None:
+    a_layout = layout([40, 300], views=2)
+    write(tmp_path / "c.h5", a_layout, rows_of(a_layout), compression=compression)
+    fetched = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, *place: fetched.append(place))
+    with ActivationCache(tmp_path / "c.h5") as cache:
+        cache.expect(1, 10, 10)
+        cache.expect(1, 10, 200, 1)
+        with pytest.raises(IndexError):
+            cache.expect(1, 10, 301)
+    with h5py.File(tmp_path / "c.h5") as file:
+        first = None if compression != "none" else file["activations"].id.get_offset() + (2 * 40 + 300 + 10) * 6
+    assert fetched == ([] if first is None else [(first, 190 * 6, os.POSIX_FADV_WILLNEED)])
 
 
 def test_everything_beside_the_activations_comes_back(tmp_path: Path) -> None:

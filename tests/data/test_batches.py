@@ -37,6 +37,29 @@ def test_an_epoch_is_a_function_of_its_stream() -> None:
     assert not all(torch.equal(one, other) for one, other in zip(frames(3), frames(4), strict=True))
 
 
+def test_a_source_on_a_disk_is_told_of_the_very_frames_that_a_batch_reads() -> None:
+    class OnDisk(Counting):
+        def __init__(self, lengths: list[int], columns: int, views: int) -> None:
+            super().__init__(lengths, columns, views)
+            self.expected: list[tuple[int, ...]] = []
+            self.asked_for: list[tuple[int, ...]] = []
+
+        def expect(self, *place: int) -> None:
+            self.expected.append(place)
+
+        def read(self, *place: int) -> torch.Tensor:
+            self.asked_for.append(place)
+            return super().read(*place)
+
+    source = OnDisk([36, 12, 60, 24], columns=6, views=2)
+    epoch = training_epoch(source, np.arange(4), Window(4, 3), 2, np.random.default_rng(0))
+    for step in range(epoch.steps):
+        epoch.expect(source, step)
+        epoch.read(source, step)
+    assert source.expected == source.asked_for
+    assert len(source.expected) == 4
+
+
 def test_every_sample_is_seen_once_but_for_a_last_batch_that_is_not_full() -> None:
     source = Counting([30] * 7)
     epoch = training_epoch(source, np.arange(7), Window(10, 1), 3, np.random.default_rng(0))
