@@ -1,7 +1,7 @@
 """What a cache holds besides its activations; fixed before the first row is written."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +14,10 @@ BLOCK_BYTES = 4 * 2**10
 """Bytes between two checksums: a page, so that the first read of a window takes no more from the disk than any other."""
 
 CHAIN_BLOCKS = 256
-"""Blocks whose checksums go on from one another; a process that shares a file begins where a chain does."""
+"""Blocks whose checksums go on from one another, in a large cache."""
+
+CHAINS = 64
+"""A cache has at least so many chains, or one for each block: processes that share it begin where chains do."""
 
 SPLITS = ("train", "held-out", "test")
 """Meaning of the numbers in the data set `split`."""
@@ -24,6 +27,11 @@ def as_codes(values: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels str [n] as int32 [n], indices into their classes."""
     classes, codes = np.unique(values, return_inverse=True)
     return codes.astype(np.int32), tuple(classes.tolist())
+
+
+def in_chains(layout: "Layout") -> "Layout":
+    """The same with chains as long as its size allows."""
+    return replace(layout, chain_blocks=min(max(layout.blocks // CHAINS, 1), CHAIN_BLOCKS))
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,12 @@ class Span:
 
 
 def spans(layout: Layout, count: int) -> list[Span]:
-    """The whole cache in `count` spans of nearly as many chains; of few chains some may be empty."""
-    chains = -(-layout.blocks // layout.chain_blocks)
-    ends = [min(chains * part // count * layout.chain_blocks, layout.blocks) for part in range(count + 1)]
+    """The whole cache in `count` spans of nearly as many chains; of few chains the last spans are empty.
+
+    An empty span lies behind all blocks: were it where another begins, the two writers would share a journal.
+    """
+    chains, size = -(-layout.blocks // layout.chain_blocks), layout.chain_blocks
+    ends = [
+        min((part * (chains // count) + min(part, chains % count)) * size, layout.blocks) for part in range(count + 1)
+    ]
     return [Span(layout, first, stop) for first, stop in pairwise(ends)]

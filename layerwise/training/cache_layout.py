@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from layerwise.cache import Layout
-from layerwise.cache.layout import as_codes
+from layerwise.cache.layout import as_codes, in_chains
 from layerwise.data.source import DataSet
 from layerwise.training.labels import frame_labels
 from layerwise.training.plan import StagePlan
@@ -14,7 +14,7 @@ from layerwise.training.plan import StagePlan
 def planned_layout(plan: StagePlan, data: DataSet, dtype: str) -> Layout:
     """Without what is not known yet, or takes long to find out and no room. Raises CacheError."""
     labels = {name: as_codes(values) for name, values in data.labels.items()}
-    return Layout(
+    layout = Layout(
         fingerprint="",
         stage=plan.stage,
         dtype=dtype,
@@ -30,6 +30,7 @@ def planned_layout(plan: StagePlan, data: DataSet, dtype: str) -> Layout:
         hop=plan.geometry.hop,
         offset=plan.geometry.offset,
     )
+    return in_chains(layout)
 
 
 def cache_layout(plan: StagePlan, data: DataSet, dtype: str, split: np.ndarray, fingerprint: str) -> Layout:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from small_cache import layout, read_all, rows_of, seal, write
 
 from layerwise.cache import ActivationCache, CacheWriter
+from layerwise.cache.span import spans
 from layerwise.cache.stored import as_array
 from layerwise.errors import CacheError
 
@@ -100,6 +101,32 @@ def test_writers_that_share_a_file_end_it_with_the_bytes_of_one(
         seal(writer)
     assert path.read_bytes() == (folder / "whole.h5").read_bytes()
     assert sorted(each.name for each in folder.iterdir()) == ["shared.h5", "whole.h5"]
+
+
+@given(rows=st.integers(0, 300), chain_blocks=st.integers(1, 40), count=st.integers(1, 9))
+def test_spans_are_the_whole_in_order_and_two_never_share_a_journal(rows: int, chain_blocks: int, count: int) -> None:
+    a_layout = layout([rows], block_bytes=16, chain_blocks=chain_blocks)
+    parts = spans(a_layout, count)
+    assert [block for span in parts for block in range(span.first, span.stop)] == list(range(a_layout.blocks))
+    assert all(span.first % chain_blocks == 0 for span in parts if span.first < span.stop)
+    for number, span in enumerate(parts):
+        others = parts[:number] + parts[number + 1 :]
+        assert span.first == span.stop or span.first not in [other.first for other in others]
+
+
+def test_writers_without_blocks_leave_those_of_others_alone(tmp_path: Path) -> None:
+    a_layout = layout([100], chain_blocks=10)  # one chain
+    rows, path = as_array(rows_of(a_layout)), tmp_path / "c.h5"
+    with CacheWriter(path, a_layout, 1, writer=0, writers=3) as first:
+        first.write(rows[:30])
+        for number in (1, 2):
+            with CacheWriter(path, a_layout, 1, writer=number, writers=3) as other:
+                assert other.rows_done == other.rows_stop
+                first.write(rows[30 * number : 30 * number + 30])
+                other.finish()
+        first.write(rows[90:])
+        seal(first)
+    assert torch.equal(read_all(path), rows_of(a_layout))
 
 
 def test_a_file_that_lacks_the_rows_of_another_writer_is_not_sealed(tmp_path: Path) -> None:
