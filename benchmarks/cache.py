@@ -46,6 +46,8 @@ Window = tuple[int, int]
 """Sample, first row."""
 Read = Callable[[int, int, int], object]
 """Of a sample, rows from to."""
+Way = tuple[Read, Read]
+"""How windows are expected, how they are read."""
 
 
 def main() -> None:
@@ -156,28 +158,33 @@ def measure_reads(path: Path, plain: Path, samples: int, plain_samples: int) -> 
     turns = min(TURNS, samples * SAMPLE // (2 * WINDOW) // TURN // 3, plain_samples * SAMPLE // (2 * WINDOW) // TURN)
     for threads, way in (("one thread", one_by_one), ("read ahead", ahead)):
         with ExitStack() as stack:
-            compared = stack.enter_context(ActivationCache(path))
-            compared.verify()
+            cold_later, warm_later = (stack.enter_context(ActivationCache(path)) for _ in range(2))
+            for compared in (cold_later, warm_later):
+                compared.verify()
             drop_pages(path)
             drop_pages(plain)
             cold, warm = (stack.enter_context(ActivationCache(path)) for _ in range(2))  # which brings the index back
             raw, file = stack.enter_context(raw_reader(path)), stack.enter_context(h5py.File(plain))
             fancy = partial(read_fancy, file["activations"])
             windows, plain_windows = places(samples), places(plain_samples)
-            readers: dict[str, tuple[Read, Read, Read, Iterator[Window]]] = {
-                "os.preadv": (nothing, raw, raw, windows),
-                "ActivationCache, first epoch": (cold.expect, cold.read, warm.read, windows),
-                "ActivationCache, later epochs": (compared.expect, compared.read, compared.read, windows),
-                "h5py, automatic chunks, fancy indexing": (nothing, fancy, fancy, plain_windows),
+            readers: dict[str, tuple[Way, Way, Iterator[Window]]] = {
+                "os.preadv": ((nothing, raw), (nothing, raw), windows),
+                "ActivationCache, first epoch": ((cold.expect, cold.read), (warm.expect, warm.read), windows),
+                "ActivationCache, later epochs": (
+                    (cold_later.expect, cold_later.read),
+                    (warm_later.expect, warm_later.read),
+                    windows,
+                ),
+                "h5py, automatic chunks, fancy indexing": ((nothing, fancy), (nothing, fancy), plain_windows),
             }
             seconds: dict[str, dict[str, list[float]]] = {
                 temperature: {name: [] for name in readers} for temperature in ("cold", "warm")
             }
             for name in in_turn(readers, turns):
-                expect, read, read_again, some = readers[name]
+                first_time, again, some = readers[name]
                 chosen = list(islice(some, TURN))
-                seconds["cold"][name].append(timed(partial(way, expect, read, chosen)))
-                seconds["warm"][name].append(timed(partial(way, expect, read_again, chosen)))
+                seconds["cold"][name].append(timed(partial(way, *first_time, chosen)))
+                seconds["warm"][name].append(timed(partial(way, *again, chosen)))
             for temperature, taken in seconds.items():
                 report(f"windows, {temperature}, {threads}", TURN * WINDOW * ROW_BYTES, taken)
     measure_loader(plain, list(islice(places(plain_samples), turns * TURN)))

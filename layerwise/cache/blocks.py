@@ -5,6 +5,7 @@ the stretch takes one computation, from the checksum before it to that of its la
 was compared, and the checksums stay in the file, so memory stays small, whatever the size of the cache.
 """
 
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,13 @@ import numpy as np
 from layerwise.cache.crc import crc32
 from layerwise.cache.format import Places
 from layerwise.cache.layout import Layout
-from layerwise.cache.positional import read_few, read_stored
+from layerwise.cache.positional import read_few, read_from_memory, read_into
 from layerwise.errors import DamagedCache
 
 _CHUNK = 2**20
 """Bytes that are read at once to check all blocks."""
+_CALM = 256
+"""Reads without a wait for the disk, after which none is expected."""
 
 
 class Blocks:
@@ -29,6 +32,7 @@ class Blocks:
         self._block_bytes, self._size, self._count = layout.block_bytes, layout.activation_bytes, layout.blocks
         self._chain = layout.chain_blocks
         self._compared = bytearray(-(-layout.blocks // 8))
+        self._reads_since_wait = 0
 
     def read(self, position: int, stop: int) -> np.ndarray:
         """uint8 [stop - position]. Raises DamagedCache that names the block."""
@@ -46,6 +50,12 @@ class Blocks:
         content = self._read(start, end)
         self._compare(first_new, last_new, content, start)
         return content[position - start : stop - start]
+
+    def expect(self, position: int, stop: int) -> None:
+        """Has the system fetch what is read soon, unless the last reads found all in memory, where telling costs a tenth."""
+        if position < stop and self._reads_since_wait < _CALM:  # of no bytes at all it would fetch the whole file
+            place = self._places.activations + position
+            os.posix_fadvise(self._descriptor, place, stop - position, os.POSIX_FADV_WILLNEED)
 
     def check_all(self, poll: Callable[[], None]) -> None:
         """Compares every block, whether or not it was before; calls `poll` now and then, which may raise."""
@@ -87,4 +97,12 @@ class Blocks:
         return DamagedCache(self._path, f"block {block} of its activations does not match its checksum")
 
     def _read(self, start: int, stop: int) -> np.ndarray:
-        return read_stored(self._path, self._descriptor, self._places.activations + start, stop - start)
+        content = np.empty(stop - start, dtype=np.uint8)
+        place, view = self._places.activations + start, memoryview(content)
+        found = read_from_memory(self._descriptor, place, view)
+        if found == len(view):
+            self._reads_since_wait += 1
+        else:
+            self._reads_since_wait = 0
+            read_into(self._path, self._descriptor, place + found, view[found:])
+        return content

@@ -48,6 +48,9 @@ class PackedBlocks:
                 content[there, byte] = shuffled[byte, wanted]
         return content.reshape(-1)
 
+    def expect(self, position: int, stop: int) -> None:
+        """Fetches nothing: decompression takes longer than the disk."""
+
     def check_all(self, poll: Callable[[], None]) -> None:
         """Compares every block with its checksum; calls `poll` now and then, which may raise."""
         for first in range(0, self._count, _AT_ONCE):

@@ -12,7 +12,12 @@ from layerwise.errors import DamagedCache
 def read_stored(path: Path, descriptor: int, position: int, size: int) -> np.ndarray:
     """uint8 [size] as they lie in the file. Raises DamagedCache where the disk does not give them back, or has fewer."""
     content = np.empty(size, dtype=np.uint8)
-    missing = memoryview(content)
+    read_into(path, descriptor, position, memoryview(content))
+    return content
+
+
+def read_into(path: Path, descriptor: int, position: int, missing: memoryview) -> None:
+    """Fills the memory. Raises as read_stored does."""
     while missing:
         try:
             count = os.preadv(descriptor, [missing], position)
@@ -21,7 +26,14 @@ def read_stored(path: Path, descriptor: int, position: int, size: int) -> np.nda
         if count == 0:
             raise DamagedCache(path, "it ends early")
         missing, position = missing[count:], position + count
-    return content
+
+
+def read_from_memory(descriptor: int, position: int, wanted: memoryview) -> int:
+    """How many of the bytes it could read without waiting for the disk; 0 where the file system cannot tell."""
+    try:
+        return os.preadv(descriptor, [wanted], position, os.RWF_NOWAIT)
+    except OSError:  # a read that may wait says what is wrong, if anything is
+        return 0
 
 
 def read_few(path: Path, descriptor: int, position: int, size: int) -> bytes:

@@ -75,11 +75,12 @@ class ActivationCache:
         return as_tensor(rows, self._stored.tensor)
 
     def expect(self, sample: int, start: int, stop: int, view: int = 0) -> None:
-        """Has the system fetch frames that are read soon; returns at once. Those of a compressed cache are not fetched."""
+        """Has the system fetch frames that are read soon, where reads wait for the disk; returns at once.
+
+        Those of a compressed cache are not fetched.
+        """
         first, last = self._rows(sample, start, stop, view)
-        if first < last and self.layout.compression == "none":  # of no bytes at all it would fetch the whole file
-            place, size = self._places.activations + first * self._row_bytes, (last - first) * self._row_bytes
-            os.posix_fadvise(self._descriptor, place, size, os.POSIX_FADV_WILLNEED)
+        self._blocks.expect(first * self._row_bytes, last * self._row_bytes)
 
     @property
     def labels(self) -> dict[str, np.ndarray]:
