@@ -46,7 +46,9 @@ Window = tuple[int, int]
 """Sample, first row."""
 Read = Callable[[int, int, int], object]
 """Of a sample, rows from to."""
-Way = tuple[Read, Read]
+Expect = Callable[[Iterable[tuple[int, int, int, int]]], object]
+"""Windows as sample, rows from to, view."""
+Way = tuple[Expect, Read]
 """How windows are expected, how they are read."""
 
 
@@ -252,7 +254,7 @@ class PlainWindows(torch.utils.data.Dataset):
         return torch.from_numpy(self.rows[sample * SAMPLE + start : sample * SAMPLE + start + WINDOW])
 
 
-def nothing(sample: int, start: int, stop: int) -> None:
+def nothing(windows: Iterable[tuple[int, int, int, int]]) -> None:
     """What is expected of a file that cannot be told."""
 
 
@@ -261,18 +263,18 @@ def each(read: Read, windows: list[Window]) -> None:
         read(sample, start, start + WINDOW)
 
 
-def one_by_one(expect: Read, read: Read, windows: list[Window]) -> None:
+def one_by_one(expect: Expect, read: Read, windows: list[Window]) -> None:
     """Each when its turn comes; nothing is expected."""
     each(read, windows)
 
 
-def ahead(expect: Read, read: Read, windows: list[Window]) -> None:
+def ahead(expect: Expect, read: Read, windows: list[Window]) -> None:
     """As training reads: batches are expected, and a thread reads them before they are asked for."""
 
     def reads() -> Iterator[Callable[[], None]]:
         for first in range(0, len(windows), BATCH):
             batch = windows[first : first + BATCH]
-            each(expect, batch)
+            expect((sample, start, start + WINDOW, 0) for sample, start in batch)
             yield partial(each, read, batch)
 
     exhaust(read_ahead(reads()))

@@ -7,7 +7,7 @@ was compared, and the checksums stay in the file, so memory stays small, whateve
 
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from layerwise.errors import DamagedCache
 _CHUNK = 2**20
 """Bytes that are read at once to check all blocks."""
 _CALM = 256
-"""Reads without a wait for the disk, after which none is expected."""
+"""Reads without a wait for the disk, after which nothing is fetched ahead."""
 
 
 class Blocks:
@@ -51,11 +51,14 @@ class Blocks:
         self._compare(first_new, last_new, content, start)
         return content[position - start : stop - start]
 
-    def expect(self, position: int, stop: int) -> None:
-        """Has the system fetch what is read soon, unless the last reads found all in memory, where telling costs a tenth."""
-        if position < stop and self._reads_since_wait < _CALM:  # of no bytes at all it would fetch the whole file
-            place = self._places.activations + position
-            os.posix_fadvise(self._descriptor, place, stop - position, os.POSIX_FADV_WILLNEED)
+    def expect(self, stretches: Iterable[tuple[int, int]]) -> None:
+        """Has the system fetch bytes, from to, that are read soon; not while reads find all in memory, which it slows."""
+        if self._reads_since_wait >= _CALM:
+            return
+        for position, stop in stretches:
+            if position < stop:  # of no bytes at all it would fetch the whole file
+                place = self._places.activations + position
+                os.posix_fadvise(self._descriptor, place, stop - position, os.POSIX_FADV_WILLNEED)
 
     def check_all(self, poll: Callable[[], None]) -> None:
         """Compares every block, whether or not it was before; calls `poll` now and then, which may raise."""
@@ -98,11 +101,11 @@ class Blocks:
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         content = np.empty(stop - start, dtype=np.uint8)
-        place, view = self._places.activations + start, memoryview(content)
-        found = read_from_memory(self._descriptor, place, view)
-        if found == len(view):
+        place = self._places.activations + start
+        found = read_from_memory(self._descriptor, place, content)
+        if found == stop - start:
             self._reads_since_wait += 1
         else:
             self._reads_since_wait = 0
-            read_into(self._path, self._descriptor, place + found, view[found:])
+            read_into(self._path, self._descriptor, place + found, memoryview(content)[found:])
         return content

@@ -4,7 +4,7 @@ HDF5 and its lock have no part in it. A checksum is compared at every read, befo
 of the time. Places and checksums stay in the file, so memory stays small, whatever the size of the cache.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ class PackedBlocks:
                 content[there, byte] = shuffled[byte, wanted]
         return content.reshape(-1)
 
-    def expect(self, position: int, stop: int) -> None:
+    def expect(self, stretches: Iterable[tuple[int, int]]) -> None:
         """Fetches nothing: decompression takes longer than the disk."""
 
     def check_all(self, poll: Callable[[], None]) -> None:

@@ -28,7 +28,7 @@ def read_into(path: Path, descriptor: int, position: int, missing: memoryview) -
         missing, position = missing[count:], position + count
 
 
-def read_from_memory(descriptor: int, position: int, wanted: memoryview) -> int:
+def read_from_memory(descriptor: int, position: int, wanted: np.ndarray) -> int:
     """How many of the bytes it could read without waiting for the disk; 0 where the file system cannot tell."""
     try:
         return os.preadv(descriptor, [wanted], position, os.RWF_NOWAIT)

@@ -6,7 +6,7 @@ Only the path travels between processes: a pickled cache opens the file anew.
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,13 +74,12 @@ class ActivationCache:
             rows = dequantise(rows, self._scales(first, last), first, self.layout.scale_rows)
         return as_tensor(rows, self._stored.tensor)
 
-    def expect(self, sample: int, start: int, stop: int, view: int = 0) -> None:
-        """Has the system fetch frames that are read soon, where reads wait for the disk; returns at once.
+    def expect(self, windows: Iterable[tuple[int, int, int, int]]) -> None:
+        """Has the system fetch windows (sample, start, stop, view) that are read soon, where reads wait for the disk.
 
-        Those of a compressed cache are not fetched.
+        Returns at once. Those of a compressed cache are not fetched.
         """
-        first, last = self._rows(sample, start, stop, view)
-        self._blocks.expect(first * self._row_bytes, last * self._row_bytes)
+        self._blocks.expect(self._stretch(*window) for window in windows)
 
     @property
     def labels(self) -> dict[str, np.ndarray]:
@@ -127,6 +126,11 @@ class ActivationCache:
         if not (known and 0 <= start <= stop <= self._offsets[place + 1] - self._offsets[place]):
             raise IndexError(f"frames {start} to {stop} of view {view} of sample {sample} are not in {self.path}")
         return self._offsets[place] + start, self._offsets[place] + stop
+
+    def _stretch(self, sample: int, start: int, stop: int, view: int) -> tuple[int, int]:
+        """The same frames, as bytes of the activations."""
+        first, last = self._rows(sample, start, stop, view)
+        return first * self._row_bytes, last * self._row_bytes
 
     def _open(self) -> tuple[Layout, Places]:
         seal = check_seal(self.path, self._descriptor)

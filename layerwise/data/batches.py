@@ -87,8 +87,7 @@ class Epoch:
     def expect(self, source: Readable, step: int, share: slice = slice(None)) -> None:
         """Tells a source that lies on a disk what `read` will want of it."""
         if isinstance(source, Expecting):
-            for place in self._places(source, step, share):
-                source.expect(*place)
+            source.expect(self._places(source, step, share))
 
     def _places(self, extent: Extent, step: int, share: slice) -> Iterator[tuple[int, int, int, int]]:
         """Sample, first frame, frame behind the last one, and view of each window."""

@@ -1,6 +1,6 @@
 """What every stage reads: samples made of frames, with ids and labels. Data sets and caches both have this shape."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -34,8 +34,11 @@ class Readable(Extent, Protocol):
 class Expecting(Readable, Protocol):
     """A source that lies on a disk, and can be told what is read soon."""
 
-    def expect(self, sample: int, start: int, stop: int, view: int = 0) -> None:
-        """Frames that `read` is asked for soon: the system may fetch them meanwhile. Returns at once."""
+    def expect(self, windows: Iterable[tuple[int, int, int, int]]) -> None:
+        """Windows that `read` is asked for soon, as sample, start, stop and view: the system may fetch them meanwhile.
+
+        Returns at once, and may leave the windows unread.
+        """
         ...
 
 

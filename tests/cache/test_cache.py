@@ -80,13 +80,35 @@ def test_frames_that_are_expected_are_fetched_and_no_others(
     fetched = []
     monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, *place: fetched.append(place))
     with ActivationCache(tmp_path / "c.h5") as cache:
-        cache.expect(1, 10, 10)
-        cache.expect(1, 10, 200, 1)
-        with pytest.raises(IndexError):
-            cache.expect(1, 10, 301)
+        cache.expect([(1, 10, 10, 0), (1, 10, 200, 1)])
     with h5py.File(tmp_path / "c.h5") as file:
         first = None if compression != "none" else file["activations"].id.get_offset() + (2 * 40 + 300 + 10) * 6
     assert fetched == ([] if first is None else [(first, 190 * 6, os.POSIX_FADV_WILLNEED)])
+
+
+def test_nothing_is_fetched_ahead_while_reads_find_all_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_layout = layout([300])
+    write(tmp_path / "c.h5", a_layout, rows_of(a_layout))
+    in_memory, preadv, fetched = True, os.preadv, []
+
+    def preadv_of_this_memory(descriptor: int, buffers: list[object], position: int, flags: int = 0) -> int:
+        if flags == os.RWF_NOWAIT and not in_memory:
+            raise BlockingIOError
+        return preadv(descriptor, buffers, position)
+
+    monkeypatch.setattr(os, "preadv", preadv_of_this_memory)
+    monkeypatch.setattr(os, "posix_fadvise", lambda *place: fetched.append(place))
+    with ActivationCache(tmp_path / "c.h5") as cache:
+        for _ in range(300):
+            cache.read(0, 10, 20)
+        cache.expect([(0, 10, 20, 0)])
+        assert not fetched
+        in_memory = False
+        assert torch.equal(cache.read(0, 10, 20), rows_of(a_layout)[10:20])
+        cache.expect([(0, 10, 20, 0)])
+        assert len(fetched) == 1
 
 
 def test_everything_beside_the_activations_comes_back(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Windows: drawn anew in every epoch, the same in every repetition, padded where a sample is shorter."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 import torch
@@ -44,8 +46,8 @@ def test_a_source_on_a_disk_is_told_of_the_very_frames_that_a_batch_reads() -> N
             self.expected: list[tuple[int, ...]] = []
             self.asked_for: list[tuple[int, ...]] = []
 
-        def expect(self, *place: int) -> None:
-            self.expected.append(place)
+        def expect(self, windows: Iterable[tuple[int, ...]]) -> None:
+            self.expected.extend(windows)
 
         def read(self, *place: int) -> torch.Tensor:
             self.asked_for.append(place)
