@@ -136,11 +136,11 @@ def test_a_disk_that_does_not_give_back_what_it_holds_is_damage(
     places = cache._places
     bad = {"everywhere": 0, "checksums": places.checksums, "scales": places.scales}[where]
 
-    def failing(read: Callable[[int, object, int], object]) -> Callable[[int, object, int], object]:
-        def read_elsewhere(descriptor: int, into: object, position: int) -> object:
+    def failing(read: Callable[..., object]) -> Callable[..., object]:
+        def read_elsewhere(descriptor: int, into: object, position: int, *flags: int) -> object:
             if position == bad:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return read(descriptor, into, position)
+            return read(descriptor, into, position, *flags)
 
         return read_elsewhere
 
