@@ -21,7 +21,7 @@ import zstandard
 
 from layerwise.cache import ActivationCache, CacheWriter
 from layerwise.cache.packing import packed
-from layerwise.cache.stored import STORED, as_array
+from layerwise.cache.stored import as_array
 
 SAMPLE_BYTES = 32 * 10**6
 WINDOW, TURN, TURNS = 10_240, 200, 9
@@ -47,10 +47,9 @@ def main() -> None:
 def measure_codec(path: Path) -> None:
     with ActivationCache(path) as cache:
         layout, size = packed(cache.layout), packed(cache.layout).block_bytes
-        content = cache._blocks.read(0, min(SAMPLE_BYTES, layout.activation_bytes) // size * size)
-    itemsize = np.dtype(STORED[layout.dtype].on_disk).itemsize
-    zeros = (content.view(STORED[layout.dtype].on_disk) == 0).mean()
-    chunks = content.reshape(-1, size)
+        rows = cache._blocks.read(0, min(SAMPLE_BYTES, layout.activation_bytes) // size * size // layout.row_bytes)
+    itemsize, zeros = rows.itemsize, (rows == 0).mean()
+    chunks = rows.reshape(-1).view(np.uint8).reshape(-1, size)
     for shuffle in (False, True)[:itemsize]:
         prepared = chunks.reshape(len(chunks), -1, itemsize).swapaxes(1, 2) if shuffle else chunks
         prepared = np.ascontiguousarray(prepared).reshape(len(chunks), size)
@@ -61,8 +60,8 @@ def measure_codec(path: Path) -> None:
             decompress = timed(lambda: [decompressor.decompress(frame) for frame in frames])  # noqa: B023
             print(
                 f"| {path.parent.name} {path.stem} | {zeros:.2f} | {'yes' if shuffle else 'no'} | {level} "
-                f"| {content.size / sum(map(len, frames)):.2f} | {content.size / 1e6 / compress:.0f} "
-                f"| {content.size / 1e6 / decompress:.0f} |",
+                f"| {rows.nbytes / sum(map(len, frames)):.2f} | {rows.nbytes / 1e6 / compress:.0f} "
+                f"| {rows.nbytes / 1e6 / decompress:.0f} |",
                 flush=True,
             )
 

@@ -1,4 +1,4 @@
-"""The activations' bytes, block by block: each block is compared with its checksum the first time that it is read.
+"""The activations, block by block: each block is compared with its checksum the first time that it is read.
 
 A stretch that is read for the first time is widened to whole blocks. A checksum goes on from that of the block before, so
 the stretch takes one computation, from the checksum before it to that of its last block. One bit per block remembers what
@@ -16,49 +16,47 @@ from layerwise.cache.crc import crc32
 from layerwise.cache.format import Places
 from layerwise.cache.layout import Layout
 from layerwise.cache.positional import read_few, read_from_memory, read_into
+from layerwise.cache.stored import STORED
 from layerwise.errors import DamagedCache
 
 _CHUNK = 2**20
 """Bytes that are read at once to check all blocks."""
+_ALL_EIGHT = 0b11111111
 _CALM = 256
 """Reads without a wait for the disk, after which nothing is fetched ahead."""
 
 
 class Blocks:
-    """Reads from any number of threads, and on in a forked child. Bytes count from the first activation."""
+    """Reads from any number of threads, and on in a forked child."""
 
     def __init__(self, path: Path, descriptor: int, layout: Layout, places: Places) -> None:
         self._path, self._descriptor, self._places = path, descriptor, places
         self._block_bytes, self._size, self._count = layout.block_bytes, layout.activation_bytes, layout.blocks
         self._chain = layout.chain_blocks
+        self._row_bytes, self._frame_shape = layout.row_bytes, layout.frame_shape
+        self._on_disk = np.dtype(STORED[layout.dtype].on_disk)
         self._compared = bytearray(-(-layout.blocks // 8))
         self._reads_since_wait = 0
 
-    def read(self, position: int, stop: int) -> np.ndarray:
-        """uint8 [stop - position]. Raises DamagedCache that names the block."""
-        if position == stop:
-            return np.empty(0, dtype=np.uint8)
-        size = self._block_bytes
-        first, last = position // size, (stop - 1) // size
-        compared = int.from_bytes(self._compared[first >> 3 : (last >> 3) + 1], "little") >> (first & 7)
-        new = ~compared & ((1 << last + 1 - first) - 1)
-        if not new:
-            return self._read(position, stop)
-        first_new, last_new = first + (new & -new).bit_length() - 1, first + new.bit_length() - 1
-        start = first * size if first_new == first else position
-        end = self._end(last) if last_new == last else stop
-        content = self._read(start, end)
-        self._compare(first_new, last_new, content, start)
-        return content[position - start : stop - start]
+    def read(self, first_row: int, stop_row: int) -> np.ndarray:
+        """[stop_row - first_row, *frame shape] of the dtype on the disk. Raises DamagedCache that names the block."""
+        shape = (stop_row - first_row, *self._frame_shape)
+        position, stop = first_row * self._row_bytes, stop_row * self._row_bytes
+        first, last = position // self._block_bytes, (stop - 1) // self._block_bytes
+        low, high = first >> 3, (last >> 3) + 1
+        if self._compared.count(_ALL_EIGHT, low, high) == high - low or position == stop:
+            return self._read(position, np.empty(shape, self._on_disk))
+        start, content = self._read_and_compare(position, stop, first, last)
+        return np.ndarray(shape, self._on_disk, content, position - start)
 
     def expect(self, stretches: Iterable[tuple[int, int]]) -> None:
-        """Has the system fetch bytes, from to, that are read soon; not while reads find all in memory, which it slows."""
+        """Has the system fetch rows, from to, that are read soon; not while reads find all in memory, which it slows."""
         if self._reads_since_wait >= _CALM:
             return
-        for position, stop in stretches:
-            if position < stop:  # of no bytes at all it would fetch the whole file
-                place = self._places.activations + position
-                os.posix_fadvise(self._descriptor, place, stop - position, os.POSIX_FADV_WILLNEED)
+        for first, stop in stretches:
+            if first < stop:  # of no bytes at all it would fetch the whole file
+                place, size = self._places.activations + first * self._row_bytes, (stop - first) * self._row_bytes
+                os.posix_fadvise(self._descriptor, place, size, os.POSIX_FADV_WILLNEED)
 
     def check_all(self, poll: Callable[[], None]) -> None:
         """Compares every block, whether or not it was before; calls `poll` now and then, which may raise."""
@@ -66,7 +64,21 @@ class Blocks:
         for first in range(0, self._count, step):
             poll()
             last, start = min(first + step, self._count) - 1, first * self._block_bytes
-            self._compare(first, last, self._read(start, self._end(last)), start)
+            self._compare(first, last, self._read(start, np.empty(self._end(last) - start, np.uint8)), start)
+
+    def _read_and_compare(self, position: int, stop: int, first: int, last: int) -> tuple[int, np.ndarray]:
+        """These bytes of blocks first to last, and those around them that belong to new blocks: where they start, uint8."""
+        size = self._block_bytes
+        compared = int.from_bytes(self._compared[first >> 3 : (last >> 3) + 1], "little") >> (first & 7)
+        new = ~compared & ((1 << last + 1 - first) - 1)
+        if not new:
+            return position, self._read(position, np.empty(stop - position, np.uint8))
+        first_new, last_new = first + (new & -new).bit_length() - 1, first + new.bit_length() - 1
+        start = first * size if first_new == first else position
+        end = self._end(last) if last_new == last else stop
+        content = self._read(start, np.empty(end - start, np.uint8))
+        self._compare(first_new, last_new, content, start)
+        return start, content
 
     def _end(self, block: int) -> int:
         return min((block + 1) * self._block_bytes, self._size)
@@ -99,13 +111,13 @@ class Blocks:
                 break
         return DamagedCache(self._path, f"block {block} of its activations does not match its checksum")
 
-    def _read(self, start: int, stop: int) -> np.ndarray:
-        content = np.empty(stop - start, dtype=np.uint8)
-        place = self._places.activations + start
-        found = read_from_memory(self._descriptor, place, content)
-        if found == stop - start:
+    def _read(self, position: int, into: np.ndarray) -> np.ndarray:
+        """Fills the array with the bytes from there on, counted from the first activation, and gives it back."""
+        place = self._places.activations + position
+        found = read_from_memory(self._descriptor, place, into)
+        if found == into.nbytes:
             self._reads_since_wait += 1
         else:
             self._reads_since_wait = 0
-            read_into(self._path, self._descriptor, place + found, memoryview(content)[found:])
-        return content
+            read_into(self._path, self._descriptor, place + found, memoryview(into).cast("B")[found:])
+        return into

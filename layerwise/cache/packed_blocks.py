@@ -22,18 +22,20 @@ _AT_ONCE = 16
 
 
 class PackedBlocks:
-    """Reads from any number of threads, and on in a forked child. Bytes count from the first activation."""
+    """Reads from any number of threads, and on in a forked child."""
 
     def __init__(self, path: Path, descriptor: int, layout: Layout, places: Places) -> None:
         """Raises CacheError where zstandard is not installed."""
         require_zstandard()
         self._path, self._descriptor, self._places = path, descriptor, places
         self._block_bytes, self._count = layout.block_bytes, layout.blocks
-        self._itemsize = np.dtype(STORED[layout.dtype].on_disk).itemsize
+        self._row_bytes, self._frame_shape = layout.row_bytes, layout.frame_shape
+        self._on_disk = np.dtype(STORED[layout.dtype].on_disk)
 
-    def read(self, position: int, stop: int) -> np.ndarray:
-        """uint8 [stop - position], whole numbers. Raises DamagedCache that names the block."""
-        size, itemsize = self._block_bytes, self._itemsize
+    def read(self, first_row: int, stop_row: int) -> np.ndarray:
+        """[stop_row - first_row, *frame shape] of the dtype on the disk. Raises DamagedCache that names the block."""
+        size, itemsize = self._block_bytes, self._on_disk.itemsize
+        position, stop = first_row * self._row_bytes, stop_row * self._row_bytes
         content = np.empty(((stop - position) // itemsize, itemsize), dtype=np.uint8)
         first, last, decoder = position // size, -(-stop // size), Decoder()
         for block, frame in self._frames(first, last) if position < stop else ():
@@ -46,7 +48,7 @@ class PackedBlocks:
             there = slice(max(start - position, 0) // itemsize, (min(start + size, stop) - position) // itemsize)
             for byte in range(itemsize):  # a quarter of the time that numpy takes for all at once
                 content[there, byte] = shuffled[byte, wanted]
-        return content.reshape(-1)
+        return content.view(self._on_disk).reshape(stop_row - first_row, *self._frame_shape)
 
     def expect(self, stretches: Iterable[tuple[int, int]]) -> None:
         """Fetches nothing: decompression takes longer than the disk."""

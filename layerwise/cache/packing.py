@@ -92,11 +92,13 @@ def _write_frames(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sizes and checksums of the frames, int64 and uint32 [blocks]."""
     size, itemsize = layout.block_bytes, np.dtype(STORED[layout.dtype].on_disk).itemsize
+    block_rows = size // layout.row_bytes
     sizes, checksums = np.empty(layout.blocks, dtype=np.int64), np.empty(layout.blocks, dtype=np.uint32)
 
     def frames_from(first: int) -> list[bytes]:
         count = min(_AT_ONCE, layout.blocks - first)
-        content = source.read(first * size, min((first + count) * size, layout.activation_bytes))
+        read = source.read(first * block_rows, min((first + count) * block_rows, layout.rows))
+        content = read.reshape(-1).view(np.uint8)
         if len(content) < count * size:  # HDF5's chunks are always whole
             content = np.concatenate([content, np.zeros(count * size - len(content), dtype=np.uint8)])
         return encode(content.reshape(count, size), itemsize)
@@ -114,7 +116,7 @@ def _write_frames(
             for block, frame in enumerate(
                 (frame for frames in pool.map(frames_from, starts) for frame in frames), first
             ):
-                rows.write_direct_chunk((block * (size // layout.row_bytes), *within), frame)
+                rows.write_direct_chunk((block * block_rows, *within), frame)
                 sizes[block], checksums[block] = len(frame), crc32(frame)
     return sizes, checksums
 

@@ -53,11 +53,9 @@ class ActivationCache:
         except BaseException:
             self.close()
             raise
-        # Plain integers and a ready dtype: a window from memory takes as long as a few of numpy's look-ups.
+        # Plain integers: a window from memory takes as long as a few of numpy's look-ups.
         self._offsets = memoryview(self.layout.offsets)
-        self._stored = STORED[self.layout.dtype]
-        self._on_disk = np.dtype(self._stored.on_disk)
-        self._row_bytes = self.layout.row_bytes
+        self._tensor, self._quantised = STORED[self.layout.dtype].tensor, self.layout.dtype == "int8"
         self.ids: Sequence[str] = self.layout.ids
         self.lengths, self.frame_shape = self.layout.lengths, self.layout.frame_shape
         self.columns, self.views = self.layout.columns, self.layout.views
@@ -68,18 +66,17 @@ class ActivationCache:
         int8 comes back as float32. Raises DamagedCache where a block does not match its checksum.
         """
         first, last = self._rows(sample, start, stop, view)
-        content = self._blocks.read(first * self._row_bytes, last * self._row_bytes)
-        rows = np.ndarray((stop - start, *self.frame_shape), self._on_disk, content)
-        if self.layout.dtype == "int8":
+        rows = self._blocks.read(first, last)
+        if self._quantised:
             rows = dequantise(rows, self._scales(first, last), first, self.layout.scale_rows)
-        return as_tensor(rows, self._stored.tensor)
+        return as_tensor(rows, self._tensor)
 
     def expect(self, windows: Iterable[tuple[int, int, int, int]]) -> None:
         """Has the system fetch windows (sample, start, stop, view) that are read soon, where reads wait for the disk.
 
         Returns at once. Those of a compressed cache are not fetched.
         """
-        self._blocks.expect(self._stretch(*window) for window in windows)
+        self._blocks.expect(self._rows(*window) for window in windows)
 
     @property
     def labels(self) -> dict[str, np.ndarray]:
@@ -126,11 +123,6 @@ class ActivationCache:
         if not (known and 0 <= start <= stop <= self._offsets[place + 1] - self._offsets[place]):
             raise IndexError(f"frames {start} to {stop} of view {view} of sample {sample} are not in {self.path}")
         return self._offsets[place] + start, self._offsets[place] + stop
-
-    def _stretch(self, sample: int, start: int, stop: int, view: int) -> tuple[int, int]:
-        """The same frames, as bytes of the activations."""
-        first, last = self._rows(sample, start, stop, view)
-        return first * self._row_bytes, last * self._row_bytes
 
     def _open(self) -> tuple[Layout, Places]:
         seal = check_seal(self.path, self._descriptor)
