@@ -19,7 +19,8 @@ from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 from layerwise.training.cutting import plan_run
 from layerwise.training.plan import StagePlan
-from layerwise.training.planner import fitting_layout, training_peak
+from layerwise.training.planner import fitting_layout
+from layerwise.training.training_peak import training_peak
 
 BUDGETS = (1.0, 0.7, 0.45)
 """Parts of what the cheapest layout takes."""

@@ -19,13 +19,7 @@ from layerwise.run_directory import RunPaths
 from layerwise.training.cutting import plan_run
 from layerwise.training.optimizer import Optimization
 from layerwise.training.plan import StagePlan
-from layerwise.training.planner import (
-    fitting_layout,
-    peaks,
-    smallest_budget,
-    smallest_layout,
-    training_peak,
-)
+from layerwise.training.planner import fitting_layout, peaks, smallest_budget, smallest_layout
 from layerwise.training.recomputed import BLOCK_BYTES
 from layerwise.training.storage import (
     Room,
@@ -38,6 +32,7 @@ from layerwise.training.storage import (
     room_of_caches,
     rounds_under_way,
 )
+from layerwise.training.training_peak import training_peak
 
 
 def plan(

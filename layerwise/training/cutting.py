@@ -1,7 +1,7 @@
 """Where a network is cut: the cut whose largest stage takes the least memory, and the fewest stages that a budget holds.
 
 Every layer runs once on fake tensors; what a stage of several layers would take follows from what its layers keep and
-what they need for a moment. Predictions for the stages of the chosen cut are then exact (`training.planner`).
+what they need for a moment. Predictions for the stages of the chosen cut are then exact (`training.training_peak`).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,8 @@ from layerwise.nets import build_network
 from layerwise.nets.network import Network, ranges
 from layerwise.training.optimizer import Optimization
 from layerwise.training.plan import StagePlan, plan_stages
-from layerwise.training.planner import held_at_all, held_in_one_pass, training_peak
+from layerwise.training.planner import held_at_all, held_in_one_pass
+from layerwise.training.training_peak import training_peak
 
 
 @dataclass(frozen=True, slots=True)

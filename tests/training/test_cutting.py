@@ -22,7 +22,8 @@ from layerwise.run_directory import RunState
 from layerwise.stop import StopFlag
 from layerwise.training.cutting import layer_costs, plan_run, stage_cost
 from layerwise.training.plan import StagePlan, plan_stages
-from layerwise.training.planner import every_layout, fitting_layout, training_peak
+from layerwise.training.planner import every_layout, fitting_layout
+from layerwise.training.training_peak import training_peak
 
 CPU = torch.device("cpu")
 Tiny = Callable[..., Config]

@@ -18,18 +18,18 @@ from layerwise.errors import BudgetError
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
 from layerwise.run_directory import StageRecord
+from layerwise.training.caching_peak import caching_peak
 from layerwise.training.cutting import plan_run
 from layerwise.training.plan import StagePlan
 from layerwise.training.planner import (
     StageLayout,
-    caching_peak,
     every_layout,
     fitting_layout,
     lay_out,
     smallest_budget,
     smallest_layout,
-    training_peak,
 )
+from layerwise.training.training_peak import training_peak
 
 CPU = torch.device("cpu")
 Planned = Callable[..., tuple[Config, list[StagePlan]]]

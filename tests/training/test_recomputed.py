@@ -16,10 +16,10 @@ from layerwise.data.groups import group_renderings
 from layerwise.data.source import DataSet
 from layerwise.memory.meter import Meter
 from layerwise.nets.module import Module
+from layerwise.training.caching_peak import recomputing_peak
 from layerwise.training.feed import ReadFeed
 from layerwise.training.frozen import FrozenStage, Handing
 from layerwise.training.plan import StagePlan
-from layerwise.training.planner import recomputing_peak
 from layerwise.training.recomputed import RecomputedFeed
 
 CPU = torch.device("cpu")

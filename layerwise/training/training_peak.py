@@ -1,0 +1,194 @@
+"""What the training pass of a stage takes at its peak: its very step is rehearsed on fake tensors.
+
+So a prediction is not a model of the code but the code itself. Of many like slices only the first are rehearsed: the others
+need the same room.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from layerwise.cache.stored import STORED
+from layerwise.config import Config, TrainingOptions
+from layerwise.data.batches import Batch
+from layerwise.errors import BudgetError, ConfigError
+from layerwise.memory import microbatch
+from layerwise.memory.estimate import DEVICE, rehearse
+from layerwise.memory.meter import Kind, Meter
+from layerwise.memory.microbatch import Pending, Total
+from layerwise.memory.placement import Placement
+from layerwise.objectives.protocol import Draw
+from layerwise.training.loaded import LoadedStage, Randomness
+from layerwise.training.optimizer import Optimizer, State
+from layerwise.training.plan import StagePlan
+from layerwise.training.remembered import remembered
+
+REHEARSED_SLICES = 2
+"""The first makes the gradients; the second adds to them, like all that follow."""
+
+REHEARSED_PASSES = 2
+
+SPREAD = 5
+"""Standard deviations by which the rows of a draw may exceed those of the rehearsed one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """A predicted peak in bytes, and what it is made of."""
+
+    bytes: int
+    by_kind: dict[Kind, int]
+
+
+@dataclass(slots=True)
+class _Known:
+    """What rehearsals have told of the training in one placement."""
+
+    peak: Peak | None = None
+    more_than: int | None = None
+    """Bytes at which a rehearsal was broken off, where none has reached its end."""
+
+
+@remembered
+def _known(config: Config, plan: StagePlan, placement: Placement) -> _Known:
+    return _Known()
+
+
+def training_peak(config: Config, plan: StagePlan, placement: Placement) -> Peak:
+    """Predicted peak of the training pass of a stage, at full windows."""
+    known = _known(config, plan, placement)
+    if known.peak is None:
+        known.peak = _rehearsed_training(config, plan, placement)
+    return known.peak
+
+
+def training_fits(config: Config, plan: StagePlan, placement: Placement, room: int) -> bool:
+    """Whether that peak is at most `room` bytes; where it is not, the rehearsal ends with the first byte beyond."""
+    known = _known(config, plan, placement)
+    if known.peak is None and (known.more_than is None or known.more_than < room):
+        try:
+            known.peak = _rehearsed_training(config, plan, placement, room)
+        except BudgetError:
+            known.more_than = room
+    return known.peak is not None and known.peak.bytes <= room
+
+
+def _rehearsed_training(config: Config, plan: StagePlan, placement: Placement, limit: int | None = None) -> Peak:
+    """Raises BudgetError where the peak passes the limit."""
+    size, window = config.training.batch_size, plan.window.frames
+
+    def step(meter: Meter) -> None:
+        rehearsal = _Rehearsal(plan, config, DEVICE, placement, meter)
+        # As in training, loss and accuracy of a step live until those of the next one take their place.
+        before = torch.zeros((), device=DEVICE), torch.zeros((), device=DEVICE)
+        stored = torch.float32 if plan.stage == 1 else STORED[config.cache.dtype].tensor
+        frames = torch.zeros(size, window, *plan.frame_shape, dtype=stored, device="meta")
+        lengths = np.full(size, window)
+        # Padding is masked, and masks take room, in whichever slice it comes.
+        lengths[:: placement.micro_batch] = min(window, plan.lengths.min())
+        classes = np.zeros(size, dtype=np.int64)
+        rehearsal.train(Batch(frames, lengths, classes), Randomness(lambda: np.random.default_rng(0)))
+        del before
+
+    meter = rehearse(step, limit)
+    return Peak(meter.peak, meter.peak_by_kind)
+
+
+class _Rehearsal(LoadedStage):
+    """Goes through the first slices of a batch and its first passes, and does not go on in smaller slices."""
+
+    def _draws(self, batch: Batch, randomness: Randomness) -> Sequence[Draw]:
+        full = replace(batch, lengths=np.full(len(batch.lengths), batch.frames.shape[1]))
+        draws = super()._draws(full, randomness)
+        samples, frames = len(batch.lengths), int(self.module.out_length(batch.frames.shape[1]))
+        most = max(_most_hit(len(draw.rows), samples * frames) for draw in draws)
+        in_slice = max(_most_in_a_slice(draw.rows, samples, frames, self.placement.micro_batch) for draw in draws)
+        rows = _spread_out(most, min(in_slice, most), samples, frames, self.placement.micro_batch)
+        return [replace(cast(Any, draw), rows=rows) for draw in draws[:REHEARSED_PASSES]]
+
+    def _repeat_in_smaller_slices(
+        self,
+        work: Callable[[microbatch.Batch, Sequence[Draw]], Total],
+        draws: Sequence[Draw],
+        batch: Batch,
+        randomness: Randomness,
+    ) -> Total:
+        return work(self._encoded(batch, randomness.seed), draws)
+
+    def _run_back(self, pending: Pending, encoded: microbatch.Batch) -> None:
+        microbatch.run_back(pending, encoded, self.placement.micro_batch)
+
+    def _optimizer(self, trained: nn.Module, options: TrainingOptions) -> Optimizer:
+        if self.placement.optimizer_on_host:
+            return _Elsewhere(trained)
+        optimizer = super()._optimizer(trained, options)
+        if self.plan.optimization:  # which makes its state at the first step: here as much is there as in all others
+            for parameter in filter(lambda parameter: parameter.requires_grad, trained.parameters()):
+                parameter.grad = torch.zeros_like(parameter)
+            try:
+                optimizer.step()
+            except DataDependentOutputException:
+                raise ConfigError(
+                    "The optimizer looks at values while it steps, so its memory cannot be rehearsed; set memory.optimizer to "
+                    "host."
+                ) from None
+        return optimizer
+
+    def _samples(self, batch: Batch) -> int:
+        return min(len(batch.lengths), REHEARSED_SLICES * self.placement.micro_batch)
+
+
+class _Elsewhere:
+    """What an optimizer on the host leaves to see on the device: the gradients go."""
+
+    def __init__(self, trained: nn.Module) -> None:
+        self._trained = trained
+
+    def step(self) -> None:
+        self._trained.zero_grad()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """The learning rate is the host's."""
+
+    def on_device(self) -> list[torch.Tensor]:
+        return []
+
+    def state(self) -> dict[str, State]:
+        return {}
+
+    def load(self, state: Mapping[str, State]) -> None:
+        """There is nothing to take over."""
+
+
+def _most_hit(rows: int, frames: int) -> int:
+    """More rows than a draw of about `rows` out of `frames` ever has.
+
+    Where n out of N frames are hit by independent draws, a = -ln(1 - n / N) draws fall on each, and n has the variance
+    N e^-a (1 - (1 + a) e^-a).
+    """
+    missed = max(1 - rows / frames, 1e-9)
+    spread = math.sqrt(max(frames * missed * (1 - (1 - math.log(missed)) * missed), 0))
+    return min(frames, math.ceil(rows + SPREAD * spread))
+
+
+def _most_in_a_slice(rows: np.ndarray, samples: int, frames: int, micro_batch: int) -> int:
+    """More rows than ever fall into one slice, where those of a draw fall as these do."""
+    starts = np.arange(0, samples + micro_batch, micro_batch) * frames
+    most, size = int(np.diff(np.searchsorted(rows, starts)).max()), micro_batch * frames
+    return min(size, math.ceil(most + SPREAD * math.sqrt(most * max(1 - most / size, 0))))
+
+
+def _spread_out(most: int, in_slice: int, samples: int, frames: int, micro_batch: int) -> np.ndarray:
+    """`most` rows, `in_slice` of them in each of the slices that are rehearsed."""
+    size = micro_batch * frames
+    slices = [start + np.arange(in_slice) * size // in_slice for start in range(0, REHEARSED_SLICES * size, size)]
+    first = np.concatenate(slices)[:most]
+    behind = min(REHEARSED_SLICES * size, samples * frames)
+    others = behind + np.arange(most - len(first)) * (samples * frames - behind) // max(most - len(first), 1)
+    return np.concatenate([first[first < samples * frames], others])
