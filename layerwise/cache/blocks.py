@@ -2,10 +2,9 @@
 
 A stretch that is read for the first time is widened to whole blocks. A checksum goes on from that of the block before, so
 the stretch takes one computation, from the checksum before it to that of its last block. One bit per block remembers what
-was compared, and the checksums stay in the file, so memory stays small, whatever the size of the cache.
+was compared, and the checksums stay in the file, so a cache of 1 TB takes 31 MB of memory.
 """
 
-import os
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,15 +14,15 @@ import numpy as np
 from layerwise.cache.crc import crc32
 from layerwise.cache.format import Places
 from layerwise.cache.layout import Layout
-from layerwise.cache.positional import read_few, read_from_memory, read_into
+from layerwise.cache.positional import fetch, in_memory, read_few, read_into
 from layerwise.cache.stored import STORED
 from layerwise.errors import DamagedCache
 
 _CHUNK = 2**20
 """Bytes that are read at once to check all blocks."""
+_CALM = 8
+"""Batches in a row whose first window lay in memory, after which the next is not fetched: there that costs a tenth."""
 _ALL_EIGHT = 0b11111111
-_CALM = 256
-"""Reads without a wait for the disk, after which nothing is fetched ahead."""
 
 
 class Blocks:
@@ -33,10 +32,10 @@ class Blocks:
         self._path, self._descriptor, self._places = path, descriptor, places
         self._block_bytes, self._size, self._count = layout.block_bytes, layout.activation_bytes, layout.blocks
         self._chain = layout.chain_blocks
+        self._batches_in_memory = 0
         self._row_bytes, self._frame_shape = layout.row_bytes, layout.frame_shape
         self._on_disk = np.dtype(STORED[layout.dtype].on_disk)
         self._compared = bytearray(-(-layout.blocks // 8))
-        self._reads_since_wait = 0
 
     def read(self, first_row: int, stop_row: int) -> np.ndarray:
         """[stop_row - first_row, *frame shape] of the dtype on the disk. Raises DamagedCache that names the block."""
@@ -50,13 +49,15 @@ class Blocks:
         return np.ndarray(shape, self._on_disk, content, position - start)
 
     def expect(self, stretches: Iterable[tuple[int, int]]) -> None:
-        """Has the system fetch rows, from to, that are read soon; not while reads find all in memory, which it slows."""
-        if self._reads_since_wait >= _CALM:
-            return
-        for first, stop in stretches:
-            if first < stop:  # of no bytes at all it would fetch the whole file
-                place, size = self._places.activations + first * self._row_bytes, (stop - first) * self._row_bytes
-                os.posix_fadvise(self._descriptor, place, size, os.POSIX_FADV_WILLNEED)
+        """Has the system fetch the rows, from to, of a batch that is read soon; not while all batches lie in memory."""
+        for number, (first, stop) in enumerate(stretches):
+            place, size = self._places.activations + first * self._row_bytes, (stop - first) * self._row_bytes
+            if number == 0:
+                self._batches_in_memory = self._batches_in_memory + 1 if in_memory(self._descriptor, place) else 0
+                if self._batches_in_memory > _CALM:
+                    return
+            if size:  # of no bytes at all it would fetch the whole file
+                fetch(self._descriptor, place, size)
 
     def check_all(self, poll: Callable[[], None]) -> None:
         """Compares every block, whether or not it was before; calls `poll` now and then, which may raise."""
@@ -113,11 +114,5 @@ class Blocks:
 
     def _read(self, position: int, into: np.ndarray) -> np.ndarray:
         """Fills the array with the bytes from there on, counted from the first activation, and gives it back."""
-        place = self._places.activations + position
-        found = read_from_memory(self._descriptor, place, into)
-        if found == into.nbytes:
-            self._reads_since_wait += 1
-        else:
-            self._reads_since_wait = 0
-            read_into(self._path, self._descriptor, place + found, memoryview(into).cast("B")[found:])
+        read_into(self._path, self._descriptor, self._places.activations + position, into)
         return into

@@ -1,5 +1,6 @@
 """The activation cache: what is written comes back, and anyone's h5py reads it."""
 
+import errno
 import os
 import re
 import zlib
@@ -86,29 +87,67 @@ def test_frames_that_are_expected_are_fetched_and_no_others(
     assert fetched == ([] if first is None else [(first, 190 * 6, os.POSIX_FADV_WILLNEED)])
 
 
-def test_nothing_is_fetched_ahead_while_reads_find_all_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("in_memory", "windows"), [("nothing", 300), ("what was fetched", 300), ("all", 80)])
+def test_batches_are_fetched_ahead_for_as_long_as_they_are_not_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: str, windows: int
 ) -> None:
     a_layout = layout([300])
     write(tmp_path / "c.h5", a_layout, rows_of(a_layout))
-    in_memory, preadv, fetched = True, os.preadv, []
+    fetched: list[int] = []
+    preadv = os.preadv
 
     def preadv_of_this_memory(descriptor: int, buffers: list[object], position: int, flags: int = 0) -> int:
-        if flags == os.RWF_NOWAIT and not in_memory:
+        known = {"nothing": False, "what was fetched": position in fetched, "all": True}[in_memory]
+        if flags == os.RWF_NOWAIT and not known:
             raise BlockingIOError
         return preadv(descriptor, buffers, position)
 
     monkeypatch.setattr(os, "preadv", preadv_of_this_memory)
-    monkeypatch.setattr(os, "posix_fadvise", lambda *place: fetched.append(place))
+    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, position, *_: fetched.append(position))
     with ActivationCache(tmp_path / "c.h5") as cache:
-        for _ in range(300):
-            cache.read(0, 10, 20)
+        for first in range(0, 300, 10):
+            cache.expect((0, start, start + 1, 0) for start in range(first, first + 10))
+            for start in range(first, first + 10):
+                cache.read(0, start, start + 1)
+        assert len(fetched) == windows
+        in_memory = "nothing"  # the system needed the room
         cache.expect([(0, 10, 20, 0)])
-        assert not fetched
-        in_memory = False
-        assert torch.equal(cache.read(0, 10, 20), rows_of(a_layout)[10:20])
-        cache.expect([(0, 10, 20, 0)])
-        assert len(fetched) == 1
+    assert len(fetched) == windows + 1
+
+
+def test_a_system_that_cannot_fetch_ahead_or_tell_what_is_in_memory_reads_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    a_layout = layout([300])
+    write(tmp_path / "c.h5", a_layout, rows_of(a_layout))
+    monkeypatch.delattr(os, "RWF_NOWAIT", raising=False)
+    monkeypatch.setattr(os, "posix_fadvise", refused)
+    with ActivationCache(tmp_path / "c.h5") as cache:
+        cache.expect([(0, 10, 200, 0)])
+        assert torch.equal(cache.read(0, 10, 200), rows_of(a_layout)[10:200])
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_file_system_that_gives_a_few_bytes_at_a_time_is_asked_until_all_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
+) -> None:
+    a_layout = layout([40, 3], chain_blocks=2)
+    write(tmp_path / "c.h5", a_layout, rows_of(a_layout), compression=compression)
+    pread, preadv = os.pread, os.preadv
+    monkeypatch.setattr(os, "pread", lambda descriptor, size, position: pread(descriptor, min(size, 7), position))
+    monkeypatch.setattr(
+        os,
+        "preadv",
+        lambda descriptor, buffers, position, *flags: preadv(
+            descriptor, [memoryview(buffers[0]).cast("B")[:7]], position, *flags
+        ),
+    )
+    assert torch.equal(read_all(tmp_path / "c.h5"), rows_of(a_layout))
+    with ActivationCache(tmp_path / "c.h5") as cache:
+        cache.verify()
 
 
 def test_everything_beside_the_activations_comes_back(tmp_path: Path) -> None:
@@ -166,16 +205,18 @@ def test_the_checksums_are_those_of_the_readme(tmp_path: Path) -> None:
     assert [zlib.crc32(chain) for chain in chains] == expected.tolist()
 
 
+@pytest.mark.parametrize("chain_blocks", [1, 2, 3, 256])
+@pytest.mark.parametrize("length", [5, 80])
 def test_the_example_of_the_readme_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], length: int, chain_blocks: int
 ) -> None:
     (tmp_path / "cache" / "demo").mkdir(parents=True)
-    a_layout = layout([5, 2, 3])
+    a_layout = layout([length, 2, 3], chain_blocks=chain_blocks)
     write(tmp_path / "cache" / "demo" / "stage-6.h5", a_layout, rows_of(a_layout))
     monkeypatch.chdir(tmp_path)
     readme = Path(__file__).parents[2] / "cache" / "README.md"
     exec(re.search(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)[1], {})
-    assert capsys.readouterr().out == "2 größe-0 (5, 3)\n"
+    assert capsys.readouterr().out == f"2 größe-0 ({length}, 3)\n"
 
 
 def test_large_activations_are_aligned_to_pages(tmp_path: Path) -> None:
