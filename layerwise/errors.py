@@ -25,23 +25,27 @@ class CacheError(LayerwiseError):
     """An activation cache is damaged, incomplete, of another version or of another run."""
 
 
+_MADE_AGAIN = "a run that has its cache there makes it again when it is started"
+
+
 class UnusableCache(CacheError):
     """What lies at the path is no cache that can be read; in a run, the stage below can make it again."""
 
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
+    def __init__(self, path: Path, finding: str, remedy: str = _MADE_AGAIN) -> None:
+        """finding, remedy: the two halves of the sentence."""
+        super().__init__(path, finding, remedy)
+        self.path, self.finding, self.remedy = path, finding, remedy
 
     def __str__(self) -> str:
-        return self.reason
+        return f"{self.finding}; {self.remedy}."
 
 
 class DamagedCache(UnusableCache):
     """A cache that was sealed no longer holds what was written."""
 
-    def __str__(self) -> str:
-        return f"{self.path} is damaged: {self.reason}; delete it and start the run again to rebuild it."
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, f"{path} is damaged: {reason}", "delete it and start the run again to rebuild it")
+        self.args = (path, reason)  # which it is made of anew in another process
 
 
 class RunError(LayerwiseError):

@@ -207,7 +207,10 @@ class RunState:
         try:
             tree: dict[str, Any] = json.loads(path.read_text())
             if tree["version"] != VERSION:
-                raise RunError(f"{path} is of version {tree['version']}; this layerwise reads version {VERSION}.")
+                raise RunError(
+                    f"{path} is of version {tree['version']}; this layerwise reads version {VERSION}; go on "
+                    "with the layerwise that began it, or start anew in another folder."
+                )
             known = {entry.name for entry in fields(StageRecord)}
             cut = tree["cut"]
             if not all(isinstance(size, int) and size > 0 for size in cut) or len(cut) != len(tree["stages"]):

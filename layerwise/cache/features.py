@@ -45,7 +45,8 @@ class FeatureFile:
         self._ids: list[str] = []
         self._offsets = [0]
         array = _NpyArray if path.suffix == ".npy" else _HDF5Array
-        self._array: _NpyArray | _HDF5Array = array(self._temporary, frame_shape, np.dtype(dtype), stage)
+        with self._sentences():
+            self._array: _NpyArray | _HDF5Array = array(self._temporary, frame_shape, np.dtype(dtype), stage)
 
     def append(self, rows: np.ndarray) -> None:
         """The next rows [n, *frame shape] of the sample in hand. Raises CacheError where the disk does not take them."""

@@ -99,9 +99,7 @@ def read_layout(path: Path, descriptor: int) -> tuple[Layout, Places]:
             layout = _read(path, file)
             places = _places(file, layout)
     except UNREADABLE as error:
-        raise UnusableCache(
-            path, f"{path} is not a readable cache ({error}); delete it and start the run again to rebuild it."
-        ) from None
+        raise UnusableCache(path, f"{path} is not a readable cache ({error})") from None
     return layout, places
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from layerwise.cache.layout import Layout
 from layerwise.cache.reader import ActivationCache
-from layerwise.errors import CacheError
+from layerwise.errors import CacheError, DamagedCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +19,17 @@ class Entry:
     layout: Layout | None
     """None where it is not sealed, or damaged."""
     state: str
-    """sealed, being written, being packed, or what is wrong with it."""
+    """sealed, not written to its end, not packed to its end, not copied to its end, damaged, or unusable."""
+    finding: str | None = None
+    """What is wrong with it, and what to do, where it is damaged or unusable."""
 
 
-UNSEALED = {".part": "being written", ".packing": "being packed", ".copying": "being copied"}
-"""Ending of a cache that is not sealed, to its state."""
+UNSEALED = {
+    ".part": "not written to its end",
+    ".packing": "not packed to its end",
+    ".copying": "not copied to its end",
+}
+"""Ending of a cache that is not sealed, to its state; whether a run is at it or was killed, the file cannot tell."""
 
 
 def find_caches(place: Path) -> list[Path]:
@@ -46,7 +52,7 @@ def entries(paths: list[Path]) -> Iterator[Entry]:
         try:
             size = path.stat().st_blocks * 512
         except OSError as error:  # a link to nowhere, or a file that is gone by now
-            yield Entry(path, 0, None, f"{path} cannot be read: {error.strerror}.")
+            yield Entry(path, 0, None, "unusable", f"{path} cannot be read: {error.strerror}.")
             continue
         if path.suffix in UNSEALED:
             yield Entry(path, size, None, UNSEALED[path.suffix])
@@ -55,4 +61,4 @@ def entries(paths: list[Path]) -> Iterator[Entry]:
             with ActivationCache(path) as cache:
                 yield Entry(path, size, cache.layout, "sealed")
         except CacheError as error:
-            yield Entry(path, size, None, str(error))
+            yield Entry(path, size, None, "damaged" if isinstance(error, DamagedCache) else "unusable", str(error))

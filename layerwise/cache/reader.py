@@ -37,14 +37,12 @@ class ActivationCache:
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for a writer
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
-                raise UnusableCache(path, f"{path} is no file; move it away and start the run again.")
+                raise UnusableCache(path, f"{path} is no file", "move it away and start the run again")
             self.layout, self._places = self._open()
             kind = Blocks if self.layout.compression == "none" else PackedBlocks
             self._blocks = kind(path, self._descriptor, self.layout, self._places)
         except FileNotFoundError:
-            raise UnusableCache(
-                path, f"The cache {path} is missing; start the run again to rebuild it from the stage below."
-            ) from None
+            raise UnusableCache(path, f"The cache {path} is missing") from None
         except OSError as error:
             self.close()
             if error.errno == errno.EIO:

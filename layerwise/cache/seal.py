@@ -82,7 +82,8 @@ def check_seal(path: Path, descriptor: int) -> Seal:
 def of_another_version(path: Path, version: str) -> UnusableCache:
     """The error for a cache that this layerwise does not know."""
     return UnusableCache(
-        path, f"{path} holds {NAME} version {version}; this layerwise reads '{NAME}' version {VERSION}."
+        path,
+        f"{path} is a cache of format {version}, and this layerwise reads format {VERSION}",
     )
 
 
@@ -105,7 +106,7 @@ def _unsealed(path: Path, descriptor: int, head: bytes) -> UnusableCache:
         return DamagedCache(path, "it was never completed")
     if has_user_block or MAGIC.encode().startswith(head[: len(NAME)]):
         return DamagedCache(path, f"its first {USER_BLOCK} bytes do not match their checksum")
-    return UnusableCache(path, f"{path} is not a readable HDF5 file; delete it and start the run again to rebuild it.")
+    return UnusableCache(path, f"{path} is no cache, nor any HDF5 file that can be read")
 
 
 def _without_user_block(path: Path, descriptor: int) -> UnusableCache:
@@ -116,4 +117,4 @@ def _without_user_block(path: Path, descriptor: int) -> UnusableCache:
                 return of_another_version(path, str(file.attrs["format_version"]))
     except UNREADABLE:
         pass
-    return UnusableCache(path, f"{path} holds no layerwise cache; move it away and start the run again.")
+    return UnusableCache(path, f"{path} holds no layerwise cache")

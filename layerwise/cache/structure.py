@@ -82,7 +82,7 @@ def is_plain_attribute(file: h5py.File, name: str, dtype: str) -> bool:
 def unusual(path: Path, what: str) -> UnusableCache:
     """The error for a part of a file that is not as layerwise writes it."""
     return UnusableCache(
-        path, f"{path} is not a whole cache: {what} is missing or stored in a way that layerwise never writes."
+        path, f"{path} is not a whole cache: {what} is missing or stored in a way that layerwise never writes"
     )
 
 

@@ -30,6 +30,7 @@ def list_caches(place: Path, as_json: bool) -> None:
                 "path": str(entry.path),
                 "bytes": entry.bytes,
                 "state": entry.state,
+                "finding": entry.finding,
                 "stage": entry.layout.stage if entry.layout else None,
                 "dtype": entry.layout.dtype if entry.layout else None,
                 "compression": entry.layout.compression if entry.layout else None,
@@ -49,10 +50,16 @@ def list_caches(place: Path, as_json: bool) -> None:
             frame = " x ".join(map(str, layout.frame_shape))
             dtype = layout.dtype if layout.compression == "none" else f"{layout.dtype}, {layout.compression}"
             about = (str(layout.stage), f"{len(layout.ids):,}", f"{layout.rows:,}", frame, dtype)
-        shown.add_row(f"{entry.path.parent.name}/{entry.path.name}", *about, size(entry.bytes), entry.state)
+        shown.add_row("/".join(entry.path.parts[-2:]), *about, size(entry.bytes), entry.state)
     console = console_for_results()
-    console.print(shown)
-    console.print(f"{size(sum(entry.bytes for entry in found))} in all", highlight=False)
+    if found:
+        console.print(shown)
+    for entry in found:
+        if entry.finding:
+            console.print(entry.finding, highlight=False)
+    console.print(
+        f"{size(sum(entry.bytes for entry in found))} in all" if found else f"{place} holds no caches.", highlight=False
+    )
 
 
 @cache.command(short_help="Read everything and compare it with its checksums.")
@@ -66,9 +73,9 @@ def verify(place: Path) -> None:
     from layerwise.cache.inventory import UNSEALED
 
     damaged = others = 0
-    for path in _files(place):
+    for path in _some_files(place):
         if path.suffix in UNSEALED:
-            click.echo(f"{path}: {UNSEALED[path.suffix]}")
+            click.echo(f"{path}: {UNSEALED[path.suffix]}; its run goes on with it")
             continue
         try:
             with ActivationCache(path) as opened:
@@ -93,7 +100,9 @@ def rm(directory: Path, stages: tuple[int, ...], everything: bool) -> None:
     from layerwise.training.removal import remove_caches
 
     if bool(stages) == everything:
-        raise ConfigError("Say which caches: --stage S, or --all.")
+        raise ConfigError("Say which caches: either --stage S or --all.")
+    if not (directory / "run.json").exists():
+        raise ConfigError(f"{directory} is not a run directory; name the one of the run whose caches are to go.")
     click.echo(f"{size(remove_caches(directory, None if everything else stages))} freed")
 
 
@@ -103,22 +112,31 @@ def rm(directory: Path, stages: tuple[int, ...], everything: bool) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="NAME.npy or NAME.h5")
 @click.option("--mean", is_flag=True, help="One row per sample, the mean of its frames.")
 def export(place: Path, stage: int | None, output: Path, mean: bool) -> None:
-    """Write the features of a stage, in view 0, for other programs: frame after frame, sample after sample."""
+    """Write the features of a stage, in view 0, for other programs: frame after frame, sample after sample.
+
+    float16 stays float16; all else, and means, become float32. NAME.npy has NAME.index.npz beside it: ids, offsets and
+    labels; in NAME.h5 they lie beside the data set `features`. Sample i has rows offsets[i] to offsets[i + 1].
+    """
     from layerwise.cache import ActivationCache
     from layerwise.cache.export import export as export_cache
+    from layerwise.cache.inventory import UNSEALED
 
-    files = [path for path in _files(place) if path.suffix == ".h5"]
+    files = [path for path in _some_files(place) if path.suffix not in UNSEALED]
     if stage is not None:
         files = [path for path in files if path.name == f"stage-{stage}.h5"]
     if not files:
         raise CacheError(
-            f"{place} has no cache{'' if stage is None else f' of stage {stage}'}; see: layerwise cache ls."
+            f"{place} has no sealed cache{'' if stage is None else f' of stage {stage}'}; start its run again with --keep all, "
+            "or take the features from the trained stages: layerwise extract."
         )
     if len({path.parent for path in files}) > 1:
         raise CacheError(f"{place} holds the caches of several runs; name one of them.")
     with ActivationCache(files[-1]) as opened:
         export_cache(opened, output, mean)
-    click.echo(f"{output}: stage {opened.layout.stage}, {len(opened.ids)} samples, {size(output.stat().st_size)}")
+    beside = f"; ids and labels: {output.with_suffix('.index.npz')}" if output.suffix == ".npy" else ""
+    click.echo(
+        f"{output}: stage {opened.layout.stage}, {len(opened.ids)} samples, {size(output.stat().st_size)}{beside}"
+    )
 
 
 def _files(place: Path) -> list[Path]:
@@ -128,3 +146,11 @@ def _files(place: Path) -> list[Path]:
     is_run = (place / "run.json").exists()
     folder = open_run(place)[0].caches if is_run else place
     return [] if is_run and not folder.exists() else find_caches(folder)
+
+
+def _some_files(place: Path) -> list[Path]:
+    """The same; raises CacheError where there is none."""
+    files = _files(place)
+    if not files:
+        raise CacheError(f"{place} holds no caches; name a run directory, a folder of caches or a cache file.")
+    return files

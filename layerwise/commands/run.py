@@ -123,7 +123,7 @@ def _print_summary(console: Console, result: "RunResult") -> None:
     for line in (
         f"\ndone: {totals(result.state)}",
         *([warning] if warning else []),
-        *where_things_lie(result.paths),
+        *where_things_lie(result.paths, result.state),
         "next:",
         *(f"  {command}" for command in what_next(result.paths, list(result.labels))),
     ):

@@ -60,7 +60,8 @@ def stages_at_chance(state: RunState, objective: ObjectiveOptions) -> str | None
     stages = [str(r.stage) for r in state.stages if r.best_loss is not None and r.best_loss > 0.995 * chance]
     if not stages:
         return None
-    return f"Stage {', '.join(stages)} did not get clearly below chance, a loss of {chance:.3f}: train longer, or raise --lr."
+    which = f"Stage {stages[0]}" if len(stages) == 1 else f"Stages {', '.join(stages)}"
+    return f"{which} did not get clearly below chance, a loss of {chance:.3f}: train longer, or raise --lr."
 
 
 def few_test_samples(result: "ProbeResult") -> str | None:
@@ -71,19 +72,20 @@ def few_test_samples(result: "ProbeResult") -> str | None:
 
 def totals(state: RunState) -> str:
     """The largest peak against the budget, the room of the caches, the time."""
-    peak = max((record.peak_bytes or 0 for record in state.stages), default=0)
+    peak = max((record.peak_bytes or record.train_peak_bytes or 0 for record in state.stages), default=0)
     of_budget = f" of {size(state.budget_bytes)}" if state.budget_bytes else ""
     caches = sum(record.cache_bytes or 0 for record in state.stages)
     seconds = sum(record.seconds for record in state.stages)
     return f"device peak {size(peak)}{of_budget} on {state.device}, caches {size(caches)}, {duration(seconds)}"
 
 
-def where_things_lie(paths: RunPaths) -> list[str]:
+def where_things_lie(paths: RunPaths, state: RunState) -> list[str]:
     """Lines of name and path."""
+    caches = [f"caches    {_as_typed(paths.caches)}/stage-S.h5"] if any(r.cache for r in state.stages) else []
     return [
         f"encoder   {paths.encoder}",
         f"weights   {paths.out / 'stages'}/S/weights.safetensors, metrics.jsonl beside them",
-        f"caches    {_as_typed(paths.caches)}/stage-S.h5",
+        *caches,
         f"options   {paths.config}",
         f"log       {paths.log}",
     ]

@@ -48,10 +48,10 @@ def delete_leftovers(run: Run) -> None:
 
 def mend(error: UnusableCache, run: Run) -> None:
     """Deletes a cache that cannot be used, and has it made again. Raises RunError where it cannot be deleted."""
-    run.notify(Message(f"{error} It is made again from below."))
+    run.notify(Message(f"{error.finding}; it is made again from below."))
     try:
         error.path.unlink(missing_ok=True)
     except OSError as failed:
-        raise RunError(f"{error} Here it cannot be deleted: {failed.strerror}.") from None
+        raise RunError(f"{error.finding}, and cannot be deleted: {failed.strerror}.") from None
     find_what_is_missing(run.state, run.paths, run.keep)
     run.save()

@@ -81,7 +81,6 @@ def input_of(stage: int, storage: Storage) -> str:
 class Room:
     """Bytes that the cache of a stage takes; how much compression saves is not known before."""
 
-    activations: int
     file: int
     """Most that it takes once it is sealed."""
     written: int
@@ -96,7 +95,7 @@ def room_of_caches(plans: Sequence[StagePlan], data: DataSet, options: CacheOpti
         raw = file_bytes(layout)
         compressed = options.compression != "none" and packed(layout) != layout
         more = packed_bytes(packed(layout)) if compressed else 0
-        rooms.append(Room(layout.activation_bytes, max(raw, more), raw + more))
+        rooms.append(Room(max(raw, more), raw + more))
     return rooms
 
 
@@ -145,12 +144,13 @@ def plan_storage(
         fits = beside + needed <= room
         last = plan.stage == len(plans)
         if options.policy == "always" and not fits:
-            no_room = _no_room(plan, needed, beside, room, options, under_way)
-            raise BudgetError(f"{no_room}or let what does not fit be recomputed: --cache auto.")
+            no_room, more = _no_room(plan, needed, beside, room, options, under_way), _more_room(options, beside)
+            raise BudgetError(f"{no_room}. {more}, or let what does not fit be recomputed: --cache auto.")
         before = dict(enumerate(intended, start=1)).get(plan.stage)
         wanted = options.policy != "never" and fits and before is not False
         if not wanted and not last:
-            _check_recomputable(plan, options, _no_room(plan, needed, beside, room, options, under_way))
+            no_room, more = _no_room(plan, needed, beside, room, options, under_way), _more_room(options, beside)
+            _check_recomputable(plan, options, no_room, more)
         if before and not wanted:
             notes.append(f"an earlier start was to cache the outputs of stage {plan.stage}; they find no room any more")
         cached.append(wanted)
@@ -183,19 +183,19 @@ def _check_decided(options: CacheOptions, rooms: Sequence[Room], decided: Storag
         )
 
 
-def _check_recomputable(plan: StagePlan, options: CacheOptions, no_room: str) -> None:
+def _check_recomputable(plan: StagePlan, options: CacheOptions, no_room: str, more_room: str) -> None:
     """Raises ConfigError or BudgetError where what is not cached cannot be recomputed to the same values."""
     if plan.build_module(0, torch.device("meta")).recurrent:
         why = f"stage {plan.stage} has a recurrent layer, so its outputs cannot be recomputed window by window"
-        instead = "give --cache auto, or a cut in which it is in the last stage."
+        instead = "a cut in which it is in the last stage"
     elif options.dtype == "int8":
         why = "with cache.dtype int8 outputs are rounded a thousand rows at a time, and cannot be recomputed window by window"
-        instead = "give --cache auto, or --cache-dtype float16."
+        instead = "--cache-dtype float16"
     else:
         return
     if options.policy == "never":
-        raise ConfigError(f"--cache never: {why}; {instead}")
-    raise BudgetError(f"{no_room}{why}.")
+        raise ConfigError(f"--cache never: {why}; give --cache auto, or {instead}.")
+    raise BudgetError(f"{no_room}; {why}. {more_room}, or {instead}.")
 
 
 def disk_peak(options: CacheOptions, rooms: Sequence[Room], storage: Storage) -> int:
@@ -228,10 +228,17 @@ def _no_room(plan: StagePlan, needed: int, beside: int, room: int, options: Cach
         what += f", shared by the {under_way} rounds that may be under way at once,"
     others = f" beside the {size(beside)} that must stay" if beside else ""
     packing = " while it is packed" if options.compression != "none" else ""
-    return (
-        f"{what} does not hold the cache of stage {plan.stage}, {size(needed)}{packing}{others}. Give more room, a shorter "
-        f"cache.dtype, or --keep needed; "
-    )
+    return f"{what} does not hold the cache of stage {plan.stage}, {size(needed)}{packing}{others}"
+
+
+def _more_room(options: CacheOptions, beside: int) -> str:
+    """What a user can do for a cache to fit."""
+    ways = ["Give more room"]
+    if options.dtype == "float32":
+        ways.append("--cache-dtype float16")
+    if options.keep == "all" and beside:
+        ways.append("--keep needed")
+    return ", ".join(ways)
 
 
 def _cost(config: Config, plans: Sequence[StagePlan], stage: int, storage: Storage, why: str) -> str:

@@ -67,8 +67,29 @@ def test_what_cannot_be_looked_at_is_listed_with_the_reason(tmp_path: Path, call
     (tmp_path / "stage-1.h5").symlink_to(tmp_path / "gone")
     code, out, _ = call("ls", tmp_path, "--json")
     assert code == 0
-    assert "stage-1.h5 cannot be read: No such file" in json.loads(out)[0]["state"]
+    (row,) = json.loads(out)
+    assert row["state"] == "unusable"
+    assert "stage-1.h5 cannot be read: No such file" in row["finding"]
+    assert "stage-1.h5 cannot be read: No such file" in " ".join(call("ls", tmp_path)[1].split())
     assert free_for_caches(tmp_path) > 0
+
+
+def test_a_place_without_caches_is_not_taken_for_a_whole_one(tmp_path: Path, finished: RunResult, call: Call) -> None:
+    assert call("ls", tmp_path)[:2] == (0, f"{tmp_path} holds no caches.\n")
+    for command in (["verify", tmp_path], ["export", tmp_path, "-o", tmp_path / "x.npy"]):
+        code, _, err = call(*command)
+        assert code == 2
+        assert "holds no caches; name a run directory" in err
+    code, _, err = call("rm", finished.paths.caches, "--all")
+    assert code == 2
+    assert "is not a run directory; name the one of the run" in err
+
+
+def test_a_cache_that_is_not_finished_is_not_exported(tmp_path: Path, finished: RunResult, call: Call) -> None:
+    unfinished = finished.paths.cache(4).rename(finished.paths.caches / "stage-4.h5.part")
+    code, _, err = call("export", unfinished, "-o", tmp_path / "x.npy")
+    assert code == 2
+    assert "has no sealed cache; start its run again" in err
 
 
 def test_only_damage_is_called_damage(tmp_path: Path, call: Call) -> None:
@@ -123,8 +144,8 @@ def test_compressed_caches_are_listed_verified_and_exported(
     with ActivationCache(path) as cache:
         assert np.array_equal(np.load(tmp_path / "frames.npy")[: cache.lengths[0]], cache.read(0, 0, cache.lengths[0]))
     path.with_name("stage-2.h5.packing").write_bytes(bytes(5000))  # what a kill leaves
-    assert "being packed" in call("ls", out)[1]
-    assert "stage-2.h5.packing: being packed" in call("verify", out)[1]
+    assert json.loads(call("ls", out, "--json")[1])[-1]["state"] == "not packed to its end"
+    assert "stage-2.h5.packing: not packed to its end; its run goes on with it" in call("verify", out)[1]
     assert call("rm", out, "--stage", 2)[0] == 0
     assert sorted(path.parent.glob("stage-2*")) == []
 
