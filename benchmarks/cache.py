@@ -108,9 +108,9 @@ def measure_writes(path: Path, plain: Path, layout: Layout, plain_samples: int, 
         path.unlink(missing_ok=True)
         os.sync()
         seconds[name].append(timed(ways[name]))
+    raw.unlink(missing_ok=True)  # else both would lie on the disk at once
     if not path.exists():  # another way came last
         write_cache(path, rows, layout)
-    raw.unlink(missing_ok=True)
     os.sync()
     report("write", layout.activation_bytes, seconds)
     size = plain_samples * SAMPLE * ROW_BYTES
