@@ -56,8 +56,7 @@ class Blocks:
                 self._batches_in_memory = self._batches_in_memory + 1 if in_memory(self._descriptor, place) else 0
                 if self._batches_in_memory > _CALM:
                     return
-            if size:  # of no bytes at all it would fetch the whole file
-                fetch(self._descriptor, place, size)
+            fetch(self._descriptor, place, size)
 
     def check_all(self, poll: Callable[[], None]) -> None:
         """Compares every block, whether or not it was before; calls `poll` now and then, which may raise."""

@@ -9,6 +9,9 @@ import numpy as np
 
 from layerwise.errors import DamagedCache
 
+_FETCHED = 2**20
+"""Bytes that the system is asked to fetch at once: of more, Linux fetches as much as it reads ahead, often 1280 KiB."""
+
 
 def read_stored(path: Path, descriptor: int, position: int, size: int) -> np.ndarray:
     """uint8 [size] as they lie in the file. Raises as read_into does."""
@@ -53,7 +56,9 @@ def in_memory(descriptor: int, position: int) -> bool:
 def fetch(descriptor: int, position: int, size: int) -> None:
     """Has the system bring bytes into memory, if it wants to; returns before it has."""
     with contextlib.suppress(OSError):
-        os.posix_fadvise(descriptor, position, size, os.POSIX_FADV_WILLNEED)
+        for start in range(0, size, _FETCHED):
+            length = min(_FETCHED, size - start)  # never 0, which would be the whole file
+            os.posix_fadvise(descriptor, position + start, length, os.POSIX_FADV_WILLNEED)
 
 
 def write_all(descriptor: int, content: memoryview | bytes, position: int) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import zlib
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -113,6 +114,17 @@ def test_batches_are_fetched_ahead_for_as_long_as_they_are_not_in_memory(
         in_memory = "nothing"  # the system needed the room
         cache.expect([(0, 10, 20, 0)])
     assert len(fetched) == windows + 1
+
+
+def test_a_long_window_is_fetched_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_layout = replace(layout([500_000], block_bytes=BLOCK_BYTES), frame_labels_classes={})
+    write(tmp_path / "c.h5", a_layout, rows_of(a_layout))
+    fetched = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, position, size, __: fetched.append((position, size)))
+    with ActivationCache(tmp_path / "c.h5") as cache:
+        cache.expect([(0, 0, 400_000, 0)])
+    assert [size for _, size in fetched] == [2**20, 2**20, 400_000 * 6 - 2 * 2**20]
+    assert all(first + size == second for (first, size), (second, _) in pairwise(fetched))
 
 
 def test_a_system_that_cannot_fetch_ahead_or_tell_what_is_in_memory_reads_all_the_same(
