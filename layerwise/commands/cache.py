@@ -121,6 +121,10 @@ def export(place: Path, stage: int | None, output: Path, mean: bool) -> None:
     from layerwise.cache.export import export as export_cache
     from layerwise.cache.inventory import UNSEALED
 
+    if stage is not None and (place / "run.json").exists():
+        stages = len(open_run(place)[1].stages)
+        if not 1 <= stage <= stages:
+            raise CacheError(f"--stage {stage}: {place} has stages 1 to {stages}.")
     files = [path for path in _some_files(place) if path.suffix not in UNSEALED]
     if stage is not None:
         files = [path for path in files if path.name == f"stage-{stage}.h5"]

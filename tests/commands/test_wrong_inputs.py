@@ -144,11 +144,11 @@ WRONG = [
     ("layerwise export empty -o encoder", "empty is not a run directory"),
     # caches
     ("layerwise cache ls nowhere", "nowhere does not exist"),
-    ("layerwise cache rm nowhere --all", "There is no run directory nowhere"),
-    ("layerwise cache rm run", "Say which caches: --stage S, or --all"),
+    ("layerwise cache rm nowhere --all", "nowhere is not a run directory"),
+    ("layerwise cache rm run", "Say which caches: either --stage S or --all"),
     ("layerwise cache rm run --stage 99", "has stages 1 to 4"),
-    ("layerwise cache export empty -o features.npy", "empty has no cache"),
-    ("layerwise cache export run --stage 99 -o features.npy", "no cache of stage 99"),
+    ("layerwise cache export empty -o features.npy", "empty holds no caches"),
+    ("layerwise cache export run --stage 99 -o features.npy", "run has stages 1 to 4"),
     ("layerwise cache verify nowhere", "nowhere does not exist"),
 ]
 
