@@ -145,7 +145,7 @@ def print_moved(config: Config) -> None:
     """Bytes that pass from stage to stage in an epoch, against an end-to-end pipeline of the same stages."""
     data = open_data(config.data, shortest_sample(config))
     plans = plan_run(config, data, torch.device("cpu"))
-    published = sum(room.file for room in room_of_caches(plans, data, config.cache)[:-1])
+    published = sum(room.activations for room in room_of_caches(plans, data, config.cache)[:-1])
     ours = published * config.training.rounds / config.training.max_epochs
     samples = int((split_samples(data, config) == TRAIN).sum())
     pipeline = sum(2 * 4 * samples * values_out(plan) for plan in plans[:-1])

@@ -208,7 +208,7 @@ class RunState:
             tree: dict[str, Any] = json.loads(path.read_text())
             if tree["version"] != VERSION:
                 raise RunError(
-                    f"{path} is of version {tree['version']}; this layerwise reads version {VERSION}; go on "
+                    f"{path} is of version {tree['version']}; this layerwise reads version {VERSION}. Go on "
                     "with the layerwise that began it, or start anew in another folder."
                 )
             known = {entry.name for entry in fields(StageRecord)}

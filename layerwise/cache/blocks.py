@@ -42,10 +42,14 @@ class Blocks:
         shape = (stop_row - first_row, *self._frame_shape)
         position, stop = first_row * self._row_bytes, stop_row * self._row_bytes
         first, last = position // self._block_bytes, (stop - 1) // self._block_bytes
-        low, high = first >> 3, (last >> 3) + 1
-        if self._compared.count(_ALL_EIGHT, low, high) == high - low or position == stop:
+        new = self._not_compared(first, last) if position < stop else 0
+        if not new:
             return self._read(position, np.empty(shape, self._on_disk))
-        start, content = self._read_and_compare(position, stop, first, last)
+        first_new, last_new = first + (new & -new).bit_length() - 1, first + new.bit_length() - 1
+        start = first * self._block_bytes if first_new == first else position
+        end = self._end(last) if last_new == last else stop
+        content = self._read(start, np.empty(end - start, np.uint8))
+        self._compare(first_new, last_new, content, start)
         return np.ndarray(shape, self._on_disk, content, position - start)
 
     def expect(self, stretches: Iterable[tuple[int, int]]) -> None:
@@ -66,19 +70,13 @@ class Blocks:
             last, start = min(first + step, self._count) - 1, first * self._block_bytes
             self._compare(first, last, self._read(start, np.empty(self._end(last) - start, np.uint8)), start)
 
-    def _read_and_compare(self, position: int, stop: int, first: int, last: int) -> tuple[int, np.ndarray]:
-        """These bytes of blocks first to last, and those around them that belong to new blocks: where they start, uint8."""
-        size = self._block_bytes
-        compared = int.from_bytes(self._compared[first >> 3 : (last >> 3) + 1], "little") >> (first & 7)
-        new = ~compared & ((1 << last + 1 - first) - 1)
-        if not new:
-            return position, self._read(position, np.empty(stop - position, np.uint8))
-        first_new, last_new = first + (new & -new).bit_length() - 1, first + new.bit_length() - 1
-        start = first * size if first_new == first else position
-        end = self._end(last) if last_new == last else stop
-        content = self._read(start, np.empty(end - start, np.uint8))
-        self._compare(first_new, last_new, content, start)
-        return start, content
+    def _not_compared(self, first: int, last: int) -> int:
+        """One bit for each of blocks first to last, the lowest for the first."""
+        low, high = first >> 3, (last >> 3) + 1
+        if self._compared.count(_ALL_EIGHT, low, high) == high - low:  # twice as fast as what follows
+            return 0
+        compared = int.from_bytes(self._compared[low:high], "little") >> (first & 7)
+        return ~compared & ((1 << last + 1 - first) - 1)
 
     def _end(self, block: int) -> int:
         return min((block + 1) * self._block_bytes, self._size)

@@ -56,10 +56,8 @@ def list_caches(place: Path, as_json: bool) -> None:
         console.print(shown)
     for entry in found:
         if entry.finding:
-            console.print(entry.finding, highlight=False)
-    console.print(
-        f"{size(sum(entry.bytes for entry in found))} in all" if found else f"{place} holds no caches.", highlight=False
-    )
+            click.echo(entry.finding)
+    click.echo(f"{size(sum(entry.bytes for entry in found))} in all" if found else f"{place} holds no caches.")
 
 
 @cache.command(short_help="Read everything and compare it with its checksums.")

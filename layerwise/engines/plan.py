@@ -92,7 +92,7 @@ def _forecast(
         layout=str(layout.placement),
         why=layout.why,
         fits=fitting is not None,
-        cache_bytes=room.file,
+        cache_bytes=room.activations,
         cached=storage.cached[stage.stage - 1],
         host_bytes=_host_bytes(config, stage, layout.placement.optimizer_on_host, recomputing=bool(recomputed)),
         input=input_of(stage.stage, storage),

@@ -81,6 +81,7 @@ def input_of(stage: int, storage: Storage) -> str:
 class Room:
     """Bytes that the cache of a stage takes; how much compression saves is not known before."""
 
+    activations: int
     file: int
     """Most that it takes once it is sealed."""
     written: int
@@ -95,7 +96,7 @@ def room_of_caches(plans: Sequence[StagePlan], data: DataSet, options: CacheOpti
         raw = file_bytes(layout)
         compressed = options.compression != "none" and packed(layout) != layout
         more = packed_bytes(packed(layout)) if compressed else 0
-        rooms.append(Room(max(raw, more), raw + more))
+        rooms.append(Room(layout.activation_bytes, max(raw, more), raw + more))
     return rooms
 
 
