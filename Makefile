@@ -29,7 +29,7 @@ dist: .venv/ready
 try-dist: dist
 	.ci/try-dist "$(PYTHON)"
 
-.venv/ready: setup.py constraints.txt
+.venv/ready: setup.py constraints.txt layerwise/cache/compiled_reads.c
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@

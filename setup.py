@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+?)"', (here / "layerwise/version.py").read_text()).group(1)
@@ -35,7 +35,18 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["layerwise", "layerwise.*"]),
-    package_data={"layerwise": ["py.typed", "recipes/*.toml", "report/*.jinja"]},
+    # One file for every Python from 3.11 on. Without a compiler it is left out, and caches are read by Python alone.
+    ext_modules=[
+        Extension(
+            "layerwise.cache.compiled_reads",
+            ["layerwise/cache/compiled_reads.c"],
+            define_macros=[("_GNU_SOURCE", None)],
+            py_limited_api=True,
+            optional=True,
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    package_data={"layerwise": ["py.typed", "cache/*.pyi", "recipes/*.toml", "report/*.jinja"]},
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",

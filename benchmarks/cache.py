@@ -2,7 +2,7 @@
 
 python benchmarks/cache.py [--folder .] [--gigabytes 2] [--plain-gigabytes 1] [--rounds 7]
 
-Everything runs in one process; the ways take turns, of a whole file when they write and of 64 windows when they read, in
+Everything runs in one process; the ways take turns, of a whole file when they write and of 256 windows when they read, in
 another order each time, since a disk may be faster after a rest; speeds and ratios are medians over the turns. Cold: the
 pages of the file were dropped, and no place is read twice. Warm: the same windows once more, so the file may be larger than
 the memory. In the first epoch checksums are compared. The usual h5py file may be smaller, since it is slow.
@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -28,7 +29,7 @@ import psutil
 import torch
 
 from layerwise.cache import ActivationCache, CacheWriter, Layout
-from layerwise.data.batches import read_ahead
+from layerwise.data.batches import READ_AHEAD, read_ahead
 
 CHANNELS, WINDOW, SAMPLE = 512, 128, 2048
 """Channels of a row; rows of a window, of a sample."""
@@ -39,17 +40,25 @@ RAW_BYTES = 32 * 2**20
 """What the raw baseline writes at once."""
 BATCH = 8
 """Windows that are read ahead at once."""
-TURN, TURNS = 64, 30
-"""Windows of a turn; turns at most."""
+TURN, TURNS = 256, 30
+"""Windows of a turn, so many that what it takes to start threads is lost in it; turns at most."""
 
 Window = tuple[int, int]
 """Sample, first row."""
 Read = Callable[[int, int, int], object]
 """Of a sample, rows from to."""
-Expect = Callable[[Iterable[tuple[int, int, int, int]]], object]
-"""Windows as sample, rows from to, view."""
-Way = tuple[Expect, Read]
-"""How windows are expected, how they are read."""
+Place = tuple[int, int, int, int]
+"""Of a window: sample, rows from to, view."""
+
+
+class Reader(NamedTuple):
+    """One way to get at the windows."""
+
+    read: Read
+    read_batch: Callable[[list[Place]], object]
+    expect: Callable[[list[Place]], object]
+    threads: int = 1
+    """That read ahead."""
 
 
 def main() -> None:
@@ -64,7 +73,7 @@ def main() -> None:
     print(
         f"{layout.activation_bytes / 1e9:.1f} GB of float16 rows of {CHANNELS}, windows of {WINDOW} rows, memory "
         f"{psutil.virtual_memory().total / 1e9:.0f} GB, {os.cpu_count()} cores, medians of {options.rounds} "
-        f"writes and up to {TURNS} reads\n\n| what | way | MB/s | ratio |\n| --- | --- | --- | --- |",
+        f"writes and up to {TURNS} turns of reads\n\n| what | way | MB/s | ratio |\n| --- | --- | --- | --- |",
         flush=True,
     )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -156,9 +165,8 @@ def pieces(rows: np.ndarray, count: int) -> Iterator[np.ndarray]:
 
 
 def measure_reads(path: Path, plain: Path, samples: int, plain_samples: int) -> None:
-    """With one thread and with another one that reads ahead."""
-    turns = min(TURNS, samples * SAMPLE // (2 * WINDOW) // TURN // 3, plain_samples * SAMPLE // (2 * WINDOW) // TURN)
-    for threads, way in (("one thread", one_by_one), ("read ahead", ahead)):
+    turns = min(TURNS, samples * SAMPLE // (2 * WINDOW) // TURN // 4, plain_samples * SAMPLE // (2 * WINDOW) // TURN)
+    for how, way in (("one by one", one_by_one), ("in batches", in_batches), ("read ahead", ahead)):
         with ExitStack() as stack:
             cold_later, warm_later = (stack.enter_context(ActivationCache(path)) for _ in range(2))
             for compared in (cold_later, warm_later):
@@ -166,29 +174,28 @@ def measure_reads(path: Path, plain: Path, samples: int, plain_samples: int) -> 
             drop_pages(path)
             drop_pages(plain)
             cold, warm = (stack.enter_context(ActivationCache(path)) for _ in range(2))  # which brings the index back
-            raw, file = stack.enter_context(raw_reader(path)), stack.enter_context(h5py.File(plain))
-            fancy = partial(read_fancy, file["activations"])
+            raw = plainly(stack.enter_context(raw_reader(path)))
+            fancy = plainly(partial(read_fancy, stack.enter_context(h5py.File(plain))["activations"]))
             windows, plain_windows = places(samples), places(plain_samples)
-            readers: dict[str, tuple[Way, Way, Iterator[Window]]] = {
-                "os.preadv": ((nothing, raw), (nothing, raw), windows),
-                "ActivationCache, first epoch": ((cold.expect, cold.read), (warm.expect, warm.read), windows),
-                "ActivationCache, later epochs": (
-                    (cold_later.expect, cold_later.read),
-                    (warm_later.expect, warm_later.read),
-                    windows,
-                ),
-                "h5py, automatic chunks, fancy indexing": ((nothing, fancy), (nothing, fancy), plain_windows),
+            readers: dict[str, tuple[Reader, Reader, Iterator[Window]]] = {
+                "os.preadv": (raw, raw, windows),
+                "ActivationCache, first epoch": (as_training(cold), as_training(warm), windows),
+                "ActivationCache, later epochs": (as_training(cold_later), as_training(warm_later), windows),
+                "h5py, automatic chunks, fancy indexing": (fancy, fancy, plain_windows),
             }
+            if way is ahead:
+                many = raw._replace(threads=READ_AHEAD)
+                readers[f"os.preadv, {READ_AHEAD} threads"] = (many, many, windows)
             seconds: dict[str, dict[str, list[float]]] = {
                 temperature: {name: [] for name in readers} for temperature in ("cold", "warm")
             }
             for name in in_turn(readers, turns):
                 first_time, again, some = readers[name]
-                chosen = list(islice(some, TURN))
-                seconds["cold"][name].append(timed(partial(way, *first_time, chosen)))
-                seconds["warm"][name].append(timed(partial(way, *again, chosen)))
+                chosen = [(sample, start, start + WINDOW, 0) for sample, start in islice(some, TURN)]
+                seconds["cold"][name].append(timed(partial(way, first_time, chosen)))
+                seconds["warm"][name].append(timed(partial(way, again, chosen)))
             for temperature, taken in seconds.items():
-                report(f"windows, {temperature}, {threads}", TURN * WINDOW * ROW_BYTES, taken)
+                report(f"windows, {temperature}, {how}", TURN * WINDOW * ROW_BYTES, taken)
     measure_loader(plain, list(islice(places(plain_samples), turns * TURN)))
 
 
@@ -254,30 +261,46 @@ class PlainWindows(torch.utils.data.Dataset):
         return torch.from_numpy(self.rows[sample * SAMPLE + start : sample * SAMPLE + start + WINDOW])
 
 
-def nothing(windows: Iterable[tuple[int, int, int, int]]) -> None:
-    """What is expected of a file that cannot be told."""
+def plainly(read: Read) -> Reader:
+    """What knows neither batches nor what is read soon."""
+
+    def each(windows: list[Place]) -> None:
+        for sample, start, stop, _ in windows:
+            read(sample, start, stop)
+
+    return Reader(read, each, expect=lambda windows: None)
 
 
-def each(read: Read, windows: list[Window]) -> None:
-    for sample, start in windows:
-        read(sample, start, start + WINDOW)
+def as_training(cache: ActivationCache) -> Reader:
+    return Reader(cache.read, cache.read_batch, cache.expect, READ_AHEAD)
 
 
-def one_by_one(expect: Expect, read: Read, windows: list[Window]) -> None:
-    """Each when its turn comes; nothing is expected."""
-    each(read, windows)
+def one_by_one(reader: Reader, windows: list[Place]) -> None:
+    """Each when its turn comes."""
+    for sample, start, stop, _ in windows:
+        reader.read(sample, start, stop)
 
 
-def ahead(expect: Expect, read: Read, windows: list[Window]) -> None:
-    """As training reads: batches are expected, and a thread reads them before they are asked for."""
+def in_batches(reader: Reader, windows: list[Place]) -> None:
+    """Each batch when its turn comes."""
+    for batch in batches(windows):
+        reader.read_batch(batch)
 
-    def reads() -> Iterator[Callable[[], None]]:
-        for first in range(0, len(windows), BATCH):
-            batch = windows[first : first + BATCH]
-            expect((sample, start, start + WINDOW, 0) for sample, start in batch)
-            yield partial(each, read, batch)
 
-    exhaust(read_ahead(reads()))
+def ahead(reader: Reader, windows: list[Place]) -> None:
+    """As training reads: batches are expected, and read before they are asked for."""
+
+    def reads() -> Iterator[Callable[[], object]]:
+        for batch in batches(windows):
+            reader.expect(batch)
+            yield partial(reader.read_batch, batch)
+
+    exhaust(read_ahead(reads(), reader.threads))
+
+
+def batches(windows: list[Place]) -> Iterator[list[Place]]:
+    for first in range(0, len(windows), BATCH):
+        yield windows[first : first + BATCH]
 
 
 def exhaust(batches: Iterable[object]) -> None:

@@ -6,17 +6,24 @@ was compared, and the checksums stay in the file, so a cache of 1 TB takes 31 MB
 """
 
 import struct
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from layerwise.cache.crc import crc32
+from layerwise.cache.crc import ADDRESS, crc32
 from layerwise.cache.format import Places
 from layerwise.cache.layout import Layout
 from layerwise.cache.positional import fetch, in_memory, read_few, read_into
 from layerwise.cache.stored import STORED
 from layerwise.errors import DamagedCache
+
+try:
+    from layerwise.cache.compiled_reads import read_windows
+except ImportError:  # it was installed without a compiler
+    read_windows = None  # type: ignore[assignment]
 
 _CHUNK = 2**20
 """Bytes that are read at once to check all blocks."""
@@ -51,6 +58,19 @@ class Blocks:
         content = self._read(start, np.empty(end - start, np.uint8))
         self._compare(first_new, last_new, content, start)
         return np.ndarray(shape, self._on_disk, content, position - start)
+
+    def read_together(self, stretches: Sequence[tuple[int, int]], into: np.ndarray) -> int:
+        """Reads rows from to straight to their places, where it can; gives how many stretches it read, from the first on.
+
+        into: [stretches, rows, *frame shape] of the dtype on the disk, contiguous; zero behind the shorter ones. Those that it left, for want of a compiler
+        or because something is wrong with them, are for `read`.
+        """
+        if read_windows is None or ADDRESS is None:
+            return 0
+        places = self._places.activations, self._places.checksums
+        sizes = self._size, self._row_bytes, self._block_bytes, self._chain
+        rows = array("q", chain.from_iterable(stretches))
+        return read_windows((self._descriptor, *places, *sizes, ADDRESS), self._compared, rows, into, into.strides[0])
 
     def expect(self, stretches: Iterable[tuple[int, int]]) -> None:
         """Has the system fetch the rows, from to, of a batch that is read soon; not while all batches lie in memory."""

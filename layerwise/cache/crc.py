@@ -1,5 +1,19 @@
 """CRC-32, the one of zlib and PNG, through ISA-L, which is ten times as fast as zlib itself."""
 
+import ctypes
+
+from isal import isal_zlib
 from isal.isal_zlib import crc32
 
-__all__ = ["crc32"]
+__all__ = ["ADDRESS", "crc32"]
+
+
+def _address() -> int | None:
+    try:
+        return ctypes.cast(ctypes.CDLL(isal_zlib.__file__).crc32_gzip_refl, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
+ADDRESS = _address()
+"""Of the same function of ISA-L, for code in C. None where isal was built so that it cannot be found."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from layerwise.cache.batch_memory import BatchMemory
 from layerwise.cache.blocks import Blocks
 from layerwise.cache.format import Places, read_layout
 from layerwise.cache.layout import Layout
@@ -53,7 +54,8 @@ class ActivationCache:
             raise
         # Plain integers: a window from memory takes as long as a few of numpy's look-ups.
         self._offsets = memoryview(self.layout.offsets)
-        self._tensor, self._quantised = STORED[self.layout.dtype].tensor, self.layout.dtype == "int8"
+        self._stored, self._quantised = STORED[self.layout.dtype], self.layout.dtype == "int8"
+        self._memory = BatchMemory()
         self.ids: Sequence[str] = self.layout.ids
         self.lengths, self.frame_shape = self.layout.lengths, self.layout.frame_shape
         self.columns, self.views = self.layout.columns, self.layout.views
@@ -63,11 +65,21 @@ class ActivationCache:
 
         int8 comes back as float32. Raises DamagedCache where a block does not match its checksum.
         """
-        first, last = self._rows(sample, start, stop, view)
-        rows = self._blocks.read(first, last)
-        if self._quantised:
-            rows = dequantise(rows, self._scales(first, last), first, self.layout.scale_rows)
-        return as_tensor(rows, self._tensor)
+        return as_tensor(self._read(*self._rows(sample, start, stop, view)), self._stored.tensor)
+
+    def read_batch(self, windows: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
+        """Windows (sample, start, stop, view) as one CPU tensor [B, longest, *frame shape], zero behind the shorter ones.
+
+        Otherwise as `read`, and several times as fast, since the batch is read in one go into memory that was used before.
+        """
+        stretches = [self._rows(*window) for window in windows]
+        longest = max((stop - first for first, stop in stretches), default=0)
+        batch = self._memory.array((len(stretches), longest, *self.frame_shape), self._stored.handed_over)
+        done = 0 if self._quantised else self._blocks.read_together(stretches, batch)
+        for window, (first, stop) in zip(batch[done:], stretches[done:], strict=True):
+            window[: stop - first] = self._read(first, stop)
+            window[stop - first :] = 0
+        return as_tensor(batch, self._stored.tensor)
 
     def expect(self, windows: Iterable[tuple[int, int, int, int]]) -> None:
         """Has the system fetch windows (sample, start, stop, view) that are read soon, where reads wait for the disk.
@@ -113,6 +125,11 @@ class ActivationCache:
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         return ActivationCache, (self.path,)
+
+    def _read(self, first: int, stop: int) -> np.ndarray:
+        """Rows first to stop, as they were handed over to the writer."""
+        rows = self._blocks.read(first, stop)
+        return dequantise(rows, self._scales(first, stop), first, self.layout.scale_rows) if self._quantised else rows
 
     def _rows(self, sample: int, start: int, stop: int, view: int) -> tuple[int, int]:
         """The same frames, as rows of the activations."""

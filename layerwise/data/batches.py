@@ -13,9 +13,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from layerwise.data.source import Expecting, Extent, FrameSource, Readable
+from layerwise.data.source import Batched, Expecting, Extent, FrameSource, Readable
 
 T = TypeVar("T")
+
+Place = tuple[int, int, int, int]
+"""Of a window: sample, first frame, frame behind the last one, view."""
 
 READ_AHEAD = 2
 """Batches that are read before they are asked for."""
@@ -76,11 +79,14 @@ class Epoch:
 
     def read(self, source: FrameSource, step: int, share: slice = slice(None)) -> Batch:
         """The batch of one step, or a share of its windows alone."""
-        columns = self.first_columns[self.rows_of(step, share)].tolist()
+        places = list(self._places(source, step, share))
+        if self.window.columns >= source.columns:
+            return read_windows(source, places)
+        first_columns = self.first_columns[self.rows_of(step, share)].tolist()
         return collate(
             [
-                _cut_columns(source.read(*place), source.columns, first_column, self.window.columns)
-                for place, first_column in zip(self._places(source, step, share), columns, strict=True)
+                _cut_columns(frames, source.columns, first_column, self.window.columns)
+                for frames, first_column in zip(_each(source, places), first_columns, strict=True)
             ]
         )
 
@@ -89,8 +95,7 @@ class Epoch:
         if isinstance(source, Expecting):
             source.expect(self._places(source, step, share))
 
-    def _places(self, extent: Extent, step: int, share: slice) -> Iterator[tuple[int, int, int, int]]:
-        """Sample, first frame, frame behind the last one, and view of each window."""
+    def _places(self, extent: Extent, step: int, share: slice) -> Iterator[Place]:
         rows = self.rows_of(step, share)
         samples = self.samples[rows]
         starts = self.first_rows[rows] * extent.columns
@@ -128,6 +133,13 @@ def held_out_epoch(
     return _place_windows(extent, order, window, batch_size, -(-len(order) // batch_size), rng, renderings)
 
 
+def read_windows(source: Readable, places: list[Place]) -> Batch:
+    """Windows of a source, padded with zeros to the longest."""
+    if not isinstance(source, Batched):
+        return collate(_each(source, places))
+    return Batch(source.read_batch(places), np.array([stop - start for _, start, stop, _ in places], dtype=np.int64))
+
+
 def collate(windows: list[torch.Tensor]) -> Batch:
     """Windows [l, *frame shape] of several lengths as one batch, padded with zeros to the longest."""
     lengths = np.array([len(window) for window in windows], dtype=np.int64)
@@ -148,9 +160,9 @@ def among_others(batch: Batch, lengths: np.ndarray, first: int) -> Batch:
     return Batch(frames, lengths)
 
 
-def read_ahead(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """The results of the jobs, in order, each computed in one background thread before it is asked for."""
-    with ThreadPoolExecutor(1) as pool:
+def read_ahead(jobs: Iterable[Callable[[], T]], threads: int = 1) -> Iterator[T]:
+    """The results of the jobs, in order, each computed in a background thread before it is asked for."""
+    with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[T]] = deque()
         try:
             for job in jobs:
@@ -194,8 +206,14 @@ def _draw_views(views: int, windows: int, renderings: int, rng: np.random.Genera
     return orders[:, :renderings].flatten()
 
 
+def _each(source: Readable, places: list[Place]) -> list[torch.Tensor]:
+    """Windows [l, *frame shape], each by itself."""
+    if not isinstance(source, Batched):
+        return [source.read(*place) for place in places]
+    batch = source.read_batch(places)
+    return [frames[: stop - start] for frames, (_, start, stop, _) in zip(batch, places, strict=True)]
+
+
 def _cut_columns(frames: torch.Tensor, columns: int, first: int, count: int) -> torch.Tensor:
     """Columns first to first + count of rows of `columns` frames."""
-    if count >= columns:
-        return frames
     return frames.unflatten(0, (-1, columns))[:, first : first + count].flatten(0, 1)

@@ -7,9 +7,8 @@ Groups depend on lengths alone, so that a pass which goes on after a kill sees t
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from layerwise.data.batches import Batch, collate
+from layerwise.data.batches import Batch, read_windows
 from layerwise.data.source import Readable
 
 
@@ -62,11 +61,8 @@ def _group(lengths: np.ndarray, first: int, stop: int, piece: int) -> Group:
 
 def read_piece(source: Readable, group: Group, start: int) -> Batch:
     """Frames start to start + piece of each rendering of the group."""
-    return collate(
-        [_read_rendering(source, rendering, start, group.piece) for rendering in range(group.first, group.stop)]
+    renderings = (divmod(rendering, source.views) for rendering in range(group.first, group.stop))
+    stop = start + group.piece
+    return read_windows(
+        source, [(sample, start, min(stop, int(source.lengths[sample])), view) for sample, view in renderings]
     )
-
-
-def _read_rendering(source: Readable, rendering: int, start: int, piece: int) -> torch.Tensor:
-    sample, view = divmod(rendering, source.views)
-    return source.read(sample, start, min(start + piece, int(source.lengths[sample])), view)

@@ -42,6 +42,18 @@ class Expecting(Readable, Protocol):
         ...
 
 
+@runtime_checkable
+class Batched(Readable, Protocol):
+    """A source that reads the windows of a batch together, for less than it takes one by one."""
+
+    def read_batch(self, windows: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
+        """Windows (sample, start, stop, view) as one CPU tensor [B, longest, *frame shape], zero behind the shorter ones.
+
+        Otherwise as `read`. Safe to call from several threads, without slowing them down.
+        """
+        ...
+
+
 class FrameSource(Readable, Protocol):
     """N samples, each a run of frames.
 

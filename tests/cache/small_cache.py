@@ -90,6 +90,13 @@ def read_all(path: Path) -> torch.Tensor:
         )
 
 
+def read_batches(path: Path) -> list[torch.Tensor]:
+    """Every row, a view of all samples at once, as training reads them."""
+    with ActivationCache(path) as cache:
+        lengths = [(sample, 0, length) for sample, length in enumerate(cache.lengths.tolist())]
+        return [cache.read_batch([(*window, view) for window in lengths]) for view in range(cache.views)]
+
+
 def reseal(path: Path) -> None:
     """A seal that fits what the file holds now: a hostile writer can compute checksums too."""
     with h5py.File(path) as file:
