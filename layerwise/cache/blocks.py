@@ -62,8 +62,8 @@ class Blocks:
     def read_together(self, stretches: Sequence[tuple[int, int]], into: np.ndarray) -> int:
         """Reads rows from to straight to their places, where it can; gives how many stretches it read, from the first on.
 
-        into: [stretches, rows, *frame shape] of the dtype on the disk, contiguous; zero behind the shorter ones. Those that it left, for want of a compiler
-        or because something is wrong with them, are for `read`.
+        into: [stretches, rows, *frame shape] of the dtype on the disk, contiguous; becomes zero behind the shorter ones.
+        Those that it left, for want of a compiler or because something is wrong with them, are for `read`.
         """
         if read_windows is None or ADDRESS is None:
             return 0

@@ -7,7 +7,7 @@ from layerwise.doctor.disk import can_lock, disk_room, write_speed
 from layerwise.doctor.finding import Finding
 from layerwise.doctor.gpu import gpus
 from layerwise.doctor.host import containers, cores, memory, slurm
-from layerwise.doctor.software import companions, extras, hdf5, python, torch
+from layerwise.doctor.software import cache_reads, companions, extras, hdf5, python, torch
 from layerwise.doctor.torch_report import TorchReport, ask_torch
 
 
@@ -23,6 +23,7 @@ def examine(cache_dir: Path) -> Iterator[Finding]:
         ("torchvision, torchaudio", lambda: companions(report)),
         ("GPU", lambda: gpus(report)),
         ("HDF5", hdf5),
+        ("cache reads", cache_reads),
         ("disk", lambda: disk_room(cache_dir)),
         ("disk speed", lambda: write_speed(cache_dir)),
         ("locks", lambda: can_lock(cache_dir)),

@@ -1,8 +1,9 @@
-"""Python, torch and its companions, HDF5, extras."""
+"""Python, torch and its companions, HDF5, the compiled part of layerwise itself, extras."""
 
 import platform
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 from layerwise.doctor.finding import Finding
 from layerwise.doctor.torch_report import TorchReport
@@ -62,6 +63,16 @@ def hdf5() -> Finding:
     except (ImportError, OSError, RuntimeError) as error:
         return Finding("HDF5", "fix", f"h5py does not import: {error}", REINSTALL)
     return Finding("HDF5", "ok", f"{h5py.version.hdf5_version}, h5py {h5py.__version__}")
+
+
+def cache_reads(folder: Path = Path(__file__).parents[1] / "cache") -> Finding:
+    """Looks for the file, since importing it would import torch."""
+    if any(folder.glob("compiled_reads*.so")):
+        return Finding("cache reads", "ok", "compiled")
+    found = "by Python alone, which takes longer: no C compiler was found when layerwise was installed"
+    return Finding(
+        "cache reads", "note", found, "install one, and Python's headers (gcc, python3-dev); then layerwise again"
+    )
 
 
 def extras() -> list[Finding]:

@@ -53,7 +53,18 @@ def test_a_sound_machine_exits_with_0_and_one_object(
     broken = [finding for finding in told["findings"] if finding["verdict"] == "fix"]
     assert (stopped.value.code, err, told["fit"], broken) == (0, "", True, [])
     checks = {finding["check"] for finding in told["findings"]}
-    assert {"Python", "torch", "torchvision", "torchaudio", "GPU", "HDF5", "disk", "disk speed", "locks"} <= checks
+    assert {
+        "Python",
+        "torch",
+        "torchvision",
+        "torchaudio",
+        "GPU",
+        "HDF5",
+        "cache reads",
+        "disk",
+        "disk speed",
+        "locks",
+    } <= checks
     assert {"memory", "cores", "Slurm", "container", "extra onnx"} <= checks
     assert not (tmp_path / "not").exists()
 
@@ -161,6 +172,13 @@ def test_the_least_limit_of_the_control_groups_counts(tmp_path: Path) -> None:
     (tmp_path / "job" / "memory.max").write_text("8000000000\n")
     (tmp_path / "job" / "step" / "memory.max").write_text("max\n")
     assert host.memory_limit(tmp_path, "/job/step") == 8 * 10**9
+
+
+def test_whether_cache_reads_are_compiled_is_said(tmp_path: Path) -> None:
+    assert software.cache_reads(tmp_path).verdict == "note"
+    assert "gcc" in str(software.cache_reads(tmp_path).advice)
+    (tmp_path / "compiled_reads.abi3.so").touch()
+    assert software.cache_reads(tmp_path).verdict == "ok"
 
 
 def test_the_extras_are_those_of_setup_py() -> None:
