@@ -40,7 +40,6 @@ setup(
         Extension(
             "layerwise.cache.compiled_reads",
             ["layerwise/cache/compiled_reads.c"],
-            define_macros=[("_GNU_SOURCE", None)],
             py_limited_api=True,
             optional=True,
         )

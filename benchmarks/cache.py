@@ -5,7 +5,9 @@ python benchmarks/cache.py [--folder .] [--gigabytes 2] [--plain-gigabytes 1] [-
 Everything runs in one process; the ways take turns, of a whole file when they write and of 256 windows when they read, in
 another order each time, since a disk may be faster after a rest; speeds and ratios are medians over the turns. Cold: the
 pages of the file were dropped, and no place is read twice. Warm: the same windows once more, so the file may be larger than
-the memory. In the first epoch checksums are compared. The usual h5py file may be smaller, since it is slow.
+the memory. In the first epoch checksums are compared. Read ahead, the consumer is idle, and the cache has two threads; so has
+one of the two ways of os.preadv. Ratios are against the other one, of one thread, which always reads into the same memory.
+The usual h5py file may be smaller, since it is slow.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import os
 import random
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,7 +32,7 @@ import psutil
 import torch
 
 from layerwise.cache import ActivationCache, CacheWriter, Layout
-from layerwise.data.batches import READ_AHEAD, read_ahead
+from layerwise.data.batches import read_ahead
 
 CHANNELS, WINDOW, SAMPLE = 512, 128, 2048
 """Channels of a row; rows of a window, of a sample."""
@@ -42,6 +45,8 @@ BATCH = 8
 """Windows that are read ahead at once."""
 TURN, TURNS = 256, 30
 """Windows of a turn, so many that what it takes to start threads is lost in it; turns at most."""
+SMALLEST_GIGABYTES = 0.3
+"""Each of the ways that share a file needs windows of its own for a turn."""
 
 Window = tuple[int, int]
 """Sample, first row."""
@@ -68,6 +73,8 @@ def main() -> None:
     parser.add_argument("--plain-gigabytes", type=float, default=1)
     parser.add_argument("--rounds", type=int, default=7, help="of writing")
     options = parser.parse_args()
+    if min(options.gigabytes, 4 * options.plain_gigabytes) < SMALLEST_GIGABYTES:
+        parser.error(f"--gigabytes has to be at least {SMALLEST_GIGABYTES}, --plain-gigabytes a quarter of it")
     layout = layout_of(options.gigabytes)
     plain_samples = min(len(layout_of(options.plain_gigabytes).lengths), len(layout.lengths))
     print(
@@ -184,8 +191,9 @@ def measure_reads(path: Path, plain: Path, samples: int, plain_samples: int) -> 
                 "h5py, automatic chunks, fancy indexing": (fancy, fancy, plain_windows),
             }
             if way is ahead:
-                many = raw._replace(threads=READ_AHEAD)
-                readers[f"os.preadv, {READ_AHEAD} threads"] = (many, many, windows)
+                threads = cold.reading_threads
+                many = raw._replace(threads=threads)
+                readers[f"os.preadv, {threads} threads as the cache"] = (many, many, windows)
             seconds: dict[str, dict[str, list[float]]] = {
                 temperature: {name: [] for name in readers} for temperature in ("cold", "warm")
             }
@@ -226,14 +234,16 @@ def places(samples: int) -> Iterator[Window]:
 
 @contextmanager
 def raw_reader(path: Path) -> Iterator[Read]:
-    """Reads the bytes of a window into always the same memory: nothing but the system call."""
+    """Reads the bytes of a window into always the same memory of a thread: nothing but the system call."""
     with h5py.File(path) as file:
         offset = file["activations"].id.get_offset()
-    buffer = memoryview(bytearray(WINDOW * ROW_BYTES))
+    memory = threading.local()
     descriptor = os.open(path, os.O_RDONLY)
 
     def read(sample: int, start: int, stop: int) -> None:
-        os.preadv(descriptor, [buffer], offset + (sample * SAMPLE + start) * ROW_BYTES)
+        if not hasattr(memory, "buffers"):
+            memory.buffers = [bytearray(WINDOW * ROW_BYTES)]
+        os.preadv(descriptor, memory.buffers, offset + (sample * SAMPLE + start) * ROW_BYTES)
 
     try:
         yield read
@@ -272,7 +282,7 @@ def plainly(read: Read) -> Reader:
 
 
 def as_training(cache: ActivationCache) -> Reader:
-    return Reader(cache.read, cache.read_batch, cache.expect, READ_AHEAD)
+    return Reader(cache.read, cache.read_batch, cache.expect, cache.reading_threads)
 
 
 def one_by_one(reader: Reader, windows: list[Place]) -> None:

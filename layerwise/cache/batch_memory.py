@@ -8,7 +8,7 @@ from collections import deque
 import numpy as np
 
 _KEPT = 4
-"""Batches whose memory is kept while nobody holds them: as many as training reads ahead and holds."""
+"""Batches whose memory is kept while nobody holds them: the two that training reads ahead, and those around the step."""
 
 
 class BatchMemory:

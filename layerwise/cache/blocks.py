@@ -43,6 +43,8 @@ class Blocks:
         self._row_bytes, self._frame_shape = layout.row_bytes, layout.frame_shape
         self._on_disk = np.dtype(STORED[layout.dtype].on_disk)
         self._compared = bytearray(-(-layout.blocks // 8))
+        self.together = read_windows is not None and ADDRESS != 0
+        """Whether several stretches can be read in one go, without Python's lock."""
 
     def read(self, first_row: int, stop_row: int) -> np.ndarray:
         """[stop_row - first_row, *frame shape] of the dtype on the disk. Raises DamagedCache that names the block."""
@@ -65,7 +67,7 @@ class Blocks:
         into: [stretches, rows, *frame shape] of the dtype on the disk, contiguous; becomes zero behind the shorter ones.
         Those that it left, for want of a compiler or because something is wrong with them, are for `read`.
         """
-        if read_windows is None or ADDRESS is None:
+        if not self.together:
             return 0
         places = self._places.activations, self._places.checksums
         sizes = self._size, self._row_bytes, self._block_bytes, self._chain

@@ -115,8 +115,9 @@ static PyObject *read_windows(PyObject *module, PyObject *arguments) {
                    chain_blocks, (Checksum)(uintptr_t)checksum, compared.buf};
     const int64_t *bounds = rows.buf;
     int64_t windows = stride > 0 ? smaller(rows.len / 16, into.len / stride) : 0, done = 0;
+    int usual = block_bytes >= 1 && block_bytes <= LONGEST_BLOCK && chain_blocks >= 1 && size <= 8 * compared.len * block_bytes;
     Py_BEGIN_ALLOW_THREADS;
-    if (block_bytes <= LONGEST_BLOCK)
+    if (usual)
         while (done < windows &&
                read_window(&cache, bounds[2 * done], bounds[2 * done + 1], (unsigned char *)into.buf + done * stride, stride))
             done++;

@@ -8,12 +8,12 @@ from isal.isal_zlib import crc32
 __all__ = ["ADDRESS", "crc32"]
 
 
-def _address() -> int | None:
+def _address() -> int:
     try:
-        return ctypes.cast(ctypes.CDLL(isal_zlib.__file__).crc32_gzip_refl, ctypes.c_void_p).value
+        return ctypes.cast(ctypes.CDLL(isal_zlib.__file__).crc32_gzip_refl, ctypes.c_void_p).value or 0
     except (OSError, AttributeError):
-        return None
+        return 0
 
 
 ADDRESS = _address()
-"""Of the same function of ISA-L, for code in C. None where isal was built so that it cannot be found."""
+"""Of the same function of ISA-L, for code in C. 0 where isal was built so that it cannot be found."""

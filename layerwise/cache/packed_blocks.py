@@ -24,6 +24,8 @@ _AT_ONCE = 16
 class PackedBlocks:
     """Reads from any number of threads, and on in a forked child."""
 
+    together = False
+
     def __init__(self, path: Path, descriptor: int, layout: Layout, places: Places) -> None:
         """Raises CacheError where zstandard is not installed."""
         require_zstandard()
@@ -51,7 +53,7 @@ class PackedBlocks:
         return content.view(self._on_disk).reshape(stop_row - first_row, *self._frame_shape)
 
     def read_together(self, stretches: Sequence[tuple[int, int]], into: np.ndarray) -> int:
-        """Reads none: decompression takes so long that nothing would be gained."""
+        """Reads none of them: decompression takes so long that nothing would be gained."""
         return 0
 
     def expect(self, stretches: Iterable[tuple[int, int]]) -> None:

@@ -1,7 +1,8 @@
 """Batches of windows, drawn at read time: new crops of the full-length samples in every epoch.
 
-An epoch is planned before it begins, from the seed alone, so a resume goes on at the very next batch. One thread reads
-ahead while the device works. Samples shorter than the window are padded with zeros, and their real lengths go along.
+An epoch is planned before it begins, from the seed alone, so a resume goes on at the very next batch. A thread reads ahead
+while the device works, or several where the source gains from it. Samples shorter than the window are padded with zeros, and
+their real lengths go along.
 """
 
 from collections import deque
@@ -161,7 +162,10 @@ def among_others(batch: Batch, lengths: np.ndarray, first: int) -> Batch:
 
 
 def read_ahead(jobs: Iterable[Callable[[], T]], threads: int = 1) -> Iterator[T]:
-    """The results of the jobs, in order, each computed in a background thread before it is asked for."""
+    """The results of the jobs, in order, each computed in a background thread before it is asked for.
+
+    threads: at most READ_AHEAD + 1 can be at work at once.
+    """
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[T]] = deque()
         try:

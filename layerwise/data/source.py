@@ -46,10 +46,13 @@ class Expecting(Readable, Protocol):
 class Batched(Readable, Protocol):
     """A source that reads the windows of a batch together, for less than it takes one by one."""
 
+    reading_threads: int
+    """Threads that reading gains from; 1 where Python's lock lets one read at a time."""
+
     def read_batch(self, windows: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
         """Windows (sample, start, stop, view) as one CPU tensor [B, longest, *frame shape], zero behind the shorter ones.
 
-        Otherwise as `read`. Safe to call from several threads, without slowing them down.
+        Otherwise as `read`.
         """
         ...
 

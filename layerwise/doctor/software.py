@@ -2,7 +2,7 @@
 
 import platform
 import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from layerwise.doctor.finding import Finding
@@ -66,13 +66,18 @@ def hdf5() -> Finding:
 
 
 def cache_reads(folder: Path = Path(__file__).parents[1] / "cache") -> Finding:
-    """Looks for the file, since importing it would import torch."""
-    if any(folder.glob("compiled_reads*.so")):
-        return Finding("cache reads", "ok", "compiled")
-    found = "by Python alone, which takes longer: no C compiler was found when layerwise was installed"
-    return Finding(
-        "cache reads", "note", found, "install one, and Python's headers (gcc, python3-dev); then layerwise again"
-    )
+    """Loads the file by itself, since the package around it would import torch."""
+    slower = "by Python alone, which takes longer: the part in C"
+    advice = f"install a C compiler and Python's headers (gcc, python3-dev); then, {REINSTALL}"
+    file = next(folder.glob("compiled_reads*.so"), None)
+    spec = spec_from_file_location("compiled_reads", file) if file else None
+    if spec is None:
+        return Finding("cache reads", "note", f"{slower} could not be built when layerwise was installed", advice)
+    try:
+        module_from_spec(spec)
+    except ImportError as error:
+        return Finding("cache reads", "note", f"{slower} does not load: {error}", advice)
+    return Finding("cache reads", "ok", "compiled")
 
 
 def extras() -> list[Finding]:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from layerwise.data.batches import READ_AHEAD, Batch, Epoch, among_others, read_ahead
+from layerwise.data.batches import Batch, Epoch, among_others, read_ahead
 from layerwise.data.groups import Group, read_piece
 from layerwise.data.source import Batched, Extent, FrameSource
 from layerwise.memory.ranks import ALONE, Ranks
@@ -34,7 +34,7 @@ class ReadFeed:
     def __init__(self, source: FrameSource, device: torch.device, ranks: Ranks = ALONE) -> None:
         """ranks: who shares the batches; the windows of the others are zeros, and not read."""
         self._source, self._ranks = source, ranks
-        self._threads = READ_AHEAD if isinstance(source, Batched) else 1
+        self._threads = source.reading_threads if isinstance(source, Batched) else 1
         self._finished = _pinned if device.type == "cuda" else _as_it_is
         self.lengths, self.columns, self.views = source.lengths, source.columns, source.views
 

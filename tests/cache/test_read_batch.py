@@ -1,5 +1,6 @@
 """Windows that are read together, by the compiled reader or by Python alone, are those that are read one by one."""
 
+import os
 import shutil
 import sysconfig
 from collections.abc import Iterator
@@ -16,13 +17,14 @@ from small_cache import layout, rows_of, write
 
 from layerwise.cache import ActivationCache, Layout, blocks
 from layerwise.cache.batch_memory import BatchMemory
+from layerwise.cache.layout import BLOCK_BYTES
 from layerwise.errors import DamagedCache
 
 Place = tuple[int, int, int, int]
 
 ONE_READER = [HealthCheck.function_scoped_fixture]  # is the same one for all inputs of a test
 
-BUILT = blocks.read_windows is not None
+BUILT = blocks.read_windows is not None and blocks.ADDRESS != 0
 READERS = [
     pytest.param("compiled", marks=pytest.mark.skipif(not BUILT, reason="layerwise was installed without a compiler")),
     "Python",
@@ -44,7 +46,7 @@ def padded(windows: list[torch.Tensor]) -> torch.Tensor:
 def test_it_is_compiled_wherever_a_compiler_is() -> None:
     if not shutil.which("cc") or not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         pytest.skip("there is no compiler, or no header of Python")
-    assert BUILT
+    assert BUILT, "pip install this checkout again"
 
 
 @st.composite
@@ -115,6 +117,26 @@ def test_whatever_was_read_before_a_batch_is_right_or_its_damage_is_named(
                     cache.read_batch(windows)
             else:
                 assert torch.equal(cache.read_batch(windows), padded([rows[start:stop] for start, stop in ends]))
+
+
+@pytest.mark.parametrize("block_bytes", [BLOCK_BYTES, BLOCK_BYTES + 1])
+def test_blocks_of_the_usual_size_are_read_together_and_longer_ones_one_by_one(
+    tmp_path: Path, reader: str, block_bytes: int
+) -> None:
+    a_layout = layout([9000], block_bytes=block_bytes, chain_blocks=4)
+    rows = rows_of(a_layout)
+    write(tmp_path / "c.h5", a_layout, rows, append_bytes=10_000)
+    windows = [(0, 1, 800, 0), (0, 2000, 5000, 0), (0, 7000, 9000, 0)]
+    with ActivationCache(tmp_path / "c.h5") as cache:
+        assert torch.equal(cache.read_batch(windows), padded([rows[start:stop] for _, start, stop, _ in windows]))
+    with ActivationCache(tmp_path / "c.h5") as cache:
+        together = cache._blocks.read_together([(1, 800), (2000, 5000)], np.zeros((2, 3000, 3), dtype="<f2"))
+        assert together == (2 if reader == "compiled" and block_bytes == BLOCK_BYTES else 0)
+    for block in (0, a_layout.blocks - 1):
+        flip(tmp_path / "c.h5", 8 * block_bytes * block + 8)
+        with ActivationCache(tmp_path / "c.h5") as cache, pytest.raises(DamagedCache, match=f"block {block} "):
+            cache.read_batch(windows)
+        flip(tmp_path / "c.h5", 8 * block_bytes * block + 8)
 
 
 @pytest.mark.parametrize("chain_blocks", [1, 3, 20])
@@ -192,6 +214,39 @@ def test_threads_read_batches_at_once(tmp_path: Path, reader: str) -> None:
             assert torch.equal(frames, torch.stack([rows[start : start + 100] for start in batch]))
 
 
+def test_a_forked_child_reads_on(tmp_path: Path, reader: str) -> None:
+    a_layout = layout([200], block_bytes=64)
+    rows = rows_of(a_layout)
+    write(tmp_path / "c.h5", a_layout, rows)
+    with ActivationCache(tmp_path / "c.h5") as cache:
+        held = cache.read_batch([(0, 0, 50, 0)])
+        child = os.fork()
+        if child == 0:
+            read = [cache.read_batch([(0, start, start + 50, 0)]) for start in range(100)]
+            os._exit(0 if all(torch.equal(batch[0], rows[n : n + 50]) for n, batch in enumerate(read)) else 1)
+        for start in range(100):
+            cache.read_batch([(0, start + 50, start + 100, 0)])
+        assert os.waitpid(child, 0)[1] == 0
+        assert torch.equal(held[0], rows[:50])
+
+
+def test_without_isa_l_python_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "ADDRESS", 0)
+    write(tmp_path / "c.h5", layout([20]), rows_of(layout([20])))
+    with ActivationCache(tmp_path / "c.h5") as cache:
+        assert cache.reading_threads == 1
+        assert torch.equal(cache.read_batch([(0, 3, 9, 0)])[0], rows_of(cache.layout)[3:9])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_several_threads_read_only_where_they_do_not_wait_for_each_other(
+    tmp_path: Path, reader: str, dtype: str
+) -> None:
+    write(tmp_path / "c.h5", layout([20], dtype), rows_of(layout([20], dtype)))
+    with ActivationCache(tmp_path / "c.h5") as cache:
+        assert (cache.reading_threads > 1) == (reader == "compiled" and dtype != "int8")
+
+
 @pytest.mark.skipif(not BUILT, reason="layerwise was installed without a compiler")
 def test_the_compiled_reader_stops_at_what_it_cannot_vouch_for(tmp_path: Path) -> None:
     a_layout = layout([200], block_bytes=60)
@@ -217,9 +272,10 @@ def test_a_batch_that_is_held_stays_as_it_is_and_the_memory_of_others_is_used_ag
     write(tmp_path / "c.h5", a_layout, rows)
     with ActivationCache(tmp_path / "c.h5") as cache:
         view = cache.read_batch([(0, 5, 25, 0)])[0, 3:].unsqueeze(0)  # the tensor itself is gone
-        places = {cache.read_batch([(0, start, start + 20, 0)]).data_ptr() for start in range(50)}
+        for start in range(50):
+            cache.read_batch([(0, start, start + 20, 0)])
         assert torch.equal(view[0], rows[8:25])
-        assert len(places) == 1
+        assert len(cache._memory._free) == 1
 
 
 def test_memory_is_lent_to_one_at_a_time_and_only_as_much_as_was_held_at_once_is_kept() -> None:
@@ -230,7 +286,10 @@ def test_memory_is_lent_to_one_at_a_time_and_only_as_much_as_was_held_at_once_is
     assert [set(array.flatten().tolist()) for array in held] == [{number} for number in range(10)]
     del held, array
     assert len(memory._free) == 4
-    assert memory.array((1000, 3), "<f4").shape == (1000, 3)  # none of them is large enough
+    rooms = {room.ctypes.data for room in memory._free}
+    assert memory.array((50, 3), "<f4").ctypes.data in rooms
+    assert memory.array((1000, 3), "<f4").shape == (1000, 3)
+    assert [len(room) for room in memory._free] == [12_000]  # those that were too small are let go of
     assert memory.array((0, 3), "<f4").nbytes == 0
 
 

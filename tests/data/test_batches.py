@@ -1,6 +1,8 @@
 """Windows: drawn anew in every epoch, the same in every repetition, padded where a sample is shorter."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -101,6 +103,39 @@ def test_a_window_of_a_grid_is_a_sub_grid() -> None:
         assert (np.diff(grid, axis=1) == 1).all()
 
 
+class Together(Counting):
+    """The same, for batches."""
+
+    reading_threads = 2
+
+    def read_batch(self, windows: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence([self.read(*window) for window in windows], batch_first=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    columns=st.integers(1, 4),
+    window=st.tuples(st.integers(1, 6), st.integers(1, 5)),
+    views=st.integers(1, 2),
+    seed=st.integers(0, 9),
+)
+def test_a_source_that_reads_batches_gives_the_batches_of_one_that_does_not(
+    rows: list[int], columns: int, window: tuple[int, int], views: int, seed: int
+) -> None:
+    one_by_one, together = (kind([columns * count for count in rows], columns, views) for kind in (Counting, Together))
+    epoch = training_epoch(one_by_one, np.arange(len(rows)), Window(*window), 3, np.random.default_rng(seed))
+    for step in range(epoch.steps):
+        ours, theirs = epoch.read(together, step), epoch.read(one_by_one, step)
+        assert torch.equal(ours.frames, theirs.frames)
+        assert ours.lengths.tolist() == theirs.lengths.tolist()
+    for group in group_renderings(np.repeat(one_by_one.lengths, views), 20):
+        for start in group.starts:
+            ours, theirs = read_piece(together, group, start), read_piece(one_by_one, group, start)
+            assert torch.equal(ours.frames, theirs.frames)
+            assert ours.lengths.tolist() == theirs.lengths.tolist()
+
+
 def test_windows_reach_every_place_and_view() -> None:
     source = Counting([12], views=3)
     firsts = set()
@@ -119,14 +154,22 @@ def test_batches_keep_the_dtype(dtype: torch.dtype) -> None:
     assert batch.frames[1].tolist() == [[1, 1], [0, 0], [0, 0]]
 
 
-def test_reading_ahead_keeps_the_order_and_passes_errors_on() -> None:
-    assert list(read_ahead((lambda n=n: n * n) for n in range(20))) == [n * n for n in range(20)]
+@pytest.mark.parametrize("threads", [1, 2])
+def test_reading_ahead_keeps_the_order_and_passes_errors_on(threads: int) -> None:
+    def later_ones_are_faster(number: int) -> int:
+        time.sleep(0.001 * (20 - number))
+        return number
+
+    assert list(read_ahead((partial(later_ones_are_faster, n) for n in range(20)), threads)) == list(range(20))
+    results = read_ahead([lambda: 1, lambda: 1 // 0, lambda: 2], threads)
+    assert next(results) == 1
     with pytest.raises(ZeroDivisionError):
-        list(read_ahead([lambda: 1, lambda: 1 // 0]))
+        next(results)
 
 
-def test_reading_ahead_may_be_left_early() -> None:
-    results = read_ahead((lambda n=n: n) for n in range(1000))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_reading_ahead_may_be_left_early(threads: int) -> None:
+    results = read_ahead(((lambda n=n: n) for n in range(1000)), threads)
     assert next(results) == 0
     results.close()
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -175,10 +176,20 @@ def test_the_least_limit_of_the_control_groups_counts(tmp_path: Path) -> None:
 
 
 def test_whether_cache_reads_are_compiled_is_said(tmp_path: Path) -> None:
-    assert software.cache_reads(tmp_path).verdict == "note"
-    assert "gcc" in str(software.cache_reads(tmp_path).advice)
-    (tmp_path / "compiled_reads.abi3.so").touch()
-    assert software.cache_reads(tmp_path).verdict == "ok"
+    missing = software.cache_reads(tmp_path)
+    (tmp_path / "compiled_reads.abi3.so").write_bytes(b"for another machine")
+    broken = software.cache_reads(tmp_path)
+    assert [finding.verdict for finding in (missing, broken)] == ["note", "note"]
+    assert "could not be built" in missing.found
+    assert "does not load" in broken.found
+    assert all("gcc" in finding.advice for finding in (missing, broken))
+
+
+@pytest.mark.skipif(
+    find_spec("layerwise.cache.compiled_reads") is None, reason="layerwise was installed without a compiler"
+)
+def test_compiled_cache_reads_are_found() -> None:
+    assert software.cache_reads().verdict == "ok"
 
 
 def test_the_extras_are_those_of_setup_py() -> None:
