@@ -31,7 +31,7 @@ class Readable(Extent, Protocol):
 
 
 @runtime_checkable
-class Expecting(Readable, Protocol):
+class Expecting(Protocol):
     """A source that lies on a disk, and can be told what is read soon."""
 
     def expect(self, windows: Iterable[tuple[int, int, int, int]]) -> None:
@@ -43,7 +43,7 @@ class Expecting(Readable, Protocol):
 
 
 @runtime_checkable
-class Batched(Readable, Protocol):
+class Batched(Protocol):
     """A source that reads the windows of a batch together, for less than it takes one by one."""
 
     reading_threads: int
