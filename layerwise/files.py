@@ -16,8 +16,8 @@ GLANCE_SECONDS = 0.5
 """How long a lock may be held by somebody who only looks whether it is held, see `is_locked`."""
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces the file by the content: after a crash it holds either the old bytes or the new ones.
+def write_atomically(path: Path, *content: bytes | memoryview) -> None:
+    """Replaces the file by the content, part after part: after a crash it holds either the old bytes or the new ones.
 
     Raises RunError where the folder cannot be written or the disk is full.
     """
@@ -26,7 +26,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
-                file.write(content)
+                file.writelines(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

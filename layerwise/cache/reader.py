@@ -7,6 +7,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Sequence
+from operator import index
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +72,8 @@ class ActivationCache:
     def read_batch(self, windows: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
         """Windows (sample, start, stop, view) as one CPU tensor [B, longest, *frame shape], zero behind the shorter ones.
 
-        Otherwise as `read`. It goes into memory that was used before; unless it is int8 or compressed, in one go, without
-        Python's lock, where there was a C compiler.
+        Otherwise as `read`. Unless the cache is int8 or compressed, the batch is read in one go, without Python's lock, where
+        layerwise was installed with a C compiler.
         """
         stretches = [self._rows(*window) for window in windows]
         longest = max((stop - first for first, stop in stretches), default=0)
@@ -98,6 +99,7 @@ class ActivationCache:
 
     def frame_labels(self, name: str, sample: int) -> np.ndarray:
         """str [frames of the sample], as objects."""
+        self._refuse_closed()
         first, stop = self.layout.frames[sample : sample + 2].tolist()
         place = self._places.frame_labels[name] + 4 * first
         codes = read_stored(self.path, self._descriptor, place, 4 * (stop - first)).view("<i4")
@@ -111,6 +113,7 @@ class ActivationCache:
 
         Raises DamagedCache that names the first damaged block.
         """
+        self._refuse_closed()
         self._blocks.check_all(poll)
 
     def close(self) -> None:
@@ -128,18 +131,24 @@ class ActivationCache:
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         return ActivationCache, (self.path,)
 
+    def _refuse_closed(self) -> None:
+        """Another file may have the descriptor's number by now."""
+        if self._descriptor < 0:
+            raise ValueError(f"the cache {self.path} is closed")
+
     def _read(self, first: int, stop: int) -> np.ndarray:
         """Rows first to stop, as they were handed over to the writer."""
         rows = self._blocks.read(first, stop)
         return dequantise(rows, self._scales(first, stop), first, self.layout.scale_rows) if self._quantised else rows
 
     def _rows(self, sample: int, start: int, stop: int, view: int) -> tuple[int, int]:
-        """The same frames, as rows of the activations."""
+        """The same frames, as rows of the activations; plain integers, whatever the caller counts with."""
+        self._refuse_closed()
         place = sample * self.views + view
         known = 0 <= view < self.views and 0 <= place < len(self._offsets) - 1
         if not (known and 0 <= start <= stop <= self._offsets[place + 1] - self._offsets[place]):
             raise IndexError(f"frames {start} to {stop} of view {view} of sample {sample} are not in {self.path}")
-        return self._offsets[place] + start, self._offsets[place] + stop
+        return index(self._offsets[place] + start), index(self._offsets[place] + stop)
 
     def _open(self) -> tuple[Layout, Places]:
         seal = check_seal(self.path, self._descriptor)

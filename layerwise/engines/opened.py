@@ -62,7 +62,8 @@ class OpenedRun:
 
     def perform(self, task: Task, stop: StopFlag, notify: Notify) -> None:
         """Performs a task whose needs are met, or finds it done. Raises Interrupted after saving."""
-        stop_together(stop, self.ranks, f"before stage {task.stage} of round {task.round}")
+        of_round = f" of round {task.round}" if self.config.training.rounds > 1 else ""
+        stop_together(stop, self.ranks, f"before stage {task.stage}{of_round}")
         lock = self.paths.round(task.round, self.config.training.rounds).task_lock
         with _round_to_itself(lock, task, stop) if self.ranks.first else nullcontext():
             if self.ranks.first:

@@ -77,8 +77,18 @@ def load_weights(module: nn.Module, weights: Arrays) -> None:
 
 
 def save_arrays(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:
-    """One safetensors file with a digest of all that it holds, replaced atomically. Raises RunError."""
-    write_atomically(path, safetensors.numpy.save(arrays, metadata | {"digest": _digest_of_file(arrays, metadata)}))
+    """One safetensors file with a digest of all that it holds, replaced atomically. Raises RunError.
+
+    The same arrays and metadata make the same bytes.
+    """
+    content = safetensors.numpy.save(arrays, metadata | {"digest": _digest_of_file(arrays, metadata)})
+    # safetensors puts the metadata in another order each time.
+    stop = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:stop])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header).encode()
+    ordered += b" " * (-len(ordered) % 8)  # arrays begin at a multiple of 8
+    write_atomically(path, len(ordered).to_bytes(8, "little"), ordered, memoryview(content)[stop:])
 
 
 def load_arrays(path: Path, way_out: str) -> tuple[Arrays, dict[str, str]]:

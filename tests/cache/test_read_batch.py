@@ -5,6 +5,7 @@ import shutil
 import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -201,6 +202,32 @@ def test_windows_that_are_not_there_are_refused(tmp_path: Path, reader: str) -> 
         for window in ((0, 0, 11, 0), (0, -1, 5, 0), (0, 5, 4, 0), (1, 0, 1, 0), (0, 0, 1, 1)):
             with pytest.raises(IndexError, match="are not in"):
                 cache.read_batch([(0, 0, 5, 0), window])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_windows_may_be_counted_with_numpy_or_torch(tmp_path: Path, reader: str, dtype: str) -> None:
+    write(tmp_path / "c.h5", layout([100, 80], dtype), rows_of(layout([100, 80], dtype)))
+    with ActivationCache(tmp_path / "c.h5") as cache:
+        expected = cache.read_batch([(0, 10, 80, 0), (1, 5, 80, 0)])
+    with ActivationCache(tmp_path / "c.h5") as cache:
+        assert torch.equal(cache.read(torch.tensor(1), np.int64(5), cache.lengths[1]), expected[1])
+    with ActivationCache(tmp_path / "c.h5") as cache:
+        assert torch.equal(cache.read_batch(np.array([[0, 10, 80, 0], [1, 5, 80, 0]])), expected)
+
+
+def test_a_closed_cache_is_not_read_though_another_file_has_its_descriptor(tmp_path: Path, reader: str) -> None:
+    write(tmp_path / "c.h5", layout([100]), rows_of(layout([100])))
+    with ActivationCache(tmp_path / "c.h5") as cache:
+        cache.read_batch([(0, 0, 100, 0)])
+    with open(tmp_path / "c.h5", "rb"):
+        for read in (
+            partial(cache.read, 0, 0, 10),
+            partial(cache.read_batch, [(0, 0, 10, 0)]),
+            partial(cache.frame_labels, "phone", 0),
+            cache.verify,
+        ):
+            with pytest.raises(ValueError, match=r"c\.h5 is closed"):
+                read()
 
 
 def test_threads_read_batches_at_once(tmp_path: Path, reader: str) -> None:
