@@ -14,12 +14,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from layerwise.data.source import Batched, Expecting, Extent, FrameSource, Readable
+from layerwise.data.source import Batched, Expecting, Extent, FrameSource, Place, Readable
 
 T = TypeVar("T")
-
-Place = tuple[int, int, int, int]
-"""Of a window: sample, first frame, frame behind the last one, view."""
 
 READ_AHEAD = 2
 """Batches that are read before they are asked for."""

@@ -7,6 +7,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
+Place = tuple[int, int, int, int]
+"""Of a window: sample, first frame, frame behind the last one, view."""
+
 
 class Extent(Protocol):
     """How many frames there are, and in which order."""
@@ -34,8 +37,8 @@ class Readable(Extent, Protocol):
 class Expecting(Protocol):
     """A source that lies on a disk, and can be told what is read soon."""
 
-    def expect(self, windows: Iterable[tuple[int, int, int, int]]) -> None:
-        """Windows that `read` is asked for soon, as sample, start, stop and view: the system may fetch them meanwhile.
+    def expect(self, windows: Iterable[Place]) -> None:
+        """Windows that `read` is asked for soon: the system may fetch them meanwhile.
 
         Returns at once, and may leave the windows unread.
         """
@@ -49,8 +52,8 @@ class Batched(Protocol):
     reading_threads: int
     """Threads that reading gains from; 1 where Python's lock lets one read at a time."""
 
-    def read_batch(self, windows: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
-        """Windows (sample, start, stop, view) as one CPU tensor [B, longest, *frame shape], zero behind the shorter ones.
+    def read_batch(self, windows: Sequence[Place]) -> torch.Tensor:
+        """Windows as one CPU tensor [B, longest, *frame shape], zero behind the shorter ones.
 
         Otherwise as `read`.
         """

@@ -63,9 +63,10 @@ class OpenedRun:
     def perform(self, task: Task, stop: StopFlag, notify: Notify) -> None:
         """Performs a task whose needs are met, or finds it done. Raises Interrupted after saving."""
         of_round = f" of round {task.round}" if self.config.training.rounds > 1 else ""
-        stop_together(stop, self.ranks, f"before stage {task.stage}{of_round}")
+        where = f"before stage {task.stage}{of_round}"
+        stop_together(stop, self.ranks, where)
         lock = self.paths.round(task.round, self.config.training.rounds).task_lock
-        with _round_to_itself(lock, task, stop) if self.ranks.first else nullcontext():
+        with _round_to_itself(lock, task, where, stop) if self.ranks.first else nullcontext():
             if self.ranks.first:
                 lock.write_text(
                     f"{socket.gethostname()}, process {os.getpid()}, {self.device}\n"
@@ -78,7 +79,7 @@ class OpenedRun:
     def finish(self) -> None:
         """Writes the encoder; every task is done."""
         rounds = self.config.training.rounds
-        with _round_to_itself(self.paths.task_lock, Task(rounds, len(self.plans)), StopFlag()):
+        with _round_to_itself(self.paths.task_lock, Task(rounds, len(self.plans)), "", StopFlag()):
             stitch(self.config, self.paths, self.plans, self.data)
             for paths in (self.paths.round(number, rounds) for number in range(1, rounds + 1)):
                 if paths.state.exists():
@@ -180,17 +181,17 @@ def _check_needs(task: Task, run: Run) -> None:
 
 
 @contextmanager
-def _round_to_itself(lock: Path, task: Task, stop: StopFlag) -> Iterator[None]:
+def _round_to_itself(lock: Path, task: Task, where: str, stop: StopFlag) -> Iterator[None]:
     """Within a round one task follows another, so whoever performs one has its files to itself.
 
-    Raises RunError where another process keeps them.
+    Raises RunError where another process keeps them, and Interrupted, which says where, while it waits.
     """
     busy = RunError(
         f"Another process is at work in round {task.round}, where stage {task.stage} comes next; wait for it, or stop it."
     )
     deadline = time.monotonic() + HANDOVER_SECONDS
     while True:
-        stop.raise_if_set(f"before stage {task.stage} of round {task.round}")
+        stop.raise_if_set(where)
         held = exclusive(lock, busy)
         try:
             held.__enter__()

@@ -82,13 +82,16 @@ def save_arrays(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:
     The same arrays and metadata make the same bytes.
     """
     content = safetensors.numpy.save(arrays, metadata | {"digest": _digest_of_file(arrays, metadata)})
-    # safetensors puts the metadata in another order each time.
     stop = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:stop])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    ordered = json.dumps(header).encode()
-    ordered += b" " * (-len(ordered) % 8)  # arrays begin at a multiple of 8
-    write_atomically(path, len(ordered).to_bytes(8, "little"), ordered, memoryview(content)[stop:])
+    header = _in_order(content[8:stop])
+    write_atomically(path, len(header).to_bytes(8, "little"), header, memoryview(content)[stop:])
+
+
+def _in_order(header: bytes) -> bytes:
+    """The header of a safetensors file with its metadata sorted: safetensors writes them in another order each time."""
+    parsed = json.loads(header)
+    ordered = json.dumps(parsed | {"__metadata__": dict(sorted(parsed["__metadata__"].items()))}).encode()
+    return ordered + b" " * (-len(ordered) % 8)  # arrays begin at a multiple of 8
 
 
 def load_arrays(path: Path, way_out: str) -> tuple[Arrays, dict[str, str]]:
