@@ -27,11 +27,11 @@ from layerwise.engines.run import run
 from layerwise.events import EpochDone, Event, StageDone, StageStarted
 from layerwise.nets import shortest_sample
 from layerwise.report.drawing import new_figure
-from layerwise.training.cutting import plan_run
-from layerwise.training.plan import StagePlan
+from layerwise.training.cache_plan import cache_sizes
+from layerwise.training.cut import cut_network
+from layerwise.training.samples import TRAIN, split_samples
 from layerwise.training.schedule import Task, ready, tasks_of_run
-from layerwise.training.split import TRAIN, split_samples
-from layerwise.training.storage import room_of_caches
+from layerwise.training.spec import StageSpec
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -49,7 +49,7 @@ class Times:
     def __call__(self, event: Event) -> None:
         if isinstance(event, StageStarted):
             self._round[event.stage] = event.round
-            self.begun[Task(event.round, event.stage)] = time.monotonic()
+            self.prepared_run[Task(event.round, event.stage)] = time.monotonic()
         if isinstance(event, EpochDone):
             task = Task(self._round[event.stage], event.stage)
             self.training[task] = self.training.get(task, 0.0) + event.seconds
@@ -59,12 +59,12 @@ class Times:
     @property
     def makespan(self) -> float:
         """Seconds from the first task's beginning to the last one's end."""
-        return max(self.ended.values()) - min(self.begun.values())
+        return max(self.ended.values()) - min(self.prepared_run.values())
 
     @property
     def tasks(self) -> dict[Task, float]:
         """Seconds of each."""
-        return {task: self.ended[task] - self.begun[task] for task in self.ended}
+        return {task: self.ended[task] - self.prepared_run[task] for task in self.ended}
 
 
 def main() -> None:
@@ -144,8 +144,8 @@ def simulate(seconds: Mapping[Task, float], workers: int) -> float:
 def print_moved(config: Config) -> None:
     """Bytes that pass from stage to stage in an epoch, against an end-to-end pipeline of the same stages."""
     data = open_data(config.data, shortest_sample(config))
-    plans = plan_run(config, data, torch.device("cpu"))
-    published = sum(room.activations for room in room_of_caches(plans, data, config.cache)[:-1])
+    plans = cut_network(config, data, torch.device("cpu"))
+    published = sum(room.activations for room in cache_sizes(plans, data, config.cache)[:-1])
     ours = published * config.training.rounds / config.training.max_epochs
     samples = int((split_samples(data, config) == TRAIN).sum())
     pipeline = sum(2 * 4 * samples * values_out(plan) for plan in plans[:-1])
@@ -157,7 +157,7 @@ def print_moved(config: Config) -> None:
     )
 
 
-def values_out(plan: StagePlan) -> int:
+def values_out(plan: StageSpec) -> int:
     """Numbers that a stage puts out for a window."""
     rows = plan.build_module(0, torch.device("meta")).out_length(plan.window.rows)
     return int(rows) * math.prod(plan.output_shape)

@@ -116,7 +116,7 @@ def measure_writes(path: Path, plain: Path, layout: Layout, plain_samples: int, 
     ways: dict[str, Callable[[], None]] = {
         "os.pwrite, fsync": lambda: write_raw(raw, rows, layout, preallocate=False),
         "posix_fallocate, os.pwrite, fsync": lambda: write_raw(raw, rows, layout, preallocate=True),
-        "CacheWriter": lambda: write_cache(path, rows, layout),
+        "CacheWriter": lambda: write_stage_cache(path, rows, layout),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for name in in_turn(ways, rounds):
@@ -126,7 +126,7 @@ def measure_writes(path: Path, plain: Path, layout: Layout, plain_samples: int, 
         seconds[name].append(timed(ways[name]))
     raw.unlink(missing_ok=True)  # else both would lie on the disk at once
     if not path.exists():  # another way came last
-        write_cache(path, rows, layout)
+        write_stage_cache(path, rows, layout)
     os.sync()
     report("write", layout.activation_bytes, seconds)
     size = plain_samples * SAMPLE * ROW_BYTES
@@ -146,7 +146,7 @@ def write_raw(path: Path, rows: np.ndarray, layout: Layout, preallocate: bool) -
     os.close(descriptor)
 
 
-def write_cache(path: Path, rows: np.ndarray, layout: Layout) -> None:
+def write_stage_cache(path: Path, rows: np.ndarray, layout: Layout) -> None:
     with CacheWriter(path, layout) as writer:
         for piece in pieces(rows, layout.rows):
             writer.write(piece)

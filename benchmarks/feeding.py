@@ -21,11 +21,11 @@ from steps import host_batch, machine, natural_stages, paper
 from cache import drop_pages
 from layerwise.cache import ActivationCache, CacheWriter, Layout
 from layerwise.data.batches import Batch, training_epoch
-from layerwise.memory.allocator import meter_for
-from layerwise.memory.placement import Placement
-from layerwise.training.feed import ReadFeed
-from layerwise.training.loaded import LoadedStage, Randomness
-from layerwise.training.plan import StagePlan
+from layerwise.memory.meter import meter_for
+from layerwise.memory.plan import Placement
+from layerwise.training.loader import SourceLoader
+from layerwise.training.spec import StageSpec
+from layerwise.training.trainer import StageTrainer, StepRandomness
 
 
 def main() -> None:
@@ -49,11 +49,11 @@ def main() -> None:
             write(path, plan, data.columns, options.gigabytes)
             drop_pages(path)
             with meter_for(device, None) as meter, ActivationCache(path) as cache:
-                loaded = LoadedStage(plan, config, device, Placement(options.batch_size, options.batch_size), meter)
+                loaded = StageTrainer(plan, config, device, Placement(options.batch_size, options.batch_size), meter)
                 kept = [host_batch(config, plan) for _ in range(3)]
                 ways = {
                     "memory": (kept[number % 3] for number in range(10**9)),
-                    "cache": endless(ReadFeed(cache, device), plan, options.batch_size),
+                    "cache": endless(SourceLoader(cache, device), plan, options.batch_size),
                 }
                 seconds = {name: [] for name in ways}
                 for turn in range(options.rounds + 1):
@@ -66,7 +66,7 @@ def main() -> None:
         print(f"| {kind} 2 | {speeds[0]:.2f} | {speeds[1]:.2f} | {ratio:.3f} |", flush=True)
 
 
-def write(path: Path, plan: StagePlan, columns: int, gigabytes: float) -> None:
+def write(path: Path, plan: StageSpec, columns: int, gigabytes: float) -> None:
     """A cache of noise, of samples twice as long as the window (pictures: as large)."""
     frames = plan.window.frames * (2 if columns == 1 else 1)
     row_bytes = 2 * int(np.prod(plan.frame_shape))
@@ -94,7 +94,7 @@ def write(path: Path, plan: StagePlan, columns: int, gigabytes: float) -> None:
         writer.seal()
 
 
-def endless(feed: ReadFeed, plan: StagePlan, batch_size: int) -> Iterator[Batch]:
+def endless(feed: SourceLoader, plan: StageSpec, batch_size: int) -> Iterator[Batch]:
     """Epoch after epoch, each read ahead as in training."""
     rng = np.random.default_rng(0)
     while True:
@@ -102,10 +102,10 @@ def endless(feed: ReadFeed, plan: StagePlan, batch_size: int) -> Iterator[Batch]
         yield from feed.batches(epoch, 0, lambda: None)
 
 
-def timed(loaded: LoadedStage, batches: Iterator[Batch]) -> float:
+def timed(loaded: StageTrainer, batches: Iterator[Batch]) -> float:
     began = time.perf_counter()
     for batch in batches:
-        loaded.train(batch, Randomness(lambda: np.random.default_rng(0)))
+        loaded.train(batch, StepRandomness(lambda: np.random.default_rng(0)))
     return time.perf_counter() - began
 
 

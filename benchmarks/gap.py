@@ -17,8 +17,7 @@ from pathlib import Path
 
 from layerwise.config import resolve
 from layerwise.data.open import open_data
-from layerwise.evaluate.compare import compare
-from layerwise.evaluate.methods import GREEDY
+from layerwise.evaluate.compare import GREEDY, compare
 from layerwise.nets import shortest_sample
 
 SIMULTANEOUS = "greedy-infomax-simultaneous"

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from steps import end_to_end, machine, metered_step, natural_stages, our_stage, paper, peak_of, seconds_in_turn
 
-from layerwise.training.planner import lay_out
-from layerwise.training.training_peak import training_peak
+from layerwise.training.budget import lay_out
+from layerwise.training.peaks import training_peak
 
 
 def main() -> None:

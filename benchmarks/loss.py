@@ -10,8 +10,8 @@ import torch
 from plain_infonce import plain_infonce
 from steps import machine, peak_of, seconds_in_turn
 
-from layerwise.memory.placement import NARROW_ROOM, WIDE_ROOM
-from layerwise.objectives.infonce import InfoNCE
+from layerwise.memory.plan import NARROW_ROOM, WIDE_ROOM
+from layerwise.objectives.contrastive import InfoNCE
 
 SIZES = (
     # samples, frames, columns, channels, context channels, steps, negatives, anchors

@@ -20,7 +20,7 @@ from steps import (
     seconds_in_turn,
 )
 
-from layerwise.memory.placement import Placement
+from layerwise.memory.plan import Placement
 
 
 def main() -> None:

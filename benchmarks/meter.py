@@ -11,8 +11,8 @@ from steps import Step, machine, natural_stages, our_stage, paper, seconds_in_tu
 
 from layerwise.config import Config
 from layerwise.memory.meter import Meter
-from layerwise.memory.placement import Placement
-from layerwise.training.plan import StagePlan
+from layerwise.memory.plan import Placement
+from layerwise.training.spec import StageSpec
 
 STEPS = 256
 """Steps of a run over which the looks are counted."""
@@ -21,14 +21,14 @@ STEPS = 256
 class Always(Meter):
     """Looks at every step."""
 
-    def looks(self, name: str, *sizes: int) -> bool:
+    def should_meter(self, name: str, *sizes: int) -> bool:
         return True
 
 
 class Never(Meter):
     """Looks at none."""
 
-    def looks(self, name: str, *sizes: int) -> bool:
+    def should_meter(self, name: str, *sizes: int) -> bool:
         return False
 
 
@@ -49,17 +49,17 @@ def main() -> None:
         print(f"| {plan.stage} | {free:.3f} | {cost:+.1%} | {share:.1%} | {cost * share:+.2%} |", flush=True)
 
 
-def looks_in_a_run(config: Config, plan: StagePlan) -> float:
+def looks_in_a_run(config: Config, plan: StageSpec) -> float:
     """Share of steps that are metered: first ones, those with more rows than any before, and every so many."""
     device = torch.device("cpu")
     meter, objective = Meter(device), plan.build_objective(config, torch.device("meta"))
     frames = int(plan.build_module(0, torch.device("meta")).out_length(plan.window.frames))
     lengths = np.full(config.training.batch_size, frames)
     draws = (objective.draw(lengths, frames, plan.window.columns, np.random.default_rng(i))[0] for i in range(STEPS))
-    return sum(meter.looks("training", frames, len(draw.rows)) for draw in draws) / STEPS
+    return sum(meter.should_meter("training", frames, len(draw.rows)) for draw in draws) / STEPS
 
 
-def _step(config: Config, plan: StagePlan, meter: Meter) -> Step:
+def _step(config: Config, plan: StageSpec, meter: Meter) -> Step:
     size = config.training.batch_size
     with meter:
         step = our_stage(config, plan, torch.device("cpu"), Placement(size, size), meter)

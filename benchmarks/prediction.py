@@ -17,10 +17,10 @@ from layerwise.data.source import DataSet
 from layerwise.memory.device import context_bytes, workspace_bytes
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
-from layerwise.training.cutting import plan_run
-from layerwise.training.plan import StagePlan
-from layerwise.training.planner import fitting_layout
-from layerwise.training.training_peak import training_peak
+from layerwise.training.budget import fitting_layout
+from layerwise.training.cut import cut_network
+from layerwise.training.peaks import training_peak
+from layerwise.training.spec import StageSpec
 
 BUDGETS = (1.0, 0.7, 0.45)
 """Parts of what the cheapest layout takes."""
@@ -57,7 +57,7 @@ def main() -> None:
     ratios = []
     for name, config, data, network in networks():
         started = time.perf_counter()
-        plans = plan_run(config, data, device, network)
+        plans = cut_network(config, data, device, network)
         if network is not None:
             print(f"(cut into {[len(plan.layers) for plan in plans]} units in {time.perf_counter() - started:.1f} s)")
         for plan in plans:
@@ -65,7 +65,7 @@ def main() -> None:
     print(f"\n{len(ratios)} cases: predicted / measured from {min(ratios):.4f} to {max(ratios):.4f}")
 
 
-def _cases(name: str, config: Config, plan: StagePlan, device: torch.device) -> Iterator[float]:
+def _cases(name: str, config: Config, plan: StageSpec, device: torch.device) -> Iterator[float]:
     cheapest = fitting_layout(config, plan, device).placement
     full = training_peak(config, plan, cheapest).bytes
     seen = set()

@@ -15,8 +15,7 @@ import torch
 
 from layerwise.config import load, resolve
 from layerwise.engines.machine import machine
-from layerwise.evaluate.compare import Comparison, compare, load_comparison
-from layerwise.evaluate.methods import GREEDY, UNTRAINED
+from layerwise.evaluate.compare import GREEDY, UNTRAINED, Comparison, compare, load_comparison
 from layerwise.report.html import write_report
 from layerwise.units import duration, size
 

@@ -14,16 +14,15 @@ from torch.utils.checkpoint import checkpoint
 from layerwise.config import Config, resolve
 from layerwise.data.batches import Batch
 from layerwise.data.source import DataSet
-from layerwise.memory.allocator import AnyMeter, meter_for
 from layerwise.memory.device import on_device
-from layerwise.memory.meter import uncounted
-from layerwise.memory.placement import Placement
+from layerwise.memory.meter import AnyMeter, meter_for, uncounted
+from layerwise.memory.plan import Placement
 from layerwise.nets import build_network
-from layerwise.nets.frames import vectors
+from layerwise.nets.layer import vectors
 from layerwise.nets.module import Module
 from layerwise.nets.network import ranges
-from layerwise.training.loaded import LoadedStage, Randomness
-from layerwise.training.plan import StagePlan, plan_stages
+from layerwise.training.spec import StageSpec, stage_specs
+from layerwise.training.trainer import StageTrainer, StepRandomness
 
 Step = Callable[[], object]
 
@@ -54,17 +53,17 @@ def paper(kind: str, batch_size: int, **changes: object) -> tuple[Config, DataSe
     return config, Noise((channels, config.data.patch, config.data.patch), side * side, side, samples=4 * batch_size)
 
 
-def natural_stages(config: Config, data: DataSet) -> list[StagePlan]:
+def natural_stages(config: Config, data: DataSet) -> list[StageSpec]:
     network = build_network(config.net, data.frame_shape)
-    return plan_stages(config, data, network, network.natural_ranges)
+    return stage_specs(config, data, network, network.natural_ranges)
 
 
-def whole_network(config: Config, data: DataSet) -> StagePlan:
+def whole_network(config: Config, data: DataSet) -> StageSpec:
     network = build_network(config.net, data.frame_shape)
-    return plan_stages(config, data, network, ranges([len(network.layers)]))[0]
+    return stage_specs(config, data, network, ranges([len(network.layers)]))[0]
 
 
-def host_batch(config: Config, plan: StagePlan) -> Batch:
+def host_batch(config: Config, plan: StageSpec) -> Batch:
     """Noise as a stage reads it: float32 from the data set, float16 from a cache."""
     size, frames = config.training.batch_size, plan.window.frames
     with uncounted():
@@ -110,7 +109,7 @@ class Blocks(nn.Module):
         return outputs, outputs
 
 
-def plain_step(config: Config, plan: StagePlan, encoder: nn.Module, device: torch.device) -> Step:
+def plain_step(config: Config, plan: StageSpec, encoder: nn.Module, device: torch.device) -> Step:
     """A step of ordinary PyTorch: forward, plain InfoNCE, backward, fused Adam."""
     objective = plan.build_objective(config, device)
     adam = torch.optim.Adam([*encoder.parameters(), *objective.parameters()], lr=config.training.lr, fused=True)
@@ -137,7 +136,7 @@ def end_to_end(config: Config, data: DataSet, device: torch.device, recompute: b
     return plain_step(config, plan, encoder, device)
 
 
-def plain_stage(config: Config, plan: StagePlan, device: torch.device) -> Step:
+def plain_stage(config: Config, plan: StageSpec, device: torch.device) -> Step:
     module = plan.build_module(0, device)
 
     class Outputs(nn.Module):
@@ -152,21 +151,21 @@ def plain_stage(config: Config, plan: StagePlan, device: torch.device) -> Step:
     return plain_step(config, plan, Outputs(), device)
 
 
-def our_stage(config: Config, plan: StagePlan, device: torch.device, placement: Placement, meter: AnyMeter) -> Step:
+def our_stage(config: Config, plan: StageSpec, device: torch.device, placement: Placement, meter: AnyMeter) -> Step:
     """The step of a run; must be called inside the meter."""
-    loaded = LoadedStage(plan, config, device, placement, meter)
+    loaded = StageTrainer(plan, config, device, placement, meter)
     batch = host_batch(config, plan)
     seeds = iter(range(10**9))
 
     def step() -> None:
         seed = next(seeds)
-        loaded.train(batch, Randomness(lambda: np.random.default_rng(seed)))
+        loaded.train(batch, StepRandomness(lambda: np.random.default_rng(seed)))
 
     step.loaded = loaded
     return step
 
 
-def floor_of(config: Config, plan: StagePlan, device: torch.device) -> list[Step]:
+def floor_of(config: Config, plan: StageSpec, device: torch.device) -> list[Step]:
     """The module's forward and backward pass alone, and the predictors' matrix products alone."""
     module = plan.build_module(0, device)
     frames = on_device(host_batch(config, plan).frames, device)
@@ -241,7 +240,7 @@ def machine(device: torch.device) -> str:
     return f"{where}, torch {torch.__version__}"
 
 
-def _draw(config: Config, objective: nn.Module, plan: StagePlan, frames: int) -> object:
+def _draw(config: Config, objective: nn.Module, plan: StageSpec, frames: int) -> object:
     lengths = np.full(config.training.batch_size, frames)
     return objective.draw(lengths, frames, plan.window.columns, np.random.default_rng(0))[0]
 

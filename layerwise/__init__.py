@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from layerwise.nets.network import Network
     from layerwise.objectives import register_objective
     from layerwise.report.html import write_report
-    from layerwise.run_directory import RunState, open_run
+    from layerwise.run_store import RunState, open_run
 
 __all__ = [
     "BudgetError",
@@ -102,8 +102,8 @@ _HOME = {
     "register_objective": "layerwise.objectives",
     "ProbeResult": "layerwise.evaluate.probe",
     "probe": "layerwise.api",
-    "RunState": "layerwise.run_directory",
-    "open_run": "layerwise.run_directory",
+    "RunState": "layerwise.run_store",
+    "open_run": "layerwise.run_store",
     "write_report": "layerwise.report.html",
 }
 

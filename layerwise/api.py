@@ -25,20 +25,18 @@ from layerwise.data.source import DataSet, Skipped
 from layerwise.engines.plan import plan as plan_config
 from layerwise.engines.run import RunResult
 from layerwise.engines.run import run as run_config
-from layerwise.errors import ConfigError
+from layerwise.errors import ConfigError, did_you_mean
 from layerwise.evaluate.probe import ProbeResult
 from layerwise.evaluate.probe import probe as probe_run
 from layerwise.events import EpochDone, Event, Message, Notify, StageDone, silent
 from layerwise.forecast import Forecast
-from layerwise.near import did_you_mean
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
-from layerwise.report.lines import LogFile, PlainLines
-from layerwise.report.live import LiveTable
-from layerwise.report.summary import stages_at_chance
-from layerwise.run_directory import RunPaths, open_run
+from layerwise.report.progress import LiveTable, LogFile, PlainLines
+from layerwise.report.tables import stages_at_chance
+from layerwise.run_store import RunPaths, open_run
 from layerwise.stop import StopFlag, stop_on_signals
-from layerwise.training.cutting import plan_run
+from layerwise.training.cut import cut_network
 from layerwise.training.optimizer import Make, Optimization, Schedule
 
 Model = nn.Module | Network | str | Config | None
@@ -60,7 +58,7 @@ def cut(model: nn.Module, example: torch.Tensor, stages: int | None = None) -> N
         return network
     given = {"training.stages": stages, "training.batch_size": max(len(example) // 2 * 2, 4)}
     config = resolve("whole", overrides={"data.source": OWN, "net.name": OWN, **given})
-    plans = plan_run(config, _Example(tuple(example.shape[1:])), torch.device("cpu"), network)
+    plans = cut_network(config, _Example(tuple(example.shape[1:])), torch.device("cpu"), network)
     return replace(network, natural_cut=tuple(len(plan.layers) for plan in plans))
 
 

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from layerwise.errors import ConfigError
-from layerwise.near import did_you_mean
+from layerwise.errors import ConfigError, did_you_mean
 
 
 def named_function(text: str, flag: str, others: Iterable[str]) -> Callable[..., Any]:

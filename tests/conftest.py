@@ -16,8 +16,8 @@ from layerwise.data.source import DataSet
 from layerwise.engines.run import run
 from layerwise.evaluate.probe import probe
 from layerwise.nets.network import Network
-from layerwise.training.cutting import plan_run
-from layerwise.training.plan import StagePlan
+from layerwise.training.cut import cut_network
+from layerwise.training.spec import StageSpec
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -185,7 +185,7 @@ class Noise:
         return torch.randn(int(self.lengths[sample]), *self.frame_shape, generator=generator)[start:stop]
 
 
-PlannedStages = Callable[..., tuple[Config, list[StagePlan]]]
+PlannedStages = Callable[..., tuple[Config, list[StageSpec]]]
 
 
 @pytest.fixture(scope="session")
@@ -195,9 +195,9 @@ def planned_stages() -> PlannedStages:
     The data are noise, four windows long each, so nothing is read and every batch is full.
     """
 
-    def plan(kind: str, network: Network | None = None, **changes: object) -> tuple[Config, list[StagePlan]]:
+    def plan(kind: str, network: Network | None = None, **changes: object) -> tuple[Config, list[StageSpec]]:
         config = resolve(overrides={**{"speech": TINY_SPEECH, "vision": TINY_VISION}[kind], **changes})
-        return config, plan_run(config, noise_for(config), torch.device("cpu"), network)
+        return config, cut_network(config, noise_for(config), torch.device("cpu"), network)
 
     return plan
 

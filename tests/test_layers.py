@@ -9,13 +9,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "layerwise"
 
 LEAVES = {
     *("errors", "version", "config", "events", "files", "forecast"),
-    *("importing", "near", "run_directory", "stop", "streams", "units"),
+    *("importing", "run_store", "stop", "streams", "units"),
 }
 ROOMS = {
     "cache": {"errors", "files"},
-    "data": {"errors", "config", "importing", "near", "streams"},
-    "nets": {"errors", "config", "importing", "near"},
-    "objectives": {"errors", "config", "near"},
+    "data": {"errors", "config", "importing", "streams"},
+    "nets": {"errors", "config", "importing"},
+    "objectives": {"errors", "config"},
     "memory": {"errors", "config"},
     "training": LEAVES | {"cache", "data", "nets", "objectives", "memory"},
     "evaluate": LEAVES | {"engines", "training", "cache", "data", "nets", "memory"},
@@ -48,7 +48,7 @@ def test_a_room_imports_only_from_rooms_below(room: str) -> None:
 def test_leaves_import_only_leaves() -> None:
     for name in LEAVES:
         for path in (*PACKAGE.glob(f"{name}.py"), *PACKAGE.glob(f"{name}/*.py")):
-            assert imported_rooms(path) <= {name, "errors", "files", "near", "recipes", "units"}, path
+            assert imported_rooms(path) <= {name, "errors", "files", "recipes", "units"}, path
 
 
 def test_every_room_has_a_rule() -> None:

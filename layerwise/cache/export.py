@@ -1,12 +1,26 @@
-"""Hands the features of a stage over to other programs, in constant memory."""
+"""Hands the features of a stage over to other programs, in constant memory.
 
-from collections.abc import Iterator
+Features of samples in a file for other programs, written sample after sample in constant memory.
+
+NAME.npy: one array [frames of all samples, *frame shape]; which rows are whose is in NAME.index.npz beside it: `ids` [N],
+`offsets` int64 [N + 1] and `labels_NAME`. NAME.h5: `features`, `offsets`, `ids` and `labels/NAME` in one file."""
+
+import errno
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
+import h5py
 import numpy as np
 
-from layerwise.cache.features import FeatureFile, MeanFile
 from layerwise.cache.reader import ActivationCache
+from layerwise.errors import CacheError
+from layerwise.files import unwritable
 
 READ_BYTES = 32 * 2**20
 """Read at once."""
@@ -33,3 +47,161 @@ def _pieces(cache: ActivationCache, sample: int, length: int) -> Iterator[np.nda
     for start in range(0, length, step):
         frames = cache.read(sample, start, min(start + step, length))
         yield (frames if cache.layout.dtype == "float16" else frames.float()).numpy()
+
+
+CHUNK_BYTES = 2**20
+"""Of a chunk of the array in an HDF5 file: rows are added to it, so it cannot be contiguous."""
+
+BESIDE = 2**20
+"""Bytes of the file beside the features, generously."""
+
+
+class FeatureFile:
+    """Takes the rows of one sample after another; the file bears its name once it is whole, and is gone otherwise."""
+
+    def __init__(self, path: Path, frame_shape: tuple[int, ...], dtype: np.dtype, stage: int) -> None:
+        """Raises CacheError where the file exists or the name has another ending."""
+        for there in (path, path.with_suffix(".index.npz")) if path.suffix == ".npy" else (path,):
+            if there.exists():
+                raise CacheError(f"{there} exists; delete it, or name another file.")
+        if path.suffix not in (".npy", ".h5"):
+            raise CacheError(f"{path}: features go into a .npy or a .h5 file; name one of these.")
+        if not path.parent.is_dir():
+            raise CacheError(f"{path}: there is no folder {path.parent}; make it, or name another one.")
+        self.rows = 0
+        """Written so far, those of the sample in hand included."""
+        self._path, self._temporary = path, path.with_name(path.name + ".part")
+        self._ids: list[str] = []
+        self._offsets = [0]
+        array = _NpyArray if path.suffix == ".npy" else _HDF5Array
+        with self._sentences():
+            self._array: _NpyArray | _HDF5Array = array(self._temporary, frame_shape, np.dtype(dtype), stage)
+
+    def append(self, rows: np.ndarray) -> None:
+        """The next rows [n, *frame shape] of the sample in hand. Raises CacheError where the disk does not take them."""
+        with self._sentences():
+            # Looked at beforehand: HDF5 may not survive a disk that is full.
+            if shutil.disk_usage(self._path.parent).free < rows.nbytes + BESIDE:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._array.write(self.rows, rows)
+        self.rows += len(rows)
+
+    def keep(self, name: str) -> None:
+        """Ends the sample in hand."""
+        self._ids.append(name)
+        self._offsets.append(self.rows)
+
+    def drop(self) -> None:
+        """Takes the rows of the sample in hand back."""
+        self.rows = self._offsets[-1]
+
+    def finish(self, labels: Mapping[str, np.ndarray]) -> None:
+        """Adds the index, and puts the file in place. labels: label name to str [N], for the samples that were kept."""
+        with self._sentences():
+            self._array.finish(self.rows, self._path, self._ids, np.array(self._offsets, dtype=np.int64), labels)
+            self._temporary.rename(self._path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._array.close()
+        self._temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _sentences(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CacheError(unwritable(self._path, error)) from None
+
+
+class MeanFile(FeatureFile):
+    """One row per sample instead: the mean of its frames, float32; not-a-number where it has none."""
+
+    def __init__(self, path: Path, frame_shape: tuple[int, ...], dtype: np.dtype, stage: int) -> None:
+        super().__init__(path, frame_shape, np.dtype(np.float32), stage)
+        self._none = np.full(frame_shape, np.nan)
+        self._sum: Any = 0.0
+        self._count = 0
+
+    def append(self, rows: np.ndarray) -> None:
+        self._sum = self._sum + rows.sum(0, dtype=np.float64)
+        self._count += len(rows)
+
+    def keep(self, name: str) -> None:
+        super().append((self._sum / self._count if self._count else self._none)[None])
+        self._forget()
+        super().keep(name)
+
+    def drop(self) -> None:
+        self._forget()
+        super().drop()
+
+    def _forget(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+
+class _NpyArray:
+    """Rows behind a header that is written anew at the end; numpy leaves room in it for the first axis to grow."""
+
+    def __init__(self, path: Path, frame_shape: tuple[int, ...], dtype: np.dtype, stage: int) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115
+        self._shape, self._dtype = frame_shape, dtype
+        self._write_header(0)
+        self._start = self._file.tell()
+
+    def write(self, row: int, rows: np.ndarray) -> None:
+        self._file.seek(self._start + row * math.prod(self._shape) * self._dtype.itemsize)
+        self._file.write(np.ascontiguousarray(rows, self._dtype).data)
+
+    def finish(
+        self, rows: int, path: Path, ids: Sequence[str], offsets: np.ndarray, labels: Mapping[str, np.ndarray]
+    ) -> None:
+        self._file.truncate(self._start + rows * math.prod(self._shape) * self._dtype.itemsize)
+        self._file.seek(0)
+        self._write_header(rows)
+        self._file.close()
+        index: dict[str, Any] = {f"labels_{name}": values.astype(str) for name, values in labels.items()}
+        temporary = path.with_suffix(".index.npz.part")
+        with open(temporary, "wb") as file:
+            np.savez(file, ids=np.array(ids), offsets=offsets, **index)
+        os.replace(temporary, path.with_suffix(".index.npz"))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write_header(self, rows: int) -> None:
+        described = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(self._file, described | {"shape": (rows, *self._shape)})
+
+
+class _HDF5Array:
+    """Rows in chunks."""
+
+    def __init__(self, path: Path, frame_shape: tuple[int, ...], dtype: np.dtype, stage: int) -> None:
+        chunk = max(CHUNK_BYTES // (math.prod(frame_shape) * dtype.itemsize), 1)
+        self._file = h5py.File(path, "w")
+        self._file.attrs["stage"] = stage
+        self._rows = self._file.create_dataset(
+            "features", (0, *frame_shape), dtype, maxshape=(None, *frame_shape), chunks=(chunk, *frame_shape)
+        )
+
+    def write(self, row: int, rows: np.ndarray) -> None:
+        self._rows.resize(row + len(rows), axis=0)
+        self._rows[row:] = rows
+
+    def finish(
+        self, rows: int, path: Path, ids: Sequence[str], offsets: np.ndarray, labels: Mapping[str, np.ndarray]
+    ) -> None:
+        self._rows.resize(rows, axis=0)
+        self._file["offsets"] = offsets
+        self._file["ids"] = np.array([name.encode() for name in ids], dtype=bytes)
+        for name, values in labels.items():
+            self._file[f"labels/{name}"] = np.array([value.encode() for value in values], dtype=bytes)
+        self._file.close()
+
+    def close(self) -> None:
+        self._file.close()

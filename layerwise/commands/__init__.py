@@ -40,7 +40,7 @@ for command in (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command and exits: 0 done, 2 the request cannot be met, 75 stopped and resumable, 1 a defect of ours."""
     exit_code = _exit_code(arguments)
-    if joining := sys.modules.get("layerwise.engines.joining"):  # imports torch, which most commands do without
+    if joining := sys.modules.get("layerwise.engines.torchrun"):  # imports torch, which most commands do without
         joining.leave(exit_code)
     sys.exit(exit_code)
 

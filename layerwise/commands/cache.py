@@ -6,8 +6,8 @@ from pathlib import Path
 import click
 
 from layerwise.errors import CacheError, ConfigError, DamagedCache
-from layerwise.report.summary import console_for_results, table
-from layerwise.run_directory import open_run
+from layerwise.report.tables import console_for_results, table
+from layerwise.run_store import open_run
 from layerwise.units import size
 
 
@@ -95,7 +95,7 @@ def verify(place: Path) -> None:
 @click.option("--all", "everything", is_flag=True, help="Of every stage.")
 def rm(directory: Path, stages: tuple[int, ...], everything: bool) -> None:
     """Delete caches of the run in DIR. Its weights stay; a later start makes what it keeps or needs again."""
-    from layerwise.training.removal import remove_caches
+    from layerwise.training.cache_retention import remove_caches
 
     if bool(stages) == everything:
         raise ConfigError("Say which caches: either --stage S or --all.")

@@ -11,7 +11,7 @@ from layerwise.commands.options import configured
 from layerwise.config import Config
 from layerwise.errors import ConfigError
 from layerwise.events import EpochDone, Event
-from layerwise.report.summary import comparison_table, console_for_results
+from layerwise.report.tables import comparison_table, console_for_results
 from layerwise.stop import stop_in_time, stop_on_signals
 
 
@@ -31,8 +31,8 @@ def compare(config: Config, seeds: int, methods: str | None, as_json: bool) -> N
     if not config.objective.label:
         raise ConfigError("compare needs --label NAME: what the probes tell apart.")
 
+    from layerwise.evaluate.compare import METHODS
     from layerwise.evaluate.compare import compare as compare_library  # imports torch, which --help need not wait for
-    from layerwise.evaluate.methods import METHODS
 
     first = config.training.seed
     console, doing = Console(stderr=True), ""

@@ -24,7 +24,7 @@ def init(config: Config, output: Path) -> None:
     """
     if os.path.lexists(output):
         raise RunError(f"{output} exists; delete it, or name another file with -o.")
-    from layerwise.engines.look import look  # imports torch, which --help need not wait for
+    from layerwise.engines.plan import look  # imports torch, which --help need not wait for
 
     seen = look(config)
     try:

@@ -8,8 +8,7 @@ from rich.console import Console
 
 from layerwise.commands.options import configured
 from layerwise.config import Config
-from layerwise.report.forecast import disk, forecast_table, reasons, verdict
-from layerwise.report.summary import console_for_results
+from layerwise.report.tables import console_for_results, disk, forecast_table, reasons, verdict
 
 
 @click.command(short_help="Predict what a run would take; runs nothing.")

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from layerwise.report.summary import console_for_results, few_test_samples, probe_table
+from layerwise.report.tables import console_for_results, few_test_samples, probe_table
 from layerwise.stop import stop_on_signals
 from layerwise.units import size
 

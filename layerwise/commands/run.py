@@ -9,12 +9,11 @@ from rich.console import Console
 
 from layerwise.commands.options import configured
 from layerwise.config import Config
-from layerwise.engines.batch_job import queue_again
+from layerwise.engines.requeue import queue_again
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, ToldElsewhere
 from layerwise.events import Event, Notify, silent
-from layerwise.report.lines import LogFile, PlainLines
-from layerwise.report.live import LiveTable
-from layerwise.report.summary import (
+from layerwise.report.progress import LiveTable, LogFile, PlainLines
+from layerwise.report.tables import (
     console_for_results,
     stage_table,
     stages_at_chance,
@@ -22,7 +21,7 @@ from layerwise.report.summary import (
     what_next,
     where_things_lie,
 )
-from layerwise.run_directory import RunPaths
+from layerwise.run_store import RunPaths
 from layerwise.stop import stop_in_time, stop_on_signals
 
 if TYPE_CHECKING:
@@ -50,10 +49,10 @@ def run(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) 
     console = console_for_results()
     with stop_on_signals() as stop, stop_in_time(stop, config.engine.time), ExitStack() as sharing:
         # These import torch, which --help need not wait for, and a signal may well come meanwhile.
-        from layerwise.engines.joining import is_restart, joined
         from layerwise.engines.run import run as run_library
+        from layerwise.engines.torchrun import is_restart, join_ranks
 
-        ranks = sharing.enter_context(joined(config))
+        ranks = sharing.enter_context(join_ranks(config))
         try:
             with _display(console) if ranks.first else nullcontext(silent) as show:
 

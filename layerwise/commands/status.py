@@ -12,9 +12,8 @@ from rich.live import Live
 from layerwise.config import load
 from layerwise.errors import RunError
 from layerwise.files import is_locked
-from layerwise.report.rounds import RoundState, round_states, rounds_table
-from layerwise.report.summary import console_for_results, stage_table, totals
-from layerwise.run_directory import RunPaths, RunState, open_run
+from layerwise.report.tables import RoundState, console_for_results, round_states, rounds_table, stage_table, totals
+from layerwise.run_store import RunPaths, RunState, open_run
 from layerwise.stop import stop_on_signals
 
 WATCH_SECONDS = 1.0

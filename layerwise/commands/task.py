@@ -5,11 +5,11 @@ from pathlib import Path
 
 import click
 
-from layerwise.engines.batch_job import queue_again
+from layerwise.engines.requeue import queue_again
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError
 from layerwise.events import Event
-from layerwise.report.lines import LogFile, PlainLines
-from layerwise.run_directory import open_run
+from layerwise.report.progress import LogFile, PlainLines
+from layerwise.run_store import open_run
 from layerwise.stop import stop_in_time, stop_on_signals, too_late_to_stop
 
 
@@ -22,10 +22,10 @@ def task(directory: Path, round: int, stage: int) -> None:
     paths, state = open_run(directory)
     with stop_on_signals() as stop:
         # A signal may well come while torch is imported, too.
-        from layerwise.engines.opened import reopen
+        from layerwise.engines.task_runner import open_task_runner
         from layerwise.training.schedule import Task
 
-        opened = reopen(directory)
+        opened = open_task_runner(directory)
         rounds = opened.config.training.rounds
         if not (1 <= round <= rounds and 1 <= stage <= len(state.stages)):
             raise ConfigError(

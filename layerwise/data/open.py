@@ -1,13 +1,21 @@
-"""From `--data` to a data set, framed and in as many views as the options say."""
+"""From `--data` to a data set, framed and in as many views as the options say.
 
+The demo data set: the synthetic corpus, held in memory; it is the same on every machine and needs no file."""
+
+import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from layerwise.config import ARRAYS, DATA_KINDS, FUNCTION, OWN, Config, DataOptions
-from layerwise.data.framed import Framed
+from layerwise.data.arrays import Framed
 from layerwise.data.images import open_image_folder, patch_options, pictures_at
-from layerwise.data.source import DataSet
+from layerwise.data.source import DataSet, Skipped
+from layerwise.data.synthesis import Utterance, synthesise_corpus
 from layerwise.data.views import WithViews
 from layerwise.errors import ConfigError, DataError
 from layerwise.importing import called
@@ -122,8 +130,6 @@ def _open_plain(place: Path, options: DataOptions, takes: str, level: float, sho
 def _open(options: DataOptions, shortest: int) -> DataSet:
     kind, _, place = options.source.partition(":")
     if kind == "demo":
-        from layerwise.data.demo import open_demo
-
         return open_demo()
     if options.source == OWN:
         raise ConfigError("The data of this run were given as an object, in Python; give them again there, as data=.")
@@ -150,8 +156,7 @@ def _found(source: str, place: str) -> Path:
 
 
 def _open_speech(kind: str, folder: Path, options: DataOptions, shortest: int) -> DataSet:
-    from layerwise.data.speech import open_recordings
-    from layerwise.data.speech_corpora import open_fsdd, open_librispeech
+    from layerwise.data.speech import open_fsdd, open_librispeech, open_recordings
 
     if kind == "fsdd":
         return open_fsdd(folder, options.sample_rate, shortest)
@@ -176,3 +181,40 @@ def _open_array(kind: str, place: Path, options: DataOptions) -> DataSet:
     file, colon, name = str(place).rpartition(":")
     named = colon and not place.exists()
     return open_h5(Path(file) if named else place, name if named else None, options.frames)
+
+
+class DemoSpeech:
+    """A DataSet of synthetic utterances; a frame is one audio sample. Labels: speaker, and phone per frame."""
+
+    takes = "waveforms"
+    columns = 1
+    frame_shape: tuple[int, ...] = (1,)
+    views = 1
+    test: np.ndarray | None = None
+    skipped: Sequence[Skipped] = ()
+    frame_label_names: tuple[str, ...] = ("phone",)
+
+    def __init__(self, utterances: list[Utterance]) -> None:
+        self.ids: Sequence[str] = tuple(utterance.name for utterance in utterances)
+        self.lengths = np.array([len(utterance.samples) for utterance in utterances], dtype=np.int64)
+        self.labels = {"speaker": np.array([utterance.speaker for utterance in utterances], dtype=str)}
+        self._utterances = utterances
+        # One number for the whole set, as for recordings (see speech.py).
+        self.level = float(np.sqrt(np.mean([np.square(utterance.samples).mean() for utterance in utterances])))
+        # The parameters, not the samples: these may differ by a rounding from one processor to the next.
+        self.identity = hashlib.sha256(f"demo 3 {self.ids} {self.lengths.tolist()}".encode()).hexdigest()
+
+    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+        """Samples start to stop: float32 [stop - start, 1] at the level of the set."""
+        return torch.from_numpy(self._utterances[sample].samples[start:stop, None] / self.level)
+
+    def frame_labels(self, name: str, sample: int, positions: np.ndarray) -> np.ndarray:
+        """The phone that sounds at each position, str [P]."""
+        utterance = self._utterances[sample]
+        phone = np.searchsorted(utterance.phone_stops, positions, side="right")
+        return np.array(utterance.phones, dtype=str)[np.clip(phone, 0, len(utterance.phones) - 1)]
+
+
+def open_demo() -> DemoSpeech:
+    """The corpus of the recipe `demo`."""
+    return DemoSpeech(synthesise_corpus())

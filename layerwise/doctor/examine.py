@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from layerwise.doctor.disk import can_lock, disk_room, write_speed
 from layerwise.doctor.finding import Finding
 from layerwise.doctor.gpu import gpus
-from layerwise.doctor.host import containers, cores, memory, slurm
+from layerwise.doctor.host import can_lock, containers, cores, disk_room, memory, slurm, write_speed
 from layerwise.doctor.software import cache_reads, companions, extras, hdf5, python, torch
-from layerwise.doctor.torch_report import TorchReport, ask_torch
+from layerwise.doctor.torch_install import TorchReport, ask_torch
 
 
 def examine(cache_dir: Path) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 from layerwise.doctor.finding import Finding
-from layerwise.doctor.torch_report import TorchReport
+from layerwise.doctor.torch_install import TorchReport
 from layerwise.units import size
 
 ANSWER_SECONDS = 30

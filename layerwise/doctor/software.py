@@ -6,7 +6,7 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from layerwise.doctor.finding import Finding
-from layerwise.doctor.torch_report import TorchReport
+from layerwise.doctor.torch_install import TorchReport
 
 TRIED = ((3, 11), (3, 13))
 """The oldest and the newest Python that layerwise was tried with."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from layerwise.encoder.agreement import inputs_of_the_run
 from layerwise.encoder.model import Encoder
 from layerwise.nets.network import ranges
-from layerwise.run_directory import RunPaths, RunState
+from layerwise.run_store import RunPaths, RunState
 from layerwise.training.encoder import Origin
 from layerwise.units import percent, size
 

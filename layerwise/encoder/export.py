@@ -1,19 +1,89 @@
-"""Hands a trained encoder over: a folder with the encoder in some format, checked, and a model card."""
+"""Hands a trained encoder over: a folder with the encoder in some format, checked, and a model card.
+
+The formats that an encoder is exported in: each writes its files into a folder and says how these are run again."""
 
 import warnings
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from layerwise.encoder.agreement import largest_difference
+import torch
+
+from layerwise.config import Config, options, with_options
+from layerwise.encoder.agreement import Computes, inputs_of_the_run, largest_difference
 from layerwise.encoder.card import Exported, model_card
-from layerwise.encoder.formats import FORMATS, without_places
-from layerwise.encoder.load import Given, entry_of, load_stages
+from layerwise.encoder.load import Given, entry_of, load, load_stages
 from layerwise.encoder.model import Encoder
-from layerwise.errors import ExportError
+from layerwise.encoder.program import record
+from layerwise.errors import ExportError, did_you_mean
 from layerwise.files import write_atomically
-from layerwise.near import did_you_mean
-from layerwise.run_directory import open_run
+from layerwise.run_store import open_run
+from layerwise.training.checkpoint import to_host
+from layerwise.training.encoder import Origin, save_encoder
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """An encoder in some format."""
+
+    computes: Computes
+    """What was written, read back."""
+    inputs: list[torch.Tensor]
+    """Batches to try it with."""
+    fixed: str = ""
+    """Sizes of the input that cannot be changed."""
+
+
+def write_safetensors(encoder: Encoder, origin: Origin, network: Given, folder: Path) -> Written:
+    """encoder.safetensors and config.toml, for layerwise.load."""
+    write_atomically(folder / "config.toml", origin.config.to_toml().encode())
+    save_encoder(folder / "encoder.safetensors", to_host(encoder.state_dict()), origin)
+    return Written(load(folder, network=network), inputs_of_the_run(encoder, origin))
+
+
+def write_pt2(encoder: Encoder, origin: Origin, network: Given, folder: Path) -> Written:
+    """encoder.pt2, a program for torch.export.load."""
+    program, path = record(encoder, origin), folder / "encoder.pt2"
+    torch.export.save(program.exported, path)
+    return Written(torch.export.load(path).module(), program.inputs, program.fixed)
+
+
+def write_onnx(encoder: Encoder, origin: Origin, network: Given, folder: Path) -> Written:
+    """encoder.onnx, a graph for any ONNX runtime. Raises ExportError where packages are missing."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise ExportError(f"--format onnx needs {' and '.join(missing)}: pip install 'layerwise[onnx]'")
+    program, path = record(encoder, origin), folder / "encoder.onnx"
+    takes = encoder.entry.takes
+    graph = torch.onnx.export(
+        program.exported, dynamo=True, input_names=[takes], output_names=["features"], verbose=False
+    )
+    assert graph is not None  # as it is where the exporter is torch.export's
+    graph.save(path)
+    return Written(_onnx_session(path, takes), program.inputs, program.fixed)
+
+
+def _onnx_session(path: Path, takes: str) -> Computes:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {takes: x.numpy()})[0])
+
+
+FORMATS: dict[str, Callable[[Encoder, Origin, Given, Path], Written]] = {
+    "safetensors": write_safetensors,
+    "pt2": write_pt2,
+    "onnx": write_onnx,
+}
+
+
+def without_places(config: Config) -> Config:
+    """The options without where things lay on the machine of the run; of the data source, its kind and last name."""
+    kind, colon, place = config.data.source.partition(":")
+    defaults = {option.key: option.default for option in options() if option.scope == "place"}
+    return with_options(config, defaults | {"data.source": f"{kind}{colon}{Path(place).name}"})
 
 
 def export(

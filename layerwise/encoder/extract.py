@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from layerwise.cache.features import FeatureFile, MeanFile
+from layerwise.cache.export import FeatureFile, MeanFile
 from layerwise.config import Config, with_options
 from layerwise.data.open import open_input
 from layerwise.data.source import DataSet, Skipped
@@ -15,11 +15,10 @@ from layerwise.encoder.load import Given, entry_of, load_stages
 from layerwise.encoder.model import Encoder
 from layerwise.encoder.passing import pass_through
 from layerwise.errors import BudgetError, DataError
-from layerwise.memory.allocator import meter_for
 from layerwise.memory.device import cap, find_device, release, why_out_of_memory
+from layerwise.memory.meter import meter_for
 from layerwise.stop import StopFlag
-from layerwise.training.caching import SHORTEST
-from layerwise.training.frozen import FrozenStage
+from layerwise.training.forward import SHORTEST, InferenceStage
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ def extract(
 
 def _fill(
     file: FeatureFile,
-    stages: Sequence[FrozenStage],
+    stages: Sequence[InferenceStage],
     data: DataSet,
     config: Config,
     stop: StopFlag,

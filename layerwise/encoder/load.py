@@ -12,10 +12,10 @@ from layerwise.nets.module import Module
 from layerwise.nets.named import TORCHVISION
 from layerwise.nets.network import Network, ranges
 from layerwise.nets.traced import traced_network
-from layerwise.run_directory import RunPaths, RunState
+from layerwise.run_store import RunPaths, RunState
 from layerwise.training.checkpoint import Arrays, load_weights
 from layerwise.training.encoder import Origin, load_encoder
-from layerwise.training.frozen import FrozenStage
+from layerwise.training.forward import InferenceStage
 
 Given = Network | nn.Module | str | None
 """A network that the run was given as an object, or the package.module:function that made it."""
@@ -33,7 +33,7 @@ def load(place: str | Path, *, stage: int | None = None, network: Given = None) 
     return Encoder(entry_of(origin), [each.module for each in stages]).eval()
 
 
-def load_stages(place: Path, stage: int | None, network: Given) -> tuple[Origin, list[FrozenStage]]:
+def load_stages(place: Path, stage: int | None, network: Given) -> tuple[Origin, list[InferenceStage]]:
     """Stages 1 to `stage`, each by itself; see `load`."""
     path = _encoder_file(place)
     weights, origin = load_encoder(path)
@@ -47,7 +47,7 @@ def load_stages(place: Path, stage: int | None, network: Given) -> tuple[Origin,
     for number, (layers, handing) in enumerate(zip(cut[:stage], origin.handings, strict=False), start=1):
         module = network.build(layers, 0, "cpu").eval()
         load_weights(module, {name: weights[name] for name in module.state_dict()})
-        frozen.append(FrozenStage(number, module, handing))
+        frozen.append(InferenceStage(number, module, handing))
     return origin, frozen
 
 

@@ -10,8 +10,7 @@ from torch import nn
 
 from layerwise.encoder.entry import Entry
 from layerwise.errors import DataError
-from layerwise.nets.frames import vectors
-from layerwise.nets.layer import Layer, mask_padding
+from layerwise.nets.layer import Layer, mask_padding, vectors
 from layerwise.nets.module import Geometry, Module
 
 

@@ -12,14 +12,11 @@ import numpy as np
 import torch
 
 from layerwise.cache.stored import as_array
-from layerwise.data.batches import Batch, collate, read_ahead
-from layerwise.data.groups import Group, group_renderings
+from layerwise.data.batches import Batch, Group, collate, group_renderings, read_ahead
 from layerwise.data.source import DataSet
 from layerwise.errors import DataError
-from layerwise.memory.allocator import AnyMeter
-from layerwise.memory.meter import metered
-from layerwise.training.caching import looks_at
-from layerwise.training.frozen import FrozenStage, pass_up
+from layerwise.memory.meter import AnyMeter, metered
+from layerwise.training.forward import InferenceStage, forward_stages, should_meter_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,7 @@ class _Read:
 
 
 def pass_through(
-    stages: Sequence[FrozenStage], data: DataSet, first: int, piece: int, device: torch.device, meter: AnyMeter
+    stages: Sequence[InferenceStage], data: DataSet, first: int, piece: int, device: torch.device, meter: AnyMeter
 ) -> Iterator[Passed]:
     """Samples `first` on, in their order, with what the last stage hands over.
 
@@ -61,7 +58,7 @@ def pass_through(
     for group in groups:
         states: list[Any] | None = [None] * len(stages) if group.streamed else None
         failed: dict[int, str] = {}
-        look = looks_at(meter, group)
+        look = should_meter_group(meter, group)
         for start in group.starts:
             read, last = next(reads), group.is_last(start)
             if failed and group.streamed:
@@ -88,10 +85,10 @@ def _read(data: DataSet, group: Group, start: int) -> _Read:
 
 
 def _outputs(
-    stages: Sequence[FrozenStage], batch: Batch, states: list[Any] | None, last: bool, device: torch.device
+    stages: Sequence[InferenceStage], batch: Batch, states: list[Any] | None, last: bool, device: torch.device
 ) -> list[np.ndarray]:
     """Rows of each sample of the batch."""
-    for handed in pass_up(stages, batch, states, last, device):
+    for handed in forward_stages(stages, batch, states, last, device):
         frames, lengths = handed
     return [_on_host(sample[:length]) for sample, length in zip(frames, lengths.tolist(), strict=True)]
 

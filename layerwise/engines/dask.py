@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerwise.engines.opened import OpenedRun, reopen
+from layerwise.engines.task_runner import TaskRunner, open_task_runner
 from layerwise.engines.worker import Answer, error_message, error_of, event_message, event_of
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, RunError
 from layerwise.events import CachingProgress, Event, Message, Notify, StageStarted, StepDone
@@ -56,7 +56,7 @@ class _Order:
         return f"layerwise-{self.start}"
 
 
-def execute(tasks: Sequence[Task], run: OpenedRun, stop: StopFlag, notify: Notify) -> None:
+def execute(tasks: Sequence[Task], run: TaskRunner, stop: StopFlag, notify: Notify) -> None:
     """Every task, on the cluster of `--scheduler`, or on one of this machine with a worker for each of `--devices`.
 
     Raises ConfigError where there is no such cluster, Interrupted after all workers have saved, RunError where a task's
@@ -256,5 +256,5 @@ def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
 
 
 @lru_cache(maxsize=1)
-def _opened(out: str, device: str | None, start: str) -> OpenedRun:
-    return reopen(Path(out), device)
+def _opened(out: str, device: str | None, start: str) -> TaskRunner:
+    return open_task_runner(Path(out), device)

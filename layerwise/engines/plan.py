@@ -1,6 +1,9 @@
-"""A run before it is started: what each stage will take on the device, on the disk and on the host, and whether it fits."""
+"""A run before it is started: what each stage will take on the device, on the disk and on the host, and whether it fits.
+
+A glance at the data of a run that is only thought of."""
 
 import math
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -15,24 +18,24 @@ from layerwise.forecast import Forecast, StageForecast
 from layerwise.memory.device import context_bytes, find_device
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
-from layerwise.run_directory import RunPaths
-from layerwise.training.cutting import plan_run
-from layerwise.training.optimizer import Optimization
-from layerwise.training.plan import StagePlan
-from layerwise.training.planner import fitting_layout, peaks, smallest_budget, smallest_layout
-from layerwise.training.recomputed import BLOCK_BYTES
-from layerwise.training.storage import (
-    Room,
-    Storage,
+from layerwise.run_store import RunPaths
+from layerwise.training.budget import fitting_layout, peaks, smallest_budget, smallest_layout
+from layerwise.training.cache_plan import (
+    CachePlan,
+    CacheSize,
     below,
+    cache_sizes,
     disk_peak,
     free_for_caches,
-    input_of,
-    plan_storage,
-    room_of_caches,
+    input_kind,
+    plan_caches,
     rounds_under_way,
 )
-from layerwise.training.training_peak import training_peak
+from layerwise.training.cut import cut_network
+from layerwise.training.optimizer import Optimization
+from layerwise.training.peaks import training_peak
+from layerwise.training.recompute import BLOCK_BYTES
+from layerwise.training.spec import StageSpec
 
 
 def plan(
@@ -50,10 +53,10 @@ def plan(
         raise ConfigError("plan predicts one stage at a time; leave training.schedule simultaneous out.")
     device = find_device(config.training.device)
     data = data or open_data(config.data, shortest_sample(config))
-    plans = plan_run(config, data, device, network, optimization=optimization)
+    plans = cut_network(config, data, device, network, optimization=optimization)
     folder = RunPaths.of(config.out, config.cache.dir).caches
-    storage = plan_storage(config, plans, data, free_for_caches(folder))
-    rooms = room_of_caches(plans, data, config.cache)
+    storage = plan_caches(config, plans, data, free_for_caches(folder))
+    rooms = cache_sizes(plans, data, config.cache)
     stages = [_forecast(config, plans, stage, storage, room, device) for stage, room in zip(plans, rooms, strict=True)]
     return Forecast(
         budget_bytes=config.memory.gpu_mem,
@@ -73,7 +76,7 @@ def plan(
 
 
 def _forecast(
-    config: Config, plans: list[StagePlan], stage: StagePlan, storage: Storage, room: Room, device: torch.device
+    config: Config, plans: list[StageSpec], stage: StageSpec, storage: CachePlan, room: CacheSize, device: torch.device
 ) -> StageForecast:
     recomputed = below(plans, stage.stage, storage)
     fitting = fitting_layout(config, stage, device, recomputed)
@@ -95,11 +98,11 @@ def _forecast(
         cache_bytes=room.activations,
         cached=storage.cached[stage.stage - 1],
         host_bytes=_host_bytes(config, stage, layout.placement.optimizer_on_host, recomputing=bool(recomputed)),
-        input=input_of(stage.stage, storage),
+        input=input_kind(stage.stage, storage),
     )
 
 
-def _host_bytes(config: Config, stage: StagePlan, optimizer_on_host: bool, recomputing: bool) -> int:
+def _host_bytes(config: Config, stage: StageSpec, optimizer_on_host: bool, recomputing: bool) -> int:
     """What the process holds in host memory: itself, batches that are read ahead, blocks that are written, checkpoints."""
     stored = 4 if stage.stage == 1 else STORED[config.cache.dtype].tensor.itemsize
     batch = config.training.batch_size * stage.window.frames * math.prod(stage.frame_shape) * stored
@@ -112,3 +115,19 @@ def _host_bytes(config: Config, stage: StagePlan, optimizer_on_host: bool, recom
     on_host = 4 * trained if optimizer_on_host else 0
     block = BLOCK_BYTES + 3 * trained if recomputing else 0
     return itself + block + (READ_AHEAD + 2) * batch + 2 * int(config.cache.block) + checkpoint + on_host
+
+
+@dataclass(frozen=True, slots=True)
+class DataSummary:
+    """What a run would find."""
+
+    samples: int
+    skipped: int
+    """Files that could not be used."""
+    labels: tuple[str, ...]
+
+
+def look(config: Config) -> DataSummary:
+    """Opens the data as a run does. Raises DataError where it could not."""
+    data = open_data(config.data, shortest_sample(config))
+    return DataSummary(len(data.ids), len(data.skipped), (*data.labels, *data.frame_label_names))

@@ -12,33 +12,34 @@ from pathlib import Path
 from layerwise.config import OWN, Config
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
-from layerwise.engines import dask, in_process, processes, shared
-from layerwise.engines.joining import device_of
+from layerwise.engines import dask, in_process, processes
+from layerwise.engines import torchrun as shared
 from layerwise.engines.machine import machine
-from layerwise.engines.opened import OpenedRun, layouts_of
-from layerwise.engines.queued import refuse_while_queued
+from layerwise.engines.sbatch import refuse_while_queued
+from layerwise.engines.task_runner import TaskRunner, layouts_of
+from layerwise.engines.torchrun import device_of
 from layerwise.errors import ConfigError, RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import exclusive, refuse_unwritable, write_atomically
-from layerwise.memory.heap import share_one_heap
+from layerwise.memory.device import share_one_heap
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
-from layerwise.run_directory import RunPaths, RunState
+from layerwise.run_store import RunPaths, RunState
 from layerwise.stop import StopFlag
 from layerwise.tracking.following import Following, find_service, open_service
-from layerwise.training.cutting import plan_run
-from layerwise.training.kept import check_kept, delete_leftovers, mend
+from layerwise.training.batch_effects import check_shareable
+from layerwise.training.budget import StageLayout
+from layerwise.training.cache_plan import CachePlan, free_for_caches, plan_caches, sealed_bytes
+from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend
+from layerwise.training.cut import cut_network
 from layerwise.training.optimizer import Optimization
-from layerwise.training.plan import StagePlan
-from layerwise.training.planner import StageLayout
 from layerwise.training.resume import check_from_stage, decided, earlier_records, intended
 from layerwise.training.rounds import prepare_rounds
 from layerwise.training.run import Run
+from layerwise.training.samples import split_samples
 from layerwise.training.schedule import Task, tasks_of_run
-from layerwise.training.sharing import check_shareable
-from layerwise.training.split import split_samples
-from layerwise.training.storage import Storage, free_for_caches, plan_storage, sealed_bytes
+from layerwise.training.spec import StageSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +72,14 @@ def run(
     first. network: in place of the one that the options name. cut: layers in each stage, in place of what the options say
     of it. data: what the options name, where it is open already. optimization: in place of Adam. stop: a flag that ends the
     run after the step in hand.
-    notify: is told what happens. ranks: the processes that torchrun has started, see `engines.joining.joined`; in all but the
-    first, the call follows what the first one does.
+    notify: is told what happens. ranks: the processes that torchrun has started, see `engines.torchrun.join_ranks`; in all but
+    the first, the call follows what the first one does.
     Raises Interrupted after saving when asked to stop, and other LayerwiseErrors where the request cannot be met.
     """
     stop = stop or StopFlag()
     if not ranks.first:
         return _result(shared.follow(ranks, stop))
-    with begun(
+    with prepared_run(
         config,
         from_stage=from_stage,
         overwrite=overwrite,
@@ -95,23 +96,23 @@ def run(
         return _result(work.run)
 
 
-def _result(run: OpenedRun) -> RunResult:
+def _result(run: TaskRunner) -> RunResult:
     labels = (*run.data.labels, *run.data.frame_label_names)
     return RunResult(run.paths, RunState.load(run.paths.state), run.config, labels)
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class PreparedRun:
     """A run that is prepared on the disk, for an engine."""
 
-    run: OpenedRun
+    run: TaskRunner
     tasks: list[Task]
     """What is to be done, each behind those that it needs."""
     told: Notify
 
 
 @contextmanager
-def begun(
+def prepared_run(
     config: Config,
     *,
     from_stage: int | None,
@@ -123,7 +124,7 @@ def begun(
     notify: Notify,
     optimization: Optimization | None = None,
     ranks: Ranks = ALONE,
-) -> Iterator[Work]:
+) -> Iterator[PreparedRun]:
     """Holds a run while its tasks are performed, or handed in. Parameters and errors as those of `run`."""
     share_one_heap()
     service = find_service(config.training.log)
@@ -143,12 +144,12 @@ def begun(
     data = data or open_data(config.data, shortest_sample(config))
     planned_for = _content(paths.state)
     sizes = cut or (None if overwrite else _earlier_cut(paths, config))
-    plans = plan_run(config, data, device, network, sizes, optimization)
+    plans = cut_network(config, data, device, network, sizes, optimization)
     check_shareable(plans, ranks)
     split = split_samples(data, config)
     furthest = paths.furthest_round(rounds)
     earlier = earlier_records(furthest, config, overwrite, from_stage)
-    storage = plan_storage(
+    storage = plan_caches(
         config,
         plans,
         data,
@@ -178,7 +179,7 @@ def begun(
             )
             state, opened = (
                 states[rounds],
-                OpenedRun(config, paths, data, split, plans, layouts, storage, device, ranks),
+                TaskRunner(config, paths, data, split, plans, layouts, storage, device, ranks),
             )
             write_atomically(paths.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
             tracker = open_service(config.training.log, service, paths, state.run_id, config)
@@ -189,7 +190,7 @@ def begun(
             told(RunStarted(len(plans), done, config.training.max_epochs, state.budget_bytes, rounds))
             with _nobody_at_work(paths, rounds):
                 tasks = _tasks(opened, [opened.round(number, stop, told) for number in states])
-            yield Work(opened, tasks, told)
+            yield PreparedRun(opened, tasks, told)
 
 
 @contextmanager
@@ -206,7 +207,7 @@ def _nobody_at_work(paths: RunPaths, rounds: int) -> Iterator[None]:
         yield
 
 
-def _execute(tasks: list[Task], opened: OpenedRun, stop: StopFlag, notify: Notify) -> None:
+def _execute(tasks: list[Task], opened: TaskRunner, stop: StopFlag, notify: Notify) -> None:
     options = opened.config.engine
     if opened.ranks.count > 1:
         shared.execute(tasks, opened, stop, notify)
@@ -223,7 +224,7 @@ def tasks_left(config: Config, overwrite: bool, from_stage: int | None) -> list[
     paths, rounds = RunPaths.of(config.out, config.cache.dir), config.training.rounds
     data = open_data(config.data, shortest_sample(config))
     device, cut = device_of(config.training.device, ALONE), None if overwrite else _earlier_cut(paths, config)
-    stages = len(plan_run(config, data, device, None, cut))
+    stages = len(cut_network(config, data, device, None, cut))
     done = {
         Task(number, record.stage)
         for number in range(1, rounds + 1)
@@ -239,10 +240,10 @@ def _of_round(paths: RunPaths, number: int, rounds: int) -> RunPaths:
     return here if here.state.exists() or not paths.state.exists() else paths
 
 
-def _tasks(opened: OpenedRun, rounds: list[Run]) -> list[Task]:
+def _tasks(opened: TaskRunner, rounds: list[Run]) -> list[Task]:
     """What is to be done, each behind those that it needs; of caches that cannot be used, they are made anew."""
     for run in rounds:
-        delete_leftovers(run)
+        delete_unneeded_caches(run)
         _mend_kept(run)
     states = {run.round: run.state for run in rounds}
     tasks = tasks_of_run(len(opened.plans), opened.config.training.rounds)
@@ -253,7 +254,7 @@ def _mend_kept(run: Run) -> None:
     """Has each cache that is to stay made again where it cannot be used."""
     for _ in run.plans:
         try:
-            check_kept(run)
+            check_retained_caches(run)
             return
         except UnusableCache as error:
             mend(error, run)
@@ -283,7 +284,7 @@ def _earlier_cut(paths: RunPaths, config: Config) -> list[int] | None:
 
 
 def _described(
-    config: Config, data: DataSet, plans: list[StagePlan], layouts: list[StageLayout], storage: Storage
+    config: Config, data: DataSet, plans: list[StageSpec], layouts: list[StageLayout], storage: CachePlan
 ) -> list[str]:
     chosen = config.training.stages is None and config.memory.gpu_mem is not None
     one_pass = all(layout.placement.passes == 1 for layout in layouts)

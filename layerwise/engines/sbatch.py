@@ -1,12 +1,17 @@
-"""Batch scripts for Slurm, and handing them in."""
+"""Batch scripts for Slurm, and handing them in.
 
+Slurm's own commands, which may be missing, and may not answer where its controller is down.
+
+Batch jobs of an earlier start that Slurm has not ended yet."""
+
+import json
 import shlex
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from layerwise.engines.slurm_command import NoAnswer, NoCommand, ask_slurm
-from layerwise.errors import SlurmError
+from layerwise.errors import RunError, SlurmError
 from layerwise.units import seconds
 
 WARNING_SECONDS = 120
@@ -91,3 +96,54 @@ def _slurm_time(length: float) -> str:
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
     return f"{days}-{hour:02d}:{minute:02d}:{second:02d}"
+
+
+ANSWER_SECONDS = 60
+"""Longest wait for an answer of Slurm's."""
+
+
+class NoCommand(SlurmError):
+    """The command is not on the PATH."""
+
+
+class NoAnswer(SlurmError):
+    """The command has not answered in time; what it was to do may be done or not."""
+
+
+def ask_slurm(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """The command when it has ended, well or not. Raises NoCommand, NoAnswer; callers say what follows from it."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+    except FileNotFoundError:
+        raise NoCommand(f"there is no {command[0]} on the PATH") from None
+    except subprocess.TimeoutExpired:
+        raise NoAnswer(f"{command[0]} has not answered for {ANSWER_SECONDS} s") from None
+
+
+QUEUE = "jobs.json"
+"""Beside the scripts: numbers of the jobs that were handed in last."""
+
+
+def refuse_while_queued(folder: Path) -> None:
+    """Raises RunError where jobs of the run are queued or at work, SlurmError where Slurm does not say.
+
+    folder: of its batch scripts. Where there is no Slurm, as behind a copy to another machine, there are none.
+    """
+    numbers: list[str] = json.loads((folder / QUEUE).read_text()) if (folder / QUEUE).exists() else []
+    if not numbers:
+        return
+    asked = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(numbers)}"]
+    try:
+        answer = ask_slurm(asked)
+    except NoCommand:
+        return
+    except NoAnswer as error:
+        raise SlurmError(f"{error}; try again when Slurm is back.") from None
+    # Of a single job that it has forgotten Slurm says so as an error, of several it lists those that it knows.
+    if answer.returncode and "Invalid job id" not in answer.stderr:
+        raise SlurmError(f"squeue does not say whether jobs are queued: {answer.stderr.strip()}; try again later.")
+    if queued := answer.stdout.split():
+        raise RunError(
+            f"Jobs of an earlier start are still queued: {', '.join(queued)}. Let them work, or end them first with: "
+            f"scancel {' '.join(queued)}."
+        )

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerwise.config import Config
-from layerwise.engines.queued import QUEUE
-from layerwise.engines.run import begun, tasks_left
-from layerwise.engines.sbatch import SbatchOptions, script, submit
+from layerwise.engines.run import prepared_run, tasks_left
+from layerwise.engines.sbatch import QUEUE, SbatchOptions, script, submit
 from layerwise.errors import ConfigError
 from layerwise.events import Notify, silent
 from layerwise.files import write_atomically
-from layerwise.run_directory import RunPaths
+from layerwise.run_store import RunPaths
 from layerwise.stop import StopFlag
 from layerwise.training.schedule import Task
 
@@ -40,7 +39,7 @@ def submit_run(
     """
     _check(config)
     folder = _folder(config)
-    with begun(
+    with prepared_run(
         config, from_stage=from_stage, overwrite=overwrite, network=None, cut=None, data=None, stop=stop, notify=notify
     ) as work:
         folder.mkdir(exist_ok=True)

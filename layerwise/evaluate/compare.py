@@ -2,38 +2,71 @@
 
 Every run lies in OUT/runs/METHOD/seed-N, a run directory like any other, and what came of it in OUT/compare.json. Doing
 it twice does once what is missing.
-"""
+
+The methods that Greedy InfoMax is compared with (Löwe et al. 2019, tables 1 and 2), each as options of a run."""
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from layerwise.config import Config, changed_options, load, with_options
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.engines.run import run
-from layerwise.errors import ConfigError, RunError
-from layerwise.evaluate.answer import answer
-from layerwise.evaluate.encoders import features_under_budget
-from layerwise.evaluate.methods import GREEDY, METHODS, UNTRAINED, config_of
-from layerwise.evaluate.question import Question, ask, truth
+from layerwise.errors import ConfigError, RunError, did_you_mean
+from layerwise.evaluate.classifiers import answer
+from layerwise.evaluate.forward import features_under_budget
+from layerwise.evaluate.targets import ProbeTask, ask, truth
 from layerwise.events import Notify, silent
 from layerwise.files import exclusive, write_atomically
 from layerwise.memory.device import find_device
-from layerwise.near import did_you_mean
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import ranges
 from layerwise.stop import StopFlag
-from layerwise.training.cutting import plan_run
+from layerwise.training.cache_plan import CachePlan, cache_sizes, disk_peak
+from layerwise.training.cache_retention import remove_caches
+from layerwise.training.cut import cut_network
 from layerwise.training.encoder import load_encoder
-from layerwise.training.frozen import FrozenStage, Handing, trained_stages, untrained_stages
-from layerwise.training.plan import StagePlan, plan_stages
-from layerwise.training.removal import remove_caches
+from layerwise.training.forward import InferenceStage, OutputFormat, random_stages, trained_stages
 from layerwise.training.resume import listed_changes
-from layerwise.training.storage import Storage, disk_peak, room_of_caches
+from layerwise.training.spec import StageSpec, stage_specs
+
+GREEDY = "greedy-infomax"
+UNTRAINED = "untrained"
+
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    GREEDY: {"training.schedule": "sequential"},
+    "greedy-infomax-simultaneous": {
+        "training.schedule": "simultaneous",
+        # Against inputs that never change, which only training one after another has.
+        "training.input_noise": 0.0,
+        "training.frame_dropout": 0.0,
+    },
+    "cpc": {"training.schedule": "sequential", "training.stages": 1},
+    "greedy-supervised": {"training.schedule": "sequential", "objective.name": "supervised"},
+    "supervised": {"training.schedule": "sequential", "training.stages": 1, "objective.name": "supervised"},
+    UNTRAINED: {"training.schedule": "sequential"},
+}
+"""Name to the options in which it differs from a run of one's own; `untrained` is not run at all."""
+
+
+def config_of(method: str, seed: int, config: Config, label: str, out: str, cache_dir: str) -> Config:
+    """The options of one run of a method. Every module of every method is trained for `max_epochs` epochs.
+
+    The budget is for training one stage at a time: what is trained as a whole goes without.
+    """
+    changes = {"objective.label": ""} | dict(METHODS[method])
+    changes |= {"training.seed": seed, "training.patience": config.training.max_epochs}
+    changes |= {"out": out, "cache.dir": cache_dir}
+    if changes.get("objective.name") == "supervised":
+        changes["objective.label"] = label
+    if changes.get("training.stages") == 1 or changes.get("training.schedule") == "simultaneous":
+        changes |= {"memory.gpu_mem": None, "cache.policy": "never"}
+    return with_options(config, changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +242,7 @@ def _begun(out: Path, config: Config, label: str, data: DataSet) -> Comparison:
         if others:
             raise RunError(f"--out {out} holds something else ({others[0]}); name a new or empty folder.")
         greedy = config_of(GREEDY, config.training.seed, config, label, config.out, config.cache.dir)
-        plans = plan_run(greedy, data, find_device(greedy.training.device))
+        plans = cut_network(greedy, data, find_device(greedy.training.device))
         found = Comparison(label, config.training.max_epochs, data.identity, [len(plan.layers) for plan in plans])
         write_atomically(out / "config.toml", config.to_toml().encode())
         found.save(out / "compare.json")
@@ -238,30 +271,30 @@ def _outcome(
     caches = Path(config.cache.dir) / Path(config.out).resolve().name / method
     options = config_of(method, seed, config, compared.label, str(out), str(caches))
     network = build_network(options.net, data.frame_shape, options.training.seed)
-    plans = plan_stages(options, data, network, ranges(compared.cut))
+    plans = stage_specs(options, data, network, ranges(compared.cut))
     question = ask(compared.label, data, options)
     if method == UNTRAINED:
-        stages = untrained_stages(plans, [Handing.of(options)] * len(plans), seed)
+        stages = random_stages(plans, [OutputFormat.of(options)] * len(plans), seed)
         return Outcome(method, seed, _errors(options, question, plans, stages, out, stop), 0, 0, 0.0)
     cut = None if options.training.stages == 1 else compared.cut
     result = run(options, cut=cut, data=data, stop=stop, notify=notify)
     weights, origin = load_encoder(result.paths.encoder)
-    together = Handing(options.training.precision, None)
+    together = OutputFormat(options.training.precision, None)
     handings = origin.handings if len(result.state.stages) == len(plans) else [together] * len(plans)
     stages = trained_stages(plans, handings, weights)
     errors = _errors(options, question, plans, stages, result.paths.probes, stop)
     records = result.state.stages
-    cached = Storage(tuple(bool(record.cached) for record in records))
-    disk = disk_peak(options.cache, room_of_caches(plans, data, options.cache), cached) if any(cached.cached) else 0
+    cached = CachePlan(tuple(bool(record.cached) for record in records))
+    disk = disk_peak(options.cache, cache_sizes(plans, data, options.cache), cached) if any(cached.cached) else 0
     peak = max(record.peak_bytes or 0 for record in records)
     return Outcome(method, seed, errors, peak, disk, sum(record.seconds for record in records))
 
 
 def _errors(
     config: Config,
-    question: Question,
-    plans: list[StagePlan],
-    stages: list[FrozenStage],
+    question: ProbeTask,
+    plans: list[StageSpec],
+    stages: list[InferenceStage],
     folder: Path,
     stop: StopFlag,
 ) -> tuple[float, ...]:

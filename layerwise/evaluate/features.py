@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from layerwise.cache import ActivationCache
-from layerwise.evaluate.feature_rows import FeatureRows
+from layerwise.evaluate.examples import FeatureRows
 from layerwise.memory.meter import host_tensor, uncounted
-from layerwise.nets.frames import vectors
+from layerwise.nets.layer import vectors
 from layerwise.streams import stream
 
 FRAMES_PER_SAMPLE = 32

@@ -14,21 +14,20 @@ from layerwise.cache import ActivationCache
 from layerwise.config import Config, load
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
-from layerwise.errors import CacheError, ConfigError, DataError, RunError
-from layerwise.evaluate.answer import CLASSIFIERS, Confusion, answer
-from layerwise.evaluate.encoders import features_under_budget
-from layerwise.evaluate.feature_rows import FeatureRows
+from layerwise.errors import CacheError, ConfigError, DataError, RunError, did_you_mean
+from layerwise.evaluate.classifiers import CLASSIFIERS, Confusion, answer
+from layerwise.evaluate.examples import FeatureRows
 from layerwise.evaluate.features import cached_features
-from layerwise.evaluate.question import Question, ask, truth
+from layerwise.evaluate.forward import features_under_budget
+from layerwise.evaluate.targets import ProbeTask, ask, truth
 from layerwise.files import write_atomically
-from layerwise.near import did_you_mean
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network, ranges
-from layerwise.run_directory import RunPaths, RunState, open_run
+from layerwise.run_store import RunPaths, RunState, open_run
 from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import load_stages
-from layerwise.training.frozen import Handing, trained_stages, untrained_stages
-from layerwise.training.plan import plan_stages
+from layerwise.training.forward import OutputFormat, random_stages, trained_stages
+from layerwise.training.spec import stage_specs
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +88,12 @@ def probe(
         raise RunError(
             f"The network given is not the one that {run_directory} was trained with; give that one, as it was."
         )
-    plans = plan_stages(config, data, network, ranges(state.cut))[: max(done)]
+    plans = stage_specs(config, data, network, ranges(state.cut))[: max(done)]
     question = ask(label, data, config)
-    handings = [Handing.of(load(paths.stage_config(plan.stage))) for plan in plans]
+    handings = [OutputFormat.of(load(paths.stage_config(plan.stage))) for plan in plans]
 
     notify("features of the same network with random weights")
-    random = untrained_stages(plans, handings, config.training.seed)
+    random = random_stages(plans, handings, config.training.seed)
     untrained, peak = features_under_budget(config, question, random, paths.probes, stop)
     passed: list[FeatureRows] = []
     cached = {stage: _cached_features(paths, state, stage, question, stop, warn) for stage in done}
@@ -133,7 +132,7 @@ def _cached_features(
     paths: RunPaths,
     state: RunState,
     stage: int,
-    question: Question,
+    question: ProbeTask,
     stop: StopFlag,
     warn: Callable[[str], None],
 ) -> FeatureRows | None:

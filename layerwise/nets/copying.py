@@ -1,12 +1,15 @@
-"""Copies of modules whose tensors are made anew on a device, and nothing else there."""
+"""Copies of modules whose tensors are made anew on a device, and nothing else there.
+
+First weights: drawn on the CPU and copied from there, so that a seed gives the same ones on every device."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import TypeVar
 
 import torch
 from torch import nn
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -37,3 +40,13 @@ def _tensor_copy(original: torch.Tensor, device: torch.device | None) -> torch.T
     if not (twin.is_meta or isinstance(twin, FakeTensor)):
         twin.copy_(original)
     return nn.Parameter(twin, original.requires_grad) if isinstance(original, nn.Parameter) else twin
+
+
+def with_first_weights(build: Callable[[], AnyModule], seed: int, device: torch.device | str) -> AnyModule:
+    """What `build` makes on torch's default device, on this one, initialised from the seed; no generator is changed."""
+    device = torch.device(device)
+    without_values = device.type == "meta" or detect_fake_mode() is not None
+    with torch.random.fork_rng(devices=[]), torch.device(device if without_values else "cpu"):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
+        built = build()
+    return built if without_values or device.type == "cpu" else copied(built, device)

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from layerwise.nets.frames import take, vectors
-from layerwise.nets.layer import Layer, mask_outside, mask_padding
+from layerwise.nets.layer import Layer, mask_outside, mask_padding, take, vectors
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerwise.errors import ConfigError
+from layerwise.errors import ConfigError, did_you_mean
 from layerwise.importing import called
-from layerwise.near import did_you_mean
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 

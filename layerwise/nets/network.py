@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from layerwise.nets.first_weights import with_first_weights
+from layerwise.nets.copying import with_first_weights
 from layerwise.nets.layer import Layer
 from layerwise.nets.module import Module
 

@@ -1,12 +1,17 @@
-"""The paper's speech network: strided convolutions, then a GRU (Löwe et al. 2019, appendix A.2; van den Oord et al. 2018)."""
+"""The paper's speech network: strided convolutions, then a GRU (Löwe et al. 2019, appendix A.2; van den Oord et al. 2018).
+
+The two layers of the paper's speech network: a convolution with ReLU, and a GRU."""
 
 from collections.abc import Callable
 from functools import partial
 
+import torch
+import torch.nn.functional as F
+from torch import nn
+
 from layerwise.config import NetOptions
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
-from layerwise.nets.sequence import Convolution, Recurrence
 
 
 def speech_network(net: NetOptions, channels_in: int = 1) -> Network:
@@ -26,3 +31,69 @@ def shortest_input(net: NetOptions, frames: int) -> int:
     for kernel, stride, padding in reversed(list(geometry)):
         frames = max((frames - 1) * stride + kernel - 2 * padding, 1)
     return frames
+
+
+class Convolution(Layer):
+    """Conv1d and ReLU, without normalisation.
+
+    Computed as a flat two-dimensional convolution in channels-last order: input and output then lie frame-major in
+    memory as they are cached, with no transposed copies, and at width 128 on a CPU it takes half the time of Conv1d.
+    """
+
+    def __init__(self, channels_in: int, channels: int, kernel: int, stride: int, padding: int) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+        conv = nn.Conv1d(channels_in, channels, kernel)
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # In place before the views of it are made: autograd would copy a view twice on its way back.
+        return _frames(F.relu_(self._convolve(x, self.padding)))
+
+    def valid(self, x: torch.Tensor) -> torch.Tensor:
+        return _frames(F.relu_(self._convolve(x, padding=0)))
+
+    def before_activation(self, x: torch.Tensor) -> torch.Tensor:
+        return _frames(self._convolve(x, self.padding))
+
+    def activation(self, y: torch.Tensor) -> torch.Tensor:
+        return F.relu_(y)
+
+    def push(self, x: torch.Tensor, state: torch.Tensor | None, last: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The state is the tail of the input that later outputs still need."""
+        edge = x.new_zeros(x.shape[0], self.padding, *x.shape[2:])
+        x = torch.cat([edge if state is None else state, x] + [edge] * last, dim=1)
+        ready = max((x.shape[1] - self.kernel) // self.stride + 1, 0)
+        tail = None if last else x[:, ready * self.stride :].clone()
+        if ready == 0:
+            return x.new_zeros(x.shape[0], 0, self.weight.shape[0]), tail
+        return self.valid(x[:, : (ready - 1) * self.stride + self.kernel]), tail
+
+    def _convolve(self, x: torch.Tensor, padding: int) -> torch.Tensor:
+        """Frames (B, L, C) to a picture (B, C', 1, L') in channels-last order."""
+        picture = x.transpose(1, 2).unsqueeze(2)
+        return F.conv2d(picture, self.weight.unsqueeze(2), self.bias, stride=(1, self.stride), padding=(0, padding))
+
+
+def _frames(picture: torch.Tensor) -> torch.Tensor:
+    """(B, C, 1, L) to (B, L, C), a view."""
+    return picture.squeeze(2).transpose(1, 2)
+
+
+class Recurrence(Layer):
+    """A GRU over the frames; its output at t is the context c_t of frames 0 to t."""
+
+    recurrent = True
+
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__()
+        self.gru = nn.GRU(channels_in, channels, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gru(x)[0]
+
+    def push(self, x: torch.Tensor, state: torch.Tensor | None, last: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The state is the hidden state after the last frame."""
+        if x.shape[1] == 0:
+            return x.new_zeros(x.shape[0], 0, self.gru.hidden_size), state
+        return self.gru(x, state)

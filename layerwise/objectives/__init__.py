@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from layerwise.config import ObjectiveOptions
-from layerwise.errors import ConfigError
-from layerwise.near import did_you_mean
-from layerwise.objectives.contrastive import Contrastive
-from layerwise.objectives.hinge import Hinge
-from layerwise.objectives.infonce import InfoNCE
+from layerwise.errors import ConfigError, did_you_mean
+from layerwise.objectives.contrastive import Contrastive, Hinge, InfoNCE
 from layerwise.objectives.ntxent import NTXent
 from layerwise.objectives.protocol import Objective, ObjectiveModule
 from layerwise.objectives.supervised import Supervised

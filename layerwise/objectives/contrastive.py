@@ -11,7 +11,19 @@ one slice, and no product is computed twice.
 
 Where this differs from the code of Greedy InfoMax: negatives are drawn once per target and shared by the steps (there:
 drawn per step for pictures); steps without a single pair in a batch of short samples leave the mean.
-"""
+
+InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, equations 3 and 4; Löwe et al. 2019, equations 3 and 4).
+
+    f_k(z, c) = exp(z^T W_k c)        loss = - mean over k, t of log( f_k(z_t, c) / sum over z' in X of f_k(z', c) )
+
+X holds the target and its negatives.
+
+The hinge loss of CLAPP (Illing, Ventura, Bellec, Gerstner, NeurIPS 2021, arXiv 2010.08262, equation 3).
+
+    loss = mean over k, t of  max(0, 1 - z_t^T W_k c)  +  mean over z' of max(0, 1 + z'^T W_k c)
+
+The first term asks that the future be predicted, the second that the negatives z' be not. CLAPP sees one of the two at a
+time, with one negative; both at once is their mean over time ("synchronous" in the paper), and has half the noise."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -234,3 +246,35 @@ def _pairs(
 def _slice_length(room: int, vector_bytes: int, candidates: int, steps: int) -> int:
     """Targets whose candidates, predictions and gradients of predictions fit the room; at least one."""
     return max(room // (vector_bytes * (candidates + 2 * steps)), 1)
+
+
+class InfoNCE(Contrastive):
+    """Tells the target from its negatives, as a classifier of 1 + N classes would."""
+
+    @staticmethod
+    def of_scores(scores: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See contrastive.OfScores."""
+        log_probability = scores.log_softmax(1)
+        loss = -(weights * log_probability[:, 0]).sum()
+        of_scores = log_probability.exp_()
+        of_scores[:, 0] -= 1
+        of_scores *= weights[:, None]
+        return loss, of_scores
+
+
+class Hinge(Contrastive):
+    """Asks each score for the right sign and a margin of 1, whatever the other scores are."""
+
+    @staticmethod
+    def of_scores(scores: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See contrastive.OfScores."""
+        negatives = scores.shape[1] - 1
+        short = scores.neg_()  # by how much a score falls short of its margin
+        short[:, 1:].neg_()
+        short += 1
+        wrong = (short > 0).to(scores.dtype)
+        loss = (weights * (short[:, 0].relu() + short[:, 1:].relu().mean(1))).sum()
+        of_scores = wrong.mul_(weights[:, None])
+        of_scores[:, 0].neg_()
+        of_scores[:, 1:] /= negatives
+        return loss, of_scores

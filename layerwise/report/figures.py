@@ -26,7 +26,7 @@ from layerwise.report.drawing import (
     Plot,
     new_figure,
 )
-from layerwise.report.gathered import Confusion, Epoch, GatheredRun, MemorySample, Method, Probe, StageErrors
+from layerwise.report.records import Confusion, Epoch, GatheredRun, MemorySample, Method, Probe, StageErrors
 from layerwise.units import size
 
 LOOKS = {

@@ -21,8 +21,8 @@ from layerwise.report.figures import (
     draw_memory,
     draw_probe,
 )
-from layerwise.report.gathered import GatheredComparison, GatheredRun, gather
-from layerwise.report.summary import stage_status, totals
+from layerwise.report.records import GatheredComparison, GatheredRun, gather
+from layerwise.report.tables import stage_status, totals
 from layerwise.units import duration, percent, size
 
 

@@ -8,7 +8,7 @@ from types import TracebackType
 from layerwise.config import Config
 from layerwise.errors import ConfigError
 from layerwise.events import EpochDone, Event, Message, Notify, StageDone
-from layerwise.run_directory import RunPaths
+from layerwise.run_store import RunPaths
 from layerwise.tracking.protocol import Nowhere, Open, Tracker
 
 

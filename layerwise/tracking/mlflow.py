@@ -7,7 +7,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from layerwise.config import Config, options, value_of
-from layerwise.run_directory import RunPaths
+from layerwise.run_store import RunPaths
 from layerwise.tracking.protocol import shown_name
 
 EXPERIMENT = "layerwise"

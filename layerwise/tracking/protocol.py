@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from layerwise.config import Config
-from layerwise.run_directory import RunPaths
+from layerwise.run_store import RunPaths
 
 
 class Tracker(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch.utils.tensorboard import SummaryWriter
 
 from layerwise.config import Config
-from layerwise.run_directory import RunPaths
+from layerwise.run_store import RunPaths
 
 
 class TensorBoard:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import wandb
 
 from layerwise.config import Config
-from layerwise.run_directory import RunPaths
+from layerwise.run_store import RunPaths
 from layerwise.tracking.protocol import shown_name
 
 

@@ -20,9 +20,9 @@ from torch import nn
 from layerwise.errors import RunError
 from layerwise.files import write_atomically
 from layerwise.memory.meter import host_tensor, uncounted
-from layerwise.run_directory import RunPaths
-from layerwise.training.loaded import LoadedStage
+from layerwise.run_store import RunPaths
 from layerwise.training.simultaneous import Loaded
+from layerwise.training.trainer import StageTrainer
 
 Arrays = dict[str, np.ndarray]
 
@@ -176,7 +176,7 @@ def load_checkpoint(path: Path, made_for: str, loaded: Loaded) -> tuple[Progress
         states = {name: _under(f"optimizer/{part}/{name}/", arrays) for name in names}
         optimizer.load({n: {key: host_tensor(value) for key, value in state.items()} for n, state in states.items()})
     loaded.scale.factor, loaded.scale.good_steps = progress.loss_scale, progress.good_steps
-    if progress.shrunk and isinstance(loaded, LoadedStage):
+    if progress.shrunk and isinstance(loaded, StageTrainer):
         loaded.go_on_shrunk(*progress.shrunk)
     return progress, _under("best/", arrays) or None
 

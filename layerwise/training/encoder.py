@@ -11,10 +11,10 @@ from pathlib import Path
 from layerwise.config import Config, load, parsed
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, RunError
-from layerwise.run_directory import RunPaths
+from layerwise.run_store import RunPaths
 from layerwise.training.checkpoint import Arrays, load_arrays, load_stages, save_arrays
-from layerwise.training.frozen import Handing
-from layerwise.training.plan import StagePlan
+from layerwise.training.forward import OutputFormat
+from layerwise.training.spec import StageSpec
 from layerwise.version import __version__
 
 
@@ -26,7 +26,7 @@ class Origin:
     """Of the run."""
     cut: list[int]
     """Layers in each stage."""
-    handings: list[Handing]
+    handings: list[OutputFormat]
     """How each of them hands its outputs on."""
     level: float
     """What recordings were divided by; 1 for pictures."""
@@ -42,14 +42,14 @@ class Origin:
     """Of the layerwise that trained it."""
 
 
-def stitch(config: Config, paths: RunPaths, plans: list[StagePlan], data: DataSet) -> None:
+def stitch(config: Config, paths: RunPaths, plans: list[StageSpec], data: DataSet) -> None:
     """Writes encoder.safetensors, on the host: the weights of all layers under their names in the whole network."""
     cut, handings = [], []
     for plan in plans:
         trained_with = load(paths.stage_config(plan.stage))
         for _ in plan.parts[:-1]:  # which nothing lay between
-            handings.append(Handing(trained_with.training.precision, None))
-        handings.append(Handing.of(trained_with))
+            handings.append(OutputFormat(trained_with.training.precision, None))
+        handings.append(OutputFormat.of(trained_with))
         cut += [len(part.layers) for part in plan.parts or (plan,)]
     structure, shape = plans[0].network.structure, list(data.frame_shape)
     origin = Origin(config, cut, handings, data.level, data.takes, shape, len(data.ids), structure)
@@ -68,7 +68,7 @@ def load_encoder(path: Path) -> tuple[Arrays, Origin]:
     way_out = "start its run again with the same command, which writes it anew and trains nothing."
     try:
         described = json.loads(header["origin"])
-        handings = [Handing(**each) for each in described.pop("handings")]
+        handings = [OutputFormat(**each) for each in described.pop("handings")]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{path} does not say how it is to be used ({error!r}): it is damaged, or an earlier layerwise wrote it; {way_out}"

@@ -20,16 +20,16 @@ from layerwise.config import Config, Option, changed_options, load
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, RunError
 from layerwise.files import write_atomically
-from layerwise.run_directory import RunPaths, RunState, StageRecord
-from layerwise.training.plan import StagePlan
-from layerwise.training.storage import kept_caches
+from layerwise.run_store import RunPaths, RunState, StageRecord
+from layerwise.training.cache_plan import retained_caches
+from layerwise.training.spec import StageSpec
 
 
 def prepare(
     config: Config,
     paths: RunPaths,
     data: DataSet,
-    plans: list[StagePlan],
+    plans: list[StageSpec],
     device: torch.device,
     *,
     from_stage: int | None,
@@ -39,7 +39,7 @@ def prepare(
 ) -> RunState:
     """The state to go on from; run.json and config.toml are written. Raises RunError or ConfigError.
 
-    cached: for each stage, whether its outputs are to be cached; keep: which caches stay at the end, see `Storage.kept`.
+    cached: for each stage, whether its outputs are to be cached; keep: which caches stay at the end, see `CachePlan.kept`.
     """
     old = RunState.load(paths.state) if paths.state.exists() else None
     # Killed before its options were written, a run has nothing to go on with.
@@ -64,7 +64,7 @@ def check_from_stage(paths: RunPaths, from_stage: int | None, overwrite: bool, s
 
 
 def _begin(
-    config: Config, paths: RunPaths, data: DataSet, plans: list[StagePlan], device: torch.device, old: RunState | None
+    config: Config, paths: RunPaths, data: DataSet, plans: list[StageSpec], device: torch.device, old: RunState | None
 ) -> RunState:
     """A new run, in place of the old one where there is one."""
     _check_cache_owner(paths, old)
@@ -89,7 +89,7 @@ def _go_on(
     config: Config,
     paths: RunPaths,
     data: DataSet,
-    plans: list[StagePlan],
+    plans: list[StageSpec],
     from_stage: int | None,
     cached: Sequence[bool],
     keep: str,
@@ -113,7 +113,7 @@ def check_going_on(
     config: Config,
     paths: RunPaths,
     data: DataSet,
-    plans: list[StagePlan],
+    plans: list[StageSpec],
     from_stage: int | None,
 ) -> None:
     """Raises ConfigError or RunError where a run of this state cannot be gone on with as asked; nothing is changed."""
@@ -143,7 +143,7 @@ def check_going_on(
         raise RunError(f"--from-stage {from_stage}: stage {unfinished[0]} is not done yet; leave --from-stage out.")
 
 
-def _optimization(plans: list[StagePlan]) -> str:
+def _optimization(plans: list[StageSpec]) -> str:
     own = plans[0].optimization
     return own.identity if own else ""
 
@@ -259,7 +259,7 @@ def find_what_is_missing(state: RunState, paths: RunPaths, keep: str) -> None:
     finished and keeps them.
     """
     all_trained = all(is_trained(record) for record in state.stages)
-    kept = kept_caches(state, keep) if all_trained else set()
+    kept = retained_caches(state, keep) if all_trained else set()
     for record in reversed(state.stages):
         inputs = {state.source(above.stage) for above in state.stages if above.status != "done"}
         needed = record.stage in kept | inputs

@@ -7,17 +7,17 @@ import torch
 from layerwise.cache.unsealed import cache_files
 from layerwise.config import Config
 from layerwise.data.source import DataSet
-from layerwise.run_directory import RunPaths, RunState
-from layerwise.training.plan import StagePlan
+from layerwise.run_store import RunPaths, RunState
+from layerwise.training.cache_plan import keep_of_round
 from layerwise.training.resume import check_going_on, delete_pending, is_trained, prepare, reset_above
-from layerwise.training.storage import keep_of_round
+from layerwise.training.spec import StageSpec
 
 
 def prepare_rounds(
     config: Config,
     paths: RunPaths,
     data: DataSet,
-    plans: list[StagePlan],
+    plans: list[StageSpec],
     device: torch.device,
     *,
     from_stage: int | None,

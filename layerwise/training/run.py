@@ -1,21 +1,24 @@
-"""A round of a run while it is at work: what the tasks of the round share."""
+"""A round of a run while it is at work: what the tasks of the round share.
 
+Names what a cache was made from: everything that could change one of its bits."""
+
+import hashlib
+import json
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from layerwise.config import Config, load
+from layerwise.config import Config, load, options, value_of
 from layerwise.data.source import DataSet
 from layerwise.errors import RunError
 from layerwise.events import Notify
 from layerwise.memory.ranks import ALONE, Ranks
-from layerwise.run_directory import RunPaths, RunState
+from layerwise.run_store import RunPaths, RunState
 from layerwise.stop import StopFlag
-from layerwise.training.fingerprint import training_key
-from layerwise.training.plan import StagePlan
-from layerwise.training.planner import StageLayout
-from layerwise.training.storage import Storage, keep_of_round
+from layerwise.training.budget import StageLayout
+from layerwise.training.cache_plan import CachePlan, keep_of_round
+from layerwise.training.spec import StageSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +34,9 @@ class Run:
     data: DataSet
     split: np.ndarray
     """uint8 [N], see training.split."""
-    plans: list[StagePlan]
+    plans: list[StageSpec]
     layouts: list[StageLayout]
-    storage: Storage
+    storage: CachePlan
     device: torch.device
     stop: StopFlag
     notify: Notify
@@ -67,3 +70,30 @@ class Run:
     def trained_with(self, stage: int) -> Config:
         """The options of a trained stage; where `--from-stage` has changed some, those below keep theirs."""
         return load(self.paths.stage_config(stage))
+
+
+def training_key(
+    config: Config,
+    data_identity: str,
+    below: str | None,
+    before: str | None,
+    stage: int,
+    layers: range,
+    optimization: str | None,
+) -> str:
+    """SHA-256 of the input of a stage and of all options that act on its result.
+
+    below, before: fingerprints of the stage below in this round, and of this stage in the round before. optimization: the
+    identity of an optimizer of the user's.
+    """
+    acting = {option.key: value_of(config, option.key) for option in options() if option.scope != "place"}
+    return _digest([data_identity, below, before, stage, layers.start, layers.stop, acting, optimization])
+
+
+def fingerprint(key: str, weights_digest: str) -> str:
+    """SHA-256 of a stage's training key and the weights that came of it."""
+    return _digest([key, weights_digest])
+
+
+def _digest(parts: list[object]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

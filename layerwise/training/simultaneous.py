@@ -15,30 +15,29 @@ from torch import nn
 
 from layerwise.config import Config
 from layerwise.data.batches import Batch
-from layerwise.memory.allocator import AnyMeter
 from layerwise.memory.device import autocast, on_device
-from layerwise.memory.meter import metered
+from layerwise.memory.meter import AnyMeter, metered
 from layerwise.memory.microbatch import Total
-from layerwise.memory.placement import Placement
+from layerwise.memory.plan import Placement
 from layerwise.nets.module import Module
-from layerwise.training.loaded import LoadedStage, Randomness
 from layerwise.training.optimizer import Optimizer, State
-from layerwise.training.plan import StagePlan
+from layerwise.training.spec import StageSpec
+from layerwise.training.trainer import StageTrainer, StepRandomness
 
-Step = Callable[[LoadedStage, Batch, Randomness], Total]
+Step = Callable[[StageTrainer, Batch, StepRandomness], Total]
 
 
-class SimultaneousStages:
-    """The parts of a plan, loaded; for the training loop and for checkpoints in the place of a LoadedStage."""
+class SimultaneousTrainer:
+    """The parts of a plan, loaded; for the training loop and for checkpoints in the place of a StageTrainer."""
 
     shrunk = False
 
     def __init__(
-        self, plan: StagePlan, config: Config, device: torch.device, placement: Placement, meter: AnyMeter
+        self, plan: StageSpec, config: Config, device: torch.device, placement: Placement, meter: AnyMeter
     ) -> None:
         self.plan, self.placement = plan, placement
         self._device, self._meter, self._precision = device, meter, config.training.precision
-        self._parts = [LoadedStage(part, config, device, placement, meter) for part in plan.parts]
+        self._parts = [StageTrainer(part, config, device, placement, meter) for part in plan.parts]
         self.module = Module({int(i): layer for part in self._parts for i, layer in part.module.layers.items()})
         self.objective = nn.ModuleDict({str(part.plan.stage): part.objective for part in self._parts})
         self.optimizer = _Optimizers([("", part.optimizer) for part in self._parts])
@@ -52,20 +51,20 @@ class SimultaneousStages:
         for part in self._parts:
             part.begin_epoch(epoch)
 
-    def train(self, batch: Batch, randomness: Randomness) -> Total:
+    def train(self, batch: Batch, randomness: StepRandomness) -> Total:
         """One step of every module. Means over the modules."""
-        return self._up(batch, randomness, LoadedStage.train)
+        return self._up(batch, randomness, StageTrainer.train)
 
-    def evaluate(self, batch: Batch, randomness: Randomness) -> Total:
+    def evaluate(self, batch: Batch, randomness: StepRandomness) -> Total:
         """The scores without a step. Means over the modules."""
-        return self._up(batch, randomness, LoadedStage.evaluate)
+        return self._up(batch, randomness, StageTrainer.evaluate)
 
     @contextlib.contextmanager
-    def parked(self) -> Iterator[None]:
+    def offloaded(self) -> Iterator[None]:
         """All of them start from the data, so there is never anything to recompute that needs their room."""
         yield
 
-    def _up(self, batch: Batch, randomness: Randomness, step: Step) -> Total:
+    def _up(self, batch: Batch, randomness: StepRandomness, step: Step) -> Total:
         scores = []
         for number, part in enumerate(self._parts):
             above = self._outputs(part, batch) if number + 1 < len(self._parts) else None
@@ -75,9 +74,9 @@ class SimultaneousStages:
         losses = torch.stack([score.loss for score in scores])
         return Total(losses.mean(), torch.stack([score.accuracy for score in scores]).mean())
 
-    def _outputs(self, part: LoadedStage, batch: Batch) -> Batch:
+    def _outputs(self, part: StageTrainer, batch: Batch) -> Batch:
         """The input of the next part, on the device."""
-        look = self._meter.looks(f"outputs, stage {part.plan.stage}", batch.frames.shape[1])
+        look = self._meter.should_meter(f"outputs, stage {part.plan.stage}", batch.frames.shape[1])
         with torch.no_grad(), metered(look), autocast(self._device, self._precision):
             part.module.eval()
             frames = on_device(batch.frames, self._device)
@@ -85,14 +84,14 @@ class SimultaneousStages:
         return replace(batch, frames=outputs, lengths=part.module.out_length(batch.lengths))
 
 
-def _of_part(randomness: Randomness, number: int) -> Randomness:
+def _of_part(randomness: StepRandomness, number: int) -> StepRandomness:
     def negatives() -> np.random.Generator:
         return randomness.negatives().spawn(number + 1)[number]
 
-    return Randomness(negatives, randomness.seed + number)
+    return StepRandomness(negatives, randomness.seed + number)
 
 
-Loaded = LoadedStage | SimultaneousStages
+Loaded = StageTrainer | SimultaneousTrainer
 """What the training loop steps and a checkpoint saves."""
 
 

@@ -13,23 +13,22 @@ import numpy as np
 import torch
 
 from layerwise.cache import ActivationCache, CacheWriter
-from layerwise.cache.publishing import publish
+from layerwise.cache.unsealed import publish
 from layerwise.data.source import DataSet
 from layerwise.errors import BudgetError, ConfigError, Interrupted, RunError, UnusableCache
-from layerwise.memory.allocator import AnyMeter
 from layerwise.memory.device import release, why_out_of_memory
-from layerwise.run_directory import StageRecord
-from layerwise.training.cache_layout import cache_layout
-from layerwise.training.caching import cache_outputs, shortest_piece
+from layerwise.memory.meter import AnyMeter
+from layerwise.run_store import StageRecord
+from layerwise.training.cache_plan import cache_layout
 from layerwise.training.checkpoint import load_stage, load_weights
-from layerwise.training.feed import Feed
-from layerwise.training.labels import frame_labels
-from layerwise.training.plan import StagePlan
+from layerwise.training.forward import cache_outputs, shortest_piece
+from layerwise.training.loader import Loader
 from layerwise.training.run import Run
-from layerwise.training.stopping import stop_together
+from layerwise.training.schedule import stop_together
+from layerwise.training.spec import StageSpec, frame_labels
 
 
-def write_cache(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: AnyMeter) -> None:
+def write_stage_cache(plan: StageSpec, feed: Loader, run: Run, record: StageRecord, meter: AnyMeter) -> None:
     """Leaves the sealed cache, and its peak and size in the record."""
     path = run.paths.cache(plan.stage)
     written = written_at(path, run)
@@ -153,7 +152,7 @@ def _is_sealed(path: Path, expected: str | None) -> bool:
     raise RunError(f"{path} holds another run's activations; move it away, or name another --cache-dir.")
 
 
-def _put_frame_labels(writer: CacheWriter, plan: StagePlan, data: DataSet) -> None:
+def _put_frame_labels(writer: CacheWriter, plan: StageSpec, data: DataSet) -> None:
     for name in data.frame_label_names:
         for sample, length in enumerate(plan.output_lengths.tolist()):
             writer.put_frame_labels(name, sample, frame_labels(name, plan, data, sample, np.arange(length)))

@@ -17,25 +17,23 @@ from layerwise.data.source import FrameSource
 from layerwise.errors import BudgetError, UnusableCache
 from layerwise.events import EpochDone, Event, Notify, StageDone
 from layerwise.files import write_atomically
-from layerwise.memory.allocator import AnyMeter, meter_for
 from layerwise.memory.device import cap, process_bytes, release, why_out_of_memory
+from layerwise.memory.meter import AnyMeter, meter_for
 from layerwise.memory.ranks import ALONE
-from layerwise.run_directory import StageRecord
+from layerwise.run_store import StageRecord
+from layerwise.training.cache_plan import below, input_kind
+from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend, open_cache
 from layerwise.training.checkpoint import digest, load_stages, save_arrays
-from layerwise.training.classes import sample_classes
-from layerwise.training.feed import Feed, ReadFeed
-from layerwise.training.fingerprint import fingerprint
-from layerwise.training.frozen import Handing, trained_stages
-from layerwise.training.kept import check_kept, delete_leftovers, mend, open_cache
-from layerwise.training.memory_record import MemoryRecord
-from layerwise.training.plan import StagePlan
-from layerwise.training.recomputed import RecomputedFeed
-from layerwise.training.run import Run
+from layerwise.training.fit import StageFiles, train_stage
+from layerwise.training.forward import OutputFormat, trained_stages
+from layerwise.training.loader import Loader, SourceLoader
+from layerwise.training.memory_log import MemoryLog
+from layerwise.training.recompute import RecomputingLoader
+from layerwise.training.run import Run, fingerprint
+from layerwise.training.samples import HELD_OUT, TRAIN, sample_classes
 from layerwise.training.schedule import Task
-from layerwise.training.split import HELD_OUT, TRAIN
-from layerwise.training.stage import StageFiles, train_stage
-from layerwise.training.stage_cache import write_cache, written_at
-from layerwise.training.storage import below, input_of
+from layerwise.training.spec import StageSpec
+from layerwise.training.stage_cache import write_stage_cache, written_at
 
 
 def perform(task: Task, run: Run) -> None:
@@ -46,7 +44,7 @@ def perform(task: Task, run: Run) -> None:
     mended: set[Path] = set()
     while True:
         try:
-            check_kept(run)
+            check_retained_caches(run)
             for stage in range(1, task.stage + 1):  # those below are done, but for a cache that is to be made again
                 _perform(stage, run)
             return
@@ -83,7 +81,7 @@ def _perform(stage: int, run: Run) -> None:
         raise BudgetError(f"Stage {stage} does not fit into the device budget to {what}. {reason}")
     left = _device_bytes_left(meter, run.device, before)
     _finish(run, record)
-    delete_leftovers(run)
+    delete_unneeded_caches(run)
     run.notify(
         StageDone(
             stage=stage,
@@ -103,23 +101,23 @@ def _perform(stage: int, run: Run) -> None:
 def _recorded(stage: int, meter: AnyMeter, run: Run) -> AbstractContextManager[Notify]:
     """Takes the events of a stage and passes them on; notes the memory of the first rank."""
     if run.ranks.first:
-        return MemoryRecord(run.paths.memory(stage), meter, run.notify)
+        return MemoryLog(run.paths.memory(stage), meter, run.notify)
     return nullcontext(run.notify)
 
 
-def _train_and_cache(plan: StagePlan, source: FrameSource, run: Run, record: StageRecord, meter: AnyMeter) -> None:
+def _train_and_cache(plan: StageSpec, source: FrameSource, run: Run, record: StageRecord, meter: AnyMeter) -> None:
     feed = _feed(plan.stage, source, run)
     _train(plan, feed, run, record, meter)
     release(run.device)  # some modules, fx's among them, are cycles that only the collector frees
     _record_driver(run.device, record)
     meter.reset_peak()
     if run.storage.cached[plan.stage - 1] and not _is_read_by_nobody(plan, run):
-        delete_leftovers(run)
-        write_cache(plan, feed, run, record, meter)
+        delete_unneeded_caches(run)
+        write_stage_cache(plan, feed, run, record, meter)
         _record_driver(run.device, record)
 
 
-def _is_read_by_nobody(plan: StagePlan, run: Run) -> bool:
+def _is_read_by_nobody(plan: StageSpec, run: Run) -> bool:
     """The outputs of the last stage are for probes, which look at the last round."""
     return plan.stage == len(run.plans) and run.round < run.config.training.rounds
 
@@ -137,27 +135,27 @@ def _open_source(stage: int, run: Run) -> FrameSource:
     return run.data if below == 0 else open_cache(below, run)
 
 
-def _feed(stage: int, source: FrameSource, run: Run) -> Feed:
+def _feed(stage: int, source: FrameSource, run: Run) -> Loader:
     """Reads the source, or passes it up through the stages that are not cached."""
     plans = below(run.plans, stage, run.storage)
     # The level of noise is that of all inputs of a batch.
     ranks = ALONE if run.config.training.input_noise else run.ranks
     if not plans:
-        return ReadFeed(source, run.device, ranks)
+        return SourceLoader(source, run.device, ranks)
     numbers = [plan.stage for plan in plans]
-    handings = [Handing.of(run.trained_with(below)) for below in numbers]
+    handings = [OutputFormat.of(run.trained_with(below)) for below in numbers]
     stages = trained_stages(plans, handings, load_stages(run.paths, numbers))
-    return RecomputedFeed(source, plans, stages, run.layouts[stage - 1].windows, run.device, ranks)
+    return RecomputingLoader(source, plans, stages, run.layouts[stage - 1].windows, run.device, ranks)
 
 
-def _train(plan: StagePlan, feed: Feed, run: Run, record: StageRecord, meter: AnyMeter) -> None:
+def _train(plan: StageSpec, feed: Loader, run: Run, record: StageRecord, meter: AnyMeter) -> None:
     """Leaves the best weights in the stage's folder and the outcome in its record."""
     stage = plan.stage
     weights_path = run.paths.weights(stage)
     if record.status == "caching" and weights_path.exists():
         return
     record.status = "training"
-    record.input = input_of(stage, run.storage)
+    record.input = input_kind(stage, run.storage)
     run.save()
     if run.ranks.first:
         write_atomically(run.paths.stage_config(stage), run.config.to_toml().encode())

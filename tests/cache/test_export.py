@@ -1,4 +1,4 @@
-"""Handing features over: disks that fill up, and samples of which there is nothing."""
+"""OutputFormat features over: disks that fill up, and samples of which there is nothing."""
 
 import subprocess
 import sys

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.cache import publishing
-from layerwise.cache.publishing import publish
-from layerwise.cache.unsealed import cache_files
+from layerwise.cache import unsealed as publishing
+from layerwise.cache.unsealed import cache_files, publish
 from layerwise.errors import CacheError, Interrupted
 
 

@@ -14,7 +14,7 @@ from layerwise.config import Config
 from layerwise.engines.run import RunResult, run
 from layerwise.errors import RunError
 from layerwise.files import exclusive
-from layerwise.training.storage import free_for_caches
+from layerwise.training.cache_plan import free_for_caches
 
 Call = Callable[..., tuple[int, str, str]]
 

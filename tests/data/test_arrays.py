@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerwise.config import resolve
-from layerwise.data.arrays import ArraySet
-from layerwise.data.framed import Framed
+from layerwise.data.arrays import ArraySet, Framed
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, DataError

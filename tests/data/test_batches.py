@@ -10,8 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerwise.data.batches import Window, collate, held_out_epoch, read_ahead, training_epoch
-from layerwise.data.groups import group_renderings, read_piece
+from layerwise.data.batches import (
+    Window,
+    collate,
+    group_renderings,
+    held_out_epoch,
+    read_ahead,
+    read_piece,
+    training_epoch,
+)
 from layerwise.streams import stream
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerwise.data.batches import Window, held_out_epoch, training_epoch
-from layerwise.data.crops import cropped
+from layerwise.data.views import cropped
 from layerwise.streams import stream
 
 

@@ -12,8 +12,7 @@ import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerwise.data.speech import open_recordings
-from layerwise.data.speech_corpora import open_fsdd, open_librispeech
+from layerwise.data.speech import open_fsdd, open_librispeech, open_recordings
 from layerwise.errors import ConfigError, DataError
 
 Write = Callable[..., Path]

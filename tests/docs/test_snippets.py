@@ -21,7 +21,7 @@ from layerwise import config as configuration
 from layerwise import objectives
 from layerwise.commands import layerwise as group
 from layerwise.commands import main
-from layerwise.data import demo
+from layerwise.data import open as demo
 
 TAKEN_FOR_GRANTED = {
     "docs/cache-and-disk.md": ["run", "--data", "speech:recordings"],

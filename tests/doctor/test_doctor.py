@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from layerwise.commands import main
-from layerwise.doctor import disk, examine, gpu, host, software
-from layerwise.doctor.torch_report import TorchReport, ask_torch
+from layerwise.doctor import examine, gpu, host, software
+from layerwise.doctor import host as disk
+from layerwise.doctor.torch_install import TorchReport, ask_torch
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = {"name": "H100", "free": 79 * 10**9, "total": 80 * 10**9}

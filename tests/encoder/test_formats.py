@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 import layerwise
-from layerwise.encoder import formats
+from layerwise.encoder import export as formats
 from layerwise.encoder.load import load
-from layerwise.encoder.stepwise import StepwiseRecurrence
+from layerwise.encoder.program import StepwiseRecurrence
 from layerwise.engines.run import RunResult, run
 from layerwise.errors import ExportError, RunError
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
-from layerwise.nets.sequence import Recurrence
+from layerwise.nets.speech import Recurrence
 
 FORMATS = ["safetensors", "pt2", "onnx"]
 

@@ -18,7 +18,7 @@ from torch import nn
 import layerwise
 from layerwise.cache import ActivationCache
 from layerwise.config import resolve
-from layerwise.data.demo import open_demo
+from layerwise.data.open import open_demo
 from layerwise.engines.run import RunResult, run
 from layerwise.errors import ConfigError, DataError, RunError
 from layerwise.nets.traced import traced_network

@@ -15,7 +15,7 @@ from layerwise.engines.run import RunResult, run
 from layerwise.errors import BudgetError, Interrupted, RunError
 from layerwise.evaluate.probe import probe
 from layerwise.events import Event, Message, StepDone
-from layerwise.run_directory import RunPaths, RunState
+from layerwise.run_store import RunPaths, RunState
 from layerwise.stop import StopFlag
 
 Tiny = Callable[..., Config]

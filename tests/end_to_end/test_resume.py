@@ -13,12 +13,12 @@ from layerwise.engines.run import run
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, RunError
 from layerwise.events import CachingProgress, Event, StageStarted, StepDone
 from layerwise.files import exclusive
-from layerwise.report.lines import LogFile
-from layerwise.run_directory import RunPaths, RunState, StageRecord
+from layerwise.report.progress import LogFile
+from layerwise.run_store import RunPaths, RunState, StageRecord
 from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import load_arrays, save_arrays
-from layerwise.training.plan import StagePlan
 from layerwise.training.resume import find_what_is_missing
+from layerwise.training.spec import StageSpec
 
 Tiny = Callable[..., Config]
 
@@ -274,14 +274,14 @@ def test_what_was_planned_for_a_run_that_has_gone_on_meanwhile_is_not_done(
     stop, notify = stop_at(StepDone, 2)
     with pytest.raises(Interrupted):
         run(config, stop=stop, notify=notify)
-    plan = layerwise.engines.run.plan_run
+    plan = layerwise.engines.run.cut_network
 
-    def plan_while_another_goes_on(*arguments: object) -> list[StagePlan]:
+    def plan_while_another_goes_on(*arguments: object) -> list[StageSpec]:
         monkeypatch.undo()
         run(config)
         return plan(*arguments)
 
-    monkeypatch.setattr("layerwise.engines.run.plan_run", plan_while_another_goes_on)
+    monkeypatch.setattr("layerwise.engines.run.cut_network", plan_while_another_goes_on)
     with pytest.raises(RunError, match=r"Another process has gone on with .* meanwhile"):
         run(tiny_speech(source, **{"cache.policy": "never"}))
     assert run(config).state.done

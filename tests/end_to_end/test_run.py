@@ -17,8 +17,8 @@ from layerwise.engines.run import run
 from layerwise.evaluate.probe import probe
 from layerwise.events import Event, StageDone
 from layerwise.nets import build_network
-from layerwise.run_directory import RunState
-from layerwise.training import stage as stage_training
+from layerwise.run_store import RunState
+from layerwise.training import fit as stage_training
 
 Tiny = Callable[..., Config]
 

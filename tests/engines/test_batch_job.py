@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.engines import batch_job
-from layerwise.engines.batch_job import BatchJob, queue_again, this_job
-from layerwise.run_directory import RunPaths
+from layerwise.engines import requeue as batch_job
+from layerwise.engines.requeue import BatchJob, queue_again, this_job
+from layerwise.run_store import RunPaths
 
 
 @pytest.mark.parametrize(

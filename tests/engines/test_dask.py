@@ -14,7 +14,7 @@ from layerwise.config import Config
 from layerwise.engines.run import run
 from layerwise.errors import ConfigError, Interrupted, RunError, TrainingError
 from layerwise.events import Event, StageStarted
-from layerwise.run_directory import RunPaths
+from layerwise.run_store import RunPaths
 from layerwise.stop import StopFlag
 
 pytest.importorskip("distributed")

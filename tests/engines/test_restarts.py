@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from layerwise.engines.restarts import count_restart
+from layerwise.engines.requeue import count_restart
 from layerwise.errors import RunError
-from layerwise.run_directory import RunPaths, RunState, StageRecord
+from layerwise.run_store import RunPaths, RunState, StageRecord
 from layerwise.training.checkpoint import save_arrays
 
 

@@ -9,11 +9,10 @@ import pytest
 
 from layerwise.config import Config, with_options
 from layerwise.errors import ConfigError, DataError, Interrupted, RunError
-from layerwise.evaluate.compare import compare, load_comparison
-from layerwise.evaluate.methods import METHODS, UNTRAINED
+from layerwise.evaluate.compare import METHODS, UNTRAINED, compare, load_comparison
 from layerwise.evaluate.probe import probe
 from layerwise.events import Event, StepDone
-from layerwise.run_directory import RunState
+from layerwise.run_store import RunState
 from layerwise.stop import StopFlag
 
 Tiny = Callable[..., Config]

@@ -12,20 +12,20 @@ from sklearn.linear_model import LogisticRegression
 from layerwise.config import resolve
 from layerwise.data.open import open_data
 from layerwise.errors import Interrupted
+from layerwise.evaluate import classifiers as linear
+from layerwise.evaluate import classifiers as nearest
 from layerwise.evaluate import examples as examples_file
-from layerwise.evaluate import linear, nearest
-from layerwise.evaluate.answer import answer
-from layerwise.evaluate.encoders import features_under_budget
-from layerwise.evaluate.examples import Examples, Parts
-from layerwise.evaluate.feature_rows import FeatureRows
+from layerwise.evaluate.classifiers import answer
+from layerwise.evaluate.examples import Examples, FeatureRows, Parts
 from layerwise.evaluate.features import FRAMES_PER_SAMPLE, SampleSummary, choose_frames
-from layerwise.evaluate.question import Truth, truth
-from layerwise.evaluate.question import ask as ask_data
+from layerwise.evaluate.forward import features_under_budget
+from layerwise.evaluate.targets import ProbeTargets, truth
+from layerwise.evaluate.targets import ask as ask_data
 from layerwise.memory.meter import Meter
 from layerwise.nets import build_network, shortest_sample
 from layerwise.stop import StopFlag
-from layerwise.training.frozen import Handing, untrained_stages
-from layerwise.training.plan import plan_stages
+from layerwise.training.forward import OutputFormat, random_stages
+from layerwise.training.spec import stage_specs
 
 
 @pytest.fixture
@@ -45,10 +45,10 @@ def stored(features: np.ndarray, folder: Path) -> FeatureRows:
     return file
 
 
-def truth_of(classes: np.ndarray) -> Truth:
+def truth_of(classes: np.ndarray) -> ProbeTargets:
     count = len(classes)
     names = tuple(f"class {number}" for number in range(int(classes.max()) + 1))
-    return Truth(names, classes, Parts.of(count // 2, count // 4, count - count // 2 - count // 4))
+    return ProbeTargets(names, classes, Parts.of(count // 2, count // 4, count - count // 2 - count // 4))
 
 
 def blobs(count: int, channels: int = 12, spread: float = 2.5) -> tuple[np.ndarray, np.ndarray]:
@@ -120,9 +120,9 @@ def test_scikit_learn_is_of_the_same_opinion_on_spoken_digits(fsdd: Path, tmp_pa
     config = resolve(overrides={"data.source": f"fsdd:{fsdd}", "net.width": 16, "net.context": 16})
     data = open_data(config.data, shortest_sample(config))
     network = build_network(config.net, data.frame_shape)
-    plans = plan_stages(config, data, network, network.natural_ranges)[:2]
+    plans = stage_specs(config, data, network, network.natural_ranges)[:2]
     question = ask_data("digit", data, config)
-    stages = untrained_stages(plans, [Handing.of(config)] * 2, 0)
+    stages = random_stages(plans, [OutputFormat.of(config)] * 2, 0)
     (_, features), _ = features_under_budget(config, question, stages, tmp_path, StopFlag())
     right = truth(question, plans[1])
     examples = Examples(features, right.classes, right.parts)

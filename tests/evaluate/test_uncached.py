@@ -11,17 +11,17 @@ from layerwise.cache import ActivationCache
 from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.engines.run import RunResult, run
-from layerwise.evaluate.encoders import features_under_budget
-from layerwise.evaluate.feature_rows import FeatureRows
+from layerwise.evaluate.examples import FeatureRows
 from layerwise.evaluate.features import cached_features
+from layerwise.evaluate.forward import features_under_budget
 from layerwise.evaluate.probe import probe
-from layerwise.evaluate.question import ask
+from layerwise.evaluate.targets import ask
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import ranges
 from layerwise.stop import StopFlag
 from layerwise.training.encoder import load_encoder
-from layerwise.training.frozen import Handing, trained_stages
-from layerwise.training.plan import plan_stages
+from layerwise.training.forward import OutputFormat, trained_stages
+from layerwise.training.spec import stage_specs
 
 
 @pytest.fixture
@@ -32,11 +32,11 @@ def mixed(tiny_speech: Callable[..., Config], digits: Path) -> RunResult:
     return run(tiny_speech(f"fsdd:{digits}", **options, **{"cache.dtype": "float32"}), from_stage=2)
 
 
-def features_without_caches(result: RunResult, handings: list[Handing], folder: Path) -> list[np.ndarray]:
+def features_without_caches(result: RunResult, handings: list[OutputFormat], folder: Path) -> list[np.ndarray]:
     """One array [samples, C] for each stage."""
     config, (weights, origin) = result.config, load_encoder(result.paths.encoder)
     data = open_data(config.data, shortest_sample(config))
-    plans = plan_stages(config, data, build_network(config.net, data.frame_shape), ranges(origin.cut))
+    plans = stage_specs(config, data, build_network(config.net, data.frame_shape), ranges(origin.cut))
     stages = trained_stages(plans, handings, weights)
     question = ask("digit", data, config)
     files, _ = features_under_budget(config, question, stages, folder, StopFlag())
@@ -60,7 +60,7 @@ def test_each_stage_hands_over_in_the_dtype_that_it_was_cached_in(mixed: RunResu
     handings = load_encoder(mixed.paths.encoder)[1].handings
     assert [handing.dtype for handing in handings] == ["bfloat16", "float32", "float32", "float32"]
     passed = features_without_caches(mixed, handings, tmp_path)
-    unrounded = features_without_caches(mixed, [Handing("float32", None)] * 4, tmp_path)
+    unrounded = features_without_caches(mixed, [OutputFormat("float32", None)] * 4, tmp_path)
     for stage in (2, 3, 4):
         cached = features_of_the_cache(mixed, stage, tmp_path)
         far = np.abs(unrounded[stage - 1] - cached).max()

@@ -13,8 +13,8 @@ from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.engines.run import run
 from layerwise.nets import shortest_sample
-from layerwise.run_directory import RunPaths, RunState
-from layerwise.training.cutting import plan_run
+from layerwise.run_store import RunPaths, RunState
+from layerwise.training.cut import cut_network
 
 SMALLEST = {
     "net.kernels": [10, 8],
@@ -81,8 +81,8 @@ def test_a_crash_at_any_call_leaves_what_the_next_start_can_use(
         return tiny_speech(f"fsdd:{few}", out=str(tmp_path / name), **SMALLEST, **compression)
 
     # Every start would make the same plans again; made once, what is known of them is remembered.
-    plans = plan_run(config("planned"), open_data(config("planned").data, shortest_sample(config("planned"))), CPU)
-    monkeypatch.setattr("layerwise.engines.run.plan_run", lambda *_: plans)
+    plans = cut_network(config("planned"), open_data(config("planned").data, shortest_sample(config("planned"))), CPU)
+    monkeypatch.setattr("layerwise.engines.run.cut_network", lambda *_: plans)
     arguments = {"from stage": {"from_stage": 2}, "overwrite": {"overwrite": True}}.get(kind, {})
     begun = kind in ("from stage", "overwrite")
     run(config("undisturbed"))

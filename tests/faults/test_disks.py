@@ -15,7 +15,7 @@ from layerwise.config import Config
 from layerwise.engines.run import RunResult, run
 from layerwise.errors import LayerwiseError
 from layerwise.events import CachingProgress, Event, StageStarted
-from layerwise.run_directory import RunState
+from layerwise.run_store import RunState
 
 Tiny = Callable[..., Config]
 

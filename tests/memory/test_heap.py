@@ -8,7 +8,7 @@ import pytest
 
 COUNT_HEAPS = """
 import ctypes, sys, threading
-from layerwise.memory.heap import share_one_heap
+from layerwise.memory.device import share_one_heap
 
 if sys.argv[1] == "shared":
     share_one_heap()

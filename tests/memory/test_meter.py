@@ -18,9 +18,9 @@ from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
 from layerwise.memory.estimate import rehearse
 from layerwise.memory.meter import KINDS, LOOK_EVERY, Kind, Meter, host_tensor, metered, uncounted
-from layerwise.memory.placement import Placement
-from layerwise.training.loaded import LoadedStage, Randomness
-from layerwise.training.plan import StagePlan
+from layerwise.memory.plan import Placement
+from layerwise.training.spec import StageSpec
+from layerwise.training.trainer import StageTrainer, StepRandomness
 
 CPU = torch.device("cpu")
 KILO = 250  # float32 values in 1000 bytes
@@ -190,7 +190,7 @@ def test_what_was_made_outside_cannot_be_labelled() -> None:
 
 @pytest.mark.parametrize("optimizer_on_host", [False, True])
 def test_a_training_step_is_split_into_what_it_is_made_of(
-    planned_stages: Callable[..., tuple[Config, list[StagePlan]]], optimizer_on_host: bool
+    planned_stages: Callable[..., tuple[Config, list[StageSpec]]], optimizer_on_host: bool
 ) -> None:
     config, plans = planned_stages("speech", **{"net.width": 16})
     plan = plans[1]
@@ -199,7 +199,7 @@ def test_a_training_step_is_split_into_what_it_is_made_of(
     at_step: dict[Kind, int] = {}
     batch = noise_batch(plan, 4)
     with Meter(CPU) as meter:
-        loaded = LoadedStage(plan, config, CPU, Placement(4, 4, optimizer_on_host=optimizer_on_host), meter)
+        loaded = StageTrainer(plan, config, CPU, Placement(4, 4, optimizer_on_host=optimizer_on_host), meter)
         meter.reset_peak()
         assert meter.peak_by_kind == {
             "parameters": 4 * (numbers + predictors),
@@ -216,7 +216,7 @@ def test_a_training_step_is_split_into_what_it_is_made_of(
             take_step()
 
         loaded.optimizer.step = look_and_step
-        loaded.train(batch, Randomness(lambda: np.random.default_rng(0)))
+        loaded.train(batch, StepRandomness(lambda: np.random.default_rng(0)))
         # The predictors have stepped by now, and their gradients are gone.
         assert at_step["gradients"] == 4 * numbers
         assert at_step["parameters"] == 4 * (numbers + predictors)
@@ -226,7 +226,7 @@ def test_a_training_step_is_split_into_what_it_is_made_of(
         assert meter.peak_by_kind["gradients"] == meter.peak_by_kind["activations"] == 0
 
 
-def noise_batch(plan: StagePlan, samples: int) -> Batch:
+def noise_batch(plan: StageSpec, samples: int) -> Batch:
     """Full windows on the host."""
     frames = torch.randn(samples, plan.window.frames, *plan.frame_shape, generator=torch.Generator().manual_seed(0))
     return Batch(frames, np.full(samples, plan.window.frames))
@@ -234,29 +234,29 @@ def noise_batch(plan: StagePlan, samples: int) -> Batch:
 
 def test_it_looks_at_the_first_two_steps_at_larger_ones_and_now_and_then() -> None:
     meter = Meter(CPU)
-    assert [step for step in range(1, 4 * LOOK_EVERY) if meter.looks("training", 5)] == [
+    assert [step for step in range(1, 4 * LOOK_EVERY) if meter.should_meter("training", 5)] == [
         1,
         2,
         LOOK_EVERY,
         2 * LOOK_EVERY,
         3 * LOOK_EVERY,
     ]
-    assert meter.looks("training", 6)
-    assert not meter.looks("training", 6)
-    assert not meter.looks("training", 5)
+    assert meter.should_meter("training", 6)
+    assert not meter.should_meter("training", 6)
+    assert not meter.should_meter("training", 5)
 
 
 def test_every_size_counts_by_itself_and_every_kind_of_step_too() -> None:
     meter = Meter(CPU)
     for sizes in [(5, 5), (5, 5), (5, 5)]:
-        meter.looks("training", *sizes)
-    assert not meter.looks("training", 5, 5)
-    assert meter.looks("training", 5, 6)
-    assert meter.looks("training", 6, 1)
-    assert meter.looks("training", 6, 6)  # no metered step was as large in both
-    assert not meter.looks("training", 6, 6)
-    assert not meter.looks("training", 6, 1)
-    assert meter.looks("caching", 1)
+        meter.should_meter("training", *sizes)
+    assert not meter.should_meter("training", 5, 5)
+    assert meter.should_meter("training", 5, 6)
+    assert meter.should_meter("training", 6, 1)
+    assert meter.should_meter("training", 6, 6)  # no metered step was as large in both
+    assert not meter.should_meter("training", 6, 6)
+    assert not meter.should_meter("training", 6, 1)
+    assert meter.should_meter("caching", 1)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=200))
@@ -264,7 +264,7 @@ def test_a_step_goes_unmetered_only_where_a_metered_one_was_as_large(steps: list
     meter = Meter(CPU)
     seen: list[tuple[int, int]] = []
     for sizes in steps:
-        if meter.looks("training", *sizes):
+        if meter.should_meter("training", *sizes):
             seen.append(sizes)
         else:
             assert any(a >= sizes[0] and b >= sizes[1] for a, b in seen)

@@ -18,8 +18,7 @@ from layerwise.nets.layer import Layer
 from layerwise.nets.module import Module
 from layerwise.nets.speech import speech_network
 from layerwise.nets.vision import vision_network
-from layerwise.objectives.contrastive import Draw
-from layerwise.objectives.infonce import InfoNCE
+from layerwise.objectives.contrastive import Draw, InfoNCE
 
 ROOM = 2**20
 SPEECH = NetOptions(width=6, context=5, kernels=(4, 4), strides=(2, 2), paddings=(1, 1))

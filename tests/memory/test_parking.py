@@ -1,9 +1,9 @@
-"""What is parked leaves the device, and comes back to the bit."""
+"""What is offloaded leaves the device, and comes back to the bit."""
 
 import torch
 
+from layerwise.memory.device import offloaded
 from layerwise.memory.meter import Meter
-from layerwise.memory.parking import parked
 
 CPU = torch.device("cpu")
 
@@ -12,7 +12,7 @@ def test_parked_tensors_hold_nothing_on_the_device_and_come_back_to_the_bit() ->
     with Meter(CPU) as meter:
         layer = torch.nn.Linear(100, 100)
         held, before = meter.live, [parameter.detach().numpy().copy() for parameter in layer.parameters()]
-        with parked(layer.parameters(), CPU):
+        with offloaded(layer.parameters(), CPU):
             assert meter.live == 0
         assert meter.live == held
     for parameter, value in zip(layer.parameters(), before, strict=True):
@@ -22,7 +22,7 @@ def test_parked_tensors_hold_nothing_on_the_device_and_come_back_to_the_bit() ->
 def test_they_come_back_after_an_error_too() -> None:
     tensor = torch.arange(3.0)
     try:
-        with parked([tensor], CPU):
+        with offloaded([tensor], CPU):
             raise ValueError
     except ValueError:
         pass

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerwise.memory.partition import partition
+from layerwise.training.cut import partition
 
 
 def every_partition(units: int, parts: int) -> list[list[range]]:

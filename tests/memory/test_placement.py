@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerwise.memory.placement import Placement, cheapest, families
+from layerwise.memory.plan import Placement, cheapest, families
 
 
 @st.composite

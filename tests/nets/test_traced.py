@@ -15,8 +15,8 @@ from torchvision.models import VisionTransformer, resnet18, resnet50
 
 from layerwise.errors import ConfigError
 from layerwise.memory.meter import Meter
+from layerwise.nets.batch_effects import mixes_samples
 from layerwise.nets.copying import copied
-from layerwise.nets.mixing import mixes_samples
 from layerwise.nets.traced import FrameUnit, traced_network
 from layerwise.nets.tracing import trace, why_uncut
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from layerwise.objectives.hinge import Hinge
-from layerwise.objectives.infonce import InfoNCE
+from layerwise.objectives.contrastive import Hinge, InfoNCE
 
 WIDE = 2**30
 FRAMES, CHANNELS, STEPS, NEGATIVES = 14, 5, 3, 4

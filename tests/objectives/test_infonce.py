@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerwise.memory.meter import Meter
-from layerwise.objectives.contrastive import Draw
-from layerwise.objectives.infonce import InfoNCE
+from layerwise.objectives.contrastive import Draw, InfoNCE
 
 CPU = torch.device("cpu")
 WIDE = 2**30

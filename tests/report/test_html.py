@@ -12,7 +12,7 @@ from small_report import HOSTILE, METHODS, add_confusion
 from layerwise.errors import RunError
 from layerwise.report.drawing import PALETTE
 from layerwise.report.html import write_report
-from layerwise.run_directory import RunState
+from layerwise.run_store import RunState
 
 
 def titles(page: str) -> list[str]:

@@ -14,8 +14,7 @@ from layerwise.events import (
     StageStarted,
     StepDone,
 )
-from layerwise.report.lines import line
-from layerwise.report.live import LiveTable
+from layerwise.report.progress import LiveTable, line
 from layerwise.units import duration, percent, size
 
 

@@ -24,7 +24,7 @@ def status(out: str | Path, *options: str) -> str:
 
 
 @pytest.fixture
-def begun(tiny_speech: Tiny, digits: Path) -> Config:
+def prepared_run(tiny_speech: Tiny, digits: Path) -> Config:
     """A run of two rounds that was stopped while stage 3 was trained in the second."""
     config = tiny_speech(f"fsdd:{digits}", **{"training.rounds": 2})
     stop, seen = StopFlag(), 0

@@ -6,7 +6,7 @@ import torch
 
 from layerwise.config import TrainingOptions
 from layerwise.data.batches import Batch
-from layerwise.training.augmentation import augmented
+from layerwise.training.loader import augmented
 
 
 def batch(dtype: torch.dtype = torch.float16) -> Batch:

@@ -15,12 +15,12 @@ from layerwise.memory.meter import Meter
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
-from layerwise.training import behaviour as module_under_test
-from layerwise.training.behaviour import behaviour
-from layerwise.training.plan import StagePlan
-from layerwise.training.planner import lay_out
+from layerwise.training import batch_effects as module_under_test
+from layerwise.training.batch_effects import behaviour
+from layerwise.training.budget import lay_out
+from layerwise.training.spec import StageSpec
 
-Planned = Callable[..., tuple[Config, list[StagePlan]]]
+Planned = Callable[..., tuple[Config, list[StageSpec]]]
 
 
 class Flow(nn.Module):
@@ -99,20 +99,20 @@ TYING: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.fixture(scope="module")
-def stages(planned_stages: Planned) -> Callable[[nn.Module], list[StagePlan]]:
+def stages(planned_stages: Planned) -> Callable[[nn.Module], list[StageSpec]]:
     """stages(model): those of a model of pictures, one per unit."""
 
-    def plan(model: nn.Module) -> list[StagePlan]:
+    def plan(model: nn.Module) -> list[StageSpec]:
         return planned_stages("vision", traced_network(model, (3, 8, 8)))[1]
 
     return plan
 
 
 @pytest.fixture(scope="module")
-def stage(planned_stages: Planned) -> Callable[..., StagePlan]:
+def stage(planned_stages: Planned) -> Callable[..., StageSpec]:
     """stage(layer, ...): the stage of the layers that these functions build; of sounds."""
 
-    def plan(*layers: Callable[[], Layer]) -> StagePlan:
+    def plan(*layers: Callable[[], Layer]) -> StageSpec:
         return planned_stages("speech", Network(layers, (len(layers),)), **{"data.window": 400})[1][0]
 
     return plan
@@ -127,35 +127,35 @@ def cost(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 @pytest.mark.parametrize("name", DRAWING)
-def test_what_draws_is_found(stages: Callable[[nn.Module], list[StagePlan]], cost: str, name: str) -> None:
+def test_what_draws_is_found(stages: Callable[[nn.Module], list[StageSpec]], cost: str, name: str) -> None:
     found = [behaviour(plan) for plan in stages(DRAWING[name]())]
     assert any(each.draws for each in found)
-    assert all(each.why_whole is None for each in found)
+    assert all(each.why_unsliceable is None for each in found)
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_what_does_not_draw_and_can_be_sliced_is_not_suspected(
-    stages: Callable[[nn.Module], list[StagePlan]], cost: str, name: str
+    stages: Callable[[nn.Module], list[StageSpec]], cost: str, name: str
 ) -> None:
     for plan in stages(PLAIN[name]()):
         assert not behaviour(plan).draws
-        assert behaviour(plan).why_whole is None
+        assert behaviour(plan).why_unsliceable is None
 
 
 @pytest.mark.parametrize("name", CHANGING)
 def test_what_changes_at_every_pass_is_named(
-    stages: Callable[[nn.Module], list[StagePlan]], cost: str, name: str
+    stages: Callable[[nn.Module], list[StageSpec]], cost: str, name: str
 ) -> None:
     make, sentence = CHANGING[name]
     found = behaviour(stages(make())[0])
     assert not found.draws
-    assert re.fullmatch(sentence, found.why_whole or "")
+    assert re.fullmatch(sentence, found.why_unsliceable or "")
 
 
 @pytest.mark.parametrize("name", TYING)
-def test_what_ties_samples_together_is_named(stages: Callable[[nn.Module], list[StagePlan]], name: str) -> None:
+def test_what_ties_samples_together_is_named(stages: Callable[[nn.Module], list[StageSpec]], name: str) -> None:
     make, part = TYING[name]
-    (why,) = [why for plan in stages(make()) if (why := behaviour(plan).why_whole)]
+    (why,) = [why for plan in stages(make()) if (why := behaviour(plan).why_unsliceable)]
     assert re.fullmatch(f"{part} ties the samples of a batch together", why)
 
 
@@ -209,30 +209,30 @@ class Company(Linear):
         return super().forward(x)
 
 
-def test_a_state_that_no_tensor_shows_is_seen_in_the_outputs(stage: Callable[..., StagePlan]) -> None:
-    assert behaviour(stage(Counting)).why_whole == "layers.0 (Counting) gives other outputs at every forward pass"
+def test_a_state_that_no_tensor_shows_is_seen_in_the_outputs(stage: Callable[..., StageSpec]) -> None:
+    assert behaviour(stage(Counting)).why_unsliceable == "layers.0 (Counting) gives other outputs at every forward pass"
 
 
-def test_a_layer_that_gives_nothing_for_a_sample_alone_is_not_sliced(stage: Callable[..., StagePlan]) -> None:
-    assert behaviour(stage(Company)).why_whole == "layers.0 (Company) ties the samples of a batch together"
+def test_a_layer_that_gives_nothing_for_a_sample_alone_is_not_sliced(stage: Callable[..., StageSpec]) -> None:
+    assert behaviour(stage(Company)).why_unsliceable == "layers.0 (Company) ties the samples of a batch together"
 
 
-def test_samples_of_both_signs_are_tried(stage: Callable[..., StagePlan]) -> None:
+def test_samples_of_both_signs_are_tried(stage: Callable[..., StageSpec]) -> None:
     assert behaviour(stage(Rectified)).draws
 
 
-def test_where_a_layer_cannot_be_run_its_names_are_asked(stage: Callable[..., StagePlan]) -> None:
+def test_where_a_layer_cannot_be_run_its_names_are_asked(stage: Callable[..., StageSpec]) -> None:
     assert behaviour(stage(Moody)).draws
 
 
-def test_a_stage_does_what_any_of_its_layers_does(stage: Callable[..., StagePlan]) -> None:
+def test_a_stage_does_what_any_of_its_layers_does(stage: Callable[..., StageSpec]) -> None:
     found = behaviour(stage(partial(Linear, 1), partial(Rectified, 1), partial(Counting, 1)))
     assert found.draws
-    assert found.why_whole == "layers.2 (Counting) gives other outputs at every forward pass"
+    assert found.why_unsliceable == "layers.2 (Counting) gives other outputs at every forward pass"
 
 
 def test_looking_changes_no_generator_and_is_seen_by_no_meter(
-    stages: Callable[[nn.Module], list[StagePlan]], planned_stages: Planned
+    stages: Callable[[nn.Module], list[StageSpec]], planned_stages: Planned
 ) -> None:
     plans = stages(DRAWING["transformer"]())
     state = torch.get_rng_state()
@@ -261,7 +261,7 @@ def test_each_layer_is_run_once_whatever_is_asked_of_whichever_cut(planned_stage
     assert sorted(built) == [0, 1, 2]
 
 
-def test_a_huge_layer_is_never_given_values(stage: Callable[..., StagePlan]) -> None:
+def test_a_huge_layer_is_never_given_values(stage: Callable[..., StageSpec]) -> None:
     class Huge(Layer):
         def __init__(self) -> None:
             super().__init__()

@@ -18,16 +18,16 @@ from layerwise.events import Event, StepDone
 from layerwise.nets import build_network
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
-from layerwise.run_directory import RunState
+from layerwise.run_store import RunState
 from layerwise.stop import StopFlag
-from layerwise.training.cutting import layer_costs, plan_run, stage_cost
-from layerwise.training.plan import StagePlan, plan_stages
-from layerwise.training.planner import every_layout, fitting_layout
-from layerwise.training.training_peak import training_peak
+from layerwise.training.budget import every_layout, fitting_layout
+from layerwise.training.cut import cut_network, layer_costs, stage_cost
+from layerwise.training.peaks import training_peak
+from layerwise.training.spec import StageSpec, stage_specs
 
 CPU = torch.device("cpu")
 Tiny = Callable[..., Config]
-Planned = Callable[..., tuple[Config, list[StagePlan]]]
+Planned = Callable[..., tuple[Config, list[StageSpec]]]
 
 # Predictions run on fake tensors, so these may have the widths of the paper.
 SPEECH = {"net.width": 512, "net.context": 0}
@@ -51,13 +51,13 @@ class Case:
         memory = self.config.memory.model_copy(update={"gpu_mem": budget})
         return self.config.model_copy(update={"training": training, "memory": memory})
 
-    def plan(self, stages: int | None = None, budget: int | None = None) -> list[StagePlan]:
-        return plan_run(self.with_options(stages, budget), self.data, CPU, self.network)
+    def plan(self, stages: int | None = None, budget: int | None = None) -> list[StageSpec]:
+        return cut_network(self.with_options(stages, budget), self.data, CPU, self.network)
 
-    def stage(self, layers: range) -> StagePlan:
+    def stage(self, layers: range) -> StageSpec:
         """The stage of these layers, whatever the cut around it."""
         around = (range(layers.start), layers, range(layers.stop, self.layers))
-        plans = plan_stages(self.config, self.data, self.network, [part for part in around if part])
+        plans = stage_specs(self.config, self.data, self.network, [part for part in around if part])
         return next(plan for plan in plans if plan.layers == layers)
 
 
@@ -83,7 +83,7 @@ def every_cut(layers: int, stages: int) -> list[list[range]]:
     ]
 
 
-def ranges_of(plans: list[StagePlan]) -> list[range]:
+def ranges_of(plans: list[StageSpec]) -> list[range]:
     return [plan.layers for plan in plans]
 
 
@@ -255,7 +255,7 @@ def test_all_at_once_the_parts_are_the_stages_of_the_given_cut(case: Callable[..
     training = made.config.training.model_copy(update={"schedule": "simultaneous"})
     config = made.config.model_copy(update={"training": training})
     sizes = [made.layers - 1, 1]
-    (whole,) = plan_run(config, made.data, CPU, made.network, sizes)
+    (whole,) = cut_network(config, made.data, CPU, made.network, sizes)
     assert ranges_of([whole]) == [range(made.layers)]
     assert ranges_of(list(whole.parts)) == [range(made.layers - 1), range(made.layers - 1, made.layers)]
 

@@ -17,18 +17,18 @@ from layerwise.config import Config
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError, ConfigError
 from layerwise.memory.meter import Meter
-from layerwise.memory.placement import Placement
+from layerwise.memory.plan import Placement
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
+from layerwise.training.budget import lay_out
 from layerwise.training.checkpoint import Progress, load_checkpoint, save_checkpoint
-from layerwise.training.loaded import LoadedStage, NoSmallerSlices, Randomness
-from layerwise.training.plan import StagePlan
-from layerwise.training.planner import lay_out
-from layerwise.training.scaling import FIRST_SCALE, STEPS_UNTIL_DOUBLED, LossScale
+from layerwise.training.optimizer import FIRST_SCALE, STEPS_UNTIL_DOUBLED, LossScale
+from layerwise.training.spec import StageSpec
+from layerwise.training.trainer import NoSmallerSlices, StageTrainer, StepRandomness
 
 CPU = torch.device("cpu")
-Planned = Callable[..., tuple[Config, list[StagePlan]]]
+Planned = Callable[..., tuple[Config, list[StageSpec]]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Task:
     """A stage, and a batch for it."""
 
     config: Config
-    plan: StagePlan
+    plan: StageSpec
     batch: Batch
 
     @property
@@ -47,8 +47,8 @@ class Task:
     def smallest(self) -> Placement:
         return Placement(len(self.batch.lengths), 1, len(self.batch.lengths))
 
-    def load(self, placement: Placement, meter: Meter) -> LoadedStage:
-        return LoadedStage(self.plan, self.config, CPU, placement, meter)
+    def load(self, placement: Placement, meter: Meter) -> StageTrainer:
+        return StageTrainer(self.plan, self.config, CPU, placement, meter)
 
     def changed(self, **options: object) -> "Task":
         """The same with other options of training."""
@@ -70,7 +70,7 @@ class Step:
     peak: int
 
 
-def make_task(planned: tuple[Config, list[StagePlan]], stage: int, ragged: bool = False) -> Task:
+def make_task(planned: tuple[Config, list[StageSpec]], stage: int, ragged: bool = False) -> Task:
     config, plans = planned
     plan = plans[stage - 1]
     generator = torch.Generator().manual_seed(stage)
@@ -84,8 +84,8 @@ def make_task(planned: tuple[Config, list[StagePlan]], stage: int, ragged: bool 
     return Task(config, plan, Batch(frames, lengths))
 
 
-def randomness(number: int = 0) -> Randomness:
-    return Randomness(partial(np.random.default_rng, number), seed=number)
+def randomness(number: int = 0) -> StepRandomness:
+    return StepRandomness(partial(np.random.default_rng, number), seed=number)
 
 
 def take_step(task: Task, placement: Placement, limit: int | None = None) -> Step:
@@ -101,7 +101,7 @@ def take_step(task: Task, placement: Placement, limit: int | None = None) -> Ste
         return Step(score.loss.item(), score.accuracy.item(), weights, loaded.placement, held, meter.peak)
 
 
-def all_weights(loaded: LoadedStage) -> torch.Tensor:
+def all_weights(loaded: StageTrainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in [*loaded.module.parameters(), *loaded.objective.parameters()]])
 
 
@@ -331,7 +331,7 @@ def test_running_statistics_count_each_batch_once(mixing: Task, recompute: str) 
     config = mixing.config.model_copy(update={"memory": memory})
     layout = lay_out(config, mixing.plan, CPU)
     with Meter(CPU) as meter:
-        loaded = LoadedStage(mixing.plan, config, CPU, layout.placement, meter)
+        loaded = StageTrainer(mixing.plan, config, CPU, layout.placement, meter)
         loaded.train(mixing.batch, randomness())
         counts = [int(value) for name, value in loaded.module.named_buffers() if name.endswith("num_batches_tracked")]
     assert counts == [1, 1]

@@ -13,7 +13,7 @@ from layerwise.errors import Interrupted
 from layerwise.events import CachingProgress, Event, StepDone, silent
 from layerwise.files import json_lines
 from layerwise.stop import StopFlag
-from layerwise.training.memory_record import MemoryRecord
+from layerwise.training.memory_log import MemoryLog
 
 Tiny = Callable[..., Config]
 
@@ -57,7 +57,7 @@ def test_a_run_records_what_each_pass_holds_on_the_device(tiny_speech: Tiny, dig
 
 def test_at_most_a_line_a_second_and_the_first_and_last_of_each_pass(tmp_path: Path) -> None:
     clock = Clock()
-    with MemoryRecord(tmp_path / "memory.jsonl", NoMeter(), silent, clock) as record:
+    with MemoryLog(tmp_path / "memory.jsonl", NoMeter(), silent, clock) as record:
         for number in range(50):  # a step every 0.1 s
             clock.now += 0.1
             record(step(live=number))
@@ -76,7 +76,7 @@ def test_a_record_goes_on_after_a_line_that_a_kill_has_torn(tmp_path: Path) -> N
     path.write_text(whole + '{"seconds": 43.1, "pa')
     assert [line["seconds"] for line in json_lines(path)] == [42.0]
     clock = Clock()
-    with MemoryRecord(path, NoMeter(), silent, clock) as record:
+    with MemoryLog(path, NoMeter(), silent, clock) as record:
         clock.now += 1.5
         record(step())
     assert [line["seconds"] for line in json_lines(path)] == [42.0, 43.5]
@@ -112,6 +112,6 @@ def test_retraining_a_stage_records_anew(tiny_speech: Tiny, digits: Path) -> Non
 
 def test_a_record_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     seen: list[Event] = []
-    with MemoryRecord(tmp_path / "missing" / "memory.jsonl", NoMeter(), seen.append) as record:
+    with MemoryLog(tmp_path / "missing" / "memory.jsonl", NoMeter(), seen.append) as record:
         record(step())
     assert seen == [step()]

@@ -17,11 +17,8 @@ from layerwise.engines.run import run
 from layerwise.errors import BudgetError
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
-from layerwise.run_directory import StageRecord
-from layerwise.training.caching_peak import caching_peak
-from layerwise.training.cutting import plan_run
-from layerwise.training.plan import StagePlan
-from layerwise.training.planner import (
+from layerwise.run_store import StageRecord
+from layerwise.training.budget import (
     StageLayout,
     every_layout,
     fitting_layout,
@@ -29,10 +26,12 @@ from layerwise.training.planner import (
     smallest_budget,
     smallest_layout,
 )
-from layerwise.training.training_peak import training_peak
+from layerwise.training.cut import cut_network
+from layerwise.training.peaks import caching_peak, training_peak
+from layerwise.training.spec import StageSpec
 
 CPU = torch.device("cpu")
-Planned = Callable[..., tuple[Config, list[StagePlan]]]
+Planned = Callable[..., tuple[Config, list[StageSpec]]]
 NETWORKS: dict[str, tuple[str, dict[str, object]]] = {
     "convolutions": ("speech", {"net.width": 32, "net.context": 0}),
     "convolutions and a GRU": ("speech", {"net.width": 32, "net.context": 32}),
@@ -46,7 +45,7 @@ class Ran:
     """A run that was really trained, and what was planned for it."""
 
     config: Config
-    plans: list[StagePlan]
+    plans: list[StageSpec]
     layouts: list[StageLayout]
     records: list[StageRecord]
 
@@ -74,22 +73,22 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def plan_real(
     sources: dict[str, str], planned_stages: Planned, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., tuple[Config, list[StagePlan]]]:
+) -> Callable[..., tuple[Config, list[StageSpec]]]:
     """plan_real(name, **options): configuration and stages of a run on these sources."""
 
-    def plan(name: str, **options: object) -> tuple[Config, list[StagePlan]]:
+    def plan(name: str, **options: object) -> tuple[Config, list[StageSpec]]:
         kind, net = NETWORKS[name]
         folder = tmp_path_factory.mktemp("run")
         places = {"data.source": sources[kind], "out": str(folder / "run"), "cache.dir": str(folder / "cache")}
         short = {"training.max_epochs": 1, "cache.block": "32MiB"}
         config, _ = planned_stages(kind, **{**net, **places, **short, **options})
-        return config, plan_run(config, open_data(config.data, shortest_sample(config)), CPU)
+        return config, cut_network(config, open_data(config.data, shortest_sample(config)), CPU)
 
     return plan
 
 
 @pytest.fixture(scope="module")
-def train(plan_real: Callable[..., tuple[Config, list[StagePlan]]]) -> Iterator[Callable[..., Ran]]:
+def train(plan_real: Callable[..., tuple[Config, list[StageSpec]]]) -> Iterator[Callable[..., Ran]]:
     """train(name, **options): a run of one epoch; the same one is trained once."""
     done: dict[tuple[object, ...], Ran] = {}
 
@@ -107,10 +106,10 @@ def train(plan_real: Callable[..., tuple[Config, list[StagePlan]]]) -> Iterator[
 
 
 @contextmanager
-def with_plans(plans: list[StagePlan]) -> Iterator[None]:
+def with_plans(plans: list[StageSpec]) -> Iterator[None]:
     """A run would make the same plans again, and predict for each of them anew."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("layerwise.engines.run.plan_run", lambda *_: plans)
+        patch.setattr("layerwise.engines.run.cut_network", lambda *_: plans)
         yield
 
 
@@ -161,7 +160,7 @@ SWEPT: dict[str, dict[str, object]] = {
 @pytest.fixture(scope="module", params=SWEPT)
 def sweep(
     request: pytest.FixtureRequest,
-    plan_real: Callable[..., tuple[Config, list[StagePlan]]],
+    plan_real: Callable[..., tuple[Config, list[StageSpec]]],
     train: Callable[..., Ran],
 ) -> list[Ran]:
     """Runs without a budget, under one that is tight, and under the smallest that is enough."""
@@ -215,7 +214,7 @@ def test_one_byte_below_the_smallest_budget_is_refused_with_a_sentence_that_name
 
 
 @pytest.fixture(scope="module", params=["speech", "vision"])
-def two_layers(request: pytest.FixtureRequest, planned_stages: Planned) -> tuple[Config, StagePlan]:
+def two_layers(request: pytest.FixtureRequest, planned_stages: Planned) -> tuple[Config, StageSpec]:
     """A stage of two layers, and all choices open."""
     options = {
         "speech": {"training.batch_size": 2, "net.context": 0, "net.kernels": [10, 8]}
@@ -226,7 +225,7 @@ def two_layers(request: pytest.FixtureRequest, planned_stages: Planned) -> tuple
     return config, plan
 
 
-def test_the_layout_is_the_cheapest_that_the_budget_holds_and_says_why(two_layers: tuple[Config, StagePlan]) -> None:
+def test_the_layout_is_the_cheapest_that_the_budget_holds_and_says_why(two_layers: tuple[Config, StageSpec]) -> None:
     config, plan = two_layers
     every = [placement for family in every_layout(config, plan) for placement in family]
     peaks = {placement: training_peak(config, plan, placement).bytes for placement in every}
@@ -241,14 +240,14 @@ def test_the_layout_is_the_cheapest_that_the_budget_holds_and_says_why(two_layer
             assert "the cheapest way (whole batch) would take" in layout.why
 
 
-def test_a_larger_micro_batch_never_takes_less(two_layers: tuple[Config, StagePlan]) -> None:
+def test_a_larger_micro_batch_never_takes_less(two_layers: tuple[Config, StageSpec]) -> None:
     config, plan = two_layers
     for family in every_layout(config, plan):
         peaks = [training_peak(config, plan, placement).bytes for placement in family]
         assert peaks == sorted(peaks, reverse=True)
 
 
-def test_no_layout_takes_less_than_the_smallest(two_layers: tuple[Config, StagePlan]) -> None:
+def test_no_layout_takes_less_than_the_smallest(two_layers: tuple[Config, StageSpec]) -> None:
     config, plan = two_layers
     least = training_peak(config, plan, smallest_layout(config, plan).placement).bytes
     every = [placement for family in every_layout(config, plan) for placement in family]

@@ -19,17 +19,17 @@ from layerwise.config import Config, resolve
 from layerwise.data.batches import Batch, Window, held_out_epoch
 from layerwise.errors import BudgetError, ConfigError, LayerwiseError
 from layerwise.memory.meter import Meter
-from layerwise.memory.placement import Placement
+from layerwise.memory.plan import Placement
 from layerwise.memory.ranks import ALONE, LostRank, Ranks
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.stop import StopFlag
-from layerwise.training.cutting import plan_run
-from layerwise.training.feed import ReadFeed
-from layerwise.training.loaded import LoadedStage, NoSmallerSlices, Randomness
-from layerwise.training.plan import StagePlan
-from layerwise.training.sharing import check_shareable
-from layerwise.training.stopping import asked_to_stop
+from layerwise.training.batch_effects import check_shareable
+from layerwise.training.cut import cut_network
+from layerwise.training.loader import SourceLoader
+from layerwise.training.schedule import asked_to_stop
+from layerwise.training.spec import StageSpec
+from layerwise.training.trainer import NoSmallerSlices, StageTrainer, StepRandomness
 
 CPU = torch.device("cpu")
 COUNT = 2
@@ -92,7 +92,7 @@ CASES = {
 }
 
 
-def planned(case: Case, options: dict[str, dict[str, object]]) -> tuple[Config, StagePlan]:
+def planned(case: Case, options: dict[str, dict[str, object]]) -> tuple[Config, StageSpec]:
     config = resolve(overrides={**options[case.kind], **case.options})
     lengths, columns, shape = np.full(24, 4 * config.data.window), 1, (1,)
     if case.kind == "vision":
@@ -110,10 +110,10 @@ def planned(case: Case, options: dict[str, dict[str, object]]) -> tuple[Config, 
     )
     data.ids, data.test, data.skipped = [str(number) for number in range(24)], None, ()
     network = Network([Dropping], (1,)) if case.dropout else None
-    return config, plan_run(config, data, CPU, network)[case.stage - 1]
+    return config, cut_network(config, data, CPU, network)[case.stage - 1]
 
 
-def batch_of(case: Case, plan: StagePlan) -> Batch:
+def batch_of(case: Case, plan: StageSpec) -> Batch:
     frames = torch.randn(
         case.windows, plan.window.frames, *plan.frame_shape, generator=torch.Generator().manual_seed(1)
     )
@@ -132,9 +132,9 @@ def take_step(case: Case, options: dict[str, dict[str, object]], ranks: Ranks) -
     micro_batch = case.like if case.like and ranks.count == 1 else case.micro_batch
     on_host = case.options.get("memory.optimizer") == "host"
     placement = Placement(case.windows, micro_batch, min(case.passes, case.windows), optimizer_on_host=on_host)
-    randomness = Randomness(partial(np.random.default_rng, 3), seed=3)
+    randomness = StepRandomness(partial(np.random.default_rng, 3), seed=3)
     with Meter(CPU) as meter:
-        loaded = LoadedStage(plan, config, CPU, placement, meter, ranks)
+        loaded = StageTrainer(plan, config, CPU, placement, meter, ranks)
         if config.training.precision == "float16":
             loaded.scale.factor = 2.0**10
         score = loaded.train(batch, randomness)
@@ -221,10 +221,10 @@ def test_a_rank_reads_its_own_windows_alone(columns: int) -> None:
     window = Window(4, min(columns, 3))
     source = Counted(lengths=lengths, columns=columns, views=1, seen=[])
     epoch = held_out_epoch(source, np.arange(5), window, 4, np.random.default_rng(0))
-    whole = list(ReadFeed(source, CPU).batches(epoch, 0, nullcontext))
+    whole = list(SourceLoader(source, CPU).batches(epoch, 0, nullcontext))
     for rank, own in enumerate(([[0, 1], [4]], [[2, 3], []])):
         source.seen.clear()
-        batches = list(ReadFeed(source, CPU, Ranks(rank, COUNT)).batches(epoch, 0, nullcontext))
+        batches = list(SourceLoader(source, CPU, Ranks(rank, COUNT)).batches(epoch, 0, nullcontext))
         assert source.seen == [*own[0], *(own[1] or [4])]  # with none of its own, it looks at one
         for batch, expected, samples in zip(batches, whole, own, strict=True):
             assert batch.lengths.tolist() == expected.lengths.tolist()
@@ -264,11 +264,11 @@ def stop_and_fail(ranks: Ranks, options: dict[str, dict[str, object]]) -> dict[s
     config, plan = planned(case, options)
     batch = batch_of(case, plan)
     with Meter(CPU) as meter:
-        loaded = LoadedStage(plan, config, CPU, Placement(4, 4), meter, ranks)
+        loaded = StageTrainer(plan, config, CPU, Placement(4, 4), meter, ranks)
         if ranks.rank == 1:
             meter.limit = meter.live + 1000
         try:
-            loaded.train(batch, Randomness(partial(np.random.default_rng, 3)))
+            loaded.train(batch, StepRandomness(partial(np.random.default_rng, 3)))
         except LayerwiseError as error:
             found["step"] = type(error), str(error)
     return found

@@ -11,19 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerwise.config import Config
-from layerwise.data.batches import Batch, Window, training_epoch
-from layerwise.data.groups import group_renderings
+from layerwise.data.batches import Batch, Window, group_renderings, training_epoch
 from layerwise.data.source import DataSet
 from layerwise.memory.meter import Meter
 from layerwise.nets.module import Module
-from layerwise.training.caching_peak import recomputing_peak
-from layerwise.training.feed import ReadFeed
-from layerwise.training.frozen import FrozenStage, Handing
-from layerwise.training.plan import StagePlan
-from layerwise.training.recomputed import RecomputedFeed
+from layerwise.training.forward import InferenceStage, OutputFormat
+from layerwise.training.loader import SourceLoader
+from layerwise.training.peaks import recomputing_peak
+from layerwise.training.recompute import RecomputingLoader
+from layerwise.training.spec import StageSpec
 
 CPU = torch.device("cpu")
-Planned = Callable[..., tuple[Config, list[StagePlan]]]
+Planned = Callable[..., tuple[Config, list[StageSpec]]]
 
 
 @contextlib.contextmanager
@@ -52,7 +51,7 @@ class Outputs:
 
 def both_feeds(
     kind: str, planned: Planned, noise: Callable[..., DataSet], stages: int, windows: int = 3
-) -> tuple[RecomputedFeed, ReadFeed, Window, Config]:
+) -> tuple[RecomputingLoader, SourceLoader, Window, Config]:
     """The input of stage `stages` + 1, recomputed from the data, and read from the outputs of the stages below."""
     config, plans = planned(kind, **{"cache.dtype": "float32"})
     data = noise(config)
@@ -60,13 +59,13 @@ def both_feeds(
         data = replace(data, lengths=np.array([6400, 1300, 5001, 700, 1600, 6399]))
         plans = [replace(plan, **lengths_of(plan, plans, data)) for plan in plans]
     modules = [plan.build_module(0, CPU).eval() for plan in plans[:stages]]
-    handing = Handing.of(config)
-    frozen = [FrozenStage(plan.stage, module, handing) for plan, module in zip(plans, modules, strict=False)]
-    recomputed = RecomputedFeed(data, plans[:stages], frozen, windows, CPU)
-    return recomputed, ReadFeed(Outputs(data, modules), CPU), plans[stages].window, config
+    handing = OutputFormat.of(config)
+    frozen = [InferenceStage(plan.stage, module, handing) for plan, module in zip(plans, modules, strict=False)]
+    recomputed = RecomputingLoader(data, plans[:stages], frozen, windows, CPU)
+    return recomputed, SourceLoader(Outputs(data, modules), CPU), plans[stages].window, config
 
 
-def lengths_of(plan: StagePlan, plans: list[StagePlan], data: DataSet) -> dict[str, np.ndarray]:
+def lengths_of(plan: StageSpec, plans: list[StageSpec], data: DataSet) -> dict[str, np.ndarray]:
     lengths = data.lengths
     for below in plans[: plan.stage - 1]:
         lengths = below.build_module(0, torch.device("meta")).out_length(lengths)
@@ -112,7 +111,7 @@ def test_blocks_change_nothing(
     recomputed, _, window, _ = both_feeds("speech", planned_stages, noise_data, 2)
     epoch = training_epoch(recomputed, np.arange(6), window, 2, np.random.default_rng(0))
     whole = list(recomputed.batches(epoch, 0, not_parked))
-    monkeypatch.setattr("layerwise.training.recomputed.BLOCK_BYTES", 1)
+    monkeypatch.setattr("layerwise.training.recompute.BLOCK_BYTES", 1)
     blocks = []
 
     @contextlib.contextmanager

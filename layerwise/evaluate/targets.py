@@ -1,0 +1,89 @@
+"""What a probe asks: a label, of the samples or of their frames, split as in the run."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from layerwise.cache import SPLITS
+from layerwise.config import Config
+from layerwise.data.source import DataSet
+from layerwise.errors import DataError, did_you_mean
+from layerwise.evaluate.examples import Parts
+from layerwise.evaluate.features import choose_frames
+from layerwise.training.samples import split_samples
+from layerwise.training.spec import StageSpec, frame_labels
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeTask:
+    """Asked of features whose rows come sample by sample in the order of `samples`."""
+
+    label: str
+    data: DataSet
+    per_frame: bool
+    samples: np.ndarray
+    """int64 [S], numbers of the samples that carry the label: those of the training split first, of the test last."""
+    split: np.ndarray
+    """uint8 [S]"""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeTargets:
+    """What is right for each row of a stage's features."""
+
+    names: tuple[str, ...]
+    """Of the classes."""
+    classes: np.ndarray
+    """int64 [rows]"""
+    parts: Parts
+
+
+def ask(label: str, data: DataSet, config: Config) -> ProbeTask:
+    """The question for a label. Raises DataError where the data do not have it, or it has one value only."""
+    per_frame = label in data.frame_label_names
+    split = split_samples(data, config)
+    samples = np.arange(len(data.ids)) if per_frame else _labelled(label, data, split)
+    samples = samples[np.argsort(split[samples], kind="stable")]
+    return ProbeTask(label, data, per_frame, samples, split[samples])
+
+
+def truth(question: ProbeTask, plan: StageSpec) -> ProbeTargets:
+    """Of the features of one stage."""
+    values, split = question.data.labels.get(question.label, np.zeros(0)), question.split
+    if question.per_frame:
+        values, split = _frame_values(question, plan)
+    else:
+        values = values[question.samples]
+    names, classes = np.unique(values, return_inverse=True)
+    counts = np.bincount(split, minlength=len(SPLITS)).tolist()
+    return ProbeTargets(tuple(names.tolist()), classes.astype(np.int64), Parts.of(*counts))
+
+
+def _labelled(label: str, data: DataSet, split: np.ndarray) -> np.ndarray:
+    """Numbers of the samples that carry the label."""
+    if label not in data.labels:
+        known = sorted({*data.labels, *data.frame_label_names})
+        raise DataError(
+            f"The data have no label {label!r}; they have {', '.join(known) or 'none at all'}.{did_you_mean(label, known)}"
+        )
+    values = data.labels[label]
+    classes = np.unique(values[values != ""])
+    if len(classes) < 2:
+        only = f"is '{classes[0]}' everywhere" if len(classes) else "is empty everywhere"
+        raise DataError(f"The label {label!r} {only}: there is nothing to tell apart.")
+    samples = np.flatnonzero(values != "")
+    for part in ("train", "test"):
+        if not (split[samples] == SPLITS.index(part)).any():
+            raise DataError(f"No sample of the {part} split carries the label {label!r}.")
+    return samples
+
+
+def _frame_values(question: ProbeTask, plan: StageSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Label and split of each chosen frame."""
+    numbers = question.samples.tolist()
+    chosen = [choose_frames(sample, int(plan.output_lengths[sample]), per_frame=True) for sample in numbers]
+    values = [
+        frame_labels(question.label, plan, question.data, sample, frames)
+        for sample, frames in zip(numbers, chosen, strict=True)
+    ]
+    return np.concatenate(values), np.repeat(question.split, [len(frames) for frames in chosen])

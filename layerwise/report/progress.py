@@ -1,0 +1,180 @@
+"""Events as plain lines: for log files, and for terminals that are none.
+
+The live table: one row per stage, redrawn in place on a terminal."""
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from layerwise.events import CachingProgress, EpochDone, Event, Message, RunStarted, StageDone, StageStarted, StepDone
+from layerwise.units import duration, size
+
+
+def line(event: Event) -> str | None:
+    """One line, or None for events that would only fill a log."""
+    match event:
+        case Message(text):
+            return text
+        case StageStarted(stage, 0, 0):
+            return f"stage {stage}: training"
+        case StageStarted(stage, epoch, 0, round) if round > 1:
+            return f"stage {stage}: training from epoch {epoch + 1}, round {round}"
+        case StageStarted(stage, epoch, step):
+            return f"stage {stage}: going on in epoch {epoch + 1}, after step {step}"
+        case EpochDone():
+            return (
+                f"stage {event.stage}, epoch {event.epoch}: loss {event.loss:.4f}, held-out {event.held_out_loss:.4f}, "
+                f"accuracy {event.held_out_accuracy:.3f}, device peak {size(event.peak_bytes)}, {duration(event.seconds)}"
+            )
+        case StageDone():
+            return (
+                f"stage {event.stage}: {outcome(event.epochs, event.converged)}, best held-out loss "
+                f"{event.best_loss:.4f}; device peak {size(event.train_peak_bytes)} training, "
+                f"{size(event.cache_peak_bytes)} caching, {event.device_bytes_left} bytes left on it; "
+                f"cache {size(event.cache_bytes)}; {duration(event.seconds)}"
+            )
+    return None
+
+
+def outcome(epochs: int, converged: bool | None) -> str:
+    """How the training of a stage ended, and after how many epochs."""
+    return f"{'converged' if converged else 'reached max epochs'} ({epochs})"
+
+
+class PlainLines:
+    """Prints events as lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._closed = stream, False
+
+    def __call__(self, event: Event) -> None:
+        text = line(event)
+        if text is None or self._closed:
+            return
+        try:
+            print(text, file=self._stream, flush=True)
+        except BrokenPipeError:
+            self._closed = True  # whoever read along has gone; the training goes on
+
+
+class LogFile:
+    """Appends events to a file, each line with its time. The file is opened for each line: lines are few."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self, event: Event) -> None:
+        text = line(event)
+        if text is not None:
+            self.write(text)
+
+    def write(self, text: str) -> None:
+        """One line; nothing where the folder is not (yet) a run directory, or takes no more: a log decides nothing."""
+        with contextlib.suppress(OSError):
+            if (self._path.parent / "run.json").exists():
+                with self._path.open("a") as file:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+
+REFRESH_PER_SECOND = 4
+
+
+@dataclass(slots=True)
+class _Pace:
+    """Epochs of a stage since it was started, to say how long it may take at most."""
+
+    seconds: list[float] = field(default_factory=list)
+    started: float = 0.0
+
+
+@dataclass(slots=True)
+class _Row:
+    status: str = "pending"
+    epoch: str = ""
+    loss: str = ""
+    held_out: str = ""
+    accuracy: str = ""
+    peak: str = ""
+    left: str = ""
+    pace: _Pace = field(default_factory=_Pace)
+
+
+class LiveTable:
+    """A context manager; takes events while it is open, the RunStarted first."""
+
+    def __init__(self, console: Console) -> None:
+        self._rows: dict[int, _Row] = {}
+        self._max_epochs = 0
+        self._budget: int | None = None
+        self._memory = ""
+        # Cleared at the end: the summary, or the sentence of an error, takes its place.
+        self._live = Live(console=console, refresh_per_second=REFRESH_PER_SECOND, transient=True)
+
+    def __enter__(self) -> "LiveTable":
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.__exit__(None, None, None)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Message):
+            self._live.console.print(Text(event.text))
+            return
+        if isinstance(event, RunStarted):
+            self._max_epochs, self._budget = event.max_epochs, event.budget_bytes
+            done = {stage: _Row("done before") for stage in event.done}
+            self._rows = {stage: done.get(stage, _Row()) for stage in range(1, event.stages + 1)}
+            return
+        row = self._rows[event.stage]
+        match event:
+            case StageStarted():
+                row.status, row.epoch = "training", f"{event.epoch + 1}/{self._max_epochs}"
+                row.pace = _Pace(started=time.monotonic())
+            case StepDone():
+                row.epoch = f"{event.epoch + 1}/{self._max_epochs}"
+                row.loss, row.accuracy = f"{event.loss:.4f}", f"{event.accuracy:.3f}"
+                row.peak = size(event.peak_bytes)
+                self._memory = self._against_budget(event.live_bytes, event.peak_bytes)
+                row.left = self._time_left(row.pace, event.epoch, (event.step + 1) / event.steps)
+            case EpochDone():
+                row.loss, row.held_out = f"{event.loss:.4f}", f"{event.held_out_loss:.4f}"
+                row.accuracy = f"{event.held_out_accuracy:.3f}"
+                row.pace.seconds.append(event.seconds)
+                row.pace.started = time.monotonic()
+            case CachingProgress():
+                row.status, row.left = f"caching {event.rows / max(event.total, 1):.0%}", ""
+                self._memory = self._against_budget(event.live_bytes, event.peak_bytes)
+            case StageDone():
+                row.status = "converged" if event.converged else "max epochs"
+                row.peak = size(max(event.train_peak_bytes, event.cache_peak_bytes))
+                self._memory = self._against_budget(event.device_bytes_left, event.train_peak_bytes)
+                row.left, row.held_out = "", f"{event.best_loss:.4f}"
+        self._live.update(self._render())
+
+    def _against_budget(self, live: int, peak: int) -> str:
+        budget = f", budget {size(self._budget)}" if self._budget else ""
+        return f"device memory: {size(live)} now, peak {size(peak)}{budget}"
+
+    def _time_left(self, pace: _Pace, epoch: int, part: float) -> str:
+        in_hand, last = time.monotonic() - pace.started, pace.seconds[-3:]
+        per_epoch = sum(last) / len(last) if last else in_hand / part
+        return f"< {duration(max(per_epoch * (self._max_epochs - epoch - part), 0))}"
+
+    def _render(self) -> Table:
+        table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold", caption_justify="left")
+        table.caption = self._memory
+        for name in ("stage", "status", "epoch", "loss", "held-out", "accuracy", "peak", "time left"):
+            table.add_column(name, no_wrap=True)
+        for stage, row in self._rows.items():
+            style = "dim" if row.status == "pending" else None
+            cells = (row.status, row.epoch, row.loss, row.held_out, row.accuracy, row.peak, row.left)
+            table.add_row(str(stage), *cells, style=style)
+        return table

@@ -1,0 +1,170 @@
+"""How each stage is laid out on the device: the cheapest way that the budget holds, chosen before anything is trained."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from layerwise.config import Config
+from layerwise.errors import BudgetError
+from layerwise.memory.device import context_bytes, workspace_bytes
+from layerwise.memory.plan import Placement, cheapest, families
+from layerwise.training.batch_effects import behaviour
+from layerwise.training.forward import longest_piece, shortest_piece
+from layerwise.training.peaks import Below, caching_peak, recomputing_peak, training_fits, training_peak
+from layerwise.training.spec import StageSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StageLayout:
+    """How one stage is laid out on the device."""
+
+    placement: Placement
+    piece: int
+    """Input frames that are on the device at once in the caching pass."""
+    windows: int
+    """Windows of the input that are on the device at once while they are recomputed; 0 where a cache or data are read."""
+    why: str
+    """Why it is not laid out in the cheapest way; empty where it is."""
+
+
+def lay_out(config: Config, plan: StageSpec, device: torch.device, below: Below = ()) -> StageLayout:
+    """The cheapest layout that the budget holds. Raises BudgetError where it holds none.
+
+    below: the stages whose outputs are not cached and are recomputed for this one, lowest first.
+    """
+    layout = fitting_layout(config, plan, device, below)
+    if layout is None:
+        raise _too_small(config, plan, device, below)
+    return layout
+
+
+def fitting_layout(config: Config, plan: StageSpec, device: torch.device, below: Below = ()) -> StageLayout | None:
+    """The cheapest layout that the budget holds, if there is any."""
+    first = every_layout(config, plan)[0][0]
+    longest, shortest = longest_piece(plan, config), shortest_piece(plan, config)
+    windows = config.training.batch_size if below else 0
+    if config.memory.gpu_mem is None:
+        return StageLayout(first, longest, windows, "")
+    room = config.memory.gpu_mem - context_bytes(device) - workspace_bytes(device)
+    placement = cheapest(
+        every_layout(config, plan),
+        lambda placement: training_fits(config, plan, placement, room),
+    )
+    if placement is None:
+        return None
+    piece = _longest_that_fits(longest, shortest, lambda n: _piece_peak(config, plan, below, n) <= room)
+    at_once = _longest_that_fits(
+        windows, min(windows, 1), lambda n: recomputing_peak(config, below, n, plan.window.frames) <= room
+    )
+    if piece is None or at_once is None:
+        return None
+    why = "" if placement == first else _why(config, plan, placement, first)
+    return StageLayout(placement, piece, at_once, why)
+
+
+def held_in_one_pass(config: Config, plan: StageSpec, device: torch.device) -> bool:
+    """Whether the budget holds the stage with its optimizer on the device, in one pass over the batch."""
+    room = (config.memory.gpu_mem or 0) - context_bytes(device) - workspace_bytes(device)
+    families = [family for family in every_layout(config, plan) if family[0].passes == 1]
+    kept_there = [family for family in families if not family[0].optimizer_on_host] or families
+    trained = any(training_fits(config, plan, family[-1], room) for family in kept_there)
+    return trained and caching_peak(config, plan, shortest_piece(plan, config)) <= room
+
+
+def held_at_all(config: Config, plan: StageSpec, device: torch.device) -> bool:
+    """Whether the budget is at least the smallest one of a stage whose input is read, not recomputed."""
+    room = (config.memory.gpu_mem or 0) - context_bytes(device) - workspace_bytes(device)
+    trained = any(training_fits(config, plan, placement, room) for placement in _smallest_placements(config, plan))
+    return trained and _piece_peak(config, plan, (), shortest_piece(plan, config)) <= room
+
+
+def smallest_layout(config: Config, plan: StageSpec, below: Below = ()) -> StageLayout:
+    """The layout that takes the least memory: with the smallest micro-batches, and of these the one that rehearses so."""
+    *others, least = _smallest_placements(config, plan)
+    for other in reversed(others):
+        if training_fits(config, plan, other, training_peak(config, plan, least).bytes):
+            least = other
+    return StageLayout(least, shortest_piece(plan, config), min(len(below), 1), "nothing smaller is left")
+
+
+def _smallest_placements(config: Config, plan: StageSpec) -> list[Placement]:
+    """One of these takes the least memory.
+
+    More passes and more recomputing do not always take less, so all kinds of them are tried; among the numbers of passes
+    the least and the most.
+    """
+    smallest = [family[-1] for family in every_layout(config, plan)]
+    on_host = [layout for layout in smallest if layout.optimizer_on_host] or smallest  # never takes more
+    return [layout for layout in on_host if layout.passes in (smallest[0].passes, smallest[-1].passes)]
+
+
+def every_layout(config: Config, plan: StageSpec) -> list[list[Placement]]:
+    """All placements of a stage that the options allow, cheapest first; see `memory.placement.families`."""
+    module = plan.build_module(config.training.seed, torch.device("meta"))
+    memory = config.memory
+    return list(
+        families(
+            config.training.batch_size,
+            sliceable=behaviour(plan).why_unsliceable is None,
+            layers=len(module.layers),
+            micro_batch=memory.micro_batch,
+            recompute=None if memory.recompute == "auto" else memory.recompute == "always",
+            on_host=None if memory.optimizer == "auto" else memory.optimizer == "host",
+        )
+    )
+
+
+def smallest_budget(config: Config, plan: StageSpec, device: torch.device, below: Below = ()) -> int:
+    """Bytes below which the stage cannot be trained or cached in any layout that the options allow."""
+    layout = smallest_layout(config, plan, below)
+    return max(peaks(config, plan, device, below, layout)) + context_bytes(device)
+
+
+def peaks(config: Config, plan: StageSpec, device: torch.device, below: Below, layout: StageLayout) -> tuple[int, int]:
+    """Predicted bytes of the training and of the caching pass, the recomputing of their input and workspaces included."""
+    training = training_peak(config, plan, layout.placement).bytes
+    recomputing = recomputing_peak(config, below, layout.windows, plan.window.frames)
+    workspace = workspace_bytes(device)
+    return max(training, recomputing) + workspace, _piece_peak(config, plan, below, layout.piece) + workspace
+
+
+def _piece_peak(config: Config, plan: StageSpec, below: Below, piece: int) -> int:
+    """Of one piece of the caching pass, its recomputing included: one long window, or short ones side by side."""
+    recomputing = (recomputing_peak(config, below, n, -(-piece // n)) for n in (1, config.training.batch_size))
+    return max(caching_peak(config, plan, piece), *recomputing)
+
+
+def _longest_that_fits(longest: int, shortest: int, fits: Callable[[int], bool]) -> int | None:
+    """The longest piece by halves, or None where not even the shortest fits."""
+    piece = longest
+    while not fits(piece):
+        if piece == shortest:
+            return None
+        piece = max(piece // 2, shortest)
+    return piece
+
+
+def _why(config: Config, plan: StageSpec, chosen: Placement, cheapest_one: Placement) -> str:
+    needed, found = training_peak(config, plan, cheapest_one).bytes, behaviour(plan)
+    why = f"the cheapest way ({cheapest_one}) would take {needed / 1e6:.1f} MB"
+    if found.why_unsliceable:
+        why += f"; {found.why_unsliceable}, so the batch cannot be sliced"
+    if not chosen.whole and found.draws:
+        why += "; what the module draws at random, as in dropout, differs from what a whole batch would draw"
+    return why
+
+
+def _too_small(config: Config, plan: StageSpec, device: torch.device, below: Below) -> BudgetError:
+    budget, needed = config.memory.gpu_mem, smallest_budget(config, plan, device, below)
+    last = smallest_layout(config, plan, below).placement
+    whole = behaviour(plan).why_unsliceable
+    why = f" ({whole}, so the batch cannot be sliced)" if whole else ""
+    finer = ", or cut into more --stages" if len(plan.layers) > 1 else ""
+    window = "data.window" if plan.window.columns == 1 else "data.crop"
+    smaller = f"--batch-size, {window} or net.width" if whole else f"{window} or net.width"
+    return BudgetError(
+        f"--gpu-mem {(budget or 0) / 1e6:g} MB is too small: stage {plan.stage} needs {math.ceil(needed / 1e4) / 100:g} MB "
+        f"even as {last}{why}. Give at least that, or lower {smaller}{finer}."
+    )

@@ -1,0 +1,314 @@
+"""Which stages' outputs are cached, under the room that the disk has, and which are recomputed from a cache below.
+
+What the cache of a stage will hold besides its activations: known before the stage is trained, so its room is, too."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from layerwise.cache import Layout
+from layerwise.cache.format import file_bytes
+from layerwise.cache.layout import as_codes, in_chains
+from layerwise.cache.packing import packed, packed_bytes
+from layerwise.cache.unsealed import cache_files
+from layerwise.cache.zstd import require_zstandard
+from layerwise.config import CacheOptions, Config
+from layerwise.data.source import DataSet
+from layerwise.errors import BudgetError, ConfigError
+from layerwise.run_store import RunPaths, RunState
+from layerwise.training.spec import StageSpec, frame_labels
+from layerwise.units import size
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """For each stage, from 1, whether its outputs are cached."""
+
+    cached: tuple[bool, ...]
+    notes: tuple[str, ...] = ()
+    """What is not cached, why, and what it costs."""
+
+    def source(self, stage: int) -> int:
+        """The stage whose cache is the nearest below `stage`; 0 for the data."""
+        return next((below for below in range(stage - 1, 0, -1) if self.cached[below - 1]), 0)
+
+    def kept(self, stage: int, keep: str) -> set[int]:
+        """The stages whose caches stay once `stage` is done."""
+        if keep == "all":
+            return set(range(1, stage + 1))
+        if keep == "nothing":
+            return set()
+        newest = self.source(stage + 1)
+        # A damaged cache is made again from the one below it.
+        return {newest, self.source(newest)} if keep == "needed" and newest else {newest}
+
+
+def rounds_under_way(config: Config, stages: int) -> int:
+    """How many rounds may hold caches at once; of processes it knows nothing, for what is cached acts on the last bits."""
+    return min(config.training.rounds, stages)
+
+
+def keep_of_round(config: Config, round: int) -> str:
+    """What --keep says, in the last round; of an earlier one nothing stays that no stage is to read."""
+    return config.cache.keep if round == config.training.rounds else "nothing"
+
+
+def retained_caches(state: RunState, keep: str) -> set[int]:
+    """The stages whose caches stay: those that --keep names, those that are being written, and the inputs of all others."""
+    storage = CachePlan(tuple(bool(record.cached) for record in state.stages))
+    newest = max((record.stage for record in state.stages if record.status in ("caching", "done")), default=0)
+    inputs = {storage.source(record.stage) for record in state.stages if record.status != "done"}
+    written = {record.stage for record in state.stages if record.status == "caching"}
+    stay = storage.kept(newest, keep) | inputs | written if newest else set()
+    return {stage for stage in stay if stage and storage.cached[stage - 1]}
+
+
+def below(plans: Sequence[StageSpec], stage: int, storage: CachePlan) -> tuple[StageSpec, ...]:
+    """The stages that are recomputed for the input of `stage`."""
+    return tuple(plans[storage.source(stage) : stage - 1])
+
+
+def input_kind(stage: int, storage: CachePlan) -> str:
+    """Where the samples of a stage come from: data, cache or recompute."""
+    if stage == 1:
+        return "data"
+    return "cache" if storage.cached[stage - 2] else "recompute"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """Bytes that the cache of a stage takes; how much compression saves is not known before."""
+
+    activations: int
+    file: int
+    """Most that it takes once it is sealed."""
+    written: int
+    """Most that it takes until then: packing it makes another whole file."""
+
+
+def cache_sizes(plans: Sequence[StageSpec], data: DataSet, options: CacheOptions) -> list[CacheSize]:
+    """Of every stage, whether or not it is to be cached. Raises CacheError where a label cannot be stored."""
+    rooms = []
+    for plan in plans:
+        layout = cache_layout_without_labels(plan, data, options.dtype)
+        raw = file_bytes(layout)
+        compressed = options.compression != "none" and packed(layout) != layout
+        more = packed_bytes(packed(layout)) if compressed else 0
+        rooms.append(CacheSize(layout.activation_bytes, max(raw, more), raw + more))
+    return rooms
+
+
+def free_for_caches(folder: Path) -> int:
+    """Bytes that are free on the disk of a run's caches, those that it holds there already included."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    ours = sum(file.bytes for each in (folder, *folder.glob("round-*")) for file in cache_files(each))
+    return shutil.disk_usage(there).free + ours
+
+
+def sealed_bytes(paths: RunPaths, stages: int) -> dict[int, int]:
+    """Those of stages 1 to `stages` that have a sealed cache, to the bytes that it takes on the disk."""
+    return {file.stage: file.bytes for file in cache_files(paths.caches) if file.is_sealed and file.stage <= stages}
+
+
+def plan_caches(
+    config: Config,
+    plans: Sequence[StageSpec],
+    data: DataSet,
+    free: int,
+    decided: Sequence[bool] = (),
+    sealed: Mapping[int, int] | None = None,
+    intended: Sequence[bool | None] = (),
+) -> CachePlan:
+    """Caches every stage whose outputs find room beside those that must stay meanwhile; the rest is recomputed.
+
+    free: bytes on the disk of the caches, those of this run included; decided: what earlier starts did with the first
+    stages; sealed: bytes of their caches, by stage, where they are known; intended: what an earlier start meant to do with
+    each stage, which is done unless it finds no room any more, for recomputed inputs differ in their last bits.
+    Raises BudgetError where a cache that is needed finds no room, ConfigError where one cannot be done without, CacheError
+    where zstandard is needed and not installed.
+    """
+    options = config.cache
+    if options.compression != "none" and options.policy != "never":
+        require_zstandard()
+    under_way = rounds_under_way(config, len(plans))
+    known = {stage: taken for stage, taken in (sealed or {}).items() if stage <= len(decided)}
+    room = (free if options.disk is None else min(options.disk, free)) // under_way
+    cached, notes = list(decided), []
+    rooms = cache_sizes(plans, data, options)
+    _check_decided(options, rooms, CachePlan(tuple(cached)), known)
+    for plan in plans[len(decided) :]:
+        so_far = CachePlan(tuple(cached))
+        needed = rooms[plan.stage - 1].written
+        beside = _beside(options, rooms, so_far, plan.stage, known)
+        fits = beside + needed <= room
+        last = plan.stage == len(plans)
+        if options.policy == "always" and not fits:
+            no_room, more = _no_room(plan, needed, beside, room, options, under_way), _more_room(options, beside)
+            raise BudgetError(f"{no_room}. {more}, or let what does not fit be recomputed: --cache auto.")
+        before = dict(enumerate(intended, start=1)).get(plan.stage)
+        wanted = options.policy != "never" and fits and before is not False
+        if not wanted and not last:
+            no_room, more = _no_room(plan, needed, beside, room, options, under_way), _more_room(options, beside)
+            _check_recomputable(plan, options, no_room, more)
+        if before and not wanted:
+            notes.append(f"an earlier start was to cache the outputs of stage {plan.stage}; they find no room any more")
+        cached.append(wanted)
+        if not wanted and not last:
+            why = "--cache never" if options.policy == "never" else f"{size(needed)} find no room"
+            if fits and options.policy != "never":
+                why = "as an earlier start decided"
+            notes.append(_cost(config, plans, plan.stage, CachePlan(tuple(cached)), why))
+        elif not wanted:
+            notes.append(f"the outputs of stage {plan.stage}, {size(needed)}, are not cached; probes recompute them")
+    if options.compression != "none" and any(cached):
+        notes.append("while a cache is packed it lies on the disk twice; what it shrinks to is not known before")
+    return CachePlan(tuple(cached), tuple(notes))
+
+
+def _check_decided(
+    options: CacheOptions, rooms: Sequence[CacheSize], decided: CachePlan, sealed: Mapping[int, int]
+) -> None:
+    """Raises BudgetError where the caches of the stages that are trained take more than `--disk`."""
+    stage = len(decided.cached)
+    if options.disk is None or not stage:
+        return
+    if decided.cached[-1] and stage not in sealed:
+        taken = _beside(options, rooms, decided, stage, sealed) + rooms[stage - 1].written
+    else:
+        taken = sum(sealed.get(kept, 0) for kept in decided.kept(stage, options.keep))
+    if taken > options.disk:
+        raise BudgetError(
+            f"--disk {size(options.disk)} does not hold the caches of the stages that are trained already, {size(taken)}. "
+            f"Give more, or keep fewer with --keep needed, or retrain with --from-stage {stage} or below, which decides "
+            "anew what is cached."
+        )
+
+
+def _check_recomputable(plan: StageSpec, options: CacheOptions, no_room: str, more_room: str) -> None:
+    """Raises ConfigError or BudgetError where what is not cached cannot be recomputed to the same values."""
+    if plan.build_module(0, torch.device("meta")).recurrent:
+        why = f"stage {plan.stage} has a recurrent layer, so its outputs cannot be recomputed window by window"
+        instead = "a cut in which it is in the last stage"
+    elif options.dtype == "int8":
+        why = "with cache.dtype int8 outputs are rounded a thousand rows at a time, and cannot be recomputed window by window"
+        instead = "--cache-dtype float16"
+    else:
+        return
+    if options.policy == "never":
+        raise ConfigError(f"--cache never: {why}; give --cache auto, or {instead}.")
+    raise BudgetError(f"{no_room}; {why}. {more_room}, or {instead}.")
+
+
+def disk_peak(options: CacheOptions, rooms: Sequence[CacheSize], storage: CachePlan) -> int:
+    """Most bytes that the caches take at once."""
+    return max(
+        (
+            _beside(options, rooms, storage, stage, {}) + room.written
+            for stage, room in enumerate(rooms, start=1)
+            if storage.cached[stage - 1]
+        ),
+        default=0,
+    )
+
+
+def _beside(
+    options: CacheOptions, rooms: Sequence[CacheSize], storage: CachePlan, stage: int, sealed: Mapping[int, int]
+) -> int:
+    """Bytes of the caches that must be there while that of `stage` is written."""
+    source = storage.source(stage)
+    there = range(1, stage) if options.keep == "all" else [source] if source else []
+    return sum(sealed.get(below, rooms[below - 1].file) for below in there if storage.cached[below - 1])
+
+
+def _no_room(plan: StageSpec, needed: int, beside: int, room: int, options: CacheOptions, under_way: int) -> str:
+    whole = room * under_way
+    what = f"{size(whole)} of free disk"
+    if options.disk is not None and whole > options.disk - under_way:
+        what = f"--disk {size(options.disk)}"
+    if under_way > 1:
+        what += f", shared by the {under_way} rounds that may be under way at once,"
+    others = f" beside the {size(beside)} that must stay" if beside else ""
+    packing = " while it is packed" if options.compression != "none" else ""
+    return f"{what} does not hold the cache of stage {plan.stage}, {size(needed)}{packing}{others}"
+
+
+def _more_room(options: CacheOptions, beside: int) -> str:
+    """What a user can do for a cache to fit."""
+    ways = ["Give more room"]
+    if options.dtype == "float32":
+        ways.append("--cache-dtype float16")
+    if options.keep == "all" and beside:
+        ways.append("--keep needed")
+    return ", ".join(ways)
+
+
+def _cost(config: Config, plans: Sequence[StageSpec], stage: int, storage: CachePlan, why: str) -> str:
+    above = CachePlan((*storage.cached, *[False] * (len(plans) - len(storage.cached))))
+    recomputed = below(plans, stage + 1, above)
+    source = above.source(stage + 1)
+    origin = f"the cache of stage {source}" if source else "the data"
+    more = _flops(config, recomputed, stage + 1, plans)
+    return (
+        f"the outputs of stage {stage} are not cached ({why}): stage {stage + 1} recomputes them from {origin}, which adds "
+        f"{more:.0%} to the products of a step"
+    )
+
+
+def _flops(config: Config, recomputed: tuple[StageSpec, ...], stage: int, plans: Sequence[StageSpec]) -> float:
+    """Products of the recomputing of a window, over those of the stage's own forward and backward pass."""
+    frames, extra = plans[stage - 1].window.frames, 0
+    stop, start = frames, 0
+    for plan in reversed(recomputed):
+        module = plan.build_module(0, torch.device("meta"))
+        start, stop = module.inputs_of(start, stop)
+        extra += _forward_flops(plan, stop - start)
+    # A backward pass costs about twice the forward pass.
+    return extra / max(3 * _forward_flops(plans[stage - 1], frames), 1)
+
+
+def _forward_flops(plan: StageSpec, frames: int) -> int:
+    module = plan.build_module(0, torch.device("meta")).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(torch.empty(1, frames, *plan.frame_shape, device="meta"), np.array([frames]))
+    return counter.get_total_flops()
+
+
+def cache_layout_without_labels(plan: StageSpec, data: DataSet, dtype: str) -> Layout:
+    """Without what is not known yet, or takes long to find out and no room. Raises CacheError."""
+    labels = {name: as_codes(values) for name, values in data.labels.items()}
+    layout = Layout(
+        fingerprint="",
+        stage=plan.stage,
+        dtype=dtype,
+        frame_shape=plan.output_shape,
+        columns=data.columns,
+        views=data.views,
+        lengths=plan.output_lengths,
+        ids=tuple(data.ids),
+        split=np.zeros(len(data.ids), dtype=np.uint8),
+        labels={name: codes for name, (codes, _) in labels.items()},
+        labels_classes={name: classes for name, (_, classes) in labels.items()},
+        frame_labels_classes=dict.fromkeys(data.frame_label_names, ()),
+        hop=plan.geometry.hop,
+        offset=plan.geometry.offset,
+    )
+    return in_chains(layout)
+
+
+def cache_layout(plan: StageSpec, data: DataSet, dtype: str, split: np.ndarray, fingerprint: str) -> Layout:
+    """All of it. The labels of the frames are gone through sample by sample: there may be more than memory holds."""
+    classes = {name: _classes(name, plan, data) for name in data.frame_label_names}
+    planned = cache_layout_without_labels(plan, data, dtype)
+    return replace(planned, split=split, fingerprint=fingerprint, frame_labels_classes=classes)
+
+
+def _classes(name: str, plan: StageSpec, data: DataSet) -> tuple[str, ...]:
+    found: set[str] = set()
+    for sample, length in enumerate(plan.output_lengths.tolist()):
+        found.update(np.unique(frame_labels(name, plan, data, sample, np.arange(length))).tolist())
+    return tuple(sorted(found))

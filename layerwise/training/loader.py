@@ -1,0 +1,99 @@
+"""What a stage is fed: the batches of an epoch, and whole samples in pieces, from a source that is read ahead.
+
+Noise on the inputs of a stage and dropped frames, drawn anew for every step.
+
+The inputs of a stage above the first never change while it trains, as they do where all modules train at once, so it may
+learn them by heart. What is added here is drawn on the host, before the batch is sliced: slices do not act on it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from layerwise.config import TrainingOptions
+from layerwise.data.batches import Batch, Epoch, Group, among_others, read_ahead, read_piece
+from layerwise.data.source import Batched, Extent, FrameSource
+from layerwise.memory.meter import uncounted
+from layerwise.memory.ranks import ALONE, Ranks
+
+Offload = Callable[[], AbstractContextManager[object]]
+"""Takes the stage off the device for as long as the block lasts; a feed that works on the device itself asks for it."""
+
+
+class Loader(Extent, Protocol):
+    """The input of a stage."""
+
+    def batches(self, epoch: Epoch, first: int, offloaded: Offload) -> Iterator[Batch]:
+        """The batches of steps `first` on."""
+        ...
+
+    def pieces(self, groups: list[Group], offloaded: Offload) -> Iterator[Batch]:
+        """Every piece of every group, in order."""
+        ...
+
+
+class SourceLoader:
+    """Reads a data set or a cache; nothing of it is on the device. For a GPU, batches come in pinned host memory."""
+
+    def __init__(self, source: FrameSource, device: torch.device, ranks: Ranks = ALONE) -> None:
+        """ranks: who shares the batches; the windows of the others are zeros, and not read."""
+        self._source, self._ranks = source, ranks
+        self._threads = source.reading_threads if isinstance(source, Batched) else 1
+        self._finished = _pinned if device.type == "cuda" else _as_it_is
+        self.lengths, self.columns, self.views = source.lengths, source.columns, source.views
+
+    def batches(self, epoch: Epoch, first: int, offloaded: Offload) -> Iterator[Batch]:
+        return read_ahead(self._reads(epoch, first), self._threads)
+
+    def _reads(self, epoch: Epoch, first: int) -> Iterator[Callable[[], Batch]]:
+        for step in range(first, epoch.steps):
+            epoch.expect(self._source, step, share_of(epoch, step, self._ranks))
+            yield partial(self._read, epoch, step)
+
+    def _read(self, epoch: Epoch, step: int) -> Batch:
+        share = share_of(epoch, step, self._ranks)
+        return self._finished(in_whole_batch(epoch.read(self._source, step, share), epoch, step, self, self._ranks))
+
+    def pieces(self, groups: list[Group], offloaded: Offload) -> Iterator[Batch]:
+        return read_ahead(partial(read_piece, self._source, group, start) for group in groups for start in group.starts)
+
+
+def share_of(epoch: Epoch, step: int, ranks: Ranks) -> slice:
+    """The windows of a step that this rank reads; one that none are left for reads the first, to know what they are like."""
+    share = ranks.share(len(epoch.samples_of(step)))
+    return share if share.start < share.stop else slice(0, 1)
+
+
+def in_whole_batch(batch: Batch, epoch: Epoch, step: int, extent: Extent, ranks: Ranks) -> Batch:
+    """The windows of `share_of` in their places in the batch, whose other windows are zeros."""
+    if ranks.count == 1:
+        return batch
+    return among_others(batch, epoch.lengths_of(extent, step), share_of(epoch, step, ranks).start)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _pinned(batch: Batch) -> Batch:
+    """The GPU then fetches it by itself."""
+    return Batch(batch.frames.pin_memory(), batch.lengths)
+
+
+def augmented(batch: Batch, options: TrainingOptions, rng: np.random.Generator) -> Batch:
+    """The batch with `input_noise` and `frame_dropout`; padding stays zero."""
+    if not options.input_noise and not options.frame_dropout:
+        return batch
+    with uncounted():
+        frames = batch.frames.float()
+        real = torch.from_numpy(np.arange(frames.shape[1]) < batch.lengths[:, None])
+        kept = real & torch.from_numpy(rng.random(real.shape) >= options.frame_dropout)
+        if options.input_noise:
+            level = options.input_noise * frames[real].square().mean().sqrt()
+            frames = frames + level * torch.from_numpy(rng.standard_normal(frames.shape, dtype=np.float32))
+        frames = frames * kept.reshape(*kept.shape, *[1] * (frames.dim() - 2))
+        return replace(batch, frames=frames.to(batch.frames.dtype))

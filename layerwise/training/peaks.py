@@ -1,0 +1,327 @@
+"""What the training pass of a stage takes at its peak: its very step is rehearsed on fake tensors.
+
+So a prediction is not a model of the code but the code itself. Of many like slices only the first are rehearsed: the others
+need the same room.
+
+What the caching pass of a stage, and recomputing its input, take at their peak: both are rehearsed on fake tensors.
+
+Predictions are asked for again and again, and kept for as long as the stage lives that they are made of."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from layerwise.cache.stored import STORED
+from layerwise.config import Config, TrainingOptions
+from layerwise.data.batches import Batch
+from layerwise.errors import BudgetError, ConfigError
+from layerwise.memory import microbatch
+from layerwise.memory.device import autocast, on_device
+from layerwise.memory.estimate import DEVICE, rehearse
+from layerwise.memory.meter import Kind, Meter
+from layerwise.memory.microbatch import Pending, Total
+from layerwise.memory.plan import Placement
+from layerwise.nets.module import Module
+from layerwise.objectives.protocol import Draw
+from layerwise.training.optimizer import Optimizer, State
+from layerwise.training.spec import StageSpec
+from layerwise.training.trainer import StageTrainer, StepRandomness
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def memoised_per_stage(
+    predict: Callable[Concatenate[Config, StageSpec, P], T],
+) -> Callable[Concatenate[Config, StageSpec, P], T]:
+    """`predict`, which works out every answer once; its other arguments must be hashable."""
+    answers: WeakKeyDictionary[StageSpec, dict[Any, T]] = WeakKeyDictionary()
+
+    @wraps(predict)
+    def ask(config: Config, plan: StageSpec, /, *rest: P.args, **none: P.kwargs) -> T:
+        known, key = answers.setdefault(plan, {}), (config, *rest)
+        if key not in known:
+            known[key] = predict(config, plan, *rest, **none)
+        return known[key]
+
+    return ask
+
+
+REHEARSED_STEPS = 32
+"""Frames of a recurrent layer in the caching pass."""
+
+Below = tuple[StageSpec, ...]
+"""The stages whose outputs are recomputed, lowest first."""
+
+
+@memoised_per_stage
+def caching_peak(config: Config, plan: StageSpec, piece: int) -> int:
+    """Predicted bytes of the caching pass of a stage: of a long sample that is streamed, or of short ones with padding."""
+    module = plan.build_module(config.training.seed, torch.device("meta"))
+    *below, last = module.layers.values()
+    if not last.recurrent or module.out_length(piece) <= 2 * REHEARSED_STEPS:
+        return _rehearsed_caching(config, plan, piece, len(module.layers))
+    # A recurrent layer takes its time for every frame, fake ones too, and the same room: two short pieces give the line
+    # that a long one lies on, and the layers below it are rehearsed at full length.
+    short = -(-REHEARSED_STEPS * piece // int(module.out_length(piece)))
+    first, second = (_rehearsed_caching(config, plan, n * short, len(module.layers)) for n in (1, 2))
+    whole = first + math.ceil((second - first) * (piece - short) / short)
+    return max(whole, _rehearsed_caching(config, plan, piece, len(below)) if below else 0)
+
+
+def _rehearsed_caching(config: Config, plan: StageSpec, piece: int, layers: int) -> int:
+    """Of the first layers of a stage."""
+    cached = STORED[config.cache.dtype].tensor
+    stored = torch.float32 if plan.stage == 1 else cached
+
+    def read(samples: int, frames: int) -> torch.Tensor:
+        return on_device(torch.zeros(samples, frames, *plan.frame_shape, dtype=stored, device="meta"), DEVICE)
+
+    def build() -> Module:
+        module = plan.build_module(config.training.seed, DEVICE).eval()
+        return Module({int(name): layer for name, layer in list(module.layers.items())[:layers]})
+
+    def stream(_: Meter) -> None:
+        module, states = build(), None
+        with torch.no_grad(), autocast(DEVICE, config.training.precision):
+            # How much input a layer carries over depends on where a piece ends within its stride: every place once.
+            pieces = 2 + max(layer.stride for layer in module.layers.values())
+            for last in [False] * pieces + [True]:
+                frames = read(1, piece)
+                outputs, states = module.push(frames, states, last)
+                del frames
+                outputs.to(cached).isfinite().all()
+                del outputs
+
+    def pad(_: Meter) -> None:
+        module = build()
+        lengths = np.array([piece - piece // 2, max(piece // 2 - 1, 0)])
+        if module.out_length(lengths[0]) < 1:
+            return  # no two samples are that short
+        with torch.no_grad(), autocast(DEVICE, config.training.precision):
+            outputs = module(read(2, int(lengths[0])), lengths)[1]
+            outputs.to(cached).isfinite().all()
+
+    return max(rehearse(stream).peak + _carried_more(plan, layers), rehearse(pad).peak)
+
+
+def _carried_more(plan: StageSpec, layers: int) -> int:
+    """Bytes by which what layers carry over may exceed what they carried in the rehearsal.
+
+    With strides above each other the places where pieces end repeat only after their product. A layer then has at most
+    as many frames more as its stride, in its input and in the copy that is joined to it, and puts one more out.
+    """
+    module = plan.build_module(0, torch.device("meta"))
+    built = list(module.layers.values())[:layers]
+    if sum(layer.stride > 1 for layer in built) < 2:
+        return 0
+    x, more = torch.empty(1, plan.window.frames, *plan.frame_shape, device="meta"), 0
+    for layer in built:
+        before = x[0, 0].numel()
+        x = layer(x)
+        more += 4 * (2 * layer.stride * before + x[0, 0].numel())
+    return more
+
+
+def recomputing_peak(config: Config, below: Below, windows: int, frames: int) -> int:
+    """Predicted bytes of passing windows up through the stages below, each alone on the device; 0 where there are none.
+
+    windows: on the device at once; frames: of the outcome.
+    """
+    peak = 0
+    firsts, stops = 0, frames
+    for plan in reversed(below):
+        firsts, stops = plan.build_module(0, torch.device("meta")).inputs_of(firsts, stops)
+        peak = max(peak, _passing_peak(config, plan, windows, stops - firsts))
+    return peak
+
+
+@memoised_per_stage
+def _passing_peak(config: Config, plan: StageSpec, windows: int, frames: int) -> int:
+    """Of windows of `frames` input frames through one stage, at the beginning of their samples, where they are masked."""
+    rounded = STORED[config.cache.dtype].tensor
+    stored = torch.float32 if plan.stage == 1 else rounded
+
+    def work(_: Meter) -> None:
+        module = plan.build_module(config.training.seed, DEVICE).eval()
+        firsts, lengths = np.full(windows, -module.inputs_of(0, 1)[1]), np.full(windows, 2 * frames)
+        with torch.no_grad(), autocast(DEVICE, config.training.precision):
+            x = on_device(torch.zeros(windows, frames, *plan.frame_shape, dtype=stored, device="meta"), DEVICE)
+            outputs = module.window(x, firsts, lengths)[0]
+            del x
+            outputs.to(rounded).isfinite().all()
+
+    return rehearse(work).peak
+
+
+REHEARSED_SLICES = 2
+"""The first makes the gradients; the second adds to them, like all that follow."""
+
+REHEARSED_PASSES = 2
+
+SPREAD = 5
+"""Standard deviations by which the rows of a draw may exceed those of the rehearsed one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """A predicted peak in bytes, and what it is made of."""
+
+    bytes: int
+    by_kind: dict[Kind, int]
+
+
+@dataclass(slots=True)
+class _Known:
+    """What rehearsals have told of the training in one placement."""
+
+    peak: Peak | None = None
+    more_than: int | None = None
+    """Bytes at which a rehearsal was broken off, where none has reached its end."""
+
+
+@memoised_per_stage
+def _known(config: Config, plan: StageSpec, placement: Placement) -> _Known:
+    return _Known()
+
+
+def training_peak(config: Config, plan: StageSpec, placement: Placement) -> Peak:
+    """Predicted peak of the training pass of a stage, at full windows."""
+    known = _known(config, plan, placement)
+    if known.peak is None:
+        known.peak = _rehearsed_training(config, plan, placement)
+    return known.peak
+
+
+def training_fits(config: Config, plan: StageSpec, placement: Placement, room: int) -> bool:
+    """Whether that peak is at most `room` bytes; where it is not, the rehearsal ends with the first byte beyond."""
+    known = _known(config, plan, placement)
+    if known.peak is None and (known.more_than is None or known.more_than < room):
+        try:
+            known.peak = _rehearsed_training(config, plan, placement, room)
+        except BudgetError:
+            known.more_than = room
+    return known.peak is not None and known.peak.bytes <= room
+
+
+def _rehearsed_training(config: Config, plan: StageSpec, placement: Placement, limit: int | None = None) -> Peak:
+    """Raises BudgetError where the peak passes the limit."""
+    size, window = config.training.batch_size, plan.window.frames
+
+    def step(meter: Meter) -> None:
+        rehearsal = _RehearsedTrainer(plan, config, DEVICE, placement, meter)
+        # As in training, loss and accuracy of a step live until those of the next one take their place.
+        before = torch.zeros((), device=DEVICE), torch.zeros((), device=DEVICE)
+        stored = torch.float32 if plan.stage == 1 else STORED[config.cache.dtype].tensor
+        frames = torch.zeros(size, window, *plan.frame_shape, dtype=stored, device="meta")
+        lengths = np.full(size, window)
+        # Padding is masked, and masks take room, in whichever slice it comes.
+        lengths[:: placement.micro_batch] = min(window, plan.lengths.min())
+        classes = np.zeros(size, dtype=np.int64)
+        rehearsal.train(Batch(frames, lengths, classes), StepRandomness(lambda: np.random.default_rng(0)))
+        del before
+
+    meter = rehearse(step, limit)
+    return Peak(meter.peak, meter.peak_by_kind)
+
+
+class _RehearsedTrainer(StageTrainer):
+    """Goes through the first slices of a batch and its first passes, and does not go on in smaller slices."""
+
+    def _draws(self, batch: Batch, randomness: StepRandomness) -> Sequence[Draw]:
+        full = replace(batch, lengths=np.full(len(batch.lengths), batch.frames.shape[1]))
+        draws = super()._draws(full, randomness)
+        samples, frames = len(batch.lengths), int(self.module.out_length(batch.frames.shape[1]))
+        most = max(_most_hit(len(draw.rows), samples * frames) for draw in draws)
+        in_slice = max(_most_in_a_slice(draw.rows, samples, frames, self.placement.micro_batch) for draw in draws)
+        rows = _spread_out(most, min(in_slice, most), samples, frames, self.placement.micro_batch)
+        return [replace(cast(Any, draw), rows=rows) for draw in draws[:REHEARSED_PASSES]]
+
+    def _repeat_in_smaller_slices(
+        self,
+        work: Callable[[microbatch.Batch, Sequence[Draw]], Total],
+        draws: Sequence[Draw],
+        batch: Batch,
+        randomness: StepRandomness,
+    ) -> Total:
+        return work(self._encoded(batch, randomness.seed), draws)
+
+    def _run_back(self, pending: Pending, encoded: microbatch.Batch) -> None:
+        microbatch.run_back(pending, encoded, self.placement.micro_batch)
+
+    def _optimizer(self, trained: nn.Module, options: TrainingOptions) -> Optimizer:
+        if self.placement.optimizer_on_host:
+            return _Elsewhere(trained)
+        optimizer = super()._optimizer(trained, options)
+        if self.plan.optimization:  # which makes its state at the first step: here as much is there as in all others
+            for parameter in filter(lambda parameter: parameter.requires_grad, trained.parameters()):
+                parameter.grad = torch.zeros_like(parameter)
+            try:
+                optimizer.step()
+            except DataDependentOutputException:
+                raise ConfigError(
+                    "The optimizer looks at values while it steps, so its memory cannot be rehearsed; set memory.optimizer to "
+                    "host."
+                ) from None
+        return optimizer
+
+    def _samples(self, batch: Batch) -> int:
+        return min(len(batch.lengths), REHEARSED_SLICES * self.placement.micro_batch)
+
+
+class _Elsewhere:
+    """What an optimizer on the host leaves to see on the device: the gradients go."""
+
+    def __init__(self, trained: nn.Module) -> None:
+        self._trained = trained
+
+    def step(self) -> None:
+        self._trained.zero_grad()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """The learning rate is the host's."""
+
+    def on_device(self) -> list[torch.Tensor]:
+        return []
+
+    def state(self) -> dict[str, State]:
+        return {}
+
+    def load(self, state: Mapping[str, State]) -> None:
+        """There is nothing to take over."""
+
+
+def _most_hit(rows: int, frames: int) -> int:
+    """More rows than a draw of about `rows` out of `frames` ever has.
+
+    Where n out of N frames are hit by independent draws, a = -ln(1 - n / N) draws fall on each, and n has the variance
+    N e^-a (1 - (1 + a) e^-a).
+    """
+    missed = max(1 - rows / frames, 1e-9)
+    spread = math.sqrt(max(frames * missed * (1 - (1 - math.log(missed)) * missed), 0))
+    return min(frames, math.ceil(rows + SPREAD * spread))
+
+
+def _most_in_a_slice(rows: np.ndarray, samples: int, frames: int, micro_batch: int) -> int:
+    """More rows than ever fall into one slice, where those of a draw fall as these do."""
+    starts = np.arange(0, samples + micro_batch, micro_batch) * frames
+    most, size = int(np.diff(np.searchsorted(rows, starts)).max()), micro_batch * frames
+    return min(size, math.ceil(most + SPREAD * math.sqrt(most * max(1 - most / size, 0))))
+
+
+def _spread_out(most: int, in_slice: int, samples: int, frames: int, micro_batch: int) -> np.ndarray:
+    """`most` rows, `in_slice` of them in each of the slices that are rehearsed."""
+    size = micro_batch * frames
+    slices = [start + np.arange(in_slice) * size // in_slice for start in range(0, REHEARSED_SLICES * size, size)]
+    first = np.concatenate(slices)[:most]
+    behind = min(REHEARSED_SLICES * size, samples * frames)
+    others = behind + np.arange(most - len(first)) * (samples * frames - behind) // max(most - len(first), 1)
+    return np.concatenate([first[first < samples * frames], others])

@@ -1,0 +1,225 @@
+"""The stages of a run, worked out before anything is trained: what each reads, builds and puts out.
+
+Labels of the frames that a stage puts out: those of the data, where each frame is centred."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from layerwise.config import Config
+from layerwise.data.batches import Window
+from layerwise.data.source import DataSet
+from layerwise.errors import ConfigError, DataError
+from layerwise.nets.copying import with_first_weights
+from layerwise.nets.module import Geometry, Module
+from layerwise.nets.network import Network
+from layerwise.nets.speech import shortest_input
+from layerwise.objectives import Scored, build_objective, check_objective, renderings_compared
+from layerwise.objectives.protocol import ObjectiveModule
+from layerwise.training.optimizer import Optimization
+from layerwise.training.samples import count_classes
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class StageSpec:
+    """One stage, described and not yet built. Equal to itself alone: what is predicted of it can be remembered."""
+
+    stage: int
+    layers: range
+    """Its layers in the whole network."""
+    network: Network
+    frame_shape: tuple[int, ...]
+    """Of its input."""
+    target_channels: int
+    """Channels of the vectors that the objective scores."""
+    context_channels: int
+    output_shape: tuple[int, ...]
+    """Frame shape of its output."""
+    classes: int
+    """Of the label that the objective learns; 0 where it learns none."""
+    parameters: int
+    """Of the module, without those of the objective."""
+    renderings: int
+    """Neighbouring windows of a batch that show one sample in different views."""
+    window: Window
+    """Of its input."""
+    lengths: np.ndarray
+    """int64 [N], frames of each sample of its input."""
+    output_lengths: np.ndarray
+    """int64 [N], frames of each sample of its output."""
+    geometry: Geometry
+    """Of its output."""
+    parts: tuple["StageSpec", ...] = ()
+    """Where the stage is several modules that are trained at once, each by its own objective: these."""
+    optimization: Optimization | None = None
+    """An optimizer of the user's in place of Adam."""
+
+    def build_module(self, seed: int, device: torch.device) -> Module:
+        """The module with its first weights, on the device."""
+        return self.network.build(self.layers, seed, device)
+
+    def build_objective(self, config: Config, device: torch.device) -> ObjectiveModule:
+        """The objective with its first weights, on the device."""
+        scored = Scored(self.target_channels, self.context_channels, self.classes)
+        build = partial(build_objective, config.objective, scored)
+        return with_first_weights(build, _objective_seed(config.training.seed, self.stage), device)
+
+
+def stage_specs(
+    config: Config, data: DataSet, network: Network, cut: Sequence[range], optimization: Optimization | None = None
+) -> list[StageSpec]:
+    """The stages of a network that is cut into these ranges of layers, in order. optimization: in place of Adam.
+
+    Raises ConfigError where the network, the cut or the window do not fit the data.
+    """
+    window = input_window(config, data)
+    check_objective(config.objective.name)
+    renderings = renderings_compared(config.objective.name)
+    _check_renderings(config, data, renderings)
+    classes = count_classes(config, data)
+    frame_shape, lengths, geometry = data.frame_shape, data.lengths, Geometry()
+    stages = []
+    for stage, layers in enumerate(cut, start=1):
+        module = network.build(layers, 0, "meta").eval()
+        # Shapes do not depend on the length, and a GRU takes its time on every frame even without values.
+        frames = next(count for count in itertools.count(1) if module.out_length(count) >= 1)
+        _check_trainable(stage, layers, module)
+        targets, outputs = _shapes(module, torch.empty(1, frames, *frame_shape, device="meta"))
+        output_lengths = module.out_length(lengths)
+        _check_lengths(stage, output_lengths, data)
+        geometry = module.geometry(geometry)
+        stages.append(
+            StageSpec(
+                stage=stage,
+                layers=layers,
+                network=network,
+                frame_shape=frame_shape,
+                target_channels=targets.shape[2],
+                context_channels=outputs.shape[2],
+                output_shape=tuple(outputs.shape[2:]),
+                classes=classes,
+                parameters=sum(parameter.numel() for parameter in module.parameters()),
+                renderings=renderings,
+                window=window,
+                lengths=lengths,
+                output_lengths=output_lengths,
+                geometry=geometry,
+                optimization=optimization,
+            )
+        )
+        window = Window(int(module.out_length(window.rows)), window.columns)
+        frame_shape, lengths = tuple(outputs.shape[2:]), output_lengths
+    _check_rows(config, window.rows)
+    return stages
+
+
+def input_window(config: Config, data: DataSet) -> Window:
+    """The window that stage 1 reads: steps of a sequence, a sub-grid of the patches of a picture, or a whole sample.
+
+    Raises ConfigError.
+    """
+    _check_net(config, data)
+    if config.data.frames == "whole":
+        return Window(1, 1)
+    if config.data.frames == "steps":
+        return Window(config.data.window, 1)
+    options = config.data
+    side = (options.crop - options.patch) // options.patch_stride + 1
+    if options.crop < options.patch or (options.crop - options.patch) % options.patch_stride or side > data.columns:
+        raise ConfigError(
+            f"data.crop {options.crop}: a crop must be the patch of {options.patch} pixels plus a multiple of "
+            f"data.patch_stride {options.patch_stride}, and at most the picture of {options.picture} pixels."
+        )
+    return Window(side, side)
+
+
+def _check_net(config: Config, data: DataSet) -> None:
+    """Raises ConfigError where one of the paper's networks is to read what it was not made for."""
+    net, shape = config.net.name, " x ".join(map(str, data.frame_shape))
+    if net == "speech" and (data.columns != 1 or len(data.frame_shape) != 1):
+        raise ConfigError(
+            f"--net speech trains on recordings and other sequences of steps, and these frames are of {shape}; for pictures "
+            "give --net vision, for others a --net of your own."
+        )
+    if net == "vision" and (data.columns == 1 or len(data.frame_shape) != 3):
+        raise ConfigError(
+            f"--net vision trains on pictures in patches, and these frames are of {shape}; for recordings give --net speech, "
+            "for others a --net of your own."
+        )
+
+
+def _check_renderings(config: Config, data: DataSet, renderings: int) -> None:
+    name, size = config.objective.name, config.training.batch_size
+    if renderings > data.views:
+        raise ConfigError(
+            f"--objective {name} compares {renderings} views of a sample, and these data have {data.views}; give --views "
+            f"{max(renderings, 4)}."
+        )
+    if size % renderings or size < 2 * renderings > 2:
+        raise ConfigError(
+            f"--batch-size {size}: with --objective {name} {renderings} windows of a batch show one sample, so give a multiple "
+            f"of {renderings} from {2 * renderings} on."
+        )
+
+
+def _shapes(module: Module, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    try:
+        return module(frames, np.array([frames.shape[1]]))
+    except (RuntimeError, ValueError) as error:
+        shape = " x ".join(str(size) for size in frames.shape[2:]) or "one number"
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"The network does not take frames of {shape}: {reason}. Change how the data are framed, or the network's "
+            "first layer."
+        ) from error
+
+
+def _check_trainable(stage: int, layers: range, module: Module) -> None:
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        where = f"layer {layers.start}" if len(layers) == 1 else f"layers {layers.start} to {layers.stop - 1}"
+        raise ConfigError(
+            f"Stage {stage}, {where} of the network, has nothing to train: it has no parameters, or all of them are frozen; "
+            "make it one layer with the next one."
+        )
+
+
+def _check_lengths(stage: int, output_lengths: np.ndarray, data: DataSet) -> None:
+    if output_lengths.min() < 1:
+        name = data.ids[int(output_lengths.argmin())]
+        raise DataError(
+            f"{name} is too short: stage {stage} gives not a single frame of it; remove it, or change the network, or a "
+            "data.frame_length that it does not fill."
+        )
+
+
+def _check_rows(config: Config, rows: int) -> None:
+    predicts = config.data.frames != "whole" or config.objective.name in ("infonce", "hinge")
+    needed = config.objective.skip + 2 if predicts else 1
+    if rows < needed:
+        ways = {
+            "steps": f"data.window {config.data.window} is too small; give at least {_shortest_window(config, needed)}",
+            "patches": "data.crop is too small for the steps of the objective; give a larger one, or a smaller "
+            "data.patch_stride",
+            "whole": f"--objective {config.objective.name} predicts frames from others, and --frames whole makes one of each "
+            "sample; give --objective ntxent, or other --frames",
+        }
+        raise ConfigError(
+            f"{ways[config.data.frames]}: the last stage sees {rows} rows of a window, and the objective needs {needed}."
+        )
+
+
+def _shortest_window(config: Config, rows: int) -> int:
+    return shortest_input(config.net, rows) if config.net.name == "speech" else rows
+
+
+def _objective_seed(seed: int, stage: int) -> int:
+    return int(np.random.SeedSequence([seed, stage, 1]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def frame_labels(name: str, plan: StageSpec, data: DataSet, sample: int, frames: np.ndarray) -> np.ndarray:
+    """str [F]: the label `name` at output frames (int64 [F]) of one sample."""
+    return data.frame_labels(name, sample, frames * plan.geometry.hop + plan.geometry.offset)

@@ -1,0 +1,282 @@
+"""A stage that is loaded onto the device: module, objective and optimizers, and one step on a batch under the budget.
+
+Where a step runs out of memory all the same, it is repeated in smaller slices with the same random numbers; the result
+does not change. Everything random is seeded by the caller, so that nothing has to be remembered for that.
+
+Several ranks take the same step, each with its share of the batch (see memory.microbatch). Slices are not made smaller there
+before the predictors have stepped: the other ranks would wait for something else."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
+
+from layerwise.config import Config, TrainingOptions
+from layerwise.data.batches import Batch
+from layerwise.errors import BudgetError
+from layerwise.memory import microbatch
+from layerwise.memory.device import autocast, offloaded, on_device, pack_recurrent_weights, release, why_out_of_memory
+from layerwise.memory.meter import AnyMeter, metered
+from layerwise.memory.microbatch import Pending, Total
+from layerwise.memory.plan import Placement
+from layerwise.memory.ranks import ALONE, Ranks
+from layerwise.objectives.protocol import Draw, Score
+from layerwise.training.batch_effects import behaviour
+from layerwise.training.optimizer import DeviceAdam, HostOptimizer, LossScale, Optimizer, OwnOptimizer
+from layerwise.training.spec import StageSpec
+
+
+class NoSmallerSlices(BudgetError):
+    """Out of memory, and the slices cannot be made smaller."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRandomness:
+    """What a step draws: negatives from a generator that is made anew at each attempt, and what the module draws."""
+
+    negatives: Callable[[], np.random.Generator]
+    seed: int = 0
+
+
+class StageTrainer:
+    """Module, objective and their optimizers on the device, and the placement of a batch, which may become smaller."""
+
+    def __init__(
+        self,
+        plan: StageSpec,
+        config: Config,
+        device: torch.device,
+        placement: Placement,
+        meter: AnyMeter,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """ranks: who trains it together."""
+        self.plan, self.device, self.placement, self.meter, self.ranks = plan, device, placement, meter, ranks
+        self.behaviour = behaviour(plan)
+        self.module = plan.build_module(config.training.seed, device)
+        self.objective = plan.build_objective(config, device)
+        self.optimizer = self._optimizer(self.module, config.training)
+        self.predictor_optimizer = self._optimizer(self.objective, config.training)
+        self.shrunk = False
+        """Whether a step ran out of memory, so that the placement is smaller than it was."""
+        self.scale = LossScale.of(config.training.precision)
+        self._precision = config.training.precision
+        self._label()
+        self._label_gradients()
+
+    def go_on_shrunk(self, micro_batch: int, passes: int) -> None:
+        """Takes slices at least as small as an earlier start had to: with these it got where it stopped."""
+        micro_batch, passes = min(micro_batch, self.placement.micro_batch), max(passes, self.placement.passes)
+        self.placement, self.shrunk = replace(self.placement, micro_batch=micro_batch, passes=passes), True
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Sets the learning rates of an epoch, from 0."""
+        self.optimizer.begin_epoch(epoch)
+        self.predictor_optimizer.begin_epoch(epoch)
+
+    def train(self, batch: Batch, randomness: StepRandomness) -> Total:
+        """One optimizer step; leaves no gradients behind. Raises BudgetError where not even the smallest slices fit."""
+        self.module.train()
+        draws = self._draws(batch, randomness)
+        with metered(self._looks("training", batch, draws)):
+            score = self._repeat_in_smaller_slices(self._attempt, draws, batch, randomness)
+            self._add_gradients()
+            if self.scale.unscale(self.module.parameters()):
+                self.optimizer.step()
+            self._forget_gradients()
+        return self._agreed(score)
+
+    def evaluate(self, batch: Batch, randomness: StepRandomness) -> Total:
+        """The score of a batch, without a step."""
+        self.module.eval()
+        draws = self._draws(batch, randomness)
+        with metered(self._looks("held-out", batch, draws)):
+            return self._agreed(self._repeat_in_smaller_slices(self._score, draws, batch, randomness))
+
+    @contextlib.contextmanager
+    def offloaded(self) -> Iterator[None]:
+        """Between two steps: the device is free of the stage inside the block, and holds the same bits again behind it."""
+        tensors = [*self.module.parameters(), *self.module.buffers(), *self.objective.parameters()]
+        states = [*self.optimizer.on_device(), *self.predictor_optimizer.on_device()]
+        with offloaded([*tensors, *states], self.device):
+            yield
+        pack_recurrent_weights(self.module)
+        self._label()
+
+    def _score(self, encoded: microbatch.Batch, draws: Sequence[Draw]) -> Total:
+        return microbatch.score(encoded, self._loss, draws, self.placement.micro_batch)
+
+    def _attempt(self, encoded: microbatch.Batch, draws: Sequence[Draw]) -> Total:
+        """All gradients of the module in place, and the predictors' step taken."""
+        if len(draws) > 1 or self.behaviour.draws:
+            scores = []
+            for draw in draws:
+                pending = self._loss_gradients(encoded, draw)
+                microbatch.run_back(pending, encoded, self.placement.micro_batch)
+                scores.append(pending.score)
+                del pending  # its gradients would stay through the next pass
+            self._step_predictors()
+            return microbatch.total(scores)
+        pending = self._loss_gradients(encoded, draws[0])
+        # The predictors step at once and let go of their gradients: the module's come into their room.
+        self._step_predictors()
+        self._run_back(pending, encoded)
+        return pending.score
+
+    def _step_predictors(self) -> None:
+        """Their gradients are the same on all ranks, but for how each device rounds."""
+        self.ranks.of_first(parameter.grad for parameter in self.objective.parameters() if parameter.grad is not None)
+        self.predictor_optimizer.step()
+
+    def _add_gradients(self) -> None:
+        """Each rank has the part of the module's gradients that comes through its own samples."""
+        if self.ranks.count == 1:
+            return
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:  # none of this rank's samples was scored
+                parameter.grad = torch.zeros_like(parameter)
+        self.ranks.add(parameter.grad for parameter in trained if parameter.grad is not None)
+
+    def _agreed(self, score: Total) -> Total:
+        """The same to the bit on all ranks."""
+        self.ranks.of_first([score.loss, score.accuracy])
+        return score
+
+    def _loss_gradients(self, encoded: microbatch.Batch, draw: Draw) -> Pending:
+        pending = microbatch.loss_gradients(encoded, self._loss, draw, self.placement.micro_batch, self.scale.factor)
+        self.meter.label("gradients", (parameter.grad for parameter in self.objective.parameters()))
+        return pending
+
+    def _run_back(self, pending: Pending, encoded: microbatch.Batch) -> None:
+        """Cannot be left half done once the predictors have stepped, so it sees to its own memory."""
+        while True:
+            try:
+                microbatch.run_back(pending, encoded, self.placement.micro_batch)
+                return
+            except (BudgetError, RuntimeError) as error:
+                reason = why_out_of_memory(error)
+            self.module.zero_grad()
+            if self.placement.micro_batch > 1 or self.behaviour.why_unsliceable:
+                self._shrink(reason)
+            elif not pending.on_host:
+                pending.move_to_host()
+                release(self.device)
+            else:
+                raise NoSmallerSlices(reason)
+
+    def _repeat_in_smaller_slices(
+        self,
+        work: Callable[[microbatch.Batch, Sequence[Draw]], Total],
+        draws: Sequence[Draw],
+        batch: Batch,
+        randomness: StepRandomness,
+    ) -> Total:
+        encoded = self._encoded(batch, randomness.seed)
+        while True:
+            try:
+                return work(encoded, draws)
+            except NoSmallerSlices:
+                raise
+            except (BudgetError, RuntimeError) as error:
+                reason = why_out_of_memory(error)
+            # Outside of the handler: while the error is known, so are the tensors of the attempt.
+            self._forget_gradients()
+            if self.ranks.count > 1:
+                raise NoSmallerSlices(
+                    f"{reason} Several processes share the batches and cannot make their slices smaller on the way: give "
+                    f"--set memory.micro_batch={max(self._samples_at_once(batch) // 2, 1)}."
+                )
+            self._shrink(reason)
+            draws = self._draws(batch, randomness)
+
+    def _shrink(self, reason: str) -> None:
+        if self.behaviour.why_unsliceable:
+            raise NoSmallerSlices(f"{reason} {self.behaviour.why_unsliceable}, so the batch cannot be sliced.")
+        smaller = self.placement.smaller()
+        if smaller is None:
+            raise NoSmallerSlices(reason)
+        self.placement = smaller
+        self.shrunk = True
+        release(self.device)
+
+    def _draws(self, batch: Batch, randomness: StepRandomness) -> Sequence[Draw]:
+        lengths = self.module.out_length(batch.lengths)
+        frames = int(self.module.out_length(batch.frames.shape[1]))
+        passes = min(self.placement.passes, len(lengths))
+        columns, rng = self.plan.window.columns, randomness.negatives()
+        return self.objective.draw(lengths, frames, columns, rng, passes, batch.classes)
+
+    def _samples(self, batch: Batch) -> int:
+        """Samples of the batch that a step goes through."""
+        return len(batch.lengths)
+
+    def _samples_at_once(self, batch: Batch) -> int:
+        share = self.ranks.share(len(batch.lengths))
+        return min(self.placement.micro_batch, share.stop - share.start)
+
+    def _encoded(self, batch: Batch, seed: int) -> microbatch.Batch:
+        def encode(samples: slice, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
+            # Checkpoints end a layer's second pass as soon as all tensors are there that its backward pass needs, and torch
+            # (2.12) takes the noise of RReLU for there before it is drawn.
+            to_the_end = set_checkpoint_early_stop(not self.behaviour.draws)
+            with self._seeded(seed, samples.start), autocast(self.device, self._precision), to_the_end:
+                return self.module.representations(
+                    on_device(batch.frames, self.device, samples),
+                    batch.lengths[samples],
+                    torch.as_tensor(rows, device=self.device),
+                    self.placement.recompute,
+                )
+
+        frames = int(self.module.out_length(batch.frames.shape[1]))
+        return microbatch.Batch(encode, self._samples(batch), frames, self.ranks)
+
+    def _loss(self, representations: tuple[torch.Tensor, ...], draw: Draw) -> Score:
+        return self.objective(representations[0], representations[-1], draw, self.placement.loss_room)
+
+    @contextlib.contextmanager
+    def _seeded(self, seed: int, first_sample: int) -> Iterator[None]:
+        """What a module draws for some samples is the same at every call, and the caller's generators stay as they are."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            number = int(np.random.SeedSequence([seed, first_sample]).generate_state(1)[0])
+            torch.default_generator.manual_seed(number)  # torch.manual_seed would seed GPUs that are not ours as well
+            if self.device.type == "cuda":
+                torch.cuda.default_generators[self.device.index or 0].manual_seed(number)
+            yield
+
+    def _looks(self, name: str, batch: Batch, draws: Sequence[Draw]) -> bool:
+        padded = bool((batch.lengths < batch.frames.shape[1]).any())
+        return self.meter.should_meter(
+            f"{name}, stage {self.plan.stage}", batch.frames.shape[1], max(len(draw.rows) for draw in draws), padded
+        )
+
+    def _optimizer(self, trained: nn.Module, options: TrainingOptions) -> Optimizer:
+        own = self.plan.optimization
+        make: Callable[[Mapping[str, nn.Parameter]], Optimizer]
+        make = partial(OwnOptimizer, how=own) if own else partial(DeviceAdam, lr=options.lr, eps=options.adam_eps)
+        parameters = {name: value for name, value in trained.named_parameters() if value.requires_grad}
+        return HostOptimizer(parameters, make) if self.placement.optimizer_on_host else make(parameters)
+
+    def _label(self) -> None:
+        """Tells the meter what is what."""
+        parameters = [*self.module.parameters(), *self.objective.parameters()]
+        self.meter.label("parameters", [*parameters, *self.module.buffers()])
+        self.meter.label("optimizer", [*self.optimizer.on_device(), *self.predictor_optimizer.on_device()])
+
+    def _label_gradients(self) -> None:
+        for parameter in filter(lambda parameter: parameter.requires_grad, self.module.parameters()):
+            # The hook knows the meter alone: a way back to the parameter would be a cycle that nobody collects.
+            parameter.register_post_accumulate_grad_hook(partial(_label_gradient, self.meter))
+
+    def _forget_gradients(self) -> None:
+        self.module.zero_grad()
+        self.objective.zero_grad()
+
+
+def _label_gradient(meter: AnyMeter, parameter: torch.Tensor) -> None:
+    meter.label("gradients", [parameter.grad])
