@@ -53,20 +53,20 @@ def plan(
         raise ConfigError("plan predicts one stage at a time; leave training.schedule simultaneous out.")
     device = find_device(config.training.device)
     data = data or open_data(config.data, shortest_sample(config))
-    plans = cut_network(config, data, device, network, optimization=optimization)
+    specs = cut_network(config, data, device, network, optimization=optimization)
     folder = RunPaths.of(config.out, config.cache.dir).caches
-    storage = plan_caches(config, plans, data, free_for_caches(folder))
-    rooms = cache_sizes(plans, data, config.cache)
-    stages = [_forecast(config, plans, stage, storage, room, device) for stage, room in zip(plans, rooms, strict=True)]
+    storage = plan_caches(config, specs, data, free_for_caches(folder))
+    rooms = cache_sizes(specs, data, config.cache)
+    stages = [_forecast(config, specs, stage, storage, room, device) for stage, room in zip(specs, rooms, strict=True)]
     return Forecast(
         budget_bytes=config.memory.gpu_mem,
         fits=all(stage.fits for stage in stages),
         smallest_budget_bytes=max(
-            smallest_budget(config, stage, device, below(plans, stage.stage, storage)) for stage in plans
+            smallest_budget(config, stage, device, below(specs, stage.stage, storage)) for stage in specs
         ),
         peak_bytes=max(max(s.train_peak_bytes, s.cache_peak_bytes) for s in stages) + context_bytes(device),
         cache_bytes=sum(stage.cache_bytes for stage in stages if stage.cached),
-        disk_bytes=disk_peak(config.cache, rooms, storage) * rounds_under_way(config, len(plans)),
+        disk_bytes=disk_peak(config.cache, rooms, storage) * rounds_under_way(config, len(specs)),
         disk_budget_bytes=config.cache.disk,
         notes=list(storage.notes),
         host_bytes=max(stage.host_bytes for stage in stages),
@@ -76,9 +76,9 @@ def plan(
 
 
 def _forecast(
-    config: Config, plans: list[StageSpec], stage: StageSpec, storage: CachePlan, room: CacheSize, device: torch.device
+    config: Config, specs: list[StageSpec], stage: StageSpec, storage: CachePlan, room: CacheSize, device: torch.device
 ) -> StageForecast:
-    recomputed = below(plans, stage.stage, storage)
+    recomputed = below(specs, stage.stage, storage)
     fitting = fitting_layout(config, stage, device, recomputed)
     layout = fitting or smallest_layout(config, stage, recomputed)
     training, caching = peaks(config, stage, device, recomputed, layout)

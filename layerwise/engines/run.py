@@ -144,22 +144,22 @@ def prepared_run(
     data = data or open_data(config.data, shortest_sample(config))
     planned_for = _content(paths.state)
     sizes = cut or (None if overwrite else _earlier_cut(paths, config))
-    plans = cut_network(config, data, device, network, sizes, optimization)
-    check_shareable(plans, ranks)
+    specs = cut_network(config, data, device, network, sizes, optimization)
+    check_shareable(specs, ranks)
     split = split_samples(data, config)
     furthest = paths.furthest_round(rounds)
     earlier = earlier_records(furthest, config, overwrite, from_stage)
     storage = plan_caches(
         config,
-        plans,
+        specs,
         data,
         free_for_caches(paths.caches),
         decided(earlier),
-        sealed_bytes(furthest, len(plans)),
+        sealed_bytes(furthest, len(specs)),
         intended(earlier, furthest, config),
     )
     finished = {each.stage for each in earlier_records(paths, config, overwrite, from_stage) if each.status == "done"}
-    layouts = layouts_of(config, plans, storage, device, finished, stop)
+    layouts = layouts_of(config, specs, storage, device, finished, stop)
     busy = RunError(f"Another process is running {paths.out}; wait for it, or name another --out.")
     caches_busy = RunError(
         f"Another run of the same name is using {paths.caches}; wait for it, or give another --out name or --cache-dir."
@@ -168,26 +168,26 @@ def prepared_run(
     for folder in (paths.out, paths.caches):
         refuse_unwritable(folder)
     refuse_while_queued(paths.jobs)
-    check_from_stage(paths, from_stage, overwrite, len(plans))
+    check_from_stage(paths, from_stage, overwrite, len(specs))
     # The locks come this late because a request that is refused leaves no folder behind.
     with exclusive(paths.lock, busy), exclusive(paths.caches_lock, caches_busy):
         with _nobody_at_work(paths, rounds):
             if _content(paths.state) != planned_for:
                 raise RunError(f"Another process has gone on with {paths.out} meanwhile; start the same command again.")
             states = prepare_rounds(
-                config, paths, data, plans, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
+                config, paths, data, specs, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
             )
             state, opened = (
                 states[rounds],
-                TaskRunner(config, paths, data, split, plans, layouts, storage, device, ranks),
+                TaskRunner(config, paths, data, split, specs, layouts, storage, device, ranks),
             )
             write_atomically(paths.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
             tracker = open_service(config.training.log, service, paths, state.run_id, config)
         with Following(tracker, notify) as told:
-            for line in _described(config, data, plans, layouts, storage):
+            for line in _described(config, data, specs, layouts, storage):
                 told(Message(line))
             done = tuple(record.stage for record in state.stages if record.status == "done")
-            told(RunStarted(len(plans), done, config.training.max_epochs, state.budget_bytes, rounds))
+            told(RunStarted(len(specs), done, config.training.max_epochs, state.budget_bytes, rounds))
             with _nobody_at_work(paths, rounds):
                 tasks = _tasks(opened, [opened.round(number, stop, told) for number in states])
             yield PreparedRun(opened, tasks, told)
@@ -246,13 +246,13 @@ def _tasks(opened: TaskRunner, rounds: list[Run]) -> list[Task]:
         delete_unneeded_caches(run)
         _mend_kept(run)
     states = {run.round: run.state for run in rounds}
-    tasks = tasks_of_run(len(opened.plans), opened.config.training.rounds)
+    tasks = tasks_of_run(len(opened.specs), opened.config.training.rounds)
     return [task for task in tasks if task.round in states and states[task.round].record(task.stage).status != "done"]
 
 
 def _mend_kept(run: Run) -> None:
     """Has each cache that is to stay made again where it cannot be used."""
-    for _ in run.plans:
+    for _ in run.specs:
         try:
             check_retained_caches(run)
             return
@@ -284,7 +284,7 @@ def _earlier_cut(paths: RunPaths, config: Config) -> list[int] | None:
 
 
 def _described(
-    config: Config, data: DataSet, plans: list[StageSpec], layouts: list[StageLayout], storage: CachePlan
+    config: Config, data: DataSet, specs: list[StageSpec], layouts: list[StageLayout], storage: CachePlan
 ) -> list[str]:
     chosen = config.training.stages is None and config.memory.gpu_mem is not None
     one_pass = all(layout.placement.passes == 1 for layout in layouts)
@@ -294,9 +294,9 @@ def _described(
         else ", for no cut trains in one pass under --gpu-mem"
     )
     why = f"{held} (--stages N cuts otherwise)" if chosen else ""
-    stages = "1 stage" if len(plans) == 1 else f"{len(plans)} stages"
+    stages = "1 stage" if len(specs) == 1 else f"{len(specs)} stages"
     lines = [f"{len(data.ids)} samples from {config.data.source}, {stages}{why}"]
-    for stage, layout in zip(plans, layouts, strict=True):
+    for stage, layout in zip(specs, layouts, strict=True):
         if layout.why:
             lines.append(f"stage {stage.stage}: {layout.placement}, because {layout.why}")
     lines += storage.notes

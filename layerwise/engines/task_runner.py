@@ -50,7 +50,7 @@ class TaskRunner:
     data: DataSet
     split: np.ndarray
     """uint8 [N], see training.split."""
-    plans: list[StageSpec]
+    specs: list[StageSpec]
     layouts: list[StageLayout]
     storage: CachePlan
     device: torch.device
@@ -76,8 +76,8 @@ class TaskRunner:
     def finish(self) -> None:
         """Writes the encoder; every task is done."""
         rounds = self.config.training.rounds
-        with _round_to_itself(self.paths.task_lock, Task(rounds, len(self.plans)), "", StopFlag()):
-            stitch(self.config, self.paths, self.plans, self.data)
+        with _round_to_itself(self.paths.task_lock, Task(rounds, len(self.specs)), "", StopFlag()):
+            stitch(self.config, self.paths, self.specs, self.data)
             for paths in (self.paths.round(number, rounds) for number in range(1, rounds + 1)):
                 if paths.state.exists():
                     state = RunState.load(paths.state)
@@ -99,7 +99,7 @@ class TaskRunner:
                 state,
                 self.data,
                 self.split,
-                self.plans,
+                self.specs,
                 self.layouts,
                 self.storage,
                 self.device,
@@ -132,34 +132,34 @@ def open_task_runner(out: Path, device: str | None = None) -> TaskRunner:
         raise RunError(f"The data of {out} have changed since it was prepared; bring the old ones back.")
     furthest = RunState.load(paths.furthest_round(config.training.rounds).state)
     storage = CachePlan(tuple(bool(record.cached) for record in furthest.stages))
-    plans = cut_network(config, data, on, None, main.cut)
-    if plans[0].network.identity != main.network:
+    specs = cut_network(config, data, on, None, main.cut)
+    if specs[0].network.identity != main.network:
         raise RunError(
             f"--net {config.net.name} makes another network than {out} was prepared with: it has been changed, or its weights "
             "are drawn from another generator than torch's. Bring the old one back, or start anew with --overwrite."
         )
     done = {record.stage for record in main.stages if record.status == "done"}
-    layouts = layouts_of(config, plans, storage, on, done, StopFlag())
-    return TaskRunner(config, paths, data, split_samples(data, config), plans, layouts, storage, on)
+    layouts = layouts_of(config, specs, storage, on, done, StopFlag())
+    return TaskRunner(config, paths, data, split_samples(data, config), specs, layouts, storage, on)
 
 
 def layouts_of(
-    config: Config, plans: Sequence[StageSpec], storage: CachePlan, device: torch.device, done: set[int], stop: StopFlag
+    config: Config, specs: Sequence[StageSpec], storage: CachePlan, device: torch.device, done: set[int], stop: StopFlag
 ) -> list[StageLayout]:
     """How each stage is laid out; that of a stage that is done already need not fit.
 
     Raises BudgetError that names the neediest stage, Interrupted between two stages.
     """
     layouts, refused = [], {}
-    for plan in plans:
+    for spec in specs:
         stop.raise_if_set("before anything was trained")
-        recomputed = below(plans, plan.stage, storage)
+        recomputed = below(specs, spec.stage, storage)
         try:
-            layouts.append(lay_out(config, plan, device, recomputed))
+            layouts.append(lay_out(config, spec, device, recomputed))
         except BudgetError as error:
-            layouts.append(smallest_layout(config, plan, recomputed))
-            if plan.stage not in done:
-                refused[smallest_budget(config, plan, device, recomputed)] = error
+            layouts.append(smallest_layout(config, spec, recomputed))
+            if spec.stage not in done:
+                refused[smallest_budget(config, spec, device, recomputed)] = error
     if refused:
         raise refused[max(refused)]
     return layouts

@@ -242,8 +242,8 @@ def _begun(out: Path, config: Config, label: str, data: DataSet) -> Comparison:
         if others:
             raise RunError(f"--out {out} holds something else ({others[0]}); name a new or empty folder.")
         greedy = config_of(GREEDY, config.training.seed, config, label, config.out, config.cache.dir)
-        plans = cut_network(greedy, data, find_device(greedy.training.device))
-        found = Comparison(label, config.training.max_epochs, data.identity, [len(plan.layers) for plan in plans])
+        specs = cut_network(greedy, data, find_device(greedy.training.device))
+        found = Comparison(label, config.training.max_epochs, data.identity, [len(spec.layers) for spec in specs])
         write_atomically(out / "config.toml", config.to_toml().encode())
         found.save(out / "compare.json")
         return found
@@ -271,21 +271,21 @@ def _outcome(
     caches = Path(config.cache.dir) / Path(config.out).resolve().name / method
     options = config_of(method, seed, config, compared.label, str(out), str(caches))
     network = build_network(options.net, data.frame_shape, options.training.seed)
-    plans = stage_specs(options, data, network, ranges(compared.cut))
+    specs = stage_specs(options, data, network, ranges(compared.cut))
     question = ask(compared.label, data, options)
     if method == UNTRAINED:
-        stages = random_stages(plans, [OutputFormat.of(options)] * len(plans), seed)
-        return Outcome(method, seed, _errors(options, question, plans, stages, out, stop), 0, 0, 0.0)
+        stages = random_stages(specs, [OutputFormat.of(options)] * len(specs), seed)
+        return Outcome(method, seed, _errors(options, question, specs, stages, out, stop), 0, 0, 0.0)
     cut = None if options.training.stages == 1 else compared.cut
     result = run(options, cut=cut, data=data, stop=stop, notify=notify)
     weights, origin = load_encoder(result.paths.encoder)
     together = OutputFormat(options.training.precision, None)
-    handings = origin.handings if len(result.state.stages) == len(plans) else [together] * len(plans)
-    stages = trained_stages(plans, handings, weights)
-    errors = _errors(options, question, plans, stages, result.paths.probes, stop)
+    handings = origin.handings if len(result.state.stages) == len(specs) else [together] * len(specs)
+    stages = trained_stages(specs, handings, weights)
+    errors = _errors(options, question, specs, stages, result.paths.probes, stop)
     records = result.state.stages
     cached = CachePlan(tuple(bool(record.cached) for record in records))
-    disk = disk_peak(options.cache, cache_sizes(plans, data, options.cache), cached) if any(cached.cached) else 0
+    disk = disk_peak(options.cache, cache_sizes(specs, data, options.cache), cached) if any(cached.cached) else 0
     peak = max(record.peak_bytes or 0 for record in records)
     return Outcome(method, seed, errors, peak, disk, sum(record.seconds for record in records))
 
@@ -293,7 +293,7 @@ def _outcome(
 def _errors(
     config: Config,
     question: ProbeTask,
-    plans: list[StageSpec],
+    specs: list[StageSpec],
     stages: list[InferenceStage],
     folder: Path,
     stop: StopFlag,
@@ -301,9 +301,9 @@ def _errors(
     """Of a linear probe after each module."""
     files, _ = features_under_budget(config, question, stages, folder, stop)
     errors = []
-    for plan, features in zip(plans, files, strict=True):
-        poll = partial(stop.raise_if_set, f"in the probe of module {plan.stage}")
-        errors.append(answer(features, truth(question, plan), "linear", poll).error)
+    for spec, features in zip(specs, files, strict=True):
+        poll = partial(stop.raise_if_set, f"in the probe of module {spec.stage}")
+        errors.append(answer(features, truth(question, spec), "linear", poll).error)
         features.close()
     return tuple(errors)
 

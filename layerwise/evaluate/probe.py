@@ -88,18 +88,18 @@ def probe(
         raise RunError(
             f"The network given is not the one that {run_directory} was trained with; give that one, as it was."
         )
-    plans = stage_specs(config, data, network, ranges(state.cut))[: max(done)]
+    specs = stage_specs(config, data, network, ranges(state.cut))[: max(done)]
     question = ask(label, data, config)
-    handings = [OutputFormat.of(load(paths.stage_config(plan.stage))) for plan in plans]
+    handings = [OutputFormat.of(load(paths.stage_config(spec.stage))) for spec in specs]
 
     notify("features of the same network with random weights")
-    random = random_stages(plans, handings, config.training.seed)
+    random = random_stages(specs, handings, config.training.seed)
     untrained, peak = features_under_budget(config, question, random, paths.probes, stop)
     passed: list[FeatureRows] = []
     cached = {stage: _cached_features(paths, state, stage, question, stop, warn) for stage in done}
     if any(features is None for features in cached.values()):
         notify("features of stages that are not cached")
-        stages = trained_stages(plans, handings, load_stages(paths, [plan.stage for plan in plans]))
+        stages = trained_stages(specs, handings, load_stages(paths, [spec.stage for spec in specs]))
         passed, more = features_under_budget(config, question, stages, paths.probes, stop)
         peak = max(peak, more)
     trained = {stage: passed[stage - 1] if kept is None else kept for stage, kept in cached.items()}
@@ -107,7 +107,7 @@ def probe(
     for stage, features in trained.items():
         poll = partial(stop.raise_if_set, f"in the probe of stage {stage}")
         notify(f"stage {stage}")
-        right = truth(question, plans[stage - 1])
+        right = truth(question, specs[stage - 1])
         found = answer(features, right, classifier, poll)
         baseline = answer(untrained[stage - 1], right, classifier, poll)
         train, test = len(right.parts.fitted), len(right.parts.test)

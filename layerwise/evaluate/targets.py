@@ -47,11 +47,11 @@ def ask(label: str, data: DataSet, config: Config) -> ProbeTask:
     return ProbeTask(label, data, per_frame, samples, split[samples])
 
 
-def truth(question: ProbeTask, plan: StageSpec) -> ProbeTargets:
+def truth(question: ProbeTask, spec: StageSpec) -> ProbeTargets:
     """Of the features of one stage."""
     values, split = question.data.labels.get(question.label, np.zeros(0)), question.split
     if question.per_frame:
-        values, split = _frame_values(question, plan)
+        values, split = _frame_values(question, spec)
     else:
         values = values[question.samples]
     names, classes = np.unique(values, return_inverse=True)
@@ -78,12 +78,12 @@ def _labelled(label: str, data: DataSet, split: np.ndarray) -> np.ndarray:
     return samples
 
 
-def _frame_values(question: ProbeTask, plan: StageSpec) -> tuple[np.ndarray, np.ndarray]:
+def _frame_values(question: ProbeTask, spec: StageSpec) -> tuple[np.ndarray, np.ndarray]:
     """Label and split of each chosen frame."""
     numbers = question.samples.tolist()
-    chosen = [choose_frames(sample, int(plan.output_lengths[sample]), per_frame=True) for sample in numbers]
+    chosen = [choose_frames(sample, int(spec.output_lengths[sample]), per_frame=True) for sample in numbers]
     values = [
-        frame_labels(question.label, plan, question.data, sample, frames)
+        frame_labels(question.label, spec, question.data, sample, frames)
         for sample, frames in zip(numbers, chosen, strict=True)
     ]
     return np.concatenate(values), np.repeat(question.split, [len(frames) for frames in chosen])

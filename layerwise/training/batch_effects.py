@@ -59,23 +59,23 @@ def _once(find: Callable[Concatenate[Owner, P], BatchEffects]) -> Callable[Conca
 
 
 @_once
-def behaviour(plan: StageSpec) -> BatchEffects:
+def behaviour(spec: StageSpec) -> BatchEffects:
     """What the module of a stage does with a batch in training."""
     with uncounted(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        found = [_of_layer(plan.network, i, shape) for i, shape in _frame_shapes(plan).items()]
+        found = [_of_layer(spec.network, i, shape) for i, shape in _frame_shapes(spec).items()]
     return BatchEffects(
         any(layer.draws for layer in found),
         next((layer.why_unsliceable for layer in found if layer.why_unsliceable), None),
     )
 
 
-def _frame_shapes(plan: StageSpec) -> dict[int, tuple[int, ...]]:
+def _frame_shapes(spec: StageSpec) -> dict[int, tuple[int, ...]]:
     """Of the input of each layer, by its index in the network."""
-    module, shapes = plan.build_module(0, torch.device("meta")).eval(), {}
-    x = torch.empty(1, _shortest(module), *plan.frame_shape, device="meta")
-    for index, layer in zip(plan.layers, module.layers.values(), strict=True):
+    module, shapes = spec.build_module(0, torch.device("meta")).eval(), {}
+    x = torch.empty(1, _shortest(module), *spec.frame_shape, device="meta")
+    for index, layer in zip(spec.layers, module.layers.values(), strict=True):
         shapes[index] = tuple(x.shape[2:])
-        if index + 1 in plan.layers:
+        if index + 1 in spec.layers:
             x = layer(x)
     return shapes
 
@@ -129,12 +129,12 @@ def _shortest(module: Module) -> int:
     return next(frames for frames in itertools.count(1) if module.out_length(frames) >= 1)
 
 
-def check_shareable(plans: Sequence[StageSpec], ranks: Ranks) -> None:
+def check_shareable(specs: Sequence[StageSpec], ranks: Ranks) -> None:
     """Raises ConfigError that names the first module whose samples act on each other, where there are several ranks."""
-    for plan in plans if ranks.count > 1 else ():
-        why = behaviour(plan).why_unsliceable
+    for spec in specs if ranks.count > 1 else ():
+        why = behaviour(spec).why_unsliceable
         if why:
             raise ConfigError(
-                f"Stage {plan.stage}: {why}, so {ranks.count} processes cannot share its batches; train it in one, without "
+                f"Stage {spec.stage}: {why}, so {ranks.count} processes cannot share its batches; train it in one, without "
                 "torchrun."
             )

@@ -29,85 +29,85 @@ class StageLayout:
     """Why it is not laid out in the cheapest way; empty where it is."""
 
 
-def lay_out(config: Config, plan: StageSpec, device: torch.device, below: Below = ()) -> StageLayout:
+def lay_out(config: Config, spec: StageSpec, device: torch.device, below: Below = ()) -> StageLayout:
     """The cheapest layout that the budget holds. Raises BudgetError where it holds none.
 
     below: the stages whose outputs are not cached and are recomputed for this one, lowest first.
     """
-    layout = fitting_layout(config, plan, device, below)
+    layout = fitting_layout(config, spec, device, below)
     if layout is None:
-        raise _too_small(config, plan, device, below)
+        raise _too_small(config, spec, device, below)
     return layout
 
 
-def fitting_layout(config: Config, plan: StageSpec, device: torch.device, below: Below = ()) -> StageLayout | None:
+def fitting_layout(config: Config, spec: StageSpec, device: torch.device, below: Below = ()) -> StageLayout | None:
     """The cheapest layout that the budget holds, if there is any."""
-    first = every_layout(config, plan)[0][0]
-    longest, shortest = longest_piece(plan, config), shortest_piece(plan, config)
+    first = every_layout(config, spec)[0][0]
+    longest, shortest = longest_piece(spec, config), shortest_piece(spec, config)
     windows = config.training.batch_size if below else 0
     if config.memory.gpu_mem is None:
         return StageLayout(first, longest, windows, "")
     room = config.memory.gpu_mem - context_bytes(device) - workspace_bytes(device)
     placement = cheapest(
-        every_layout(config, plan),
-        lambda placement: training_fits(config, plan, placement, room),
+        every_layout(config, spec),
+        lambda placement: training_fits(config, spec, placement, room),
     )
     if placement is None:
         return None
-    piece = _longest_that_fits(longest, shortest, lambda n: _piece_peak(config, plan, below, n) <= room)
+    piece = _longest_that_fits(longest, shortest, lambda n: _piece_peak(config, spec, below, n) <= room)
     at_once = _longest_that_fits(
-        windows, min(windows, 1), lambda n: recomputing_peak(config, below, n, plan.window.frames) <= room
+        windows, min(windows, 1), lambda n: recomputing_peak(config, below, n, spec.window.frames) <= room
     )
     if piece is None or at_once is None:
         return None
-    why = "" if placement == first else _why(config, plan, placement, first)
+    why = "" if placement == first else _why(config, spec, placement, first)
     return StageLayout(placement, piece, at_once, why)
 
 
-def held_in_one_pass(config: Config, plan: StageSpec, device: torch.device) -> bool:
+def held_in_one_pass(config: Config, spec: StageSpec, device: torch.device) -> bool:
     """Whether the budget holds the stage with its optimizer on the device, in one pass over the batch."""
     room = (config.memory.gpu_mem or 0) - context_bytes(device) - workspace_bytes(device)
-    families = [family for family in every_layout(config, plan) if family[0].passes == 1]
+    families = [family for family in every_layout(config, spec) if family[0].passes == 1]
     kept_there = [family for family in families if not family[0].optimizer_on_host] or families
-    trained = any(training_fits(config, plan, family[-1], room) for family in kept_there)
-    return trained and caching_peak(config, plan, shortest_piece(plan, config)) <= room
+    trained = any(training_fits(config, spec, family[-1], room) for family in kept_there)
+    return trained and caching_peak(config, spec, shortest_piece(spec, config)) <= room
 
 
-def held_at_all(config: Config, plan: StageSpec, device: torch.device) -> bool:
+def held_at_all(config: Config, spec: StageSpec, device: torch.device) -> bool:
     """Whether the budget is at least the smallest one of a stage whose input is read, not recomputed."""
     room = (config.memory.gpu_mem or 0) - context_bytes(device) - workspace_bytes(device)
-    trained = any(training_fits(config, plan, placement, room) for placement in _smallest_placements(config, plan))
-    return trained and _piece_peak(config, plan, (), shortest_piece(plan, config)) <= room
+    trained = any(training_fits(config, spec, placement, room) for placement in _smallest_placements(config, spec))
+    return trained and _piece_peak(config, spec, (), shortest_piece(spec, config)) <= room
 
 
-def smallest_layout(config: Config, plan: StageSpec, below: Below = ()) -> StageLayout:
+def smallest_layout(config: Config, spec: StageSpec, below: Below = ()) -> StageLayout:
     """The layout that takes the least memory: with the smallest micro-batches, and of these the one that rehearses so."""
-    *others, least = _smallest_placements(config, plan)
+    *others, least = _smallest_placements(config, spec)
     for other in reversed(others):
-        if training_fits(config, plan, other, training_peak(config, plan, least).bytes):
+        if training_fits(config, spec, other, training_peak(config, spec, least).bytes):
             least = other
-    return StageLayout(least, shortest_piece(plan, config), min(len(below), 1), "nothing smaller is left")
+    return StageLayout(least, shortest_piece(spec, config), min(len(below), 1), "nothing smaller is left")
 
 
-def _smallest_placements(config: Config, plan: StageSpec) -> list[Placement]:
+def _smallest_placements(config: Config, spec: StageSpec) -> list[Placement]:
     """One of these takes the least memory.
 
     More passes and more recomputing do not always take less, so all kinds of them are tried; among the numbers of passes
     the least and the most.
     """
-    smallest = [family[-1] for family in every_layout(config, plan)]
+    smallest = [family[-1] for family in every_layout(config, spec)]
     on_host = [layout for layout in smallest if layout.optimizer_on_host] or smallest  # never takes more
     return [layout for layout in on_host if layout.passes in (smallest[0].passes, smallest[-1].passes)]
 
 
-def every_layout(config: Config, plan: StageSpec) -> list[list[Placement]]:
+def every_layout(config: Config, spec: StageSpec) -> list[list[Placement]]:
     """All placements of a stage that the options allow, cheapest first; see `memory.placement.families`."""
-    module = plan.build_module(config.training.seed, torch.device("meta"))
+    module = spec.build_module(config.training.seed, torch.device("meta"))
     memory = config.memory
     return list(
         families(
             config.training.batch_size,
-            sliceable=behaviour(plan).why_unsliceable is None,
+            sliceable=behaviour(spec).why_unsliceable is None,
             layers=len(module.layers),
             micro_batch=memory.micro_batch,
             recompute=None if memory.recompute == "auto" else memory.recompute == "always",
@@ -116,24 +116,24 @@ def every_layout(config: Config, plan: StageSpec) -> list[list[Placement]]:
     )
 
 
-def smallest_budget(config: Config, plan: StageSpec, device: torch.device, below: Below = ()) -> int:
+def smallest_budget(config: Config, spec: StageSpec, device: torch.device, below: Below = ()) -> int:
     """Bytes below which the stage cannot be trained or cached in any layout that the options allow."""
-    layout = smallest_layout(config, plan, below)
-    return max(peaks(config, plan, device, below, layout)) + context_bytes(device)
+    layout = smallest_layout(config, spec, below)
+    return max(peaks(config, spec, device, below, layout)) + context_bytes(device)
 
 
-def peaks(config: Config, plan: StageSpec, device: torch.device, below: Below, layout: StageLayout) -> tuple[int, int]:
+def peaks(config: Config, spec: StageSpec, device: torch.device, below: Below, layout: StageLayout) -> tuple[int, int]:
     """Predicted bytes of the training and of the caching pass, the recomputing of their input and workspaces included."""
-    training = training_peak(config, plan, layout.placement).bytes
-    recomputing = recomputing_peak(config, below, layout.windows, plan.window.frames)
+    training = training_peak(config, spec, layout.placement).bytes
+    recomputing = recomputing_peak(config, below, layout.windows, spec.window.frames)
     workspace = workspace_bytes(device)
-    return max(training, recomputing) + workspace, _piece_peak(config, plan, below, layout.piece) + workspace
+    return max(training, recomputing) + workspace, _piece_peak(config, spec, below, layout.piece) + workspace
 
 
-def _piece_peak(config: Config, plan: StageSpec, below: Below, piece: int) -> int:
+def _piece_peak(config: Config, spec: StageSpec, below: Below, piece: int) -> int:
     """Of one piece of the caching pass, its recomputing included: one long window, or short ones side by side."""
     recomputing = (recomputing_peak(config, below, n, -(-piece // n)) for n in (1, config.training.batch_size))
-    return max(caching_peak(config, plan, piece), *recomputing)
+    return max(caching_peak(config, spec, piece), *recomputing)
 
 
 def _longest_that_fits(longest: int, shortest: int, fits: Callable[[int], bool]) -> int | None:
@@ -146,8 +146,8 @@ def _longest_that_fits(longest: int, shortest: int, fits: Callable[[int], bool])
     return piece
 
 
-def _why(config: Config, plan: StageSpec, chosen: Placement, cheapest_one: Placement) -> str:
-    needed, found = training_peak(config, plan, cheapest_one).bytes, behaviour(plan)
+def _why(config: Config, spec: StageSpec, chosen: Placement, cheapest_one: Placement) -> str:
+    needed, found = training_peak(config, spec, cheapest_one).bytes, behaviour(spec)
     why = f"the cheapest way ({cheapest_one}) would take {needed / 1e6:.1f} MB"
     if found.why_unsliceable:
         why += f"; {found.why_unsliceable}, so the batch cannot be sliced"
@@ -156,15 +156,15 @@ def _why(config: Config, plan: StageSpec, chosen: Placement, cheapest_one: Place
     return why
 
 
-def _too_small(config: Config, plan: StageSpec, device: torch.device, below: Below) -> BudgetError:
-    budget, needed = config.memory.gpu_mem, smallest_budget(config, plan, device, below)
-    last = smallest_layout(config, plan, below).placement
-    whole = behaviour(plan).why_unsliceable
+def _too_small(config: Config, spec: StageSpec, device: torch.device, below: Below) -> BudgetError:
+    budget, needed = config.memory.gpu_mem, smallest_budget(config, spec, device, below)
+    last = smallest_layout(config, spec, below).placement
+    whole = behaviour(spec).why_unsliceable
     why = f" ({whole}, so the batch cannot be sliced)" if whole else ""
-    finer = ", or cut into more --stages" if len(plan.layers) > 1 else ""
-    window = "data.window" if plan.window.columns == 1 else "data.crop"
+    finer = ", or cut into more --stages" if len(spec.layers) > 1 else ""
+    window = "data.window" if spec.window.columns == 1 else "data.crop"
     smaller = f"--batch-size, {window} or net.width" if whole else f"{window} or net.width"
     return BudgetError(
-        f"--gpu-mem {(budget or 0) / 1e6:g} MB is too small: stage {plan.stage} needs {math.ceil(needed / 1e4) / 100:g} MB "
+        f"--gpu-mem {(budget or 0) / 1e6:g} MB is too small: stage {spec.stage} needs {math.ceil(needed / 1e4) / 100:g} MB "
         f"even as {last}{why}. Give at least that, or lower {smaller}{finer}."
     )

@@ -68,9 +68,9 @@ def retained_caches(state: RunState, keep: str) -> set[int]:
     return {stage for stage in stay if stage and storage.cached[stage - 1]}
 
 
-def below(plans: Sequence[StageSpec], stage: int, storage: CachePlan) -> tuple[StageSpec, ...]:
+def below(specs: Sequence[StageSpec], stage: int, storage: CachePlan) -> tuple[StageSpec, ...]:
     """The stages that are recomputed for the input of `stage`."""
-    return tuple(plans[storage.source(stage) : stage - 1])
+    return tuple(specs[storage.source(stage) : stage - 1])
 
 
 def input_kind(stage: int, storage: CachePlan) -> str:
@@ -91,11 +91,11 @@ class CacheSize:
     """Most that it takes until then: packing it makes another whole file."""
 
 
-def cache_sizes(plans: Sequence[StageSpec], data: DataSet, options: CacheOptions) -> list[CacheSize]:
+def cache_sizes(specs: Sequence[StageSpec], data: DataSet, options: CacheOptions) -> list[CacheSize]:
     """Of every stage, whether or not it is to be cached. Raises CacheError where a label cannot be stored."""
     rooms = []
-    for plan in plans:
-        layout = cache_layout_without_labels(plan, data, options.dtype)
+    for spec in specs:
+        layout = cache_layout_without_labels(spec, data, options.dtype)
         raw = file_bytes(layout)
         compressed = options.compression != "none" and packed(layout) != layout
         more = packed_bytes(packed(layout)) if compressed else 0
@@ -117,7 +117,7 @@ def sealed_bytes(paths: RunPaths, stages: int) -> dict[int, int]:
 
 def plan_caches(
     config: Config,
-    plans: Sequence[StageSpec],
+    specs: Sequence[StageSpec],
     data: DataSet,
     free: int,
     decided: Sequence[bool] = (),
@@ -135,36 +135,36 @@ def plan_caches(
     options = config.cache
     if options.compression != "none" and options.policy != "never":
         require_zstandard()
-    under_way = rounds_under_way(config, len(plans))
+    under_way = rounds_under_way(config, len(specs))
     known = {stage: taken for stage, taken in (sealed or {}).items() if stage <= len(decided)}
     room = (free if options.disk is None else min(options.disk, free)) // under_way
     cached, notes = list(decided), []
-    rooms = cache_sizes(plans, data, options)
+    rooms = cache_sizes(specs, data, options)
     _check_decided(options, rooms, CachePlan(tuple(cached)), known)
-    for plan in plans[len(decided) :]:
+    for spec in specs[len(decided) :]:
         so_far = CachePlan(tuple(cached))
-        needed = rooms[plan.stage - 1].written
-        beside = _beside(options, rooms, so_far, plan.stage, known)
+        needed = rooms[spec.stage - 1].written
+        beside = _beside(options, rooms, so_far, spec.stage, known)
         fits = beside + needed <= room
-        last = plan.stage == len(plans)
+        last = spec.stage == len(specs)
         if options.policy == "always" and not fits:
-            no_room, more = _no_room(plan, needed, beside, room, options, under_way), _more_room(options, beside)
+            no_room, more = _no_room(spec, needed, beside, room, options, under_way), _more_room(options, beside)
             raise BudgetError(f"{no_room}. {more}, or let what does not fit be recomputed: --cache auto.")
-        before = dict(enumerate(intended, start=1)).get(plan.stage)
+        before = dict(enumerate(intended, start=1)).get(spec.stage)
         wanted = options.policy != "never" and fits and before is not False
         if not wanted and not last:
-            no_room, more = _no_room(plan, needed, beside, room, options, under_way), _more_room(options, beside)
-            _check_recomputable(plan, options, no_room, more)
+            no_room, more = _no_room(spec, needed, beside, room, options, under_way), _more_room(options, beside)
+            _check_recomputable(spec, options, no_room, more)
         if before and not wanted:
-            notes.append(f"an earlier start was to cache the outputs of stage {plan.stage}; they find no room any more")
+            notes.append(f"an earlier start was to cache the outputs of stage {spec.stage}; they find no room any more")
         cached.append(wanted)
         if not wanted and not last:
             why = "--cache never" if options.policy == "never" else f"{size(needed)} find no room"
             if fits and options.policy != "never":
                 why = "as an earlier start decided"
-            notes.append(_cost(config, plans, plan.stage, CachePlan(tuple(cached)), why))
+            notes.append(_cost(config, specs, spec.stage, CachePlan(tuple(cached)), why))
         elif not wanted:
-            notes.append(f"the outputs of stage {plan.stage}, {size(needed)}, are not cached; probes recompute them")
+            notes.append(f"the outputs of stage {spec.stage}, {size(needed)}, are not cached; probes recompute them")
     if options.compression != "none" and any(cached):
         notes.append("while a cache is packed it lies on the disk twice; what it shrinks to is not known before")
     return CachePlan(tuple(cached), tuple(notes))
@@ -189,10 +189,10 @@ def _check_decided(
         )
 
 
-def _check_recomputable(plan: StageSpec, options: CacheOptions, no_room: str, more_room: str) -> None:
+def _check_recomputable(spec: StageSpec, options: CacheOptions, no_room: str, more_room: str) -> None:
     """Raises ConfigError or BudgetError where what is not cached cannot be recomputed to the same values."""
-    if plan.build_module(0, torch.device("meta")).recurrent:
-        why = f"stage {plan.stage} has a recurrent layer, so its outputs cannot be recomputed window by window"
+    if spec.build_module(0, torch.device("meta")).recurrent:
+        why = f"stage {spec.stage} has a recurrent layer, so its outputs cannot be recomputed window by window"
         instead = "a cut in which it is in the last stage"
     elif options.dtype == "int8":
         why = "with cache.dtype int8 outputs are rounded a thousand rows at a time, and cannot be recomputed window by window"
@@ -225,7 +225,7 @@ def _beside(
     return sum(sealed.get(below, rooms[below - 1].file) for below in there if storage.cached[below - 1])
 
 
-def _no_room(plan: StageSpec, needed: int, beside: int, room: int, options: CacheOptions, under_way: int) -> str:
+def _no_room(spec: StageSpec, needed: int, beside: int, room: int, options: CacheOptions, under_way: int) -> str:
     whole = room * under_way
     what = f"{size(whole)} of free disk"
     if options.disk is not None and whole > options.disk - under_way:
@@ -234,7 +234,7 @@ def _no_room(plan: StageSpec, needed: int, beside: int, room: int, options: Cach
         what += f", shared by the {under_way} rounds that may be under way at once,"
     others = f" beside the {size(beside)} that must stay" if beside else ""
     packing = " while it is packed" if options.compression != "none" else ""
-    return f"{what} does not hold the cache of stage {plan.stage}, {size(needed)}{packing}{others}"
+    return f"{what} does not hold the cache of stage {spec.stage}, {size(needed)}{packing}{others}"
 
 
 def _more_room(options: CacheOptions, beside: int) -> str:
@@ -247,68 +247,68 @@ def _more_room(options: CacheOptions, beside: int) -> str:
     return ", ".join(ways)
 
 
-def _cost(config: Config, plans: Sequence[StageSpec], stage: int, storage: CachePlan, why: str) -> str:
-    above = CachePlan((*storage.cached, *[False] * (len(plans) - len(storage.cached))))
-    recomputed = below(plans, stage + 1, above)
+def _cost(config: Config, specs: Sequence[StageSpec], stage: int, storage: CachePlan, why: str) -> str:
+    above = CachePlan((*storage.cached, *[False] * (len(specs) - len(storage.cached))))
+    recomputed = below(specs, stage + 1, above)
     source = above.source(stage + 1)
     origin = f"the cache of stage {source}" if source else "the data"
-    more = _flops(config, recomputed, stage + 1, plans)
+    more = _flops(config, recomputed, stage + 1, specs)
     return (
         f"the outputs of stage {stage} are not cached ({why}): stage {stage + 1} recomputes them from {origin}, which adds "
         f"{more:.0%} to the products of a step"
     )
 
 
-def _flops(config: Config, recomputed: tuple[StageSpec, ...], stage: int, plans: Sequence[StageSpec]) -> float:
+def _flops(config: Config, recomputed: tuple[StageSpec, ...], stage: int, specs: Sequence[StageSpec]) -> float:
     """Products of the recomputing of a window, over those of the stage's own forward and backward pass."""
-    frames, extra = plans[stage - 1].window.frames, 0
+    frames, extra = specs[stage - 1].window.frames, 0
     stop, start = frames, 0
-    for plan in reversed(recomputed):
-        module = plan.build_module(0, torch.device("meta"))
+    for spec in reversed(recomputed):
+        module = spec.build_module(0, torch.device("meta"))
         start, stop = module.inputs_of(start, stop)
-        extra += _forward_flops(plan, stop - start)
+        extra += _forward_flops(spec, stop - start)
     # A backward pass costs about twice the forward pass.
-    return extra / max(3 * _forward_flops(plans[stage - 1], frames), 1)
+    return extra / max(3 * _forward_flops(specs[stage - 1], frames), 1)
 
 
-def _forward_flops(plan: StageSpec, frames: int) -> int:
-    module = plan.build_module(0, torch.device("meta")).eval()
+def _forward_flops(spec: StageSpec, frames: int) -> int:
+    module = spec.build_module(0, torch.device("meta")).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(torch.empty(1, frames, *plan.frame_shape, device="meta"), np.array([frames]))
+        module(torch.empty(1, frames, *spec.frame_shape, device="meta"), np.array([frames]))
     return counter.get_total_flops()
 
 
-def cache_layout_without_labels(plan: StageSpec, data: DataSet, dtype: str) -> Layout:
+def cache_layout_without_labels(spec: StageSpec, data: DataSet, dtype: str) -> Layout:
     """Without what is not known yet, or takes long to find out and no room. Raises CacheError."""
     labels = {name: as_codes(values) for name, values in data.labels.items()}
     layout = Layout(
         fingerprint="",
-        stage=plan.stage,
+        stage=spec.stage,
         dtype=dtype,
-        frame_shape=plan.output_shape,
+        frame_shape=spec.output_shape,
         columns=data.columns,
         views=data.views,
-        lengths=plan.output_lengths,
+        lengths=spec.output_lengths,
         ids=tuple(data.ids),
         split=np.zeros(len(data.ids), dtype=np.uint8),
         labels={name: codes for name, (codes, _) in labels.items()},
         labels_classes={name: classes for name, (_, classes) in labels.items()},
         frame_labels_classes=dict.fromkeys(data.frame_label_names, ()),
-        hop=plan.geometry.hop,
-        offset=plan.geometry.offset,
+        hop=spec.geometry.hop,
+        offset=spec.geometry.offset,
     )
     return in_chains(layout)
 
 
-def cache_layout(plan: StageSpec, data: DataSet, dtype: str, split: np.ndarray, fingerprint: str) -> Layout:
+def cache_layout(spec: StageSpec, data: DataSet, dtype: str, split: np.ndarray, fingerprint: str) -> Layout:
     """All of it. The labels of the frames are gone through sample by sample: there may be more than memory holds."""
-    classes = {name: _classes(name, plan, data) for name in data.frame_label_names}
-    planned = cache_layout_without_labels(plan, data, dtype)
+    classes = {name: _classes(name, spec, data) for name in data.frame_label_names}
+    planned = cache_layout_without_labels(spec, data, dtype)
     return replace(planned, split=split, fingerprint=fingerprint, frame_labels_classes=classes)
 
 
-def _classes(name: str, plan: StageSpec, data: DataSet) -> tuple[str, ...]:
+def _classes(name: str, spec: StageSpec, data: DataSet) -> tuple[str, ...]:
     found: set[str] = set()
-    for sample, length in enumerate(plan.output_lengths.tolist()):
-        found.update(np.unique(frame_labels(name, plan, data, sample, np.arange(length))).tolist())
+    for sample, length in enumerate(spec.output_lengths.tolist()):
+        found.update(np.unique(frame_labels(name, spec, data, sample, np.arange(length))).tolist())
     return tuple(sorted(found))

@@ -21,7 +21,7 @@ from layerwise.errors import RunError
 from layerwise.files import write_atomically
 from layerwise.memory.meter import host_tensor, uncounted
 from layerwise.run_store import RunPaths
-from layerwise.training.simultaneous import Loaded
+from layerwise.training.simultaneous import AnyTrainer
 from layerwise.training.trainer import StageTrainer
 
 Arrays = dict[str, np.ndarray]
@@ -136,20 +136,20 @@ def _digest_of_file(arrays: Arrays, metadata: dict[str, str]) -> str:
     return hashlib.sha256(f"{digest(arrays)} {sorted(metadata.items())}".encode()).hexdigest()
 
 
-def save_checkpoint(path: Path, made_for: str, progress: Progress, loaded: Loaded, best: Arrays | None) -> None:
+def save_checkpoint(path: Path, made_for: str, progress: Progress, trainer: AnyTrainer, best: Arrays | None) -> None:
     """Everything that the next step needs. `made_for` names the stage's input and options."""
-    progress.loss_scale, progress.good_steps = loaded.scale.factor, loaded.scale.good_steps
-    progress.shrunk = (loaded.placement.micro_batch, loaded.placement.passes) if loaded.shrunk else None
-    arrays = to_host(_named("module", loaded.module.state_dict()))
-    arrays |= to_host(_named("objective", loaded.objective.state_dict()))
-    for part, optimizer in (("module", loaded.optimizer), ("objective", loaded.predictor_optimizer)):
+    progress.loss_scale, progress.good_steps = trainer.scale.factor, trainer.scale.good_steps
+    progress.shrunk = (trainer.placement.micro_batch, trainer.placement.passes) if trainer.shrunk else None
+    arrays = to_host(_named("module", trainer.module.state_dict()))
+    arrays |= to_host(_named("objective", trainer.objective.state_dict()))
+    for part, optimizer in (("module", trainer.optimizer), ("objective", trainer.predictor_optimizer)):
         for name, state in optimizer.state().items():
             arrays |= to_host(_named(f"optimizer/{part}/{name}", state))
     arrays |= {f"best/{name}": value for name, value in (best or {}).items()}
     save_arrays(path, arrays, {"made_for": made_for, "progress": json.dumps(asdict(progress))})
 
 
-def load_checkpoint(path: Path, made_for: str, loaded: Loaded) -> tuple[Progress, Arrays | None] | None:
+def load_checkpoint(path: Path, made_for: str, trainer: AnyTrainer) -> tuple[Progress, Arrays | None] | None:
     """Restores the stage and returns the progress and the best weights; None where there is no checkpoint.
 
     Raises RunError where it is damaged or was made for something else.
@@ -166,18 +166,18 @@ def load_checkpoint(path: Path, made_for: str, loaded: Loaded) -> tuple[Progress
         progress = Progress(**json.loads(metadata["progress"]))
     except (KeyError, ValueError, TypeError):
         raise RunError(f"{path} was saved by another version of layerwise; {begin_anew}") from None
-    load_weights(loaded.module, _under("module/", arrays))
-    load_weights(loaded.objective, _under("objective/", arrays))
+    load_weights(trainer.module, _under("module/", arrays))
+    load_weights(trainer.objective, _under("objective/", arrays))
     for part, optimizer, trained in (
-        ("module", loaded.optimizer, loaded.module),
-        ("objective", loaded.predictor_optimizer, loaded.objective),
+        ("module", trainer.optimizer, trainer.module),
+        ("objective", trainer.predictor_optimizer, trainer.objective),
     ):
         names = [name for name, parameter in trained.named_parameters() if parameter.requires_grad]
         states = {name: _under(f"optimizer/{part}/{name}/", arrays) for name in names}
         optimizer.load({n: {key: host_tensor(value) for key, value in state.items()} for n, state in states.items()})
-    loaded.scale.factor, loaded.scale.good_steps = progress.loss_scale, progress.good_steps
-    if progress.shrunk and isinstance(loaded, StageTrainer):
-        loaded.go_on_shrunk(*progress.shrunk)
+    trainer.scale.factor, trainer.scale.good_steps = progress.loss_scale, progress.good_steps
+    if progress.shrunk and isinstance(trainer, StageTrainer):
+        trainer.go_on_shrunk(*progress.shrunk)
     return progress, _under("best/", arrays) or None
 
 

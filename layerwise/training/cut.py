@@ -100,16 +100,16 @@ def cut_network(
         for count in range(1, len(network.layers) + 1)
     ]
 
-    def held(plans: list[StageSpec], holds: Callable[[Config, StageSpec, torch.device], bool]) -> bool:
+    def held(specs: list[StageSpec], holds: Callable[[Config, StageSpec, torch.device], bool]) -> bool:
         # The largest first: where it does not fit, the others need not be looked at.
-        order = sorted(plans, key=lambda plan: -stage_cost(costs[plan.layers.start : plan.layers.stop]))
-        return all(holds(config, plan, device) for plan in order)
+        order = sorted(specs, key=lambda spec: -stage_cost(costs[spec.layers.start : spec.layers.stop]))
+        return all(holds(config, spec, device) for spec in order)
 
-    for plans in cuts:
-        if held(plans, held_in_one_pass):
-            return plans
+    for specs in cuts:
+        if held(specs, held_in_one_pass):
+            return specs
     # The finest is not always the smallest: its objectives have more to score.
-    return next((plans for plans in reversed(cuts) if held(plans, held_at_all)), cuts[-1])
+    return next((specs for specs in reversed(cuts) if held(specs, held_at_all)), cuts[-1])
 
 
 StagesOf = Callable[[Sequence[range]], list[StageSpec]]
@@ -137,23 +137,23 @@ def _all_at_once(
 def layer_costs(config: Config, data: DataSet, network: Network) -> list[LayerCost]:
     """What each layer takes at full windows."""
     finest = stage_specs(config, data, network, ranges([1] * len(network.layers)))
-    return [_layer_cost(config, plan) for plan in finest]
+    return [_layer_cost(config, spec) for spec in finest]
 
 
 def _best(stages_of: StagesOf, costs: list[LayerCost], stages: int) -> list[StageSpec]:
     return stages_of(partition(lambda start, stop: stage_cost(costs[start:stop]), len(costs), stages))
 
 
-def _layer_cost(config: Config, plan: StageSpec) -> LayerCost:
-    size, frames = config.training.batch_size, plan.window.frames
-    static, inputs, kept, transient = _alone(config, plan, below=plan.stage > 1)
-    first = _alone(config, plan, below=False)[3] if plan.stage > 1 else transient
-    lengths = np.full(size, int(plan.build_module(0, torch.device("meta")).out_length(frames)))
-    objective = plan.build_objective(config, torch.device("meta"))
+def _layer_cost(config: Config, spec: StageSpec) -> LayerCost:
+    size, frames = config.training.batch_size, spec.window.frames
+    static, inputs, kept, transient = _alone(config, spec, below=spec.stage > 1)
+    first = _alone(config, spec, below=False)[3] if spec.stage > 1 else transient
+    lengths = np.full(size, int(spec.build_module(0, torch.device("meta")).out_length(frames)))
+    objective = spec.build_objective(config, torch.device("meta"))
     classes = np.zeros(size, dtype=np.int64)
-    draw = objective.draw(lengths, int(lengths[0]), plan.window.columns, np.random.default_rng(0), 1, classes)[0]
+    draw = objective.draw(lengths, int(lengths[0]), spec.window.columns, np.random.default_rng(0), 1, classes)[0]
     predictors = 3 * 4 * sum(value.numel() for value in objective.parameters())
-    whole = training_peak(config, plan, Placement(size, size)).bytes
+    whole = training_peak(config, spec, Placement(size, size)).bytes
     return LayerCost(
         static=4 * static,
         objective=predictors,
@@ -161,23 +161,23 @@ def _layer_cost(config: Config, plan: StageSpec) -> LayerCost:
         kept=kept,
         transient=transient,
         first=first,
-        rows=2 * 4 * plan.target_channels * len(draw.rows),
+        rows=2 * 4 * spec.target_channels * len(draw.rows),
         last=whole - 4 * static - predictors - inputs,
     )
 
 
-def _alone(config: Config, plan: StageSpec, below: bool) -> tuple[int, int, int, int]:
+def _alone(config: Config, spec: StageSpec, below: bool) -> tuple[int, int, int, int]:
     """Bytes of a layer's parameters, of its inputs, of what it keeps, and of its highest point above its inputs.
 
     below: whether there is a layer below it in its stage, which needs the gradient of the inputs.
     """
-    size, frames = config.training.batch_size, plan.window.frames
+    size, frames = config.training.batch_size, spec.window.frames
     found: list[int] = []
 
     def forward_and_backward(meter: Meter) -> None:
-        module = plan.build_module(config.training.seed, DEVICE)
+        module = spec.build_module(config.training.seed, DEVICE)
         static = meter.live
-        x = torch.zeros(size, frames, *plan.frame_shape, device=DEVICE, requires_grad=below)
+        x = torch.zeros(size, frames, *spec.frame_shape, device=DEVICE, requires_grad=below)
         before = meter.live
         meter.reset_peak()
         _, outputs = module(x, np.full(size, frames))

@@ -42,18 +42,18 @@ class Origin:
     """Of the layerwise that trained it."""
 
 
-def stitch(config: Config, paths: RunPaths, plans: list[StageSpec], data: DataSet) -> None:
+def stitch(config: Config, paths: RunPaths, specs: list[StageSpec], data: DataSet) -> None:
     """Writes encoder.safetensors, on the host: the weights of all layers under their names in the whole network."""
     cut, handings = [], []
-    for plan in plans:
-        trained_with = load(paths.stage_config(plan.stage))
-        for _ in plan.parts[:-1]:  # which nothing lay between
+    for spec in specs:
+        trained_with = load(paths.stage_config(spec.stage))
+        for _ in spec.parts[:-1]:  # which nothing lay between
             handings.append(OutputFormat(trained_with.training.precision, None))
         handings.append(OutputFormat.of(trained_with))
-        cut += [len(part.layers) for part in plan.parts or (plan,)]
-    structure, shape = plans[0].network.structure, list(data.frame_shape)
+        cut += [len(part.layers) for part in spec.parts or (spec,)]
+    structure, shape = specs[0].network.structure, list(data.frame_shape)
     origin = Origin(config, cut, handings, data.level, data.takes, shape, len(data.ids), structure)
-    save_encoder(paths.encoder, load_stages(paths, [plan.stage for plan in plans]), origin)
+    save_encoder(paths.encoder, load_stages(paths, [spec.stage for spec in specs]), origin)
 
 
 def save_encoder(path: Path, weights: Arrays, origin: Origin) -> None:

@@ -29,7 +29,7 @@ from layerwise.streams import stream
 from layerwise.training.checkpoint import Arrays, Progress, load_checkpoint, save_checkpoint, to_host
 from layerwise.training.loader import Loader, augmented
 from layerwise.training.schedule import asked_to_stop
-from layerwise.training.simultaneous import Loaded, SimultaneousTrainer
+from layerwise.training.simultaneous import AnyTrainer, SimultaneousTrainer
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
 
@@ -63,9 +63,9 @@ class Trained:
 
 
 def train_stage(
-    plan: StageSpec,
+    spec: StageSpec,
     config: Config,
-    feed: Loader,
+    loader: Loader,
     train: np.ndarray,
     held_out: np.ndarray,
     classes: np.ndarray | None,
@@ -84,76 +84,76 @@ def train_stage(
     trains it together; the first one writes. Raises Interrupted after saving, TrainingError where the loss is not a number.
     """
     options = config.training
-    loaded: Loaded
-    if plan.parts:
-        loaded = SimultaneousTrainer(plan, config, device, placement, meter)
+    trainer: AnyTrainer
+    if spec.parts:
+        trainer = SimultaneousTrainer(spec, config, device, placement, meter)
     else:
-        loaded = StageTrainer(plan, config, device, placement, meter, ranks)
-    progress, best = _found(files, loaded)
+        trainer = StageTrainer(spec, config, device, placement, meter, ranks)
+    progress, best = _found(files, trainer)
     epochs = epochs_of_round(options, round)
-    notify(StageStarted(plan.stage, progress.epoch, progress.step, round))
+    notify(StageStarted(spec.stage, progress.epoch, progress.step, round))
     started = time.monotonic() - progress.seconds
     last_save = time.monotonic()
 
     def save() -> None:
         progress.seconds = time.monotonic() - started
         if ranks.first:
-            save_checkpoint(files.checkpoint, files.made_for, progress, loaded, best)
+            save_checkpoint(files.checkpoint, files.made_for, progress, trainer, best)
 
     def poll() -> None:
         if asked_to_stop(stop, ranks):
             save()
             ranks.meet()  # one that ended before it was saved would have the others killed
-            stop.raise_if_set(f"in stage {plan.stage}, epoch {progress.epoch + 1}, after step {progress.step}")
+            stop.raise_if_set(f"in stage {spec.stage}, epoch {progress.epoch + 1}, after step {progress.step}")
 
     while not _finished(progress, epochs, options.patience):
         epoch_started = time.monotonic()
-        loaded.begin_epoch(progress.epoch)
-        rng = stream(options.seed, "epoch", plan.stage, progress.epoch)
-        epoch = training_epoch(feed, train, plan.window, options.batch_size, rng, plan.renderings)
-        for step, batch in _batches(epoch, feed, classes, loaded, first=progress.step):
-            key = (plan.stage, progress.epoch, step)
-            if plan.stage > 1:
+        trainer.begin_epoch(progress.epoch)
+        rng = stream(options.seed, "epoch", spec.stage, progress.epoch)
+        epoch = training_epoch(loader, train, spec.window, options.batch_size, rng, spec.renderings)
+        for step, batch in _batches(epoch, loader, classes, trainer, first=progress.step):
+            key = (spec.stage, progress.epoch, step)
+            if spec.stage > 1:
                 batch = augmented(batch, options, stream(options.seed, "augmentation", *key))
             module_seed = int(stream(options.seed, "module", *key).integers(2**62))
-            score = loaded.train(batch, StepRandomness(partial(stream, options.seed, "negatives", *key), module_seed))
+            score = trainer.train(batch, StepRandomness(partial(stream, options.seed, "negatives", *key), module_seed))
             loss, accuracy = score.loss.item(), score.accuracy.item()
-            _check_finite(loss, plan.stage, progress.epoch, options.lr)
+            _check_finite(loss, spec.stage, progress.epoch, options.lr)
             progress.step = step + 1
             progress.loss_sum += loss
             progress.accuracy_sum += accuracy
-            notify(StepDone(plan.stage, progress.epoch, step, epoch.steps, loss, accuracy, meter.live, meter.peak))
+            notify(StepDone(spec.stage, progress.epoch, step, epoch.steps, loss, accuracy, meter.live, meter.peak))
             if time.monotonic() - last_save > config.training.checkpoint_seconds:
                 save()
                 last_save = time.monotonic()
             poll()
 
-        held_out_loss, held_out_accuracy = evaluate(loaded, feed, held_out, classes, options, poll)
-        _check_finite(held_out_loss, plan.stage, progress.epoch, options.lr)
+        held_out_loss, held_out_accuracy = evaluate(trainer, loader, held_out, classes, options, poll)
+        _check_finite(held_out_loss, spec.stage, progress.epoch, options.lr)
         seconds = time.monotonic() - epoch_started
         if _close_epoch(
             progress, epoch.steps, held_out_loss, held_out_accuracy, options.min_delta, seconds, meter.peak
         ):
-            best = to_host(loaded.module.state_dict())
+            best = to_host(trainer.module.state_dict())
         if ranks.first:
             lines = "".join(json.dumps(entry) + "\n" for entry in progress.history)
             write_atomically(files.metrics, lines.encode())
         save()
         last_save = time.monotonic()
-        notify(EpochDone(plan.stage, **progress.history[-1]))
+        notify(EpochDone(spec.stage, **progress.history[-1]))
         poll()
 
     assert best is not None and progress.best_loss is not None
     converged = progress.plateau_epochs >= options.patience
     peak = max(entry["peak_bytes"] for entry in progress.history[progress.first_epoch :])
     return Trained(
-        best, progress.epoch, converged, progress.best_loss, time.monotonic() - started, peak, loaded.placement
+        best, progress.epoch, converged, progress.best_loss, time.monotonic() - started, peak, trainer.placement
     )
 
 
 def evaluate(
-    loaded: Loaded,
-    feed: Loader,
+    trainer: AnyTrainer,
+    loader: Loader,
     samples: np.ndarray,
     classes: np.ndarray | None,
     options: TrainingOptions,
@@ -163,12 +163,14 @@ def evaluate(
 
     `poll` is called between batches and may raise.
     """
-    stage = loaded.plan.stage
+    stage = trainer.spec.stage
     windows = stream(options.seed, "held-out windows", stage)
-    epoch = held_out_epoch(feed, samples, loaded.plan.window, options.batch_size, windows, loaded.plan.renderings)
+    epoch = held_out_epoch(loader, samples, trainer.spec.window, options.batch_size, windows, trainer.spec.renderings)
     loss = accuracy = 0.0
-    for step, batch in _batches(epoch, feed, classes, loaded, first=0):
-        score = loaded.evaluate(batch, StepRandomness(partial(stream, options.seed, "held-out negatives", stage, step)))
+    for step, batch in _batches(epoch, loader, classes, trainer, first=0):
+        score = trainer.evaluate(
+            batch, StepRandomness(partial(stream, options.seed, "held-out negatives", stage, step))
+        )
         poll()
         share = len(batch.lengths) / len(epoch.samples)
         loss += share * score.loss.item()
@@ -177,9 +179,9 @@ def evaluate(
 
 
 def _batches(
-    epoch: Epoch, feed: Loader, classes: np.ndarray | None, loaded: Loaded, first: int
+    epoch: Epoch, loader: Loader, classes: np.ndarray | None, trainer: AnyTrainer, first: int
 ) -> Iterator[tuple[int, Batch]]:
-    for step, batch in zip(range(first, epoch.steps), feed.batches(epoch, first, loaded.offloaded), strict=True):
+    for step, batch in zip(range(first, epoch.steps), loader.batches(epoch, first, trainer.offloaded), strict=True):
         yield step, batch if classes is None else replace(batch, classes=classes[epoch.samples_of(step)])
 
 
@@ -196,12 +198,12 @@ def epochs_of_round(options: TrainingOptions, round: int) -> int:
     return options.max_epochs * round // options.rounds - options.max_epochs * (round - 1) // options.rounds
 
 
-def _found(files: StageFiles, loaded: Loaded) -> tuple[Progress, Arrays | None]:
+def _found(files: StageFiles, trainer: AnyTrainer) -> tuple[Progress, Arrays | None]:
     """What an earlier start has saved of this round, or else the end of the round before, or else the beginning."""
-    saved = load_checkpoint(files.checkpoint, files.made_for, loaded)
+    saved = load_checkpoint(files.checkpoint, files.made_for, trainer)
     if saved is None and files.before is not None:
         path, made_for = files.before
-        ended = load_checkpoint(path, made_for, loaded)
+        ended = load_checkpoint(path, made_for, trainer)
         if ended is None:
             raise RunError(f"{path} is gone, with which the next round begins; start the same command again.")
         saved = ended[0].in_next_round(), None

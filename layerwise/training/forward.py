@@ -82,21 +82,21 @@ def forward_stages(
         yield frames, lengths
 
 
-def random_stages(plans: Sequence[StageSpec], handings: Sequence[OutputFormat], seed: int) -> list[InferenceStage]:
+def random_stages(specs: Sequence[StageSpec], handings: Sequence[OutputFormat], seed: int) -> list[InferenceStage]:
     """With the weights that training with this seed begins with; their host memory does not count for the device."""
     with uncounted():
-        modules = [plan.build_module(seed, torch.device("cpu")).eval() for plan in plans]
+        modules = [spec.build_module(seed, torch.device("cpu")).eval() for spec in specs]
     return [
-        InferenceStage(plan.stage, module, handing)
-        for plan, module, handing in zip(plans, modules, handings, strict=True)
+        InferenceStage(spec.stage, module, handing)
+        for spec, module, handing in zip(specs, modules, handings, strict=True)
     ]
 
 
 def trained_stages(
-    plans: Sequence[StageSpec], handings: Sequence[OutputFormat], weights: Arrays
+    specs: Sequence[StageSpec], handings: Sequence[OutputFormat], weights: Arrays
 ) -> list[InferenceStage]:
     """weights: of all their layers, by the names that these have in the whole network; others are passed over."""
-    stages = random_stages(plans, handings, 0)
+    stages = random_stages(specs, handings, 0)
     with uncounted():
         for stage in stages:
             load_weights(stage.module, {name: weights[name] for name in stage.module.state_dict()})
@@ -107,22 +107,22 @@ SHORTEST = 64
 """Frames of a sequence, or rows of a picture, below which pieces are not made smaller where memory runs out."""
 
 
-def longest_piece(plan: StageSpec, config: Config) -> int:
+def longest_piece(spec: StageSpec, config: Config) -> int:
     """Input frames that are on the device at once where the budget does not ask for less: half a training batch.
 
     A streamed convolution holds its input twice, so half keeps the caching pass below the training pass.
     """
-    return max(config.training.batch_size * plan.window.frames // 2, 1)
+    return max(config.training.batch_size * spec.window.frames // 2, 1)
 
 
-def shortest_piece(plan: StageSpec, config: Config) -> int:
+def shortest_piece(spec: StageSpec, config: Config) -> int:
     """Below this, pieces would cost more time than they save room: a row of a picture, or SHORTEST frames."""
-    return min(longest_piece(plan, config), plan.window.columns if plan.window.columns > 1 else SHORTEST)
+    return min(longest_piece(spec, config), spec.window.columns if spec.window.columns > 1 else SHORTEST)
 
 
 def cache_outputs(
     module: Module,
-    feed: Loader,
+    loader: Loader,
     writer: CacheWriter,
     piece: int,
     precision: str,
@@ -138,14 +138,14 @@ def cache_outputs(
     """
     layout = writer.layout
     rows_done, rows_stop = writer.rows_done, writer.rows_stop
-    groups = group_renderings(np.repeat(feed.lengths, feed.views), piece) if rows_done < rows_stop else []
+    groups = group_renderings(np.repeat(loader.lengths, loader.views), piece) if rows_done < rows_stop else []
     missing = [
         group for group in groups if layout.offsets[group.stop] > rows_done and layout.offsets[group.first] < rows_stop
     ]
     row = int(layout.offsets[missing[0].first]) if missing else 0
     module.eval()
     with torch.no_grad():
-        for stored in _stored_outputs(module, feed, missing, precision, device, meter, layout):
+        for stored in _stored_outputs(module, loader, missing, precision, device, meter, layout):
             writer.write(stored[max(rows_done - row, 0) : max(rows_stop - row, 0)])
             row += len(stored)
             notify(CachingProgress(layout.stage, min(row, rows_stop), rows_stop, meter.live, meter.peak))
@@ -154,7 +154,7 @@ def cache_outputs(
 
 def _stored_outputs(
     module: Module,
-    feed: Loader,
+    loader: Loader,
     groups: list[Group],
     precision: str,
     device: torch.device,
@@ -171,7 +171,7 @@ def _stored_outputs(
             yield
         pack_recurrent_weights(module)
 
-    pieces = feed.pieces(groups, away)
+    pieces = loader.pieces(groups, away)
     for group in groups:
         states = None
         look = should_meter_group(meter, group)

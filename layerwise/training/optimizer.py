@@ -111,9 +111,9 @@ class Optimization:
             scheduler = schedule(tried) if schedule and isinstance(tried, torch.optim.Optimizer) else None
             if not isinstance(tried, torch.optim.Optimizer) or not isinstance(scheduler, LRScheduler | None):
                 raise TypeError(f"they give {type(tried).__name__} and {type(scheduler).__name__}")
-            plans = []
+            specs = []
             for _ in range(max_epochs if scheduler else 1):
-                plans.append([_plain(group) for group in tried.param_groups])
+                specs.append([_plain(group) for group in tried.param_groups])
                 if scheduler:
                     _step_unwarned(scheduler)
             parameter.grad = torch.ones_like(parameter)
@@ -127,7 +127,7 @@ class Optimization:
             ) from error
         kind = f"{type(tried).__module__}.{type(tried).__qualname__}"
         of_schedule = type(scheduler).__qualname__ if scheduler else None
-        return cls(make, schedule, f"{kind} {of_schedule} {plans}")
+        return cls(make, schedule, f"{kind} {of_schedule} {specs}")
 
 
 def _plain(group: dict[str, Any]) -> list[tuple[str, str]]:

@@ -46,10 +46,10 @@ def memoised_per_stage(
     answers: WeakKeyDictionary[StageSpec, dict[Any, T]] = WeakKeyDictionary()
 
     @wraps(predict)
-    def ask(config: Config, plan: StageSpec, /, *rest: P.args, **none: P.kwargs) -> T:
-        known, key = answers.setdefault(plan, {}), (config, *rest)
+    def ask(config: Config, spec: StageSpec, /, *rest: P.args, **none: P.kwargs) -> T:
+        known, key = answers.setdefault(spec, {}), (config, *rest)
         if key not in known:
-            known[key] = predict(config, plan, *rest, **none)
+            known[key] = predict(config, spec, *rest, **none)
         return known[key]
 
     return ask
@@ -63,30 +63,30 @@ Below = tuple[StageSpec, ...]
 
 
 @memoised_per_stage
-def caching_peak(config: Config, plan: StageSpec, piece: int) -> int:
+def caching_peak(config: Config, spec: StageSpec, piece: int) -> int:
     """Predicted bytes of the caching pass of a stage: of a long sample that is streamed, or of short ones with padding."""
-    module = plan.build_module(config.training.seed, torch.device("meta"))
+    module = spec.build_module(config.training.seed, torch.device("meta"))
     *below, last = module.layers.values()
     if not last.recurrent or module.out_length(piece) <= 2 * REHEARSED_STEPS:
-        return _rehearsed_caching(config, plan, piece, len(module.layers))
+        return _rehearsed_caching(config, spec, piece, len(module.layers))
     # A recurrent layer takes its time for every frame, fake ones too, and the same room: two short pieces give the line
     # that a long one lies on, and the layers below it are rehearsed at full length.
     short = -(-REHEARSED_STEPS * piece // int(module.out_length(piece)))
-    first, second = (_rehearsed_caching(config, plan, n * short, len(module.layers)) for n in (1, 2))
+    first, second = (_rehearsed_caching(config, spec, n * short, len(module.layers)) for n in (1, 2))
     whole = first + math.ceil((second - first) * (piece - short) / short)
-    return max(whole, _rehearsed_caching(config, plan, piece, len(below)) if below else 0)
+    return max(whole, _rehearsed_caching(config, spec, piece, len(below)) if below else 0)
 
 
-def _rehearsed_caching(config: Config, plan: StageSpec, piece: int, layers: int) -> int:
+def _rehearsed_caching(config: Config, spec: StageSpec, piece: int, layers: int) -> int:
     """Of the first layers of a stage."""
     cached = STORED[config.cache.dtype].tensor
-    stored = torch.float32 if plan.stage == 1 else cached
+    stored = torch.float32 if spec.stage == 1 else cached
 
     def read(samples: int, frames: int) -> torch.Tensor:
-        return on_device(torch.zeros(samples, frames, *plan.frame_shape, dtype=stored, device="meta"), DEVICE)
+        return on_device(torch.zeros(samples, frames, *spec.frame_shape, dtype=stored, device="meta"), DEVICE)
 
     def build() -> Module:
-        module = plan.build_module(config.training.seed, DEVICE).eval()
+        module = spec.build_module(config.training.seed, DEVICE).eval()
         return Module({int(name): layer for name, layer in list(module.layers.items())[:layers]})
 
     def stream(_: Meter) -> None:
@@ -110,20 +110,20 @@ def _rehearsed_caching(config: Config, plan: StageSpec, piece: int, layers: int)
             outputs = module(read(2, int(lengths[0])), lengths)[1]
             outputs.to(cached).isfinite().all()
 
-    return max(rehearse(stream).peak + _carried_more(plan, layers), rehearse(pad).peak)
+    return max(rehearse(stream).peak + _carried_more(spec, layers), rehearse(pad).peak)
 
 
-def _carried_more(plan: StageSpec, layers: int) -> int:
+def _carried_more(spec: StageSpec, layers: int) -> int:
     """Bytes by which what layers carry over may exceed what they carried in the rehearsal.
 
     With strides above each other the places where pieces end repeat only after their product. A layer then has at most
     as many frames more as its stride, in its input and in the copy that is joined to it, and puts one more out.
     """
-    module = plan.build_module(0, torch.device("meta"))
+    module = spec.build_module(0, torch.device("meta"))
     built = list(module.layers.values())[:layers]
     if sum(layer.stride > 1 for layer in built) < 2:
         return 0
-    x, more = torch.empty(1, plan.window.frames, *plan.frame_shape, device="meta"), 0
+    x, more = torch.empty(1, spec.window.frames, *spec.frame_shape, device="meta"), 0
     for layer in built:
         before = x[0, 0].numel()
         x = layer(x)
@@ -138,23 +138,23 @@ def recomputing_peak(config: Config, below: Below, windows: int, frames: int) ->
     """
     peak = 0
     firsts, stops = 0, frames
-    for plan in reversed(below):
-        firsts, stops = plan.build_module(0, torch.device("meta")).inputs_of(firsts, stops)
-        peak = max(peak, _passing_peak(config, plan, windows, stops - firsts))
+    for spec in reversed(below):
+        firsts, stops = spec.build_module(0, torch.device("meta")).inputs_of(firsts, stops)
+        peak = max(peak, _passing_peak(config, spec, windows, stops - firsts))
     return peak
 
 
 @memoised_per_stage
-def _passing_peak(config: Config, plan: StageSpec, windows: int, frames: int) -> int:
+def _passing_peak(config: Config, spec: StageSpec, windows: int, frames: int) -> int:
     """Of windows of `frames` input frames through one stage, at the beginning of their samples, where they are masked."""
     rounded = STORED[config.cache.dtype].tensor
-    stored = torch.float32 if plan.stage == 1 else rounded
+    stored = torch.float32 if spec.stage == 1 else rounded
 
     def work(_: Meter) -> None:
-        module = plan.build_module(config.training.seed, DEVICE).eval()
+        module = spec.build_module(config.training.seed, DEVICE).eval()
         firsts, lengths = np.full(windows, -module.inputs_of(0, 1)[1]), np.full(windows, 2 * frames)
         with torch.no_grad(), autocast(DEVICE, config.training.precision):
-            x = on_device(torch.zeros(windows, frames, *plan.frame_shape, dtype=stored, device="meta"), DEVICE)
+            x = on_device(torch.zeros(windows, frames, *spec.frame_shape, dtype=stored, device="meta"), DEVICE)
             outputs = module.window(x, firsts, lengths)[0]
             del x
             outputs.to(rounded).isfinite().all()
@@ -189,42 +189,42 @@ class _Known:
 
 
 @memoised_per_stage
-def _known(config: Config, plan: StageSpec, placement: Placement) -> _Known:
+def _known(config: Config, spec: StageSpec, placement: Placement) -> _Known:
     return _Known()
 
 
-def training_peak(config: Config, plan: StageSpec, placement: Placement) -> Peak:
+def training_peak(config: Config, spec: StageSpec, placement: Placement) -> Peak:
     """Predicted peak of the training pass of a stage, at full windows."""
-    known = _known(config, plan, placement)
+    known = _known(config, spec, placement)
     if known.peak is None:
-        known.peak = _rehearsed_training(config, plan, placement)
+        known.peak = _rehearsed_training(config, spec, placement)
     return known.peak
 
 
-def training_fits(config: Config, plan: StageSpec, placement: Placement, room: int) -> bool:
+def training_fits(config: Config, spec: StageSpec, placement: Placement, room: int) -> bool:
     """Whether that peak is at most `room` bytes; where it is not, the rehearsal ends with the first byte beyond."""
-    known = _known(config, plan, placement)
+    known = _known(config, spec, placement)
     if known.peak is None and (known.more_than is None or known.more_than < room):
         try:
-            known.peak = _rehearsed_training(config, plan, placement, room)
+            known.peak = _rehearsed_training(config, spec, placement, room)
         except BudgetError:
             known.more_than = room
     return known.peak is not None and known.peak.bytes <= room
 
 
-def _rehearsed_training(config: Config, plan: StageSpec, placement: Placement, limit: int | None = None) -> Peak:
+def _rehearsed_training(config: Config, spec: StageSpec, placement: Placement, limit: int | None = None) -> Peak:
     """Raises BudgetError where the peak passes the limit."""
-    size, window = config.training.batch_size, plan.window.frames
+    size, window = config.training.batch_size, spec.window.frames
 
     def step(meter: Meter) -> None:
-        rehearsal = _RehearsedTrainer(plan, config, DEVICE, placement, meter)
+        rehearsal = _RehearsedTrainer(spec, config, DEVICE, placement, meter)
         # As in training, loss and accuracy of a step live until those of the next one take their place.
         before = torch.zeros((), device=DEVICE), torch.zeros((), device=DEVICE)
-        stored = torch.float32 if plan.stage == 1 else STORED[config.cache.dtype].tensor
-        frames = torch.zeros(size, window, *plan.frame_shape, dtype=stored, device="meta")
+        stored = torch.float32 if spec.stage == 1 else STORED[config.cache.dtype].tensor
+        frames = torch.zeros(size, window, *spec.frame_shape, dtype=stored, device="meta")
         lengths = np.full(size, window)
         # Padding is masked, and masks take room, in whichever slice it comes.
-        lengths[:: placement.micro_batch] = min(window, plan.lengths.min())
+        lengths[:: placement.micro_batch] = min(window, spec.lengths.min())
         classes = np.zeros(size, dtype=np.int64)
         rehearsal.train(Batch(frames, lengths, classes), StepRandomness(lambda: np.random.default_rng(0)))
         del before
@@ -261,7 +261,7 @@ class _RehearsedTrainer(StageTrainer):
         if self.placement.optimizer_on_host:
             return _Elsewhere(trained)
         optimizer = super()._optimizer(trained, options)
-        if self.plan.optimization:  # which makes its state at the first step: here as much is there as in all others
+        if self.spec.optimization:  # which makes its state at the first step: here as much is there as in all others
             for parameter in filter(lambda parameter: parameter.requires_grad, trained.parameters()):
                 parameter.grad = torch.zeros_like(parameter)
             try:

@@ -29,7 +29,7 @@ def prepare(
     config: Config,
     paths: RunPaths,
     data: DataSet,
-    plans: list[StageSpec],
+    specs: list[StageSpec],
     device: torch.device,
     *,
     from_stage: int | None,
@@ -44,9 +44,9 @@ def prepare(
     old = RunState.load(paths.state) if paths.state.exists() else None
     # Killed before its options were written, a run has nothing to go on with.
     if old is None or overwrite or not paths.config.exists():
-        state = _begin(config, paths, data, plans, device, old)
+        state = _begin(config, paths, data, specs, device, old)
     else:
-        state = _go_on(old, config, paths, data, plans, from_stage, cached, keep)
+        state = _go_on(old, config, paths, data, specs, from_stage, cached, keep)
     _assign(state, cached)
     state.budget_bytes, state.device = config.memory.gpu_mem, str(device)
     state.save(paths.state)
@@ -64,14 +64,14 @@ def check_from_stage(paths: RunPaths, from_stage: int | None, overwrite: bool, s
 
 
 def _begin(
-    config: Config, paths: RunPaths, data: DataSet, plans: list[StageSpec], device: torch.device, old: RunState | None
+    config: Config, paths: RunPaths, data: DataSet, specs: list[StageSpec], device: torch.device, old: RunState | None
 ) -> RunState:
     """A new run, in place of the old one where there is one."""
     _check_cache_owner(paths, old)
     if old is not None:
         _delete_run(paths, old)
-    records = [StageRecord(plan.stage) for plan in plans]
-    cut = [len(plan.layers) for plan in plans]
+    records = [StageRecord(spec.stage) for spec in specs]
+    cut = [len(spec.layers) for spec in specs]
     return RunState(
         records,
         data.identity,
@@ -79,8 +79,8 @@ def _begin(
         str(device),
         str(paths.caches),
         cut,
-        network=plans[0].network.identity,
-        optimization=_optimization(plans),
+        network=specs[0].network.identity,
+        optimization=_optimization(specs),
     )
 
 
@@ -89,12 +89,12 @@ def _go_on(
     config: Config,
     paths: RunPaths,
     data: DataSet,
-    plans: list[StageSpec],
+    specs: list[StageSpec],
     from_stage: int | None,
     cached: Sequence[bool],
     keep: str,
 ) -> RunState:
-    check_going_on(state, config, paths, data, plans, from_stage)
+    check_going_on(state, config, paths, data, specs, from_stage)
     if from_stage is not None and not _is_in_hand(state, paths, config, from_stage):
         _reset_from(state, paths, from_stage)
     if Path(state.caches) != paths.caches:
@@ -113,7 +113,7 @@ def check_going_on(
     config: Config,
     paths: RunPaths,
     data: DataSet,
-    plans: list[StageSpec],
+    specs: list[StageSpec],
     from_stage: int | None,
 ) -> None:
     """Raises ConfigError or RunError where a run of this state cannot be gone on with as asked; nothing is changed."""
@@ -125,12 +125,12 @@ def check_going_on(
     _check_cache_owner(paths, state)
     _check_shape(state, paths, config)
     _check_same_data(state, data, paths)
-    if state.network != plans[0].network.identity:
+    if state.network != specs[0].network.identity:
         raise RunError(
             f"The network is not the one that {paths.out} was begun with, its first weights included; give that one (seed "
             "torch before it is made), or start anew with --overwrite or another --out."
         )
-    if state.optimization != _optimization(plans):
+    if state.optimization != _optimization(specs):
         raise RunError(
             f"The optimizer or its schedule is not the one that {paths.out} was begun with; give that one, or start anew with "
             "--overwrite or another --out."
@@ -143,8 +143,8 @@ def check_going_on(
         raise RunError(f"--from-stage {from_stage}: stage {unfinished[0]} is not done yet; leave --from-stage out.")
 
 
-def _optimization(plans: list[StageSpec]) -> str:
-    own = plans[0].optimization
+def _optimization(specs: list[StageSpec]) -> str:
+    own = specs[0].optimization
     return own.identity if own else ""
 
 

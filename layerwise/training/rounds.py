@@ -17,7 +17,7 @@ def prepare_rounds(
     config: Config,
     paths: RunPaths,
     data: DataSet,
-    plans: list[StageSpec],
+    specs: list[StageSpec],
     device: torch.device,
     *,
     from_stage: int | None,
@@ -34,7 +34,7 @@ def prepare_rounds(
         for number in _to_be_prepared(paths, rounds, from_stage):
             of_round = paths.round(number, rounds)
             if of_round.state.exists() and of_round.config.exists():
-                check_going_on(RunState.load(of_round.state), config, of_round, data, plans, from_stage)
+                check_going_on(RunState.load(of_round.state), config, of_round, data, specs, from_stage)
     for number in range(rounds, 0, -1):
         of_round, keep = paths.round(number, rounds), keep_of_round(config, number)
         if number < rounds and not of_round.state.exists() and _is_ours(paths):
@@ -43,7 +43,7 @@ def prepare_rounds(
             config,
             of_round,
             data,
-            plans,
+            specs,
             device,
             from_stage=from_stage,
             overwrite=overwrite,

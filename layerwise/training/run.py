@@ -34,7 +34,7 @@ class Run:
     data: DataSet
     split: np.ndarray
     """uint8 [N], see training.split."""
-    plans: list[StageSpec]
+    specs: list[StageSpec]
     layouts: list[StageLayout]
     storage: CachePlan
     device: torch.device
@@ -63,9 +63,9 @@ class Run:
                 f"{self.paths.out} has lost the folder of its round {self.round - 1}; begin anew with --overwrite."
             )
         before = self.earlier.state.record(stage).fingerprint if self.earlier else None
-        plan = self.plans[stage - 1]
-        how = plan.optimization.identity if plan.optimization else None
-        return training_key(self.config, self.data.identity, below, before, stage, plan.layers, how)
+        spec = self.specs[stage - 1]
+        how = spec.optimization.identity if spec.optimization else None
+        return training_key(self.config, self.data.identity, below, before, stage, spec.layers, how)
 
     def trained_with(self, stage: int) -> Config:
         """The options of a trained stage; where `--from-stage` has changed some, those below keep theirs."""

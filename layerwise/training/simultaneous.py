@@ -33,15 +33,15 @@ class SimultaneousTrainer:
     shrunk = False
 
     def __init__(
-        self, plan: StageSpec, config: Config, device: torch.device, placement: Placement, meter: AnyMeter
+        self, spec: StageSpec, config: Config, device: torch.device, placement: Placement, meter: AnyMeter
     ) -> None:
-        self.plan, self.placement = plan, placement
+        self.spec, self.placement = spec, placement
         self._device, self._meter, self._precision = device, meter, config.training.precision
-        self._parts = [StageTrainer(part, config, device, placement, meter) for part in plan.parts]
+        self._parts = [StageTrainer(part, config, device, placement, meter) for part in spec.parts]
         self.module = Module({int(i): layer for part in self._parts for i, layer in part.module.layers.items()})
-        self.objective = nn.ModuleDict({str(part.plan.stage): part.objective for part in self._parts})
+        self.objective = nn.ModuleDict({str(part.spec.stage): part.objective for part in self._parts})
         self.optimizer = _Optimizers([("", part.optimizer) for part in self._parts])
-        self.predictor_optimizer = _Optimizers([(f"{p.plan.stage}.", p.predictor_optimizer) for p in self._parts])
+        self.predictor_optimizer = _Optimizers([(f"{p.spec.stage}.", p.predictor_optimizer) for p in self._parts])
         self.scale = self._parts[0].scale
         for part in self._parts:
             part.scale = self.scale
@@ -76,7 +76,7 @@ class SimultaneousTrainer:
 
     def _outputs(self, part: StageTrainer, batch: Batch) -> Batch:
         """The input of the next part, on the device."""
-        look = self._meter.should_meter(f"outputs, stage {part.plan.stage}", batch.frames.shape[1])
+        look = self._meter.should_meter(f"outputs, stage {part.spec.stage}", batch.frames.shape[1])
         with torch.no_grad(), metered(look), autocast(self._device, self._precision):
             part.module.eval()
             frames = on_device(batch.frames, self._device)
@@ -91,7 +91,7 @@ def _of_part(randomness: StepRandomness, number: int) -> StepRandomness:
     return StepRandomness(negatives, randomness.seed + number)
 
 
-Loaded = StageTrainer | SimultaneousTrainer
+AnyTrainer = StageTrainer | SimultaneousTrainer
 """What the training loop steps and a checkpoint saves."""
 
 

@@ -220,6 +220,6 @@ def _objective_seed(seed: int, stage: int) -> int:
     return int(np.random.SeedSequence([seed, stage, 1]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def frame_labels(name: str, plan: StageSpec, data: DataSet, sample: int, frames: np.ndarray) -> np.ndarray:
+def frame_labels(name: str, spec: StageSpec, data: DataSet, sample: int, frames: np.ndarray) -> np.ndarray:
     """str [F]: the label `name` at output frames (int64 [F]) of one sample."""
-    return data.frame_labels(name, sample, frames * plan.geometry.hop + plan.geometry.offset)
+    return data.frame_labels(name, sample, frames * spec.geometry.hop + spec.geometry.offset)

@@ -28,15 +28,15 @@ from layerwise.training.schedule import stop_together
 from layerwise.training.spec import StageSpec, frame_labels
 
 
-def write_stage_cache(plan: StageSpec, feed: Loader, run: Run, record: StageRecord, meter: AnyMeter) -> None:
+def write_stage_cache(spec: StageSpec, loader: Loader, run: Run, record: StageRecord, meter: AnyMeter) -> None:
     """Leaves the sealed cache, and its peak and size in the record."""
-    path = run.paths.cache(plan.stage)
+    path = run.paths.cache(spec.stage)
     written = written_at(path, run)
     if written != path:
         _discard_others(written, record.fingerprint)
     if not _is_sealed(path, record.fingerprint) and not _is_sealed(written, record.fingerprint):
-        module = plan.build_module(run.config.training.seed, run.device)
-        load_weights(module, load_stage(run.paths, plan.stage))
+        module = spec.build_module(run.config.training.seed, run.device)
+        load_weights(module, load_stage(run.paths, spec.stage))
         meter.label("parameters", module.state_dict().values())
         started, seconds = time.monotonic(), record.seconds
 
@@ -45,8 +45,8 @@ def write_stage_cache(plan: StageSpec, feed: Loader, run: Run, record: StageReco
             record.seconds = seconds + time.monotonic() - started
             run.save()
 
-        options, ranks, trained_with = run.config.cache, run.ranks, run.trained_with(plan.stage)
-        layout = cache_layout(plan, run.data, trained_with.cache.dtype, run.split, str(record.fingerprint))
+        options, ranks, trained_with = run.config.cache, run.ranks, run.trained_with(spec.stage)
+        layout = cache_layout(spec, run.data, trained_with.cache.dtype, run.split, str(record.fingerprint))
 
         def open_writer() -> CacheWriter:
             return CacheWriter(written, layout, int(options.block), options.compression, ranks.rank, ranks.count)
@@ -55,7 +55,7 @@ def write_stage_cache(plan: StageSpec, feed: Loader, run: Run, record: StageReco
             with open_writer() as writer:
                 try:
                     precision = trained_with.training.precision
-                    cache_outputs(module, feed, writer, piece, precision, run.device, meter, run.stop, run.notify)
+                    cache_outputs(module, loader, writer, piece, precision, run.device, meter, run.stop, run.notify)
                 finally:
                     record_progress()
                 if ranks.count == 1:
@@ -64,18 +64,18 @@ def write_stage_cache(plan: StageSpec, feed: Loader, run: Run, record: StageReco
                     writer.finish()
 
         def seal(writer: CacheWriter) -> None:
-            _put_frame_labels(writer, plan, run.data)
-            writer.seal(lambda: run.stop.raise_if_set(f"while the cache of stage {plan.stage} was packed"))
+            _put_frame_labels(writer, spec, run.data)
+            writer.seal(lambda: run.stop.raise_if_set(f"while the cache of stage {spec.stage} was packed"))
 
         def write_in_pieces() -> None:
-            _in_pieces_that_fit(write, run.layouts[plan.stage - 1].piece, shortest_piece(plan, run.config), run.device)
+            _in_pieces_that_fit(write, run.layouts[spec.stage - 1].piece, shortest_piece(spec, run.config), run.device)
 
         if ranks.count == 1:
             write_in_pieces()
         else:
-            _write_together(open_writer, write_in_pieces, seal, run, f"in the cache of stage {plan.stage}")
+            _write_together(open_writer, write_in_pieces, seal, run, f"in the cache of stage {spec.stage}")
     if written.exists() and written != path:
-        publish(written, path, lambda: run.stop.raise_if_set(f"while the cache of stage {plan.stage} was copied"))
+        publish(written, path, lambda: run.stop.raise_if_set(f"while the cache of stage {spec.stage} was copied"))
         with suppress(OSError):
             written.parent.rmdir()  # unless another stage is written there
     record.cache, record.cache_bytes = str(path), path.stat().st_size
@@ -152,7 +152,7 @@ def _is_sealed(path: Path, expected: str | None) -> bool:
     raise RunError(f"{path} holds another run's activations; move it away, or name another --cache-dir.")
 
 
-def _put_frame_labels(writer: CacheWriter, plan: StageSpec, data: DataSet) -> None:
+def _put_frame_labels(writer: CacheWriter, spec: StageSpec, data: DataSet) -> None:
     for name in data.frame_label_names:
-        for sample, length in enumerate(plan.output_lengths.tolist()):
-            writer.put_frame_labels(name, sample, frame_labels(name, plan, data, sample, np.arange(length)))
+        for sample, length in enumerate(spec.output_lengths.tolist()):
+            writer.put_frame_labels(name, sample, frame_labels(name, spec, data, sample, np.arange(length)))

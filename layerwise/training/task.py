@@ -61,7 +61,7 @@ def _perform(stage: int, run: Run) -> None:
     record = run.state.record(stage)
     if record.status == "done":
         return
-    plan = run.plans[stage - 1]
+    spec = run.specs[stage - 1]
     written_at(run.paths.cache(stage), run)  # what is wrong with it is said before anything is trained
     source = _open_source(stage, run)
     cap(run.device, run.state.budget_bytes)  # anew: what the driver itself takes grows as kernels are loaded
@@ -70,7 +70,7 @@ def _perform(stage: int, run: Run) -> None:
     reason = None
     try:
         with meter, _recorded(stage, meter, run) as recorded:
-            _train_and_cache(plan, source, replace(run, notify=recorded), record, meter)
+            _train_and_cache(spec, source, replace(run, notify=recorded), record, meter)
     except (BudgetError, RuntimeError) as error:
         reason = why_out_of_memory(error)
     finally:
@@ -105,21 +105,21 @@ def _recorded(stage: int, meter: AnyMeter, run: Run) -> AbstractContextManager[N
     return nullcontext(run.notify)
 
 
-def _train_and_cache(plan: StageSpec, source: FrameSource, run: Run, record: StageRecord, meter: AnyMeter) -> None:
-    feed = _feed(plan.stage, source, run)
-    _train(plan, feed, run, record, meter)
+def _train_and_cache(spec: StageSpec, source: FrameSource, run: Run, record: StageRecord, meter: AnyMeter) -> None:
+    loader = _feed(spec.stage, source, run)
+    _train(spec, loader, run, record, meter)
     release(run.device)  # some modules, fx's among them, are cycles that only the collector frees
     _record_driver(run.device, record)
     meter.reset_peak()
-    if run.storage.cached[plan.stage - 1] and not _is_read_by_nobody(plan, run):
+    if run.storage.cached[spec.stage - 1] and not _is_read_by_nobody(spec, run):
         delete_unneeded_caches(run)
-        write_stage_cache(plan, feed, run, record, meter)
+        write_stage_cache(spec, loader, run, record, meter)
         _record_driver(run.device, record)
 
 
-def _is_read_by_nobody(plan: StageSpec, run: Run) -> bool:
+def _is_read_by_nobody(spec: StageSpec, run: Run) -> bool:
     """The outputs of the last stage are for probes, which look at the last round."""
-    return plan.stage == len(run.plans) and run.round < run.config.training.rounds
+    return spec.stage == len(run.specs) and run.round < run.config.training.rounds
 
 
 def _record_driver(device: torch.device, record: StageRecord) -> None:
@@ -137,20 +137,20 @@ def _open_source(stage: int, run: Run) -> FrameSource:
 
 def _feed(stage: int, source: FrameSource, run: Run) -> Loader:
     """Reads the source, or passes it up through the stages that are not cached."""
-    plans = below(run.plans, stage, run.storage)
+    specs = below(run.specs, stage, run.storage)
     # The level of noise is that of all inputs of a batch.
     ranks = ALONE if run.config.training.input_noise else run.ranks
-    if not plans:
+    if not specs:
         return SourceLoader(source, run.device, ranks)
-    numbers = [plan.stage for plan in plans]
+    numbers = [spec.stage for spec in specs]
     handings = [OutputFormat.of(run.trained_with(below)) for below in numbers]
-    stages = trained_stages(plans, handings, load_stages(run.paths, numbers))
-    return RecomputingLoader(source, plans, stages, run.layouts[stage - 1].windows, run.device, ranks)
+    stages = trained_stages(specs, handings, load_stages(run.paths, numbers))
+    return RecomputingLoader(source, specs, stages, run.layouts[stage - 1].windows, run.device, ranks)
 
 
-def _train(plan: StageSpec, feed: Loader, run: Run, record: StageRecord, meter: AnyMeter) -> None:
+def _train(spec: StageSpec, loader: Loader, run: Run, record: StageRecord, meter: AnyMeter) -> None:
     """Leaves the best weights in the stage's folder and the outcome in its record."""
-    stage = plan.stage
+    stage = spec.stage
     weights_path = run.paths.weights(stage)
     if record.status == "caching" and weights_path.exists():
         return
@@ -169,9 +169,9 @@ def _train(plan: StageSpec, feed: Loader, run: Run, record: StageRecord, meter: 
         run.notify(event)
 
     trained = train_stage(
-        plan,
+        spec,
         run.config,
-        feed,
+        loader,
         train=np.flatnonzero(run.split == TRAIN),
         held_out=np.flatnonzero(run.split == HELD_OUT),
         classes=sample_classes(run.config, run.data),

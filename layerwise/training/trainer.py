@@ -48,7 +48,7 @@ class StageTrainer:
 
     def __init__(
         self,
-        plan: StageSpec,
+        spec: StageSpec,
         config: Config,
         device: torch.device,
         placement: Placement,
@@ -56,10 +56,10 @@ class StageTrainer:
         ranks: Ranks = ALONE,
     ) -> None:
         """ranks: who trains it together."""
-        self.plan, self.device, self.placement, self.meter, self.ranks = plan, device, placement, meter, ranks
-        self.behaviour = behaviour(plan)
-        self.module = plan.build_module(config.training.seed, device)
-        self.objective = plan.build_objective(config, device)
+        self.spec, self.device, self.placement, self.meter, self.ranks = spec, device, placement, meter, ranks
+        self.behaviour = behaviour(spec)
+        self.module = spec.build_module(config.training.seed, device)
+        self.objective = spec.build_objective(config, device)
         self.optimizer = self._optimizer(self.module, config.training)
         self.predictor_optimizer = self._optimizer(self.objective, config.training)
         self.shrunk = False
@@ -209,7 +209,7 @@ class StageTrainer:
         lengths = self.module.out_length(batch.lengths)
         frames = int(self.module.out_length(batch.frames.shape[1]))
         passes = min(self.placement.passes, len(lengths))
-        columns, rng = self.plan.window.columns, randomness.negatives()
+        columns, rng = self.spec.window.columns, randomness.negatives()
         return self.objective.draw(lengths, frames, columns, rng, passes, batch.classes)
 
     def _samples(self, batch: Batch) -> int:
@@ -252,11 +252,11 @@ class StageTrainer:
     def _looks(self, name: str, batch: Batch, draws: Sequence[Draw]) -> bool:
         padded = bool((batch.lengths < batch.frames.shape[1]).any())
         return self.meter.should_meter(
-            f"{name}, stage {self.plan.stage}", batch.frames.shape[1], max(len(draw.rows) for draw in draws), padded
+            f"{name}, stage {self.spec.stage}", batch.frames.shape[1], max(len(draw.rows) for draw in draws), padded
         )
 
     def _optimizer(self, trained: nn.Module, options: TrainingOptions) -> Optimizer:
-        own = self.plan.optimization
+        own = self.spec.optimization
         make: Callable[[Mapping[str, nn.Parameter]], Optimizer]
         make = partial(OwnOptimizer, how=own) if own else partial(DeviceAdam, lr=options.lr, eps=options.adam_eps)
         parameters = {name: value for name, value in trained.named_parameters() if value.requires_grad}
