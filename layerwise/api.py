@@ -23,7 +23,7 @@ from layerwise.config import options as all_options
 from layerwise.data.open import as_data
 from layerwise.data.source import DataSet, Skipped
 from layerwise.engines.plan import plan as plan_config
-from layerwise.engines.run import RunResult
+from layerwise.engines.run import RunResult, UserObjects
 from layerwise.engines.run import run as run_config
 from layerwise.errors import ConfigError, did_you_mean
 from layerwise.evaluate.probe import ProbeResult
@@ -121,11 +121,9 @@ def run(
 
         result = run_config(
             asked.config,
+            UserObjects(asked.network, None, asked.data, optimization),
             from_stage=from_stage,
             overwrite=overwrite,
-            network=asked.network,
-            data=asked.data,
-            optimization=optimization,
             stop=flag,
             notify=tell,
         )

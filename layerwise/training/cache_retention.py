@@ -9,18 +9,18 @@ from pathlib import Path
 from layerwise.cache import ActivationCache
 from layerwise.cache.unsealed import all_unsealed, cache_files
 from layerwise.errors import CacheError, RunError, UnusableCache
-from layerwise.events import Message
+from layerwise.events import Message, Notify
 from layerwise.files import exclusive
 from layerwise.run_store import RunPaths, RunState, open_run
 from layerwise.training.cache_plan import retained_caches
 from layerwise.training.resume import find_what_is_missing
-from layerwise.training.run import Run
+from layerwise.training.run import Round
 
 
-def open_cache(stage: int, run: Run) -> ActivationCache:
+def open_cache(stage: int, round: Round) -> ActivationCache:
     """Raises UnusableCache where it cannot be used, RunError where it is another run's."""
-    cache = ActivationCache(run.paths.cache(stage))
-    expected = run.state.record(stage).fingerprint
+    cache = ActivationCache(round.paths.cache(stage))
+    expected = round.state.record(stage).fingerprint
     if cache.layout.fingerprint != expected:
         cache.close()
         raise RunError(
@@ -30,39 +30,41 @@ def open_cache(stage: int, run: Run) -> ActivationCache:
     return cache
 
 
-def check_retained_caches(run: Run) -> None:
+def check_retained_caches(round: Round) -> None:
     """Opens the caches that a run keeps of stages that are done; those of others are opened when they are used.
 
     Raises UnusableCache where one cannot be used.
     """
-    for stage in retained_caches(run.state, run.keep):
-        if run.state.record(stage).status == "done" and run.paths.cache(stage).exists():
-            open_cache(stage, run).close()
+    for stage in retained_caches(round.state, round.keep):
+        if round.state.record(stage).status == "done" and round.paths.cache(stage).exists():
+            open_cache(stage, round).close()
 
 
-def delete_unneeded_caches(run: Run) -> None:
+def delete_unneeded_caches(round: Round) -> None:
     """Frees what no stage reads or writes any more and --keep does not name, whatever a kill has left of it."""
-    keep = retained_caches(run.state, run.keep)
-    unsealed = {record.stage for record in run.state.stages if record.status == "caching"}
-    left = [file for file in cache_files(run.paths.caches) if file.stage not in (keep if file.is_sealed else unsealed)]
-    for record in run.state.stages:
+    keep = retained_caches(round.state, round.keep)
+    unsealed = {record.stage for record in round.state.stages if record.status == "caching"}
+    left = [
+        file for file in cache_files(round.paths.caches) if file.stage not in (keep if file.is_sealed else unsealed)
+    ]
+    for record in round.state.stages:
         if record.stage in {file.stage for file in left if file.is_sealed}:
             record.cache = record.cache_bytes = None
     if left:
-        run.save()
-    for file in left if run.ranks.first else ():
+        round.save()
+    for file in left if round.run.ranks.first else ():
         file.path.unlink(missing_ok=True)
 
 
-def mend(error: UnusableCache, run: Run) -> None:
+def mend(error: UnusableCache, round: Round, notify: Notify) -> None:
     """Deletes a cache that cannot be used, and has it made again. Raises RunError where it cannot be deleted."""
-    run.notify(Message(f"{error.finding}; it is made again from below."))
+    notify(Message(f"{error.finding}; it is made again from below."))
     try:
         error.path.unlink(missing_ok=True)
     except OSError as failed:
         raise RunError(f"{error.finding}, and cannot be deleted: {failed.strerror}.") from None
-    find_what_is_missing(run.state, run.paths, run.keep)
-    run.save()
+    find_what_is_missing(round.state, round.paths, round.keep)
+    round.save()
 
 
 def remove_caches(run_directory: Path, stages: Sequence[int] | None) -> int:

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from layerwise.config import Config, with_options
 from layerwise.engines.run import run
-from layerwise.engines.task_runner import open_task_runner
+from layerwise.engines.task_runner import open_prepared_run, perform_task
 from layerwise.errors import ConfigError, Interrupted, RunError
 from layerwise.events import EpochDone, Event, StageDone, StageStarted, StepDone, silent
 from layerwise.files import exclusive
@@ -153,7 +153,7 @@ def test_a_task_that_comes_too_early_is_refused(config: Config, undisturbed: dic
     with pytest.raises(Interrupted):
         run(config, stop=stop, notify=stop_in_the_first_stage)
     with pytest.raises(RunError, match="Stage 1 of round 2 needs round 1, where that stage is training"):
-        open_task_runner(Path(config.out)).perform(Task(2, 1), StopFlag(), silent)
+        perform_task(Task(2, 1), open_prepared_run(Path(config.out)), StopFlag(), silent)
     run(config)
     assert bits(config.out) == undisturbed
 
