@@ -14,7 +14,7 @@ from layerwise.engines.sbatch import QUEUE, SbatchOptions, script, submit
 from layerwise.errors import ConfigError
 from layerwise.events import Notify, silent
 from layerwise.files import write_atomically
-from layerwise.run_store import RunPaths
+from layerwise.run_store import RunStore
 from layerwise.stop import StopFlag
 from layerwise.training.schedule import Task
 
@@ -82,7 +82,7 @@ def _check(config: Config) -> None:
 
 
 def _folder(config: Config) -> Path:
-    return RunPaths.of(config.out, config.cache.dir).jobs.resolve()
+    return RunStore.of(config.out, config.cache.dir).jobs.resolve()
 
 
 def _name(task: Task) -> str:

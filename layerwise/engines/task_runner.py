@@ -23,7 +23,7 @@ from layerwise.files import exclusive
 from layerwise.memory.device import find_device, share_one_heap
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets import shortest_sample
-from layerwise.run_store import RunPaths, RunState
+from layerwise.run_store import RunState, RunStore
 from layerwise.stop import StopFlag
 from layerwise.training.budget import StageLayout, lay_out, smallest_budget, smallest_layout
 from layerwise.training.cache_plan import CachePlan, below
@@ -46,7 +46,7 @@ class TaskRunner:
     """What is the same for all rounds."""
 
     config: Config
-    paths: RunPaths
+    store: RunStore
     data: DataSet
     split: np.ndarray
     """uint8 [N], see training.split."""
@@ -62,7 +62,7 @@ class TaskRunner:
         of_round = f" of round {task.round}" if self.config.training.rounds > 1 else ""
         where = f"before stage {task.stage}{of_round}"
         stop_together(stop, self.ranks, where)
-        lock = self.paths.round(task.round, self.config.training.rounds).task_lock
+        lock = self.store.round(task.round, self.config.training.rounds).task_lock
         with _round_to_itself(lock, task, where, stop) if self.ranks.first else nullcontext():
             if self.ranks.first:
                 lock.write_text(
@@ -76,26 +76,26 @@ class TaskRunner:
     def finish(self) -> None:
         """Writes the encoder; every task is done."""
         rounds = self.config.training.rounds
-        with _round_to_itself(self.paths.task_lock, Task(rounds, len(self.specs)), "", StopFlag()):
-            stitch(self.config, self.paths, self.specs, self.data)
-            for paths in (self.paths.round(number, rounds) for number in range(1, rounds + 1)):
-                if paths.state.exists():
-                    state = RunState.load(paths.state)
+        with _round_to_itself(self.store.task_lock, Task(rounds, len(self.specs)), "", StopFlag()):
+            stitch(self.config, self.store, self.specs, self.data)
+            for store in (self.store.round(number, rounds) for number in range(1, rounds + 1)):
+                if store.state.exists():
+                    state = RunState.load(store.state)
                     state.from_stage = None
-                    state.save(paths.state)
+                    state.save(store.state)
 
     def round(self, number: int, stop: StopFlag, notify: Notify) -> Run:
         """A round as the disk has it now, and those before it."""
         run, rounds = None, self.config.training.rounds
         for each in range(1, number + 1):
-            paths = self.paths.round(each, rounds)
-            if each < number and not paths.state.exists():  # of a finished run, a user may have deleted it
+            store = self.store.round(each, rounds)
+            if each < number and not store.state.exists():  # of a finished run, a user may have deleted it
                 continue
-            state = RunState.load(paths.state)
+            state = RunState.load(store.state)
             run = Run(
                 self.config,
                 each,
-                paths,
+                store,
                 state,
                 self.data,
                 self.split,
@@ -126,11 +126,11 @@ def open_task_runner(out: Path, device: str | None = None) -> TaskRunner:
         raise RunError(
             f"The network of {out} was given as an object, which only its own process knows; leave --devices and --engine out."
         )
-    paths, on = RunPaths(out, Path(main.caches)), find_device(config.training.device)
+    store, on = RunStore(out, Path(main.caches)), find_device(config.training.device)
     data = open_data(config.data, shortest_sample(config))
     if data.identity != main.data_identity:
         raise RunError(f"The data of {out} have changed since it was prepared; bring the old ones back.")
-    furthest = RunState.load(paths.furthest_round(config.training.rounds).state)
+    furthest = RunState.load(store.furthest_round(config.training.rounds).state)
     storage = CachePlan(tuple(bool(record.cached) for record in furthest.stages))
     specs = cut_network(config, data, on, None, main.cut)
     if specs[0].network.identity != main.network:
@@ -140,7 +140,7 @@ def open_task_runner(out: Path, device: str | None = None) -> TaskRunner:
         )
     done = {record.stage for record in main.stages if record.status == "done"}
     layouts = layouts_of(config, specs, storage, on, done, StopFlag())
-    return TaskRunner(config, paths, data, split_samples(data, config), specs, layouts, storage, on)
+    return TaskRunner(config, store, data, split_samples(data, config), specs, layouts, storage, on)
 
 
 def layouts_of(

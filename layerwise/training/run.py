@@ -14,7 +14,7 @@ from layerwise.data.source import DataSet
 from layerwise.errors import RunError
 from layerwise.events import Notify
 from layerwise.memory.ranks import ALONE, Ranks
-from layerwise.run_store import RunPaths, RunState
+from layerwise.run_store import RunState, RunStore
 from layerwise.stop import StopFlag
 from layerwise.training.budget import StageLayout
 from layerwise.training.cache_plan import CachePlan, keep_of_round
@@ -28,7 +28,7 @@ class Run:
     config: Config
     round: int
     """From 1; the last one is the run itself."""
-    paths: RunPaths
+    store: RunStore
     """Of this round, as `state` is."""
     state: RunState
     data: DataSet
@@ -53,14 +53,14 @@ class Run:
     def save(self) -> None:
         """Replaces run.json. Raises RunError."""
         if self.ranks.first:
-            self.state.save(self.paths.state)
+            self.state.save(self.store.state)
 
     def key(self, stage: int) -> str:
         """The training key of a stage whose lower stages are done, as is the stage itself in the round before."""
         below = self.state.record(stage - 1).fingerprint if stage > 1 else None
         if self.round > 1 and self.earlier is None:
             raise RunError(
-                f"{self.paths.out} has lost the folder of its round {self.round - 1}; begin anew with --overwrite."
+                f"{self.store.out} has lost the folder of its round {self.round - 1}; begin anew with --overwrite."
             )
         before = self.earlier.state.record(stage).fingerprint if self.earlier else None
         spec = self.specs[stage - 1]
@@ -69,7 +69,7 @@ class Run:
 
     def trained_with(self, stage: int) -> Config:
         """The options of a trained stage; where `--from-stage` has changed some, those below keep theirs."""
-        return load(self.paths.stage_config(stage))
+        return load(self.store.stage_config(stage))
 
 
 def training_key(

@@ -30,13 +30,13 @@ from layerwise.training.spec import StageSpec, frame_labels
 
 def write_stage_cache(spec: StageSpec, loader: Loader, run: Run, record: StageRecord, meter: AnyMeter) -> None:
     """Leaves the sealed cache, and its peak and size in the record."""
-    path = run.paths.cache(spec.stage)
+    path = run.store.cache(spec.stage)
     written = written_at(path, run)
     if written != path:
         _discard_others(written, record.fingerprint)
     if not _is_sealed(path, record.fingerprint) and not _is_sealed(written, record.fingerprint):
         module = spec.build_module(run.config.training.seed, run.device)
-        load_weights(module, load_stage(run.paths, spec.stage))
+        load_weights(module, load_stage(run.store, spec.stage))
         meter.label("parameters", module.state_dict().values())
         started, seconds = time.monotonic(), record.seconds
 

@@ -62,7 +62,7 @@ def _perform(stage: int, run: Run) -> None:
     if record.status == "done":
         return
     spec = run.specs[stage - 1]
-    written_at(run.paths.cache(stage), run)  # what is wrong with it is said before anything is trained
+    written_at(run.store.cache(stage), run)  # what is wrong with it is said before anything is trained
     source = _open_source(stage, run)
     cap(run.device, run.state.budget_bytes)  # anew: what the driver itself takes grows as kernels are loaded
     before = _allocated(run.device)
@@ -101,7 +101,7 @@ def _perform(stage: int, run: Run) -> None:
 def _recorded(stage: int, meter: AnyMeter, run: Run) -> AbstractContextManager[Notify]:
     """Takes the events of a stage and passes them on; notes the memory of the first rank."""
     if run.ranks.first:
-        return MemoryLog(run.paths.memory(stage), meter, run.notify)
+        return MemoryLog(run.store.memory(stage), meter, run.notify)
     return nullcontext(run.notify)
 
 
@@ -144,21 +144,21 @@ def _feed(stage: int, source: FrameSource, run: Run) -> Loader:
         return SourceLoader(source, run.device, ranks)
     numbers = [spec.stage for spec in specs]
     handings = [OutputFormat.of(run.trained_with(below)) for below in numbers]
-    stages = trained_stages(specs, handings, load_stages(run.paths, numbers))
+    stages = trained_stages(specs, handings, load_stages(run.store, numbers))
     return RecomputingLoader(source, specs, stages, run.layouts[stage - 1].windows, run.device, ranks)
 
 
 def _train(spec: StageSpec, loader: Loader, run: Run, record: StageRecord, meter: AnyMeter) -> None:
     """Leaves the best weights in the stage's folder and the outcome in its record."""
     stage = spec.stage
-    weights_path = run.paths.weights(stage)
+    weights_path = run.store.weights(stage)
     if record.status == "caching" and weights_path.exists():
         return
     record.status = "training"
     record.input = input_kind(stage, run.storage)
     run.save()
     if run.ranks.first:
-        write_atomically(run.paths.stage_config(stage), run.config.to_toml().encode())
+        write_atomically(run.store.stage_config(stage), run.config.to_toml().encode())
 
     def record_epoch(event: Event) -> None:
         if isinstance(event, EpochDone):
@@ -179,7 +179,7 @@ def _train(spec: StageSpec, loader: Loader, run: Run, record: StageRecord, meter
         placement=run.layouts[stage - 1].placement,
         meter=meter,
         files=StageFiles(
-            run.paths.checkpoint(stage), run.paths.metrics(stage), run.key(stage), _end_before(stage, run)
+            run.store.checkpoint(stage), run.store.metrics(stage), run.key(stage), _end_before(stage, run)
         ),
         stop=run.stop,
         notify=record_epoch,
@@ -203,7 +203,7 @@ def _train(spec: StageSpec, loader: Loader, run: Run, record: StageRecord, meter
 
 def _end_before(stage: int, run: Run) -> tuple[Path, str] | None:
     """The checkpoint that the round before has ended with, and what that was made for."""
-    return (run.earlier.paths.checkpoint(stage), run.earlier.key(stage)) if run.earlier else None
+    return (run.earlier.store.checkpoint(stage), run.earlier.key(stage)) if run.earlier else None
 
 
 def _finish(run: Run, record: StageRecord) -> None:
@@ -213,9 +213,9 @@ def _finish(run: Run, record: StageRecord) -> None:
     if not run.ranks.first:
         return
     if run.round == run.config.training.rounds:
-        run.paths.checkpoint(record.stage).unlink(missing_ok=True)  # an earlier one is what the next round begins with
+        run.store.checkpoint(record.stage).unlink(missing_ok=True)  # an earlier one is what the next round begins with
     if run.earlier:
-        run.earlier.paths.checkpoint(record.stage).unlink(missing_ok=True)
+        run.earlier.store.checkpoint(record.stage).unlink(missing_ok=True)
 
 
 def _allocated(device: torch.device) -> int:
