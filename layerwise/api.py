@@ -34,7 +34,7 @@ from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 from layerwise.report.progress import LiveTable, LogFile, PlainLines
 from layerwise.report.tables import stages_at_chance
-from layerwise.run_store import RunPaths, open_run
+from layerwise.run_store import RunStore, open_run
 from layerwise.stop import StopFlag, stop_on_signals
 from layerwise.training.cut import cut_network
 from layerwise.training.optimizer import Make, Optimization, Schedule
@@ -108,7 +108,7 @@ def run(
     """
     asked = _asked(network, data, options, flags)
     optimization = _optimization(optimizer, schedule, asked.config)
-    log = LogFile(RunPaths.of(asked.config.out, asked.config.cache.dir).log)
+    log = LogFile(RunStore.of(asked.config.out, asked.config.cache.dir).log)
     with _shown(notify) as show, _stoppable(stop) as flag:
 
         def tell(event: Event) -> None:

@@ -19,7 +19,7 @@ from layerwise.stop import stop_in_time, stop_on_signals, too_late_to_stop
 @click.option("--stage", type=int, required=True, help="Stage, from 1.")
 def task(directory: Path, round: int, stage: int) -> None:
     """Train and cache one stage in one round of the run in DIR, whose needs are done; the last task writes the encoder."""
-    paths, state = open_run(directory)
+    store, state = open_run(directory)
     with stop_on_signals() as stop:
         # A signal may well come while torch is imported, too.
         from layerwise.engines.task_runner import open_prepared_run, perform_task, write_encoder
@@ -31,7 +31,7 @@ def task(directory: Path, round: int, stage: int) -> None:
             raise ConfigError(
                 f"--round {round} --stage {stage}: {directory} has {rounds} rounds of {len(state.stages)} stages."
             )
-        show, log = PlainLines(sys.stdout), LogFile(paths.log)
+        show, log = PlainLines(sys.stdout), LogFile(store.log)
 
         def tell(event: Event) -> None:
             show(event)
@@ -42,7 +42,7 @@ def task(directory: Path, round: int, stage: int) -> None:
                 perform_task(Task(round, stage), run, stop, tell)
             except Interrupted as interrupted:
                 log.write(str(interrupted))
-                queue_again(stop.reason, paths.round(round, rounds), lambda line: _say(line, log))
+                queue_again(stop.reason, store.round(round, rounds), lambda line: _say(line, log))
                 raise
             except LayerwiseError as error:
                 log.write(str(error))

@@ -65,7 +65,7 @@ def execute(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> 
     """
     options = run.config.engine
     own = () if options.scheduler else options.devices or (str(run.device),)
-    order = _Order(str(run.paths.out.resolve()), uuid.uuid4().hex, torch.get_num_threads(), own)
+    order = _Order(str(run.store.out.resolve()), uuid.uuid4().hex, torch.get_num_threads(), own)
     with _client(options.scheduler, len(own)) as client:
         from distributed import Event as Signal
         from distributed import Variable

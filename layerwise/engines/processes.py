@@ -101,9 +101,9 @@ def _hand_out(work: _Work, workers: Sequence[_Worker]) -> None:
 
 
 def _start(device: str, number: int, run: Run, inbox: Inbox) -> _Worker:
-    log = run.paths.out / "workers" / f"{number}.txt"
+    log = run.store.out / "workers" / f"{number}.txt"
     log.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "layerwise.engines.worker", str(run.paths.out), device]
+    command = [sys.executable, "-m", "layerwise.engines.worker", str(run.store.out), device]
     # The last bits of sums on a CPU depend on the number of threads.
     threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with log.open("a") as errors:

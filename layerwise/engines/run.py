@@ -24,7 +24,7 @@ from layerwise.memory.device import share_one_heap
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
-from layerwise.run_store import RunPaths, RunState
+from layerwise.run_store import RunState, RunStore
 from layerwise.stop import StopFlag
 from layerwise.tracking.following import Following, find_service, open_service
 from layerwise.training.batch_effects import check_shareable
@@ -43,7 +43,7 @@ from layerwise.training.schedule import Task, tasks_of_run
 class RunResult:
     """A finished run."""
 
-    paths: RunPaths
+    paths: RunStore
     state: RunState
     config: Config
     labels: tuple[str, ...]
@@ -90,7 +90,7 @@ def run(
 
 def _result(run: Run) -> RunResult:
     labels = (*run.data.labels, *run.data.frame_label_names)
-    return RunResult(run.paths, RunState.load(run.paths.state), run.config, labels)
+    return RunResult(run.store, RunState.load(run.store.state), run.config, labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,52 +119,52 @@ def prepared_run(
     service = find_service(config.training.log)
     _refuse_objects_elsewhere(config, objects, ranks)
     device = device_of(config.engine.devices[0] if config.engine.devices else config.training.device, ranks)
-    paths, rounds = RunPaths.of(config.out, config.cache.dir), config.training.rounds
+    store, rounds = RunStore.of(config.out, config.cache.dir), config.training.rounds
     data = objects.data or open_data(config.data, shortest_sample(config))
-    planned_for = _content(paths.state)
-    sizes = objects.cut or (None if overwrite else _earlier_cut(paths, config))
+    planned_for = _content(store.state)
+    sizes = objects.cut or (None if overwrite else _earlier_cut(store, config))
     specs = cut_network(config, data, device, objects.network, sizes, objects.optimization)
     check_shareable(specs, ranks)
     split = split_samples(data, config)
-    furthest = paths.furthest_round(rounds)
+    furthest = store.furthest_round(rounds)
     earlier = earlier_records(furthest, config, overwrite, from_stage)
     storage = plan_caches(
         config,
         specs,
         data,
-        free_for_caches(paths.caches),
+        free_for_caches(store.caches),
         decided(earlier),
         sealed_bytes(furthest, len(specs)),
         intended(earlier, furthest, config),
     )
-    finished = {each.stage for each in earlier_records(paths, config, overwrite, from_stage) if each.status == "done"}
+    finished = {each.stage for each in earlier_records(store, config, overwrite, from_stage) if each.status == "done"}
     layouts = layouts_of(config, specs, storage, device, finished, stop)
-    busy = RunError(f"Another process is running {paths.out}; wait for it, or name another --out.")
+    busy = RunError(f"Another process is running {store.out}; wait for it, or name another --out.")
     caches_busy = RunError(
-        f"Another run of the same name is using {paths.caches}; wait for it, or give another --out name or --cache-dir."
+        f"Another run of the same name is using {store.caches}; wait for it, or give another --out name or --cache-dir."
     )
-    _refuse_foreign_folder(paths.out)
-    for folder in (paths.out, paths.caches):
+    _refuse_foreign_folder(store.out)
+    for folder in (store.out, store.caches):
         refuse_unwritable(folder)
-    refuse_while_queued(paths.jobs)
-    check_from_stage(paths, from_stage, overwrite, len(specs))
+    refuse_while_queued(store.jobs)
+    check_from_stage(store, from_stage, overwrite, len(specs))
     # The locks come this late because a request that is refused leaves no folder behind.
-    with exclusive(paths.lock, busy), exclusive(paths.caches_lock, caches_busy):
-        with _nobody_at_work(paths, rounds):
-            if _content(paths.state) != planned_for:
-                raise RunError(f"Another process has gone on with {paths.out} meanwhile; start the same command again.")
+    with exclusive(store.lock, busy), exclusive(store.caches_lock, caches_busy):
+        with _nobody_at_work(store, rounds):
+            if _content(store.state) != planned_for:
+                raise RunError(f"Another process has gone on with {store.out} meanwhile; start the same command again.")
             states = prepare_rounds(
-                config, paths, data, specs, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
+                config, store, data, specs, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
             )
-            state, run = states[rounds], Run(config, paths, data, split, specs, layouts, storage, device, ranks)
-            write_atomically(paths.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
-            tracker = open_service(config.training.log, service, paths, state.run_id, config)
+            state, run = states[rounds], Run(config, store, data, split, specs, layouts, storage, device, ranks)
+            write_atomically(store.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
+            tracker = open_service(config.training.log, service, store, state.run_id, config)
         with Following(tracker, notify) as notify_all:
             for line in _described(run):
                 notify_all(Message(line))
             done = tuple(record.stage for record in state.stages if record.status == "done")
             notify_all(RunStarted(len(specs), done, config.training.max_epochs, state.budget_bytes, rounds))
-            with _nobody_at_work(paths, rounds):
+            with _nobody_at_work(store, rounds):
                 tasks = _tasks_left([run.round(number) for number in states], notify_all)
             yield PreparedRun(run, tasks, notify_all)
 
@@ -185,10 +185,10 @@ def _refuse_objects_elsewhere(config: Config, objects: UserObjects, ranks: Ranks
 
 
 @contextmanager
-def _nobody_at_work(paths: RunPaths, rounds: int) -> Iterator[None]:
+def _nobody_at_work(store: RunStore, rounds: int) -> Iterator[None]:
     """Keeps tasks from their rounds meanwhile, those of an earlier start included. Raises RunError where one is in hand."""
-    locks = {paths.round(number, rounds).task_lock for number in range(1, rounds + 1)}
-    locks |= {folder / paths.task_lock.name for folder in (paths.out / "rounds").glob("*")}
+    locks = {store.round(number, rounds).task_lock for number in range(1, rounds + 1)}
+    locks |= {folder / store.task_lock.name for folder in (store.out / "rounds").glob("*")}
     with ExitStack() as held:
         for lock in sorted(locks):
             busy = RunError(
@@ -214,23 +214,23 @@ def _execute(prepared: PreparedRun, stop: StopFlag) -> None:
 
 def tasks_left(config: Config, overwrite: bool, from_stage: int | None) -> list[Task]:
     """What `begun` would find to do, were nothing damaged; nothing is written."""
-    paths, rounds = RunPaths.of(config.out, config.cache.dir), config.training.rounds
+    store, rounds = RunStore.of(config.out, config.cache.dir), config.training.rounds
     data = open_data(config.data, shortest_sample(config))
-    device, cut = device_of(config.training.device, ALONE), None if overwrite else _earlier_cut(paths, config)
+    device, cut = device_of(config.training.device, ALONE), None if overwrite else _earlier_cut(store, config)
     stages = len(cut_network(config, data, device, None, cut))
     done = {
         Task(number, record.stage)
         for number in range(1, rounds + 1)
-        for record in earlier_records(_of_round(paths, number, rounds), config, overwrite, from_stage)
+        for record in earlier_records(_of_round(store, number, rounds), config, overwrite, from_stage)
         if record.status == "done"
     }
     return [task for task in tasks_of_run(stages, rounds) if task not in done]
 
 
-def _of_round(paths: RunPaths, number: int, rounds: int) -> RunPaths:
+def _of_round(store: RunStore, number: int, rounds: int) -> RunStore:
     """Of a round that was deleted, for it had served its purpose, the run itself."""
-    here = paths.round(number, rounds)
-    return here if here.state.exists() or not paths.state.exists() else paths
+    here = store.round(number, rounds)
+    return here if here.state.exists() or not store.state.exists() else store
 
 
 def _tasks_left(rounds: list[Round], notify: Notify) -> list[Task]:
@@ -268,11 +268,11 @@ def _refuse_foreign_folder(out: Path) -> None:
             raise RunError(f"--out {out} holds something else ({others[0]}); name a new or empty folder.")
 
 
-def _earlier_cut(paths: RunPaths, config: Config) -> list[int] | None:
+def _earlier_cut(store: RunStore, config: Config) -> list[int] | None:
     """How an earlier start has cut the network, so that this one goes on with it whatever its budget."""
-    if not paths.state.exists() or config.training.schedule == "simultaneous":
+    if not store.state.exists() or config.training.schedule == "simultaneous":
         return None
-    cut = RunState.load(paths.state).cut
+    cut = RunState.load(store.state).cut
     return cut if config.training.stages in (None, len(cut)) else None
 
 

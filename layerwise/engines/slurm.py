@@ -15,7 +15,7 @@ from layerwise.engines.task_runner import write_encoder
 from layerwise.errors import ConfigError
 from layerwise.events import Notify, silent
 from layerwise.files import write_atomically
-from layerwise.run_store import RunPaths
+from layerwise.run_store import RunStore
 from layerwise.stop import StopFlag
 from layerwise.training.schedule import Task
 
@@ -81,7 +81,7 @@ def _check(config: Config) -> None:
 
 
 def _folder(config: Config) -> Path:
-    return RunPaths.of(config.out, config.cache.dir).jobs.resolve()
+    return RunStore.of(config.out, config.cache.dir).jobs.resolve()
 
 
 def _name(task: Task) -> str:

@@ -20,7 +20,7 @@ from layerwise.files import exclusive
 from layerwise.memory.device import find_device, share_one_heap
 from layerwise.memory.meter import meter_for
 from layerwise.nets import shortest_sample
-from layerwise.run_store import RunPaths, RunState
+from layerwise.run_store import RunState, RunStore
 from layerwise.stop import StopFlag
 from layerwise.training.budget import StageLayout, lay_out, smallest_budget, smallest_layout
 from layerwise.training.cache_plan import CachePlan, below
@@ -51,7 +51,7 @@ def perform_task(task: Task, run: Run, stop: StopFlag, notify: Notify) -> None:
     of_round = f" of round {task.round}" if run.rounds > 1 else ""
     where = f"before stage {task.stage}{of_round}"
     context.raise_if_stopped(where)
-    lock = run.paths.round(task.round, run.rounds).task_lock
+    lock = run.store.round(task.round, run.rounds).task_lock
     with _locked(lock, task, where, stop) if run.ranks.first else nullcontext():
         if run.ranks.first:  # for `layerwise status`
             lock.write_text(f"{socket.gethostname()}, process {os.getpid()}, {run.device}\n")
@@ -63,13 +63,13 @@ def perform_task(task: Task, run: Run, stop: StopFlag, notify: Notify) -> None:
 
 def write_encoder(run: Run) -> None:
     """Stitches the trained stages into encoder.safetensors; every task must be done."""
-    with _locked(run.paths.task_lock, Task(run.rounds, len(run.specs)), "", StopFlag()):
-        stitch(run.config, run.paths, run.specs, run.data)
-        for paths in (run.paths.round(number, run.rounds) for number in range(1, run.rounds + 1)):
-            if paths.state.exists():
-                state = RunState.load(paths.state)
+    with _locked(run.store.task_lock, Task(run.rounds, len(run.specs)), "", StopFlag()):
+        stitch(run.config, run.store, run.specs, run.data)
+        for store in (run.store.round(number, run.rounds) for number in range(1, run.rounds + 1)):
+            if store.state.exists():
+                state = RunState.load(store.state)
                 state.from_stage = None
-                state.save(paths.state)
+                state.save(store.state)
 
 
 def open_prepared_run(out: Path, device: str | None = None) -> Run:
@@ -86,11 +86,11 @@ def open_prepared_run(out: Path, device: str | None = None) -> Run:
         raise RunError(
             f"The network of {out} was given as an object, which only its own process knows; leave --devices and --engine out."
         )
-    paths, on = RunPaths(out, Path(main.caches)), find_device(config.training.device)
+    store, on = RunStore(out, Path(main.caches)), find_device(config.training.device)
     data = open_data(config.data, shortest_sample(config))
     if data.identity != main.data_identity:
         raise RunError(f"The data of {out} have changed since it was prepared; bring the old ones back.")
-    furthest = RunState.load(paths.furthest_round(config.training.rounds).state)
+    furthest = RunState.load(store.furthest_round(config.training.rounds).state)
     storage = CachePlan(tuple(bool(record.cached) for record in furthest.stages))
     specs = cut_network(config, data, on, None, main.cut)
     if specs[0].network.identity != main.network:
@@ -100,7 +100,7 @@ def open_prepared_run(out: Path, device: str | None = None) -> Run:
         )
     done = {record.stage for record in main.stages if record.status == "done"}
     layouts = layouts_of(config, specs, storage, on, done, StopFlag())
-    return Run(config, paths, data, split_samples(data, config), specs, layouts, storage, on)
+    return Run(config, store, data, split_samples(data, config), specs, layouts, storage, on)
 
 
 def layouts_of(

@@ -149,7 +149,7 @@ class SharedRun:
 
 def execute(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> None:
     """In the first rank: has the others perform the tasks along with it."""
-    run.ranks.heard(SharedRun(run.paths.out.resolve(), run.config.training.device, list(tasks), run.layouts))
+    run.ranks.heard(SharedRun(run.store.out.resolve(), run.config.training.device, list(tasks), run.layouts))
     perform_tasks(tasks, run, stop, notify)
 
 

@@ -11,7 +11,7 @@ from layerwise.config import Config, load, options, value_of
 from layerwise.data.source import DataSet
 from layerwise.errors import RunError
 from layerwise.memory.ranks import ALONE, Ranks
-from layerwise.run_store import RunPaths, RunState
+from layerwise.run_store import RunState, RunStore
 from layerwise.training.budget import StageLayout
 from layerwise.training.cache_plan import CachePlan, keep_of_round
 from layerwise.training.spec import StageSpec
@@ -22,7 +22,7 @@ class Run:
     """What is the same for all rounds and tasks of a run."""
 
     config: Config
-    paths: RunPaths
+    store: RunStore
     data: DataSet
     split: np.ndarray
     """uint8 [N], see training.samples."""
@@ -42,10 +42,10 @@ class Run:
         """A round as run.json describes it now, with the rounds before it."""
         found = None
         for each in range(1, number + 1):
-            paths = self.paths.round(each, self.rounds)
-            if each < number and not paths.state.exists():  # a user may delete earlier rounds of a finished run
+            store = self.store.round(each, self.rounds)
+            if each < number and not store.state.exists():  # a user may delete earlier rounds of a finished run
                 continue
-            found = Round(self, each, paths, RunState.load(paths.state), found)
+            found = Round(self, each, store, RunState.load(store.state), found)
         assert found is not None
         return found
 
@@ -57,7 +57,7 @@ class Round:
     run: Run
     number: int
     """From 1."""
-    paths: RunPaths
+    store: RunStore
     state: RunState
     earlier: "Round | None" = None
     """The round before."""
@@ -75,7 +75,7 @@ class Round:
     def save(self) -> None:
         """Replaces run.json. Raises RunError."""
         if self.run.ranks.first:
-            self.state.save(self.paths.state)
+            self.state.save(self.store.state)
 
     def training_key(self, stage: int) -> str:
         """SHA-256 of the input of a stage and of all options that act on its result.
@@ -85,7 +85,7 @@ class Round:
         """
         if self.number > 1 and self.earlier is None:
             raise RunError(
-                f"{self.paths.out} has lost the folder of its round {self.number - 1}; begin anew with --overwrite."
+                f"{self.store.out} has lost the folder of its round {self.number - 1}; begin anew with --overwrite."
             )
         config, spec = self.run.config, self.run.specs[stage - 1]
         return _digest(
@@ -103,7 +103,7 @@ class Round:
 
     def trained_with(self, stage: int) -> Config:
         """The options that a stage was trained with; `--from-stage` may have changed them for the stages above only."""
-        return load(self.paths.stage_config(stage))
+        return load(self.store.stage_config(stage))
 
 
 def fingerprint(training_key: str, weights_digest: str) -> str:

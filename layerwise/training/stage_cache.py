@@ -29,13 +29,13 @@ from layerwise.training.spec import StageSpec, frame_labels
 def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -> None:
     """Leaves the sealed cache, and its peak and size in the record."""
     run, record, meter = round.run, round.state.record(spec.stage), context.meter
-    path = round.paths.cache(spec.stage)
+    path = round.store.cache(spec.stage)
     written = written_at(path, round)
     if written != path:
         _discard_others(written, record.fingerprint)
     if not _is_sealed(path, record.fingerprint) and not _is_sealed(written, record.fingerprint):
         module = spec.build_module(run.config.training.seed, run.device)
-        load_weights(module, load_stage(round.paths, spec.stage))
+        load_weights(module, load_stage(round.store, spec.stage))
         meter.label("parameters", module.state_dict().values())
         started, seconds = time.monotonic(), record.seconds
 

@@ -64,7 +64,7 @@ def _perform_stage(stage: int, round: Round, context: RunContext) -> None:
     if record.status == "done":
         return
     spec, device, budget = round.run.specs[stage - 1], context.device, round.state.budget_bytes
-    written_at(round.paths.cache(stage), round)  # an impossible cache.scratch is refused before the training
+    written_at(round.store.cache(stage), round)  # an impossible cache.scratch is refused before the training
     source = _open_source(stage, round)
     cap(device, budget)  # again for each stage: the driver's own memory grows as kernels are loaded
     allocated_before = _allocated(device)
@@ -106,14 +106,14 @@ def _perform_stage(stage: int, round: Round, context: RunContext) -> None:
 def _memory_log(stage: int, round: Round, context: RunContext) -> AbstractContextManager[Notify]:
     """Receives the events of a stage and passes them on; the first rank also logs its device memory."""
     if context.ranks.first:
-        return MemoryLog(round.paths.memory(stage), context.meter, context.notify)
+        return MemoryLog(round.store.memory(stage), context.meter, context.notify)
     return nullcontext(context.notify)
 
 
 def _train_and_cache(spec: StageSpec, source: FrameSource, round: Round, context: RunContext) -> None:
     record = round.state.record(spec.stage)
     loader = _loader(spec.stage, source, round, context)
-    if record.status != "caching" or not round.paths.weights(spec.stage).exists():
+    if record.status != "caching" or not round.store.weights(spec.stage).exists():
         _train(spec, loader, round, context)
     release(context.device)  # some modules, torch.fx's among them, are cycles that only the collector frees
     _record_driver_bytes(context.device, record)
@@ -149,7 +149,7 @@ def _loader(stage: int, source: FrameSource, round: Round, context: RunContext) 
         return SourceLoader(source, context.device, ranks)
     numbers = [spec.stage for spec in specs]
     formats = [OutputFormat.of(round.trained_with(number)) for number in numbers]
-    stages = trained_stages(specs, formats, load_stages(round.paths, numbers))
+    stages = trained_stages(specs, formats, load_stages(round.store, numbers))
     return RecomputingLoader(source, specs, stages, run.layouts[stage - 1].windows, context.device, ranks)
 
 
@@ -160,7 +160,7 @@ def _train(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -
     record.input = input_kind(stage, run.storage)
     round.save()
     if context.ranks.first:
-        write_atomically(round.paths.stage_config(stage), run.config.to_toml().encode())
+        write_atomically(round.store.stage_config(stage), run.config.to_toml().encode())
 
     def record_epoch(event: Event) -> None:
         if isinstance(event, EpochDone):
@@ -176,13 +176,13 @@ def _train(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -
         sample_classes(run.config, run.data),
     )
     key, earlier = round.training_key(stage), round.earlier
-    begin_from = (earlier.paths.checkpoint(stage), earlier.training_key(stage)) if earlier else None
-    files = StageFiles(round.paths.checkpoint(stage), round.paths.metrics(stage), key, begin_from)
+    begin_from = (earlier.store.checkpoint(stage), earlier.training_key(stage)) if earlier else None
+    files = StageFiles(round.store.checkpoint(stage), round.store.metrics(stage), key, begin_from)
     in_training = replace(context, notify=record_epoch)
     trainer = load_trainer(spec, run.config, run.layouts[stage - 1].placement, in_training)
     trained = fit(trainer, loader, samples, files, round.number, in_training)
     if context.ranks.first:
-        save_arrays(round.paths.weights(stage), trained.weights, {"stage": str(stage), "made_for": key})
+        save_arrays(round.store.weights(stage), trained.weights, {"stage": str(stage), "made_for": key})
     weights_digest = digest(trained.weights)
     if len(set(context.ranks.all(weights_digest))) > 1:
         raise AssertionError(f"the ranks have trained different weights of stage {stage}")
@@ -203,9 +203,9 @@ def _record_done(round: Round, record: StageRecord) -> None:
     if not round.run.ranks.first:
         return
     if round.is_last:
-        round.paths.checkpoint(record.stage).unlink(missing_ok=True)  # the next round begins from earlier ones
+        round.store.checkpoint(record.stage).unlink(missing_ok=True)  # the next round begins from earlier ones
     if round.earlier:
-        round.earlier.paths.checkpoint(record.stage).unlink(missing_ok=True)
+        round.earlier.store.checkpoint(record.stage).unlink(missing_ok=True)
 
 
 def _allocated(device: torch.device) -> int:
