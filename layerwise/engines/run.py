@@ -16,12 +16,13 @@ from layerwise.engines import dask, in_process, processes
 from layerwise.engines import torchrun as shared
 from layerwise.engines.machine import machine
 from layerwise.engines.sbatch import refuse_while_queued
-from layerwise.engines.task_runner import TaskRunner, layouts_of
+from layerwise.engines.task_runner import TaskRunner
 from layerwise.engines.torchrun import device_of
 from layerwise.errors import ConfigError, RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import exclusive, refuse_unwritable, write_atomically
 from layerwise.memory.device import share_one_heap
+from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
@@ -29,7 +30,7 @@ from layerwise.run_store import RunPaths, RunState
 from layerwise.stop import StopFlag
 from layerwise.tracking.following import Following, find_service, open_service
 from layerwise.training.batch_effects import check_shareable
-from layerwise.training.budget import StageLayout
+from layerwise.training.budget import fit_to_budget
 from layerwise.training.cache_plan import CachePlan, free_for_caches, plan_caches, sealed_bytes
 from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend
 from layerwise.training.cut import cut_network
@@ -159,7 +160,7 @@ def prepared_run(
         intended(earlier, furthest, config),
     )
     finished = {each.stage for each in earlier_records(paths, config, overwrite, from_stage) if each.status == "done"}
-    layouts = layouts_of(config, specs, storage, device, finished, stop)
+    memory_plans = fit_to_budget(config, specs, storage, device, finished, stop)
     busy = RunError(f"Another process is running {paths.out}; wait for it, or name another --out.")
     caches_busy = RunError(
         f"Another run of the same name is using {paths.caches}; wait for it, or give another --out name or --cache-dir."
@@ -179,12 +180,12 @@ def prepared_run(
             )
             state, opened = (
                 states[rounds],
-                TaskRunner(config, paths, data, split, specs, layouts, storage, device, ranks),
+                TaskRunner(config, paths, data, split, specs, memory_plans, storage, device, ranks),
             )
             write_atomically(paths.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
             tracker = open_service(config.training.log, service, paths, state.run_id, config)
         with Following(tracker, notify) as told:
-            for line in _described(config, data, specs, layouts, storage):
+            for line in _described(config, data, specs, memory_plans, storage):
                 told(Message(line))
             done = tuple(record.stage for record in state.stages if record.status == "done")
             told(RunStarted(len(specs), done, config.training.max_epochs, state.budget_bytes, rounds))
@@ -284,10 +285,10 @@ def _earlier_cut(paths: RunPaths, config: Config) -> list[int] | None:
 
 
 def _described(
-    config: Config, data: DataSet, specs: list[StageSpec], layouts: list[StageLayout], storage: CachePlan
+    config: Config, data: DataSet, specs: list[StageSpec], memory_plans: list[MemoryPlan], storage: CachePlan
 ) -> list[str]:
     chosen = config.training.stages is None and config.memory.gpu_mem is not None
-    one_pass = all(layout.placement.passes == 1 for layout in layouts)
+    one_pass = all(plan.passes == 1 for plan in memory_plans)
     held = (
         ", the fewest that --gpu-mem holds in one pass"
         if one_pass
@@ -296,9 +297,9 @@ def _described(
     why = f"{held} (--stages N cuts otherwise)" if chosen else ""
     stages = "1 stage" if len(specs) == 1 else f"{len(specs)} stages"
     lines = [f"{len(data.ids)} samples from {config.data.source}, {stages}{why}"]
-    for stage, layout in zip(specs, layouts, strict=True):
-        if layout.why:
-            lines.append(f"stage {stage.stage}: {layout.placement}, because {layout.why}")
+    for spec, plan in zip(specs, memory_plans, strict=True):
+        if plan.why:
+            lines.append(f"stage {spec.stage}: {plan}, because {plan.why}")
     lines += storage.notes
     if data.skipped:
         lines.append(f"{len(data.skipped)} files skipped:")

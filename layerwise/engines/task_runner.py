@@ -6,7 +6,7 @@ so that nothing of it is passed between processes."""
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +17,17 @@ import torch
 from layerwise.config import Config, load, with_options
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
-from layerwise.errors import BudgetError, RunError
+from layerwise.errors import RunError
 from layerwise.events import Notify
 from layerwise.files import exclusive
 from layerwise.memory.device import find_device, share_one_heap
+from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets import shortest_sample
 from layerwise.run_store import RunPaths, RunState
 from layerwise.stop import StopFlag
-from layerwise.training.budget import StageLayout, lay_out, smallest_budget, smallest_layout
-from layerwise.training.cache_plan import CachePlan, below
+from layerwise.training.budget import fit_to_budget
+from layerwise.training.cache_plan import CachePlan
 from layerwise.training.cut import cut_network
 from layerwise.training.encoder import stitch
 from layerwise.training.resume import is_trained
@@ -51,7 +52,7 @@ class TaskRunner:
     split: np.ndarray
     """uint8 [N], see training.split."""
     specs: list[StageSpec]
-    layouts: list[StageLayout]
+    memory_plans: list[MemoryPlan]
     storage: CachePlan
     device: torch.device
     ranks: Ranks = ALONE
@@ -100,7 +101,7 @@ class TaskRunner:
                 self.data,
                 self.split,
                 self.specs,
-                self.layouts,
+                self.memory_plans,
                 self.storage,
                 self.device,
                 stop,
@@ -131,7 +132,7 @@ def open_task_runner(out: Path, device: str | None = None) -> TaskRunner:
     if data.identity != main.data_identity:
         raise RunError(f"The data of {out} have changed since it was prepared; bring the old ones back.")
     furthest = RunState.load(paths.furthest_round(config.training.rounds).state)
-    storage = CachePlan(tuple(bool(record.cached) for record in furthest.stages))
+    storage = CachePlan.of(furthest.stages)
     specs = cut_network(config, data, on, None, main.cut)
     if specs[0].network.identity != main.network:
         raise RunError(
@@ -139,30 +140,8 @@ def open_task_runner(out: Path, device: str | None = None) -> TaskRunner:
             "are drawn from another generator than torch's. Bring the old one back, or start anew with --overwrite."
         )
     done = {record.stage for record in main.stages if record.status == "done"}
-    layouts = layouts_of(config, specs, storage, on, done, StopFlag())
-    return TaskRunner(config, paths, data, split_samples(data, config), specs, layouts, storage, on)
-
-
-def layouts_of(
-    config: Config, specs: Sequence[StageSpec], storage: CachePlan, device: torch.device, done: set[int], stop: StopFlag
-) -> list[StageLayout]:
-    """How each stage is laid out; that of a stage that is done already need not fit.
-
-    Raises BudgetError that names the neediest stage, Interrupted between two stages.
-    """
-    layouts, refused = [], {}
-    for spec in specs:
-        stop.raise_if_set("before anything was trained")
-        recomputed = below(specs, spec.stage, storage)
-        try:
-            layouts.append(lay_out(config, spec, device, recomputed))
-        except BudgetError as error:
-            layouts.append(smallest_layout(config, spec, recomputed))
-            if spec.stage not in done:
-                refused[smallest_budget(config, spec, device, recomputed)] = error
-    if refused:
-        raise refused[max(refused)]
-    return layouts
+    memory_plans = fit_to_budget(config, specs, storage, on, done, StopFlag())
+    return TaskRunner(config, paths, data, split_samples(data, config), specs, memory_plans, storage, on)
 
 
 def _check_needs(task: Task, run: Run) -> None:

@@ -21,9 +21,9 @@ from layerwise.engines.task_runner import TaskRunner, open_task_runner
 from layerwise.errors import ConfigError, Interrupted, ToldElsewhere
 from layerwise.events import Notify, silent
 from layerwise.memory.device import find_device
+from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.ranks import ALONE, LostRank, Ranks
 from layerwise.stop import StopFlag
-from layerwise.training.budget import StageLayout
 from layerwise.training.schedule import Task
 
 SILENCE = timedelta(hours=2)
@@ -142,13 +142,13 @@ class SharedRun:
     device: str
     """As the options name it."""
     tasks: list[Task]
-    layouts: list[StageLayout]
+    memory_plans: list[MemoryPlan]
     """As the first device has room for them: all ranks must go through a batch in as many passes."""
 
 
 def execute(tasks: Sequence[Task], run: TaskRunner, stop: StopFlag, notify: Notify) -> None:
     """In the first rank: has the others perform the tasks along with it."""
-    run.ranks.heard(SharedRun(run.paths.out.resolve(), run.config.training.device, list(tasks), run.layouts))
+    run.ranks.heard(SharedRun(run.paths.out.resolve(), run.config.training.device, list(tasks), run.memory_plans))
     _perform(tasks, run, stop, notify)
 
 
@@ -162,7 +162,7 @@ def follow(ranks: Ranks, stop: StopFlag) -> TaskRunner:
     except LostRank as lost:
         raise ToldElsewhere(str(lost), lost.exit_code) from None
     opened = open_task_runner(prepared.out, str(device_of(prepared.device, ranks)))
-    opened = replace(opened, layouts=prepared.layouts, ranks=ranks)
+    opened = replace(opened, memory_plans=prepared.memory_plans, ranks=ranks)
     try:
         _perform(prepared.tasks, opened, stop, silent)
     except Interrupted as stopped:

@@ -22,7 +22,7 @@ from layerwise.errors import RunError, TrainingError
 from layerwise.events import EpochDone, Notify, StageStarted, StepDone
 from layerwise.files import write_atomically
 from layerwise.memory.meter import AnyMeter
-from layerwise.memory.plan import Placement
+from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.stop import StopFlag
 from layerwise.streams import stream
@@ -58,7 +58,7 @@ class Trained:
     seconds: float
     peak_bytes: int
     """Highest of all epochs, those before a resume included."""
-    placement: Placement
+    placement: MemoryPlan
     """At the end: smaller than at the beginning where a step ran out of memory."""
 
 
@@ -70,7 +70,7 @@ def train_stage(
     held_out: np.ndarray,
     classes: np.ndarray | None,
     device: torch.device,
-    placement: Placement,
+    placement: MemoryPlan,
     meter: AnyMeter,
     files: StageFiles,
     stop: StopFlag,

@@ -13,10 +13,10 @@ from layerwise.config import Config, load, options, value_of
 from layerwise.data.source import DataSet
 from layerwise.errors import RunError
 from layerwise.events import Notify
+from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.run_store import RunPaths, RunState
 from layerwise.stop import StopFlag
-from layerwise.training.budget import StageLayout
 from layerwise.training.cache_plan import CachePlan, keep_of_round
 from layerwise.training.spec import StageSpec
 
@@ -35,7 +35,7 @@ class Run:
     split: np.ndarray
     """uint8 [N], see training.split."""
     specs: list[StageSpec]
-    layouts: list[StageLayout]
+    memory_plans: list[MemoryPlan]
     storage: CachePlan
     device: torch.device
     stop: StopFlag

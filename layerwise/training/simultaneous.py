@@ -18,7 +18,7 @@ from layerwise.data.batches import Batch
 from layerwise.memory.device import autocast, on_device
 from layerwise.memory.meter import AnyMeter, metered
 from layerwise.memory.microbatch import Total
-from layerwise.memory.plan import Placement
+from layerwise.memory.plan import MemoryPlan
 from layerwise.nets.module import Module
 from layerwise.training.optimizer import Optimizer, State
 from layerwise.training.spec import StageSpec
@@ -33,7 +33,7 @@ class SimultaneousTrainer:
     shrunk = False
 
     def __init__(
-        self, spec: StageSpec, config: Config, device: torch.device, placement: Placement, meter: AnyMeter
+        self, spec: StageSpec, config: Config, device: torch.device, placement: MemoryPlan, meter: AnyMeter
     ) -> None:
         self.spec, self.placement = spec, placement
         self._device, self._meter, self._precision = device, meter, config.training.precision

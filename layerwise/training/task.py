@@ -21,7 +21,6 @@ from layerwise.memory.device import cap, process_bytes, release, why_out_of_memo
 from layerwise.memory.meter import AnyMeter, meter_for
 from layerwise.memory.ranks import ALONE
 from layerwise.run_store import StageRecord
-from layerwise.training.cache_plan import below, input_kind
 from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend, open_cache
 from layerwise.training.checkpoint import digest, load_stages, save_arrays
 from layerwise.training.fit import StageFiles, train_stage
@@ -137,7 +136,7 @@ def _open_source(stage: int, run: Run) -> FrameSource:
 
 def _feed(stage: int, source: FrameSource, run: Run) -> Loader:
     """Reads the source, or passes it up through the stages that are not cached."""
-    specs = below(run.specs, stage, run.storage)
+    specs = run.storage.below(stage, run.specs)
     # The level of noise is that of all inputs of a batch.
     ranks = ALONE if run.config.training.input_noise else run.ranks
     if not specs:
@@ -145,7 +144,7 @@ def _feed(stage: int, source: FrameSource, run: Run) -> Loader:
     numbers = [spec.stage for spec in specs]
     handings = [OutputFormat.of(run.trained_with(below)) for below in numbers]
     stages = trained_stages(specs, handings, load_stages(run.paths, numbers))
-    return RecomputingLoader(source, specs, stages, run.layouts[stage - 1].windows, run.device, ranks)
+    return RecomputingLoader(source, specs, stages, run.memory_plans[stage - 1].windows, run.device, ranks)
 
 
 def _train(spec: StageSpec, loader: Loader, run: Run, record: StageRecord, meter: AnyMeter) -> None:
@@ -155,7 +154,7 @@ def _train(spec: StageSpec, loader: Loader, run: Run, record: StageRecord, meter
     if record.status == "caching" and weights_path.exists():
         return
     record.status = "training"
-    record.input = input_kind(stage, run.storage)
+    record.input = run.storage.input_kind(stage)
     run.save()
     if run.ranks.first:
         write_atomically(run.paths.stage_config(stage), run.config.to_toml().encode())
@@ -176,7 +175,7 @@ def _train(spec: StageSpec, loader: Loader, run: Run, record: StageRecord, meter
         held_out=np.flatnonzero(run.split == HELD_OUT),
         classes=sample_classes(run.config, run.data),
         device=run.device,
-        placement=run.layouts[stage - 1].placement,
+        placement=run.memory_plans[stage - 1],
         meter=meter,
         files=StageFiles(
             run.paths.checkpoint(stage), run.paths.metrics(stage), run.key(stage), _end_before(stage, run)

@@ -23,7 +23,7 @@ from layerwise.memory import microbatch
 from layerwise.memory.device import autocast, offloaded, on_device, pack_recurrent_weights, release, why_out_of_memory
 from layerwise.memory.meter import AnyMeter, metered
 from layerwise.memory.microbatch import Pending, Total
-from layerwise.memory.plan import Placement
+from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.objectives.protocol import Draw, Score
 from layerwise.training.batch_effects import behaviour
@@ -51,7 +51,7 @@ class StageTrainer:
         spec: StageSpec,
         config: Config,
         device: torch.device,
-        placement: Placement,
+        placement: MemoryPlan,
         meter: AnyMeter,
         ranks: Ranks = ALONE,
     ) -> None:

@@ -17,7 +17,7 @@ from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 from layerwise.training import batch_effects as module_under_test
 from layerwise.training.batch_effects import behaviour
-from layerwise.training.budget import lay_out
+from layerwise.training.budget import fit_stage
 from layerwise.training.spec import StageSpec
 
 Planned = Callable[..., tuple[Config, list[StageSpec]]]
@@ -257,7 +257,7 @@ def test_each_layer_is_run_once_whatever_is_asked_of_whichever_cut(planned_stage
         config, plans = planned_stages("speech", network, **{"data.window": 400, "training.stages": stages})
         for plan in plans:
             behaviour(plan)
-            lay_out(config, plan, torch.device("cpu"))
+            fit_stage(config, plan, torch.device("cpu"))
     assert sorted(built) == [0, 1, 2]
 
 
