@@ -10,7 +10,7 @@ from layerwise.config import Config
 from layerwise.errors import BudgetError
 from layerwise.memory.device import context_bytes, workspace_bytes
 from layerwise.memory.plan import Placement, cheapest, families
-from layerwise.training.batch_effects import behaviour
+from layerwise.training.batch_effects import batch_effects
 from layerwise.training.forward import longest_piece, shortest_piece
 from layerwise.training.peaks import Below, caching_peak, recomputing_peak, training_fits, training_peak
 from layerwise.training.spec import StageSpec
@@ -107,7 +107,7 @@ def every_layout(config: Config, spec: StageSpec) -> list[list[Placement]]:
     return list(
         families(
             config.training.batch_size,
-            sliceable=behaviour(spec).why_unsliceable is None,
+            sliceable=batch_effects(spec).why_unsliceable is None,
             layers=len(module.layers),
             micro_batch=memory.micro_batch,
             recompute=None if memory.recompute == "auto" else memory.recompute == "always",
@@ -147,11 +147,11 @@ def _longest_that_fits(longest: int, shortest: int, fits: Callable[[int], bool])
 
 
 def _why(config: Config, spec: StageSpec, chosen: Placement, cheapest_one: Placement) -> str:
-    needed, found = training_peak(config, spec, cheapest_one).bytes, behaviour(spec)
+    needed, effects = training_peak(config, spec, cheapest_one).bytes, batch_effects(spec)
     why = f"the cheapest way ({cheapest_one}) would take {needed / 1e6:.1f} MB"
-    if found.why_unsliceable:
-        why += f"; {found.why_unsliceable}, so the batch cannot be sliced"
-    if not chosen.whole and found.draws:
+    if effects.why_unsliceable:
+        why += f"; {effects.why_unsliceable}, so the batch cannot be sliced"
+    if not chosen.whole and effects.uses_randomness:
         why += "; what the module draws at random, as in dropout, differs from what a whole batch would draw"
     return why
 
@@ -159,7 +159,7 @@ def _why(config: Config, spec: StageSpec, chosen: Placement, cheapest_one: Place
 def _too_small(config: Config, spec: StageSpec, device: torch.device, below: Below) -> BudgetError:
     budget, needed = config.memory.gpu_mem, smallest_budget(config, spec, device, below)
     last = smallest_layout(config, spec, below).placement
-    whole = behaviour(spec).why_unsliceable
+    whole = batch_effects(spec).why_unsliceable
     why = f" ({whole}, so the batch cannot be sliced)" if whole else ""
     finer = ", or cut into more --stages" if len(spec.layers) > 1 else ""
     window = "data.window" if spec.window.columns == 1 else "data.crop"

@@ -10,9 +10,7 @@ Predictions are asked for again and again, and kept for as long as the stage liv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
-from weakref import WeakKeyDictionary
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,30 +28,11 @@ from layerwise.memory.meter import Kind, Meter
 from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.plan import Placement
 from layerwise.nets.module import Module
+from layerwise.nets.network import memoised_per
 from layerwise.objectives.protocol import Draw
 from layerwise.training.optimizer import Optimizer, State
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def memoised_per_stage(
-    predict: Callable[Concatenate[Config, StageSpec, P], T],
-) -> Callable[Concatenate[Config, StageSpec, P], T]:
-    """`predict`, which works out every answer once; its other arguments must be hashable."""
-    answers: WeakKeyDictionary[StageSpec, dict[Any, T]] = WeakKeyDictionary()
-
-    @wraps(predict)
-    def ask(config: Config, spec: StageSpec, /, *rest: P.args, **none: P.kwargs) -> T:
-        known, key = answers.setdefault(spec, {}), (config, *rest)
-        if key not in known:
-            known[key] = predict(config, spec, *rest, **none)
-        return known[key]
-
-    return ask
-
 
 REHEARSED_STEPS = 32
 """Frames of a recurrent layer in the caching pass."""
@@ -62,7 +41,7 @@ Below = tuple[StageSpec, ...]
 """The stages whose outputs are recomputed, lowest first."""
 
 
-@memoised_per_stage
+@memoised_per(StageSpec)
 def caching_peak(config: Config, spec: StageSpec, piece: int) -> int:
     """Predicted bytes of the caching pass of a stage: of a long sample that is streamed, or of short ones with padding."""
     module = spec.build_module(config.training.seed, torch.device("meta"))
@@ -144,7 +123,7 @@ def recomputing_peak(config: Config, below: Below, windows: int, frames: int) ->
     return peak
 
 
-@memoised_per_stage
+@memoised_per(StageSpec)
 def _passing_peak(config: Config, spec: StageSpec, windows: int, frames: int) -> int:
     """Of windows of `frames` input frames through one stage, at the beginning of their samples, where they are masked."""
     rounded = STORED[config.cache.dtype].tensor
@@ -188,7 +167,7 @@ class _Known:
     """Bytes at which a rehearsal was broken off, where none has reached its end."""
 
 
-@memoised_per_stage
+@memoised_per(StageSpec)
 def _known(config: Config, spec: StageSpec, placement: Placement) -> _Known:
     return _Known()
 
