@@ -11,7 +11,7 @@ from layerwise.errors import BudgetError
 from layerwise.memory.device import context_bytes, workspace_bytes
 from layerwise.memory.plan import MemoryPlan, cheapest, families
 from layerwise.stop import StopFlag
-from layerwise.training.batch_effects import behaviour
+from layerwise.training.batch_effects import batch_effects
 from layerwise.training.cache_plan import CachePlan
 from layerwise.training.forward import longest_piece, shortest_piece
 from layerwise.training.peaks import Below, caching_peak, recomputing_peak, training_fits, training_peak
@@ -117,7 +117,7 @@ def allowed_plans(config: Config, spec: StageSpec) -> list[list[MemoryPlan]]:
     return list(
         families(
             config.training.batch_size,
-            sliceable=behaviour(spec).why_unsliceable is None,
+            sliceable=batch_effects(spec).why_unsliceable is None,
             layers=len(module.layers),
             micro_batch=memory.micro_batch,
             recompute=None if memory.recompute == "auto" else memory.recompute == "always",
@@ -159,18 +159,18 @@ def _largest_that_fits(largest: int, smallest: int, fits: Callable[[int], bool])
 
 def _why(config: Config, spec: StageSpec, chosen: MemoryPlan, first: MemoryPlan) -> str:
     """Why a stage does not train in the cheapest way, its first plan."""
-    needed, found = training_peak(config, spec, first).bytes, behaviour(spec)
+    needed, effects = training_peak(config, spec, first).bytes, batch_effects(spec)
     why = f"the cheapest way ({first}) would take {needed / 1e6:.1f} MB"
-    if found.why_unsliceable:
-        why += f"; {found.why_unsliceable}, so the batch cannot be sliced"
-    if not chosen.whole and found.draws:
+    if effects.why_unsliceable:
+        why += f"; {effects.why_unsliceable}, so the batch cannot be sliced"
+    if not chosen.whole and effects.uses_randomness:
         why += "; what the module draws at random, as in dropout, differs from what a whole batch would draw"
     return why
 
 
 def _too_small(config: Config, spec: StageSpec, needed: int) -> str:
     budget, last = config.memory.gpu_mem, smallest_plan(config, spec)
-    whole = behaviour(spec).why_unsliceable
+    whole = batch_effects(spec).why_unsliceable
     why = f" ({whole}, so the batch cannot be sliced)" if whole else ""
     finer = ", or cut into more --stages" if len(spec.layers) > 1 else ""
     window = "data.window" if spec.window.columns == 1 else "data.crop"

@@ -6,9 +6,7 @@ slices and pieces only the first are rehearsed, for the others need the same roo
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
-from weakref import WeakKeyDictionary
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,30 +23,11 @@ from layerwise.memory.meter import REHEARSED_ON, Kind, Meter, rehearse
 from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.plan import MemoryPlan
 from layerwise.nets.module import Module
+from layerwise.nets.network import memoised_per
 from layerwise.objectives.protocol import Draw
 from layerwise.training.optimizer import Optimizer, State
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def memoised_per_stage(
-    predict: Callable[Concatenate[Config, StageSpec, P], T],
-) -> Callable[Concatenate[Config, StageSpec, P], T]:
-    """Memoises predictions for as long as their stage lives; all other arguments must be hashable."""
-    predictions: WeakKeyDictionary[StageSpec, dict[Any, T]] = WeakKeyDictionary()
-
-    @wraps(predict)
-    def memoised(config: Config, spec: StageSpec, /, *rest: P.args, **none: P.kwargs) -> T:
-        of_stage, key = predictions.setdefault(spec, {}), (config, *rest)
-        if key not in of_stage:
-            of_stage[key] = predict(config, spec, *rest, **none)
-        return of_stage[key]
-
-    return memoised
-
 
 REHEARSED_STEPS = 32
 """Frames of a recurrent layer in the caching pass."""
@@ -63,7 +42,7 @@ def _stored_input(config: Config, spec: StageSpec, samples: int, frames: int) ->
     return torch.zeros(samples, frames, *spec.frame_shape, dtype=dtype, device="meta")
 
 
-@memoised_per_stage
+@memoised_per(StageSpec)
 def caching_peak(config: Config, spec: StageSpec, piece: int) -> int:
     """Predicted bytes of the caching pass of a stage: of a long sample that is streamed, or of short ones with padding."""
     module = spec.build_module(config.training.seed, torch.device("meta"))
@@ -143,7 +122,7 @@ def recomputing_peak(config: Config, below: Below, windows: int, frames: int) ->
     return peak
 
 
-@memoised_per_stage
+@memoised_per(StageSpec)
 def _passing_peak(config: Config, spec: StageSpec, windows: int, frames: int) -> int:
     """Of windows of `frames` input frames through one stage, at the beginning of their samples, where they are masked."""
 
@@ -185,7 +164,7 @@ class _Rehearsal:
     """Bytes at which a rehearsal was broken off, where none has reached its end."""
 
 
-@memoised_per_stage
+@memoised_per(StageSpec)
 def _rehearsal(config: Config, spec: StageSpec, plan: MemoryPlan) -> _Rehearsal:
     return _Rehearsal()
 
@@ -243,14 +222,14 @@ class _RehearsedTrainer(StageTrainer):
 
     def _repeat_in_smaller_slices(
         self,
-        work: Callable[[microbatch.Batch, Sequence[Draw]], Total],
+        work: Callable[[microbatch.SlicedBatch, Sequence[Draw]], Total],
         draws: Sequence[Draw],
         batch: Batch,
         randomness: StepRandomness,
     ) -> Total:
         return work(self._encoded(batch, randomness.seed), draws)
 
-    def _run_back(self, pending: Pending, encoded: microbatch.Batch) -> None:
+    def _run_back(self, pending: Pending, encoded: microbatch.SlicedBatch) -> None:
         microbatch.run_back(pending, encoded, self.placement.micro_batch)
 
     def _optimizer(self, trained: nn.Module, options: TrainingOptions) -> Optimizer:

@@ -26,7 +26,7 @@ from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.objectives.protocol import Draw, Score
-from layerwise.training.batch_effects import behaviour
+from layerwise.training.batch_effects import batch_effects
 from layerwise.training.optimizer import DeviceAdam, HostOptimizer, LossScale, Optimizer, OwnOptimizer
 from layerwise.training.spec import StageSpec
 
@@ -57,7 +57,7 @@ class StageTrainer:
     ) -> None:
         """ranks: who trains it together."""
         self.spec, self.device, self.placement, self.meter, self.ranks = spec, device, placement, meter, ranks
-        self.behaviour = behaviour(spec)
+        self.effects = batch_effects(spec)
         self.module = spec.build_module(config.training.seed, device)
         self.objective = spec.build_objective(config, device)
         self.optimizer = self._optimizer(self.module, config.training)
@@ -108,12 +108,12 @@ class StageTrainer:
         pack_recurrent_weights(self.module)
         self._label()
 
-    def _score(self, encoded: microbatch.Batch, draws: Sequence[Draw]) -> Total:
+    def _score(self, encoded: microbatch.SlicedBatch, draws: Sequence[Draw]) -> Total:
         return microbatch.score(encoded, self._loss, draws, self.placement.micro_batch)
 
-    def _attempt(self, encoded: microbatch.Batch, draws: Sequence[Draw]) -> Total:
+    def _attempt(self, encoded: microbatch.SlicedBatch, draws: Sequence[Draw]) -> Total:
         """All gradients of the module in place, and the predictors' step taken."""
-        if len(draws) > 1 or self.behaviour.draws:
+        if len(draws) > 1 or self.effects.uses_randomness:
             scores = []
             for draw in draws:
                 pending = self._loss_gradients(encoded, draw)
@@ -148,12 +148,12 @@ class StageTrainer:
         self.ranks.of_first([score.loss, score.accuracy])
         return score
 
-    def _loss_gradients(self, encoded: microbatch.Batch, draw: Draw) -> Pending:
+    def _loss_gradients(self, encoded: microbatch.SlicedBatch, draw: Draw) -> Pending:
         pending = microbatch.loss_gradients(encoded, self._loss, draw, self.placement.micro_batch, self.scale.factor)
         self.meter.label("gradients", (parameter.grad for parameter in self.objective.parameters()))
         return pending
 
-    def _run_back(self, pending: Pending, encoded: microbatch.Batch) -> None:
+    def _run_back(self, pending: Pending, encoded: microbatch.SlicedBatch) -> None:
         """Cannot be left half done once the predictors have stepped, so it sees to its own memory."""
         while True:
             try:
@@ -162,7 +162,7 @@ class StageTrainer:
             except (BudgetError, RuntimeError) as error:
                 reason = why_out_of_memory(error)
             self.module.zero_grad()
-            if self.placement.micro_batch > 1 or self.behaviour.why_unsliceable:
+            if self.placement.micro_batch > 1 or self.effects.why_unsliceable:
                 self._shrink(reason)
             elif not pending.on_host:
                 pending.move_to_host()
@@ -172,7 +172,7 @@ class StageTrainer:
 
     def _repeat_in_smaller_slices(
         self,
-        work: Callable[[microbatch.Batch, Sequence[Draw]], Total],
+        work: Callable[[microbatch.SlicedBatch, Sequence[Draw]], Total],
         draws: Sequence[Draw],
         batch: Batch,
         randomness: StepRandomness,
@@ -196,8 +196,8 @@ class StageTrainer:
             draws = self._draws(batch, randomness)
 
     def _shrink(self, reason: str) -> None:
-        if self.behaviour.why_unsliceable:
-            raise NoSmallerSlices(f"{reason} {self.behaviour.why_unsliceable}, so the batch cannot be sliced.")
+        if self.effects.why_unsliceable:
+            raise NoSmallerSlices(f"{reason} {self.effects.why_unsliceable}, so the batch cannot be sliced.")
         smaller = self.placement.smaller()
         if smaller is None:
             raise NoSmallerSlices(reason)
@@ -220,11 +220,11 @@ class StageTrainer:
         share = self.ranks.share(len(batch.lengths))
         return min(self.placement.micro_batch, share.stop - share.start)
 
-    def _encoded(self, batch: Batch, seed: int) -> microbatch.Batch:
+    def _encoded(self, batch: Batch, seed: int) -> microbatch.SlicedBatch:
         def encode(samples: slice, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
             # Checkpoints end a layer's second pass as soon as all tensors are there that its backward pass needs, and torch
             # (2.12) takes the noise of RReLU for there before it is drawn.
-            to_the_end = set_checkpoint_early_stop(not self.behaviour.draws)
+            to_the_end = set_checkpoint_early_stop(not self.effects.uses_randomness)
             with self._seeded(seed, samples.start), autocast(self.device, self._precision), to_the_end:
                 return self.module.representations(
                     on_device(batch.frames, self.device, samples),
@@ -234,7 +234,7 @@ class StageTrainer:
                 )
 
         frames = int(self.module.out_length(batch.frames.shape[1]))
-        return microbatch.Batch(encode, self._samples(batch), frames, self.ranks)
+        return microbatch.SlicedBatch(encode, self._samples(batch), frames, self.ranks)
 
     def _loss(self, representations: tuple[torch.Tensor, ...], draw: Draw) -> Score:
         return self.objective(representations[0], representations[-1], draw, self.placement.loss_room)
