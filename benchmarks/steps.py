@@ -16,7 +16,7 @@ from layerwise.data.batches import Batch
 from layerwise.data.source import DataSet
 from layerwise.memory.device import on_device
 from layerwise.memory.meter import AnyMeter, meter_for, uncounted
-from layerwise.memory.plan import Placement
+from layerwise.memory.plan import MemoryPlan
 from layerwise.nets import build_network
 from layerwise.nets.layer import vectors
 from layerwise.nets.module import Module
@@ -152,7 +152,7 @@ def plain_stage(config: Config, plan: StageSpec, device: torch.device) -> Step:
     return plain_step(config, plan, Outputs(), device)
 
 
-def our_stage(config: Config, plan: StageSpec, device: torch.device, placement: Placement, meter: AnyMeter) -> Step:
+def our_stage(config: Config, plan: StageSpec, device: torch.device, placement: MemoryPlan, meter: AnyMeter) -> Step:
     """The step of a run; must be called inside the meter."""
     loaded = StageTrainer(plan, config, placement, RunContext(device, meter))
     batch = host_batch(config, plan)

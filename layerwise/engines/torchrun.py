@@ -21,9 +21,9 @@ from layerwise.engines.task_runner import open_prepared_run, perform_tasks
 from layerwise.errors import ConfigError, Interrupted, ToldElsewhere
 from layerwise.events import Notify, silent
 from layerwise.memory.device import find_device
+from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.ranks import ALONE, LostRank, Ranks
 from layerwise.stop import StopFlag
-from layerwise.training.budget import StageLayout
 from layerwise.training.run import Run
 from layerwise.training.schedule import Task
 
@@ -143,13 +143,13 @@ class SharedRun:
     device: str
     """As the options name it."""
     tasks: list[Task]
-    layouts: list[StageLayout]
+    memory_plans: list[MemoryPlan]
     """As the first device has room for them: all ranks must go through a batch in as many passes."""
 
 
 def execute(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> None:
     """In the first rank: has the others perform the tasks along with it."""
-    run.ranks.heard(SharedRun(run.store.out.resolve(), run.config.training.device, list(tasks), run.layouts))
+    run.ranks.heard(SharedRun(run.store.out.resolve(), run.config.training.device, list(tasks), run.memory_plans))
     perform_tasks(tasks, run, stop, notify)
 
 
@@ -163,7 +163,7 @@ def follow(ranks: Ranks, stop: StopFlag) -> Run:
     except LostRank as lost:
         raise ToldElsewhere(str(lost), lost.exit_code) from None
     run = open_prepared_run(prepared.out, str(device_of(prepared.device, ranks)))
-    run = replace(run, layouts=prepared.layouts, ranks=ranks)
+    run = replace(run, memory_plans=prepared.memory_plans, ranks=ranks)
     try:
         perform_tasks(prepared.tasks, run, stop, silent)
     except Interrupted as stopped:

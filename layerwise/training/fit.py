@@ -146,7 +146,7 @@ def fit(
         best_loss=progress.best_loss,
         seconds=time.monotonic() - started,
         peak_bytes=max(entry["peak_bytes"] for entry in progress.history[progress.first_epoch :]),
-        micro_batch=trainer.placement.micro_batch,
+        micro_batch=trainer.memory_plan.micro_batch,
     )
 
 

@@ -14,9 +14,8 @@ from layerwise.config import Config
 from layerwise.data.batches import Window
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, DataError
-from layerwise.nets.copying import with_first_weights
 from layerwise.nets.module import Geometry, Module
-from layerwise.nets.network import Network
+from layerwise.nets.network import Network, with_first_weights
 from layerwise.nets.speech import shortest_input
 from layerwise.objectives import Scored, build_objective, check_objective, renderings_compared
 from layerwise.objectives.protocol import ObjectiveModule

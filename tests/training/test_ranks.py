@@ -19,7 +19,7 @@ from layerwise.config import Config, resolve
 from layerwise.data.batches import Batch, Window, held_out_epoch
 from layerwise.errors import BudgetError, ConfigError, LayerwiseError
 from layerwise.memory.meter import Meter
-from layerwise.memory.plan import Placement
+from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.ranks import ALONE, LostRank, Ranks
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
@@ -131,7 +131,7 @@ def take_step(case: Case, options: dict[str, dict[str, object]], ranks: Ranks) -
     batch = batch_of(case, plan)
     micro_batch = case.like if case.like and ranks.count == 1 else case.micro_batch
     on_host = case.options.get("memory.optimizer") == "host"
-    placement = Placement(case.windows, micro_batch, min(case.passes, case.windows), optimizer_on_host=on_host)
+    placement = MemoryPlan(case.windows, micro_batch, min(case.passes, case.windows), optimizer_on_host=on_host)
     randomness = StepRandomness(partial(np.random.default_rng, 3), seed=3)
     with Meter(CPU) as meter:
         loaded = StageTrainer(plan, config, placement, RunContext(CPU, meter, ranks=ranks))
@@ -265,7 +265,7 @@ def stop_and_fail(ranks: Ranks, options: dict[str, dict[str, object]]) -> dict[s
     config, plan = planned(case, options)
     batch = batch_of(case, plan)
     with Meter(CPU) as meter:
-        loaded = StageTrainer(plan, config, Placement(4, 4), RunContext(CPU, meter, ranks=ranks))
+        loaded = StageTrainer(plan, config, MemoryPlan(4, 4), RunContext(CPU, meter, ranks=ranks))
         if ranks.rank == 1:
             meter.limit = meter.live + 1000
         try:
