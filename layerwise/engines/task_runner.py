@@ -71,7 +71,7 @@ class TaskRunner:
                 )  # for `layerwise status`
             run = self.round(task.round, stop, notify)
             _check_needs(task, run)
-            self.ranks.meet()  # all have read the state, before the first one changes it
+            self.ranks.barrier()  # all have read the state, before the first one changes it
             perform(task, run)
 
     def finish(self) -> None:

@@ -61,7 +61,7 @@ def join_ranks(config: Config) -> Iterator[Ranks]:
     ranks = Ranks(rank, count)
     _JOINED.append((store, ranks))
     # What the exchange itself takes of a GPU is taken now, before the budget is shared out.
-    ranks.add([torch.zeros(1, device=device_of(config.training.device, ranks))])
+    ranks.all_reduce([torch.zeros(1, device=device_of(config.training.device, ranks))])
     yield ranks
 
 
@@ -148,7 +148,9 @@ class SharedRun:
 
 def execute(tasks: Sequence[Task], run: TaskRunner, stop: StopFlag, notify: Notify) -> None:
     """In the first rank: has the others perform the tasks along with it."""
-    run.ranks.heard(SharedRun(run.paths.out.resolve(), run.config.training.device, list(tasks), run.memory_plans))
+    run.ranks.broadcast_object(
+        SharedRun(run.paths.out.resolve(), run.config.training.device, list(tasks), run.memory_plans)
+    )
     _perform(tasks, run, stop, notify)
 
 
@@ -158,7 +160,7 @@ def follow(ranks: Ranks, stop: StopFlag) -> TaskRunner:
     Raises ToldElsewhere where the first ends without having prepared it, and where all of them stop.
     """
     try:
-        prepared: SharedRun = ranks.heard()
+        prepared: SharedRun = ranks.broadcast_object()
     except LostRank as lost:
         raise ToldElsewhere(str(lost), lost.exit_code) from None
     opened = open_task_runner(prepared.out, str(device_of(prepared.device, ranks)))

@@ -58,7 +58,7 @@ class Trained:
     seconds: float
     peak_bytes: int
     """Highest of all epochs, those before a resume included."""
-    placement: MemoryPlan
+    memory_plan: MemoryPlan
     """At the end: smaller than at the beginning where a step ran out of memory."""
 
 
@@ -70,7 +70,7 @@ def train_stage(
     held_out: np.ndarray,
     classes: np.ndarray | None,
     device: torch.device,
-    placement: MemoryPlan,
+    memory_plan: MemoryPlan,
     meter: AnyMeter,
     files: StageFiles,
     stop: StopFlag,
@@ -86,9 +86,9 @@ def train_stage(
     options = config.training
     trainer: AnyTrainer
     if spec.parts:
-        trainer = SimultaneousTrainer(spec, config, device, placement, meter)
+        trainer = SimultaneousTrainer(spec, config, device, memory_plan, meter)
     else:
-        trainer = StageTrainer(spec, config, device, placement, meter, ranks)
+        trainer = StageTrainer(spec, config, device, memory_plan, meter, ranks)
     progress, best = _found(files, trainer)
     epochs = epochs_of_round(options, round)
     notify(StageStarted(spec.stage, progress.epoch, progress.step, round))
@@ -103,7 +103,7 @@ def train_stage(
     def poll() -> None:
         if asked_to_stop(stop, ranks):
             save()
-            ranks.meet()  # one that ended before it was saved would have the others killed
+            ranks.barrier()  # one that ended before it was saved would have the others killed
             stop.raise_if_set(f"in stage {spec.stage}, epoch {progress.epoch + 1}, after step {progress.step}")
 
     while not _finished(progress, epochs, options.patience):
@@ -147,7 +147,7 @@ def train_stage(
     converged = progress.plateau_epochs >= options.patience
     peak = max(entry["peak_bytes"] for entry in progress.history[progress.first_epoch :])
     return Trained(
-        best, progress.epoch, converged, progress.best_loss, time.monotonic() - started, peak, trainer.placement
+        best, progress.epoch, converged, progress.best_loss, time.monotonic() - started, peak, trainer.memory_plan
     )
 
 

@@ -216,8 +216,8 @@ class _RehearsedTrainer(StageTrainer):
         draws = super()._draws(full, randomness)
         samples, frames = len(batch.lengths), int(self.module.out_length(batch.frames.shape[1]))
         most = max(_most_hit(len(draw.rows), samples * frames) for draw in draws)
-        in_slice = max(_most_in_a_slice(draw.rows, samples, frames, self.placement.micro_batch) for draw in draws)
-        rows = _spread_out(most, min(in_slice, most), samples, frames, self.placement.micro_batch)
+        in_slice = max(_most_in_a_slice(draw.rows, samples, frames, self.memory_plan.micro_batch) for draw in draws)
+        rows = _spread_out(most, min(in_slice, most), samples, frames, self.memory_plan.micro_batch)
         return [replace(cast(Any, draw), rows=rows) for draw in draws[:REHEARSED_PASSES]]
 
     def _repeat_in_smaller_slices(
@@ -230,15 +230,14 @@ class _RehearsedTrainer(StageTrainer):
         return work(self._encoded(batch, randomness.seed), draws)
 
     def _run_back(self, pending: Pending, encoded: microbatch.SlicedBatch) -> None:
-        microbatch.run_back(pending, encoded, self.placement.micro_batch)
+        microbatch.run_back(pending, encoded, self.memory_plan.micro_batch)
 
     def _optimizer(self, trained: nn.Module, options: TrainingOptions) -> Optimizer:
-        if self.placement.optimizer_on_host:
+        if self.memory_plan.optimizer_on_host:
             return _HostOptimizerSeenFromDevice(trained)
         optimizer = super()._optimizer(trained, options)
-        if (
-            self.spec.optimization
-        ):  # it makes its state at the first step; the rehearsed step is to be like all later ones
+        if self.spec.optimization:
+            # It makes its state at the first step; the rehearsed step is to be like all later ones.
             for parameter in trained.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
@@ -252,7 +251,7 @@ class _RehearsedTrainer(StageTrainer):
         return optimizer
 
     def _samples(self, batch: Batch) -> int:
-        return min(len(batch.lengths), REHEARSED_SLICES * self.placement.micro_batch)
+        return min(len(batch.lengths), REHEARSED_SLICES * self.memory_plan.micro_batch)
 
 
 class _HostOptimizerSeenFromDevice:

@@ -41,7 +41,7 @@ def asked_to_stop(stop: StopFlag, ranks: Ranks) -> bool:
     """
     if not ranks.any(stop.reason is not None):
         return False
-    stop.reason = next(reason for reason in ranks.all(stop.reason) if reason)
+    stop.reason = next(reason for reason in ranks.all_gather(stop.reason) if reason)
     return True
 
 

@@ -33,11 +33,11 @@ class SimultaneousTrainer:
     shrunk = False
 
     def __init__(
-        self, spec: StageSpec, config: Config, device: torch.device, placement: MemoryPlan, meter: AnyMeter
+        self, spec: StageSpec, config: Config, device: torch.device, memory_plan: MemoryPlan, meter: AnyMeter
     ) -> None:
-        self.spec, self.placement = spec, placement
+        self.spec, self.memory_plan = spec, memory_plan
         self._device, self._meter, self._precision = device, meter, config.training.precision
-        self._parts = [StageTrainer(part, config, device, placement, meter) for part in spec.parts]
+        self._parts = [StageTrainer(part, config, device, memory_plan, meter) for part in spec.parts]
         self.module = Module({int(i): layer for part in self._parts for i, layer in part.module.layers.items()})
         self.objective = nn.ModuleDict({str(part.spec.stage): part.objective for part in self._parts})
         self.optimizer = _Optimizers([("", part.optimizer) for part in self._parts])

@@ -175,7 +175,7 @@ def _train(spec: StageSpec, loader: Loader, run: Run, record: StageRecord, meter
         held_out=np.flatnonzero(run.split == HELD_OUT),
         classes=sample_classes(run.config, run.data),
         device=run.device,
-        placement=run.memory_plans[stage - 1],
+        memory_plan=run.memory_plans[stage - 1],
         meter=meter,
         files=StageFiles(
             run.paths.checkpoint(stage), run.paths.metrics(stage), run.key(stage), _end_before(stage, run)
@@ -188,13 +188,13 @@ def _train(spec: StageSpec, loader: Loader, run: Run, record: StageRecord, meter
     if run.ranks.first:
         save_arrays(weights_path, trained.weights, {"stage": str(stage), "made_for": run.key(stage)})
     found = digest(trained.weights)
-    if len(set(run.ranks.all(found))) > 1:
+    if len(set(run.ranks.all_gather(found))) > 1:
         raise AssertionError(f"the ranks have trained different weights of stage {stage}")
     record.status = "caching"
     record.epochs, record.converged, record.best_loss = trained.epochs, trained.converged, trained.best_loss
     record.train_peak_bytes = max(meter.peak, trained.peak_bytes)
     record.train_peak_by_kind = {str(kind): most for kind, most in meter.peak_by_kind.items()}
-    record.micro_batch = trained.placement.micro_batch
+    record.micro_batch = trained.memory_plan.micro_batch
     record.seconds = trained.seconds
     record.fingerprint = fingerprint(run.key(stage), found)
     run.save()

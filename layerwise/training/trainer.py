@@ -44,26 +44,26 @@ class StepRandomness:
 
 
 class StageTrainer:
-    """Module, objective and their optimizers on the device, and the placement of a batch, which may become smaller."""
+    """Module, objective and their optimizers on the device, and the memory plan, whose slices may become smaller."""
 
     def __init__(
         self,
         spec: StageSpec,
         config: Config,
         device: torch.device,
-        placement: MemoryPlan,
+        memory_plan: MemoryPlan,
         meter: AnyMeter,
         ranks: Ranks = ALONE,
     ) -> None:
         """ranks: who trains it together."""
-        self.spec, self.device, self.placement, self.meter, self.ranks = spec, device, placement, meter, ranks
+        self.spec, self.device, self.memory_plan, self.meter, self.ranks = spec, device, memory_plan, meter, ranks
         self.effects = batch_effects(spec)
         self.module = spec.build_module(config.training.seed, device)
         self.objective = spec.build_objective(config, device)
         self.optimizer = self._optimizer(self.module, config.training)
         self.predictor_optimizer = self._optimizer(self.objective, config.training)
         self.shrunk = False
-        """Whether a step ran out of memory, so that the placement is smaller than it was."""
+        """Whether a step ran out of memory, so that the slices are smaller than planned."""
         self.scale = LossScale.of(config.training.precision)
         self._precision = config.training.precision
         self._label()
@@ -71,8 +71,8 @@ class StageTrainer:
 
     def go_on_shrunk(self, micro_batch: int, passes: int) -> None:
         """Takes slices at least as small as an earlier start had to: with these it got where it stopped."""
-        micro_batch, passes = min(micro_batch, self.placement.micro_batch), max(passes, self.placement.passes)
-        self.placement, self.shrunk = replace(self.placement, micro_batch=micro_batch, passes=passes), True
+        micro_batch, passes = min(micro_batch, self.memory_plan.micro_batch), max(passes, self.memory_plan.passes)
+        self.memory_plan, self.shrunk = replace(self.memory_plan, micro_batch=micro_batch, passes=passes), True
 
     def begin_epoch(self, epoch: int) -> None:
         """Sets the learning rates of an epoch, from 0."""
@@ -109,7 +109,7 @@ class StageTrainer:
         self._label()
 
     def _score(self, encoded: microbatch.SlicedBatch, draws: Sequence[Draw]) -> Total:
-        return microbatch.score(encoded, self._loss, draws, self.placement.micro_batch)
+        return microbatch.score(encoded, self._loss, draws, self.memory_plan.micro_batch)
 
     def _attempt(self, encoded: microbatch.SlicedBatch, draws: Sequence[Draw]) -> Total:
         """All gradients of the module in place, and the predictors' step taken."""
@@ -117,7 +117,7 @@ class StageTrainer:
             scores = []
             for draw in draws:
                 pending = self._loss_gradients(encoded, draw)
-                microbatch.run_back(pending, encoded, self.placement.micro_batch)
+                microbatch.run_back(pending, encoded, self.memory_plan.micro_batch)
                 scores.append(pending.score)
                 del pending  # its gradients would stay through the next pass
             self._step_predictors()
@@ -130,7 +130,7 @@ class StageTrainer:
 
     def _step_predictors(self) -> None:
         """Their gradients are the same on all ranks, but for how each device rounds."""
-        self.ranks.of_first(parameter.grad for parameter in self.objective.parameters() if parameter.grad is not None)
+        self.ranks.broadcast(parameter.grad for parameter in self.objective.parameters() if parameter.grad is not None)
         self.predictor_optimizer.step()
 
     def _add_gradients(self) -> None:
@@ -141,15 +141,15 @@ class StageTrainer:
         for parameter in trained:
             if parameter.grad is None:  # none of this rank's samples was scored
                 parameter.grad = torch.zeros_like(parameter)
-        self.ranks.add(parameter.grad for parameter in trained if parameter.grad is not None)
+        self.ranks.all_reduce(parameter.grad for parameter in trained if parameter.grad is not None)
 
     def _agreed(self, score: Total) -> Total:
         """The same to the bit on all ranks."""
-        self.ranks.of_first([score.loss, score.accuracy])
+        self.ranks.broadcast([score.loss, score.accuracy])
         return score
 
     def _loss_gradients(self, encoded: microbatch.SlicedBatch, draw: Draw) -> Pending:
-        pending = microbatch.loss_gradients(encoded, self._loss, draw, self.placement.micro_batch, self.scale.factor)
+        pending = microbatch.loss_gradients(encoded, self._loss, draw, self.memory_plan.micro_batch, self.scale.factor)
         self.meter.label("gradients", (parameter.grad for parameter in self.objective.parameters()))
         return pending
 
@@ -157,12 +157,12 @@ class StageTrainer:
         """Cannot be left half done once the predictors have stepped, so it sees to its own memory."""
         while True:
             try:
-                microbatch.run_back(pending, encoded, self.placement.micro_batch)
+                microbatch.run_back(pending, encoded, self.memory_plan.micro_batch)
                 return
             except (BudgetError, RuntimeError) as error:
                 reason = why_out_of_memory(error)
             self.module.zero_grad()
-            if self.placement.micro_batch > 1 or self.effects.why_unsliceable:
+            if self.memory_plan.micro_batch > 1 or self.effects.why_unsliceable:
                 self._shrink(reason)
             elif not pending.on_host:
                 pending.move_to_host()
@@ -198,17 +198,17 @@ class StageTrainer:
     def _shrink(self, reason: str) -> None:
         if self.effects.why_unsliceable:
             raise NoSmallerSlices(f"{reason} {self.effects.why_unsliceable}, so the batch cannot be sliced.")
-        smaller = self.placement.smaller()
+        smaller = self.memory_plan.smaller()
         if smaller is None:
             raise NoSmallerSlices(reason)
-        self.placement = smaller
+        self.memory_plan = smaller
         self.shrunk = True
         release(self.device)
 
     def _draws(self, batch: Batch, randomness: StepRandomness) -> Sequence[Draw]:
         lengths = self.module.out_length(batch.lengths)
         frames = int(self.module.out_length(batch.frames.shape[1]))
-        passes = min(self.placement.passes, len(lengths))
+        passes = min(self.memory_plan.passes, len(lengths))
         columns, rng = self.spec.window.columns, randomness.negatives()
         return self.objective.draw(lengths, frames, columns, rng, passes, batch.classes)
 
@@ -218,7 +218,7 @@ class StageTrainer:
 
     def _samples_at_once(self, batch: Batch) -> int:
         share = self.ranks.share(len(batch.lengths))
-        return min(self.placement.micro_batch, share.stop - share.start)
+        return min(self.memory_plan.micro_batch, share.stop - share.start)
 
     def _encoded(self, batch: Batch, seed: int) -> microbatch.SlicedBatch:
         def encode(samples: slice, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
@@ -230,14 +230,14 @@ class StageTrainer:
                     on_device(batch.frames, self.device, samples),
                     batch.lengths[samples],
                     torch.as_tensor(rows, device=self.device),
-                    self.placement.recompute,
+                    self.memory_plan.recompute,
                 )
 
         frames = int(self.module.out_length(batch.frames.shape[1]))
         return microbatch.SlicedBatch(encode, self._samples(batch), frames, self.ranks)
 
     def _loss(self, representations: tuple[torch.Tensor, ...], draw: Draw) -> Score:
-        return self.objective(representations[0], representations[-1], draw, self.placement.loss_room)
+        return self.objective(representations[0], representations[-1], draw, self.memory_plan.loss_room)
 
     @contextlib.contextmanager
     def _seeded(self, seed: int, first_sample: int) -> Iterator[None]:
@@ -260,7 +260,7 @@ class StageTrainer:
         make: Callable[[Mapping[str, nn.Parameter]], Optimizer]
         make = partial(OwnOptimizer, how=own) if own else partial(DeviceAdam, lr=options.lr, eps=options.adam_eps)
         parameters = {name: value for name, value in trained.named_parameters() if value.requires_grad}
-        return HostOptimizer(parameters, make) if self.placement.optimizer_on_host else make(parameters)
+        return HostOptimizer(parameters, make) if self.memory_plan.optimizer_on_host else make(parameters)
 
     def _label(self) -> None:
         """Tells the meter what is what."""
