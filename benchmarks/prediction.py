@@ -23,7 +23,7 @@ from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec
 
 BUDGETS = (1.0, 0.7, 0.45)
-"""Parts of what the cheapest layout takes."""
+"""Parts of what the cheapest plan takes."""
 
 PATCHES = {
     "data.patch": 32,
@@ -74,15 +74,15 @@ def _cases(name: str, config: Config, plan: StageSpec, device: torch.device) -> 
         memory = config.memory.model_copy(update={"gpu_mem": budget})
         limited = config.model_copy(update={"memory": memory})
         started = time.perf_counter()
-        layout = fit_stage(limited, plan, device)
+        memory_plan = fit_stage(limited, plan, device)
         took = time.perf_counter() - started
-        if layout is None or layout in seen:
+        if memory_plan is None or memory_plan in seen:
             continue
-        seen.add(layout)
-        predicted = training_peak(limited, plan, layout).bytes
-        measured = peak_of(partial(our_stage, limited, plan, device, layout), device, steps=3)
+        seen.add(memory_plan)
+        predicted = training_peak(limited, plan, memory_plan).bytes
+        measured = peak_of(partial(our_stage, limited, plan, device, memory_plan), device, steps=3)
         yield predicted / measured
-        sizes = f"{budget / 1e6:.1f} | {layout} | {predicted / 1e6:.2f} | {measured / 1e6:.2f}"
+        sizes = f"{budget / 1e6:.1f} | {memory_plan} | {predicted / 1e6:.2f} | {measured / 1e6:.2f}"
         print(f"| {name} | {plan.stage} | {sizes} | {predicted / measured:.4f} | {took:.1f} |", flush=True)
 
 

@@ -54,7 +54,7 @@ def perform_task(task: Task, run: Run, stop: StopFlag, notify: Notify) -> None:
             lock.write_text(f"{socket.gethostname()}, process {os.getpid()}, {run.device}\n")
         round = run.round(task.round)
         _check_needs(task, round)
-        run.ranks.meet()  # all ranks have read the state before the first one changes it
+        run.ranks.barrier()  # all ranks have read the state before the first one changes it
         perform(task, round, context)
 
 

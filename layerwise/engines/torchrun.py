@@ -62,7 +62,7 @@ def join_ranks(config: Config) -> Iterator[Ranks]:
     ranks = Ranks(rank, count)
     _JOINED.append((store, ranks))
     # What the exchange itself takes of a GPU is taken now, before the budget is shared out.
-    ranks.add([torch.zeros(1, device=device_of(config.training.device, ranks))])
+    ranks.all_reduce([torch.zeros(1, device=device_of(config.training.device, ranks))])
     yield ranks
 
 
@@ -149,7 +149,9 @@ class SharedRun:
 
 def execute(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> None:
     """In the first rank: has the others perform the tasks along with it."""
-    run.ranks.heard(SharedRun(run.store.out.resolve(), run.config.training.device, list(tasks), run.memory_plans))
+    run.ranks.broadcast_object(
+        SharedRun(run.store.out.resolve(), run.config.training.device, list(tasks), run.memory_plans)
+    )
     perform_tasks(tasks, run, stop, notify)
 
 
@@ -159,7 +161,7 @@ def follow(ranks: Ranks, stop: StopFlag) -> Run:
     Raises ToldElsewhere where the first ends without having prepared it, and where all of them stop.
     """
     try:
-        prepared: SharedRun = ranks.heard()
+        prepared: SharedRun = ranks.broadcast_object()
     except LostRank as lost:
         raise ToldElsewhere(str(lost), lost.exit_code) from None
     run = open_prepared_run(prepared.out, str(device_of(prepared.device, ranks)))

@@ -189,7 +189,7 @@ def _gathered(batch: SlicedBatch, rows: np.ndarray, own: tuple[torch.Tensor, ...
     if ranks.count == 1:
         return own
     places = [_rows_of(rows, ranks.share(batch.samples, rank), batch.frames) for rank in range(ranks.count)]
-    return tuple(ranks.gather(tensor, places) for tensor in own)
+    return tuple(ranks.gather_rows(tensor, places) for tensor in own)
 
 
 def _backward(encoded: tuple[torch.Tensor, ...], gradients: list[torch.Tensor]) -> None:

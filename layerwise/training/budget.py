@@ -79,9 +79,7 @@ def held_in_one_pass(config: Config, spec: StageSpec, device: torch.device) -> b
 
 def held_at_all(config: Config, spec: StageSpec, device: torch.device) -> bool:
     """Whether the budget is at least the smallest one of a stage whose input is read, not recomputed."""
-    room = _tensor_room(config, device)
-    trained = any(training_fits(config, spec, plan, room) for plan in _smallest_plans(config, spec))
-    return trained and caching_peak(config, spec, shortest_piece(spec, config)) <= room
+    return smallest_budget(config, spec, device) <= (config.memory.gpu_mem or 0)
 
 
 def smallest_budget(config: Config, spec: StageSpec, device: torch.device, below: Below = ()) -> int:

@@ -93,7 +93,7 @@ def fit(
     def stop_if_asked() -> None:
         if context.asked_to_stop():
             save()
-            context.ranks.meet()  # torchrun kills the other ranks when one ends before all have saved
+            context.ranks.barrier()  # torchrun kills the other ranks when one ends before all have saved
             context.stop.raise_if_set(f"in stage {stage}, epoch {progress.epoch + 1}, after step {progress.step}")
 
     while progress.epoch - progress.first_epoch < epochs and progress.plateau_epochs < options.patience:

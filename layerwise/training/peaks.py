@@ -237,9 +237,8 @@ class _RehearsedTrainer(StageTrainer):
         if self.memory_plan.optimizer_on_host:
             return _HostOptimizerSeenFromDevice(trained)
         optimizer = super()._optimizer(trained, options)
-        if (
-            self.spec.optimization
-        ):  # it makes its state at the first step; the rehearsed step is to be like all later ones
+        if self.spec.optimization:
+            # It makes its state at the first step; the rehearsed step is to be like all later ones.
             for parameter in trained.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)

@@ -1,6 +1,4 @@
-"""The stages of a run, worked out before anything is trained: what each reads, builds and puts out.
-
-Labels of the frames that a stage puts out: those of the data, where each frame is centred."""
+"""The stages of a run, worked out before anything is trained: what each reads, builds and puts out."""
 
 import itertools
 from collections.abc import Sequence
@@ -25,7 +23,7 @@ from layerwise.training.samples import count_classes
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class StageSpec:
-    """One stage, described and not yet built. Equal to itself alone: what is predicted of it can be remembered."""
+    """One stage, described and not yet built. Equal to itself alone, so that predictions can be memoised per stage."""
 
     stage: int
     layers: range
@@ -73,7 +71,7 @@ def stage_specs(
 ) -> list[StageSpec]:
     """The stages of a network that is cut into these ranges of layers, in order. optimization: in place of Adam.
 
-    Raises ConfigError where the network, the cut or the window do not fit the data.
+    Raises ConfigError where the network, the cut or the window do not fit the data, DataError where a sample is too short.
     """
     window = input_window(config, data)
     check_objective(config.objective.name)

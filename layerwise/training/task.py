@@ -183,7 +183,7 @@ def _train(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -
     if context.ranks.first:
         save_arrays(round.store.weights(stage), trained.weights, {"stage": str(stage), "made_for": key})
     weights_digest = digest(trained.weights)
-    if len(set(context.ranks.all(weights_digest))) > 1:
+    if len(set(context.ranks.all_gather(weights_digest))) > 1:
         raise AssertionError(f"the ranks have trained different weights of stage {stage}")
     record.status = "caching"
     record.epochs, record.converged, record.best_loss = trained.epochs, trained.converged, trained.best_loss

@@ -121,7 +121,7 @@ class StageTrainer:
 
     def _step_predictors(self) -> None:
         """Their gradients are the same on all ranks, but for how each device rounds."""
-        self.context.ranks.of_first(
+        self.context.ranks.broadcast(
             parameter.grad for parameter in self.objective.parameters() if parameter.grad is not None
         )
         self.predictor_optimizer.step()
@@ -134,11 +134,11 @@ class StageTrainer:
         for parameter in trained:
             if parameter.grad is None:  # none of this rank's samples was scored
                 parameter.grad = torch.zeros_like(parameter)
-        self.context.ranks.add(parameter.grad for parameter in trained if parameter.grad is not None)
+        self.context.ranks.all_reduce(parameter.grad for parameter in trained if parameter.grad is not None)
 
     def _agreed(self, score: Total) -> Total:
         """The same to the bit on all ranks."""
-        self.context.ranks.of_first([score.loss, score.accuracy])
+        self.context.ranks.broadcast([score.loss, score.accuracy])
         return score
 
     def _loss_gradients(self, encoded: microbatch.SlicedBatch, draw: Draw) -> Pending:

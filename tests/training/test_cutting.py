@@ -220,7 +220,7 @@ def least_in_one_pass(made: Case, layers: range) -> int:
     """Bytes that a stage of these layers takes in its smallest layout of one pass."""
     plan = made.stage(layers)
     in_one_pass = [family[-1] for family in allowed_plans(made.config, plan) if family[0].passes == 1]
-    return min(training_peak(made.config, plan, placement).bytes for placement in in_one_pass)
+    return min(training_peak(made.config, plan, memory_plan).bytes for memory_plan in in_one_pass)
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,8 @@ class Task:
     def smallest(self) -> MemoryPlan:
         return MemoryPlan(len(self.batch.lengths), 1, len(self.batch.lengths))
 
-    def load(self, placement: MemoryPlan, meter: Meter) -> StageTrainer:
-        return StageTrainer(self.plan, self.config, placement, RunContext(CPU, meter))
+    def load(self, memory_plan: MemoryPlan, meter: Meter) -> StageTrainer:
+        return StageTrainer(self.plan, self.config, memory_plan, RunContext(CPU, meter))
 
     def changed(self, **options: object) -> "Task":
         """The same with other options of training."""
@@ -67,7 +67,7 @@ class Step:
     accuracy: float
     weights: torch.Tensor
     """Of module and predictors, one after another."""
-    placement: MemoryPlan
+    memory_plan: MemoryPlan
     held: int
     """Before the step."""
     peak: int
@@ -91,17 +91,17 @@ def randomness(number: int = 0) -> StepRandomness:
     return StepRandomness(partial(np.random.default_rng, number), seed=number)
 
 
-def take_step(task: Task, placement: MemoryPlan, limit: int | None = None) -> Step:
+def take_step(task: Task, memory_plan: MemoryPlan, limit: int | None = None) -> Step:
     """One step from the first weights, with `limit` bytes from when the stage is loaded."""
     with Meter(CPU) as meter:
-        loaded = task.load(placement, meter)
+        loaded = task.load(memory_plan, meter)
         held = meter.live
         meter.reset_peak()
         meter.limit = limit
         score = loaded.train(task.batch, randomness())
         meter.limit = None
         weights = all_weights(loaded)
-        return Step(score.loss.item(), score.accuracy.item(), weights, loaded.placement, held, meter.peak)
+        return Step(score.loss.item(), score.accuracy.item(), weights, loaded.memory_plan, held, meter.peak)
 
 
 def all_weights(loaded: StageTrainer) -> torch.Tensor:
@@ -150,15 +150,15 @@ def test_a_step_that_runs_out_of_memory_anywhere_ends_as_if_it_had_not(
     limit = smallest.peak + int(part * (whole.peak - smallest.peak))
     found = take_step(task, task.whole, limit)
     assert_same_step(found, whole)
-    assert (found.placement == task.whole) == (limit >= whole.peak)
+    assert (found.memory_plan == task.whole) == (limit >= whole.peak)
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_layout_takes_the_same_step(tasks: dict[str, Task], undisturbed: dict, name: str) -> None:
     task, (whole, _) = tasks[name], undisturbed[name]
     for micro_batch, passes, recompute, on_host in [(2, 1, True, False), (1, 2, False, True), (3, 3, True, True)]:
-        placement = MemoryPlan(len(task.batch.lengths), micro_batch, passes, recompute, on_host)
-        assert_same_step(take_step(task, placement), whole)
+        memory_plan = MemoryPlan(len(task.batch.lengths), micro_batch, passes, recompute, on_host)
+        assert_same_step(take_step(task, memory_plan), whole)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -191,12 +191,12 @@ def test_the_held_out_score_is_the_same_in_smaller_slices(tasks: dict[str, Task]
             loaded = task.load(task.whole, meter)
             meter.reset_peak()
             meter.limit = limit
-            return loaded.evaluate(task.batch, randomness()).loss.item(), loaded.placement, meter.peak
+            return loaded.evaluate(task.batch, randomness()).loss.item(), loaded.memory_plan, meter.peak
 
     loss, _, peak = score(None)
     for limit in (peak - 1, peak * 7 // 10):
-        in_slices, placement, _ = score(limit)
-        assert placement != task.whole
+        in_slices, memory_plan, _ = score(limit)
+        assert memory_plan != task.whole
         assert in_slices == pytest.approx(loss, rel=1e-6)
 
 
@@ -228,9 +228,9 @@ def test_below_the_smallest_it_raises_and_leaves_nothing_behind(
 
 def test_a_step_leaves_no_gradients_and_only_its_score(tasks: dict[str, Task]) -> None:
     task = tasks["convolution"]
-    for placement in (task.whole, task.smallest):
+    for memory_plan in (task.whole, task.smallest):
         with Meter(CPU) as meter:
-            loaded = task.load(placement, meter)
+            loaded = task.load(memory_plan, meter)
             held = meter.live
             score = loaded.train(task.batch, randomness())
             assert all(p.grad is None for p in [*loaded.module.parameters(), *loaded.objective.parameters()])
@@ -279,7 +279,7 @@ def test_a_step_with_dropout_that_runs_out_of_memory_is_repeated_with_the_same_r
     assert abs(expected[4].loss - expected[2].loss) > 1e-4  # each slice draws its own, so they can be told apart
     for micro in (4, 2):
         found = take_step(dropping, MemoryPlan(4, 4), limit=expected[micro].peak - 1)
-        assert found.placement.micro_batch == micro // 2
+        assert found.memory_plan.micro_batch == micro // 2
         assert_same_step(found, expected[micro // 2])
     assert_same_step(take_step(dropping, MemoryPlan(4, 2, recompute=True)), expected[2])
     # Several passes give the slices other rows, and they still draw the same.
@@ -333,9 +333,9 @@ def test_the_plan_of_a_module_that_ties_samples_together_names_it_too(mixing: Ta
 def test_running_statistics_count_each_batch_once(mixing: Task, recompute: str) -> None:
     memory = mixing.config.memory.model_copy(update={"recompute": recompute})
     config = mixing.config.model_copy(update={"memory": memory})
-    placement = fit_stage(config, mixing.plan, CPU)
+    memory_plan = fit_stage(config, mixing.plan, CPU)
     with Meter(CPU) as meter:
-        loaded = StageTrainer(mixing.plan, config, placement, RunContext(CPU, meter))
+        loaded = StageTrainer(mixing.plan, config, memory_plan, RunContext(CPU, meter))
         loaded.train(mixing.batch, randomness())
         counts = [int(value) for name, value in loaded.module.named_buffers() if name.endswith("num_batches_tracked")]
     assert counts == [1, 1]
@@ -353,8 +353,8 @@ def changing(planned_stages: Planned) -> Task:
 @pytest.mark.parametrize("asked", [{"micro_batch": 1}, {"recompute": "always"}])
 def test_a_module_that_changes_at_every_pass_runs_once_a_step(changing: Task, asked: dict[str, object]) -> None:
     memory = changing.config.memory.model_copy(update=asked)
-    placement = fit_stage(changing.config.model_copy(update={"memory": memory}), changing.plan, CPU)
-    assert_same_step(take_step(changing, placement), take_step(changing, changing.whole))
+    memory_plan = fit_stage(changing.config.model_copy(update={"memory": memory}), changing.plan, CPU)
+    assert_same_step(take_step(changing, memory_plan), take_step(changing, changing.whole))
 
 
 def test_a_module_that_changes_at_every_pass_is_not_run_again_where_memory_ends(changing: Task) -> None:
@@ -373,13 +373,13 @@ def test_frozen_parameters_stay_as_they_are(planned_stages: Planned, tmp_path: P
         planned_stages("vision", traced_network(model, (3, 8, 8)), **{"training.stages": 1, "training.batch_size": 4}),
         1,
     )
-    placement = replace(task.whole, micro_batch=2, optimizer_on_host=on_host)
+    memory_plan = replace(task.whole, micro_batch=2, optimizer_on_host=on_host)
     with Meter(CPU) as meter:
-        loaded = task.load(placement, meter)
+        loaded = task.load(memory_plan, meter)
         for number in range(2):
             loaded.train(task.batch, randomness(number))
         save_checkpoint(tmp_path / "checkpoint", "test", Progress(), loaded, None)
-        resumed = task.load(placement, meter)
+        resumed = task.load(memory_plan, meter)
         load_checkpoint(tmp_path / "checkpoint", "test", resumed)
         for each in (loaded, resumed):
             each.train(task.batch, randomness(2))
@@ -504,17 +504,17 @@ def test_a_stage_that_had_to_shrink_goes_on_in_slices_as_small(
         loaded.train(task.batch, randomness(0))
         save_checkpoint(path, "test", Progress(step=1), loaded, None)
         loaded.train(task.batch, randomness(1))
-        expected, shrunk = all_weights(loaded), loaded.placement
+        expected, shrunk = all_weights(loaded), loaded.memory_plan
     assert shrunk != task.whole
     for started_with in (task.whole, task.smallest):
         with Meter(CPU) as meter:
             resumed = task.load(started_with, meter)
             load_checkpoint(path, "test", resumed)
             if started_with == task.whole:
-                assert resumed.placement == shrunk
+                assert resumed.memory_plan == shrunk
             else:
                 # A smaller budget than before asks for slices that are smaller still.
-                assert resumed.placement == task.smallest
+                assert resumed.memory_plan == task.smallest
             resumed.train(task.batch, randomness(1))
             found = all_weights(resumed)
         if started_with == task.whole:
