@@ -23,6 +23,7 @@ from layerwise.cache import ActivationCache, CacheWriter, Layout
 from layerwise.data.batches import Batch, training_epoch
 from layerwise.memory.meter import meter_for
 from layerwise.memory.plan import Placement
+from layerwise.training.context import RunContext
 from layerwise.training.loader import SourceLoader
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
@@ -49,7 +50,9 @@ def main() -> None:
             write(path, plan, data.columns, options.gigabytes)
             drop_pages(path)
             with meter_for(device, None) as meter, ActivationCache(path) as cache:
-                loaded = StageTrainer(plan, config, device, Placement(options.batch_size, options.batch_size), meter)
+                loaded = StageTrainer(
+                    plan, config, Placement(options.batch_size, options.batch_size), RunContext(device, meter)
+                )
                 kept = [host_batch(config, plan) for _ in range(3)]
                 ways = {
                     "memory": (kept[number % 3] for number in range(10**9)),

@@ -21,6 +21,7 @@ from layerwise.nets import build_network
 from layerwise.nets.layer import vectors
 from layerwise.nets.module import Module
 from layerwise.nets.network import ranges
+from layerwise.training.context import RunContext
 from layerwise.training.spec import StageSpec, stage_specs
 from layerwise.training.trainer import StageTrainer, StepRandomness
 
@@ -153,7 +154,7 @@ def plain_stage(config: Config, plan: StageSpec, device: torch.device) -> Step:
 
 def our_stage(config: Config, plan: StageSpec, device: torch.device, placement: Placement, meter: AnyMeter) -> Step:
     """The step of a run; must be called inside the meter."""
-    loaded = StageTrainer(plan, config, device, placement, meter)
+    loaded = StageTrainer(plan, config, placement, RunContext(device, meter))
     batch = host_batch(config, plan)
     seeds = iter(range(10**9))
 

@@ -23,7 +23,7 @@ from layerwise.config import options as all_options
 from layerwise.data.open import as_data
 from layerwise.data.source import DataSet, Skipped
 from layerwise.engines.plan import plan as plan_config
-from layerwise.engines.run import RunResult
+from layerwise.engines.run import RunResult, UserObjects
 from layerwise.engines.run import run as run_config
 from layerwise.errors import ConfigError, did_you_mean
 from layerwise.evaluate.probe import ProbeResult
@@ -34,7 +34,7 @@ from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 from layerwise.report.progress import LiveTable, LogFile, PlainLines
 from layerwise.report.tables import stages_at_chance
-from layerwise.run_store import RunPaths, open_run
+from layerwise.run_store import RunStore, open_run
 from layerwise.stop import StopFlag, stop_on_signals
 from layerwise.training.cut import cut_network
 from layerwise.training.optimizer import Make, Optimization, Schedule
@@ -108,7 +108,7 @@ def run(
     """
     asked = _asked(network, data, options, flags)
     optimization = _optimization(optimizer, schedule, asked.config)
-    log = LogFile(RunPaths.of(asked.config.out, asked.config.cache.dir).log)
+    log = LogFile(RunStore.of(asked.config.out, asked.config.cache.dir).log)
     with _shown(notify) as show, _stoppable(stop) as flag:
 
         def tell(event: Event) -> None:
@@ -121,11 +121,9 @@ def run(
 
         result = run_config(
             asked.config,
+            UserObjects(asked.network, None, asked.data, optimization),
             from_stage=from_stage,
             overwrite=overwrite,
-            network=asked.network,
-            data=asked.data,
-            optimization=optimization,
             stop=flag,
             notify=tell,
         )

@@ -15,7 +15,7 @@ Status = Literal["pending", "training", "caching", "done"]
 
 
 @dataclass(frozen=True, slots=True)
-class RunPaths:
+class RunStore:
     """Every path of one run."""
 
     out: Path
@@ -24,7 +24,7 @@ class RunPaths:
     """The folder of its activation caches."""
 
     @classmethod
-    def of(cls, out: str | Path, cache_dir: str | Path) -> "RunPaths":
+    def of(cls, out: str | Path, cache_dir: str | Path) -> "RunStore":
         """The caches of runs/NAME lie in CACHE_DIR/NAME."""
         try:
             out = Path(out).expanduser()
@@ -32,13 +32,13 @@ class RunPaths:
         except RuntimeError as error:
             raise RunError(f"--out {out} or --cache-dir {cache_dir} cannot be found: {error}.") from None
 
-    def round(self, round: int, rounds: int) -> "RunPaths":
+    def round(self, round: int, rounds: int) -> "RunStore":
         """The last round is the run itself; an earlier one is a run directory below it, with caches of its own."""
         if round == rounds:
             return self
-        return RunPaths(self.out / "rounds" / str(round), self.caches / f"round-{round}")
+        return RunStore(self.out / "rounds" / str(round), self.caches / f"round-{round}")
 
-    def furthest_round(self, rounds: int) -> "RunPaths":
+    def furthest_round(self, rounds: int) -> "RunStore":
         """The round that is ahead of all others: the first, or the last one where those before it were deleted."""
         first = self.round(1, rounds)
         return first if first.state.exists() else self
@@ -227,9 +227,9 @@ class RunState:
             raise RunError(f"{path} is damaged; restore it, or move the folder away and start anew.") from None
 
 
-def open_run(out: Path) -> tuple[RunPaths, RunState]:
+def open_run(out: Path) -> tuple[RunStore, RunState]:
     """Paths and state of an existing run. Raises RunError."""
     if not out.is_dir():
         raise RunError(f"There is no run directory {out}; start one with: layerwise run --out {out}.")
     state = RunState.load(out / "run.json")
-    return RunPaths(out, Path(state.caches)), state
+    return RunStore(out, Path(state.caches)), state

@@ -21,7 +21,7 @@ from layerwise.report.tables import (
     what_next,
     where_things_lie,
 )
-from layerwise.run_store import RunPaths
+from layerwise.run_store import RunStore
 from layerwise.stop import stop_in_time, stop_on_signals
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def run(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) 
         return
     if dry_run:
         raise ConfigError("--dry-run prints batch scripts: give --engine slurm, too. For a forecast: layerwise plan.")
-    paths = RunPaths.of(config.out, config.cache.dir)
-    log = LogFile(paths.log)
+    store = RunStore.of(config.out, config.cache.dir)
+    log = LogFile(store.log)
 
     console = console_for_results()
     with stop_on_signals() as stop, stop_in_time(stop, config.engine.time), ExitStack() as sharing:
@@ -73,7 +73,7 @@ def run(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) 
         except LayerwiseError as error:
             log.write(str(error))
             if isinstance(error, Interrupted):
-                _queue_again(stop.reason, paths, log)
+                _queue_again(stop.reason, store, log)
             raise
     if ranks.first:
         _print_summary(console, result)
@@ -92,11 +92,11 @@ def _hand_in(config: Config, from_stage: int | None, overwrite: bool, dry_run: b
         jobs = submit_run(config, from_stage=from_stage, overwrite=overwrite, stop=stop, notify=PlainLines(sys.stdout))
     for job in jobs:
         click.echo(f"job {job.number}: round {job.task.round}, stage {job.task.stage}; log {job.log}")
-    out = RunPaths.of(config.out, config.cache.dir).out
+    out = RunStore.of(config.out, config.cache.dir).out
     click.echo(f"next:\n  layerwise status {out} --watch" if jobs else f"done before: {out}")
 
 
-def _queue_again(stopped_by: str | None, paths: RunPaths, log: LogFile) -> None:
+def _queue_again(stopped_by: str | None, store: RunStore, log: LogFile) -> None:
     """As a batch job: has Slurm start the job again. Raises RunError where that would go on for ever."""
 
     def say(line: str) -> None:
@@ -104,7 +104,7 @@ def _queue_again(stopped_by: str | None, paths: RunPaths, log: LogFile) -> None:
         log.write(line)
 
     try:
-        queue_again(stopped_by, paths, say)
+        queue_again(stopped_by, store, say)
     except LayerwiseError as error:
         log.write(str(error))
         raise

@@ -13,7 +13,7 @@ from layerwise.config import load
 from layerwise.errors import RunError
 from layerwise.files import is_locked
 from layerwise.report.tables import RoundState, console_for_results, round_states, rounds_table, stage_table, totals
-from layerwise.run_store import RunPaths, RunState, open_run
+from layerwise.run_store import RunState, RunStore, open_run
 from layerwise.stop import stop_on_signals
 
 WATCH_SECONDS = 1.0
@@ -29,42 +29,42 @@ def status(directory: Path, as_json: bool, watch: bool) -> None:
         raise RunError(
             f"{directory} is a comparison; see it with: layerwise report {directory}. Its runs lie in {directory}/runs."
         )
-    paths, state = open_run(directory)
-    rounds = load(paths.config).training.rounds if paths.config.exists() else 1
+    store, state = open_run(directory)
+    rounds = load(store.config).training.rounds if store.config.exists() else 1
     if as_json:
-        click.echo(json.dumps(_as_json(paths, state, rounds)))
+        click.echo(json.dumps(_as_json(store, state, rounds)))
         return
     console = console_for_results()
     if not watch:
-        console.print(_shown(paths, state, rounds), highlight=False)
+        console.print(_shown(store, state, rounds), highlight=False)
         return
     with stop_on_signals() as stop, Live(console=console, auto_refresh=False) as live:
         while not stop.reason:
-            live.update(_shown(paths, state, rounds), refresh=True)
+            live.update(_shown(store, state, rounds), refresh=True)
             if state.done:
                 break
             time.sleep(WATCH_SECONDS)
-            state = RunState.load(paths.state)
+            state = RunState.load(store.state)
 
 
-def _shown(paths: RunPaths, state: RunState, rounds: int) -> Group:
-    states = round_states(paths, rounds) if rounds > 1 else []
+def _shown(store: RunStore, state: RunState, rounds: int) -> Group:
+    states = round_states(store, rounds) if rounds > 1 else []
     table = rounds_table(states, rounds) if states and not state.done else stage_table(state)
-    return Group(table, f"{_overall(paths, state, states)}: {totals(state)}")
+    return Group(table, f"{_overall(store, state, states)}: {totals(state)}")
 
 
-def _overall(paths: RunPaths, state: RunState, states: list[RoundState]) -> str:
+def _overall(store: RunStore, state: RunState, states: list[RoundState]) -> str:
     if state.done:
         return "done"
-    at_work = is_locked(paths.lock) or is_locked(paths.task_lock) or any(each.worker for each in states)
+    at_work = is_locked(store.lock) or is_locked(store.task_lock) or any(each.worker for each in states)
     return "running" if at_work else "stopped"
 
 
-def _as_json(paths: RunPaths, state: RunState, rounds: int) -> dict[str, object]:
+def _as_json(store: RunStore, state: RunState, rounds: int) -> dict[str, object]:
     """The contract's object; `rounds` in it is for runs that have several."""
-    states = round_states(paths, rounds) if rounds > 1 else []
+    states = round_states(store, rounds) if rounds > 1 else []
     tree: dict[str, object] = {
-        "state": _overall(paths, state, states),
+        "state": _overall(store, state, states),
         "budget_bytes": state.budget_bytes,
         "device": state.device,
         "stages": [asdict(record) for record in state.stages],

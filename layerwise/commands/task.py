@@ -19,36 +19,36 @@ from layerwise.stop import stop_in_time, stop_on_signals, too_late_to_stop
 @click.option("--stage", type=int, required=True, help="Stage, from 1.")
 def task(directory: Path, round: int, stage: int) -> None:
     """Train and cache one stage in one round of the run in DIR, whose needs are done; the last task writes the encoder."""
-    paths, state = open_run(directory)
+    store, state = open_run(directory)
     with stop_on_signals() as stop:
         # A signal may well come while torch is imported, too.
-        from layerwise.engines.task_runner import open_task_runner
+        from layerwise.engines.task_runner import open_prepared_run, perform_task, write_encoder
         from layerwise.training.schedule import Task
 
-        opened = open_task_runner(directory)
-        rounds = opened.config.training.rounds
+        run = open_prepared_run(directory)
+        rounds = run.config.training.rounds
         if not (1 <= round <= rounds and 1 <= stage <= len(state.stages)):
             raise ConfigError(
                 f"--round {round} --stage {stage}: {directory} has {rounds} rounds of {len(state.stages)} stages."
             )
-        show, log = PlainLines(sys.stdout), LogFile(paths.log)
+        show, log = PlainLines(sys.stdout), LogFile(store.log)
 
         def tell(event: Event) -> None:
             show(event)
             log(event)
 
-        with stop_in_time(stop, opened.config.engine.time):
+        with stop_in_time(stop, run.config.engine.time):
             try:
-                opened.perform(Task(round, stage), stop, tell)
+                perform_task(Task(round, stage), run, stop, tell)
             except Interrupted as interrupted:
                 log.write(str(interrupted))
-                queue_again(stop.reason, paths.round(round, rounds), lambda line: _say(line, log))
+                queue_again(stop.reason, store.round(round, rounds), lambda line: _say(line, log))
                 raise
             except LayerwiseError as error:
                 log.write(str(error))
                 raise
         if (round, stage) == (rounds, len(state.stages)):
-            opened.finish()
+            write_encoder(run)
     too_late_to_stop()
 
 

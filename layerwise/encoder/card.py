@@ -8,7 +8,7 @@ from pathlib import Path
 from layerwise.encoder.agreement import inputs_of_the_run
 from layerwise.encoder.model import Encoder
 from layerwise.nets.network import ranges
-from layerwise.run_store import RunPaths, RunState
+from layerwise.run_store import RunState, RunStore
 from layerwise.training.encoder import Origin
 from layerwise.units import percent, size
 
@@ -25,7 +25,7 @@ class Exported:
     """Sizes of the input that cannot be changed; empty where all can."""
 
 
-def model_card(encoder: Encoder, origin: Origin, paths: RunPaths, state: RunState, exported: Exported) -> str:
+def model_card(encoder: Encoder, origin: Origin, store: RunStore, state: RunState, exported: Exported) -> str:
     """Markdown. The paths of the run's machine are not in it."""
     parts = [
         _front_matter(encoder),
@@ -41,7 +41,7 @@ def model_card(encoder: Encoder, origin: Origin, paths: RunPaths, state: RunStat
         _training(origin, state),
         _stages(encoder, origin, state),
         "## Results",
-        *_results(paths),
+        *_results(store),
         "## Limits",
         _limits(origin, exported),
         "## Licence",
@@ -181,8 +181,8 @@ def _stages(encoder: Encoder, origin: Origin, state: RunState) -> str:
     return "\n".join(rows)
 
 
-def _results(paths: RunPaths) -> Iterator[str]:
-    probes = sorted(paths.probes.glob("*.json"))
+def _results(store: RunStore) -> Iterator[str]:
+    probes = sorted(store.probes.glob("*.json"))
     if not probes:
         yield "No probe was run; `layerwise probe` measures how well each stage tells a label."
         return

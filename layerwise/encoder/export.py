@@ -99,7 +99,7 @@ def export(
         raise ExportError(f"--format {format}: there are {', '.join(FORMATS)}.{did_you_mean(format, FORMATS)}")
     if folder.exists():
         raise ExportError(f"{folder} exists; delete it, or name another folder.")
-    paths, state = open_run(run_directory)
+    store, state = open_run(run_directory)
     origin, stages = load_stages(run_directory, None, network)
     origin = replace(origin, config=without_places(origin.config))
     encoder = Encoder(entry_of(origin), [stage.module for stage in stages]).eval()
@@ -113,7 +113,7 @@ def export(
                 written = FORMATS[format](encoder, origin, network, inside)
                 difference = largest_difference(written.computes, encoder, written.inputs)
             exported = Exported(folder, format, difference, written.fixed)
-            card = model_card(encoder, origin, paths, state, exported)
+            card = model_card(encoder, origin, store, state, exported)
             write_atomically(inside / "README.md", card.encode())
             inside.rename(folder)
     except OSError as error:

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from layerwise.engines.task_runner import TaskRunner, open_task_runner
+from layerwise.engines.task_runner import open_prepared_run, perform_task
 from layerwise.engines.worker import Answer, error_message, error_of, event_message, event_of
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, RunError
 from layerwise.events import CachingProgress, Event, Message, Notify, StageStarted, StepDone
 from layerwise.stop import StopFlag
+from layerwise.training.run import Run
 from layerwise.training.schedule import Task
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class _Order:
         return f"layerwise-{self.start}"
 
 
-def execute(tasks: Sequence[Task], run: TaskRunner, stop: StopFlag, notify: Notify) -> None:
+def execute(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> None:
     """Every task, on the cluster of `--scheduler`, or on one of this machine with a worker for each of `--devices`.
 
     Raises ConfigError where there is no such cluster, Interrupted after all workers have saved, RunError where a task's
@@ -64,7 +65,7 @@ def execute(tasks: Sequence[Task], run: TaskRunner, stop: StopFlag, notify: Noti
     """
     options = run.config.engine
     own = () if options.scheduler else options.devices or (str(run.device),)
-    order = _Order(str(run.paths.out.resolve()), uuid.uuid4().hex, torch.get_num_threads(), own)
+    order = _Order(str(run.store.out.resolve()), uuid.uuid4().hex, torch.get_num_threads(), own)
     with _client(options.scheduler, len(own)) as client:
         from distributed import Event as Signal
         from distributed import Variable
@@ -249,7 +250,7 @@ def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
         torch.set_num_threads(order.threads)
         try:
             device = order.devices[int(worker.name)] if order.devices else None
-            _opened(order.out, device, order.start).perform(task, stop, tell)
+            perform_task(task, _run(order.out, device, order.start), stop, tell)
         except LayerwiseError as error:
             return error_message(error)
         finally:
@@ -258,5 +259,5 @@ def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
 
 
 @lru_cache(maxsize=1)
-def _opened(out: str, device: str | None, start: str) -> TaskRunner:
-    return open_task_runner(Path(out), device)
+def _run(out: str, device: str | None, start: str) -> Run:
+    return open_prepared_run(Path(out), device)

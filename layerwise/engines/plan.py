@@ -18,7 +18,7 @@ from layerwise.forecast import Forecast, StageForecast
 from layerwise.memory.device import context_bytes, find_device
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
-from layerwise.run_store import RunPaths
+from layerwise.run_store import RunStore
 from layerwise.training.budget import fitting_layout, peaks, smallest_budget, smallest_layout
 from layerwise.training.cache_plan import (
     CachePlan,
@@ -54,7 +54,7 @@ def plan(
     device = find_device(config.training.device)
     data = data or open_data(config.data, shortest_sample(config))
     specs = cut_network(config, data, device, network, optimization=optimization)
-    folder = RunPaths.of(config.out, config.cache.dir).caches
+    folder = RunStore.of(config.out, config.cache.dir).caches
     storage = plan_caches(config, specs, data, free_for_caches(folder))
     rooms = cache_sizes(specs, data, config.cache)
     stages = [_forecast(config, specs, stage, storage, room, device) for stage, room in zip(specs, rooms, strict=True)]

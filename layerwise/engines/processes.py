@@ -19,11 +19,11 @@ from queue import Empty, SimpleQueue
 
 import torch
 
-from layerwise.engines.task_runner import TaskRunner
 from layerwise.engines.worker import STOP, Answer, error_of, event_of
 from layerwise.errors import Interrupted, RunError
 from layerwise.events import Message, Notify
 from layerwise.stop import StopFlag
+from layerwise.training.run import Run
 from layerwise.training.schedule import Task, ready
 
 POLL_SECONDS = 0.2
@@ -57,7 +57,7 @@ class _Work:
     deaths: Counter[Task | None] = field(default_factory=Counter)
 
 
-def execute(tasks: Sequence[Task], run: TaskRunner, devices: Sequence[str], stop: StopFlag, notify: Notify) -> None:
+def execute(tasks: Sequence[Task], run: Run, devices: Sequence[str], stop: StopFlag, notify: Notify) -> None:
     """Every task as soon as its needs are met and a worker is free.
 
     Raises Interrupted after all workers have saved, RunError where a task's workers have died three times, and what a task
@@ -100,10 +100,10 @@ def _hand_out(work: _Work, workers: Sequence[_Worker]) -> None:
             _send(worker, json.dumps([task.round, task.stage]))
 
 
-def _start(device: str, number: int, run: TaskRunner, inbox: Inbox) -> _Worker:
-    log = run.paths.out / "workers" / f"{number}.txt"
+def _start(device: str, number: int, run: Run, inbox: Inbox) -> _Worker:
+    log = run.store.out / "workers" / f"{number}.txt"
     log.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "layerwise.engines.worker", str(run.paths.out), device]
+    command = [sys.executable, "-m", "layerwise.engines.worker", str(run.store.out), device]
     # The last bits of sums on a CPU depend on the number of threads.
     threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with log.open("a") as errors:
@@ -141,9 +141,7 @@ def _send(worker: _Worker, line: str) -> None:
         pass  # it has died, which the inbox will say
 
 
-def _replace(
-    worker: _Worker, work: _Work, workers: list[_Worker], run: TaskRunner, inbox: Inbox, notify: Notify
-) -> None:
+def _replace(worker: _Worker, work: _Work, workers: list[_Worker], run: Run, inbox: Inbox, notify: Notify) -> None:
     """Another worker in the place of one that has died. Raises RunError where its task has had enough of them."""
     how, task = _how_it_ended(worker.process.returncode), worker.task
     work.deaths[task] += 1

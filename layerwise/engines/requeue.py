@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from layerwise.engines.sbatch import NoAnswer, NoCommand, ask_slurm
 from layerwise.errors import RunError, SlurmError
 from layerwise.files import write_atomically
-from layerwise.run_store import RunPaths, RunState
+from layerwise.run_store import RunState, RunStore
 from layerwise.stop import stop_on_signals
 
 BY_A_PERSON = ("SIGINT", "SIGUSR2")
@@ -67,7 +67,7 @@ def this_job(environment: Mapping[str, str]) -> BatchJob | None:
     return BatchJob(number, int(restarts) if restarts.isdigit() else 0)
 
 
-def queue_again(stopped_by: str | None, paths: RunPaths, say: Callable[[str], None]) -> None:
+def queue_again(stopped_by: str | None, store: RunStore, say: Callable[[str], None]) -> None:
     """Has Slurm start this job again, and waits until it ends this start; nothing outside of a batch job.
 
     stopped_by: the reason of the stop; one that a person asked for stands. say: takes a line for the log. Returns where Slurm
@@ -87,7 +87,7 @@ def queue_again(stopped_by: str | None, paths: RunPaths, say: Callable[[str], No
             if state.ends_for_good:
                 say(f"Slurm is ending job {job.number} for good, as scancel does; it is not queued again.")
                 return
-            count_restart(paths, job.restarts)
+            count_restart(store, job.restarts)
             _requeue(job)
         except SlurmError as error:
             say(str(error))
@@ -138,32 +138,32 @@ MOST = 3
 """Starts in a row that may end where they began."""
 
 
-def count_restart(paths: RunPaths, restarts: int) -> None:
+def count_restart(store: RunStore, restarts: int) -> None:
     """Notes where the run stands; to be called when a start has been stopped and the job is about to be queued again.
 
     restarts: how often the job was started again before; at 0 a person has submitted it, and counting begins. Raises RunError
     where MOST starts in a row got nowhere.
     """
-    if not paths.state.exists():
+    if not store.state.exists():
         # Nothing is noted in a folder that is not a run's yet; Slurm's own count must do.
         in_vain = restarts
     else:
-        here, earlier = _where_it_stands(paths), _read(paths.restarts)
+        here, earlier = _where_it_stands(store), _read(store.restarts)
         in_vain = earlier["in_vain"] + 1 if restarts and earlier["stands"] == here else 0
         content = {"stands": here, "in_vain": in_vain}
-        write_atomically(paths.restarts, (json.dumps(content, indent=2) + "\n").encode())
+        write_atomically(store.restarts, (json.dumps(content, indent=2) + "\n").encode())
     if in_vain >= MOST:
         raise RunError(
-            f"This job was started {in_vain} times in a row and each time stopped before {paths.out} had got any further, so "
+            f"This job was started {in_vain} times in a row and each time stopped before {store.out} had got any further, so "
             "it is not queued again; see log.txt there, give the job more time, and submit it anew."
         )
 
 
-def _where_it_stands(paths: RunPaths) -> list[Any]:
+def _where_it_stands(store: RunStore) -> list[Any]:
     """Of every stage its status, epochs and checkpoint; and the bytes of the caches, whole ones and half-written ones."""
-    state = RunState.load(paths.state)
-    caches = sum(path.stat().st_size for path in paths.caches.glob("stage-*")) if paths.caches.is_dir() else 0
-    stages = [[each.status, each.epochs, _position(paths.checkpoint(each.stage))] for each in state.stages]
+    state = RunState.load(store.state)
+    caches = sum(path.stat().st_size for path in store.caches.glob("stage-*")) if store.caches.is_dir() else 0
+    stages = [[each.status, each.epochs, _position(store.checkpoint(each.stage))] for each in state.stages]
     return [*stages, caches]
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from layerwise.config import OWN, Config
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
-from layerwise.engines import dask, in_process, processes
-from layerwise.engines import torchrun as shared
+from layerwise.engines import dask, processes, torchrun
 from layerwise.engines.machine import machine
 from layerwise.engines.sbatch import refuse_while_queued
-from layerwise.engines.task_runner import TaskRunner, layouts_of
+from layerwise.engines.task_runner import layouts_of, perform_tasks, write_encoder
 from layerwise.engines.torchrun import device_of
 from layerwise.errors import ConfigError, RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
@@ -25,43 +24,50 @@ from layerwise.memory.device import share_one_heap
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
-from layerwise.run_store import RunPaths, RunState
+from layerwise.run_store import RunState, RunStore
 from layerwise.stop import StopFlag
 from layerwise.tracking.following import Following, find_service, open_service
 from layerwise.training.batch_effects import check_shareable
-from layerwise.training.budget import StageLayout
-from layerwise.training.cache_plan import CachePlan, free_for_caches, plan_caches, sealed_bytes
+from layerwise.training.cache_plan import free_for_caches, plan_caches, sealed_bytes
 from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend
 from layerwise.training.cut import cut_network
 from layerwise.training.optimizer import Optimization
 from layerwise.training.resume import check_from_stage, decided, earlier_records, intended
 from layerwise.training.rounds import prepare_rounds
-from layerwise.training.run import Run
+from layerwise.training.run import Round, Run
 from layerwise.training.samples import split_samples
 from layerwise.training.schedule import Task, tasks_of_run
-from layerwise.training.spec import StageSpec
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
     """A finished run."""
 
-    paths: RunPaths
+    paths: RunStore
     state: RunState
     config: Config
     labels: tuple[str, ...]
     """Labels that the data carry, for probes."""
 
 
+@dataclass(frozen=True, slots=True)
+class UserObjects:
+    """Objects that are given in Python, each in place of what the options name. Other processes cannot know them."""
+
+    network: Network | None = None
+    cut: Sequence[int] | None = None
+    """Layers in each stage."""
+    data: DataSet | None = None
+    optimization: Optimization | None = None
+    """In place of Adam."""
+
+
 def run(
     config: Config,
+    objects: UserObjects = UserObjects(),
     *,
     from_stage: int | None = None,
     overwrite: bool = False,
-    network: Network | None = None,
-    cut: Sequence[int] | None = None,
-    data: DataSet | None = None,
-    optimization: Optimization | None = None,
     stop: StopFlag | None = None,
     notify: Notify = silent,
     ranks: Ranks = ALONE,
@@ -69,135 +75,120 @@ def run(
     """Trains every stage that is not done yet, and writes the encoder.
 
     from_stage: retrain this stage and those above it from the cache below. overwrite: delete the run in `config.out`
-    first. network: in place of the one that the options name. cut: layers in each stage, in place of what the options say
-    of it. data: what the options name, where it is open already. optimization: in place of Adam. stop: a flag that ends the
-    run after the step in hand.
-    notify: is told what happens. ranks: the processes that torchrun has started, see `engines.torchrun.join_ranks`; in all but
-    the first, the call follows what the first one does.
+    first. stop: a flag that ends the run after the step in hand. notify: receives the events. ranks: the processes that
+    torchrun has started, see `engines.torchrun.join_ranks`; all but the first follow what the first one does.
     Raises Interrupted after saving when asked to stop, and other LayerwiseErrors where the request cannot be met.
     """
     stop = stop or StopFlag()
     if not ranks.first:
-        return _result(shared.follow(ranks, stop))
-    with prepared_run(
-        config,
-        from_stage=from_stage,
-        overwrite=overwrite,
-        network=network,
-        cut=cut,
-        data=data,
-        optimization=optimization,
-        stop=stop,
-        notify=notify,
-        ranks=ranks,
-    ) as work:
-        _execute(work.tasks, work.run, stop, work.told)
-        work.run.finish()
-        return _result(work.run)
+        return _result(torchrun.follow(ranks, stop))
+    with prepared_run(config, objects, from_stage, overwrite, stop, notify, ranks) as prepared:
+        _execute(prepared, stop)
+        write_encoder(prepared.run)
+        return _result(prepared.run)
 
 
-def _result(run: TaskRunner) -> RunResult:
+def _result(run: Run) -> RunResult:
     labels = (*run.data.labels, *run.data.frame_label_names)
-    return RunResult(run.paths, RunState.load(run.paths.state), run.config, labels)
+    return RunResult(run.store, RunState.load(run.store.state), run.config, labels)
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRun:
     """A run that is prepared on the disk, for an engine."""
 
-    run: TaskRunner
+    run: Run
     tasks: list[Task]
     """What is to be done, each behind those that it needs."""
-    told: Notify
+    notify: Notify
+    """Passes events on to whoever started the run, and to the tracking service."""
 
 
 @contextmanager
 def prepared_run(
     config: Config,
-    *,
+    objects: UserObjects,
     from_stage: int | None,
     overwrite: bool,
-    network: Network | None,
-    cut: Sequence[int] | None,
-    data: DataSet | None,
     stop: StopFlag,
     notify: Notify,
-    optimization: Optimization | None = None,
     ranks: Ranks = ALONE,
 ) -> Iterator[PreparedRun]:
-    """Holds a run while its tasks are performed, or handed in. Parameters and errors as those of `run`."""
+    """Holds a run while its tasks are performed, or submitted. Parameters and errors as those of `run`."""
     share_one_heap()
     service = find_service(config.training.log)
-    objects = {
-        "network": network is not None,
-        "data set": config.data.source == OWN,
-        "optimizer": optimization is not None,
-    }
-    given = next((name for name, is_given in objects.items() if is_given), None)
-    if given and (config.engine.devices or config.engine.name != "local" or ranks.count > 1):
-        raise ConfigError(
-            f"The {given} was given as an object, which other processes cannot know; leave devices and engine out, or name a "
-            "function that makes it, as in --net and --data package.module:function."
-        )
+    _refuse_objects_elsewhere(config, objects, ranks)
     device = device_of(config.engine.devices[0] if config.engine.devices else config.training.device, ranks)
-    paths, rounds = RunPaths.of(config.out, config.cache.dir), config.training.rounds
-    data = data or open_data(config.data, shortest_sample(config))
-    planned_for = _content(paths.state)
-    sizes = cut or (None if overwrite else _earlier_cut(paths, config))
-    specs = cut_network(config, data, device, network, sizes, optimization)
+    store, rounds = RunStore.of(config.out, config.cache.dir), config.training.rounds
+    data = objects.data or open_data(config.data, shortest_sample(config))
+    planned_for = _content(store.state)
+    sizes = objects.cut or (None if overwrite else _earlier_cut(store, config))
+    specs = cut_network(config, data, device, objects.network, sizes, objects.optimization)
     check_shareable(specs, ranks)
     split = split_samples(data, config)
-    furthest = paths.furthest_round(rounds)
+    furthest = store.furthest_round(rounds)
     earlier = earlier_records(furthest, config, overwrite, from_stage)
     storage = plan_caches(
         config,
         specs,
         data,
-        free_for_caches(paths.caches),
+        free_for_caches(store.caches),
         decided(earlier),
         sealed_bytes(furthest, len(specs)),
         intended(earlier, furthest, config),
     )
-    finished = {each.stage for each in earlier_records(paths, config, overwrite, from_stage) if each.status == "done"}
+    finished = {each.stage for each in earlier_records(store, config, overwrite, from_stage) if each.status == "done"}
     layouts = layouts_of(config, specs, storage, device, finished, stop)
-    busy = RunError(f"Another process is running {paths.out}; wait for it, or name another --out.")
+    busy = RunError(f"Another process is running {store.out}; wait for it, or name another --out.")
     caches_busy = RunError(
-        f"Another run of the same name is using {paths.caches}; wait for it, or give another --out name or --cache-dir."
+        f"Another run of the same name is using {store.caches}; wait for it, or give another --out name or --cache-dir."
     )
-    _refuse_foreign_folder(paths.out)
-    for folder in (paths.out, paths.caches):
+    _refuse_foreign_folder(store.out)
+    for folder in (store.out, store.caches):
         refuse_unwritable(folder)
-    refuse_while_queued(paths.jobs)
-    check_from_stage(paths, from_stage, overwrite, len(specs))
+    refuse_while_queued(store.jobs)
+    check_from_stage(store, from_stage, overwrite, len(specs))
     # The locks come this late because a request that is refused leaves no folder behind.
-    with exclusive(paths.lock, busy), exclusive(paths.caches_lock, caches_busy):
-        with _nobody_at_work(paths, rounds):
-            if _content(paths.state) != planned_for:
-                raise RunError(f"Another process has gone on with {paths.out} meanwhile; start the same command again.")
+    with exclusive(store.lock, busy), exclusive(store.caches_lock, caches_busy):
+        with _nobody_at_work(store, rounds):
+            if _content(store.state) != planned_for:
+                raise RunError(f"Another process has gone on with {store.out} meanwhile; start the same command again.")
             states = prepare_rounds(
-                config, paths, data, specs, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
+                config, store, data, specs, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
             )
-            state, opened = (
-                states[rounds],
-                TaskRunner(config, paths, data, split, specs, layouts, storage, device, ranks),
-            )
-            write_atomically(paths.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
-            tracker = open_service(config.training.log, service, paths, state.run_id, config)
-        with Following(tracker, notify) as told:
-            for line in _described(config, data, specs, layouts, storage):
-                told(Message(line))
+            state, run = states[rounds], Run(config, store, data, split, specs, layouts, storage, device, ranks)
+            write_atomically(store.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
+            tracker = open_service(config.training.log, service, store, state.run_id, config)
+        with Following(tracker, notify) as notify_all:
+            for line in _described(run):
+                notify_all(Message(line))
             done = tuple(record.stage for record in state.stages if record.status == "done")
-            told(RunStarted(len(specs), done, config.training.max_epochs, state.budget_bytes, rounds))
-            with _nobody_at_work(paths, rounds):
-                tasks = _tasks(opened, [opened.round(number, stop, told) for number in states])
-            yield PreparedRun(opened, tasks, told)
+            notify_all(RunStarted(len(specs), done, config.training.max_epochs, state.budget_bytes, rounds))
+            with _nobody_at_work(store, rounds):
+                tasks = _tasks_left([run.round(number) for number in states], notify_all)
+            yield PreparedRun(run, tasks, notify_all)
+
+
+def _refuse_objects_elsewhere(config: Config, objects: UserObjects, ranks: Ranks) -> None:
+    """Raises ConfigError where other processes take part in a run that has an object of the user's."""
+    are_given = {
+        "network": objects.network is not None,
+        "data set": config.data.source == OWN,
+        "optimizer": objects.optimization is not None,
+    }
+    given = next((name for name, is_given in are_given.items() if is_given), None)
+    if given and (config.engine.devices or config.engine.name != "local" or ranks.count > 1):
+        raise ConfigError(
+            f"The {given} was given as an object, which other processes cannot know; leave devices and engine out, or name a "
+            "function that makes it, as in --net and --data package.module:function."
+        )
 
 
 @contextmanager
-def _nobody_at_work(paths: RunPaths, rounds: int) -> Iterator[None]:
+def _nobody_at_work(store: RunStore, rounds: int) -> Iterator[None]:
     """Keeps tasks from their rounds meanwhile, those of an earlier start included. Raises RunError where one is in hand."""
-    locks = {paths.round(number, rounds).task_lock for number in range(1, rounds + 1)}
-    locks |= {folder / paths.task_lock.name for folder in (paths.out / "rounds").glob("*")}
+    locks = {store.round(number, rounds).task_lock for number in range(1, rounds + 1)}
+    locks |= {folder / store.task_lock.name for folder in (store.out / "rounds").glob("*")}
     with ExitStack() as held:
         for lock in sorted(locks):
             busy = RunError(
@@ -207,57 +198,59 @@ def _nobody_at_work(paths: RunPaths, rounds: int) -> Iterator[None]:
         yield
 
 
-def _execute(tasks: list[Task], opened: TaskRunner, stop: StopFlag, notify: Notify) -> None:
-    options = opened.config.engine
-    if opened.ranks.count > 1:
-        shared.execute(tasks, opened, stop, notify)
+def _execute(prepared: PreparedRun, stop: StopFlag) -> None:
+    """Has the engine of the options perform the tasks."""
+    run, tasks, notify = prepared.run, prepared.tasks, prepared.notify
+    options = run.config.engine
+    if run.ranks.count > 1:
+        torchrun.execute(tasks, run, stop, notify)
     elif options.name == "dask" and tasks:
-        dask.execute(tasks, opened, stop, notify)
+        dask.execute(tasks, run, stop, notify)
     elif options.devices and tasks:
-        processes.execute(tasks, opened, options.devices, stop, notify)
+        processes.execute(tasks, run, options.devices, stop, notify)
     else:
-        in_process.execute(tasks, opened, stop, notify)
+        perform_tasks(tasks, run, stop, notify)
 
 
 def tasks_left(config: Config, overwrite: bool, from_stage: int | None) -> list[Task]:
     """What `begun` would find to do, were nothing damaged; nothing is written."""
-    paths, rounds = RunPaths.of(config.out, config.cache.dir), config.training.rounds
+    store, rounds = RunStore.of(config.out, config.cache.dir), config.training.rounds
     data = open_data(config.data, shortest_sample(config))
-    device, cut = device_of(config.training.device, ALONE), None if overwrite else _earlier_cut(paths, config)
+    device, cut = device_of(config.training.device, ALONE), None if overwrite else _earlier_cut(store, config)
     stages = len(cut_network(config, data, device, None, cut))
     done = {
         Task(number, record.stage)
         for number in range(1, rounds + 1)
-        for record in earlier_records(_of_round(paths, number, rounds), config, overwrite, from_stage)
+        for record in earlier_records(_of_round(store, number, rounds), config, overwrite, from_stage)
         if record.status == "done"
     }
     return [task for task in tasks_of_run(stages, rounds) if task not in done]
 
 
-def _of_round(paths: RunPaths, number: int, rounds: int) -> RunPaths:
+def _of_round(store: RunStore, number: int, rounds: int) -> RunStore:
     """Of a round that was deleted, for it had served its purpose, the run itself."""
-    here = paths.round(number, rounds)
-    return here if here.state.exists() or not paths.state.exists() else paths
+    here = store.round(number, rounds)
+    return here if here.state.exists() or not store.state.exists() else store
 
 
-def _tasks(opened: TaskRunner, rounds: list[Run]) -> list[Task]:
-    """What is to be done, each behind those that it needs; of caches that cannot be used, they are made anew."""
-    for run in rounds:
-        delete_unneeded_caches(run)
-        _mend_kept(run)
-    states = {run.round: run.state for run in rounds}
-    tasks = tasks_of_run(len(opened.specs), opened.config.training.rounds)
+def _tasks_left(rounds: list[Round], notify: Notify) -> list[Task]:
+    """What is to be done, each task behind those that it needs. Caches that cannot be read are to be made again."""
+    for round in rounds:
+        delete_unneeded_caches(round)
+        _rebuild_unusable_caches(round, notify)
+    states, run = {round.number: round.state for round in rounds}, rounds[0].run
+    tasks = tasks_of_run(len(run.specs), run.rounds)
     return [task for task in tasks if task.round in states and states[task.round].record(task.stage).status != "done"]
 
 
-def _mend_kept(run: Run) -> None:
+def _rebuild_unusable_caches(round: Round, notify: Notify) -> None:
     """Has each cache that is to stay made again where it cannot be used."""
-    for _ in run.specs:
+    for _ in round.run.specs:
         try:
-            check_retained_caches(run)
+            check_retained_caches(round)
             return
         except UnusableCache as error:
-            mend(error, run)
+            mend(error, round, notify)
 
 
 def _content(path: Path) -> bytes | None:
@@ -275,17 +268,17 @@ def _refuse_foreign_folder(out: Path) -> None:
             raise RunError(f"--out {out} holds something else ({others[0]}); name a new or empty folder.")
 
 
-def _earlier_cut(paths: RunPaths, config: Config) -> list[int] | None:
+def _earlier_cut(store: RunStore, config: Config) -> list[int] | None:
     """How an earlier start has cut the network, so that this one goes on with it whatever its budget."""
-    if not paths.state.exists() or config.training.schedule == "simultaneous":
+    if not store.state.exists() or config.training.schedule == "simultaneous":
         return None
-    cut = RunState.load(paths.state).cut
+    cut = RunState.load(store.state).cut
     return cut if config.training.stages in (None, len(cut)) else None
 
 
-def _described(
-    config: Config, data: DataSet, specs: list[StageSpec], layouts: list[StageLayout], storage: CachePlan
-) -> list[str]:
+def _described(run: Run) -> list[str]:
+    """Lines on what is about to be trained."""
+    config, data, specs, layouts = run.config, run.data, run.specs, run.layouts
     chosen = config.training.stages is None and config.memory.gpu_mem is not None
     one_pass = all(layout.placement.passes == 1 for layout in layouts)
     held = (
@@ -299,7 +292,7 @@ def _described(
     for stage, layout in zip(specs, layouts, strict=True):
         if layout.why:
             lines.append(f"stage {stage.stage}: {layout.placement}, because {layout.why}")
-    lines += storage.notes
+    lines += run.storage.notes
     if data.skipped:
         lines.append(f"{len(data.skipped)} files skipped:")
         lines += [f"  {entry.path}: {entry.reason}" for entry in data.skipped]

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerwise.config import Config
-from layerwise.engines.run import prepared_run, tasks_left
+from layerwise.engines.run import UserObjects, prepared_run, tasks_left
 from layerwise.engines.sbatch import QUEUE, SbatchOptions, script, submit
+from layerwise.engines.task_runner import write_encoder
 from layerwise.errors import ConfigError
 from layerwise.events import Notify, silent
 from layerwise.files import write_atomically
-from layerwise.run_store import RunPaths
+from layerwise.run_store import RunStore
 from layerwise.stop import StopFlag
 from layerwise.training.schedule import Task
 
@@ -39,21 +40,19 @@ def submit_run(
     """
     _check(config)
     folder = _folder(config)
-    with prepared_run(
-        config, from_stage=from_stage, overwrite=overwrite, network=None, cut=None, data=None, stop=stop, notify=notify
-    ) as work:
+    with prepared_run(config, UserObjects(), from_stage, overwrite, stop, notify) as prepared:
         folder.mkdir(exist_ok=True)
         numbers: dict[Task, str] = {}
         jobs = []
-        for task in work.tasks:
+        for task in prepared.tasks:
             stop.raise_if_set(f"before round {task.round}, stage {task.stage} was handed in")
             path = folder / f"{_name(task)}.sbatch"
             write_atomically(path, task_script(config, task).encode())
             numbers[task] = submit(path, [numbers[need] for need in task.needs if need in numbers])
             jobs.append(Job(task, numbers[task], path, _log(config, task)))
             write_atomically(folder / QUEUE, json.dumps([job.number for job in jobs]).encode())
-        if not work.tasks:
-            work.run.finish()
+        if not prepared.tasks:
+            write_encoder(prepared.run)
     return jobs
 
 
@@ -82,7 +81,7 @@ def _check(config: Config) -> None:
 
 
 def _folder(config: Config) -> Path:
-    return RunPaths.of(config.out, config.cache.dir).jobs.resolve()
+    return RunStore.of(config.out, config.cache.dir).jobs.resolve()
 
 
 def _name(task: Task) -> str:

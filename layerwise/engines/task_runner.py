@@ -1,38 +1,36 @@
-"""A run as a process holds it that performs tasks of it: the data, the stages, how they are laid out and stored.
+"""Performs one task of a run under its lock, in whichever process; opens a run that another process has prepared.
 
-A process that joins a run later opens the same from the run directory. What is done is read from the disk before each task,
-so that nothing of it is passed between processes."""
+What is done is read from the disk before each task, so processes pass nothing of it to each other.
+"""
 
 import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from layerwise.config import Config, load, with_options
 from layerwise.data.open import open_data
-from layerwise.data.source import DataSet
 from layerwise.errors import BudgetError, RunError
 from layerwise.events import Notify
 from layerwise.files import exclusive
 from layerwise.memory.device import find_device, share_one_heap
-from layerwise.memory.ranks import ALONE, Ranks
+from layerwise.memory.meter import meter_for
 from layerwise.nets import shortest_sample
-from layerwise.run_store import RunPaths, RunState
+from layerwise.run_store import RunState, RunStore
 from layerwise.stop import StopFlag
 from layerwise.training.budget import StageLayout, lay_out, smallest_budget, smallest_layout
 from layerwise.training.cache_plan import CachePlan, below
+from layerwise.training.context import RunContext
 from layerwise.training.cut import cut_network
 from layerwise.training.encoder import stitch
 from layerwise.training.resume import is_trained
-from layerwise.training.run import Run
+from layerwise.training.run import Round, Run
 from layerwise.training.samples import split_samples
-from layerwise.training.schedule import Task, stop_together
+from layerwise.training.schedule import Task
 from layerwise.training.spec import StageSpec
 from layerwise.training.task import perform
 
@@ -41,78 +39,40 @@ HANDOVER_SECONDS = 120
 and over a network a lock outlives a machine by a minute or two."""
 
 
-@dataclass(frozen=True, slots=True)
-class TaskRunner:
-    """What is the same for all rounds."""
-
-    config: Config
-    paths: RunPaths
-    data: DataSet
-    split: np.ndarray
-    """uint8 [N], see training.split."""
-    specs: list[StageSpec]
-    layouts: list[StageLayout]
-    storage: CachePlan
-    device: torch.device
-    ranks: Ranks = ALONE
-    """Who performs its tasks together; the first one holds the locks."""
-
-    def perform(self, task: Task, stop: StopFlag, notify: Notify) -> None:
-        """Performs a task whose needs are met, or finds it done. Raises Interrupted after saving."""
-        of_round = f" of round {task.round}" if self.config.training.rounds > 1 else ""
-        where = f"before stage {task.stage}{of_round}"
-        stop_together(stop, self.ranks, where)
-        lock = self.paths.round(task.round, self.config.training.rounds).task_lock
-        with _round_to_itself(lock, task, where, stop) if self.ranks.first else nullcontext():
-            if self.ranks.first:
-                lock.write_text(
-                    f"{socket.gethostname()}, process {os.getpid()}, {self.device}\n"
-                )  # for `layerwise status`
-            run = self.round(task.round, stop, notify)
-            _check_needs(task, run)
-            self.ranks.meet()  # all have read the state, before the first one changes it
-            perform(task, run)
-
-    def finish(self) -> None:
-        """Writes the encoder; every task is done."""
-        rounds = self.config.training.rounds
-        with _round_to_itself(self.paths.task_lock, Task(rounds, len(self.specs)), "", StopFlag()):
-            stitch(self.config, self.paths, self.specs, self.data)
-            for paths in (self.paths.round(number, rounds) for number in range(1, rounds + 1)):
-                if paths.state.exists():
-                    state = RunState.load(paths.state)
-                    state.from_stage = None
-                    state.save(paths.state)
-
-    def round(self, number: int, stop: StopFlag, notify: Notify) -> Run:
-        """A round as the disk has it now, and those before it."""
-        run, rounds = None, self.config.training.rounds
-        for each in range(1, number + 1):
-            paths = self.paths.round(each, rounds)
-            if each < number and not paths.state.exists():  # of a finished run, a user may have deleted it
-                continue
-            state = RunState.load(paths.state)
-            run = Run(
-                self.config,
-                each,
-                paths,
-                state,
-                self.data,
-                self.split,
-                self.specs,
-                self.layouts,
-                self.storage,
-                self.device,
-                stop,
-                notify,
-                run,
-                self.ranks,
-            )
-        assert run is not None
-        return run
+def perform_tasks(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> None:
+    """Performs tasks in the order given, in which each comes behind those that it needs."""
+    for task in tasks:
+        perform_task(task, run, stop, notify)
 
 
-def open_task_runner(out: Path, device: str | None = None) -> TaskRunner:
+def perform_task(task: Task, run: Run, stop: StopFlag, notify: Notify) -> None:
+    """Performs a task whose needs are met, or finds it done. Raises Interrupted after saving."""
+    context = RunContext(run.device, meter_for(run.device, None), stop, notify, run.ranks)
+    of_round = f" of round {task.round}" if run.rounds > 1 else ""
+    where = f"before stage {task.stage}{of_round}"
+    context.raise_if_stopped(where)
+    lock = run.store.round(task.round, run.rounds).task_lock
+    with _locked(lock, task, where, stop) if run.ranks.first else nullcontext():
+        if run.ranks.first:  # for `layerwise status`
+            lock.write_text(f"{socket.gethostname()}, process {os.getpid()}, {run.device}\n")
+        round = run.round(task.round)
+        _check_needs(task, round)
+        run.ranks.meet()  # all ranks have read the state before the first one changes it
+        perform(task, round, context)
+
+
+def write_encoder(run: Run) -> None:
+    """Stitches the trained stages into encoder.safetensors; every task must be done."""
+    with _locked(run.store.task_lock, Task(run.rounds, len(run.specs)), "", StopFlag()):
+        stitch(run.config, run.store, run.specs, run.data)
+        for store in (run.store.round(number, run.rounds) for number in range(1, run.rounds + 1)):
+            if store.state.exists():
+                state = RunState.load(store.state)
+                state.from_stage = None
+                state.save(store.state)
+
+
+def open_prepared_run(out: Path, device: str | None = None) -> Run:
     """A run that another process has prepared. device: in place of the one in its options.
 
     Raises RunError where the run was given its network as an object, which no other process can know.
@@ -126,11 +86,11 @@ def open_task_runner(out: Path, device: str | None = None) -> TaskRunner:
         raise RunError(
             f"The network of {out} was given as an object, which only its own process knows; leave --devices and --engine out."
         )
-    paths, on = RunPaths(out, Path(main.caches)), find_device(config.training.device)
+    store, on = RunStore(out, Path(main.caches)), find_device(config.training.device)
     data = open_data(config.data, shortest_sample(config))
     if data.identity != main.data_identity:
         raise RunError(f"The data of {out} have changed since it was prepared; bring the old ones back.")
-    furthest = RunState.load(paths.furthest_round(config.training.rounds).state)
+    furthest = RunState.load(store.furthest_round(config.training.rounds).state)
     storage = CachePlan(tuple(bool(record.cached) for record in furthest.stages))
     specs = cut_network(config, data, on, None, main.cut)
     if specs[0].network.identity != main.network:
@@ -140,7 +100,7 @@ def open_task_runner(out: Path, device: str | None = None) -> TaskRunner:
         )
     done = {record.stage for record in main.stages if record.status == "done"}
     layouts = layouts_of(config, specs, storage, on, done, StopFlag())
-    return TaskRunner(config, paths, data, split_samples(data, config), specs, layouts, storage, on)
+    return Run(config, store, data, split_samples(data, config), specs, layouts, storage, on)
 
 
 def layouts_of(
@@ -165,11 +125,11 @@ def layouts_of(
     return layouts
 
 
-def _check_needs(task: Task, run: Run) -> None:
+def _check_needs(task: Task, round: Round) -> None:
     """Raises RunError where the round before has not ended for the stage: a job that is out of date came too early."""
-    if run.earlier is None or is_trained(run.state.record(task.stage)):
+    if round.earlier is None or is_trained(round.state.record(task.stage)):
         return
-    before = run.earlier.state.record(task.stage)
+    before = round.earlier.state.record(task.stage)
     if not is_trained(before):
         raise RunError(
             f"Stage {task.stage} of round {task.round} needs round {task.round - 1}, where that stage is {before.status}: the "
@@ -178,10 +138,10 @@ def _check_needs(task: Task, run: Run) -> None:
 
 
 @contextmanager
-def _round_to_itself(lock: Path, task: Task, where: str, stop: StopFlag) -> Iterator[None]:
-    """Within a round one task follows another, so whoever performs one has its files to itself.
+def _locked(lock: Path, task: Task, where: str, stop: StopFlag) -> Iterator[None]:
+    """Holds a round while a task of it is performed: within a round one task follows another.
 
-    Raises RunError where another process keeps them, and Interrupted, which says where, while it waits.
+    Raises RunError where another process keeps the lock, and Interrupted, which says where, while it waits.
     """
     busy = RunError(
         f"Another process is at work in round {task.round}, where stage {task.stage} comes next; wait for it, or stop it."

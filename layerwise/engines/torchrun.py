@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 
 from layerwise.config import Config
-from layerwise.engines.task_runner import TaskRunner, open_task_runner
+from layerwise.engines.task_runner import open_prepared_run, perform_tasks
 from layerwise.errors import ConfigError, Interrupted, ToldElsewhere
 from layerwise.events import Notify, silent
 from layerwise.memory.device import find_device
 from layerwise.memory.ranks import ALONE, LostRank, Ranks
 from layerwise.stop import StopFlag
 from layerwise.training.budget import StageLayout
+from layerwise.training.run import Run
 from layerwise.training.schedule import Task
 
 SILENCE = timedelta(hours=2)
@@ -146,13 +147,13 @@ class SharedRun:
     """As the first device has room for them: all ranks must go through a batch in as many passes."""
 
 
-def execute(tasks: Sequence[Task], run: TaskRunner, stop: StopFlag, notify: Notify) -> None:
+def execute(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> None:
     """In the first rank: has the others perform the tasks along with it."""
-    run.ranks.heard(SharedRun(run.paths.out.resolve(), run.config.training.device, list(tasks), run.layouts))
-    _perform(tasks, run, stop, notify)
+    run.ranks.heard(SharedRun(run.store.out.resolve(), run.config.training.device, list(tasks), run.layouts))
+    perform_tasks(tasks, run, stop, notify)
 
 
-def follow(ranks: Ranks, stop: StopFlag) -> TaskRunner:
+def follow(ranks: Ranks, stop: StopFlag) -> Run:
     """In every other rank: waits until the run is prepared, and performs the tasks along with the first.
 
     Raises ToldElsewhere where the first ends without having prepared it, and where all of them stop.
@@ -161,15 +162,10 @@ def follow(ranks: Ranks, stop: StopFlag) -> TaskRunner:
         prepared: SharedRun = ranks.heard()
     except LostRank as lost:
         raise ToldElsewhere(str(lost), lost.exit_code) from None
-    opened = open_task_runner(prepared.out, str(device_of(prepared.device, ranks)))
-    opened = replace(opened, layouts=prepared.layouts, ranks=ranks)
+    run = open_prepared_run(prepared.out, str(device_of(prepared.device, ranks)))
+    run = replace(run, layouts=prepared.layouts, ranks=ranks)
     try:
-        _perform(prepared.tasks, opened, stop, silent)
+        perform_tasks(prepared.tasks, run, stop, silent)
     except Interrupted as stopped:
         raise ToldElsewhere(str(stopped), stopped.exit_code) from None
-    return opened
-
-
-def _perform(tasks: Sequence[Task], run: TaskRunner, stop: StopFlag, notify: Notify) -> None:
-    for task in tasks:
-        run.perform(task, stop, notify)
+    return run

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from typing import Any, TextIO
 
 from layerwise import errors, events
-from layerwise.engines.task_runner import open_task_runner
+from layerwise.engines.task_runner import open_prepared_run, perform_task
 from layerwise.errors import Interrupted, LayerwiseError, RunError
 from layerwise.events import Event
 from layerwise.stop import StopFlag, stop_on_signals
@@ -35,8 +35,8 @@ def main(out: str, device: str) -> None:
         run = None
         while line := lines.get():
             try:
-                run = run or open_task_runner(Path(out), device)
-                run.perform(Task(*json.loads(line)), stop, lambda event: tell(event_message(event)))
+                run = run or open_prepared_run(Path(out), device)
+                perform_task(Task(*json.loads(line)), run, stop, lambda event: tell(event_message(event)))
                 tell({"ended": "done"})
             except LayerwiseError as error:
                 tell(error_message(error))

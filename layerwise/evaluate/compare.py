@@ -16,7 +16,7 @@ from typing import Any
 from layerwise.config import Config, changed_options, load, with_options
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
-from layerwise.engines.run import run
+from layerwise.engines.run import UserObjects, run
 from layerwise.errors import ConfigError, RunError, did_you_mean
 from layerwise.evaluate.classifiers import answer
 from layerwise.evaluate.forward import features_under_budget
@@ -277,7 +277,7 @@ def _outcome(
         stages = random_stages(specs, [OutputFormat.of(options)] * len(specs), seed)
         return Outcome(method, seed, _errors(options, question, specs, stages, out, stop), 0, 0, 0.0)
     cut = None if options.training.stages == 1 else compared.cut
-    result = run(options, cut=cut, data=data, stop=stop, notify=notify)
+    result = run(options, UserObjects(cut=cut, data=data), stop=stop, notify=notify)
     weights, origin = load_encoder(result.paths.encoder)
     together = OutputFormat(options.training.precision, None)
     handings = origin.handings if len(result.state.stages) == len(specs) else [together] * len(specs)

@@ -23,7 +23,7 @@ from layerwise.evaluate.targets import ProbeTask, ask, truth
 from layerwise.files import write_atomically
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network, ranges
-from layerwise.run_store import RunPaths, RunState, open_run
+from layerwise.run_store import RunState, RunStore, open_run
 from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import load_stages
 from layerwise.training.forward import OutputFormat, random_stages, trained_stages
@@ -77,11 +77,11 @@ def probe(
         raise ConfigError(
             f"There is no probe {classifier!r}; there are {', '.join(CLASSIFIERS)}.{did_you_mean(classifier, CLASSIFIERS)}"
         )
-    paths, state = open_run(run_directory)
+    store, state = open_run(run_directory)
     done = [record.stage for record in state.stages if record.status == "done"]
     if not done:
         raise RunError(f"No stage of {run_directory} is done yet; go on with the run first.")
-    config = load(paths.config)
+    config = load(store.config)
     data = _data_of_the_run(config, state, data)
     network = network or build_network(config.net, data.frame_shape, config.training.seed)
     if network.identity != state.network:
@@ -90,17 +90,17 @@ def probe(
         )
     specs = stage_specs(config, data, network, ranges(state.cut))[: max(done)]
     question = ask(label, data, config)
-    handings = [OutputFormat.of(load(paths.stage_config(spec.stage))) for spec in specs]
+    handings = [OutputFormat.of(load(store.stage_config(spec.stage))) for spec in specs]
 
     notify("features of the same network with random weights")
     random = random_stages(specs, handings, config.training.seed)
-    untrained, peak = features_under_budget(config, question, random, paths.probes, stop)
+    untrained, peak = features_under_budget(config, question, random, store.probes, stop)
     passed: list[FeatureRows] = []
-    cached = {stage: _cached_features(paths, state, stage, question, stop, warn) for stage in done}
+    cached = {stage: _cached_features(store, state, stage, question, stop, warn) for stage in done}
     if any(features is None for features in cached.values()):
         notify("features of stages that are not cached")
-        stages = trained_stages(specs, handings, load_stages(paths, [spec.stage for spec in specs]))
-        passed, more = features_under_budget(config, question, stages, paths.probes, stop)
+        stages = trained_stages(specs, handings, load_stages(store, [spec.stage for spec in specs]))
+        passed, more = features_under_budget(config, question, stages, store.probes, stop)
         peak = max(peak, more)
     trained = {stage: passed[stage - 1] if kept is None else kept for stage, kept in cached.items()}
     results = []
@@ -113,7 +113,7 @@ def probe(
         train, test = len(right.parts.fitted), len(right.parts.test)
         results.append(StageError(stage, found.error, baseline.error, train, test, found.confusion))
     result = ProbeResult(label, results, peak, classifier)
-    path = paths.probe(label if classifier == "linear" else f"{label}-{classifier}")
+    path = store.probe(label if classifier == "linear" else f"{label}-{classifier}")
     write_atomically(path, (json.dumps(asdict(result), indent=2) + "\n").encode())
     return result
 
@@ -129,7 +129,7 @@ def _data_of_the_run(config: Config, state: RunState, given: DataSet | None) -> 
 
 
 def _cached_features(
-    paths: RunPaths,
+    store: RunStore,
     state: RunState,
     stage: int,
     question: ProbeTask,
@@ -137,13 +137,13 @@ def _cached_features(
     warn: Callable[[str], None],
 ) -> FeatureRows | None:
     """From the stage's cache, or None where it is not there or cannot be used."""
-    if not paths.cache(stage).exists():
+    if not store.cache(stage).exists():
         return None
     try:
-        with ActivationCache(paths.cache(stage)) as cache:
+        with ActivationCache(store.cache(stage)) as cache:
             if cache.layout.fingerprint != state.record(stage).fingerprint:
                 raise RunError(f"{cache.path} was not made by this run; move it away.")
-            features = FeatureRows(paths.probes)
+            features = FeatureRows(store.probes)
             poll = stop.raise_if_set
             cached_features(cache, question.samples, question.per_frame, features, lambda: poll("while probing"))
             return features

@@ -51,7 +51,7 @@ def write_report(directory: str | Path) -> Path:
 
 
 def _run_page(run: GatheredRun) -> str:
-    plots = list(_published(_run_plots(run), run.paths.plots, itertools.count()))
+    plots = list(_published(_run_plots(run), run.store.plots, itertools.count()))
     return _template("run.html.jinja").render(run=run, plots=plots)
 
 
@@ -60,7 +60,7 @@ def _comparison_page(comparison: GatheredComparison) -> str:
     drawn = [draw_comparison(comparison.label, comparison.methods), draw_costs(comparison.methods)]
     plots = list(_published(drawn, comparison.directory / "plots", numbers))
     runs = [
-        (method, run, list(_published(_run_plots(run), run.paths.plots, numbers)))
+        (method, run, list(_published(_run_plots(run), run.store.plots, numbers)))
         for method, run in comparison.runs.items()
     ]
     stages = sorted({stage for method in comparison.methods for stage in method.errors.stages})

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from layerwise.config import Config, load
 from layerwise.errors import ConfigError, RunError
 from layerwise.files import is_locked, json_lines
-from layerwise.run_store import RunPaths, RunState, open_run
+from layerwise.run_store import RunState, RunStore, open_run
 
 COMPARISON = "compare.json"
 
@@ -62,7 +62,7 @@ class Probe:
 class GatheredRun:
     """A run directory."""
 
-    paths: RunPaths
+    store: RunStore
     state: RunState
     progress: Literal["done", "running", "stopped"]
     config: Config | None
@@ -132,18 +132,18 @@ def gather(directory: Path) -> GatheredRun | GatheredComparison:
 
 
 def _gather_run(directory: Path) -> GatheredRun:
-    paths, state = open_run(directory)
+    store, state = open_run(directory)
     stages = [record.stage for record in state.stages]
     return GatheredRun(
-        paths=paths,
+        store=store,
         state=state,
-        progress="done" if state.done else "running" if is_locked(paths.lock) else "stopped",
-        config=_config(paths.config),
-        options=paths.config.read_text(errors="replace") if paths.config.exists() else "",
-        machine=_machine(paths.machine),
-        epochs={stage: list(_epochs(paths.metrics(stage))) for stage in stages},
-        memory={stage: list(_samples(paths.memory(stage))) for stage in stages},
-        probes=[_probe(path) for path in sorted(paths.probes.glob("*.json"))],
+        progress="done" if state.done else "running" if is_locked(store.lock) else "stopped",
+        config=_config(store.config),
+        options=store.config.read_text(errors="replace") if store.config.exists() else "",
+        machine=_machine(store.machine),
+        epochs={stage: list(_epochs(store.metrics(stage))) for stage in stages},
+        memory={stage: list(_samples(store.memory(stage))) for stage in stages},
+        probes=[_probe(path) for path in sorted(store.probes.glob("*.json"))],
     )
 
 

@@ -18,7 +18,7 @@ from layerwise.config import ObjectiveOptions
 from layerwise.files import is_locked
 from layerwise.forecast import Forecast
 from layerwise.report.progress import outcome
-from layerwise.run_store import RunPaths, RunState, StageRecord
+from layerwise.run_store import RunState, RunStore, StageRecord
 from layerwise.units import duration, percent, size
 
 if TYPE_CHECKING:
@@ -87,15 +87,15 @@ def totals(state: RunState) -> str:
     return f"device peak {size(peak)}{of_budget} on {state.device}, caches {size(caches)}, {duration(seconds)}"
 
 
-def where_things_lie(paths: RunPaths, state: RunState) -> list[str]:
+def where_things_lie(store: RunStore, state: RunState) -> list[str]:
     """Lines of name and path."""
-    caches = [f"caches    {_as_typed(paths.caches)}/stage-S.h5"] if any(r.cache for r in state.stages) else []
+    caches = [f"caches    {_as_typed(store.caches)}/stage-S.h5"] if any(r.cache for r in state.stages) else []
     return [
-        f"encoder   {paths.encoder}",
-        f"weights   {paths.out / 'stages'}/S/weights.safetensors, metrics.jsonl beside them",
+        f"encoder   {store.encoder}",
+        f"weights   {store.out / 'stages'}/S/weights.safetensors, metrics.jsonl beside them",
         *caches,
-        f"options   {paths.config}",
-        f"log       {paths.log}",
+        f"options   {store.config}",
+        f"log       {store.log}",
     ]
 
 
@@ -104,9 +104,9 @@ def _as_typed(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def what_next(paths: RunPaths, labels: list[str]) -> list[str]:
+def what_next(store: RunStore, labels: list[str]) -> list[str]:
     """Commands that make sense now."""
-    out = shlex.quote(str(paths.out))
+    out = shlex.quote(str(store.out))
     probes = [f"layerwise probe {out} --label {shlex.quote(label)}" for label in labels]
     return [
         *probes,
@@ -220,11 +220,11 @@ class RoundState:
     """Who performs a task of it now; None where nobody does."""
 
 
-def round_states(paths: RunPaths, rounds: int) -> list[RoundState]:
+def round_states(store: RunStore, rounds: int) -> list[RoundState]:
     """Every round that is prepared, in order. Raises RunError where one cannot be read."""
     states = []
     for number in range(1, rounds + 1):
-        of_round = paths.round(number, rounds)
+        of_round = store.round(number, rounds)
         if of_round.state.exists():
             worker = of_round.task_lock.read_text().strip() if is_locked(of_round.task_lock) else None
             states.append(RoundState(number, RunState.load(of_round.state).stages, worker))

@@ -8,14 +8,14 @@ from types import TracebackType
 from layerwise.config import Config
 from layerwise.errors import ConfigError
 from layerwise.events import EpochDone, Event, Message, Notify, StageDone
-from layerwise.run_store import RunPaths
+from layerwise.run_store import RunStore
 from layerwise.tracking.protocol import Nowhere, Open, Tracker
 
 
 def find_service(name: str) -> Open:
     """The service that `--log` names. Raises ConfigError where its package is not installed."""
     if name == "none":
-        return lambda paths, run_id, config: Nowhere()
+        return lambda store, run_id, config: Nowhere()
     try:
         return import_module(f"layerwise.tracking.{name}").open_tracker
     except ImportError as error:
@@ -24,10 +24,10 @@ def find_service(name: str) -> Open:
         ) from None
 
 
-def open_service(name: str, open_tracker: Open, paths: RunPaths, run_id: str, config: Config) -> Tracker:
+def open_service(name: str, open_tracker: Open, store: RunStore, run_id: str, config: Config) -> Tracker:
     """The run at the service. Raises ConfigError where the service refuses it."""
     try:
-        return open_tracker(paths, run_id, config)
+        return open_tracker(store, run_id, config)
     except Exception as error:  # each service has errors of its own
         raise ConfigError(f"--log {name}: {error} Mend that, or leave --log out.") from None
 

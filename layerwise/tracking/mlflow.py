@@ -7,7 +7,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from layerwise.config import Config, options, value_of
-from layerwise.run_store import RunPaths
+from layerwise.run_store import RunStore
 from layerwise.tracking.protocol import shown_name
 
 EXPERIMENT = "layerwise"
@@ -17,7 +17,7 @@ TAG = "layerwise.run_id"
 class MLflow:
     """Metrics are called stage-S/NAME, over the epochs of that stage."""
 
-    def __init__(self, paths: RunPaths, run_id: str, config: Config) -> None:
+    def __init__(self, store: RunStore, run_id: str, config: Config) -> None:
         self._client = MlflowClient()
         experiment = self._client.get_experiment_by_name(EXPERIMENT)
         place = experiment.experiment_id if experiment else self._client.create_experiment(EXPERIMENT)
@@ -26,7 +26,7 @@ class MLflow:
             self._id = earlier[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
         else:
-            run = self._client.create_run(place, tags={TAG: run_id}, run_name=shown_name(paths))
+            run = self._client.create_run(place, tags={TAG: run_id}, run_name=shown_name(store))
             self._id = run.info.run_id
             chosen = [Param(option.key, str(value_of(config, option.key))) for option in options()]
             self._client.log_batch(self._id, params=chosen)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from layerwise.config import Config
-from layerwise.run_store import RunPaths
+from layerwise.run_store import RunStore
 
 
 class Tracker(Protocol):
@@ -19,7 +19,7 @@ class Tracker(Protocol):
         ...
 
 
-Open = Callable[[RunPaths, str, Config], Tracker]
+Open = Callable[[RunStore, str, Config], Tracker]
 """Opens the run of this id at a service, or goes on with it."""
 
 
@@ -33,7 +33,7 @@ class Nowhere:
         """Nothing."""
 
 
-def shown_name(paths: RunPaths) -> str:
+def shown_name(store: RunStore) -> str:
     """NAME of runs/NAME; METHOD/seed-N of a run that is part of a comparison."""
-    out = paths.out.resolve()
+    out = store.out.resolve()
     return f"{out.parent.name}/{out.name}" if out.name.startswith("seed-") else out.name

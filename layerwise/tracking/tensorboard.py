@@ -8,19 +8,19 @@ from collections.abc import Mapping
 from torch.utils.tensorboard import SummaryWriter
 
 from layerwise.config import Config
-from layerwise.run_store import RunPaths
+from layerwise.run_store import RunStore
 
 
 class TensorBoard:
     """Writes stages/S/tensorboard/."""
 
-    def __init__(self, paths: RunPaths, run_id: str, config: Config) -> None:
-        self._paths = paths
+    def __init__(self, store: RunStore, run_id: str, config: Config) -> None:
+        self._store = store
         self._writers: dict[int, SummaryWriter] = {}
 
     def log(self, stage: int, step: int, values: Mapping[str, float]) -> None:
         if stage not in self._writers:
-            self._writers[stage] = SummaryWriter(str(self._paths.stage(stage) / "tensorboard"))
+            self._writers[stage] = SummaryWriter(str(self._store.stage(stage) / "tensorboard"))
         for name, value in values.items():
             self._writers[stage].add_scalar(name, value, step)
         self._writers[stage].flush()  # an epoch that is told here once is not told again after a kill

@@ -5,20 +5,20 @@ from collections.abc import Mapping
 import wandb
 
 from layerwise.config import Config
-from layerwise.run_store import RunPaths
+from layerwise.run_store import RunStore
 from layerwise.tracking.protocol import shown_name
 
 
 class WeightsAndBiases:
     """Charts are called stage-S/NAME, over the epochs of that stage."""
 
-    def __init__(self, paths: RunPaths, run_id: str, config: Config) -> None:
+    def __init__(self, store: RunStore, run_id: str, config: Config) -> None:
         self._run = wandb.init(
             project="layerwise",
-            name=shown_name(paths),
+            name=shown_name(store),
             id=run_id,
             resume="allow",
-            dir=str(paths.out),
+            dir=str(store.out),
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(console="off"),  # the live table is no text to keep
         )

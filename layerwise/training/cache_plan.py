@@ -20,7 +20,7 @@ from layerwise.cache.zstd import require_zstandard
 from layerwise.config import CacheOptions, Config
 from layerwise.data.source import DataSet
 from layerwise.errors import BudgetError, ConfigError
-from layerwise.run_store import RunPaths, RunState
+from layerwise.run_store import RunState, RunStore
 from layerwise.training.spec import StageSpec, frame_labels
 from layerwise.units import size
 
@@ -110,9 +110,9 @@ def free_for_caches(folder: Path) -> int:
     return shutil.disk_usage(there).free + ours
 
 
-def sealed_bytes(paths: RunPaths, stages: int) -> dict[int, int]:
+def sealed_bytes(store: RunStore, stages: int) -> dict[int, int]:
     """Those of stages 1 to `stages` that have a sealed cache, to the bytes that it takes on the disk."""
-    return {file.stage: file.bytes for file in cache_files(paths.caches) if file.is_sealed and file.stage <= stages}
+    return {file.stage: file.bytes for file in cache_files(store.caches) if file.is_sealed and file.stage <= stages}
 
 
 def plan_caches(

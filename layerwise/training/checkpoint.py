@@ -20,7 +20,7 @@ from torch import nn
 from layerwise.errors import RunError
 from layerwise.files import write_atomically
 from layerwise.memory.meter import host_tensor, uncounted
-from layerwise.run_store import RunPaths
+from layerwise.run_store import RunStore
 from layerwise.training.simultaneous import AnyTrainer
 from layerwise.training.trainer import StageTrainer
 
@@ -109,16 +109,16 @@ def load_arrays(path: Path, way_out: str) -> tuple[Arrays, dict[str, str]]:
     return arrays, metadata
 
 
-def load_stage(paths: RunPaths, stage: int) -> Arrays:
+def load_stage(store: RunStore, stage: int) -> Arrays:
     """The weights of a trained stage. Raises RunError where they are missing or damaged."""
-    return load_arrays(paths.weights(stage), f"train the stage again with --from-stage {stage}.")[0]
+    return load_arrays(store.weights(stage), f"train the stage again with --from-stage {stage}.")[0]
 
 
-def load_stages(paths: RunPaths, stages: Iterable[int]) -> Arrays:
+def load_stages(store: RunStore, stages: Iterable[int]) -> Arrays:
     """The weights of several, by the names that they have in the whole network. Raises RunError as `load_stage` does."""
     weights: Arrays = {}
     for stage in stages:
-        weights |= load_stage(paths, stage)
+        weights |= load_stage(store, stage)
     return weights
 
 

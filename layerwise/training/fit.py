@@ -1,9 +1,10 @@
-"""One stage to convergence: what `layerwise run` does between two caches.
+"""Trains one stage to convergence: what `layerwise run` does between two caches.
 
 Each epoch draws new windows, trains on every batch, then measures the loss on the held-out samples at fixed windows with
 fixed negatives. The best weights are kept. The stage has converged when the held-out loss has not fallen by the part
 `min_delta` for `patience` epochs. Everything random is a function of (seed, stage, epoch, step), so a stage that was
-stopped anywhere ends with the same bits as one that was not."""
+stopped anywhere ends with the same bits as one that was not.
+"""
 
 import json
 import math
@@ -12,26 +13,32 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
-from layerwise.config import Config, TrainingOptions
+from layerwise.config import TrainingOptions
 from layerwise.data.batches import Batch, Epoch, held_out_epoch, training_epoch
 from layerwise.errors import RunError, TrainingError
-from layerwise.events import EpochDone, Notify, StageStarted, StepDone
+from layerwise.events import EpochDone, StageStarted, StepDone
 from layerwise.files import write_atomically
-from layerwise.memory.meter import AnyMeter
-from layerwise.memory.plan import Placement
-from layerwise.memory.ranks import ALONE, Ranks
-from layerwise.stop import StopFlag
 from layerwise.streams import stream
 from layerwise.training.checkpoint import Arrays, Progress, load_checkpoint, save_checkpoint, to_host
+from layerwise.training.context import RunContext
 from layerwise.training.loader import Loader, augmented
-from layerwise.training.schedule import asked_to_stop
-from layerwise.training.simultaneous import AnyTrainer, SimultaneousTrainer
-from layerwise.training.spec import StageSpec
-from layerwise.training.trainer import StageTrainer, StepRandomness
+from layerwise.training.simultaneous import AnyTrainer
+from layerwise.training.trainer import StepRandomness
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSamples:
+    """Which samples a stage trains on, and which ones stop it."""
+
+    train: np.ndarray
+    """int64, sample numbers."""
+    held_out: np.ndarray
+    classes: np.ndarray | None = None
+    """int64 [N] of all samples, for objectives that learn a label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +47,10 @@ class StageFiles:
 
     checkpoint: Path
     metrics: Path
-    made_for: str
-    """Names the stage's input and options; a checkpoint of another name is refused."""
-    before: tuple[Path, str] | None = None
-    """Checkpoint of the round before, at its end, and what that was made for; None in the first round."""
+    training_key: str
+    """Names the stage's input and options; a checkpoint of another key is refused."""
+    begin_from: tuple[Path, str] | None = None
+    """The last checkpoint of the round before, and its training key; None in the first round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,124 +65,115 @@ class Trained:
     seconds: float
     peak_bytes: int
     """Highest of all epochs, those before a resume included."""
-    placement: Placement
-    """At the end: smaller than at the beginning where a step ran out of memory."""
+    micro_batch: int
+    """At the end: smaller than planned where a step ran out of memory."""
 
 
-def train_stage(
-    spec: StageSpec,
-    config: Config,
-    loader: Loader,
-    train: np.ndarray,
-    held_out: np.ndarray,
-    classes: np.ndarray | None,
-    device: torch.device,
-    placement: Placement,
-    meter: AnyMeter,
-    files: StageFiles,
-    stop: StopFlag,
-    notify: Notify,
-    round: int = 1,
-    ranks: Ranks = ALONE,
+def fit(
+    trainer: AnyTrainer, loader: Loader, samples: TrainingSamples, files: StageFiles, round: int, context: RunContext
 ) -> Trained:
     """Trains to convergence or to the round's share of max_epochs, from the checkpoint where there is one.
 
-    train, held_out: int64 sample numbers; classes: int64 [N] of all samples, for objectives that learn a label; ranks: who
-    trains it together; the first one writes. Raises Interrupted after saving, TrainingError where the loss is not a number.
+    round: from 1. Raises Interrupted after saving, TrainingError where the loss is not a number.
     """
-    options = config.training
-    trainer: AnyTrainer
-    if spec.parts:
-        trainer = SimultaneousTrainer(spec, config, device, placement, meter)
-    else:
-        trainer = StageTrainer(spec, config, device, placement, meter, ranks)
-    progress, best = _found(files, trainer)
+    options, stage, meter = trainer.config.training, trainer.spec.stage, context.meter
+    progress, best = _resume(files, trainer)
     epochs = epochs_of_round(options, round)
-    notify(StageStarted(spec.stage, progress.epoch, progress.step, round))
+    context.notify(StageStarted(stage, progress.epoch, progress.step, round))
     started = time.monotonic() - progress.seconds
     last_save = time.monotonic()
 
     def save() -> None:
+        nonlocal last_save
         progress.seconds = time.monotonic() - started
-        if ranks.first:
-            save_checkpoint(files.checkpoint, files.made_for, progress, trainer, best)
+        if context.ranks.first:
+            save_checkpoint(files.checkpoint, files.training_key, progress, trainer, best)
+        last_save = time.monotonic()
 
-    def poll() -> None:
-        if asked_to_stop(stop, ranks):
+    def stop_if_asked() -> None:
+        if context.asked_to_stop():
             save()
-            ranks.meet()  # one that ended before it was saved would have the others killed
-            stop.raise_if_set(f"in stage {spec.stage}, epoch {progress.epoch + 1}, after step {progress.step}")
+            context.ranks.meet()  # torchrun kills the other ranks when one ends before all have saved
+            context.stop.raise_if_set(f"in stage {stage}, epoch {progress.epoch + 1}, after step {progress.step}")
 
-    while not _finished(progress, epochs, options.patience):
+    while progress.epoch - progress.first_epoch < epochs and progress.plateau_epochs < options.patience:
         epoch_started = time.monotonic()
         trainer.begin_epoch(progress.epoch)
-        rng = stream(options.seed, "epoch", spec.stage, progress.epoch)
-        epoch = training_epoch(loader, train, spec.window, options.batch_size, rng, spec.renderings)
-        for step, batch in _batches(epoch, loader, classes, trainer, first=progress.step):
-            key = (spec.stage, progress.epoch, step)
-            if spec.stage > 1:
+        rng = stream(options.seed, "epoch", stage, progress.epoch)
+        spec = trainer.spec
+        epoch = training_epoch(loader, samples.train, spec.window, options.batch_size, rng, spec.renderings)
+        for step, batch in _batches(epoch, loader, samples.classes, trainer, first=progress.step):
+            key = (stage, progress.epoch, step)
+            if stage > 1:
                 batch = augmented(batch, options, stream(options.seed, "augmentation", *key))
             module_seed = int(stream(options.seed, "module", *key).integers(2**62))
             score = trainer.train(batch, StepRandomness(partial(stream, options.seed, "negatives", *key), module_seed))
             loss, accuracy = score.loss.item(), score.accuracy.item()
-            _check_finite(loss, spec.stage, progress.epoch, options.lr)
+            _check_finite(loss, stage, progress.epoch, options.lr)
             progress.step = step + 1
             progress.loss_sum += loss
             progress.accuracy_sum += accuracy
-            notify(StepDone(spec.stage, progress.epoch, step, epoch.steps, loss, accuracy, meter.live, meter.peak))
-            if time.monotonic() - last_save > config.training.checkpoint_seconds:
+            context.notify(StepDone(stage, progress.epoch, step, epoch.steps, loss, accuracy, meter.live, meter.peak))
+            if time.monotonic() - last_save > options.checkpoint_seconds:
                 save()
-                last_save = time.monotonic()
-            poll()
+            stop_if_asked()
 
-        held_out_loss, held_out_accuracy = evaluate(trainer, loader, held_out, classes, options, poll)
-        _check_finite(held_out_loss, spec.stage, progress.epoch, options.lr)
-        seconds = time.monotonic() - epoch_started
-        if _close_epoch(
-            progress, epoch.steps, held_out_loss, held_out_accuracy, options.min_delta, seconds, meter.peak
-        ):
+        held_out_loss, held_out_accuracy = evaluate(trainer, loader, samples, stop_if_asked)
+        _check_finite(held_out_loss, stage, progress.epoch, options.lr)
+        entry: dict[str, Any] = {
+            "epoch": progress.epoch + 1,
+            "loss": progress.loss_sum / epoch.steps,
+            "accuracy": progress.accuracy_sum / epoch.steps,
+            "held_out_loss": held_out_loss,
+            "held_out_accuracy": held_out_accuracy,
+            "seconds": time.monotonic() - epoch_started,
+            "peak_bytes": meter.peak,
+        }
+        if _close_epoch(progress, entry, options):
             best = to_host(trainer.module.state_dict())
-        if ranks.first:
+        if context.ranks.first:
             lines = "".join(json.dumps(entry) + "\n" for entry in progress.history)
             write_atomically(files.metrics, lines.encode())
         save()
-        last_save = time.monotonic()
-        notify(EpochDone(spec.stage, **progress.history[-1]))
-        poll()
+        context.notify(EpochDone(stage, **entry))
+        stop_if_asked()
 
     assert best is not None and progress.best_loss is not None
-    converged = progress.plateau_epochs >= options.patience
-    peak = max(entry["peak_bytes"] for entry in progress.history[progress.first_epoch :])
     return Trained(
-        best, progress.epoch, converged, progress.best_loss, time.monotonic() - started, peak, trainer.placement
+        weights=best,
+        epochs=progress.epoch,
+        converged=progress.plateau_epochs >= options.patience,
+        best_loss=progress.best_loss,
+        seconds=time.monotonic() - started,
+        peak_bytes=max(entry["peak_bytes"] for entry in progress.history[progress.first_epoch :]),
+        micro_batch=trainer.placement.micro_batch,
     )
 
 
 def evaluate(
-    trainer: AnyTrainer,
-    loader: Loader,
-    samples: np.ndarray,
-    classes: np.ndarray | None,
-    options: TrainingOptions,
-    poll: Callable[[], None],
+    trainer: AnyTrainer, loader: Loader, samples: TrainingSamples, after_batch: Callable[[], None]
 ) -> tuple[float, float]:
-    """Loss and accuracy on samples at windows and negatives that are the same at every call.
+    """Loss and accuracy on the held-out samples, at windows and negatives that are the same at every call.
 
-    `poll` is called between batches and may raise.
+    after_batch: is called after each batch and may raise.
     """
-    stage = trainer.spec.stage
-    windows = stream(options.seed, "held-out windows", stage)
-    epoch = held_out_epoch(loader, samples, trainer.spec.window, options.batch_size, windows, trainer.spec.renderings)
+    options, spec = trainer.config.training, trainer.spec
+    windows = stream(options.seed, "held-out windows", spec.stage)
+    epoch = held_out_epoch(loader, samples.held_out, spec.window, options.batch_size, windows, spec.renderings)
     loss = accuracy = 0.0
-    for step, batch in _batches(epoch, loader, classes, trainer, first=0):
-        score = trainer.evaluate(
-            batch, StepRandomness(partial(stream, options.seed, "held-out negatives", stage, step))
-        )
-        poll()
+    for step, batch in _batches(epoch, loader, samples.classes, trainer, first=0):
+        negatives = partial(stream, options.seed, "held-out negatives", spec.stage, step)
+        score = trainer.evaluate(batch, StepRandomness(negatives))
+        after_batch()
         share = len(batch.lengths) / len(epoch.samples)
         loss += share * score.loss.item()
         accuracy += share * score.accuracy.item()
     return loss, accuracy
+
+
+def epochs_of_round(options: TrainingOptions, round: int) -> int:
+    """Most epochs of a stage in this round, from 1; the epochs of all rounds make max_epochs."""
+    return options.max_epochs * round // options.rounds - options.max_epochs * (round - 1) // options.rounds
 
 
 def _batches(
@@ -193,53 +191,27 @@ def _check_finite(loss: float, stage: int, epoch: int, lr: float) -> None:
         )
 
 
-def epochs_of_round(options: TrainingOptions, round: int) -> int:
-    """Most epochs of a stage in this round, from 1; over all rounds they make max_epochs."""
-    return options.max_epochs * round // options.rounds - options.max_epochs * (round - 1) // options.rounds
-
-
-def _found(files: StageFiles, trainer: AnyTrainer) -> tuple[Progress, Arrays | None]:
-    """What an earlier start has saved of this round, or else the end of the round before, or else the beginning."""
-    saved = load_checkpoint(files.checkpoint, files.made_for, trainer)
-    if saved is None and files.before is not None:
-        path, made_for = files.before
-        ended = load_checkpoint(path, made_for, trainer)
-        if ended is None:
+def _resume(files: StageFiles, trainer: AnyTrainer) -> tuple[Progress, Arrays | None]:
+    """The checkpoint of this round, else the last one of the round before, else the beginning."""
+    saved = load_checkpoint(files.checkpoint, files.training_key, trainer)
+    if saved is None and files.begin_from is not None:
+        path, training_key = files.begin_from
+        before = load_checkpoint(path, training_key, trainer)
+        if before is None:
             raise RunError(f"{path} is gone, with which the next round begins; start the same command again.")
-        saved = ended[0].in_next_round(), None
+        saved = before[0].in_next_round(), None
     return saved or (Progress(), None)
 
 
-def _finished(progress: Progress, epochs: int, patience: int) -> bool:
-    return progress.epoch - progress.first_epoch >= epochs or progress.plateau_epochs >= patience
-
-
-def _close_epoch(
-    progress: Progress,
-    steps: int,
-    held_out_loss: float,
-    held_out_accuracy: float,
-    min_delta: float,
-    seconds: float,
-    peak_bytes: int,
-) -> bool:
-    """Enters the epoch into the progress; says whether its held-out loss is the lowest so far."""
-    progress.history.append(
-        {
-            "epoch": progress.epoch + 1,
-            "loss": progress.loss_sum / steps,
-            "accuracy": progress.accuracy_sum / steps,
-            "held_out_loss": held_out_loss,
-            "held_out_accuracy": held_out_accuracy,
-            "seconds": seconds,
-            "peak_bytes": peak_bytes,
-        }
-    )
-    is_best = progress.best_loss is None or held_out_loss < progress.best_loss
+def _close_epoch(progress: Progress, entry: dict[str, Any], options: TrainingOptions) -> bool:
+    """Adds the epoch to the progress. Returns whether its held-out loss is the lowest so far."""
+    progress.history.append(entry)
+    loss = entry["held_out_loss"]
+    is_best = progress.best_loss is None or loss < progress.best_loss
     if is_best:
-        progress.best_loss = held_out_loss
-    if progress.plateau_loss is None or held_out_loss < progress.plateau_loss * (1 - min_delta):
-        progress.plateau_loss, progress.plateau_epochs = held_out_loss, 0
+        progress.best_loss = loss
+    if progress.plateau_loss is None or loss < progress.plateau_loss * (1 - options.min_delta):
+        progress.plateau_loss, progress.plateau_epochs = loss, 0
     else:
         progress.plateau_epochs += 1
     progress.epoch += 1

@@ -31,6 +31,7 @@ from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.plan import Placement
 from layerwise.nets.module import Module
 from layerwise.objectives.protocol import Draw
+from layerwise.training.context import RunContext
 from layerwise.training.optimizer import Optimizer, State
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
@@ -217,7 +218,7 @@ def _rehearsed_training(config: Config, spec: StageSpec, placement: Placement, l
     size, window = config.training.batch_size, spec.window.frames
 
     def step(meter: Meter) -> None:
-        rehearsal = _RehearsedTrainer(spec, config, DEVICE, placement, meter)
+        rehearsal = _RehearsedTrainer(spec, config, placement, RunContext(DEVICE, meter))
         # As in training, loss and accuracy of a step live until those of the next one take their place.
         before = torch.zeros((), device=DEVICE), torch.zeros((), device=DEVICE)
         stored = torch.float32 if spec.stage == 1 else STORED[config.cache.dtype].tensor

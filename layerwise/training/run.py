@@ -1,6 +1,4 @@
-"""A round of a run while it is at work: what the tasks of the round share.
-
-Names what a cache was made from: everything that could change one of its bits."""
+"""A run in one process, its rounds, and the fingerprints that say what each stage was made from."""
 
 import hashlib
 import json
@@ -12,10 +10,8 @@ import torch
 from layerwise.config import Config, load, options, value_of
 from layerwise.data.source import DataSet
 from layerwise.errors import RunError
-from layerwise.events import Notify
 from layerwise.memory.ranks import ALONE, Ranks
-from layerwise.run_store import RunPaths, RunState
-from layerwise.stop import StopFlag
+from layerwise.run_store import RunState, RunStore
 from layerwise.training.budget import StageLayout
 from layerwise.training.cache_plan import CachePlan, keep_of_round
 from layerwise.training.spec import StageSpec
@@ -23,76 +19,96 @@ from layerwise.training.spec import StageSpec
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that the tasks of one round share."""
+    """What is the same for all rounds and tasks of a run."""
 
     config: Config
-    round: int
-    """From 1; the last one is the run itself."""
-    paths: RunPaths
-    """Of this round, as `state` is."""
-    state: RunState
+    store: RunStore
     data: DataSet
     split: np.ndarray
-    """uint8 [N], see training.split."""
+    """uint8 [N], see training.samples."""
     specs: list[StageSpec]
     layouts: list[StageLayout]
     storage: CachePlan
     device: torch.device
-    stop: StopFlag
-    notify: Notify
-    earlier: "Run | None" = None
-    """The round before."""
     ranks: Ranks = ALONE
-    """Who performs its tasks together: each holds the same state, and the first one alone writes."""
+    """The processes that perform its tasks together; the first one alone writes and holds the locks."""
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds; 1 for a sequential run."""
+        return self.config.training.rounds
+
+    def round(self, number: int) -> "Round":
+        """A round as run.json describes it now, with the rounds before it."""
+        found = None
+        for each in range(1, number + 1):
+            store = self.store.round(each, self.rounds)
+            if each < number and not store.state.exists():  # a user may delete earlier rounds of a finished run
+                continue
+            found = Round(self, each, store, RunState.load(store.state), found)
+        assert found is not None
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round of a run; the last one is the run itself."""
+
+    run: Run
+    number: int
+    """From 1."""
+    store: RunStore
+    state: RunState
+    earlier: "Round | None" = None
+    """The round before."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether probes and the encoder read this round."""
+        return self.number == self.run.rounds
 
     @property
     def keep(self) -> str:
-        """Which caches stay once all stages are done; an earlier round has served its purpose by then."""
-        return keep_of_round(self.config, self.round)
+        """Which caches stay once all stages are done; nobody reads those of an earlier round any more."""
+        return keep_of_round(self.run.config, self.number)
 
     def save(self) -> None:
         """Replaces run.json. Raises RunError."""
-        if self.ranks.first:
-            self.state.save(self.paths.state)
+        if self.run.ranks.first:
+            self.state.save(self.store.state)
 
-    def key(self, stage: int) -> str:
-        """The training key of a stage whose lower stages are done, as is the stage itself in the round before."""
-        below = self.state.record(stage - 1).fingerprint if stage > 1 else None
-        if self.round > 1 and self.earlier is None:
+    def training_key(self, stage: int) -> str:
+        """SHA-256 of the input of a stage and of all options that act on its result.
+
+        Every lower stage must be done, and so must the stage itself in the round before. Raises RunError where that round
+        is gone.
+        """
+        if self.number > 1 and self.earlier is None:
             raise RunError(
-                f"{self.paths.out} has lost the folder of its round {self.round - 1}; begin anew with --overwrite."
+                f"{self.store.out} has lost the folder of its round {self.number - 1}; begin anew with --overwrite."
             )
-        before = self.earlier.state.record(stage).fingerprint if self.earlier else None
-        spec = self.specs[stage - 1]
-        how = spec.optimization.identity if spec.optimization else None
-        return training_key(self.config, self.data.identity, below, before, stage, spec.layers, how)
+        config, spec = self.run.config, self.run.specs[stage - 1]
+        return _digest(
+            [
+                self.run.data.identity,
+                self.state.record(stage - 1).fingerprint if stage > 1 else None,
+                self.earlier.state.record(stage).fingerprint if self.earlier else None,
+                stage,
+                spec.layers.start,
+                spec.layers.stop,
+                {option.key: value_of(config, option.key) for option in options() if option.scope != "place"},
+                spec.optimization.identity if spec.optimization else None,
+            ]
+        )
 
     def trained_with(self, stage: int) -> Config:
-        """The options of a trained stage; where `--from-stage` has changed some, those below keep theirs."""
-        return load(self.paths.stage_config(stage))
+        """The options that a stage was trained with; `--from-stage` may have changed them for the stages above only."""
+        return load(self.store.stage_config(stage))
 
 
-def training_key(
-    config: Config,
-    data_identity: str,
-    below: str | None,
-    before: str | None,
-    stage: int,
-    layers: range,
-    optimization: str | None,
-) -> str:
-    """SHA-256 of the input of a stage and of all options that act on its result.
-
-    below, before: fingerprints of the stage below in this round, and of this stage in the round before. optimization: the
-    identity of an optimizer of the user's.
-    """
-    acting = {option.key: value_of(config, option.key) for option in options() if option.scope != "place"}
-    return _digest([data_identity, below, before, stage, layers.start, layers.stop, acting, optimization])
-
-
-def fingerprint(key: str, weights_digest: str) -> str:
-    """SHA-256 of a stage's training key and the weights that came of it."""
-    return _digest([key, weights_digest])
+def fingerprint(training_key: str, weights_digest: str) -> str:
+    """SHA-256 of a stage's training key and of its trained weights: names what its cache was made from."""
+    return _digest([training_key, weights_digest])
 
 
 def _digest(parts: list[object]) -> str:

@@ -16,10 +16,11 @@ from torch import nn
 from layerwise.config import Config
 from layerwise.data.batches import Batch
 from layerwise.memory.device import autocast, on_device
-from layerwise.memory.meter import AnyMeter, metered
+from layerwise.memory.meter import metered
 from layerwise.memory.microbatch import Total
 from layerwise.memory.plan import Placement
 from layerwise.nets.module import Module
+from layerwise.training.context import RunContext
 from layerwise.training.optimizer import Optimizer, State
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
@@ -28,16 +29,13 @@ Step = Callable[[StageTrainer, Batch, StepRandomness], Total]
 
 
 class SimultaneousTrainer:
-    """The parts of a plan, loaded; for the training loop and for checkpoints in the place of a StageTrainer."""
+    """Trains all parts of a stage at once; the training loop and checkpoints use it like a StageTrainer."""
 
     shrunk = False
 
-    def __init__(
-        self, spec: StageSpec, config: Config, device: torch.device, placement: Placement, meter: AnyMeter
-    ) -> None:
-        self.spec, self.placement = spec, placement
-        self._device, self._meter, self._precision = device, meter, config.training.precision
-        self._parts = [StageTrainer(part, config, device, placement, meter) for part in spec.parts]
+    def __init__(self, spec: StageSpec, config: Config, placement: Placement, context: RunContext) -> None:
+        self.spec, self.config, self.placement, self._context = spec, config, placement, context
+        self._parts = [StageTrainer(part, config, placement, context) for part in spec.parts]
         self.module = Module({int(i): layer for part in self._parts for i, layer in part.module.layers.items()})
         self.objective = nn.ModuleDict({str(part.spec.stage): part.objective for part in self._parts})
         self.optimizer = _Optimizers([("", part.optimizer) for part in self._parts])
@@ -76,10 +74,11 @@ class SimultaneousTrainer:
 
     def _outputs(self, part: StageTrainer, batch: Batch) -> Batch:
         """The input of the next part, on the device."""
-        look = self._meter.should_meter(f"outputs, stage {part.spec.stage}", batch.frames.shape[1])
-        with torch.no_grad(), metered(look), autocast(self._device, self._precision):
+        device, meter = self._context.device, self._context.meter
+        look = meter.should_meter(f"outputs, stage {part.spec.stage}", batch.frames.shape[1])
+        with torch.no_grad(), metered(look), autocast(device, self.config.training.precision):
             part.module.eval()
-            frames = on_device(batch.frames, self._device)
+            frames = on_device(batch.frames, device)
             outputs = part.module(frames, batch.lengths)[1]
         return replace(batch, frames=outputs, lengths=part.module.out_length(batch.lengths))
 
@@ -93,6 +92,12 @@ def _of_part(randomness: StepRandomness, number: int) -> StepRandomness:
 
 AnyTrainer = StageTrainer | SimultaneousTrainer
 """What the training loop steps and a checkpoint saves."""
+
+
+def load_trainer(spec: StageSpec, config: Config, placement: Placement, context: RunContext) -> AnyTrainer:
+    """The trainer of a stage, on the device."""
+    kind = SimultaneousTrainer if spec.parts else StageTrainer
+    return kind(spec, config, placement, context)
 
 
 class _Optimizers:

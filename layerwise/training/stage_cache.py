@@ -17,35 +17,34 @@ from layerwise.cache.unsealed import publish
 from layerwise.data.source import DataSet
 from layerwise.errors import BudgetError, ConfigError, Interrupted, RunError, UnusableCache
 from layerwise.memory.device import release, why_out_of_memory
-from layerwise.memory.meter import AnyMeter
-from layerwise.run_store import StageRecord
 from layerwise.training.cache_plan import cache_layout
 from layerwise.training.checkpoint import load_stage, load_weights
+from layerwise.training.context import RunContext
 from layerwise.training.forward import cache_outputs, shortest_piece
 from layerwise.training.loader import Loader
-from layerwise.training.run import Run
-from layerwise.training.schedule import stop_together
+from layerwise.training.run import Round
 from layerwise.training.spec import StageSpec, frame_labels
 
 
-def write_stage_cache(spec: StageSpec, loader: Loader, run: Run, record: StageRecord, meter: AnyMeter) -> None:
+def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -> None:
     """Leaves the sealed cache, and its peak and size in the record."""
-    path = run.paths.cache(spec.stage)
-    written = written_at(path, run)
+    run, record, meter = round.run, round.state.record(spec.stage), context.meter
+    path = round.store.cache(spec.stage)
+    written = written_at(path, round)
     if written != path:
         _discard_others(written, record.fingerprint)
     if not _is_sealed(path, record.fingerprint) and not _is_sealed(written, record.fingerprint):
         module = spec.build_module(run.config.training.seed, run.device)
-        load_weights(module, load_stage(run.paths, spec.stage))
+        load_weights(module, load_stage(round.store, spec.stage))
         meter.label("parameters", module.state_dict().values())
         started, seconds = time.monotonic(), record.seconds
 
         def record_progress() -> None:
             record.cache_peak_bytes = max(meter.peak, record.cache_peak_bytes or 0)
             record.seconds = seconds + time.monotonic() - started
-            run.save()
+            round.save()
 
-        options, ranks, trained_with = run.config.cache, run.ranks, run.trained_with(spec.stage)
+        options, ranks, trained_with = run.config.cache, run.ranks, round.trained_with(spec.stage)
         layout = cache_layout(spec, run.data, trained_with.cache.dtype, run.split, str(record.fingerprint))
 
         def open_writer() -> CacheWriter:
@@ -55,7 +54,9 @@ def write_stage_cache(spec: StageSpec, loader: Loader, run: Run, record: StageRe
             with open_writer() as writer:
                 try:
                     precision = trained_with.training.precision
-                    cache_outputs(module, loader, writer, piece, precision, run.device, meter, run.stop, run.notify)
+                    cache_outputs(
+                        module, loader, writer, piece, precision, run.device, meter, context.stop, context.notify
+                    )
                 finally:
                     record_progress()
                 if ranks.count == 1:
@@ -65,7 +66,7 @@ def write_stage_cache(spec: StageSpec, loader: Loader, run: Run, record: StageRe
 
         def seal(writer: CacheWriter) -> None:
             _put_frame_labels(writer, spec, run.data)
-            writer.seal(lambda: run.stop.raise_if_set(f"while the cache of stage {spec.stage} was packed"))
+            writer.seal(lambda: context.stop.raise_if_set(f"while the cache of stage {spec.stage} was packed"))
 
         def write_in_pieces() -> None:
             _in_pieces_that_fit(write, run.layouts[spec.stage - 1].piece, shortest_piece(spec, run.config), run.device)
@@ -73,23 +74,23 @@ def write_stage_cache(spec: StageSpec, loader: Loader, run: Run, record: StageRe
         if ranks.count == 1:
             write_in_pieces()
         else:
-            _write_together(open_writer, write_in_pieces, seal, run, f"in the cache of stage {spec.stage}")
+            _write_together(open_writer, write_in_pieces, seal, context, f"in the cache of stage {spec.stage}")
     if written.exists() and written != path:
-        publish(written, path, lambda: run.stop.raise_if_set(f"while the cache of stage {spec.stage} was copied"))
+        publish(written, path, lambda: context.stop.raise_if_set(f"while the cache of stage {spec.stage} was copied"))
         with suppress(OSError):
             written.parent.rmdir()  # unless another stage is written there
     record.cache, record.cache_bytes = str(path), path.stat().st_size
 
 
-def written_at(path: Path, run: Run) -> Path:
+def written_at(path: Path, round: Round) -> Path:
     """Where the cache is written: in its place, or on a faster disk. Raises ConfigError where that is not known here."""
-    scratch = run.config.cache.scratch
+    scratch = round.run.config.cache.scratch
     if scratch is None:
         return path
     folder = os.path.expandvars(scratch)
     if "$" in folder:
         raise ConfigError(f"cache.scratch {scratch}: the variable is not set on this machine; name a folder.")
-    return Path(folder).expanduser() / f"layerwise-{run.state.run_id}" / path.name
+    return Path(folder).expanduser() / f"layerwise-{round.state.run_id}" / path.name
 
 
 def _discard_others(written: Path, fingerprint: str | None) -> None:
@@ -109,7 +110,7 @@ def _write_together(
     open_writer: Callable[[], CacheWriter],
     write: Callable[[], None],
     seal: Callable[[CacheWriter], None],
-    run: Run,
+    context: RunContext,
     where: str,
 ) -> None:
     """Each rank writes its span of the cache, and the first one seals it. Raises Interrupted on all where one was asked."""
@@ -122,11 +123,11 @@ def _write_together(
         with open_writer() as writer:
             seal(writer)
 
-    run.ranks.wait_for_first(create)
+    context.ranks.wait_for_first(create)
     with suppress(Interrupted):  # the others are told of it below
         write()
-    stop_together(run.stop, run.ranks, where)
-    run.ranks.wait_for_first(complete)
+    context.raise_if_stopped(where)
+    context.ranks.wait_for_first(complete)
 
 
 def _in_pieces_that_fit(write: Callable[[int], None], piece: int, shortest: int, device: torch.device) -> None:

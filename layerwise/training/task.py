@@ -1,7 +1,7 @@
-"""One task from its input to its sealed cache; doing it twice does it once.
+"""One task from its input to its sealed cache. A task that is performed twice does its work once.
 
-Whatever an earlier start has finished is found on the disk and kept: the best weights, the blocks of a half-written
-cache, the sealed cache.
+What an earlier start has finished is found on the disk and used: the best weights, the blocks of a half-written cache, the
+sealed cache.
 """
 
 import math
@@ -19,71 +19,80 @@ from layerwise.errors import BudgetError, UnusableCache
 from layerwise.events import EpochDone, Event, Notify, StageDone
 from layerwise.files import write_atomically
 from layerwise.memory.device import cap, process_bytes, release, return_free_blocks, why_out_of_memory
-from layerwise.memory.meter import AnyMeter, meter_for
+from layerwise.memory.meter import meter_for
 from layerwise.memory.ranks import ALONE
 from layerwise.run_store import StageRecord
 from layerwise.training.cache_plan import below, input_kind
 from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend, open_cache
 from layerwise.training.checkpoint import digest, load_stages, save_arrays
-from layerwise.training.fit import StageFiles, train_stage
+from layerwise.training.context import RunContext
+from layerwise.training.fit import StageFiles, TrainingSamples, fit
 from layerwise.training.forward import OutputFormat, trained_stages
 from layerwise.training.loader import Loader, SourceLoader
 from layerwise.training.memory_log import MemoryLog
 from layerwise.training.recompute import RecomputingLoader
-from layerwise.training.run import Run, fingerprint
+from layerwise.training.run import Round, fingerprint
 from layerwise.training.samples import HELD_OUT, TRAIN, sample_classes
 from layerwise.training.schedule import Task
+from layerwise.training.simultaneous import load_trainer
 from layerwise.training.spec import StageSpec
 from layerwise.training.stage_cache import write_stage_cache, written_at
 
 
-def perform(task: Task, run: Run) -> None:
-    """Trains, caches and seals one stage, and records it in run.json; a cache that cannot be used is made anew, once.
+def perform(task: Task, round: Round, context: RunContext) -> None:
+    """Trains, caches and seals one stage and records it in run.json. A cache that cannot be read is made again, once.
 
     Raises Interrupted after saving.
     """
-    mended: set[Path] = set()
+    rebuilt: set[Path] = set()
     while True:
         try:
-            check_retained_caches(run)
-            for stage in range(1, task.stage + 1):  # those below are done, but for a cache that is to be made again
-                _perform(stage, run)
+            check_retained_caches(round)
+            for stage in range(1, task.stage + 1):  # lower stages are done, unless a cache of theirs is made again
+                _perform_stage(stage, round, context)
             return
         except UnusableCache as error:
-            if run.ranks.count > 1:  # the others have met nothing of it: at the next start it is missing for all
+            if context.ranks.count > 1:  # the other ranks have not noticed it: at the next start it is missing for all
                 error.path.unlink(missing_ok=True)
-            if error.path in mended or run.ranks.count > 1:
+            if error.path in rebuilt or context.ranks.count > 1:
                 raise
-            mended.add(error.path)
-            mend(error, run)
+            rebuilt.add(error.path)
+            mend(error, round, context.notify)
 
 
-def _perform(stage: int, run: Run) -> None:
-    record = run.state.record(stage)
+def _perform_stage(stage: int, round: Round, context: RunContext) -> None:
+    record = round.state.record(stage)
     if record.status == "done":
         return
-    spec = run.specs[stage - 1]
-    written_at(run.paths.cache(stage), run)  # what is wrong with it is said before anything is trained
-    source = _open_source(stage, run)
-    cap(run.device, run.state.budget_bytes)  # anew: what the driver itself takes grows as kernels are loaded
-    before = _allocated(run.device)
-    meter = meter_for(run.device, run.state.budget_bytes)
+    spec, device, budget = round.run.specs[stage - 1], context.device, round.state.budget_bytes
+    written_at(round.store.cache(stage), round)  # an impossible cache.scratch is refused before the training
+    source = _open_source(stage, round)
+    cap(device, budget)  # again for each stage: the driver's own memory grows as kernels are loaded
+    allocated_before = _allocated(device)
+    meter = meter_for(device, budget)
     reason = None
     try:
-        with meter, _recorded(stage, meter, run) as recorded:
-            _train_and_cache(spec, source, replace(run, notify=recorded), record, meter)
+        with meter, _memory_log(stage, round, replace(context, meter=meter)) as notify:
+            _train_and_cache(spec, source, round, replace(context, meter=meter, notify=notify))
     except (BudgetError, RuntimeError) as error:
         reason = why_out_of_memory(error)
     finally:
         if isinstance(source, ActivationCache):
             source.close()
-    if reason is not None:  # raised out here: while the first error is known, so are the tensors of the attempt
+    if reason is not None:  # raised here, since the first error holds the tensors of the attempt
         what = "cache its outputs" if record.status == "caching" else "train"
         raise BudgetError(f"Stage {stage} does not fit into the device budget to {what}. {reason}")
-    left = _device_bytes_left(meter, run.device, before)
-    _finish(run, record)
-    delete_unneeded_caches(run)
-    run.notify(
+
+    def bytes_left() -> int:
+        return max(meter.live, _allocated(device) - allocated_before)
+
+    _release_where_left(bytes_left, device)
+    left = bytes_left()
+    if left:
+        raise AssertionError(f"{left} bytes of the finished stage are still on the device")
+    _record_done(round, record)
+    delete_unneeded_caches(round)
+    context.notify(
         StageDone(
             stage=stage,
             epochs=record.epochs,
@@ -94,130 +103,115 @@ def _perform(stage: int, run: Run) -> None:
             device_bytes_left=left,
             cache_bytes=record.cache_bytes or 0,
             seconds=record.seconds,
-            round=run.round,
+            round=round.number,
         )
     )
 
 
-def _recorded(stage: int, meter: AnyMeter, run: Run) -> AbstractContextManager[Notify]:
-    """Takes the events of a stage and passes them on; notes the memory of the first rank."""
-    if run.ranks.first:
-        return MemoryLog(run.paths.memory(stage), meter, run.notify)
-    return nullcontext(run.notify)
+def _memory_log(stage: int, round: Round, context: RunContext) -> AbstractContextManager[Notify]:
+    """Receives the events of a stage and passes them on; the first rank also logs its device memory."""
+    if context.ranks.first:
+        return MemoryLog(round.store.memory(stage), context.meter, context.notify)
+    return nullcontext(context.notify)
 
 
-def _train_and_cache(spec: StageSpec, source: FrameSource, run: Run, record: StageRecord, meter: AnyMeter) -> None:
-    loader = _feed(spec.stage, source, run)
-    before = meter.live
-    _train(spec, loader, run, record, meter)
-    _release_where_left(lambda: meter.live - before, run.device)
-    _record_driver(run.device, record)
-    meter.reset_peak()
-    if run.storage.cached[spec.stage - 1] and not _is_read_by_nobody(spec, run):
-        delete_unneeded_caches(run)
-        write_stage_cache(spec, loader, run, record, meter)
-        _record_driver(run.device, record)
+def _train_and_cache(spec: StageSpec, source: FrameSource, round: Round, context: RunContext) -> None:
+    record = round.state.record(spec.stage)
+    loader = _loader(spec.stage, source, round, context)
+    live_before = context.meter.live
+    if record.status != "caching" or not round.store.weights(spec.stage).exists():
+        _train(spec, loader, round, context)
+    _release_where_left(lambda: context.meter.live - live_before, context.device)
+    _record_driver_bytes(context.device, record)
+    context.meter.reset_peak()
+    # Probes read the outputs of the last stage in the last round only.
+    nobody_reads_it = spec.stage == len(round.run.specs) and not round.is_last
+    if round.run.storage.cached[spec.stage - 1] and not nobody_reads_it:
+        delete_unneeded_caches(round)
+        write_stage_cache(spec, loader, round, context)
+        _record_driver_bytes(context.device, record)
 
 
-def _is_read_by_nobody(spec: StageSpec, run: Run) -> bool:
-    """The outputs of the last stage are for probes, which look at the last round."""
-    return spec.stage == len(run.specs) and run.round < run.config.training.rounds
-
-
-def _record_driver(device: torch.device, record: StageRecord) -> None:
-    """On CUDA, what the allocator and the driver themselves report, beside the meter."""
+def _record_driver_bytes(device: torch.device, record: StageRecord) -> None:
+    """On CUDA, what the allocator and the driver report, beside the meter."""
     if device.type == "cuda":
         record.allocator_bytes = max(torch.cuda.max_memory_reserved(device), record.allocator_bytes or 0)
         record.driver_bytes = max(process_bytes(device), record.driver_bytes or 0)
 
 
-def _open_source(stage: int, run: Run) -> FrameSource:
+def _open_source(stage: int, round: Round) -> FrameSource:
     """The data, or the nearest cache below."""
-    below = run.storage.source(stage)
-    return run.data if below == 0 else open_cache(below, run)
+    cached_stage = round.run.storage.source(stage)
+    return round.run.data if cached_stage == 0 else open_cache(cached_stage, round)
 
 
-def _feed(stage: int, source: FrameSource, run: Run) -> Loader:
-    """Reads the source, or passes it up through the stages that are not cached."""
+def _loader(stage: int, source: FrameSource, round: Round, context: RunContext) -> Loader:
+    """Reads the source, and passes it through the stages in between where these are not cached."""
+    run = round.run
     specs = below(run.specs, stage, run.storage)
-    # The level of noise is that of all inputs of a batch.
-    ranks = ALONE if run.config.training.input_noise else run.ranks
+    # input_noise is relative to the level of the whole batch, so every rank reads all of it.
+    ranks = ALONE if run.config.training.input_noise else context.ranks
     if not specs:
-        return SourceLoader(source, run.device, ranks)
+        return SourceLoader(source, context.device, ranks)
     numbers = [spec.stage for spec in specs]
-    handings = [OutputFormat.of(run.trained_with(below)) for below in numbers]
-    stages = trained_stages(specs, handings, load_stages(run.paths, numbers))
-    return RecomputingLoader(source, specs, stages, run.layouts[stage - 1].windows, run.device, ranks)
+    formats = [OutputFormat.of(round.trained_with(number)) for number in numbers]
+    stages = trained_stages(specs, formats, load_stages(round.store, numbers))
+    return RecomputingLoader(source, specs, stages, run.layouts[stage - 1].windows, context.device, ranks)
 
 
-def _train(spec: StageSpec, loader: Loader, run: Run, record: StageRecord, meter: AnyMeter) -> None:
+def _train(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -> None:
     """Leaves the best weights in the stage's folder and the outcome in its record."""
-    stage = spec.stage
-    weights_path = run.paths.weights(stage)
-    if record.status == "caching" and weights_path.exists():
-        return
+    stage, run, record = spec.stage, round.run, round.state.record(spec.stage)
     record.status = "training"
     record.input = input_kind(stage, run.storage)
-    run.save()
-    if run.ranks.first:
-        write_atomically(run.paths.stage_config(stage), run.config.to_toml().encode())
+    round.save()
+    if context.ranks.first:
+        write_atomically(round.store.stage_config(stage), run.config.to_toml().encode())
 
     def record_epoch(event: Event) -> None:
         if isinstance(event, EpochDone):
             record.epochs, record.train_peak_bytes = event.epoch, event.peak_bytes
             record.seconds += event.seconds
             record.best_loss = min(event.held_out_loss, math.inf if record.best_loss is None else record.best_loss)
-            run.save()
-        run.notify(event)
+            round.save()
+        context.notify(event)
 
-    trained = train_stage(
-        spec,
-        run.config,
-        loader,
-        train=np.flatnonzero(run.split == TRAIN),
-        held_out=np.flatnonzero(run.split == HELD_OUT),
-        classes=sample_classes(run.config, run.data),
-        device=run.device,
-        placement=run.layouts[stage - 1].placement,
-        meter=meter,
-        files=StageFiles(
-            run.paths.checkpoint(stage), run.paths.metrics(stage), run.key(stage), _end_before(stage, run)
-        ),
-        stop=run.stop,
-        notify=record_epoch,
-        round=run.round,
-        ranks=run.ranks,
+    samples = TrainingSamples(
+        np.flatnonzero(run.split == TRAIN),
+        np.flatnonzero(run.split == HELD_OUT),
+        sample_classes(run.config, run.data),
     )
-    if run.ranks.first:
-        save_arrays(weights_path, trained.weights, {"stage": str(stage), "made_for": run.key(stage)})
-    found = digest(trained.weights)
-    if len(set(run.ranks.all(found))) > 1:
+    key, earlier = round.training_key(stage), round.earlier
+    begin_from = (earlier.store.checkpoint(stage), earlier.training_key(stage)) if earlier else None
+    files = StageFiles(round.store.checkpoint(stage), round.store.metrics(stage), key, begin_from)
+    in_training = replace(context, notify=record_epoch)
+    trainer = load_trainer(spec, run.config, run.layouts[stage - 1].placement, in_training)
+    trained = fit(trainer, loader, samples, files, round.number, in_training)
+    if context.ranks.first:
+        save_arrays(round.store.weights(stage), trained.weights, {"stage": str(stage), "made_for": key})
+    weights_digest = digest(trained.weights)
+    if len(set(context.ranks.all(weights_digest))) > 1:
         raise AssertionError(f"the ranks have trained different weights of stage {stage}")
     record.status = "caching"
     record.epochs, record.converged, record.best_loss = trained.epochs, trained.converged, trained.best_loss
-    record.train_peak_bytes = max(meter.peak, trained.peak_bytes)
-    record.train_peak_by_kind = {str(kind): most for kind, most in meter.peak_by_kind.items()}
-    record.micro_batch = trained.placement.micro_batch
+    record.train_peak_bytes = max(context.meter.peak, trained.peak_bytes)
+    record.train_peak_by_kind = {str(kind): most for kind, most in context.meter.peak_by_kind.items()}
+    record.micro_batch = trained.micro_batch
     record.seconds = trained.seconds
-    record.fingerprint = fingerprint(run.key(stage), found)
-    run.save()
+    record.fingerprint = fingerprint(key, weights_digest)
+    round.save()
 
 
-def _end_before(stage: int, run: Run) -> tuple[Path, str] | None:
-    """The checkpoint that the round before has ended with, and what that was made for."""
-    return (run.earlier.paths.checkpoint(stage), run.earlier.key(stage)) if run.earlier else None
-
-
-def _finish(run: Run, record: StageRecord) -> None:
+def _record_done(round: Round, record: StageRecord) -> None:
     record.status = "done"
     record.peak_bytes = max(record.train_peak_bytes or 0, record.cache_peak_bytes or 0)
-    run.save()
-    if not run.ranks.first:
+    round.save()
+    if not round.run.ranks.first:
         return
-    if run.round == run.config.training.rounds:
-        run.paths.checkpoint(record.stage).unlink(missing_ok=True)  # an earlier one is what the next round begins with
-    if run.earlier:
-        run.earlier.paths.checkpoint(record.stage).unlink(missing_ok=True)
+    if round.is_last:
+        round.store.checkpoint(record.stage).unlink(missing_ok=True)  # the next round begins from earlier ones
+    if round.earlier:
+        round.earlier.store.checkpoint(record.stage).unlink(missing_ok=True)
 
 
 def _allocated(device: torch.device) -> int:
@@ -225,24 +219,11 @@ def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _device_bytes_left(meter: AnyMeter, device: torch.device, before: int) -> int:
-    """What the device holds of ours beyond the `before` bytes of allocator; anything is a defect and raises."""
-
-    def bytes_left() -> int:
-        return max(meter.live, _allocated(device) - before)
-
-    _release_where_left(bytes_left, device)
-    left = bytes_left()
-    if left:
-        raise AssertionError(f"{left} bytes of the finished stage are still on the device")
-    return left
-
-
 def _release_where_left(bytes_left: Callable[[], int], device: torch.device) -> None:
     """Gives free blocks back, and collects cycles of objects where bytes are left.
 
-    Some modules, fx's among them, are cycles that only the collector frees; it takes a third of a second, so it runs only
-    where it has something to free.
+    Some modules, torch.fx's among them, are cycles that only the collector frees. It takes a third of a second, so it runs
+    only where it has something to free.
     """
     return_free_blocks(device)
     if bytes_left() > 0:

@@ -24,9 +24,9 @@ from layerwise.memory.device import autocast, offloaded, on_device, pack_recurre
 from layerwise.memory.meter import AnyMeter, metered
 from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.plan import Placement
-from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.objectives.protocol import Draw, Score
 from layerwise.training.batch_effects import behaviour
+from layerwise.training.context import RunContext
 from layerwise.training.optimizer import DeviceAdam, HostOptimizer, LossScale, Optimizer, OwnOptimizer
 from layerwise.training.spec import StageSpec
 
@@ -46,20 +46,11 @@ class StepRandomness:
 class StageTrainer:
     """Module, objective and their optimizers on the device, and the placement of a batch, which may become smaller."""
 
-    def __init__(
-        self,
-        spec: StageSpec,
-        config: Config,
-        device: torch.device,
-        placement: Placement,
-        meter: AnyMeter,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        """ranks: who trains it together."""
-        self.spec, self.device, self.placement, self.meter, self.ranks = spec, device, placement, meter, ranks
-        self.behaviour = behaviour(spec)
-        self.module = spec.build_module(config.training.seed, device)
-        self.objective = spec.build_objective(config, device)
+    def __init__(self, spec: StageSpec, config: Config, placement: Placement, context: RunContext) -> None:
+        self.spec, self.config, self.placement, self.context = spec, config, placement, context
+        self.batch_effects = behaviour(spec)
+        self.module = spec.build_module(config.training.seed, context.device)
+        self.objective = spec.build_objective(config, context.device)
         self.optimizer = self._optimizer(self.module, config.training)
         self.predictor_optimizer = self._optimizer(self.objective, config.training)
         self.shrunk = False
@@ -103,7 +94,7 @@ class StageTrainer:
         """Between two steps: the device is free of the stage inside the block, and holds the same bits again behind it."""
         tensors = [*self.module.parameters(), *self.module.buffers(), *self.objective.parameters()]
         states = [*self.optimizer.on_device(), *self.predictor_optimizer.on_device()]
-        with offloaded([*tensors, *states], self.device):
+        with offloaded([*tensors, *states], self.context.device):
             yield
         pack_recurrent_weights(self.module)
         self._label()
@@ -113,7 +104,7 @@ class StageTrainer:
 
     def _attempt(self, encoded: microbatch.Batch, draws: Sequence[Draw]) -> Total:
         """All gradients of the module in place, and the predictors' step taken."""
-        if len(draws) > 1 or self.behaviour.draws:
+        if len(draws) > 1 or self.batch_effects.draws:
             scores = []
             for draw in draws:
                 pending = self._loss_gradients(encoded, draw)
@@ -130,27 +121,29 @@ class StageTrainer:
 
     def _step_predictors(self) -> None:
         """Their gradients are the same on all ranks, but for how each device rounds."""
-        self.ranks.of_first(parameter.grad for parameter in self.objective.parameters() if parameter.grad is not None)
+        self.context.ranks.of_first(
+            parameter.grad for parameter in self.objective.parameters() if parameter.grad is not None
+        )
         self.predictor_optimizer.step()
 
     def _add_gradients(self) -> None:
         """Each rank has the part of the module's gradients that comes through its own samples."""
-        if self.ranks.count == 1:
+        if self.context.ranks.count == 1:
             return
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         for parameter in trained:
             if parameter.grad is None:  # none of this rank's samples was scored
                 parameter.grad = torch.zeros_like(parameter)
-        self.ranks.add(parameter.grad for parameter in trained if parameter.grad is not None)
+        self.context.ranks.add(parameter.grad for parameter in trained if parameter.grad is not None)
 
     def _agreed(self, score: Total) -> Total:
         """The same to the bit on all ranks."""
-        self.ranks.of_first([score.loss, score.accuracy])
+        self.context.ranks.of_first([score.loss, score.accuracy])
         return score
 
     def _loss_gradients(self, encoded: microbatch.Batch, draw: Draw) -> Pending:
         pending = microbatch.loss_gradients(encoded, self._loss, draw, self.placement.micro_batch, self.scale.factor)
-        self.meter.label("gradients", (parameter.grad for parameter in self.objective.parameters()))
+        self.context.meter.label("gradients", (parameter.grad for parameter in self.objective.parameters()))
         return pending
 
     def _run_back(self, pending: Pending, encoded: microbatch.Batch) -> None:
@@ -162,11 +155,11 @@ class StageTrainer:
             except (BudgetError, RuntimeError) as error:
                 reason = why_out_of_memory(error)
             self.module.zero_grad()
-            if self.placement.micro_batch > 1 or self.behaviour.why_unsliceable:
+            if self.placement.micro_batch > 1 or self.batch_effects.why_unsliceable:
                 self._shrink(reason)
             elif not pending.on_host:
                 pending.move_to_host()
-                release(self.device)
+                release(self.context.device)
             else:
                 raise NoSmallerSlices(reason)
 
@@ -187,7 +180,7 @@ class StageTrainer:
                 reason = why_out_of_memory(error)
             # Outside of the handler: while the error is known, so are the tensors of the attempt.
             self._forget_gradients()
-            if self.ranks.count > 1:
+            if self.context.ranks.count > 1:
                 raise NoSmallerSlices(
                     f"{reason} Several processes share the batches and cannot make their slices smaller on the way: give "
                     f"--set memory.micro_batch={max(self._samples_at_once(batch) // 2, 1)}."
@@ -196,14 +189,14 @@ class StageTrainer:
             draws = self._draws(batch, randomness)
 
     def _shrink(self, reason: str) -> None:
-        if self.behaviour.why_unsliceable:
-            raise NoSmallerSlices(f"{reason} {self.behaviour.why_unsliceable}, so the batch cannot be sliced.")
+        if self.batch_effects.why_unsliceable:
+            raise NoSmallerSlices(f"{reason} {self.batch_effects.why_unsliceable}, so the batch cannot be sliced.")
         smaller = self.placement.smaller()
         if smaller is None:
             raise NoSmallerSlices(reason)
         self.placement = smaller
         self.shrunk = True
-        release(self.device)
+        release(self.context.device)
 
     def _draws(self, batch: Batch, randomness: StepRandomness) -> Sequence[Draw]:
         lengths = self.module.out_length(batch.lengths)
@@ -217,24 +210,24 @@ class StageTrainer:
         return len(batch.lengths)
 
     def _samples_at_once(self, batch: Batch) -> int:
-        share = self.ranks.share(len(batch.lengths))
+        share = self.context.ranks.share(len(batch.lengths))
         return min(self.placement.micro_batch, share.stop - share.start)
 
     def _encoded(self, batch: Batch, seed: int) -> microbatch.Batch:
         def encode(samples: slice, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
             # Checkpoints end a layer's second pass as soon as all tensors are there that its backward pass needs, and torch
             # (2.12) takes the noise of RReLU for there before it is drawn.
-            to_the_end = set_checkpoint_early_stop(not self.behaviour.draws)
-            with self._seeded(seed, samples.start), autocast(self.device, self._precision), to_the_end:
+            to_the_end = set_checkpoint_early_stop(not self.batch_effects.draws)
+            with self._seeded(seed, samples.start), autocast(self.context.device, self._precision), to_the_end:
                 return self.module.representations(
-                    on_device(batch.frames, self.device, samples),
+                    on_device(batch.frames, self.context.device, samples),
                     batch.lengths[samples],
-                    torch.as_tensor(rows, device=self.device),
+                    torch.as_tensor(rows, device=self.context.device),
                     self.placement.recompute,
                 )
 
         frames = int(self.module.out_length(batch.frames.shape[1]))
-        return microbatch.Batch(encode, self._samples(batch), frames, self.ranks)
+        return microbatch.Batch(encode, self._samples(batch), frames, self.context.ranks)
 
     def _loss(self, representations: tuple[torch.Tensor, ...], draw: Draw) -> Score:
         return self.objective(representations[0], representations[-1], draw, self.placement.loss_room)
@@ -242,16 +235,16 @@ class StageTrainer:
     @contextlib.contextmanager
     def _seeded(self, seed: int, first_sample: int) -> Iterator[None]:
         """What a module draws for some samples is the same at every call, and the caller's generators stay as they are."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[self.context.device] if self.context.device.type == "cuda" else []):
             number = int(np.random.SeedSequence([seed, first_sample]).generate_state(1)[0])
             torch.default_generator.manual_seed(number)  # torch.manual_seed would seed GPUs that are not ours as well
-            if self.device.type == "cuda":
-                torch.cuda.default_generators[self.device.index or 0].manual_seed(number)
+            if self.context.device.type == "cuda":
+                torch.cuda.default_generators[self.context.device.index or 0].manual_seed(number)
             yield
 
     def _looks(self, name: str, batch: Batch, draws: Sequence[Draw]) -> bool:
         padded = bool((batch.lengths < batch.frames.shape[1]).any())
-        return self.meter.should_meter(
+        return self.context.meter.should_meter(
             f"{name}, stage {self.spec.stage}", batch.frames.shape[1], max(len(draw.rows) for draw in draws), padded
         )
 
@@ -265,13 +258,13 @@ class StageTrainer:
     def _label(self) -> None:
         """Tells the meter what is what."""
         parameters = [*self.module.parameters(), *self.objective.parameters()]
-        self.meter.label("parameters", [*parameters, *self.module.buffers()])
-        self.meter.label("optimizer", [*self.optimizer.on_device(), *self.predictor_optimizer.on_device()])
+        self.context.meter.label("parameters", [*parameters, *self.module.buffers()])
+        self.context.meter.label("optimizer", [*self.optimizer.on_device(), *self.predictor_optimizer.on_device()])
 
     def _label_gradients(self) -> None:
         for parameter in filter(lambda parameter: parameter.requires_grad, self.module.parameters()):
             # The hook knows the meter alone: a way back to the parameter would be a cycle that nobody collects.
-            parameter.register_post_accumulate_grad_hook(partial(_label_gradient, self.meter))
+            parameter.register_post_accumulate_grad_hook(partial(_label_gradient, self.context.meter))
 
     def _forget_gradients(self) -> None:
         self.module.zero_grad()

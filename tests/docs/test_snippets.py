@@ -25,6 +25,7 @@ from layerwise.data import open as demo
 
 TAKEN_FOR_GRANTED = {
     "docs/cache-and-disk.md": ["run", "--data", "speech:recordings"],
+    "docs/encoder.md": ["run"],
     "docs/reference-command-line.md": ["run"],
 }
 """The command that a page expects its reader to have typed before."""

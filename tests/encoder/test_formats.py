@@ -18,7 +18,7 @@ import layerwise
 from layerwise.encoder import export as formats
 from layerwise.encoder.load import load
 from layerwise.encoder.program import StepwiseRecurrence
-from layerwise.engines.run import RunResult, run
+from layerwise.engines.run import RunResult, UserObjects, run
 from layerwise.errors import ExportError, RunError
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
@@ -194,7 +194,7 @@ def test_where_a_layer_ties_the_length_down_the_card_says_so(
     config = run_tiny("speech", f"fsdd:{digits}", **{"data.window": 100}).config
     config = config.model_copy(update={"out": f"{config.out}-fixed"})
     config = config.model_copy(update={"training": config.training.model_copy(update={"stages": 1})})
-    result = run(config, network=network)
+    result = run(config, UserObjects(network))
     exported = layerwise.export(result.paths.out, tmp_path / "encoder", "pt2", network=network)
     assert exported.fixed == "100 samples of each waveform"
     card = (tmp_path / "encoder" / "README.md").read_text()

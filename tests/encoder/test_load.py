@@ -19,7 +19,7 @@ import layerwise
 from layerwise.cache import ActivationCache
 from layerwise.config import resolve
 from layerwise.data.open import open_demo
-from layerwise.engines.run import RunResult, run
+from layerwise.engines.run import RunResult, UserObjects, run
 from layerwise.errors import ConfigError, DataError, RunError
 from layerwise.nets.traced import traced_network
 from layerwise.training.checkpoint import save_arrays
@@ -118,7 +118,7 @@ def test_a_network_of_the_users_own_is_given_again(run_tiny: Callable[..., RunRe
     network = traced_network(model, (3, 8, 8))
     config = run_tiny("vision", f"images:{pictures}").config
     config = config.model_copy(update={"out": f"{config.out}-own"})
-    result = run(config, network=network)
+    result = run(config, UserObjects(network))
     x = torch.rand(2, 3, 32, 32)
     assert layerwise.load(result.paths.out, network=network)(x).shape == (2, 49, 8)
     with pytest.raises(ConfigError, match="give it as network="):

@@ -15,7 +15,7 @@ from layerwise.engines.run import RunResult, run
 from layerwise.errors import BudgetError, Interrupted, RunError
 from layerwise.evaluate.probe import probe
 from layerwise.events import Event, Message, StepDone
-from layerwise.run_store import RunPaths, RunState
+from layerwise.run_store import RunState, RunStore
 from layerwise.stop import StopFlag
 
 Tiny = Callable[..., Config]
@@ -142,8 +142,8 @@ def test_a_disk_budget_that_is_given_later_counts_at_once(tiny_speech: Tiny, dig
 
     stopped_in(1)
     stopped_in(2, **{"cache.disk": 600_000, "cache.keep": "needed"})
-    paths = RunPaths.of(tiny_speech(source).out, tiny_speech(source).cache.dir)
-    assert not list(paths.caches.glob("stage-1*"))
+    store = RunStore.of(tiny_speech(source).out, tiny_speech(source).cache.dir)
+    assert not list(store.caches.glob("stage-1*"))
     assert run(tiny_speech(source, **FLOAT32)).state.done
     with pytest.raises(BudgetError, match=r"--disk 1 kB does not hold"):
         run(tiny_speech(source, **FLOAT32, **{"cache.disk": 1000}))

@@ -14,7 +14,7 @@ from layerwise.errors import ConfigError, Interrupted, LayerwiseError, RunError
 from layerwise.events import CachingProgress, Event, StageStarted, StepDone
 from layerwise.files import exclusive
 from layerwise.report.progress import LogFile
-from layerwise.run_store import RunPaths, RunState, StageRecord
+from layerwise.run_store import RunState, RunStore, StageRecord
 from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import load_arrays, save_arrays
 from layerwise.training.resume import find_what_is_missing
@@ -420,13 +420,13 @@ def test_a_checkpoint_of_another_version_is_a_sentence(tiny_speech: Tiny, digits
 
 
 def test_a_stage_whose_weights_are_gone_is_still_to_be_cached_as_decided(tmp_path: Path) -> None:
-    paths = RunPaths.of(tmp_path / "run", tmp_path / "cache")
+    store = RunStore.of(tmp_path / "run", tmp_path / "cache")
     records = [StageRecord(1, "done", cached=True), StageRecord(2, "done", cached=True), StageRecord(3, cached=False)]
-    state = RunState(records, "data", None, "cpu", str(paths.caches), [1, 1, 1])
-    for path in (paths.weights(1), paths.cache(1)):
+    state = RunState(records, "data", None, "cpu", str(store.caches), [1, 1, 1])
+    for path in (store.weights(1), store.cache(1)):
         path.parent.mkdir(parents=True)
         path.touch()
-    find_what_is_missing(state, paths, "needed")
+    find_what_is_missing(state, store, "needed")
     assert [record.status for record in state.stages] == ["done", "pending", "pending"]
     assert [record.cached for record in state.stages] == [True, True, False]
 

@@ -10,11 +10,11 @@ from safetensors.numpy import load_file
 
 from layerwise.config import Config, with_options
 from layerwise.engines.run import run
-from layerwise.engines.task_runner import open_task_runner
+from layerwise.engines.task_runner import open_prepared_run, perform_task
 from layerwise.errors import ConfigError, Interrupted, RunError
 from layerwise.events import EpochDone, Event, StageDone, StageStarted, StepDone, silent
 from layerwise.files import exclusive
-from layerwise.run_store import RunPaths, RunState
+from layerwise.run_store import RunState, RunStore
 from layerwise.stop import StopFlag
 from layerwise.training.schedule import Task
 
@@ -107,7 +107,7 @@ def test_an_end_that_was_lost_is_trained_again(config: Config, undisturbed: dict
 
     with pytest.raises(Interrupted):
         run(config, stop=stop, notify=stop_in_the_second_round)
-    first = RunPaths.of(config.out, config.cache.dir).round(1, 2)
+    first = RunStore.of(config.out, config.cache.dir).round(1, 2)
     first.checkpoint(4).unlink()
     events: list[Event] = []
     run(config, notify=events.append)
@@ -125,7 +125,7 @@ def test_a_damaged_version_is_made_again(config: Config, undisturbed: dict[str, 
 
     with pytest.raises(Interrupted):
         run(config, stop=stop, notify=stop_in_the_first_round)
-    cache = RunPaths.of(config.out, config.cache.dir).round(1, 2).cache(2)
+    cache = RunStore.of(config.out, config.cache.dir).round(1, 2).cache(2)
     content = bytearray(cache.read_bytes())
     content[len(content) // 2] ^= 1
     cache.write_bytes(content)
@@ -153,7 +153,7 @@ def test_a_task_that_comes_too_early_is_refused(config: Config, undisturbed: dic
     with pytest.raises(Interrupted):
         run(config, stop=stop, notify=stop_in_the_first_stage)
     with pytest.raises(RunError, match="Stage 1 of round 2 needs round 1, where that stage is training"):
-        open_task_runner(Path(config.out)).perform(Task(2, 1), StopFlag(), silent)
+        perform_task(Task(2, 1), open_prepared_run(Path(config.out)), StopFlag(), silent)
     run(config)
     assert bits(config.out) == undisturbed
 

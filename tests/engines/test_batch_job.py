@@ -11,7 +11,7 @@ import pytest
 
 from layerwise.engines import requeue as batch_job
 from layerwise.engines.requeue import BatchJob, queue_again, this_job
-from layerwise.run_store import RunPaths
+from layerwise.run_store import RunStore
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
         )
         program.chmod(0o755)
         said: list[str] = []
-        queue_again(reason, RunPaths.of(tmp_path / "run", tmp_path / "cache"), said.append)
+        queue_again(reason, RunStore.of(tmp_path / "run", tmp_path / "cache"), said.append)
         return words.read_text().splitlines() if words.exists() else [], said
 
     return asked

@@ -14,7 +14,7 @@ from layerwise.config import Config
 from layerwise.engines.run import run
 from layerwise.errors import ConfigError, Interrupted, RunError, TrainingError
 from layerwise.events import Event, StageStarted
-from layerwise.run_store import RunPaths, RunState
+from layerwise.run_store import RunState, RunStore
 from layerwise.stop import StopFlag
 
 pytest.importorskip("distributed")
@@ -75,7 +75,7 @@ def test_workers_of_a_cluster_end_with_the_bits_of_one_process_though_one_is_kil
 ) -> None:
     alone = tiny_speech(f"fsdd:{digits}", out=str(tmp_path / "alone"), **ROUNDS | {"engine.name": "local"})
     run(alone)
-    lock = RunPaths.of(config.out, config.cache.dir).round(1, 2).task_lock
+    lock = RunStore.of(config.out, config.cache.dir).round(1, 2).task_lock
     killed: list[int] = []
 
     def kill_whoever_trains(event: Event) -> None:
@@ -91,7 +91,7 @@ def test_workers_of_a_cluster_end_with_the_bits_of_one_process_though_one_is_kil
 
 
 def test_a_task_whose_workers_die_three_times_ends_the_run_with_the_end_of_a_log(config: Config) -> None:
-    lock, killed = RunPaths.of(config.out, config.cache.dir).round(1, 2).task_lock, []
+    lock, killed = RunStore.of(config.out, config.cache.dir).round(1, 2).task_lock, []
 
     def kill_whoever_trains_the_first_stage(event: Event) -> None:
         if isinstance(event, StageStarted) and len(killed) < 3:
@@ -129,7 +129,7 @@ def test_a_stop_does_not_wait_for_the_end_of_a_task(config: Config) -> None:
 
     with pytest.raises(Interrupted, match="Stopped by the test"):
         run(config.model_copy(update={"training": long}), stop=stop, notify=stop_in_the_first_stage)
-    state = RunState.load(RunPaths.of(config.out, config.cache.dir).round(1, 2).state)
+    state = RunState.load(RunStore.of(config.out, config.cache.dir).round(1, 2).state)
     assert state.record(1).status == "training"
 
 

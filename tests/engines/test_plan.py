@@ -18,7 +18,7 @@ from layerwise.cache import ActivationCache
 from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.engines.plan import plan
-from layerwise.engines.run import RunResult, run
+from layerwise.engines.run import RunResult, UserObjects, run
 from layerwise.errors import BudgetError, ConfigError, Interrupted, LayerwiseError
 from layerwise.events import CachingProgress, Event, StageDone, StepDone
 from layerwise.forecast import Forecast
@@ -126,7 +126,7 @@ def trained(
     places = {"data.source": f"images:{pictures}", "out": str(folder / "run"), "cache.dir": str(folder / "cache")}
     config, _ = planned_stages("vision", narrow, **TRACED, **places, **{"training.stages": 2})
     events: list[Event] = []
-    return run(config, network=narrow, notify=events.append), events
+    return run(config, UserObjects(narrow), notify=events.append), events
 
 
 def bits(path: Path) -> dict[str, bytes]:
@@ -210,8 +210,8 @@ def test_stopped_and_started_again_it_ends_with_the_same_bits(
             stop.reason = "the test"
 
     with pytest.raises(Interrupted):
-        run(config, network=narrow, stop=stop, notify=notify)
-    result = run(config, network=narrow)
+        run(config, UserObjects(narrow), stop=stop, notify=notify)
+    result = run(config, UserObjects(narrow))
     assert bits(result.paths.encoder) == bits(trained[0].paths.encoder)
     for stage in (1, 2):
         assert result.paths.cache(stage).read_bytes() == trained[0].paths.cache(stage).read_bytes()
@@ -222,7 +222,7 @@ def test_a_budget_that_cannot_hold_a_batch_is_refused_before_anything_is_trained
 ) -> None:
     config = tiny_vision(f"images:{pictures}", **TRACED, **{"training.stages": 2, "memory.gpu_mem": "1MB"})
     with pytest.raises(BudgetError, match=r"BatchNorm2d\) ties the samples of a batch together.*--batch-size"):
-        run(config, network=narrow)
+        run(config, UserObjects(narrow))
     assert not Path(config.out).exists()
 
 
@@ -245,9 +245,9 @@ def test_a_run_is_not_continued_with_another_network_of_the_same_shape(
             stop.reason = "the test"
 
     with pytest.raises(Interrupted):
-        run(config, network=narrow, stop=stop, notify=notify)
+        run(config, UserObjects(narrow), stop=stop, notify=notify)
     torch.manual_seed(1)
     other = traced_network(ResNet(Bottleneck, [1, 1, 1, 1], num_classes=8, width_per_group=2), FRAME)
     with pytest.raises(LayerwiseError, match="network is not the one that"):
-        run(config, network=other)
-    assert run(config, network=narrow).state.done
+        run(config, UserObjects(other))
+    assert run(config, UserObjects(narrow)).state.done

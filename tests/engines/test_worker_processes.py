@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from layerwise.config import Config, with_options
-from layerwise.engines.run import run
+from layerwise.engines.run import UserObjects, run
 from layerwise.errors import ConfigError, Interrupted, RunError, TrainingError
 from layerwise.events import EpochDone, Event, Message, StageStarted
 from layerwise.nets import build_network
@@ -122,7 +122,7 @@ def test_what_cannot_be_done_is_not_tried_again(config: Config) -> None:
 
 def test_what_processes_cannot_share_is_refused(config: Config, tiny_speech: Tiny) -> None:
     with pytest.raises(ConfigError, match="was given as an object"):
-        run(config, network=build_network(config.net, (1,)))
+        run(config, UserObjects(build_network(config.net, (1,))))
     with pytest.raises(ConfigError, match=r"'gpu' is no device"):
         tiny_speech("demo", **{"engine.devices": "gpu"})
     assert not Path(config.out).exists()

@@ -13,7 +13,7 @@ from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.engines.run import run
 from layerwise.nets import shortest_sample
-from layerwise.run_store import RunPaths, RunState
+from layerwise.run_store import RunState, RunStore
 from layerwise.training.cut import cut_network
 
 SMALLEST = {
@@ -102,7 +102,7 @@ def test_a_crash_at_any_call_leaves_what_the_next_start_can_use(
         crash_at_call(number, lambda name=name: run(config(name), **arguments), monkeypatch)
         run(config(name), **arguments)
         assert bits(config(name)) == expected, f"after a crash at call {number} of {total}"
-        left = [path.name for path in RunPaths.of(config(name).out, config(name).cache.dir).caches.glob("stage-*.h5.*")]
+        left = [path.name for path in RunStore.of(config(name).out, config(name).cache.dir).caches.glob("stage-*.h5.*")]
         assert left == [], f"after a crash at call {number} of {total}"
 
 

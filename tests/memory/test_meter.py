@@ -19,6 +19,7 @@ from layerwise.errors import BudgetError
 from layerwise.memory.estimate import rehearse
 from layerwise.memory.meter import KINDS, LOOK_EVERY, Kind, Meter, host_tensor, metered, uncounted
 from layerwise.memory.plan import Placement
+from layerwise.training.context import RunContext
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
 
@@ -199,7 +200,9 @@ def test_a_training_step_is_split_into_what_it_is_made_of(
     at_step: dict[Kind, int] = {}
     batch = noise_batch(plan, 4)
     with Meter(CPU) as meter:
-        loaded = StageTrainer(plan, config, CPU, Placement(4, 4, optimizer_on_host=optimizer_on_host), meter)
+        loaded = StageTrainer(
+            plan, config, Placement(4, 4, optimizer_on_host=optimizer_on_host), RunContext(CPU, meter)
+        )
         meter.reset_peak()
         assert meter.peak_by_kind == {
             "parameters": 4 * (numbers + predictors),

@@ -23,6 +23,7 @@ from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 from layerwise.training.budget import lay_out
 from layerwise.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from layerwise.training.context import RunContext
 from layerwise.training.optimizer import FIRST_SCALE, STEPS_UNTIL_DOUBLED, LossScale
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import NoSmallerSlices, StageTrainer, StepRandomness
@@ -48,7 +49,7 @@ class Task:
         return Placement(len(self.batch.lengths), 1, len(self.batch.lengths))
 
     def load(self, placement: Placement, meter: Meter) -> StageTrainer:
-        return StageTrainer(self.plan, self.config, CPU, placement, meter)
+        return StageTrainer(self.plan, self.config, placement, RunContext(CPU, meter))
 
     def changed(self, **options: object) -> "Task":
         """The same with other options of training."""
@@ -331,7 +332,7 @@ def test_running_statistics_count_each_batch_once(mixing: Task, recompute: str) 
     config = mixing.config.model_copy(update={"memory": memory})
     layout = lay_out(config, mixing.plan, CPU)
     with Meter(CPU) as meter:
-        loaded = StageTrainer(mixing.plan, config, CPU, layout.placement, meter)
+        loaded = StageTrainer(mixing.plan, config, layout.placement, RunContext(CPU, meter))
         loaded.train(mixing.batch, randomness())
         counts = [int(value) for name, value in loaded.module.named_buffers() if name.endswith("num_batches_tracked")]
     assert counts == [1, 1]

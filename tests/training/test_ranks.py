@@ -25,9 +25,9 @@ from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.stop import StopFlag
 from layerwise.training.batch_effects import check_shareable
+from layerwise.training.context import RunContext
 from layerwise.training.cut import cut_network
 from layerwise.training.loader import SourceLoader
-from layerwise.training.schedule import asked_to_stop
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import NoSmallerSlices, StageTrainer, StepRandomness
 
@@ -134,7 +134,7 @@ def take_step(case: Case, options: dict[str, dict[str, object]], ranks: Ranks) -
     placement = Placement(case.windows, micro_batch, min(case.passes, case.windows), optimizer_on_host=on_host)
     randomness = StepRandomness(partial(np.random.default_rng, 3), seed=3)
     with Meter(CPU) as meter:
-        loaded = StageTrainer(plan, config, CPU, placement, meter, ranks)
+        loaded = StageTrainer(plan, config, placement, RunContext(CPU, meter, ranks=ranks))
         if config.training.precision == "float16":
             loaded.scale.factor = 2.0**10
         score = loaded.train(batch, randomness)
@@ -247,9 +247,10 @@ def test_a_module_that_ties_samples_together_is_named_and_refused(tiny_options: 
 def stop_and_fail(ranks: Ranks, options: dict[str, dict[str, object]]) -> dict[str, object]:
     """What becomes of a signal to one rank, of work that fails in the first, of a rank without memory, of one that is gone."""
     stop = StopFlag()
-    asked = [asked_to_stop(stop, ranks)]
+    context = RunContext(CPU, Meter(CPU), stop, ranks=ranks)
+    asked = [context.asked_to_stop()]
     stop.reason = "SIGUSR1" if ranks.rank == 1 else None
-    asked.append(asked_to_stop(stop, ranks))
+    asked.append(context.asked_to_stop())
     found: dict[str, object] = {"asked": asked, "reason": stop.reason}
 
     def refuse() -> None:
@@ -264,7 +265,7 @@ def stop_and_fail(ranks: Ranks, options: dict[str, dict[str, object]]) -> dict[s
     config, plan = planned(case, options)
     batch = batch_of(case, plan)
     with Meter(CPU) as meter:
-        loaded = StageTrainer(plan, config, CPU, Placement(4, 4), meter, ranks)
+        loaded = StageTrainer(plan, config, Placement(4, 4), RunContext(CPU, meter, ranks=ranks))
         if ranks.rank == 1:
             meter.limit = meter.live + 1000
         try:
