@@ -1,5 +1,6 @@
 """What all tests share: real data where it is present, tiny recordings and configurations where it is not needed."""
 
+import gc
 import os
 import zlib
 from collections.abc import Callable
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not look at it again, in processes that tests fork either."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 
@@ -46,10 +45,6 @@ def tell_gpus() -> None:
     tell(gpus=gpus)
 
 
-if __name__ == "__main__" and tell_versions():
-    tell_gpus()
-
-
 ANSWER_SECONDS = 120
 """Longest wait: a first import from a network disk takes a minute."""
 
@@ -73,7 +68,7 @@ class TorchReport:
 def ask_torch() -> TorchReport:
     """What it says; a process that ends or hangs has its word in `errors`, under what it was at."""
     # -P, so that files beside the script are not taken for modules.
-    command = [sys.executable, "-P", str(Path(__file__).with_name("tell_torch.py"))]
+    command = [sys.executable, "-P", __file__]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=ANSWER_SECONDS)
         output, end = done.stdout, f"ended its process with {done.returncode}" if done.returncode else ""
@@ -100,3 +95,7 @@ def _gathered(output: str, end: str) -> TorchReport:
     elif end:
         report.errors[at] = f"importing it {end}"
     return report
+
+
+if __name__ == "__main__" and tell_versions():
+    tell_gpus()

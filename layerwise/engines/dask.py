@@ -220,21 +220,23 @@ _one_at_a_time = threading.Lock()
 def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
     """On a worker: how the task has ended. Raises what is a defect, or may go better at another try."""
     from distributed import Event as Signal
-    from distributed import Variable, get_worker
+    from distributed import Variable, get_client, get_worker
 
     worker, stop = get_worker(), StopFlag()
     if any(answer["ended"] != "done" for answer in needed):
         return error_message(Interrupted("What it needs was not done."))
-    halt, pulse, done = Signal(order.topic), Variable(order.topic), threading.Event()
+    client, done = get_client(), threading.Event()  # only the thread of a task can find the client
+    halt, pulse = Signal(order.topic, client=client), Variable(order.topic, client=client)
 
     def listen() -> None:
         value, felt = None, time.monotonic()
         while not done.is_set():
-            if halt.wait(timeout=1):
-                stop.reason = "whoever started it"
-                return
-            if (newest := pulse.get(timeout=10)) != value:
-                value, felt = newest, time.monotonic()
+            with contextlib.suppress(OSError, TimeoutError):  # a busy scheduler; one that is gone is lost below
+                if halt.wait(timeout=1):
+                    stop.reason = "whoever started it"
+                    return
+                if (newest := pulse.get(timeout=10)) != value:
+                    value, felt = newest, time.monotonic()
             if time.monotonic() - felt > LOST_SECONDS:
                 stop.reason = "the loss of whoever started it"
                 return

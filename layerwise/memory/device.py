@@ -121,6 +121,11 @@ def why_out_of_memory(error: BudgetError | RuntimeError) -> str:
 def release(device: torch.device) -> None:
     """Gives back what no tensor holds any more: collects cycles, and returns free blocks to the driver and the system."""
     gc.collect()
+    return_free_blocks(device)
+
+
+def return_free_blocks(device: torch.device) -> None:
+    """Gives free blocks back to the driver and the system."""
     return_freed()
     if device.type == "cuda":
         torch._C._cuda_clearCublasWorkspaces()  # they come from the allocator, and would count as tensors of ours

@@ -5,6 +5,7 @@ sealed cache.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from layerwise.data.source import FrameSource
 from layerwise.errors import BudgetError, UnusableCache
 from layerwise.events import EpochDone, Event, Notify, StageDone
 from layerwise.files import write_atomically
-from layerwise.memory.device import cap, process_bytes, release, why_out_of_memory
+from layerwise.memory.device import cap, process_bytes, release, return_free_blocks, why_out_of_memory
 from layerwise.memory.meter import meter_for
 from layerwise.memory.ranks import ALONE
 from layerwise.run_store import StageRecord
@@ -80,8 +81,12 @@ def _perform_stage(stage: int, round: Round, context: RunContext) -> None:
     if reason is not None:  # raised here, since the first error holds the tensors of the attempt
         what = "cache its outputs" if record.status == "caching" else "train"
         raise BudgetError(f"Stage {stage} does not fit into the device budget to {what}. {reason}")
-    release(device)
-    left = max(meter.live, _allocated(device) - allocated_before)
+
+    def bytes_left() -> int:
+        return max(meter.live, _allocated(device) - allocated_before)
+
+    _release_where_left(bytes_left, device)
+    left = bytes_left()
     if left:
         raise AssertionError(f"{left} bytes of the finished stage are still on the device")
     _record_done(round, record)
@@ -112,9 +117,10 @@ def _memory_log(stage: int, round: Round, context: RunContext) -> AbstractContex
 def _train_and_cache(spec: StageSpec, source: FrameSource, round: Round, context: RunContext) -> None:
     record = round.state.record(spec.stage)
     loader = _loader(spec.stage, source, round, context)
+    live_before = context.meter.live
     if record.status != "caching" or not round.store.weights(spec.stage).exists():
         _train(spec, loader, round, context)
-    release(context.device)  # some modules, torch.fx's among them, are cycles that only the collector frees
+    _release_where_left(lambda: context.meter.live - live_before, context.device)
     _record_driver_bytes(context.device, record)
     context.meter.reset_peak()
     # Probes read the outputs of the last stage in the last round only.
@@ -210,3 +216,14 @@ def _record_done(round: Round, record: StageRecord) -> None:
 def _allocated(device: torch.device) -> int:
     """Bytes that CUDA's allocator has handed out; 0 on a CPU, where the meter alone counts."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _release_where_left(bytes_left: Callable[[], int], device: torch.device) -> None:
+    """Gives free blocks back, and collects cycles of objects where bytes are left.
+
+    Some modules, torch.fx's among them, are cycles that only the collector frees. It takes a third of a second, so it runs
+    only where it has something to free.
+    """
+    return_free_blocks(device)
+    if bytes_left() > 0:
+        release(device)

@@ -217,12 +217,16 @@ def world(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def content(folder: Path) -> dict[str, bytes | str | None]:
-    """Every path below the folder: the bytes of a file, where a link leads, nothing of a folder."""
-    found: dict[str, bytes | str | None] = {}
+def content(folder: Path) -> dict[str, tuple[int, ...] | str | None]:
+    """Every path below the folder: size and times of a file, where a link leads, nothing of a folder."""
+    found: dict[str, tuple[int, ...] | str | None] = {}
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        found[name] = os.readlink(path) if path.is_symlink() else None if path.is_dir() else path.read_bytes()
+        name, status = path.relative_to(folder).as_posix(), path.lstat()
+        if path.is_symlink():
+            found[name] = os.readlink(path)
+        else:
+            # Whoever writes to a file changes its times, the one of the inode even where it sets the other one back.
+            found[name] = None if path.is_dir() else (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return found
 
 

@@ -14,7 +14,7 @@ from layerwise.config import Config
 from layerwise.engines.run import run
 from layerwise.errors import ConfigError, Interrupted, RunError, TrainingError
 from layerwise.events import Event, StageStarted
-from layerwise.run_store import RunStore
+from layerwise.run_store import RunState, RunStore
 from layerwise.stop import StopFlag
 
 pytest.importorskip("distributed")
@@ -117,6 +117,20 @@ def test_a_stop_reaches_the_cluster_and_the_same_command_goes_on(config: Config)
     assert not (Path(config.out) / "encoder.safetensors").exists()
     run(config)
     assert (Path(config.out) / "encoder.safetensors").exists()
+
+
+def test_a_stop_does_not_wait_for_the_end_of_a_task(config: Config) -> None:
+    long = config.training.model_copy(update={"max_epochs": 100_000, "patience": 100_000})
+    stop = StopFlag()
+
+    def stop_in_the_first_stage(event: Event) -> None:
+        if isinstance(event, StageStarted):
+            stop.reason = "the test"
+
+    with pytest.raises(Interrupted, match="Stopped by the test"):
+        run(config.model_copy(update={"training": long}), stop=stop, notify=stop_in_the_first_stage)
+    state = RunState.load(RunStore.of(config.out, config.cache.dir).round(1, 2).state)
+    assert state.record(1).status == "training"
 
 
 def test_what_cannot_be_done_ends_the_run(config: Config) -> None:
