@@ -27,7 +27,7 @@ from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
 from layerwise.run_store import RunPaths, RunState
 from layerwise.stop import StopFlag
-from layerwise.tracking.following import Following, find_service, open_service
+from layerwise.tracking import TrackingCallback, find_service, open_service
 from layerwise.training.batch_effects import check_shareable
 from layerwise.training.budget import StageLayout
 from layerwise.training.cache_plan import CachePlan, free_for_caches, plan_caches, sealed_bytes
@@ -183,7 +183,7 @@ def prepared_run(
             )
             write_atomically(paths.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
             tracker = open_service(config.training.log, service, paths, state.run_id, config)
-        with Following(tracker, notify) as told:
+        with TrackingCallback(tracker, notify) as told:
             for line in _described(config, data, specs, layouts, storage):
                 told(Message(line))
             done = tuple(record.stage for record in state.stages if record.status == "done")
