@@ -6,6 +6,7 @@ of the same name, for the places of a run are in the metadata of its encoder. FS
 
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,53 +18,13 @@ def network():
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(),
                          nn.Conv2d(16, 16, 3, 2, 1), nn.Dropout(0.1), nn.Flatten(), nn.Linear(256, 32))
 """
-SPEECH = [
-    "--recipe",
-    "fsdd",
-    "--data",
-    "fsdd:digits",
-    "--max-epochs",
-    "2",
-    "--stages",
-    "4",
-    "--seed",
-    "3",
-    "--keep",
-    "all",
-    "--set",
-    "net.width=16",
-    "--set",
-    "net.context=16",
-    "--set",
-    "data.window=5120",
-    "--set",
-    "objective.steps=4",
-    "--set",
-    "objective.anchors=32",
-]
-OF_PICTURES = [
-    "--data",
-    "images:pictures/train",
-    "--keep",
-    "all",
-    "--set",
-    "data.gray=false",
-    "--set",
-    "data.picture=32",
-]
-PICTURES = ["--recipe", "cifar10", "--max-epochs", "1", "--set", "net.width=4", "--set", "net.blocks=[1,1,1]"]
-OWN = [
-    "--recipe",
-    "whole",
-    "--net",
-    "bits_network:network",
-    "--objective",
-    "ntxent",
-    "--views",
-    "4",
-    "--max-epochs",
-    "2",
-]
+SPEECH = shlex.split(
+    "--recipe fsdd --data fsdd:digits --max-epochs 2 --stages 4 --seed 3 --keep all --set net.width=16 "
+    "--set net.context=16 --set data.window=5120 --set objective.steps=4 --set objective.anchors=32"
+)
+OF_PICTURES = shlex.split("--data images:pictures/train --keep all --set data.gray=false --set data.picture=32")
+PICTURES = shlex.split("--recipe cifar10 --max-epochs 1 --set net.width=4 --set net.blocks=[1,1,1]")
+OWN = shlex.split("--recipe whole --net bits_network:network --objective ntxent --views 4 --max-epochs 2")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
 LAYERWISE = [sys.executable, "-m", "layerwise", "run", "--device", "cpu"]
 

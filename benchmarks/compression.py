@@ -20,8 +20,8 @@ import numpy as np
 import zstandard
 
 from layerwise.cache import ActivationCache, CacheWriter
+from layerwise.cache.dtypes import as_array
 from layerwise.cache.packing import packed
-from layerwise.cache.stored import as_array
 
 SAMPLE_BYTES = 32 * 10**6
 WINDOW, TURN, TURNS = 10_240, 200, 9

@@ -3,26 +3,34 @@
 An append is a whole number of blocks (the last of the file may be shorter). Its bytes go around the page cache where the
 file system lets them, which makes waiting for the disk three times as fast; then the checksums of its blocks go into their
 table, everything is synced, and the journal gets its record.
+
+The journal says which blocks are safely on the disk. One record per append, in order: number of blocks that are done by
+then, CRC-32 of the checksums of the blocks appended (as they lie in the file), CRC-32 of the record. A torn record at the
+end does not count.
 """
 
 import errno
 import os
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from layerwise.cache import journal
-from layerwise.cache.crc import crc32
-from layerwise.cache.format import ALIGNMENT, Places
-from layerwise.cache.layout import Layout
-from layerwise.cache.positional import read_stored, write_all
+from layerwise.cache.file_io import crc32, read_stored, write_all
+from layerwise.cache.format import ALIGNMENT
+from layerwise.cache.layout import Layout, Places
+
+_RECORD = struct.Struct("<QI")
+_CHECK = struct.Struct("<I")
+_SIZE = _RECORD.size + _CHECK.size
 
 
 def aligned_buffer(size: int) -> np.ndarray:
     """uint8 [size] at an address that O_DIRECT takes."""
-    room = np.empty(size + ALIGNMENT, dtype=np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    return room[start : start + size]
+    buffer = np.empty(size + ALIGNMENT, dtype=np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + size]
 
 
 class Appends:
@@ -37,7 +45,7 @@ class Appends:
         self._descriptor = os.open(part, os.O_RDWR)
         self._direct = _open_direct(part)
         self._failed = False
-        self.blocks = journal.replay(journal_path, self._stored, first)
+        self.blocks = _replay(journal_path, self._stored, first)
         """Blocks that are durable, counted from the beginning of the file."""
         self._summed, self._checksum = self.blocks, 0
         if self.blocks > first:
@@ -62,7 +70,7 @@ class Appends:
         self._write(content, self._places.activations + self.blocks * self._layout.block_bytes)
         write_all(self._descriptor, table, self._places.checksums + 4 * self.blocks)
         os.fdatasync(self._descriptor)
-        journal.append(self._journal, self.blocks + len(checksums), table)
+        _record(self._journal, self.blocks + len(checksums), table)
         self.blocks += len(checksums)
         self._failed = False
 
@@ -76,7 +84,7 @@ class Appends:
 
     def done_in(self, journal_path: Path, first: int) -> int:
         """The block up to which another's journal says that all are durable, from its first one on."""
-        return journal.replay(journal_path, self._stored, first)
+        return _replay(journal_path, self._stored, first)
 
     def close(self) -> None:
         """Gives the descriptors back."""
@@ -106,3 +114,33 @@ def _open_direct(path: Path) -> int | None:
         return os.open(path, os.O_WRONLY | os.O_DIRECT)
     except OSError:
         return None
+
+
+def _record(path: Path, blocks: int, checksums: bytes) -> None:
+    """Adds one durable record: `blocks` are done now, the last of them with these checksums. Raises OSError."""
+    record = _RECORD.pack(blocks, crc32(checksums))
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        write_all(descriptor, record + _CHECK.pack(crc32(record)), os.fstat(descriptor).st_size)
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replay(path: Path, checksums: Callable[[int, int], bytes], first: int = 0) -> int:
+    """The block up to which the journal has all done, from `first` on; cuts off records that are torn or of other blocks.
+
+    `checksums(first, stop)` gives the bytes of the checksums in the file.
+    """
+    if not path.exists():
+        return first
+    content = path.read_bytes()
+    done, records = first, 0
+    for start in range(0, len(content) - _SIZE + 1, _SIZE):
+        record, check = content[start : start + _RECORD.size], content[start + _RECORD.size : start + _SIZE]
+        blocks, checksum = _RECORD.unpack(record)
+        if check != _CHECK.pack(crc32(record)) or blocks <= done or crc32(checksums(done, blocks)) != checksum:
+            break
+        done, records = blocks, records + 1
+    os.truncate(path, records * _SIZE)
+    return done

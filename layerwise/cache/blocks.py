@@ -13,11 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from layerwise.cache.crc import ADDRESS, crc32
-from layerwise.cache.format import Places
-from layerwise.cache.layout import Layout
-from layerwise.cache.positional import fetch, in_memory, read_few, read_into
-from layerwise.cache.stored import STORED
+from layerwise.cache.dtypes import STORED
+from layerwise.cache.file_io import CRC32_ADDRESS, crc32, fetch, in_memory, read_few, read_into
+from layerwise.cache.layout import Layout, Places
 from layerwise.errors import DamagedCache
 
 try:
@@ -43,7 +41,7 @@ class Blocks:
         self._row_bytes, self._frame_shape = layout.row_bytes, layout.frame_shape
         self._on_disk = np.dtype(STORED[layout.dtype].on_disk)
         self._compared = bytearray(-(-layout.blocks // 8))
-        self.together = read_windows is not None and ADDRESS != 0
+        self.together = read_windows is not None and CRC32_ADDRESS != 0
         """Whether several stretches can be read in one go, without Python's lock."""
 
     def read(self, first_row: int, stop_row: int) -> np.ndarray:
@@ -72,9 +70,11 @@ class Blocks:
         places = self._places.activations, self._places.checksums
         sizes = self._size, self._row_bytes, self._block_bytes, self._chain
         rows = array("q", chain.from_iterable(stretches))
-        return read_windows((self._descriptor, *places, *sizes, ADDRESS), self._compared, rows, into, into.strides[0])
+        return read_windows(
+            (self._descriptor, *places, *sizes, CRC32_ADDRESS), self._compared, rows, into, into.strides[0]
+        )
 
-    def expect(self, stretches: Iterable[tuple[int, int]]) -> None:
+    def prefetch(self, stretches: Iterable[tuple[int, int]]) -> None:
         """Has the system fetch the rows, from to, of a batch that is read soon; not while all batches lie in memory."""
         for number, (first, stop) in enumerate(stretches):
             place, size = self._places.activations + first * self._row_bytes, (stop - first) * self._row_bytes

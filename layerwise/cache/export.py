@@ -1,16 +1,14 @@
-"""Hands the features of a stage over to other programs, in constant memory.
-
-Features of samples in a file for other programs, written sample after sample in constant memory.
+"""Writes the features of samples to a file for other programs, sample after sample in constant memory.
 
 NAME.npy: one array [frames of all samples, *frame shape]; which rows are whose is in NAME.index.npz beside it: `ids` [N],
-`offsets` int64 [N + 1] and `labels_NAME`. NAME.h5: `features`, `offsets`, `ids` and `labels/NAME` in one file."""
+`offsets` int64 [N + 1] and `labels_NAME`. NAME.h5: `features`, `offsets`, `ids` and `labels/NAME` in one file.
+"""
 
 import errno
 import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,16 +16,16 @@ from typing import Any, Self
 import h5py
 import numpy as np
 
+from layerwise.cache.file_io import as_cache_errors
 from layerwise.cache.reader import ActivationCache
 from layerwise.errors import CacheError
-from layerwise.files import unwritable
 
 READ_BYTES = 32 * 2**20
 """Read at once."""
 
 
 def export(cache: ActivationCache, path: Path, mean: bool = False) -> None:
-    """View 0 of every sample as .npy or .h5, by the name of `path` (see features.py); bfloat16 and int8 become float32.
+    """View 0 of every sample as .npy or .h5, by the name of `path`; bfloat16 and int8 become float32.
 
     mean: one row per sample instead of its frames. Raises CacheError where the file exists or the name has another ending.
     """
@@ -74,12 +72,12 @@ class FeatureFile:
         self._ids: list[str] = []
         self._offsets = [0]
         array = _NpyArray if path.suffix == ".npy" else _HDF5Array
-        with self._sentences():
+        with as_cache_errors(self._path):
             self._array: _NpyArray | _HDF5Array = array(self._temporary, frame_shape, np.dtype(dtype), stage)
 
     def append(self, rows: np.ndarray) -> None:
         """The next rows [n, *frame shape] of the sample in hand. Raises CacheError where the disk does not take them."""
-        with self._sentences():
+        with as_cache_errors(self._path):
             # Looked at beforehand: HDF5 may not survive a disk that is full.
             if shutil.disk_usage(self._path.parent).free < rows.nbytes + BESIDE:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -97,7 +95,7 @@ class FeatureFile:
 
     def finish(self, labels: Mapping[str, np.ndarray]) -> None:
         """Adds the index, and puts the file in place. labels: label name to str [N], for the samples that were kept."""
-        with self._sentences():
+        with as_cache_errors(self._path):
             self._array.finish(self.rows, self._path, self._ids, np.array(self._offsets, dtype=np.int64), labels)
             self._temporary.rename(self._path)
 
@@ -109,13 +107,6 @@ class FeatureFile:
     ) -> None:
         self._array.close()
         self._temporary.unlink(missing_ok=True)
-
-    @contextmanager
-    def _sentences(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CacheError(unwritable(self._path, error)) from None
 
 
 class MeanFile(FeatureFile):

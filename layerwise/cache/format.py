@@ -8,7 +8,6 @@ A compressed cache is chunked instead, see packing.py.
 
 import math
 import os
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
@@ -16,10 +15,10 @@ import h5py
 import numpy as np
 
 from layerwise.cache import zstd
-from layerwise.cache.layout import SPLITS, Layout
+from layerwise.cache.dtypes import STORED
+from layerwise.cache.layout import SPLITS, Layout, Places
 from layerwise.cache.seal import NAME, USER_BLOCK, VERSION, of_another_version
-from layerwise.cache.stored import STORED
-from layerwise.cache.structure import UNREADABLE, byte_range, check_structure, unusual
+from layerwise.cache.structure import NUMBERS, STRINGS, UNREADABLE, byte_range, check_structure, unusual
 from layerwise.errors import UnusableCache
 
 ALIGNMENT = 4096
@@ -30,22 +29,6 @@ LARGEST_BLOCK = 2**20
 LIBVER = ("earliest", "v108")
 """A library version whose files carry no "open for write" mark: a kill while sealing would leave that mark behind, and HDF5
 would never open the file again."""
-
-_NUMBERS = ("stage", "columns", "views", "hop", "block_bytes", "chain_blocks", "scale_rows")
-"""The fields of a layout that are attributes, and at least 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """First bytes, in the file, of what is read and written without HDF5."""
-
-    activations: int
-    stored_bytes: int
-    """That the activations take."""
-    checksums: int
-    scales: int
-    places: int
-    frame_labels: dict[str, int]
 
 
 def create(path: Path, layout: Layout) -> None:
@@ -63,9 +46,9 @@ def create(path: Path, layout: Layout) -> None:
         file.attrs["format"] = np.bytes_(NAME)
         file.attrs["format_version"] = np.int64(VERSION)
         file.attrs["complete"] = np.uint8(0)
-        for name in ("fingerprint", "dtype", "compression"):
+        for name in STRINGS:
             file.attrs[name] = np.bytes_(getattr(layout, name))
-        for name in _NUMBERS:
+        for name in NUMBERS:
             file.attrs[name] = np.int64(getattr(layout, name))
         file.attrs["offset"] = np.float64(layout.offset)
         for name, values in _index(layout).items():
@@ -117,7 +100,7 @@ def reserve(path: Path) -> None:
 
 def _read(path: Path, file: h5py.File) -> Layout:
     attrs, shape = file.attrs, file["activations"].shape
-    numbers = {name: int(attrs[name]) for name in _NUMBERS}
+    numbers = {name: int(attrs[name]) for name in NUMBERS}
     for name, number in numbers.items():
         if number < 1 or (name == "block_bytes" and number > LARGEST_BLOCK):
             raise unusual(path, f"attribute {name}")

@@ -1,12 +1,50 @@
-"""Which caches lie in a folder, and in what state."""
+"""Caches by their names, and in what state they are: stage-S.h5, and the files that lie beside it until it is sealed."""
 
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from layerwise.cache.layout import Layout
 from layerwise.cache.reader import ActivationCache
 from layerwise.errors import CacheError, DamagedCache
+from layerwise.files import sync_folder, unwritable
+
+UNSEALED = {
+    ".part": "not written to its end",
+    ".packing": "not packed to its end",
+    ".copying": "not copied to its end",
+}
+"""Ending of a cache that is not sealed, to its state; whether a run is at it or was killed, the file cannot tell."""
+
+_NAME = re.compile(r"stage-([1-9]\d*)\.h5(\.part|\.journal(?:-[1-9]\d*)?|\.packing|\.copying)?")
+
+PIECE_BYTES = 8 * 2**20
+"""Copied at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFile:
+    """A file that a run has written into its folder of caches."""
+
+    path: Path
+    stage: int
+    is_sealed: bool
+    """By its name."""
+    bytes: int
+    """On this disk."""
+
+
+def cache_files(folder: Path) -> list[CacheFile]:
+    """All of them; files of other names are a user's own."""
+    files = []
+    for path in folder.glob("stage-*.h5*"):
+        if name := _NAME.fullmatch(path.name):
+            with suppress(FileNotFoundError):  # gone by now
+                files.append(CacheFile(path, int(name[1]), name[2] is None, path.lstat().st_blocks * 512))
+    return files
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +60,6 @@ class Entry:
     """sealed, not written to its end, not packed to its end, not copied to its end, damaged, or unusable."""
     finding: str | None = None
     """What is wrong with it, and what to do, where it is damaged or unusable."""
-
-
-UNSEALED = {
-    ".part": "not written to its end",
-    ".packing": "not packed to its end",
-    ".copying": "not copied to its end",
-}
-"""Ending of a cache that is not sealed, to its state; whether a run is at it or was killed, the file cannot tell."""
 
 
 def find_caches(place: Path) -> list[Path]:
@@ -62,3 +92,56 @@ def entries(paths: list[Path]) -> Iterator[Entry]:
                 yield Entry(path, size, cache.layout, "sealed")
         except CacheError as error:
             yield Entry(path, size, None, "damaged" if isinstance(error, DamagedCache) else "unusable", str(error))
+
+
+def beside(path: Path, ending: str) -> Path:
+    """A file beside the cache until it is sealed.
+
+    .part holds its rows so far, .packing its compressed form and .copying a copy of the whole, neither there to its end yet.
+    """
+    return path.with_name(path.name + ending)
+
+
+def journal_of(path: Path, first_block: int) -> Path:
+    """The journal of the process that writes the blocks from this one on, where several share the file."""
+    return beside(path, f".journal-{first_block}" if first_block else ".journal")
+
+
+def journals(path: Path) -> list[Path]:
+    """Those of all processes that have written the cache; the first need not be there."""
+    journal = journal_of(path, 0)
+    return [journal, *path.parent.glob(f"{journal.name}-*")]
+
+
+def all_unsealed(path: Path) -> list[Path]:
+    """Everything that may lie beside the cache until it is sealed."""
+    return [beside(path, ".part"), *journals(path), beside(path, ".packing"), beside(path, ".copying")]
+
+
+def remove_unsealed(path: Path) -> None:
+    """Deletes those that are there. Raises OSError."""
+    for file in all_unsealed(path):
+        file.unlink(missing_ok=True)
+
+
+def publish(written: Path, path: Path, poll: Callable[[], None]) -> None:
+    """Moves a sealed cache to `path`, where it is whole or not at all; `poll` is called now and then and may raise.
+
+    Raises CacheError where the folder or its disk does not take it; then, and after a kill, the written file is still there.
+    """
+    copy = beside(path, ".copying")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written.open("rb") as source, copy.open("wb") as target:
+            while piece := source.read(PIECE_BYTES):
+                target.write(piece)
+                poll()
+            target.flush()
+            os.fsync(target.fileno())
+        os.replace(copy, path)
+        sync_folder(path.parent)
+        written.unlink()
+    except OSError as error:
+        with suppress(OSError):
+            copy.unlink(missing_ok=True)
+        raise CacheError(unwritable(copy, error)) from None

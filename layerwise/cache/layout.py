@@ -1,13 +1,13 @@
-"""What a cache holds besides its activations; fixed before the first row is written."""
+"""What a cache holds besides its activations, fixed before the first row is written; and the blocks of each of its writers."""
 
 import math
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
-from layerwise.cache.quantise import SCALE_ROWS
-from layerwise.cache.stored import STORED
+from layerwise.cache.dtypes import SCALE_ROWS, STORED
 from layerwise.errors import CacheError
 
 BLOCK_BYTES = 4 * 2**10
@@ -122,6 +122,61 @@ class Layout:
         if self.dtype != "int8":
             return (0, 0)
         return -(-self.rows // self.scale_rows), self.frame_shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Blocks `first` to `stop`, which one process writes while others write the rest of the same file.
+
+    They are whole chains. Blocks end inside rows, so the rows of two spans overlap.
+    """
+
+    layout: Layout
+    first: int
+    stop: int
+
+    @property
+    def start_byte(self) -> int:
+        """Of the activations."""
+        return min(self.first * self.layout.block_bytes, self.layout.activation_bytes)
+
+    @property
+    def stop_byte(self) -> int:
+        return min(self.stop * self.layout.block_bytes, self.layout.activation_bytes)
+
+    @property
+    def stop_row(self) -> int:
+        """Behind the last row that has bytes in it; for int8, behind the last whole group of rows."""
+        layout = self.layout
+        rows = -(-self.stop_byte // layout.row_bytes)
+        if layout.dtype == "int8":
+            rows = -(-rows // layout.scale_rows) * layout.scale_rows
+        return min(rows, layout.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """First bytes, in the file, of what is read and written without HDF5."""
+
+    activations: int
+    stored_bytes: int
+    """That the activations take."""
+    checksums: int
+    scales: int
+    places: int
+    frame_labels: dict[str, int]
+
+
+def spans(layout: Layout, count: int) -> list[Span]:
+    """The whole cache in `count` spans of nearly as many chains; of few chains the last spans are empty.
+
+    An empty span lies behind all blocks: were it where another begins, the two writers would share a journal.
+    """
+    chains, size = -(-layout.blocks // layout.chain_blocks), layout.chain_blocks
+    ends = [
+        min((part * (chains // count) + min(part, chains % count)) * size, layout.blocks) for part in range(count + 1)
+    ]
+    return [Span(layout, first, stop) for first, stop in pairwise(ends)]
 
 
 def _equal(one: object, other: object) -> bool:

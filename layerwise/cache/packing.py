@@ -16,13 +16,12 @@ import h5py
 import numpy as np
 
 from layerwise.cache.blocks import Blocks
-from layerwise.cache.crc import crc32
+from layerwise.cache.dtypes import STORED
+from layerwise.cache.file_io import crc32, read_stored, write_all
 from layerwise.cache.format import LARGEST_BLOCK, LIBVER, create, file_bytes, read_layout, set_complete
 from layerwise.cache.layout import Layout
-from layerwise.cache.positional import read_stored, write_all
 from layerwise.cache.reader import ActivationCache
 from layerwise.cache.seal import stamp
-from layerwise.cache.stored import STORED
 from layerwise.cache.zstd import encode, longest_frame
 
 BLOCK_BYTES = 32 * 2**10

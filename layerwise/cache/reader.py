@@ -3,9 +3,13 @@
 Only the path travels between processes: a pickled cache opens the file anew.
 """
 
+import ctypes
 import errno
+import math
 import os
 import stat
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from operator import index
 from pathlib import Path
@@ -13,17 +17,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from layerwise.cache.batch_memory import BatchMemory
 from layerwise.cache.blocks import Blocks
-from layerwise.cache.format import Places, read_layout
-from layerwise.cache.layout import Layout
-from layerwise.cache.packed_blocks import PackedBlocks
-from layerwise.cache.positional import read_stored
-from layerwise.cache.quantise import dequantise
+from layerwise.cache.dtypes import STORED, as_tensor, dequantise
+from layerwise.cache.file_io import read_table
+from layerwise.cache.format import read_layout
+from layerwise.cache.layout import Layout, Places
 from layerwise.cache.seal import check_seal
-from layerwise.cache.stored import STORED, as_tensor
 from layerwise.cache.structure import unusual
+from layerwise.cache.zstd import PackedBlocks
 from layerwise.errors import CacheError, DamagedCache, UnusableCache
+
+_UNUSED_BATCHES = 4
+"""Batches whose memory is kept while nobody holds them: the two that training reads ahead, and those around the step."""
 
 
 class ActivationCache:
@@ -77,7 +82,7 @@ class ActivationCache:
         """
         stretches = [self._rows(*window) for window in windows]
         longest = max((stop - first for first, stop in stretches), default=0)
-        batch = self._memory.array((len(stretches), longest, *self.frame_shape), self._stored.handed_over)
+        batch = self._memory.array((len(stretches), longest, *self.frame_shape), self._stored.array)
         done = 0 if self._quantised else self._blocks.read_together(stretches, batch)
         for window, (first, stop) in zip(batch[done:], stretches[done:], strict=True):
             window[: stop - first] = self._read(first, stop)
@@ -89,7 +94,7 @@ class ActivationCache:
 
         Returns at once. Those of a compressed cache are not fetched.
         """
-        self._blocks.expect(self._rows(*window) for window in windows)
+        self._blocks.prefetch(self._rows(*window) for window in windows)
 
     @property
     def labels(self) -> dict[str, np.ndarray]:
@@ -101,8 +106,7 @@ class ActivationCache:
         """str [frames of the sample], as objects."""
         self._refuse_closed()
         first, stop = self.layout.frames[sample : sample + 2].tolist()
-        place = self._places.frame_labels[name] + 4 * first
-        codes = read_stored(self.path, self._descriptor, place, 4 * (stop - first)).view("<i4")
+        codes = read_table(self.path, self._descriptor, "<i4", self._places.frame_labels[name], first, stop)
         classes = np.array(self.layout.frame_labels_classes[name], dtype=object)
         if not ((codes >= 0) & (codes < len(classes))).all():
             raise unusual(self.path, f"frame_labels/{name}")
@@ -151,15 +155,43 @@ class ActivationCache:
         return index(self._offsets[place] + start), index(self._offsets[place] + stop)
 
     def _open(self) -> tuple[Layout, Places]:
-        seal = check_seal(self.path, self._descriptor)
+        sealed = check_seal(self.path, self._descriptor)
         layout, places = read_layout(self.path, self._descriptor)
-        if (seal.start, seal.length) != (places.activations, places.stored_bytes):
+        if sealed != (places.activations, places.stored_bytes):
             raise unusual(self.path, "activations")
         return layout, places
 
     def _scales(self, first: int, stop: int) -> np.ndarray:
         """float32 [groups, C] of the groups that rows first to stop lie in."""
         first, stop = first // self.layout.scale_rows, -(-stop // self.layout.scale_rows)
-        channels = self.layout.scales_shape[1]
-        place, size = self._places.scales + 4 * first * channels, 4 * (stop - first) * channels
-        return read_stored(self.path, self._descriptor, place, size).view("<f4").reshape(stop - first, channels)
+        channels, place = self.layout.scales_shape[1], self._places.scales
+        scales = read_table(self.path, self._descriptor, "<f4", place, first * channels, stop * channels)
+        return scales.reshape(stop - first, channels)
+
+
+class BatchMemory:
+    """Arrays for any number of threads. The memory of one is used again once nothing refers to it any more.
+
+    Fresh pages of the system would take several times as long as what is read into them.
+    """
+
+    def __init__(self) -> None:
+        self._free: deque[np.ndarray] = deque(maxlen=_UNUSED_BATCHES)
+
+    def array(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """Contiguous, with whatever lay there before."""
+        memory = self._take(math.prod(shape) * np.dtype(dtype).itemsize)
+        # Arrays and tensors that share memory keep alive what lent it: not the array that they were made of, but this.
+        lent = (ctypes.c_ubyte * len(memory)).from_buffer(memory)
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return np.ndarray(shape, dtype, lent)
+
+    def _take(self, size: int) -> np.ndarray:
+        """Memory that is large enough; what is too small is let go of, since later batches would not fit either."""
+        while True:
+            try:
+                memory = self._free.pop()
+            except IndexError:
+                return np.empty(max(size, 1), dtype=np.uint8)
+            if len(memory) >= size:
+                return memory

@@ -6,14 +6,12 @@ checksums themselves and the padding between them. It is looked at before HDF5 s
 
 import os
 import struct
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
 import h5py
 
-from layerwise.cache.crc import crc32
-from layerwise.cache.positional import read_stored, write_all
+from layerwise.cache.file_io import crc32, read_stored, write_all
 from layerwise.cache.structure import UNREADABLE, is_plain_attribute
 from layerwise.errors import DamagedCache, UnusableCache
 
@@ -29,16 +27,6 @@ _HDF5 = b"\x89HDF\r\n\x1a\n"
 _CHUNK = 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class Seal:
-    """The whole file, and the stretch of it that the activations take; in bytes."""
-
-    size: int
-    start: int
-    """First byte of the activations."""
-    length: int
-
-
 def stamp(path: Path, start: int, length: int) -> None:
     """Seals a file that is otherwise whole and closed, and syncs it. Activations are `length` bytes from `start` on.
 
@@ -46,8 +34,8 @@ def stamp(path: Path, start: int, length: int) -> None:
     """
     descriptor = os.open(path, os.O_RDWR)
     try:
-        seal = Seal(os.fstat(descriptor).st_size, start, length)
-        fields = _FIELDS.pack(MAGIC.encode(), seal.size, start, length, _checksum_outside(path, descriptor, seal))
+        size, checksum = os.fstat(descriptor).st_size, _checksum_outside(path, descriptor, start, length)
+        fields = _FIELDS.pack(MAGIC.encode(), size, start, length, checksum)
         fields = fields.ljust(USER_BLOCK - _CHECK.size, b"\0")
         write_all(descriptor, fields + _CHECK.pack(crc32(fields)), 0)
         os.fsync(descriptor)
@@ -55,8 +43,8 @@ def stamp(path: Path, start: int, length: int) -> None:
         os.close(descriptor)
 
 
-def check_seal(path: Path, descriptor: int) -> Seal:
-    """The seal of a file of which nothing but activations can be damaged.
+def check_seal(path: Path, descriptor: int) -> tuple[int, int]:
+    """First byte and number of bytes of the activations, in a file of which nothing else can be damaged.
 
     Raises DamagedCache where something is, UnusableCache where it is no cache of this version.
     """
@@ -73,24 +61,20 @@ def check_seal(path: Path, descriptor: int) -> Seal:
         raise DamagedCache(path, f"it has {size} bytes instead of {sealed_size}")
     if start + length > size:
         raise DamagedCache(path, "its seal contradicts itself")
-    seal = Seal(size, start, length)
-    if _checksum_outside(path, descriptor, seal) != checksum:
+    if _checksum_outside(path, descriptor, start, length) != checksum:
         raise DamagedCache(path, "what lies around its activations does not match its checksum")
-    return seal
+    return start, length
 
 
 def of_another_version(path: Path, version: str) -> UnusableCache:
     """The error for a cache that this layerwise does not know."""
-    return UnusableCache(
-        path,
-        f"{path} is a cache of format {version}, and this layerwise reads format {VERSION}",
-    )
+    return UnusableCache(path, f"{path} is a cache of format {version}, and this layerwise reads format {VERSION}")
 
 
-def _checksum_outside(path: Path, descriptor: int, seal: Seal) -> int:
+def _checksum_outside(path: Path, descriptor: int, start: int, length: int) -> int:
+    """Of all bytes but the seal and the activations, which are `length` from `start` on."""
     checksum = 0
-    behind = max(seal.start + seal.length, USER_BLOCK)
-    for first, last in ((USER_BLOCK, seal.start), (behind, seal.size)):
+    for first, last in ((USER_BLOCK, start), (max(start + length, USER_BLOCK), os.fstat(descriptor).st_size)):
         for position in range(first, last, _CHUNK):
             part = read_stored(path, descriptor, position, min(_CHUNK, last - position))
             checksum = crc32(part, checksum)

@@ -13,23 +13,20 @@ import h5py
 import numpy as np
 
 from layerwise.cache import zstd
-from layerwise.cache.stored import STORED
+from layerwise.cache.dtypes import STORED
 from layerwise.errors import UnusableCache
+
+NUMBERS = ("stage", "columns", "views", "hop", "block_bytes", "chain_blocks", "scale_rows")
+"""The fields of a layout that are attributes, and at least 1."""
+
+STRINGS = ("fingerprint", "dtype", "compression")
 
 ATTRIBUTES = {
     "format_version": "<i8",
     "complete": "|u1",
-    "fingerprint": "S",
-    "stage": "<i8",
-    "dtype": "S",
-    "columns": "<i8",
-    "views": "<i8",
-    "hop": "<i8",
+    **dict.fromkeys(STRINGS, "S"),
+    **dict.fromkeys(NUMBERS, "<i8"),
     "offset": "<f8",
-    "block_bytes": "<i8",
-    "chain_blocks": "<i8",
-    "scale_rows": "<i8",
-    "compression": "S",
 }
 DATA_SETS = {"offsets": "<i8", "ids": "S", "split": "|u1", "checksums": "<u4", "scales": "<f4", "places": "<i8"}
 GROUPS = {"labels": "<i4", "labels_classes": "S", "frame_labels": "<i4", "frame_labels_classes": "S"}

@@ -10,25 +10,23 @@ are done one of them seals. The file ends with the bytes that one process would 
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from layerwise.cache.appends import Appends, aligned_buffer
-from layerwise.cache.format import Places, create, read_layout, reserve, set_complete
-from layerwise.cache.layout import Layout, as_codes
+from layerwise.cache.dtypes import STORED, Quantiser
+from layerwise.cache.file_io import as_cache_errors
+from layerwise.cache.format import create, read_layout, reserve, set_complete
+from layerwise.cache.inventory import beside, journal_of, journals, remove_unsealed
+from layerwise.cache.layout import Layout, Places, as_codes, spans
 from layerwise.cache.packing import pack, packed
-from layerwise.cache.quantise import Quantiser
 from layerwise.cache.seal import stamp
-from layerwise.cache.span import spans
-from layerwise.cache.stored import STORED
-from layerwise.cache.unsealed import journal_of, journals, remove_unsealed, unsealed
 from layerwise.cache.zstd import require_zstandard
 from layerwise.errors import CacheError
-from layerwise.files import sync_folder, unwritable
+from layerwise.files import sync_folder
 
 APPEND_BYTES = 32 * 2**20
 """Default size of what is written and synced at once. Smaller appends pay for more syncs."""
@@ -58,7 +56,7 @@ class CacheWriter:
         Raises CacheError where the file exists, or the folder or the disk does not take it, or zstandard is not installed.
         """
         self.path, self.layout = path, layout
-        self._part, _, self._packing = unsealed(path)
+        self._part, self._packing = beside(path, ".part"), beside(path, ".packing")
         self._spans = spans(layout, writers)
         self._span = self._spans[writer]
         self._packs = compression == "zstd" and packed(layout) != layout
@@ -66,7 +64,7 @@ class CacheWriter:
             raise CacheError(f"{path} is sealed already; delete it to write it again.")
         if self._packs:
             require_zstandard()
-        with self._sentences(self._part):
+        with as_cache_errors(self._part):
             path.parent.mkdir(parents=True, exist_ok=True)
             if writer == 0:
                 self._packing.unlink(missing_ok=True)
@@ -121,7 +119,7 @@ class CacheWriter:
 
         Raises CacheError where the disk did not take these or earlier rows.
         """
-        expected = self.layout.frame_shape, np.dtype(STORED[self.layout.dtype].handed_over)
+        expected = self.layout.frame_shape, np.dtype(STORED[self.layout.dtype].array)
         if (rows.shape[1:], rows.dtype) != expected or len(rows) > self._rows_left:
             raise ValueError(f"{len(rows)} rows {rows.shape[1:]} {rows.dtype} do not fit into {self.layout.dtype}")
         self._wait(BUFFERS)
@@ -130,7 +128,7 @@ class CacheWriter:
             self._fill(rows)
             return
         for stored, scales in self._quantiser.push(rows):
-            with self._sentences(self._part):
+            with as_cache_errors(self._part):
                 self._appends.put_scales(self._group, scales)
             self._group += 1
             self._fill(stored)
@@ -141,7 +139,7 @@ class CacheWriter:
         known = self.layout.frame_labels_classes[name]
         codes = np.array([known.index(label) for label in classes], dtype="<i4")[codes]
         self._frames_labelled += len(values)
-        with self._sentences(self._part):
+        with as_cache_errors(self._part):
             self._appends.put_frame_labels(name, int(self.layout.frames[sample]), codes)
 
     def finish(self) -> None:
@@ -167,7 +165,7 @@ class CacheWriter:
         if self._frames_labelled != int(layout.frames[-1]) * len(layout.frame_labels_classes):
             raise ValueError(f"labels of frames are missing in {self._part}")
         whole = self._packing if self._packs else self._part
-        with self._sentences(whole):
+        with as_cache_errors(whole):
             if self._packs:
                 pack(self._part, whole, poll)
             else:
@@ -234,12 +232,5 @@ class CacheWriter:
     def _wait(self, most: int) -> None:
         """Until at most that many appends are queued. Raises what befell the thread."""
         while len(self._queued) > most or (self._queued and self._queued[0].done()):
-            with self._sentences(self._part):
+            with as_cache_errors(self._part):
                 self._spare.append(self._queued.popleft().result())
-
-    @contextmanager
-    def _sentences(self, path: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise CacheError(unwritable(path, error)) from None

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from layerwise.doctor import Finding
 from layerwise.doctor.examine import examine
-from layerwise.doctor.finding import Finding
 from layerwise.errors import SetupError
 
 

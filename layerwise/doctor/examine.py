@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from layerwise.doctor.finding import Finding
-from layerwise.doctor.gpu import gpus
+from layerwise.doctor import Finding
 from layerwise.doctor.host import can_lock, containers, cores, disk_room, memory, slurm, write_speed
-from layerwise.doctor.software import cache_reads, companions, extras, hdf5, python, torch
-from layerwise.doctor.torch_install import TorchReport, ask_torch
+from layerwise.doctor.software import cache_reads, extras, hdf5, python
+from layerwise.doctor.torch_checks import TorchReport, ask_torch, companions, gpus, torch
 
 
 def examine(cache_dir: Path) -> Iterator[Finding]:

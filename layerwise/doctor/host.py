@@ -1,6 +1,7 @@
-"""The machine around the GPU: memory, cores, batch system, container.
+"""The machine around the GPU: memory, cores, batch system, container, and the disk that the caches are to lie on.
 
-The disk that the caches are to lie on. What is written there has no name, so that nothing stays behind, even of a kill."""
+What is written to that disk has no name, so that nothing stays behind, even of a kill.
+"""
 
 import fcntl
 import os
@@ -11,13 +12,24 @@ from pathlib import Path
 
 import psutil
 
-from layerwise.doctor.finding import Finding
+from layerwise.doctor import Finding
 from layerwise.errors import RunError
 from layerwise.files import refuse_unwritable
 from layerwise.units import size
 
 LITTLE = 4 * 10**9
 """Bytes of host memory with which the paper's networks still train."""
+
+WRITTEN = 256 * 10**6
+"""Bytes of the trial."""
+
+PIECE = 8 * 10**6
+
+SLOW = 50e6
+"""Bytes per second below which a cache takes longer to write than the passes that make it."""
+
+LITTLE_ROOM = 10 * 10**9
+"""Bytes below which few caches find room."""
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -83,18 +95,6 @@ def containers() -> Finding:
     found = [name for path, name in CONTAINER_FILES.items() if Path(path).exists()]
     found += [name for variable, name in CONTAINER_VARIABLES.items() if variable in os.environ]
     return Finding("container", "ok", ", ".join(found) or "none")
-
-
-WRITTEN = 256 * 10**6
-"""Bytes of the trial."""
-
-PIECE = 8 * 10**6
-
-SLOW = 50e6
-"""Bytes per second below which a cache takes longer to write than the passes that make it."""
-
-LITTLE_ROOM = 10 * 10**9
-"""Bytes below which few caches find room."""
 
 
 def disk_room(cache_dir: Path) -> Finding:

@@ -1,17 +1,15 @@
-"""Python, torch and its companions, HDF5, the compiled part of layerwise itself, extras."""
+"""Python, HDF5, the compiled part of layerwise itself, extras."""
 
 import platform
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
-from layerwise.doctor.finding import Finding
-from layerwise.doctor.torch_install import TorchReport
+from layerwise.doctor import Finding
+from layerwise.doctor.torch_checks import REINSTALL
 
 TRIED = ((3, 11), (3, 13))
 """The oldest and the newest Python that layerwise was tried with."""
-
-REINSTALL = "in a checkout of layerwise: pip install -c constraints.txt ."
 
 EXTRAS = {
     "gpu": ("pynvml",),
@@ -32,29 +30,6 @@ def python() -> Finding:
     if sys.version_info[:2] > TRIED[1]:
         return Finding("Python", "note", f"{platform.python_version()}; tried are {oldest} to {newest}")
     return Finding("Python", "ok", platform.python_version())
-
-
-def torch(report: TorchReport) -> Finding:
-    if error := report.errors.get("torch"):
-        return Finding("torch", "fix", f"does not import: {error}", REINSTALL)
-    if "torch" not in report.versions:
-        return Finding("torch", "fix", "said nothing", REINSTALL)
-    built = f"built for CUDA {report.cuda}" if report.cuda else "built without CUDA"
-    return Finding("torch", "ok", f"{report.versions['torch']}, {built}")
-
-
-def companions(report: TorchReport) -> list[Finding]:
-    """torchvision and torchaudio import only beside the torch that they were built for."""
-    if "torch" not in report.versions:
-        return []
-    return [_companion(name, report) for name in ("torchvision", "torchaudio")]
-
-
-def _companion(name: str, report: TorchReport) -> Finding:
-    if name in report.versions:
-        return Finding(name, "ok", report.versions[name])
-    error = report.errors.get(name, "it was not reached")
-    return Finding(name, "fix", f"does not import beside torch {report.versions['torch']}: {error}", REINSTALL)
 
 
 def hdf5() -> Finding:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from layerwise.cache.stored import as_array
+from layerwise.cache.dtypes import as_array
 from layerwise.data.batches import Batch, Group, collate, group_renderings, read_ahead
 from layerwise.data.source import DataSet
 from layerwise.errors import DataError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from layerwise.cache.stored import STORED
+from layerwise.cache.dtypes import STORED
 from layerwise.config import Config
 from layerwise.data.batches import READ_AHEAD
 from layerwise.data.open import open_data

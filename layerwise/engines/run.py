@@ -26,7 +26,7 @@ from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
 from layerwise.run_store import RunState, RunStore
 from layerwise.stop import StopFlag
-from layerwise.tracking.following import Following, find_service, open_service
+from layerwise.tracking import TrackingCallback, find_service, open_service
 from layerwise.training.batch_effects import check_shareable
 from layerwise.training.budget import fit_to_budget
 from layerwise.training.cache_plan import free_for_caches, plan_caches, sealed_bytes
@@ -160,7 +160,7 @@ def prepared_run(
             state, run = states[rounds], Run(config, store, data, split, specs, memory_plans, cache_plan, device, ranks)
             write_atomically(store.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
             tracker = open_service(config.training.log, service, store, state.run_id, config)
-        with Following(tracker, notify) as notify_all:
+        with TrackingCallback(tracker, notify) as notify_all:
             for line in _described(run):
                 notify_all(Message(line))
             done = tuple(record.stage for record in state.stages if record.status == "done")

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from layerwise.cache import ActivationCache
-from layerwise.cache.unsealed import all_unsealed, cache_files
+from layerwise.cache.inventory import all_unsealed, cache_files
 from layerwise.errors import CacheError, RunError, UnusableCache
 from layerwise.events import Message, Notify
 from layerwise.files import exclusive

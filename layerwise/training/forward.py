@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_iter
 
 from layerwise.cache import CacheWriter, Layout
-from layerwise.cache.stored import STORED, as_array
+from layerwise.cache.dtypes import STORED, as_array
 from layerwise.config import Config
 from layerwise.data.batches import Batch, Group, group_renderings
 from layerwise.errors import TrainingError

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from layerwise.cache.stored import STORED
+from layerwise.cache.dtypes import STORED
 from layerwise.config import Config, TrainingOptions
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError, ConfigError

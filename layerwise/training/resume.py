@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from layerwise.cache.unsealed import all_unsealed
+from layerwise.cache.inventory import all_unsealed
 from layerwise.config import Config, Option, changed_options, load
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, RunError

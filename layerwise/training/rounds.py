@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from layerwise.cache.unsealed import cache_files
+from layerwise.cache.inventory import cache_files
 from layerwise.config import Config
 from layerwise.data.source import DataSet
 from layerwise.run_store import RunState, RunStore

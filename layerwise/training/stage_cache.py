@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from layerwise.cache import ActivationCache, CacheWriter
-from layerwise.cache.unsealed import publish
+from layerwise.cache.inventory import publish
 from layerwise.data.source import DataSet
 from layerwise.errors import BudgetError, ConfigError, Interrupted, RunError, UnusableCache
 from layerwise.memory.device import release, why_out_of_memory

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from layerwise.cache import ActivationCache, CacheWriter, Layout
+from layerwise.cache.dtypes import STORED, as_array
 from layerwise.cache.seal import stamp
-from layerwise.cache.stored import STORED, as_array
 
 
 def layout(

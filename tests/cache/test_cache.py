@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from small_cache import layout, memory_below, read_all, rows_of, seal, write
 
 from layerwise.cache import ActivationCache, CacheWriter, Layout
+from layerwise.cache.dtypes import STORED, as_array
 from layerwise.cache.format import file_bytes
 from layerwise.cache.layout import BLOCK_BYTES
 from layerwise.cache.packing import packed, packed_bytes
-from layerwise.cache.stored import STORED, as_array
 from layerwise.errors import CacheError
 
 EXACT = ["float16", "bfloat16", "float32"]
@@ -335,7 +335,7 @@ ROOMY = {
 def test_the_room_of_a_file_is_known_before(tmp_path: Path, a_layout: Layout, compression: str) -> None:
     noise = np.random.default_rng(0).standard_normal((a_layout.rows, *a_layout.frame_shape)).astype(np.float16)
     with CacheWriter(tmp_path / "c.h5", a_layout, 2**20, compression) as writer:
-        writer.write(noise.astype(STORED[a_layout.dtype].handed_over))
+        writer.write(noise.astype(STORED[a_layout.dtype].array))
         seal(writer)
     taken = (tmp_path / "c.h5").stat().st_size
     if compression == "none":

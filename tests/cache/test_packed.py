@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from small_cache import layout, memory_below, read_all, rows_of, seal, write
 
 from layerwise.cache import ActivationCache, CacheWriter, Layout
-from layerwise.cache.stored import STORED, as_array
+from layerwise.cache.dtypes import STORED, as_array
 from layerwise.errors import CacheError, DamagedCache
 
 RAGGED = [500, 0, 3, 700, 1]

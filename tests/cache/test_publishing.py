@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.cache import unsealed as publishing
-from layerwise.cache.unsealed import cache_files, publish
+from layerwise.cache import inventory as publishing
+from layerwise.cache.inventory import cache_files, publish
 from layerwise.errors import CacheError, Interrupted
 
 

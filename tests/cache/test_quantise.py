@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as arrays
 from small_cache import layout, read_all, rows_of, write
 
 from layerwise.cache import ActivationCache, CacheWriter
-from layerwise.cache.quantise import dequantise, quantise
+from layerwise.cache.dtypes import dequantise, quantise
 
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
 

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from small_cache import layout, rows_of, write
 
 from layerwise.cache import ActivationCache, Layout, blocks
-from layerwise.cache.batch_memory import BatchMemory
 from layerwise.cache.layout import BLOCK_BYTES
+from layerwise.cache.reader import BatchMemory
 from layerwise.errors import DamagedCache
 
 Place = tuple[int, int, int, int]
 
 ONE_READER = [HealthCheck.function_scoped_fixture]  # is the same one for all inputs of a test
 
-BUILT = blocks.read_windows is not None and blocks.ADDRESS != 0
+BUILT = blocks.read_windows is not None and blocks.CRC32_ADDRESS != 0
 READERS = [
     pytest.param("compiled", marks=pytest.mark.skipif(not BUILT, reason="layerwise was installed without a compiler")),
     "Python",
@@ -258,7 +258,7 @@ def test_a_forked_child_reads_on(tmp_path: Path, reader: str) -> None:
 
 
 def test_without_isa_l_python_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "ADDRESS", 0)
+    monkeypatch.setattr(blocks, "CRC32_ADDRESS", 0)
     write(tmp_path / "c.h5", layout([20]), rows_of(layout([20])))
     with ActivationCache(tmp_path / "c.h5") as cache:
         assert cache.reading_threads == 1

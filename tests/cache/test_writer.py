@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from small_cache import layout, read_all, rows_of, seal, write
 
 from layerwise.cache import ActivationCache, CacheWriter
-from layerwise.cache.span import spans
-from layerwise.cache.stored import as_array
+from layerwise.cache.dtypes import as_array
+from layerwise.cache.layout import spans
 from layerwise.errors import CacheError
 
 

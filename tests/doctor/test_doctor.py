@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from layerwise.commands import main
-from layerwise.doctor import examine, gpu, host, software
-from layerwise.doctor import host as disk
-from layerwise.doctor.torch_install import TorchReport, ask_torch
+from layerwise.doctor import examine, host, software, torch_checks
+from layerwise.doctor.torch_checks import TorchReport, ask_torch
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = {"name": "H100", "free": 79 * 10**9, "total": 80 * 10**9}
@@ -46,8 +45,8 @@ def torch_that_imports(package: Package) -> None:
 def test_a_sound_machine_exits_with_0_and_one_object(
     torch_that_imports: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(disk, "WRITTEN", disk.PIECE)
-    monkeypatch.setattr(gpu, "driver_cuda", lambda: None)
+    monkeypatch.setattr(host, "WRITTEN", host.PIECE)
+    monkeypatch.setattr(torch_checks, "driver_cuda", lambda: None)
     with pytest.raises(SystemExit) as stopped:
         main(["doctor", "--json", "--cache-dir", str(tmp_path / "not" / "yet")])
     out, err = capfd.readouterr()
@@ -92,8 +91,8 @@ def test_a_companion_of_another_torch_is_named_with_the_fix(
 ) -> None:
     package("torchvision", code)
     report = ask_torch()
-    found = {finding.check: finding for finding in software.companions(report)}
-    assert software.torch(report).verdict == "ok"
+    found = {finding.check: finding for finding in torch_checks.companions(report)}
+    assert torch_checks.torch(report).verdict == "ok"
     assert found["torchvision"].verdict == "fix"
     assert "does not import beside torch 2.12.1" in found["torchvision"].found
     assert "pip install -c constraints.txt ." in found["torchvision"].advice
@@ -115,8 +114,8 @@ def test_what_torch_was_built_for_is_compared_with_the_driver(
     report: TorchReport, driver: str | None, verdict: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(gpu, "driver_cuda", lambda: driver)
-    (finding,) = gpu.gpus(report)
+    monkeypatch.setattr(torch_checks, "driver_cuda", lambda: driver)
+    (finding,) = torch_checks.gpus(report)
     assert (finding.verdict, words in finding.found) == (verdict, True), finding
 
 
@@ -125,29 +124,29 @@ def test_the_driver_is_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.
     smi.write_text("#!/bin/sh\necho '| NVIDIA-SMI 580.65.06   Driver Version: 580.65.06   CUDA Version: 13.0     |'\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert gpu.driver_cuda() == "13.0"
+    assert torch_checks.driver_cuda() == "13.0"
 
 
 def test_a_check_that_fails_says_so_and_the_others_go_on(
     torch_that_imports: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(examine, "memory", lambda: 1 / 0)
-    monkeypatch.setattr(disk, "WRITTEN", disk.PIECE)
+    monkeypatch.setattr(host, "WRITTEN", host.PIECE)
     found = {finding.check: finding for finding in examine.examine(tmp_path)}
     assert found["memory"].found == "could not be examined: ZeroDivisionError: division by zero"
     assert found["cores"].verdict == "ok"
 
 
 def test_a_full_disk_is_a_finding_and_nothing_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk, "WRITTEN", disk.PIECE)
-    assert disk.write_speed(tmp_path).verdict in ("ok", "note")
+    monkeypatch.setattr(host, "WRITTEN", host.PIECE)
+    assert host.write_speed(tmp_path).verdict in ("ok", "note")
     assert list(tmp_path.iterdir()) == []
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    finding = disk.write_speed(tmp_path)
+    finding = host.write_speed(tmp_path)
     assert (finding.verdict, "No space left on device" in finding.found) == ("fix", True)
     assert list(tmp_path.iterdir()) == []
 
@@ -156,15 +155,15 @@ def test_a_file_system_without_locks_is_to_be_fixed(tmp_path: Path, monkeypatch:
     def without(*arguments: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    assert disk.can_lock(tmp_path).verdict == "ok"
+    assert host.can_lock(tmp_path).verdict == "ok"
     monkeypatch.setattr(fcntl, "flock", without)
-    finding = disk.can_lock(tmp_path)
+    finding = host.can_lock(tmp_path)
     assert (finding.verdict, "can be locked: Function not implemented" in finding.found) == ("fix", True)
 
 
 def test_a_file_where_the_caches_should_lie_is_to_be_fixed(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    finding = disk.disk_room(tmp_path / "file" / "cache")
+    finding = host.disk_room(tmp_path / "file" / "cache")
     assert (finding.verdict, "is not a folder" in finding.found) == ("fix", True)
 
 

@@ -13,7 +13,7 @@ from layerwise.errors import ConfigError, Interrupted
 from layerwise.events import EpochDone, Event, Message, StageDone, StepDone, silent
 from layerwise.files import json_lines
 from layerwise.stop import StopFlag
-from layerwise.tracking.following import Following, open_service
+from layerwise.tracking import TrackingCallback, open_service
 
 Tiny = Callable[..., Config]
 
@@ -117,11 +117,13 @@ def test_mlflow_holds_each_epoch_once_over_two_starts(
         assert [entry.value for entry in history] == pytest.approx(losses(out, stage))
 
 
-@pytest.mark.parametrize("service", ["tensorboard", "wandb", "mlflow"])
+@pytest.mark.parametrize(
+    ("service", "package"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb"), ("mlflow", "mlflow")]
+)
 def test_a_missing_package_is_named_before_anything_is_written(
-    service: str, tiny_speech: Tiny, digits: Path, monkeypatch: pytest.MonkeyPatch
+    service: str, package: str, tiny_speech: Tiny, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, f"layerwise.tracking.{service}", None)  # an import of it fails
+    monkeypatch.setitem(sys.modules, package, None)  # an import of it fails
     config = tiny_speech(f"fsdd:{digits}", **{"training.log": service})
     with pytest.raises(ConfigError, match=rf"--log {service}.* pip install 'layerwise\[{service}\]'"):
         run(config)
@@ -157,7 +159,7 @@ def epoch(number: int) -> EpochDone:
 def test_a_service_that_fails_is_told_of_once_and_stops_nothing() -> None:
     seen: list[Event] = []
     broken = Broken()
-    with Following(broken, seen.append) as follow:
+    with TrackingCallback(broken, seen.append) as follow:
         for number in (1, 2, 3):
             follow(epoch(number))
     assert broken.taken == [1]
@@ -188,7 +190,7 @@ def test_steps_of_a_stage_never_fall() -> None:
             """Nothing to do."""
 
     kept = Kept()
-    with Following(kept, silent) as follow:
+    with TrackingCallback(kept, silent) as follow:
         for event in (epoch(1), epoch(2), StageDone(1, 2, True, 1.5, 5, 3, 0, 40, 100.0)):
             follow(event)
     assert kept.steps == [1, 2, 2]

@@ -1,16 +1,36 @@
-"""Reads and writes at a position of a file, never short. They move no file pointer, so threads and forks may share it."""
+"""Reads and writes at a position of a file, never short, and the checksum of what lies there.
+
+They move no file pointer, so threads and forks may share it. The checksum is the CRC-32 of zlib and PNG, through ISA-L,
+which is ten times as fast as zlib itself.
+"""
 
 import contextlib
+import ctypes
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from isal import isal_zlib
+from isal.isal_zlib import crc32 as crc32
 
-from layerwise.errors import DamagedCache
+from layerwise.errors import CacheError, DamagedCache
+from layerwise.files import unwritable
 
 _FETCHED = 2**20
 """Bytes that the system is asked to fetch at once: of more, Linux fetches as much as it reads ahead, often 1280 KiB."""
+
+
+def _crc32_address() -> int:
+    try:
+        return ctypes.cast(ctypes.CDLL(isal_zlib.__file__).crc32_gzip_refl, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+
+
+CRC32_ADDRESS = _crc32_address()
+"""Of the same function of ISA-L, for code in C. 0 where isal was built so that it cannot be found."""
 
 
 def read_stored(path: Path, descriptor: int, position: int, size: int) -> np.ndarray:
@@ -18,6 +38,13 @@ def read_stored(path: Path, descriptor: int, position: int, size: int) -> np.nda
     content = np.empty(size, dtype=np.uint8)
     read_into(path, descriptor, position, content)
     return content
+
+
+def read_table(path: Path, descriptor: int, dtype: str, position: int, first: int, stop: int) -> np.ndarray:
+    """Entries first to stop, [stop - first], of the table that begins at `position`. Raises as read_into does."""
+    table = np.empty(stop - first, dtype)
+    read_into(path, descriptor, position + first * table.itemsize, table)
+    return table
 
 
 def read_into(path: Path, descriptor: int, position: int, array: np.ndarray) -> None:
@@ -73,3 +100,12 @@ def _unread(path: Path, error: OSError) -> OSError | DamagedCache:
     if error.errno != errno.EIO:
         return error
     return DamagedCache(path, f"the disk does not give it back ({error.strerror})")
+
+
+@contextlib.contextmanager
+def as_cache_errors(path: Path) -> Iterator[None]:
+    """Turns what the system refuses, while the file is written, into a CacheError that says so."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(unwritable(path, error)) from None

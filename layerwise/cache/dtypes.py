@@ -1,15 +1,49 @@
-"""int8 with a scale per channel: every `scale_rows` rows of a cache are a group, and each of its channels has one scale.
+"""The dtypes of a cache: as tensors, as arrays of the writer and the reader, and as they lie on the disk.
 
-The channels are the leading axis of a frame. x is stored as round(x / scale), where scale is the largest absolute value of
-the channel in the group, over 127; so an error is at most half a scale.
+int8 has a scale per channel: every `scale_rows` rows of a cache are a group, and each of its channels has one scale. The
+channels are the leading axis of a frame. x is stored as round(x / scale), where scale is the largest absolute value of the
+channel in the group, over 127; so an error is at most half a scale.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 SCALE_ROWS = 1024
-"""Rows that share scales. A window touches one or two groups; the scales take 0.4 % of the room."""
+"""Rows that share scales. A window touches one or two groups; the scales take 0.4 % of the bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One dtype of a cache."""
+
+    tensor: torch.dtype
+    """Rows before they are written and after they are read."""
+    array: str
+    """numpy's name of what `as_array` makes of such rows."""
+    on_disk: str
+    """numpy's name of the dtype in the HDF5 file."""
+
+
+STORED = {
+    "float16": Stored(torch.float16, "<f2", "<f2"),
+    "bfloat16": Stored(torch.bfloat16, "<u2", "<u2"),  # HDF5 and numpy have no bfloat16: its bits
+    "float32": Stored(torch.float32, "<f4", "<f4"),
+    "int8": Stored(torch.float32, "<f4", "|i1"),  # the writer quantises
+}
+
+
+def as_array(rows: torch.Tensor) -> np.ndarray:
+    """The array that shares the memory of a contiguous CPU tensor; bfloat16 as the uint16 of its bits."""
+    return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
+
+
+def as_tensor(rows: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of `as_array`."""
+    tensor = torch.from_numpy(rows)
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
 
 def quantise(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
