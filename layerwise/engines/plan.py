@@ -53,10 +53,8 @@ def plan(
     data = data or open_data(config.data, shortest_sample(config))
     specs = cut_network(config, data, device, network, optimization=optimization)
     folder = RunStore.of(config.out, config.cache.dir).caches
-    cache_plan, sizes = (
-        plan_caches(config, specs, data, free_for_caches(folder)),
-        cache_sizes(specs, data, config.cache),
-    )
+    cache_plan = plan_caches(config, specs, data, free_for_caches(folder))
+    sizes = cache_sizes(specs, data, config.cache)
     stages = [_forecast(config, specs, spec, cache_plan, sizes, device) for spec in specs]
     return Forecast(
         budget_bytes=config.memory.gpu_mem,

@@ -21,7 +21,7 @@ from layerwise.errors import BudgetError
 Kind = Literal["parameters", "gradients", "optimizer", "activations"]
 KINDS: tuple[Kind, ...] = ("parameters", "gradients", "optimizer", "activations")
 
-LOOK_EVERY = 64
+METER_EVERY = 64
 """Steps of a known size between two that are metered: looking at every operation of a GRU on a CPU costs half a step."""
 
 
@@ -36,9 +36,9 @@ def uncounted() -> contextlib.AbstractContextManager[object]:
     return _disable_current_modes()
 
 
-def metered(look: bool) -> contextlib.AbstractContextManager[object]:
-    """Runs a step under the meter, or at full speed; what that leaves on the device must be what it found."""
-    return contextlib.nullcontext() if look else _disable_current_modes()
+def metered(enabled: bool) -> contextlib.AbstractContextManager[object]:
+    """Runs a step under the meter, or at full speed; a step at full speed must leave on the device what it found there."""
+    return contextlib.nullcontext() if enabled else _disable_current_modes()
 
 
 class Meter(TorchDispatchMode):
@@ -50,7 +50,7 @@ class Meter(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Otherwise torch wraps every look in a guard for its compiler, which costs more than the look.
+        # Otherwise torch wraps every dispatch in a guard for its compiler, which costs more than counting.
         return False
 
     def __init__(self, device: torch.device, limit: int | None = None) -> None:
@@ -89,7 +89,7 @@ class Meter(TorchDispatchMode):
 
         Yes unless a metered step of this name was at least as large in every size; for the first two, and now and then.
         """
-        return self._steps.setdefault(name, _Steps()).look(sizes)
+        return self._steps.setdefault(name, _Steps()).should_meter(sizes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -132,19 +132,19 @@ class Meter(TorchDispatchMode):
 
 
 class _Steps:
-    """Which of many like steps are looked at."""
+    """Which of many like steps are metered."""
 
     def __init__(self) -> None:
         self._count = 0
         self._seen: set[tuple[int, ...]] = set()
-        """Sizes that were looked at, without those that another one covers."""
+        """Sizes that were metered, without those that another one covers."""
 
-    def look(self, sizes: tuple[int, ...]) -> bool:
+    def should_meter(self, sizes: tuple[int, ...]) -> bool:
         self._count += 1
         covered = any(_covers(seen, sizes) for seen in self._seen)
         if not covered:
             self._seen = {seen for seen in self._seen if not _covers(sizes, seen)} | {sizes}
-        return not covered or self._count <= 2 or self._count % LOOK_EVERY == 0
+        return not covered or self._count <= 2 or self._count % METER_EVERY == 0
 
 
 def _covers(larger: tuple[int, ...], smaller: tuple[int, ...]) -> bool:
@@ -199,7 +199,7 @@ class AllocatorMeter:
                 self._labelled["gradients"] = self._labelled[kind]
 
     def should_meter(self, name: str, *sizes: int) -> bool:
-        """Never: there is nothing to look at."""
+        """Never: the allocator counts every step."""
         return False
 
     def _requested(self, when: str) -> int:

@@ -74,7 +74,7 @@ class StageTrainer:
         """One optimizer step; leaves no gradients behind. Raises BudgetError where not even the smallest slices fit."""
         self.module.train()
         draws = self._draws(batch, randomness)
-        with metered(self._looks("training", batch, draws)):
+        with metered(self._should_meter("training", batch, draws)):
             score = self._repeat_in_smaller_slices(self._attempt, draws, batch, randomness)
             self._add_gradients()
             if self.scale.unscale(self.module.parameters()):
@@ -86,7 +86,7 @@ class StageTrainer:
         """The score of a batch, without a step."""
         self.module.eval()
         draws = self._draws(batch, randomness)
-        with metered(self._looks("held-out", batch, draws)):
+        with metered(self._should_meter("held-out", batch, draws)):
             return self._agreed(self._repeat_in_smaller_slices(self._score, draws, batch, randomness))
 
     @contextlib.contextmanager
@@ -242,7 +242,7 @@ class StageTrainer:
                 torch.cuda.default_generators[self.context.device.index or 0].manual_seed(number)
             yield
 
-    def _looks(self, name: str, batch: Batch, draws: Sequence[Draw]) -> bool:
+    def _should_meter(self, name: str, batch: Batch, draws: Sequence[Draw]) -> bool:
         padded = bool((batch.lengths < batch.frames.shape[1]).any())
         return self.context.meter.should_meter(
             f"{name}, stage {self.spec.stage}", batch.frames.shape[1], max(len(draw.rows) for draw in draws), padded

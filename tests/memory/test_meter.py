@@ -16,7 +16,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from layerwise.config import Config
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
-from layerwise.memory.meter import KINDS, LOOK_EVERY, Kind, Meter, host_tensor, metered, rehearse, uncounted
+from layerwise.memory.meter import KINDS, METER_EVERY, Kind, Meter, host_tensor, metered, rehearse, uncounted
 from layerwise.memory.plan import MemoryPlan
 from layerwise.training.context import RunContext
 from layerwise.training.spec import StageSpec
@@ -236,12 +236,12 @@ def noise_batch(plan: StageSpec, samples: int) -> Batch:
 
 def test_it_looks_at_the_first_two_steps_at_larger_ones_and_now_and_then() -> None:
     meter = Meter(CPU)
-    assert [step for step in range(1, 4 * LOOK_EVERY) if meter.should_meter("training", 5)] == [
+    assert [step for step in range(1, 4 * METER_EVERY) if meter.should_meter("training", 5)] == [
         1,
         2,
-        LOOK_EVERY,
-        2 * LOOK_EVERY,
-        3 * LOOK_EVERY,
+        METER_EVERY,
+        2 * METER_EVERY,
+        3 * METER_EVERY,
     ]
     assert meter.should_meter("training", 6)
     assert not meter.should_meter("training", 6)

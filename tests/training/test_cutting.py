@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from layerwise.config import Config, resolve
@@ -21,7 +23,7 @@ from layerwise.nets.traced import traced_network
 from layerwise.run_store import RunState
 from layerwise.stop import StopFlag
 from layerwise.training.budget import allowed_plans, fit_stage
-from layerwise.training.cut import cut_network, layer_costs, stage_cost
+from layerwise.training.cut import cut_network, layer_costs, partition, stage_cost
 from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec, stage_specs
 
@@ -51,14 +53,14 @@ class Case:
         memory = self.config.memory.model_copy(update={"gpu_mem": budget})
         return self.config.model_copy(update={"training": training, "memory": memory})
 
-    def plan(self, stages: int | None = None, budget: int | None = None) -> list[StageSpec]:
+    def cut(self, stages: int | None = None, budget: int | None = None) -> list[StageSpec]:
         return cut_network(self.with_options(stages, budget), self.data, CPU, self.network)
 
     def stage(self, layers: range) -> StageSpec:
         """The stage of these layers, whatever the cut around it."""
         around = (range(layers.start), layers, range(layers.stop, self.layers))
-        plans = stage_specs(self.config, self.data, self.network, [part for part in around if part])
-        return next(plan for plan in plans if plan.layers == layers)
+        specs = stage_specs(self.config, self.data, self.network, [part for part in around if part])
+        return next(spec for spec in specs if spec.layers == layers)
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +85,8 @@ def every_cut(layers: int, stages: int) -> list[list[range]]:
     ]
 
 
-def ranges_of(plans: list[StageSpec]) -> list[range]:
-    return [plan.layers for plan in plans]
+def ranges_of(specs: list[StageSpec]) -> list[range]:
+    return [spec.layers for spec in specs]
 
 
 @pytest.mark.parametrize(("kind", "sizes"), [("speech", [1, 1, 1, 1]), ("vision", [1, 2, 1])])
@@ -92,16 +94,16 @@ def test_without_a_budget_or_a_number_the_cut_is_the_natural_one(
     planned_stages: Planned, kind: str, sizes: list[int]
 ) -> None:
     for options in ({}, {"training.stages": len(sizes)}, {"training.stages": len(sizes), "memory.gpu_mem": "50MB"}):
-        assert [len(plan.layers) for plan in planned_stages(kind, **options)[1]] == sizes
+        assert [len(spec.layers) for spec in planned_stages(kind, **options)[1]] == sizes
 
 
 @pytest.mark.parametrize("kind", ["speech", "vision"])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_a_number_of_stages_is_kept_and_all_layers_are_there(planned_stages: Planned, kind: str, stages: int) -> None:
-    plans = planned_stages(kind, **{"training.stages": stages})[1]
-    assert [plan.stage for plan in plans] == list(range(1, stages + 1))
-    assert [layer for plan in plans for layer in plan.layers] == [0, 1, 2, 3]
-    for below, above in pairwise(plans):
+    specs = planned_stages(kind, **{"training.stages": stages})[1]
+    assert [spec.stage for spec in specs] == list(range(1, stages + 1))
+    assert [layer for spec in specs for layer in spec.layers] == [0, 1, 2, 3]
+    for below, above in pairwise(specs):
         assert above.frame_shape == below.output_shape
         assert (above.lengths == below.output_lengths).all()
 
@@ -111,7 +113,7 @@ def test_more_stages_than_layers_are_refused_with_the_largest_number(
     case: Callable[..., Case], recipe: str, most: int
 ) -> None:
     with pytest.raises(ConfigError, match=f"--stages {most + 1}: .* at most {most} stages.* from 1 to {most}"):
-        case(recipe).plan(most + 1)
+        case(recipe).cut(most + 1)
 
 
 def test_too_many_stages_of_a_given_network_name_what_forbids_them(planned_stages: Planned) -> None:
@@ -143,7 +145,7 @@ def test_no_cut_has_a_smaller_largest_estimate(
     natural = len(made.network.natural_cut)
     for stages in range(1, made.layers + 1):
         if stages != natural:
-            chosen = ranges_of(made.plan(stages))
+            chosen = ranges_of(made.cut(stages))
             assert largest(chosen) == min(map(largest, every_cut(made.layers, stages)))
 
 
@@ -163,15 +165,15 @@ def test_the_largest_predicted_peak_of_a_cut_is_within_5_percent_of_the_smallest
     natural = len(made.network.natural_cut)
     for stages in range(1, made.layers + 1):
         if stages != natural:
-            chosen = ranges_of(made.plan(stages))
+            chosen = ranges_of(made.cut(stages))
             best = min(every_cut(made.layers, stages), key=lambda cut: max(map(peak, cut)))
             assert max(map(peak, chosen)) <= 1.05 * max(map(peak, best)), (chosen, best)
 
 
 def cheapest_peak(made: Case, layers: range) -> int:
     """Predicted bytes of a stage of these layers, laid out in the cheapest way."""
-    plan = made.stage(layers)
-    return training_peak(made.config, plan, allowed_plans(made.config, plan)[0][0]).bytes
+    spec = made.stage(layers)
+    return training_peak(made.config, spec, allowed_plans(made.config, spec)[0][0]).bytes
 
 
 ESTIMATED = {
@@ -210,17 +212,17 @@ def held_in_one_pass(made: Case, budget: int) -> Callable[[list[range]], bool]:
 
     @cache
     def is_held(start: int, stop: int) -> bool:
-        layout = fit_stage(config, made.stage(range(start, stop)), CPU)
-        return layout is not None and layout.passes == 1
+        plan = fit_stage(config, made.stage(range(start, stop)), CPU)
+        return plan is not None and plan.passes == 1
 
     return lambda cut: all(is_held(part.start, part.stop) for part in cut)
 
 
 def least_in_one_pass(made: Case, layers: range) -> int:
     """Bytes that a stage of these layers takes in its smallest layout of one pass."""
-    plan = made.stage(layers)
-    in_one_pass = [family[-1] for family in allowed_plans(made.config, plan) if family[0].passes == 1]
-    return min(training_peak(made.config, plan, memory_plan).bytes for memory_plan in in_one_pass)
+    spec = made.stage(layers)
+    in_one_pass = [family[-1] for family in allowed_plans(made.config, spec) if family[0].passes == 1]
+    return min(training_peak(made.config, spec, plan).bytes for plan in in_one_pass)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +235,7 @@ def test_under_a_budget_the_stages_are_the_fewest_that_it_holds(
     made = case(recipe, **changes)
     least = max(least_in_one_pass(made, range(layer, layer + 1)) for layer in range(made.layers))
     budget = least + int(part * (least_in_one_pass(made, range(made.layers)) - least))
-    chosen = ranges_of(made.plan(budget=budget))
+    chosen = ranges_of(made.cut(budget=budget))
     is_held = held_in_one_pass(made, budget)
     assert is_held(chosen)
     for fewer in range(1, len(chosen)):
@@ -244,9 +246,9 @@ def test_under_a_budget_the_stages_are_the_fewest_that_it_holds(
 
 def test_where_nothing_is_held_in_one_pass_the_finest_cut_is_taken(planned_stages: Planned) -> None:
     short = {"net.kernels": [10, 8], "net.strides": [5, 4], "net.paddings": [2, 2], "net.context": 0}
-    config, plans = planned_stages("speech", **short, **{"memory.gpu_mem": "1kB", "training.batch_size": 1})
-    assert ranges_of(plans) == [range(1), range(1, 2)]
-    assert all(fit_stage(config, plan, CPU) is None for plan in plans)
+    config, specs = planned_stages("speech", **short, **{"memory.gpu_mem": "1kB", "training.batch_size": 1})
+    assert ranges_of(specs) == [range(1), range(1, 2)]
+    assert all(fit_stage(config, spec, CPU) is None for spec in specs)
 
 
 def test_all_at_once_the_parts_are_the_stages_of_the_given_cut(case: Callable[..., Case]) -> None:
@@ -287,3 +289,42 @@ def test_a_resume_with_another_budget_keeps_the_cut(
     # Begun under the other budget it would have been cut otherwise.
     afresh = run(config(then).model_copy(update={"out": f"{config(then).out}-afresh"}))
     assert afresh.state.cut != cut
+
+
+@st.composite
+def priced_ranges(draw: st.DrawFn) -> tuple[dict[tuple[int, int], int], int, int]:
+    """Any price for each range (few different ones, so that there are ties), the number of units and of parts."""
+    units = draw(st.integers(1, 7))
+    prices = {(start, stop): draw(st.integers(-2, 6)) for start in range(units) for stop in range(start + 1, units + 1)}
+    return prices, units, draw(st.integers(1, units))
+
+
+@given(priced_ranges())
+def test_no_partition_has_a_smaller_largest_cost_nor_at_that_a_smaller_sum(
+    example: tuple[dict[tuple[int, int], int], int, int],
+) -> None:
+    prices, units, parts = example
+
+    def largest_and_sum(ranges: list[range]) -> tuple[int, int]:
+        costs = [prices[part.start, part.stop] for part in ranges]
+        return max(costs), sum(costs)
+
+    found = partition(lambda start, stop: prices[start, stop], units, parts)
+    assert found in every_cut(units, parts)
+    assert largest_and_sum(found) == min(map(largest_and_sum, every_cut(units, parts)))
+
+
+def test_equal_units_are_shared_out_evenly() -> None:
+    assert partition(lambda start, stop: (stop - start) ** 2, 6, 3) == [range(2), range(2, 4), range(4, 6)]
+
+
+def test_each_range_is_priced_at_most_once() -> None:
+    priced = []
+    partition(lambda start, stop: priced.append((start, stop)) or stop - start, 12, 5)
+    assert len(priced) == len(set(priced))
+
+
+@pytest.mark.parametrize(("units", "parts"), [(3, 4), (3, 0), (0, 1)])
+def test_an_impossible_number_of_parts_is_refused(units: int, parts: int) -> None:
+    with pytest.raises(ValueError, match=f"{units} units cannot be split into {parts} parts"):
+        partition(lambda start, stop: 1, units, parts)
