@@ -7,14 +7,14 @@ One's own is a class that keeps to `Objective`, and one line before the run that
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from layerwise.config import ObjectiveOptions
 from layerwise.errors import ConfigError, did_you_mean
 from layerwise.objectives.contrastive import Contrastive, Hinge, InfoNCE
-from layerwise.objectives.ntxent import NTXent
+from layerwise.objectives.pooled import NTXent, Supervised
 from layerwise.objectives.protocol import Objective, ObjectiveModule
-from layerwise.objectives.supervised import Supervised
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +32,15 @@ class Scored:
 Build = Callable[[ObjectiveOptions, Scored], Objective]
 
 
-def _contrastive(kind: type[Contrastive]) -> Build:
-    def build(options: ObjectiveOptions, scored: Scored) -> Objective:
-        return kind(
-            scored.channels,
-            scored.context_channels,
-            options.steps,
-            options.skip,
-            options.negatives,
-            options.anchors,
-        )
-
-    return build
+def _contrastive(kind: type[Contrastive], options: ObjectiveOptions, scored: Scored) -> Objective:
+    return kind(
+        scored.channels, scored.context_channels, options.steps, options.skip, options.negatives, options.anchors
+    )
 
 
 _BUILD: dict[str, Build] = {
-    "infonce": _contrastive(InfoNCE),
-    "hinge": _contrastive(Hinge),
+    "infonce": partial(_contrastive, InfoNCE),
+    "hinge": partial(_contrastive, Hinge),
     "ntxent": lambda options, scored: NTXent(scored.context_channels, options.projection, options.temperature),
     "supervised": lambda _, scored: Supervised(scored.context_channels, scored.classes),
 }

@@ -2,28 +2,16 @@
 
 A target z_t and the context c_{t-o} that lies o = k + skip rows before it have the score z_t^T W_k c_{t-o}; so has each of
 `negatives` other frames in the place of z_t, drawn evenly from all real frames of the batch except the target itself.
-What an objective makes of the scores is its own (infonce.py, hinge.py). A sequence is a picture with one column, so one
+`InfoNCE` and `Hinge` differ in the loss that they make of the scores. A sequence is a picture with one column, so one
 implementation serves both.
 
-Only frames that are scored come in, each once. The loss is worked off in slices of targets, and each slice leaves its
-part of the gradients behind, so candidates (targets x negatives x channels) and predictions never exist for more than
-one slice, and no product is computed twice.
+Only frames that are scored come in, each once. The loss is computed in slices of targets, together with its gradients, so
+candidates (targets x negatives x channels) and predictions never exist for more than one slice, and no product is computed
+twice.
 
 Where this differs from the code of Greedy InfoMax: negatives are drawn once per target and shared by the steps (there:
 drawn per step for pictures); steps without a single pair in a batch of short samples leave the mean.
-
-InfoNCE (van den Oord et al. 2018, arXiv 1807.03748, equations 3 and 4; Löwe et al. 2019, equations 3 and 4).
-
-    f_k(z, c) = exp(z^T W_k c)        loss = - mean over k, t of log( f_k(z_t, c) / sum over z' in X of f_k(z', c) )
-
-X holds the target and its negatives.
-
-The hinge loss of CLAPP (Illing, Ventura, Bellec, Gerstner, NeurIPS 2021, arXiv 2010.08262, equation 3).
-
-    loss = mean over k, t of  max(0, 1 - z_t^T W_k c)  +  mean over z' of max(0, 1 + z'^T W_k c)
-
-The first term asks that the future be predicted, the second that the negatives z' be not. CLAPP sees one of the two at a
-time, with one negative; both at once is their mean over time ("synchronous" in the paper), and has half the noise."""
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,7 +45,7 @@ class Draw:
 
 OfScores = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Scores (n, 1 + N, K), the targets' first, and weights (n, K) to the weighted sum of the losses and its gradient with
-respect to the scores, which may take their room."""
+respect to the scores, which may overwrite them."""
 
 
 class Contrastive(nn.Module):
@@ -128,9 +116,8 @@ class Contrastive(nn.Module):
         targets = targets.to(torch.promote_types(targets.dtype, torch.float32))
         contexts = targets if shared else contexts.to(targets.dtype)
         if torch.is_grad_enabled():
-            return Score(
-                *_Loss.apply(targets, None if shared else contexts, self.predictors, draw, room, self.of_scores)
-            )
+            own_contexts = None if shared else contexts
+            return Score(*_Loss.apply(targets, own_contexts, self.predictors, draw, room, self.of_scores))
         return _score(targets, contexts, self.predictors, draw, room, self.of_scores, gradients=None)
 
 
@@ -150,7 +137,7 @@ def _compact(anchors: np.ndarray, negatives: np.ndarray, weights: np.ndarray, of
 
 
 class _Loss(torch.autograd.Function):
-    """The loss, whose gradients are worked out along with it: only their scale is open until the backward pass."""
+    """The loss, whose gradients are computed along with it: the backward pass only scales them."""
 
     @staticmethod
     def forward(
@@ -162,19 +149,20 @@ class _Loss(torch.autograd.Function):
         room: int,
         of_scores: OfScores,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        of_targets, of_predictors = torch.zeros_like(targets), torch.zeros_like(predictors)
-        of_contexts = of_targets if contexts is None else torch.zeros_like(contexts)
+        """contexts: None where they are the targets."""
+        grad_targets, grad_predictors = torch.zeros_like(targets), torch.zeros_like(predictors)
+        grad_contexts = None if contexts is None else torch.zeros_like(contexts)
+        gradients = grad_targets, grad_targets if grad_contexts is None else grad_contexts, grad_predictors
         contexts = targets if contexts is None else contexts
-        gradients = of_targets, of_contexts, of_predictors
         score = _score(targets, contexts, predictors, draw, room, of_scores, gradients)
-        ctx.gradients = of_targets, None if of_contexts is of_targets else of_contexts, of_predictors
+        ctx.gradients = grad_targets, grad_contexts, grad_predictors
         ctx.mark_non_differentiable(score.accuracy)
         return score.loss, score.accuracy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Let go of here: autograd then takes the predictors' gradient over as it is, without a copy.
+        # No longer held here, the predictors' gradient is taken over by autograd without a copy.
         gradients, ctx.gradients = ctx.gradients, ()
         return *(None if gradient is None else gradient.mul_(loss) for gradient in gradients), None, None, None
 
@@ -194,41 +182,38 @@ def _score(
     candidates = torch.cat([anchors[:, None], torch.as_tensor(draw.negatives, device=targets.device)], dim=1)
     weights = torch.as_tensor(draw.weights, device=targets.device, dtype=targets.dtype)
     windows = contexts.index_select(0, anchors)
-    of_windows = None if gradients is None else torch.zeros_like(windows)
 
     size = min(len(anchors), _slice_length(room, targets.element_size() * channels, candidates.shape[1], steps))
     z_room = targets.new_empty(size, candidates.shape[1], channels)
     prediction_room = targets.new_empty(size, steps, channels)
-    of_prediction_room = None if gradients is None else torch.empty_like(prediction_room)
+    if gradients is not None:
+        grad_targets, grad_contexts, grad_predictors = gradients
+        grad_windows, grad_prediction_room = torch.zeros_like(windows), torch.empty_like(prediction_room)
     loss, hits = targets.new_zeros(()), targets.new_zeros(())
     for start in range(0, len(anchors), size):
         piece = slice(start, start + size)
-        weight = weights[piece]
+        weight, rows = weights[piece], candidates[piece].flatten()
         z, predictions = z_room[: len(weight)], prediction_room[: len(weight)]
-        torch.index_select(targets, 0, candidates[piece].flatten(), out=z.flatten(0, 1))
-        for step, (into, context) in enumerate(_pairs(predictions, windows, start, draw.offsets)):
-            predictions[: len(weight) - len(into), step] = 0
-            torch.mm(context, predictors[step].t(), out=into)
+        torch.index_select(targets, 0, rows, out=z.flatten(0, 1))
+        for step, (prediction, context) in enumerate(_pairs(predictions, windows, start, draw.offsets)):
+            predictions[: len(weight) - len(prediction), step] = 0
+            torch.mm(context, predictors[step].t(), out=prediction)
         scores = torch.bmm(z, predictions.transpose(1, 2))
         hits += (weight * (scores[:, 0] > scores[:, 1:].amax(1))).sum()
-        more, of_score = of_scores(scores, weight)
-        loss += more
-        if gradients is None or of_windows is None or of_prediction_room is None:
+        slice_loss, grad_scores = of_scores(scores, weight)
+        loss += slice_loss
+        if gradients is None:
             continue
-        of_targets, _, of_predictors = gradients
-        of_predictions = torch.bmm(of_score.transpose(1, 2), z, out=of_prediction_room[: len(weight)])
+        grad_predictions = torch.bmm(grad_scores.transpose(1, 2), z, out=grad_prediction_room[: len(weight)])
         # The candidates are not needed any more: their gradients take their room.
-        torch.bmm(of_score, predictions, out=z)
-        of_targets.index_add_(0, candidates[piece].flatten(), z.flatten(0, 1))
-        contexts_here = _pairs(of_predictions, windows, start, draw.offsets)
-        of_contexts_here = _pairs(of_predictions, of_windows, start, draw.offsets)
-        for step, ((gradient, context), (_, of_context)) in enumerate(
-            zip(contexts_here, of_contexts_here, strict=True)
-        ):
-            of_predictors[step].addmm_(gradient.t(), context)
-            of_context.addmm_(gradient, predictors[step])
-    if gradients is not None and of_windows is not None:
-        gradients[1].index_add_(0, anchors, of_windows)
+        torch.bmm(grad_scores, predictions, out=z)
+        grad_targets.index_add_(0, rows, z.flatten(0, 1))
+        for step, (gradient, context) in enumerate(_pairs(grad_predictions, windows, start, draw.offsets)):
+            grad_predictors[step].addmm_(gradient.t(), context)
+        for step, (gradient, grad_context) in enumerate(_pairs(grad_predictions, grad_windows, start, draw.offsets)):
+            grad_context.addmm_(gradient, predictors[step])
+    if gradients is not None:
+        grad_contexts.index_add_(0, anchors, grad_windows)
     return Score(loss, hits)
 
 
@@ -249,11 +234,17 @@ def _slice_length(room: int, vector_bytes: int, candidates: int, steps: int) -> 
 
 
 class InfoNCE(Contrastive):
-    """Tells the target from its negatives, as a classifier of 1 + N classes would."""
+    """Tells the target from its negatives, as a classifier of 1 + N classes would.
+
+        f_k(z, c) = exp(z^T W_k c)        loss = - mean over k, t of log( f_k(z_t, c) / sum over z' in X of f_k(z', c) )
+
+    X holds the target and its negatives (van den Oord et al. 2018, arXiv 1807.03748, and Löwe et al. 2019: both equations 3
+    and 4).
+    """
 
     @staticmethod
     def of_scores(scores: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See contrastive.OfScores."""
+        """See OfScores."""
         log_probability = scores.log_softmax(1)
         loss = -(weights * log_probability[:, 0]).sum()
         of_scores = log_probability.exp_()
@@ -263,11 +254,17 @@ class InfoNCE(Contrastive):
 
 
 class Hinge(Contrastive):
-    """Asks each score for the right sign and a margin of 1, whatever the other scores are."""
+    """The hinge loss of CLAPP (Illing, Ventura, Bellec, Gerstner, NeurIPS 2021, arXiv 2010.08262, equation 3).
+
+        loss = mean over k, t of  max(0, 1 - z_t^T W_k c)  +  mean over z' of max(0, 1 + z'^T W_k c)
+
+    The first term asks that the future be predicted, the second that the negatives z' be not. CLAPP sees one of the two at a
+    time, with one negative; both at once is their mean over time ("synchronous" in the paper), and has half the noise.
+    """
 
     @staticmethod
     def of_scores(scores: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See contrastive.OfScores."""
+        """See OfScores."""
         negatives = scores.shape[1] - 1
         short = scores.neg_()  # by how much a score falls short of its margin
         short[:, 1:].neg_()

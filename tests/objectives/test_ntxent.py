@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layerwise.objectives.ntxent import NTXent
+from layerwise.objectives.pooled import NTXent
 
 
 def drawn(objective: NTXent, lengths: list[int], passes: int = 1) -> list:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from layerwise.config import resolve
 from layerwise.errors import ConfigError
 from layerwise.objectives import Scored, build_objective, check_objective, register_objective
-from layerwise.objectives.supervised import Supervised
+from layerwise.objectives.pooled import Supervised
 
 LENGTHS = np.array([7, 4, 6])
 FRAMES = 7

@@ -1,0 +1,147 @@
+"""Objectives that score one vector per sample, the mean over its frames: NT-Xent and the supervised objective."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from layerwise.objectives.protocol import Score
+
+UNLABELLED = -1
+"""Class of a sample that has no label; it is passed over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """B neighbouring samples of a padded batch, whose real frames are averaged."""
+
+    frames: int
+    """L of the padded batch."""
+    first: int
+    """The first of the samples."""
+    lengths: np.ndarray
+    """float32 [B], real frames of each, at least 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What is scored in one pass. Nothing about it is random: two renderings of a sample are drawn with the batch."""
+
+    rows: np.ndarray
+    """int64 [R], sorted: all real frames that are pooled, numbered b * L + t over the padded batch."""
+    pool: Pool
+    scored: np.ndarray
+    """int64 [S], the samples that are scored."""
+    classes: np.ndarray
+    """int64 [S], the right answer for each: the class of the sample, or the number of its other rendering."""
+    weights: np.ndarray
+    """float32 [S], 0 where there is no right answer. Over all passes of a batch they sum to 1, or to 0 where none has one."""
+
+
+def _pool(lengths: np.ndarray, frames: int, samples: np.ndarray) -> tuple[np.ndarray, Pool]:
+    """The rows, and the pool, of neighbouring samples, int64 [B], in a batch with int64 lengths."""
+    first, lengths = int(samples[0]), lengths[samples]
+    sample, frame = np.nonzero(np.arange(frames) < lengths[:, None])
+    return (first + sample) * frames + frame, Pool(frames, first, np.maximum(lengths, 1).astype(np.float32))
+
+
+def _means(vectors: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """vectors (R, C) at the rows of the draw to means (B, C), in float32 at least."""
+    device, dtype = vectors.device, torch.promote_types(vectors.dtype, torch.float32)
+    pool = draw.pool
+    sample = torch.as_tensor(draw.rows // pool.frames - pool.first, device=device)
+    total = torch.zeros(len(pool.lengths), vectors.shape[1], dtype=dtype, device=device)
+    return total.index_add(0, sample, vectors.to(dtype)) / torch.as_tensor(pool.lengths, device=device)[:, None]
+
+
+class NTXent(nn.Module):
+    """NT-Xent between two renderings of each sample (SimCLR; Chen et al., ICML 2020, arXiv 2002.05709, equation 1).
+
+        loss = mean over i of  -log( exp(s(i, j) / T) / sum over k other than i of exp(s(i, k) / T) )
+
+    i and j are the two renderings of a sample, k runs through all other windows of the batch, and s is the cosine of what a
+    small network g makes of two windows' means. Windows 2m and 2m + 1 of a batch are renderings of one sample. It is for
+    samples without an order of frames to predict along, such as whole pictures.
+
+    g is a linear layer, ReLU and a linear layer. channels: of the contexts; projection: width of what is compared;
+    temperature: T.
+    """
+
+    def __init__(self, channels: int, projection: int, temperature: float) -> None:
+        super().__init__()
+        self.project = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, projection))
+        self.temperature = temperature
+
+    def draw(
+        self,
+        lengths: np.ndarray,
+        frames: int,
+        columns: int,
+        rng: np.random.Generator,
+        passes: int = 1,
+        classes: np.ndarray | None = None,
+    ) -> list[Draw]:
+        """Shapes as in `Objective.draw`. Windows that are not scored in a pass are negatives all the same."""
+        windows = np.arange(len(lengths))
+        partners = windows ^ 1
+        has_partner = partners < len(windows)
+        weights = (has_partner / max(has_partner.sum(), 1)).astype(np.float32)
+        partners = np.minimum(partners, len(windows) - 1)  # of one without a partner any will do: its weight is 0
+        rows, pool = _pool(lengths, frames, windows)
+        return [Draw(rows, pool, part, partners[part], weights[part]) for part in np.array_split(windows, passes)]
+
+    def forward(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int) -> Score:
+        """contexts (R, D) at the rows of the draw; computed in float32 at least. Targets and room are not needed."""
+        device = contexts.device
+        compared = F.normalize(self.project(_means(contexts, draw)), dim=1)
+        scored, partners = (torch.as_tensor(each, device=device) for each in (draw.scored, draw.classes))
+        similarity = compared[scored] @ compared.T / self.temperature
+        itself = scored[:, None] == torch.arange(len(compared), device=device)
+        similarity = similarity.masked_fill(itself, -torch.inf)
+        weights = torch.as_tensor(draw.weights, device=device)
+        # A window without a partner would be compared with itself, at an infinite loss.
+        losses = torch.where(weights > 0, F.cross_entropy(similarity, partners, reduction="none"), 0)
+        hits = weights * (similarity.detach().argmax(1) == partners)
+        return Score((weights * losses).sum(), hits.sum())
+
+
+class Supervised(nn.Module):
+    """Cross entropy of the samples' classes, which a linear classifier tells from the means.
+
+    One such classifier per module is greedy supervised learning (Belilovsky et al. 2019, arXiv 1812.11446; the baseline of
+    Löwe et al. 2019); one for the whole network is ordinary end-to-end training.
+    """
+
+    def __init__(self, context_channels: int, classes: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(context_channels, classes)
+
+    def draw(
+        self,
+        lengths: np.ndarray,
+        frames: int,
+        columns: int,
+        rng: np.random.Generator,
+        passes: int = 1,
+        classes: np.ndarray | None = None,
+    ) -> list[Draw]:
+        """Shapes as in `Objective.draw`."""
+        if classes is None:
+            raise ValueError("the supervised objective needs the classes of the batch")
+        labelled = classes != UNLABELLED
+        weights = (labelled / max(labelled.sum(), 1)).astype(np.float32)
+        parts = np.array_split(np.arange(len(lengths)), passes)
+        return [
+            Draw(*_pool(lengths, frames, part), part, np.maximum(classes[part], 0), weights[part]) for part in parts
+        ]
+
+    def forward(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int) -> Score:
+        """contexts (R, D) at the rows of the draw; computed in float32 at least. Targets and room are not needed."""
+        device = contexts.device
+        logits = self.classifier(_means(contexts, draw))
+        classes, weights = (torch.as_tensor(each, device=device) for each in (draw.classes, draw.weights))
+        loss = (weights * F.cross_entropy(logits, classes, reduction="none")).sum()
+        hits = (weights * (logits.detach().argmax(1) == classes)).sum()
+        return Score(loss, hits)
