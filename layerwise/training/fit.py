@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from layerwise.config import Config, TrainingOptions
-from layerwise.data.batches import Batch, Epoch, held_out_epoch, training_epoch
+from layerwise.data.batches import Batch, Epoch, held_out_epoch, stream, training_epoch
 from layerwise.errors import RunError, TrainingError
 from layerwise.events import EpochDone, Notify, StageStarted, StepDone
 from layerwise.files import write_atomically
@@ -25,7 +25,6 @@ from layerwise.memory.meter import AnyMeter
 from layerwise.memory.plan import Placement
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.stop import StopFlag
-from layerwise.streams import stream
 from layerwise.training.checkpoint import Arrays, Progress, load_checkpoint, save_checkpoint, to_host
 from layerwise.training.loader import Loader, augmented
 from layerwise.training.schedule import asked_to_stop
