@@ -9,11 +9,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "layerwise"
 
 LEAVES = {
     *("errors", "version", "config", "events", "files", "forecast"),
-    *("importing", "run_store", "stop", "streams", "units"),
+    *("importing", "run_store", "stop", "units"),
 }
 ROOMS = {
     "cache": {"errors", "files"},
-    "data": {"errors", "config", "importing", "streams"},
+    "data": {"errors", "config", "importing"},
     "nets": {"errors", "config", "importing"},
     "objectives": {"errors", "config"},
     "memory": {"errors", "config"},

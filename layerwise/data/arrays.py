@@ -1,14 +1,12 @@
 """Arrays as samples: .npy and HDF5 files, and anything else that can be cut into samples by number.
 
 Samples of steps [L, C, ...] may differ in length; whole samples [C, ...] have one shape. All are divided by one number, so
-that the mean square over the set is 1, as recordings are.
-
-Steps in frames of several: neighbouring ones side by side, for a network that reads a stretch of them at once."""
+that the mean square over the set is 1, as recordings are."""
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,9 +14,8 @@ from typing import Any
 
 import h5py
 import numpy as np
-import torch
 
-from layerwise.data.source import DataSet, Skipped
+from layerwise.data.source import SampleSet, digest
 from layerwise.errors import DataError
 
 LEVEL_SAMPLES = 200
@@ -27,75 +24,31 @@ LEVEL_SAMPLES = 200
 LEVEL_VALUES = 2**20
 """And on so many values of each."""
 
-LOOKS, LOOK = 64, 2**16
+PROBES, PROBE_BYTES = 64, 2**16
 """Places of a file, and bytes at each, that tell it from others of the same size."""
 
 BESIDE = ("offsets", "ids", "labels")
 """Data sets of a file that say what lies in the others."""
 
 
-class ArraySet:
-    """A DataSet over `read_steps(sample, start, stop)`: an array of steps, or of the one frame of a whole sample."""
-
-    columns = 1
-    views = 1
-    test: np.ndarray | None = None
-    skipped: Sequence[Skipped] = ()
-    takes = "arrays"
-    frame_label_names: tuple[str, ...] = ()
-
-    def __init__(
-        self,
-        read_steps: Callable[[int, int, int], np.ndarray],
-        lengths: np.ndarray,
-        frame_shape: tuple[int, ...],
-        ids: Sequence[str],
-        labels: dict[str, np.ndarray],
-        identity: str,
-        level: float | None = None,
-    ) -> None:
-        """lengths: int64 [N]; level: measured where it is not given."""
-        self._read, self.lengths, self.frame_shape = read_steps, lengths, frame_shape
-        self.ids, self.labels, self.identity = ids, labels, identity
-        self._level = level
-
-    @property
-    def level(self) -> float:
-        """What values are divided by. Raises DataError where nothing can be learnt from them."""
-        if self._level is None:
-            self._level = self._measured()
-        return self._level
-
-    @level.setter
-    def level(self, level: float) -> None:
-        self._level = level
-
-    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
-        """Frames start to stop of one sample: float32 [stop - start, *frame_shape]."""
-        values = np.asarray(self._read(sample, start, stop), dtype=np.float32)
-        return torch.from_numpy(np.ascontiguousarray(values / np.float32(self.level)))
-
-    def frame_labels(self, name: str, sample: int, positions: np.ndarray) -> np.ndarray:
-        """Raises DataError always: arrays have labels of whole samples alone."""
-        raise DataError(f"These data have no label {name!r} per frame; use a label of the samples.")
-
-    def _measured(self) -> float:
-        squares, count = 0.0, 0
-        if min(self.frame_shape) < 1 or not self.lengths.size or self.lengths.max() < 1:
-            raise DataError(f"These data are empty: frames of {self.frame_shape}, {len(self.lengths)} samples.")
-        for sample in np.unique(np.linspace(0, len(self.lengths) - 1, LEVEL_SAMPLES).astype(int)).tolist():
-            steps = max(LEVEL_VALUES // math.prod(self.frame_shape), 1)
-            values = np.asarray(self._read(sample, 0, min(int(self.lengths[sample]), steps)), dtype=np.float64)
-            if not np.isfinite(values).all():
-                raise DataError(f"Sample {self.ids[sample]} holds values that are no numbers; mend it or leave it out.")
-            squares, count = squares + float(np.square(values).sum()), count + values.size
-        if squares == 0:
-            raise DataError("These data are zero everywhere; there is nothing to learn from them.")
-        return math.sqrt(squares / count)
+def measure_level(data: SampleSet) -> float:
+    """Root of the mean square over samples spread evenly over the set. Raises DataError where nothing can be learnt."""
+    squares, count = 0.0, 0
+    if min(data.frame_shape) < 1 or not data.lengths.size or data.lengths.max() < 1:
+        raise DataError(f"These data are empty: frames of {data.frame_shape}, {len(data.lengths)} samples.")
+    steps = max(LEVEL_VALUES // math.prod(data.frame_shape), 1)
+    for sample in np.unique(np.linspace(0, len(data.lengths) - 1, LEVEL_SAMPLES).astype(int)).tolist():
+        values = np.asarray(data.read_values(sample, 0, min(int(data.lengths[sample]), steps), 0), dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise DataError(f"Sample {data.ids[sample]} holds values that are no numbers; mend it or leave it out.")
+        squares, count = squares + float(np.square(values).sum()), count + values.size
+    if squares == 0:
+        raise DataError("These data are zero everywhere; there is nothing to learn from them.")
+    return math.sqrt(squares / count)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FileArrays:
     """What a file holds."""
 
     array: Any
@@ -106,26 +59,26 @@ class Found:
     labels: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def open_npy(path: Path, frames: str) -> ArraySet:
+def open_npy(path: Path, frames: str) -> SampleSet:
     """An array [N, ...] in a .npy file, read through a memory map; its index.npz beside it, as `layerwise extract` writes it,
     says where samples of different lengths lie. Raises DataError."""
     _check_file(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         beside = path.with_suffix(".index.npz")
-        found = _with_index(array, beside) if beside.exists() else Found(array)
+        found = _with_index(array, beside) if beside.exists() else FileArrays(array)
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise DataError(f"{path} cannot be read as a .npy file of numbers: {error}.") from None
     return _array_set(found, frames, path)
 
 
-def _with_index(array: np.ndarray, path: Path) -> Found:
+def _with_index(array: np.ndarray, path: Path) -> FileArrays:
     with np.load(path, allow_pickle=False) as index:
         labels = {name.removeprefix("labels_"): index[name].astype(str) for name in index if name.startswith("labels_")}
-        return Found(array, index["offsets"], index["ids"].astype(str).tolist(), labels)
+        return FileArrays(array, index["offsets"], index["ids"].astype(str).tolist(), labels)
 
 
-def open_h5(path: Path, name: str | None, frames: str) -> ArraySet:
+def open_h5(path: Path, name: str | None, frames: str) -> SampleSet:
     """A data set [N, ...] of an HDF5 file, with `offsets`, `ids` and the group `labels` beside it where they are there.
 
     name: of the data set; without it the only one that could be meant. Raises DataError; links to other files are refused.
@@ -153,7 +106,7 @@ def open_h5(path: Path, name: str | None, frames: str) -> ArraySet:
     labels: Any = beside["labels"] if "labels" in around else None
     within = _members(labels, path) if isinstance(labels, h5py.Group) else []
     named = [("label", labels)] if isinstance(labels, h5py.Dataset) else [(each, labels[each]) for each in within]
-    found = Found(
+    found = FileArrays(
         _own_values(beside[last], path),
         _own_values(beside["offsets"], path)[()] if "offsets" in around else None,
         _text(_own_values(beside["ids"], path)).tolist() if "ids" in around else None,
@@ -186,7 +139,7 @@ def _check_file(path: Path) -> None:
         raise DataError(f"There is no file {path}; name one that holds an array.")
 
 
-def _array_set(found: Found, frames: str, path: Path) -> ArraySet:
+def _array_set(found: FileArrays, frames: str, path: Path) -> SampleSet:
     array, offsets = found.array, found.offsets
     if array.dtype.kind not in "fiub":
         raise DataError(f"{path} holds {array.dtype}; arrays of numbers can be trained on.")
@@ -204,16 +157,23 @@ def _array_set(found: Found, frames: str, path: Path) -> ArraySet:
         raise DataError(f"{path}: arrays come in --frames steps or whole; for patches give pictures as files.")
     if frames == "whole" and offsets is not None:
         raise DataError(f"{path} holds samples of several lengths; give --frames steps.")
-    if frames == "whole":
-        lengths, frame_shape, read = np.ones(count, dtype=np.int64), shape[1:], partial(_whole, array)
-    elif offsets is None:
-        lengths, frame_shape, read = np.full(count, shape[1]), shape[2:], partial(_steps, array)
+    if frames == "steps" and offsets is None:
+        lengths, frame_shape, read = np.full(count, shape[1]), shape[2:], partial(_read_sequence, array)
     else:
-        lengths, frame_shape, read = np.diff(offsets), shape[1:], partial(_rows, array, offsets)
+        rows = np.arange(count + 1) if offsets is None else offsets  # a whole sample is one row
+        lengths, frame_shape, read = np.diff(rows), shape[1:], partial(_read_rows, array, rows)
     known = {name: values.tolist() for name, values in found.labels.items()}
     described = [str(array.dtype), shape, frames, known, list(ids), lengths.tolist(), _contents(path)]
-    identity = hashlib.sha256(json.dumps(described).encode()).hexdigest()
-    return ArraySet(read, lengths.astype(np.int64), tuple(frame_shape) or (1,), ids, found.labels, identity)
+    return SampleSet(
+        takes="arrays",
+        ids=ids,
+        lengths=lengths.astype(np.int64),
+        frame_shape=tuple(frame_shape) or (1,),
+        identity=digest(json.dumps(described)),
+        read_values=read,
+        measure_level=measure_level,
+        labels=found.labels,
+    )
 
 
 def _are_offsets(offsets: np.ndarray, rows: int) -> bool:
@@ -223,24 +183,22 @@ def _are_offsets(offsets: np.ndarray, rows: int) -> bool:
 
 
 def _contents(path: Path) -> list[Any]:
-    """Size and looks at places all over it: to go through all of a large file would take as long as an epoch."""
-    size, looked = path.stat().st_size, hashlib.sha256()
+    """Size and a hash of places all over it: to go through all of a large file would take as long as an epoch."""
+    size, contents = path.stat().st_size, hashlib.sha256()
     with path.open("rb") as file:
-        for place in np.linspace(0, max(size - LOOK, 0), LOOKS).astype(int).tolist():
+        for place in np.linspace(0, max(size - PROBE_BYTES, 0), PROBES).astype(int).tolist():
             file.seek(place)
-            looked.update(file.read(LOOK))
-    return [size, looked.hexdigest()]
+            contents.update(file.read(PROBE_BYTES))
+    return [size, contents.hexdigest()]
 
 
-def _whole(array: Any, sample: int, start: int, stop: int) -> np.ndarray:
-    return array[sample : sample + 1][start:stop]
-
-
-def _steps(array: Any, sample: int, start: int, stop: int) -> np.ndarray:
+def _read_sequence(array: Any, sample: int, start: int, stop: int, view: int) -> np.ndarray:
+    """Of an array [N, L, ...]."""
     return _in_channels(array[sample, start:stop])
 
 
-def _rows(array: Any, offsets: np.ndarray, sample: int, start: int, stop: int) -> np.ndarray:
+def _read_rows(array: Any, offsets: np.ndarray, sample: int, start: int, stop: int, view: int) -> np.ndarray:
+    """Of an array [rows, ...]; offsets: where each sample begins."""
     first = int(offsets[sample])
     return _in_channels(array[first + start : first + stop])
 
@@ -248,37 +206,3 @@ def _rows(array: Any, offsets: np.ndarray, sample: int, start: int, stop: int) -
 def _in_channels(steps: np.ndarray) -> np.ndarray:
     """[n] to [n, 1]: a step has channels, were it one."""
     return steps[:, None] if steps.ndim == 1 else steps
-
-
-class Framed:
-    """A data set of steps in frames of `length` steps, one every `step` steps.
-
-    Steps of shape (C, *rest) make frames of shape (C, length, *rest).
-    """
-
-    def __init__(self, data: DataSet, length: int, step: int) -> None:
-        self._data, self._length, self._step = data, length, step
-        self.lengths = np.maximum((data.lengths - length) // step + 1, 0)
-        self.frame_shape = (data.frame_shape[0], length, *data.frame_shape[1:])
-        self.identity = hashlib.sha256(f"{data.identity} in frames of {length} every {step}".encode()).hexdigest()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what copying and pickling look for
-            raise AttributeError(name)
-        return getattr(self._data, name)
-
-    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
-        """Frames start to stop of one sample."""
-        if start == stop:
-            return torch.empty(0, *self.frame_shape)
-        steps = self._data.read(sample, start * self._step, (stop - 1) * self._step + self._length, view)
-        return in_frames(steps[None], self._length, self._step)[0]
-
-    def frame_labels(self, name: str, sample: int, positions: np.ndarray) -> np.ndarray:
-        """Those of the step in the middle of each frame."""
-        return self._data.frame_labels(name, sample, positions * self._step + (self._length - 1) / 2)
-
-
-def in_frames(steps: torch.Tensor, length: int, step: int) -> torch.Tensor:
-    """Steps (B, L, C, *rest) to frames (B, L', C, length, *rest)."""
-    return steps.unfold(1, length, step).movedim(-1, 3)

@@ -9,6 +9,7 @@ Whole samples in groups that fit the device: the other way of reading a source, 
 Neighbouring short samples share a padded batch; a sample longer than a piece stands alone and is read piece by piece.
 Groups depend on lengths alone, so that a pass which goes on after a kill sees the same batches."""
 
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,13 @@ T = TypeVar("T")
 
 READ_AHEAD = 2
 """Batches that are read before they are asked for."""
+
+
+def stream(seed: int, *key: int | str) -> np.random.Generator:
+    """Random numbers as a function of the seed and of what they are for, so that a resume repeats them on any machine."""
+    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
+    # numpy pads the entropy with zeros, so without the length (1,) and (1, 0) would be the same stream.
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, len(words), *words])))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,19 @@ other arrays and tensors are taken as they are: steps first, [L, C, ...], or who
 Opening goes through all items once: it finds their lengths, shapes and labels, and a hash of the values names the data, so
 that a resume notices where they have changed. Items must be the same at every call: a data set that augments at random is
 refused, for caches would hold one of its renderings for ever.
+
+STL-10 and CIFAR-10 are named by their kind, and read from their published files. torchvision compares each file's MD5 before it
+reads (and unpickles) it, and holds the uint8 pictures in host memory (STL-10: 3.1 GB). Nothing is downloaded: machines that
+train often have no network, and a folder named by mistake must not be filled. torchvision is imported only where it is needed,
+since a mismatched one fails at import.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,13 +27,13 @@ import torch
 from PIL import Image
 
 from layerwise.config import DataOptions
-from layerwise.data.arrays import ArraySet
-from layerwise.data.images import PictureSet, identity, patch_options, square_pixels
-from layerwise.data.source import DataSet
+from layerwise.data.arrays import measure_level
+from layerwise.data.images import PatchOptions, patch_options, picture_identity, picture_set, square_pixels
+from layerwise.data.source import SampleSet, digest
 from layerwise.errors import DataError
 
 READ_TWICE = 3
-"""Items that are looked at a second time."""
+"""Items that are read a second time."""
 
 RATES = range(1000, 1_000_001)
 """Sampling rates of sound, Hz; other whole numbers behind a tensor are labels."""
@@ -54,11 +61,11 @@ class Item:
     """Of a waveform, Hz."""
 
 
-def open_dataset(items: Items, options: DataOptions) -> DataSet:
+def open_dataset(items: Items, options: DataOptions) -> SampleSet:
     """The items as the options frame them. Raises DataError where they cannot be used, naming the first that cannot."""
     count, first = _count(items), item_of(items, 0)
     shape = _values(first, options, 0).shape[1:]
-    seen, lengths, labels = hashlib.sha256(), [], []
+    contents, lengths, labels = hashlib.sha256(), [], []
     for number in range(count):
         item = item_of(items, number)
         values = _values(item, options, number)
@@ -73,8 +80,8 @@ def open_dataset(items: Items, options: DataOptions) -> DataSet:
             )
         lengths.append(len(values))
         labels.append(item.labels)
-        seen.update(f"{values.dtype} {values.shape} {sorted(item.labels.items())}".encode())
-        seen.update(np.ascontiguousarray(values).tobytes())
+        contents.update(f"{values.dtype} {values.shape} {sorted(item.labels.items())}".encode())
+        contents.update(np.ascontiguousarray(values).tobytes())
         if number < READ_TWICE and not np.array_equal(values, _values(item_of(items, number), options, number)):
             raise DataError(
                 "The data set gives another sample at each call: it augments at random, and a cache would keep one rendering "
@@ -83,22 +90,21 @@ def open_dataset(items: Items, options: DataOptions) -> DataSet:
     names = dict.fromkeys(name for each in labels for name in each)
     named = {name: np.array([each.get(name, "") for each in labels]) for name in names}
     ids = [str(number) for number in range(count)]
+    newest = lru_cache(maxsize=4)(lambda number: _values(item_of(items, number), options, number))
     if isinstance(first.sample, Image.Image):
         framing = patch_options(options)
-        name = identity("dataset", framing, [(seen.hexdigest(), count)])
-        return PictureSet(partial(_pixels, items, options), framing, ids, named, None, (), name)
-    name = hashlib.sha256(f"dataset {options.frames} {options.sample_rate} {seen.hexdigest()}".encode()).hexdigest()
-    newest = lru_cache(maxsize=4)(lambda number: _values(item_of(items, number), options, number))
-    data = ArraySet(
-        lambda number, start, stop: newest(number)[start:stop],
-        np.array(lengths, dtype=np.int64),
-        shape,
-        ids,
-        named,
-        name,
+        identity = picture_identity("dataset", framing, [(contents.hexdigest(), count)])
+        return picture_set(lambda number: torch.from_numpy(newest(number)), framing, ids, identity, named)
+    return SampleSet(
+        takes="arrays" if first.rate is None else "waveforms",
+        ids=ids,
+        lengths=np.array(lengths, dtype=np.int64),
+        frame_shape=shape,
+        identity=digest(f"dataset {options.frames} {options.sample_rate} {contents.hexdigest()}"),
+        read_values=lambda number, start, stop, view: newest(number)[start:stop],
+        measure_level=measure_level,
+        labels=named,
     )
-    data.takes = "arrays" if first.rate is None else "waveforms"
-    return data
 
 
 def item_of(items: Items, number: int) -> Item:
@@ -116,15 +122,14 @@ def item_of(items: Items, number: int) -> Item:
 
 def _of_mapping(item: Mapping[str, Any], number: int) -> Item:
     plain = {name: _plain(value) for name, value in item.items()}
-    samples = [name for name, value in plain.items() if not isinstance(value, Known | float | None)]
+    samples = [value for value in plain.values() if not isinstance(value, Known | float | None)]
     if not samples:
         raise DataError(f"Item {number} of the data set holds no array and no picture, only {', '.join(item)}.")
-    sample, rate = plain[samples[0]], None
-    if isinstance(sample, Mapping) and "array" in sample:  # how Hugging Face hands audio over
+    sample, rate = samples[0], None
+    if isinstance(sample, Mapping) and "array" in sample:  # audio of Hugging Face
         sample, rate = sample["array"], int(sample["sampling_rate"])
-    return Item(
-        _array(sample, number), {name: str(value) for name, value in plain.items() if isinstance(value, Known)}, rate
-    )
+    labels = {name: str(value) for name, value in plain.items() if isinstance(value, Known)}
+    return Item(_array(sample, number), labels, rate)
 
 
 def _of_tuple(item: tuple[Any, ...], number: int) -> Item:
@@ -191,15 +196,11 @@ def _values(item: Item, options: DataOptions, number: int) -> np.ndarray:
 def _waveform(array: np.ndarray, rate: int, wanted: int) -> np.ndarray:
     """One channel at the wanted rate."""
     mono = torch.from_numpy(np.ascontiguousarray(np.atleast_2d(array), dtype=np.float32)).mean(0)
-    if rate == wanted:
-        return mono.numpy()
-    from torchaudio.functional import resample
+    if rate != wanted:
+        from layerwise.data.speech import load_resample
 
-    return resample(mono, rate, wanted).numpy()
-
-
-def _pixels(items: Items, options: DataOptions, number: int) -> torch.Tensor:
-    return square_pixels(item_of(items, number).sample, patch_options(options))
+        mono = load_resample()(mono, rate, wanted)
+    return mono.numpy()
 
 
 def _count(items: Items) -> int:
@@ -212,3 +213,84 @@ def _count(items: Items) -> int:
     if count < 1:
         raise DataError("The data set has no items.")
     return count
+
+
+def open_stl10(folder: Path, options: PatchOptions) -> SampleSet:
+    """STL-10: 5000 training, 100 000 unlabeled (label "") and 8000 test pictures of 96×96, in this order.
+
+    `folder` holds stl10_binary, or is it. Raises DataError where files are missing or damaged.
+    """
+    kind = _torchvision_datasets().STL10
+    # One split at a time: "train+unlabeled" would copy 3 GB to join them.
+    splits = {name: {"split": name} for name in ("train", "unlabeled", "test")}
+    return _open_published(kind, kind.class_names_file, splits, "labels", folder, options)
+
+
+def open_cifar10(folder: Path, options: PatchOptions) -> SampleSet:
+    """CIFAR-10: 50 000 training and 10 000 test pictures of 32×32, in this order.
+
+    `folder` holds cifar-10-batches-py, or is it. Raises DataError where files are missing or damaged.
+    """
+    kind = _torchvision_datasets().CIFAR10
+    splits = {"train": {"train": True}, "test": {"train": False}}
+    return _open_published(kind, kind.meta["filename"], splits, "targets", folder, options)
+
+
+def _torchvision_datasets() -> Any:
+    """The module torchvision.datasets."""
+    try:
+        from torchvision import datasets
+    except (ImportError, OSError, RuntimeError) as error:
+        raise DataError(
+            f"torchvision cannot be imported beside torch {torch.__version__} ({error}); install versions that match: "
+            "pip install -c constraints.txt torch torchvision"
+        ) from error
+    return datasets
+
+
+def _open_published(
+    kind: Any, classes_file: str, splits: dict[str, dict[str, Any]], targets: str, folder: Path, options: PatchOptions
+) -> SampleSet:
+    """All splits of a class of torchvision as one data set.
+
+    splits: name of each to the arguments that choose it; targets: the attribute with the class numbers, -1 for no class.
+    """
+    folder = Path(os.path.abspath(folder))
+    inside = folder.name == kind.base_folder and not (folder / kind.base_folder).exists()
+    root = folder.parent if inside else folder
+    files = [name for name, _ in kind.train_list + kind.test_list] + [classes_file]
+    expected = f"{kind.base_folder} with {', '.join(files)}"
+    missing = [name for name in files if not (root / kind.base_folder / name).is_file()]
+    if missing:
+        raise DataError(
+            f"{kind.__name__} is not complete in {folder}: {', '.join(missing)} not found; unpack {kind.url} there, "
+            f"so that it holds {expected}."
+        )
+    try:
+        parts = {name: kind(root, download=False, **arguments) for name, arguments in splits.items()}
+    except Exception as error:  # a failed checksum is a RuntimeError; unpickling can raise nearly anything
+        raise DataError(
+            f"{kind.__name__} in {folder} is damaged or cannot be read ({type(error).__name__}: {error}); unpack "
+            f"{kind.url} there again, so that it holds {expected}."
+        ) from error
+    ids = [f"{split}/{i:06d}" for split, part in parts.items() for i in range(len(part))]
+    class_names = np.array([*parts["train"].classes, ""])  # the last one, so -1, stands for no label
+    numbers = np.concatenate([np.asarray(getattr(part, targets), dtype=np.int64) for part in parts.values()])
+    sizes = [(file, (root / kind.base_folder / file).stat().st_size) for file in files]
+    return picture_set(
+        pixels=partial(_read_part, list(parts.values()), options),
+        options=options,
+        ids=ids,
+        identity=picture_identity(kind.__name__.lower(), options, sizes),
+        labels={"class": class_names[numbers]},
+        test=np.array([name.startswith("test/") for name in ids]),
+    )
+
+
+def _read_part(parts: list[Any], options: PatchOptions, sample: int) -> torch.Tensor:
+    """The picture number `sample` of all splits, one after another."""
+    for part in parts:
+        if sample < len(part):
+            return square_pixels(part[sample][0], options)
+        sample -= len(part)
+    raise IndexError(f"no picture {sample} beyond the last")

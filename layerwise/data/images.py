@@ -6,11 +6,8 @@ set, and a small JPEG takes about a tenth of a millisecond. Opening a folder dec
 truncated file opens without complaint and fails only there: no damaged file is met during training.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +17,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from layerwise.config import DataOptions
-from layerwise.data.listing import list_files
-from layerwise.data.source import Skipped
+from layerwise.data.files import UsableFiles, usable_files
+from layerwise.data.source import SampleSet, Skipped, digest
 from layerwise.errors import ConfigError, DataError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
@@ -83,57 +80,53 @@ def patch_options(options: DataOptions) -> PatchOptions:
     return PatchOptions(options.picture, options.patch, options.patch_stride, options.gray, options.flip)
 
 
-class PictureSet:
-    """A DataSet of pictures cut into patches, over anything that can deliver picture i as pixels."""
+def picture_set(
+    pixels: Callable[[int], torch.Tensor],
+    options: PatchOptions,
+    ids: Sequence[str],
+    identity: str,
+    labels: dict[str, np.ndarray],
+    test: np.ndarray | None = None,
+    skipped: Sequence[Skipped] = (),
+) -> SampleSet:
+    """A DataSet of pictures cut into patches; view 1 is cut from the mirrored picture.
 
-    takes = "pictures"
-    frame_label_names: tuple[str, ...] = ()
-    level = 1.0
-
-    def __init__(
-        self,
-        pixels: Callable[[int], torch.Tensor],
-        options: PatchOptions,
-        ids: Sequence[str],
-        labels: dict[str, np.ndarray],
-        test: np.ndarray | None,
-        skipped: Sequence[Skipped],
-        identity: str,
-    ) -> None:
-        """`pixels(i)` gives uint8 [channels, picture, picture] and is safe to call from several threads."""
-        self.ids = ids
-        self.labels = labels
-        self.test = test
-        self.skipped = skipped
-        self.identity = identity
-        self.columns = options.columns
-        self.lengths = np.full(len(ids), options.columns**2, dtype=np.int64)
-        self.frame_shape: tuple[int, ...] = (options.channels, options.patch, options.patch)
-        self.views = 2 if options.flip else 1
-        self._pixels = pixels
-        self._options = options
-
-    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
-        """Patches start to stop, row after row: normalised float32 [stop - start, channels, patch, patch] on the CPU.
-
-        View 1 is cut from the mirrored picture. Raises IndexError outside the grid or the views, DataError where the
-        file has become unreadable.
-        """
-        if not (0 <= start <= stop <= self.columns**2 and 0 <= view < self.views):
-            raise IndexError(f"no patches {start} to {stop} of view {view} of sample {sample}")
-        pixels = normalise(self._pixels(sample))
-        if view == 1:
-            pixels = pixels.flip(-1)
-        first_row, last_row = start // self.columns, -(-stop // self.columns)
-        patches = cut_patches(pixels, self._options.patch, self._options.patch_stride, first_row, last_row)
-        return patches[start - first_row * self.columns : stop - first_row * self.columns]
-
-    def frame_labels(self, name: str, sample: int, positions: np.ndarray) -> np.ndarray:
-        """Raises DataError always: pictures have no labels per patch."""
-        raise DataError(f"Pictures have no label {name!r} per patch; use a label of the whole picture, such as class.")
+    `pixels(i)` gives picture i as uint8 [channels, picture, picture] and is safe to call from several threads.
+    """
+    return SampleSet(
+        takes="pictures",
+        ids=ids,
+        lengths=np.full(len(ids), options.columns**2, dtype=np.int64),
+        frame_shape=(options.channels, options.patch, options.patch),
+        identity=identity,
+        read_values=partial(_read_patches, pixels, options),
+        labels=labels,
+        test=test,
+        skipped=skipped,
+        columns=options.columns,
+        views=2 if options.flip else 1,
+    )
 
 
-def open_image_folder(folder: str | os.PathLike[str], options: PatchOptions) -> PictureSet:
+def _read_patches(
+    pixels: Callable[[int], torch.Tensor], options: PatchOptions, sample: int, start: int, stop: int, view: int
+) -> np.ndarray:
+    """Patches start to stop, row after row: normalised float32 [stop - start, channels, patch, patch].
+
+    Raises IndexError outside the grid or the views, DataError where the file has become unreadable.
+    """
+    columns = options.columns
+    if not (0 <= start <= stop <= columns**2 and 0 <= view < (2 if options.flip else 1)):
+        raise IndexError(f"no patches {start} to {stop} of view {view} of sample {sample}")
+    picture = normalise(pixels(sample))
+    if view == 1:
+        picture = picture.flip(-1)
+    first_row, last_row = start // columns, -(-stop // columns)
+    patches = cut_patches(picture, options.patch, options.patch_stride, first_row, last_row)
+    return patches[start - first_row * columns : stop - first_row * columns].numpy()
+
+
+def open_image_folder(folder: Path, options: PatchOptions) -> SampleSet:
     """The pictures anywhere below a folder, sorted by id, which is the path below the folder, with '/'.
 
     Each sub-folder is a class, found in the label "class"; without sub-folders there is no such label. Where
@@ -142,53 +135,32 @@ def open_image_folder(folder: str | os.PathLike[str], options: PatchOptions) -> 
 
     Raises DataError where the folder is missing or holds fewer than two usable pictures.
     """
-    folder = Path(folder)
-    found, skipped = list_files(folder, EXTENSIONS, "pictures")
-    ids, unusable = _inspected(folder, found, options)
-    skipped += unusable
-    if len(ids) < 2:
-        why = f" ({len(skipped)} could not be read, such as {skipped[0].path}: {skipped[0].reason})" if skipped else ""
-        raise DataError(f"{folder} holds {len(ids)} usable pictures{why}; too few to train on.")
-
-    split = {"train", "test"} <= {name.split("/")[0] for name in found if "/" in name}
-    return _files(folder, ids, split, skipped, options)
+    files = usable_files(folder, EXTENSIONS, "pictures", partial(_inspect, options))
+    names = [*files.ids, *(file.path for file in files.skipped)]
+    split = {"train", "test"} <= {name.split("/")[0] for name in names if "/" in name}
+    return _file_set(files, split, options)
 
 
-def pictures_at(place: Path, options: PatchOptions) -> PictureSet:
+def pictures_at(place: Path, options: PatchOptions) -> SampleSet:
     """One picture, or every one below a folder, where nothing is too few; the label "class" is the sub-folder's name.
 
     Raises DataError where nothing is there.
     """
-    if place.is_file():
-        folder, found, skipped = place.parent, [place.name], list[Skipped]()
-    else:
-        folder = place
-        found, skipped = list_files(place, EXTENSIONS, "pictures")
-    ids, unusable = _inspected(folder, found, options)
-    return _files(folder, ids, False, [*skipped, *unusable], options)
+    files = usable_files(place, EXTENSIONS, "pictures", partial(_inspect, options), fewest=0)
+    return _file_set(files, False, options)
 
 
-def _inspected(folder: Path, names: Sequence[str], options: PatchOptions) -> tuple[list[str], list[Skipped]]:
-    """The files of these names that can be decoded, and those that cannot."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow frees the interpreter lock while it decodes
-        faults = list(pool.map(partial(_fault, folder, options), names))
-    ids = [name for name, fault in zip(names, faults, strict=True) if not fault]
-    return ids, [Skipped(name, fault) for name, fault in zip(names, faults, strict=True) if fault]
-
-
-def _files(
-    folder: Path, ids: Sequence[str], split: bool, skipped: Sequence[Skipped], options: PatchOptions
-) -> PictureSet:
-    """Picture files below a folder; `split` says whether its sub-folders are train and test."""
-    classes = np.array([_class_of(name, split) for name in ids])
-    return PictureSet(
-        pixels=partial(_read_file, folder, options, ids),
+def _file_set(files: UsableFiles[int], split: bool, options: PatchOptions) -> SampleSet:
+    """Picture files of known sizes; `split` says whether the sub-folders are train and test."""
+    classes = np.array([_class_of(name, split) for name in files.ids])
+    return picture_set(
+        pixels=partial(_read_file, files.folder, options, files.ids),
         options=options,
-        ids=ids,
+        ids=files.ids,
+        identity=picture_identity("images", options, zip(files.ids, files.details, strict=True)),
         labels={"class": classes} if any(classes) else {},
-        test=np.array([name.startswith("test/") for name in ids]) if split else None,
-        skipped=skipped,
-        identity=identity("images", options, [(name, (folder / name).stat().st_size) for name in ids]),
+        test=np.array([name.startswith("test/") for name in files.ids]) if split else None,
+        skipped=files.skipped,
     )
 
 
@@ -234,10 +206,10 @@ def mean_and_deviation(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
 
-def identity(kind: str, options: PatchOptions, files: Iterable[tuple[str, int]]) -> str:
+def picture_identity(kind: str, options: PatchOptions, files: Iterable[tuple[str, int]]) -> str:
     """SHA-256, as hex, over the kind of source, the options and each file's name and size in bytes."""
     constants = [GRAY_MEAN, GRAY_STD, COLOUR_MEAN, COLOUR_STD]
-    return hashlib.sha256(json.dumps([kind, asdict(options), constants, sorted(files)]).encode()).hexdigest()
+    return digest(json.dumps([kind, asdict(options), constants, sorted(files)]))
 
 
 def _class_of(name: str, split: bool) -> str:
@@ -246,15 +218,15 @@ def _class_of(name: str, split: bool) -> str:
     return folders[0] if folders else ""
 
 
-def _fault(folder: Path, options: PatchOptions, name: str) -> str | None:
-    """Why a file cannot be decoded, in a few words, or None."""
+def _inspect(options: PatchOptions, path: Path) -> int | str:
+    """The size of a file in bytes, or why it cannot be decoded."""
     try:
-        _decode(folder / name, options)
+        _decode(path, options)
+        return path.stat().st_size
     except UnidentifiedImageError:
         return "not a picture"
     except Exception as error:  # damaged files make Pillow raise nearly anything: OSError, SyntaxError, struct.error
         return str(error) or type(error).__name__
-    return None
 
 
 def _read_file(folder: Path, options: PatchOptions, ids: Sequence[str], sample: int) -> torch.Tensor:

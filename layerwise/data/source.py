@@ -1,11 +1,14 @@
 """What every stage reads: samples made of frames, with ids and labels. Data sets and caches both have this shape."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+
+from layerwise.errors import DataError
 
 Place = tuple[int, int, int, int]
 """Of a window: sample, first frame, frame behind the last one, view."""
@@ -105,3 +108,55 @@ class Skipped:
 
     path: str
     reason: str
+
+
+@dataclass(eq=False)
+class SampleSet:
+    """A DataSet over a function that reads it. For the fields that are not described here see DataSet."""
+
+    takes: str
+    ids: Sequence[str]
+    lengths: np.ndarray
+    frame_shape: tuple[int, ...]
+    identity: str
+    read_values: Callable[[int, int, int, int], np.ndarray]
+    """Sample, start, stop and view to values [stop - start, *frame_shape], which `read` divides by the level.
+
+    Safe to call from several threads."""
+    measure_level: Callable[["SampleSet"], float] = lambda data: 1.0
+    """Called when the level is first needed, unless it was set. Raises DataError where nothing can be learnt."""
+    labels: dict[str, np.ndarray] = field(default_factory=dict)
+    test: np.ndarray | None = None
+    skipped: Sequence[Skipped] = ()
+    columns: int = 1
+    views: int = 1
+    frame_label_names: tuple[str, ...] = ()
+    read_frame_labels: Callable[[str, int, np.ndarray], np.ndarray] | None = None
+    _level: float | None = field(default=None, init=False)
+
+    @property
+    def level(self) -> float:
+        """What values are divided by."""
+        if self._level is None:
+            self._level = self.measure_level(self)
+        return self._level
+
+    @level.setter
+    def level(self, level: float) -> None:
+        self._level = level
+
+    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+        """Frames start to stop of one sample: CPU tensor float32 [stop - start, *frame_shape] at the level of the set."""
+        values = np.asarray(self.read_values(sample, start, stop, view), dtype=np.float32)
+        return torch.from_numpy(np.ascontiguousarray(values / np.float32(self.level)))
+
+    def frame_labels(self, name: str, sample: int, positions: np.ndarray) -> np.ndarray:
+        """The label at each position, str [P]. Raises DataError where only whole samples have labels."""
+        if self.read_frame_labels is None:
+            raise DataError(f"These data have no label {name!r} per frame; use a label of whole samples.")
+        return self.read_frame_labels(name, sample, positions)
+
+
+def digest(text: str) -> str:
+    """SHA-256 of a description, as hex: what `identity` holds."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -7,23 +7,22 @@ InfoMax (a constant measured on LibriSpeech there): otherwise the first layer se
 
 Speech corpora whose labels are written in their file names: Free Spoken Digits and LibriSpeech."""
 
-import hashlib
 import json
 import math
 import os
 import re
 import struct
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
 
-from layerwise.data.listing import list_files
-from layerwise.data.source import Skipped
+from layerwise.data.files import UsableFiles, usable_files
+from layerwise.data.source import SampleSet, digest
 from layerwise.errors import ConfigError, DataError
 
 EXTENSIONS = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
@@ -48,58 +47,10 @@ class Recording:
     """At the rate of the set, samples."""
 
 
-class RecordingSet:
-    """A DataSet of recordings; a frame is one audio sample, of shape (1,).
-
-    Its identity covers names, rates, lengths and labels, not contents: hashing those would read the whole set at each start.
-    """
-
-    columns = 1
-    frame_shape: tuple[int, ...] = (1,)
-    views = 1
-    takes = "waveforms"
-    frame_label_names: tuple[str, ...] = ()
-
-    def __init__(
-        self,
-        ids: Sequence[str],
-        recordings: Sequence[Recording],
-        rate: int,
-        labels: dict[str, np.ndarray],
-        test: np.ndarray | None,
-        skipped: Sequence[Skipped],
-        level: float,
-    ) -> None:
-        self.ids: Sequence[str] = tuple(ids)
-        self.rate = rate
-        self.labels = labels
-        self.test = test
-        self.skipped: Sequence[Skipped] = tuple(skipped)
-        self.lengths = np.array([recording.length for recording in recordings], dtype=np.int64)
-        self.level = level
-        self._recordings = recordings
-        files = [(name, recording.rate, recording.frames) for name, recording in zip(ids, recordings, strict=True)]
-        described = {"rate": rate, "files": files, "labels": {name: values.tolist() for name, values in labels.items()}}
-        self.identity = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
-        """Samples start to stop: float32 [stop - start, 1] at the level of the set. Raises DataError for a damaged file."""
-        recording = self._recordings[sample]
-        if recording.rate == self.rate:
-            samples = torch.from_numpy(_decode(recording, start, stop))
-        else:
-            samples = _read_resampled(recording, start, stop, self.rate)
-        return samples[:, None] / self.level
-
-    def frame_labels(self, name: str, sample: int, positions: np.ndarray) -> np.ndarray:
-        """Recordings have no labels per frame."""
-        raise DataError(f"Recordings have no {name!r} label per frame.")
-
-
 def open_recordings(
     folder: Path, rate: int, pattern: str = "", shortest: int = 1, mismatch: str = "data.pattern matches no path"
-) -> RecordingSet:
-    """Every audio file below the folder, in the order of its path.
+) -> SampleSet:
+    """Every audio file below the folder, in the order of its path; a frame is one audio sample, of shape (1,).
 
     pattern: a regular expression searched in each path relative to the folder, with / between its parts; its named
     groups become labels. Empty: the label `speaker` is the name of the folder that holds the file.
@@ -107,42 +58,39 @@ def open_recordings(
     Raises DataError where the folder is missing or fewer than two recordings can be used, ConfigError for the pattern.
     """
     expression = _compiled(pattern)
-    names, skipped = list_files(folder, EXTENSIONS, "recordings")
-    ids, recordings, unusable = _inspected(folder, names, rate, shortest)
-    skipped += unusable
-    if len(ids) < 2:
-        first = f"; the first: {skipped[0].path}, {skipped[0].reason}" if skipped else ""
-        raise DataError(
-            f"{folder} holds {len(ids)} usable recordings and {len(skipped)} unusable ones{first}. "
-            "That is too few to train on."
-        )
-    labels, level = _labels(ids, expression, mismatch), _measure_level(recordings)
-    return RecordingSet(ids, recordings, rate, labels, None, skipped, level)
+    files = usable_files(folder, EXTENSIONS, "recordings", partial(_inspect, rate, shortest))
+    labels = _labels(files.ids, expression, mismatch) if expression else _folder_labels(files.ids)
+    return _recording_set(files, rate, labels)
 
 
-def recordings_at(place: Path, rate: int, level: float, shortest: int = 1) -> RecordingSet:
-    """One audio file, or every one below a folder, at a level that is known; nothing is too few.
+def recordings_at(place: Path, rate: int, shortest: int = 1) -> SampleSet:
+    """One audio file, or every one below a folder; nothing is too few.
 
     The label `speaker` is the name of the folder that holds the file. Raises DataError where nothing is there.
     """
-    if place.is_file():
-        folder, names, skipped = place.parent, [place.name], list[Skipped]()
-    else:
-        folder = place
-        names, skipped = list_files(place, EXTENSIONS, "recordings")
-    ids, recordings, unusable = _inspected(folder, names, rate, shortest)
-    return RecordingSet(ids, recordings, rate, _labels(ids, None, ""), None, [*skipped, *unusable], level)
+    files = usable_files(place, EXTENSIONS, "recordings", partial(_inspect, rate, shortest), fewest=0)
+    return _recording_set(files, rate, _folder_labels(files.ids))
 
 
-def _inspected(
-    folder: Path, names: Sequence[str], rate: int, shortest: int
-) -> tuple[list[str], list[Recording], list[Skipped]]:
-    """The files of these names that can be used, and those that cannot."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        found = list(pool.map(lambda name: _inspect(folder, name, rate, shortest), names))
-    usable = [(name, entry) for name, entry in zip(names, found, strict=True) if isinstance(entry, Recording)]
-    skipped = [entry for entry in found if isinstance(entry, Skipped)]
-    return [name for name, _ in usable], [entry for _, entry in usable], skipped
+def _recording_set(files: UsableFiles[Recording], rate: int, labels: dict[str, np.ndarray]) -> SampleSet:
+    """Its identity covers names, rates, lengths and labels, not contents: hashing those would read the whole set."""
+    recordings = files.details
+    described = {
+        "rate": rate,
+        "files": [(name, each.rate, each.frames) for name, each in zip(files.ids, recordings, strict=True)],
+        "labels": {name: values.tolist() for name, values in labels.items()},
+    }
+    return SampleSet(
+        takes="waveforms",
+        ids=files.ids,
+        lengths=np.array([recording.length for recording in recordings], dtype=np.int64),
+        frame_shape=(1,),
+        identity=digest(json.dumps(described, sort_keys=True)),
+        read_values=partial(_read, recordings, rate),
+        measure_level=lambda data: _measure_level(recordings),
+        labels=labels,
+        skipped=files.skipped,
+    )
 
 
 def _compiled(pattern: str) -> re.Pattern[str] | None:
@@ -155,26 +103,24 @@ def _compiled(pattern: str) -> re.Pattern[str] | None:
     return expression
 
 
-def _inspect(folder: Path, name: str, rate: int, shortest: int) -> Recording | Skipped:
-    path = folder / name
+def _inspect(rate: int, shortest: int, path: Path) -> Recording | str:
+    """The recording, or why it cannot be used."""
     try:
         with soundfile.SoundFile(path) as file:
             frames, file_rate = file.frames, file.samplerate
             if frames <= 0:
-                return Skipped(name, "holds no sound")
+                return "holds no sound"
             # A compressed file that was cut off still declares its full length; its last sample tells.
             file.seek(frames - 1)
             if len(file.read(1)) != 1:
-                return Skipped(name, "is cut off")
+                return "is cut off"
         if _wav_is_cut_off(path):
-            return Skipped(name, "is cut off")
+            return "is cut off"
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
-        return Skipped(name, f"cannot be decoded ({_reason(error)})")
+        return f"cannot be decoded ({_reason(error)})"
     length = -(-frames * rate // file_rate)
     if length < shortest:
-        return Skipped(
-            name, f"lasts {length / rate:.3f} s, less than the {shortest / rate:.3f} s that the network needs"
-        )
+        return f"lasts {length / rate:.3f} s, less than the {shortest / rate:.3f} s that the network needs"
     return Recording(path, file_rate, frames, length)
 
 
@@ -197,9 +143,12 @@ def _wav_is_cut_off(path: Path) -> bool:
     return False
 
 
-def _labels(ids: Sequence[str], expression: re.Pattern[str] | None, mismatch: str) -> dict[str, np.ndarray]:
-    if expression is None:
-        return {"speaker": np.array([Path(name).parent.name for name in ids], dtype=str)}
+def _folder_labels(ids: Sequence[str]) -> dict[str, np.ndarray]:
+    return {"speaker": np.array([Path(name).parent.name for name in ids], dtype=str)}
+
+
+def _labels(ids: Sequence[str], expression: re.Pattern[str], mismatch: str) -> dict[str, np.ndarray]:
+    """Those that are written in the names."""
     matches = [expression.search(name) for name in ids]
     if not any(matches):
         raise DataError(f"{mismatch}; the first one is {ids[0]}.")
@@ -238,7 +187,11 @@ def _decode(recording: Recording, start: int, stop: int) -> np.ndarray:
     return samples.mean(axis=1)
 
 
-def _read_resampled(recording: Recording, start: int, stop: int, rate: int) -> torch.Tensor:
+def _read(recordings: Sequence[Recording], rate: int, sample: int, start: int, stop: int, view: int) -> np.ndarray:
+    """Samples start to stop of a recording at the rate of the set: float32 [stop - start, 1]."""
+    recording = recordings[sample]
+    if recording.rate == rate:
+        return _decode(recording, start, stop)[:, None]
     divisor = math.gcd(recording.rate, rate)
     step_in, step_out = recording.rate // divisor, rate // divisor
     # The filter repeats its phase every step_out outputs, so the stretch starts at a multiple of step_in.
@@ -246,11 +199,12 @@ def _read_resampled(recording: Recording, start: int, stop: int, rate: int) -> t
     first = max(start // step_out - math.ceil(reach / step_in), 0)
     last = -(-stop // step_out) * step_in + reach
     samples = torch.from_numpy(_decode(recording, first * step_in, min(last, recording.frames)))
-    resampled = _resample()(samples, recording.rate, rate, lowpass_filter_width=_FILTER_WIDTH, rolloff=_ROLLOFF)
-    return resampled[start - first * step_out : stop - first * step_out]
+    resampled = load_resample()(samples, recording.rate, rate, lowpass_filter_width=_FILTER_WIDTH, rolloff=_ROLLOFF)
+    return resampled[start - first * step_out : stop - first * step_out, None].numpy()
 
 
-def _resample() -> Callable[..., torch.Tensor]:
+def load_resample() -> Callable[..., torch.Tensor]:
+    """The function of torchaudio. Raises DataError where torchaudio does not load."""
     try:
         from torchaudio.functional import resample
     except (ImportError, OSError, RuntimeError) as error:
@@ -268,19 +222,18 @@ FSDD_TEST_INDICES = {"0", "1", "2", "3", "4"}
 LIBRISPEECH_PATTERN = r"(?P<speaker>\d+)-(?P<chapter>\d+)-\d+\.flac$"
 
 
-def open_fsdd(folder: Path, rate: int, shortest: int) -> RecordingSet:
+def open_fsdd(folder: Path, rate: int, shortest: int) -> SampleSet:
     """`{digit}_{speaker}_{index}.wav` in the folder or in its sub-folder `recordings`. Raises DataError."""
     inner = folder / "recordings"
     mismatch = f"{folder} does not look like Free Spoken Digits: no file is named DIGIT_SPEAKER_INDEX.wav"
     recordings = open_recordings(inner if inner.is_dir() else folder, rate, FSDD_PATTERN, shortest, mismatch)
     indices = recordings.labels.pop("index")
-    recordings.test = np.isin(indices, sorted(FSDD_TEST_INDICES))
-    if recordings.test.all() or not recordings.test.any():
-        recordings.test = None
+    test = np.isin(indices, sorted(FSDD_TEST_INDICES))
+    recordings.test = test if test.any() and not test.all() else None
     return recordings
 
 
-def open_librispeech(folder: Path, rate: int, shortest: int) -> RecordingSet:
+def open_librispeech(folder: Path, rate: int, shortest: int) -> SampleSet:
     """`SPEAKER/CHAPTER/SPEAKER-CHAPTER-UTTERANCE.flac`, at any depth below the folder. Raises DataError."""
     mismatch = f"{folder} does not look like LibriSpeech: no file is named SPEAKER-CHAPTER-UTTERANCE.flac"
     recordings = open_recordings(folder, rate, LIBRISPEECH_PATTERN, shortest, mismatch)

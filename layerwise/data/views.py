@@ -1,22 +1,22 @@
-"""More renderings of each sample, cached side by side: upper stages then see other inputs from one epoch to the next.
+"""Another form of a data set: in frames of several steps, or in more renderings (views) of each sample.
 
-A rendering is a function of the sample's id and the view alone, and of single samples of audio or single pixels: any part
-of it can be read by itself. Recordings get another tilt of their spectrum and noise, pictures another brightness and
-contrast. View 0 stays plain, and so do the views that the data have themselves, such as the mirrored one. Samples that are
-read whole are cropped as well, see `data.crops`.
+Renderings are cached side by side: upper stages then see other inputs from one epoch to the next. A rendering is a function
+of the sample's id and the view alone, and of single samples of audio or single pixels: any part of it can be read by itself.
+Recordings get another tilt of their spectrum and noise, pictures another brightness and contrast. View 0 stays plain, and so
+do the views that the data have themselves, such as the mirrored one.
 
-Whole samples rendered anew, after SimCLR (Chen et al. 2020, arXiv 2002.05709, appendix A): a crop that is resized back,
-another contrast, brightness and colour, and noise. In one, two or three dimensions alike."""
+Samples that are read whole are rendered after SimCLR (Chen et al. 2020, arXiv 2002.05709, appendix A): a crop that is resized
+back, another contrast, brightness and colour, and noise. In one, two or three dimensions alike.
+"""
 
-import hashlib
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from layerwise.data.source import DataSet
-from layerwise.streams import stream
+from layerwise.data.batches import stream
+from layerwise.data.source import DataSet, digest
 
 NOISE_BLOCK = 4096
 """Samples of audio whose noise is drawn at once."""
@@ -31,19 +31,56 @@ CONTRAST = 0.3
 """Most by which contrast and brightness change, in standard deviations."""
 
 
-class WithViews:
-    """A data set in another number of views."""
+class Derived:
+    """A data set made of another one, which it equals in all that it does not define itself."""
 
-    def __init__(self, data: DataSet, views: int, whole: bool = False, flip: bool = False) -> None:
-        """whole: samples are single frames, which may be cropped, and mirrored where `flip` allows it."""
-        self._data, self.views, self._whole, self._flip = data, views, whole, flip
-        kind = f", whole, flip {flip}" if whole else ""
-        self.identity = hashlib.sha256(f"{data.identity} in {views} views{kind}".encode()).hexdigest()
+    def __init__(self, data: DataSet, how: str) -> None:
+        """how: in words that tell it from others made of the same data."""
+        self._data = data
+        self.identity = digest(f"{data.identity} in {how}")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what copying and pickling look for
             raise AttributeError(name)
         return getattr(self._data, name)
+
+
+class Framed(Derived):
+    """A data set of steps in frames of `length` steps, one every `step` steps.
+
+    Steps of shape (C, *rest) make frames of shape (C, length, *rest).
+    """
+
+    def __init__(self, data: DataSet, length: int, step: int) -> None:
+        super().__init__(data, f"frames of {length} every {step}")
+        self._length, self._step = length, step
+        self.lengths = np.maximum((data.lengths - length) // step + 1, 0)
+        self.frame_shape = (data.frame_shape[0], length, *data.frame_shape[1:])
+
+    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+        """Frames start to stop of one sample."""
+        if start == stop:
+            return torch.empty(0, *self.frame_shape)
+        steps = self._data.read(sample, start * self._step, (stop - 1) * self._step + self._length, view)
+        return in_frames(steps[None], self._length, self._step)[0]
+
+    def frame_labels(self, name: str, sample: int, positions: np.ndarray) -> np.ndarray:
+        """Those of the step in the middle of each frame."""
+        return self._data.frame_labels(name, sample, positions * self._step + (self._length - 1) / 2)
+
+
+def in_frames(steps: torch.Tensor, length: int, step: int) -> torch.Tensor:
+    """Steps (B, L, C, *rest) to frames (B, L', C, length, *rest)."""
+    return steps.unfold(1, length, step).movedim(-1, 3)
+
+
+class WithViews(Derived):
+    """A data set in another number of views."""
+
+    def __init__(self, data: DataSet, views: int, whole: bool = False, flip: bool = False) -> None:
+        """whole: samples are single frames, which may be cropped, and mirrored where `flip` allows it."""
+        super().__init__(data, f"{views} views{f', whole, flip {flip}' if whole else ''}")
+        self.views, self._whole, self._flip = views, whole, flip
 
     def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
         """Frames start to stop of one sample, as the data themselves give them, rendered."""

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from layerwise.config import DataOptions
-from layerwise.data.arrays import in_frames
 from layerwise.data.images import cut_patches, mean_and_deviation, patch_options
+from layerwise.data.views import in_frames
 from layerwise.errors import DataError
 from layerwise.nets.module import Geometry
 

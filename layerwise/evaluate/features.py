@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from layerwise.cache import ActivationCache
+from layerwise.data.batches import stream
 from layerwise.evaluate.examples import FeatureRows
 from layerwise.memory.meter import host_tensor, uncounted
 from layerwise.nets.layer import vectors
-from layerwise.streams import stream
 
 FRAMES_PER_SAMPLE = 32
 """Most frames of a sample that a per-frame probe sees; enough for a stable error and bounded memory."""

@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 
 from layerwise.config import TrainingOptions
-from layerwise.data.batches import Batch, Epoch, held_out_epoch, training_epoch
+from layerwise.data.batches import Batch, Epoch, held_out_epoch, stream, training_epoch
 from layerwise.errors import RunError, TrainingError
 from layerwise.events import EpochDone, StageStarted, StepDone
 from layerwise.files import write_atomically
-from layerwise.streams import stream
 from layerwise.training.checkpoint import Arrays, Progress, load_checkpoint, save_checkpoint, to_host
 from layerwise.training.context import RunContext
 from layerwise.training.loader import Loader, augmented

@@ -4,11 +4,11 @@ import numpy as np
 
 from layerwise.cache import SPLITS
 from layerwise.config import Config
+from layerwise.data.batches import stream
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, DataError, did_you_mean
 from layerwise.objectives import renderings_compared
 from layerwise.objectives.pooled import UNLABELLED
-from layerwise.streams import stream
 
 TRAIN, HELD_OUT, TEST = (SPLITS.index(name) for name in ("train", "held-out", "test"))
 

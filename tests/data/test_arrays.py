@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerwise.config import resolve
-from layerwise.data.arrays import ArraySet, Framed
 from layerwise.data.open import open_data
-from layerwise.data.source import DataSet
+from layerwise.data.source import DataSet, SampleSet
+from layerwise.data.views import Framed
 from layerwise.errors import ConfigError, DataError
 
 VALUES = np.random.default_rng(0).standard_normal((6, 20, 3)).astype(np.float32) * 7
@@ -156,7 +156,7 @@ def test_a_kind_that_is_almost_right_is_suggested() -> None:
 @settings(deadline=None)
 def test_frames_that_are_read_in_parts_are_those_of_the_whole(length: int, step: int, start: int, more: int) -> None:
     steps = np.arange(2 * 40 * 2, dtype=np.float32).reshape(2, 40, 2)
-    inner = ArraySet(lambda n, a, b: steps[n, a:b], np.array([40, 40]), (2,), ("0", "1"), {}, "steps", level=1)
+    inner = SampleSet("arrays", ("0", "1"), np.array([40, 40]), (2,), "steps", lambda n, a, b, view: steps[n, a:b])
     data = Framed(inner, length, step)
     whole = data.read(1, 0, int(data.lengths[1]))
     assert whole.shape == (len(range(0, 40 - length + 1, step)), 2, length)

@@ -17,9 +17,9 @@ from layerwise.data.batches import (
     held_out_epoch,
     read_ahead,
     read_piece,
+    stream,
     training_epoch,
 )
-from layerwise.streams import stream
 
 
 class Counting:

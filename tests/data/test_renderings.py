@@ -6,9 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerwise.data.batches import Window, held_out_epoch, training_epoch
+from layerwise.data.batches import Window, held_out_epoch, stream, training_epoch
 from layerwise.data.views import cropped
-from layerwise.streams import stream
 
 
 class Extent:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.data.dataset import open_cifar10, open_stl10
 from layerwise.data.images import PatchOptions, normalise
-from layerwise.data.torchvision_sets import open_cifar10, open_stl10
 from layerwise.errors import DataError
 
 STL10 = PatchOptions(picture=96, patch=16, patch_stride=8, gray=False, flip=True)
@@ -97,7 +97,7 @@ def test_the_inner_folder_is_the_same_data_set(
     assert open_cifar10(root, CIFAR10).identity == open_cifar10(root / "cifar-10-batches-py", CIFAR10).identity
     assert open_stl10(root, STL10).identity != open_stl10(root, CIFAR10).identity
     monkeypatch.chdir(root / "stl10_binary")
-    assert len(open_stl10(".", STL10).ids) == 6
+    assert len(open_stl10(Path("."), STL10).ids) == 6
 
 
 @pytest.mark.parametrize(

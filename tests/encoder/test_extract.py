@@ -13,7 +13,7 @@ import torch
 
 import layerwise
 from layerwise.cache import ActivationCache
-from layerwise.data.speech import RecordingSet
+from layerwise.data.source import SampleSet
 from layerwise.encoder import extract as extracting
 from layerwise.engines.run import RunResult
 from layerwise.errors import BudgetError, CacheError, DataError, Interrupted
@@ -205,9 +205,9 @@ def test_what_is_held_at_a_time_does_not_grow_with_the_recording(
 ) -> None:
     soundfile.write(tmp_path / "long.wav", 0.1 * np.random.default_rng(0).standard_normal(400_000), 8000)
     asked: list[int] = []
-    read = RecordingSet.read
+    read = SampleSet.read
 
-    def noted(self: RecordingSet, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+    def noted(self: SampleSet, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
         asked.append(stop - start)
         return read(self, sample, start, stop, view)
 
@@ -219,7 +219,7 @@ def test_what_is_held_at_a_time_does_not_grow_with_the_recording(
             handed.append(len(passed.rows))
             yield passed
 
-    monkeypatch.setattr(RecordingSet, "read", noted)
+    monkeypatch.setattr(SampleSet, "read", noted)
     monkeypatch.setattr(extracting, "pass_through", noted_rows)
     layerwise.extract(speech_run.paths.out, tmp_path / "long.wav", tmp_path / "features.npy")
     assert max(asked) == 4 * 1600 // 2

@@ -1,0 +1,88 @@
+"""The files of a data set below a folder: found, tried one by one, and named where they cannot be used."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from layerwise.data.source import Skipped
+from layerwise.errors import DataError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class UsableFiles(Generic[T]):
+    """Files that can be read, and those that were left out."""
+
+    folder: Path
+    ids: list[str]
+    """Sorted paths below the folder, with / between their parts."""
+    details: list[T]
+    """What inspection found out about each."""
+    skipped: list[Skipped]
+
+
+def usable_files(
+    place: Path, extensions: set[str], what: str, inspect: Callable[[Path], T | str], fewest: int = 2
+) -> UsableFiles[T]:
+    """The files with these endings below a folder; or the one file, where fewer than two are enough.
+
+    inspect: gives what there is to know about a file, or the reason why it cannot be used. what: names the files in errors.
+    Raises DataError where the folder is missing or holds none, or fewer than `fewest` can be used.
+    """
+    single = place.is_file() and fewest < 2
+    folder = place.parent if single else place
+    names, skipped = ([place.name], []) if single else _list_files(place, extensions, what)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(lambda name: inspect(folder / name), names))
+    usable = [(name, found) for name, found in zip(names, results, strict=True) if not isinstance(found, str)]
+    skipped += [Skipped(name, found) for name, found in zip(names, results, strict=True) if isinstance(found, str)]
+    if len(usable) < fewest:
+        first = f"; the first: {skipped[0].path}, {skipped[0].reason}" if skipped else ""
+        raise DataError(
+            f"{place} holds {len(usable)} usable {what} and {len(skipped)} unusable ones{first}. "
+            "That is too few to train on."
+        )
+    return UsableFiles(folder, [name for name, _ in usable], [found for _, found in usable], skipped)
+
+
+def _list_files(folder: Path, extensions: set[str], what: str) -> tuple[list[str], list[Skipped]]:
+    """Sorted names of files with these endings, and what cannot even be tried.
+
+    Names that start with a dot are ignored, linked folders are not entered.
+    """
+    if not folder.exists():
+        raise DataError(f"The data folder {folder} does not exist; name the one that holds the {what}.")
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; name the one that holds the {what}.")
+    found: list[str] = []
+    skipped: list[Skipped] = []
+    unreadable: list[OSError] = []
+    for parent, folders, files in os.walk(folder, onerror=unreadable.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(parent, name) for name in files):
+            if path.suffix.lower() not in extensions or path.name.startswith("."):
+                continue
+            name = path.relative_to(folder).as_posix()
+            if not _is_utf8(name):
+                skipped.append(Skipped(os.fsencode(name).decode(errors="replace"), "its name is not valid UTF-8"))
+            elif not path.is_file():  # a broken link, or a pipe that would block for ever
+                skipped.append(Skipped(name, "not a regular file"))
+            else:
+                found.append(name)
+    skipped += [Skipped(str(error.filename), error.strerror or "folder cannot be read") for error in unreadable]
+    if not found and not skipped:
+        raise DataError(f"{folder} holds no {what} ({', '.join(sorted(extensions))}); name the folder that does.")
+    return sorted(found), skipped
+
+
+def _is_utf8(name: str) -> bool:
+    """Names are stored as UTF-8 in caches and reports; others cannot be written there."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
