@@ -45,7 +45,7 @@ setup(
         )
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
-    package_data={"layerwise": ["py.typed", "cache/*.pyi", "recipes/*.toml", "report/*.jinja"]},
+    package_data={"layerwise": ["py.typed", "cache/*.pyi", "recipes/*.toml", "report/*.jinja", "encoder/*.jinja"]},
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",

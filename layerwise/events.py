@@ -94,3 +94,13 @@ Notify = Callable[[Event], None]
 
 def silent(event: Event) -> None:
     """Shows nothing."""
+
+
+def broadcast(*receivers: Notify) -> Notify:
+    """Passes each event to every receiver, in their order."""
+
+    def notify(event: Event) -> None:
+        for receiver in receivers:
+            receiver(event)
+
+    return notify

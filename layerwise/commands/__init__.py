@@ -5,21 +5,17 @@ import traceback
 from collections.abc import Sequence
 
 import click
+from click.shell_completion import get_completion_class
 
 from layerwise.commands.cache import cache
 from layerwise.commands.compare import compare
-from layerwise.commands.completion import completion
+from layerwise.commands.configuration import init, recipes
 from layerwise.commands.doctor import doctor
-from layerwise.commands.export import export
-from layerwise.commands.extract import extract
-from layerwise.commands.init import init
+from layerwise.commands.encoder import export, extract
 from layerwise.commands.plan import plan
 from layerwise.commands.probe import probe
-from layerwise.commands.recipes import recipes
-from layerwise.commands.report import report
-from layerwise.commands.run import run
-from layerwise.commands.status import status
-from layerwise.commands.task import task
+from layerwise.commands.run import run, task
+from layerwise.commands.status import report, status
 from layerwise.errors import Interrupted, LayerwiseError, ToldElsewhere
 from layerwise.version import __version__
 
@@ -30,10 +26,27 @@ def layerwise() -> None:
     """Train deep networks that do not fit on the GPU, one gradient-isolated module at a time."""
 
 
-for command in (
-    *(doctor, recipes, init, plan, run, status, probe, compare, report, extract, export, cache, completion),
-    task,
-):
+@layerwise.command(short_help="Print a script that completes commands and options in your shell.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
+    """Print the script that completes commands and options of layerwise on the tab key.
+
+    \b
+    bash  layerwise completion bash > ~/.layerwise-completion.bash
+          echo '. ~/.layerwise-completion.bash' >> ~/.bashrc
+    zsh   layerwise completion zsh > ~/.layerwise-completion.zsh
+          echo '. ~/.layerwise-completion.zsh' >> ~/.zshrc    (behind compinit)
+    fish  layerwise completion fish > ~/.config/fish/completions/layerwise.fish
+
+    Bash must be 4.4 or newer.
+    """
+    complete = get_completion_class(shell)
+    assert complete is not None  # click knows all three
+    click.echo(complete(context.find_root().command, {}, "layerwise", "_LAYERWISE_COMPLETE").source())
+
+
+for command in (doctor, recipes, init, plan, run, task, status, probe, compare, report, extract, export, cache):
     layerwise.add_command(command)
 
 

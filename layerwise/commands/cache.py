@@ -2,13 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from layerwise.commands.options import directory_argument
 from layerwise.errors import CacheError, ConfigError, DamagedCache
 from layerwise.report.tables import console_for_results, table
 from layerwise.run_store import open_run
 from layerwise.units import size
+
+if TYPE_CHECKING:
+    from layerwise.cache.inventory import Entry
 
 
 @click.group(short_help="List, verify, remove and export activation caches.")
@@ -25,39 +30,46 @@ def list_caches(place: Path, as_json: bool) -> None:
 
     found = list(entries(_files(place)))
     if as_json:
-        rows = [
-            {
-                "path": str(entry.path),
-                "bytes": entry.bytes,
-                "state": entry.state,
-                "finding": entry.finding,
-                "stage": entry.layout.stage if entry.layout else None,
-                "dtype": entry.layout.dtype if entry.layout else None,
-                "compression": entry.layout.compression if entry.layout else None,
-                "samples": len(entry.layout.ids) if entry.layout else None,
-                "frames": entry.layout.rows if entry.layout else None,
-                "frame_shape": list(entry.layout.frame_shape) if entry.layout else None,
-            }
-            for entry in found
-        ]
-        click.echo(json.dumps(rows))
+        click.echo(json.dumps([_as_json(entry) for entry in found]))
         return
-    shown = table("cache", "stage", "samples", "frames", "frame", "dtype", "size", "")
-    for entry in found:
-        layout = entry.layout
-        about = ("-",) * 5
-        if layout:
-            frame = " x ".join(map(str, layout.frame_shape))
-            dtype = layout.dtype if layout.compression == "none" else f"{layout.dtype}, {layout.compression}"
-            about = (str(layout.stage), f"{len(layout.ids):,}", f"{layout.rows:,}", frame, dtype)
-        shown.add_row("/".join(entry.path.parts[-2:]), *about, size(entry.bytes), entry.state)
-    console = console_for_results()
     if found:
-        console.print(shown)
+        console_for_results().print(table(map(_row, found)))
     for entry in found:
         if entry.finding:
             click.echo(entry.finding)
     click.echo(f"{size(sum(entry.bytes for entry in found))} in all" if found else f"{place} holds no caches.")
+
+
+def _as_json(entry: "Entry") -> dict[str, Any]:
+    layout = entry.layout
+    return {
+        "path": str(entry.path),
+        "bytes": entry.bytes,
+        "state": entry.state,
+        "finding": entry.finding,
+        "stage": layout and layout.stage,
+        "dtype": layout and layout.dtype,
+        "compression": layout and layout.compression,
+        "samples": layout and len(layout.ids),
+        "frames": layout and layout.rows,
+        "frame_shape": layout and list(layout.frame_shape),
+    }
+
+
+def _row(entry: "Entry") -> dict[str, str]:
+    row = {
+        "cache": "/".join(entry.path.parts[-2:]),
+        **dict.fromkeys(("stage", "samples", "frames", "frame", "dtype"), "-"),
+    }
+    if layout := entry.layout:
+        row |= {
+            "stage": str(layout.stage),
+            "samples": f"{len(layout.ids):,}",
+            "frames": f"{layout.rows:,}",
+            "frame": " x ".join(map(str, layout.frame_shape)),
+            "dtype": layout.dtype if layout.compression == "none" else f"{layout.dtype}, {layout.compression}",
+        }
+    return row | {"size": size(entry.bytes), "": entry.state}
 
 
 @cache.command(short_help="Read everything and compare it with its checksums.")
@@ -90,7 +102,7 @@ def verify(place: Path) -> None:
 
 
 @cache.command(short_help="Free the room of caches.")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@directory_argument
 @click.option("--stage", "stages", type=int, multiple=True, help="Of this stage; may be given several times.")
 @click.option("--all", "everything", is_flag=True, help="Of every stage.")
 def rm(directory: Path, stages: tuple[int, ...], everything: bool) -> None:

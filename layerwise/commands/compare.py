@@ -7,11 +7,11 @@ from functools import partial
 import click
 from rich.console import Console
 
-from layerwise.commands.options import configured
+from layerwise.commands.options import configured, json_option
 from layerwise.config import Config
 from layerwise.errors import ConfigError
 from layerwise.events import EpochDone, Event
-from layerwise.report.tables import comparison_table, console_for_results
+from layerwise.report.tables import comparison_table, console_for_results, print_lines
 from layerwise.stop import stop_in_time, stop_on_signals
 
 
@@ -21,7 +21,7 @@ from layerwise.stop import stop_in_time, stop_on_signals
     "--seeds", default=3, show_default=True, type=click.IntRange(1), help="Runs of each method, from --seed on."
 )
 @click.option("--methods", metavar="A,B,...", help="Some of them only. [default: all]")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for scripts.")
+@json_option
 def compare(config: Config, seeds: int, methods: str | None, as_json: bool) -> None:
     """Train Greedy InfoMax stage by stage and all at once, CPC end to end, and their supervised twins; probe every module.
 
@@ -67,4 +67,4 @@ def compare(config: Config, seeds: int, methods: str | None, as_json: bool) -> N
     console = console_for_results()
     console.print(f"test error of a linear probe for {found.label} after each module, {found.epochs} epochs a module")
     console.print(comparison_table(found))
-    console.print(f"kept in {config.out}/compare.json", highlight=False, markup=False, soft_wrap=True)
+    print_lines(console, f"kept in {config.out}/compare.json")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from layerwise.commands.options import json_option
 from layerwise.doctor import Finding
 from layerwise.doctor.examine import examine
 from layerwise.errors import SetupError
@@ -19,7 +20,7 @@ from layerwise.errors import SetupError
     type=click.Path(path_type=Path),
     help="Folder of the activation caches, whose disk is tried with a file of 256 MB.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for scripts.")
+@json_option
 def doctor(cache_dir: Path, as_json: bool) -> None:
     """Examine Python, torch and its companions, the GPUs, HDF5, the disk of the caches, memory, cores, Slurm and extras.
 

@@ -1,4 +1,4 @@
-"""The options that `run`, `plan` and `compare` share: all of the configuration."""
+"""What commands share: the directory argument, --json, and every option of the configuration."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,11 @@ from typing import Any
 import click
 
 from layerwise import config as configuration
+
+directory_argument = click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+"""A run directory; `status` and `report` take that of a comparison, too."""
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for scripts.")
 
 
 def configured(command: Callable[..., None], default_out: str = "runs/{recipe}") -> Callable[..., None]:

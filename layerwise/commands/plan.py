@@ -6,14 +6,14 @@ from dataclasses import asdict
 import click
 from rich.console import Console
 
-from layerwise.commands.options import configured
+from layerwise.commands.options import configured, json_option
 from layerwise.config import Config
-from layerwise.report.tables import console_for_results, disk, forecast_table, reasons, verdict
+from layerwise.report.tables import console_for_results, forecast_lines, forecast_table, print_lines
 
 
 @click.command(short_help="Predict what a run would take; runs nothing.")
 @configured
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for scripts.")
+@json_option
 def plan(config: Config, as_json: bool) -> None:
     """Predict, for each stage, what it takes on the device, on the disk and on the host, and whether --gpu-mem holds it.
 
@@ -28,5 +28,4 @@ def plan(config: Config, as_json: bool) -> None:
         return
     console = console_for_results()
     console.print(forecast_table(forecast))
-    for line in (*reasons(forecast), disk(forecast), verdict(forecast)):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    print_lines(console, *forecast_lines(forecast))

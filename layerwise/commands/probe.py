@@ -2,25 +2,27 @@
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import click
 from rich.console import Console
 
-from layerwise.report.tables import console_for_results, few_test_samples, probe_table
+from layerwise.commands.options import directory_argument, json_option
+from layerwise.report.tables import console_for_results, few_test_samples, print_lines, probe_table
 from layerwise.stop import stop_on_signals
 from layerwise.units import size
 
 
 @click.command(short_help="Test a label on every frozen stage.")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@directory_argument
 @click.option(
     "--label", required=True, help="What to tell apart: speaker, phone, digit, class, or a label of your own."
 )
 @click.option(
     "--classifier", default="linear", metavar="NAME", help="linear, or knn: nearest neighbours. [default: linear]"
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for scripts.")
+@json_option
 def probe(directory: Path, label: str, classifier: str, as_json: bool) -> None:
     """Fit a classifier for a label on every frozen stage of the run in DIR.
 
@@ -36,7 +38,7 @@ def probe(directory: Path, label: str, classifier: str, as_json: bool) -> None:
             classifier=classifier,
             stop=stop,
             notify=lambda line: shown.update(f"probing: {line}"),
-            warn=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+            warn=partial(print_lines, console),
         )
     if as_json:
         click.echo(json.dumps(asdict(result)))

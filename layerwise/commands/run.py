@@ -1,28 +1,31 @@
-"""`layerwise run`: start a run, or go on with it."""
+"""`layerwise run`: start a run, or go on with it. `layerwise task`: one task of a prepared run, for batch jobs."""
 
 import sys
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
-from layerwise.commands.options import configured
+from layerwise.commands.options import configured, directory_argument
 from layerwise.config import Config
 from layerwise.engines.requeue import queue_again
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, ToldElsewhere
-from layerwise.events import Event, Notify, silent
-from layerwise.report.progress import LiveTable, LogFile, PlainLines
+from layerwise.events import broadcast, silent
+from layerwise.report.progress import LogFile, PlainLines, display
 from layerwise.report.tables import (
     console_for_results,
+    print_lines,
     stage_table,
     stages_at_chance,
     totals,
     what_next,
     where_things_lie,
 )
-from layerwise.run_store import RunStore
-from layerwise.stop import stop_in_time, stop_on_signals
+from layerwise.run_store import RunStore, open_run
+from layerwise.stop import StopFlag, stop_in_time, stop_on_signals, too_late_to_stop
 
 if TYPE_CHECKING:
     from layerwise.engines.run import RunResult
@@ -39,13 +42,12 @@ def run(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) 
     The same command starts a run and goes on with it. With no --data it trains the demo.
     """
     if config.engine.name == "slurm":
-        _hand_in(config, from_stage, overwrite, dry_run)
+        _submit(config, from_stage, overwrite, dry_run)
         return
     if dry_run:
         raise ConfigError("--dry-run prints batch scripts: give --engine slurm, too. For a forecast: layerwise plan.")
     store = RunStore.of(config.out, config.cache.dir)
     log = LogFile(store.log)
-
     console = console_for_results()
     with stop_on_signals() as stop, stop_in_time(stop, config.engine.time), ExitStack() as sharing:
         # These import torch, which --help need not wait for, and a signal may well come meanwhile.
@@ -53,33 +55,75 @@ def run(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) 
         from layerwise.engines.torchrun import is_restart, join_ranks
 
         ranks = sharing.enter_context(join_ranks(config))
-        try:
-            with _display(console) if ranks.first else nullcontext(silent) as show:
-
-                def tell(event: Event) -> None:
-                    show(event)
-                    log(event)
-
-                result = run_library(
-                    config,
-                    from_stage=from_stage,
-                    overwrite=overwrite and not is_restart(),
-                    stop=stop,
-                    notify=tell,
-                    ranks=ranks,
-                )
-        except ToldElsewhere:
-            raise
-        except LayerwiseError as error:
-            log.write(str(error))
-            if isinstance(error, Interrupted):
-                _queue_again(stop.reason, store, log)
-            raise
+        with _logging_errors(log, stop, store), display(console) if ranks.first else nullcontext(silent) as show:
+            result = run_library(
+                config,
+                from_stage=from_stage,
+                overwrite=overwrite and not is_restart(),
+                stop=stop,
+                notify=broadcast(show, log),
+                ranks=ranks,
+            )
     if ranks.first:
         _print_summary(console, result)
 
 
-def _hand_in(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) -> None:
+@click.command(short_help="Perform one task of a run that is prepared.", hidden=True)
+@directory_argument
+@click.option("--round", "round", type=int, required=True, help="Round, from 1.")
+@click.option("--stage", type=int, required=True, help="Stage, from 1.")
+def task(directory: Path, round: int, stage: int) -> None:
+    """Train and cache one stage in one round of the run in DIR, whose needs are done; the last task writes the encoder."""
+    store, state = open_run(directory)
+    with stop_on_signals() as stop:
+        # A signal may well come while torch is imported, too.
+        from layerwise.engines.task_runner import open_prepared_run, perform_task, write_encoder
+        from layerwise.training.schedule import Task
+
+        run = open_prepared_run(directory)
+        rounds = run.config.training.rounds
+        if not (1 <= round <= rounds and 1 <= stage <= len(state.stages)):
+            raise ConfigError(
+                f"--round {round} --stage {stage}: {directory} has {rounds} rounds of {len(state.stages)} stages."
+            )
+        log = LogFile(store.log)
+        with (
+            stop_in_time(stop, run.config.engine.time),
+            _logging_errors(log, stop, store.round(round, rounds)),
+        ):
+            perform_task(Task(round, stage), run, stop, broadcast(PlainLines(sys.stdout), log))
+        if (round, stage) == (rounds, len(state.stages)):
+            write_encoder(run)
+    too_late_to_stop()
+
+
+@contextmanager
+def _logging_errors(log: LogFile, stop: StopFlag, store: RunStore) -> Iterator[None]:
+    """Writes errors to the log too. Where the stop is the cluster's, has Slurm start the batch job again.
+
+    Raises RunError in place of Interrupted where the job would be started again for ever.
+    """
+
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+        log.write(line)
+
+    try:
+        yield
+    except ToldElsewhere:
+        raise
+    except LayerwiseError as error:
+        log.write(str(error))
+        if isinstance(error, Interrupted):
+            try:
+                queue_again(stop.reason, store, say)
+            except LayerwiseError as endless:
+                log.write(str(endless))
+                raise
+        raise
+
+
+def _submit(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) -> None:
     """The run as batch jobs of Slurm."""
     from layerwise.engines.slurm import scripts, submit_run
 
@@ -96,34 +140,15 @@ def _hand_in(config: Config, from_stage: int | None, overwrite: bool, dry_run: b
     click.echo(f"next:\n  layerwise status {out} --watch" if jobs else f"done before: {out}")
 
 
-def _queue_again(stopped_by: str | None, store: RunStore, log: LogFile) -> None:
-    """As a batch job: has Slurm start the job again. Raises RunError where that would go on for ever."""
-
-    def say(line: str) -> None:
-        click.echo(line, err=True)
-        log.write(line)
-
-    try:
-        queue_again(stopped_by, store, say)
-    except LayerwiseError as error:
-        log.write(str(error))
-        raise
-
-
-def _display(console: Console) -> AbstractContextManager[Notify]:
-    """The live table on a terminal, plain lines elsewhere."""
-    return LiveTable(console) if console.is_terminal else nullcontext(PlainLines(sys.stdout))
-
-
 def _print_summary(console: Console, result: "RunResult") -> None:
     console.print()
     console.print(stage_table(result.state))
     warning = stages_at_chance(result.state, result.config.objective)
-    for line in (
+    print_lines(
+        console,
         f"\ndone: {totals(result.state)}",
         *([warning] if warning else []),
         *where_things_lie(result.paths, result.state),
         "next:",
-        *(f"  {command}" for command in what_next(result.paths, list(result.labels))),
-    ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        *(f"  {command}" for command in what_next(result.paths, result.labels)),
+    )

@@ -1,4 +1,4 @@
-"""`layerwise status`: what each stage of a run is at."""
+"""`layerwise status` and `layerwise report`: what each stage of a run is at, in the terminal and as a page."""
 
 import json
 import time
@@ -9,10 +9,12 @@ import click
 from rich.console import Group
 from rich.live import Live
 
+from layerwise.commands.options import directory_argument, json_option
 from layerwise.config import load
 from layerwise.errors import RunError
 from layerwise.files import is_locked
-from layerwise.report.tables import RoundState, console_for_results, round_states, rounds_table, stage_table, totals
+from layerwise.report.records import COMPARISON, RoundState, round_states
+from layerwise.report.tables import console_for_results, rounds_table, stage_table, totals
 from layerwise.run_store import RunState, RunStore, open_run
 from layerwise.stop import stop_on_signals
 
@@ -20,12 +22,12 @@ WATCH_SECONDS = 1.0
 
 
 @click.command(short_help="Show what each stage is at.")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for scripts.")
+@directory_argument
+@json_option
 @click.option("--watch", is_flag=True, help="Look again every second, until the run is done or Ctrl-C.")
 def status(directory: Path, as_json: bool, watch: bool) -> None:
     """Show each stage of the run in DIR: with --rounds, who trains it, which version it has published, how far it is behind."""
-    if (directory / "compare.json").exists():
+    if (directory / COMPARISON).exists():
         raise RunError(
             f"{directory} is a comparison; see it with: layerwise report {directory}. Its runs lie in {directory}/runs."
         )
@@ -75,3 +77,15 @@ def _as_json(store: RunStore, state: RunState, rounds: int) -> dict[str, object]
             for each in states
         ]
     return tree
+
+
+@click.command(short_help="Write one page with tables and figures.")
+@directory_argument
+def report(directory: Path) -> None:
+    """Write DIR/report.html, which shows the run or the comparison in DIR and needs no network.
+
+    Its figures also lie in DIR/plots, as .svg and .png.
+    """
+    from layerwise.report.html import write_report  # imports matplotlib, which --help need not wait for
+
+    click.echo(f"{write_report(directory)} (figures: {directory / 'plots'})")

@@ -1,6 +1,6 @@
 """From what a user holds, waveforms, pictures or arrays, to the frames that the network reads: as the run's data were read."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,42 +13,39 @@ from layerwise.errors import DataError
 from layerwise.nets.module import Geometry
 
 
-class Entry(Protocol):
-    """The way into an encoder, an nn.Module."""
+class Entry(nn.Module):
+    """The way into an encoder: from a batch of samples to frames (B, L, *frame shape)."""
 
-    frame_shape: tuple[int, ...]
-    takes: str
+    takes: str = "arrays"
     """The name of its input."""
-    ragged: bool
+    ragged: bool = False
     """Whether samples of several lengths may share a batch."""
-    geometry: Geometry
+    frame_shape: tuple[int, ...]
+    level: float = 1.0
+    """What the run's data were divided by."""
+    geometry: Geometry = Geometry()
     """Of the frames on the steps of the input."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The frames (B, L, *frame shape) of a batch."""
-        ...
 
     def frames_of(self, steps: Any) -> Any:
         """Frames that come of so many steps of a sequence, or patches (an int or an int64 array)."""
-        ...
+        return steps
 
     def check(self, x: torch.Tensor) -> None:
         """Raises DataError, saying what would be right, where x is no such batch."""
-        ...
+        raise NotImplementedError
 
     def sizes(self, shortest: int, hop: int) -> list[tuple[int, ...]]:
         """Three batches to try an encoder with, that of the run first.
 
         shortest: fewest steps that it needs; hop: steps between its features.
         """
-        ...
+        raise NotImplementedError
 
 
-class Steps(nn.Module):
+class Steps(Entry):
     """Sequences (B, L, C, *rest) at the level of the run's data, in frames of several steps where the run had such."""
 
-    takes: str = "arrays"
-    ragged: bool = True
+    ragged = True
 
     def __init__(self, data: DataOptions, level: float, frame_shape: tuple[int, ...]) -> None:
         """frame_shape: as the network reads it."""
@@ -80,7 +77,7 @@ class Steps(nn.Module):
 class Waveforms(Steps):
     """(B, samples) to (B, samples, 1), or to frames, at the level of the run's recordings; see data/speech.py."""
 
-    takes: str = "waveforms"
+    takes = "waveforms"
 
     def __init__(self, data: DataOptions, level: float, frame_shape: tuple[int, ...] = (1,)) -> None:
         super().__init__(data, level, frame_shape)
@@ -100,12 +97,8 @@ class Waveforms(Steps):
         return [size[:2] for size in super().sizes(shortest, hop)]
 
 
-class Whole(nn.Module):
+class Whole(Entry):
     """Whole samples (B, C, *space) at the level of the run's data, each of them one frame."""
-
-    takes: str = "arrays"
-    ragged: bool = False
-    geometry = Geometry()
 
     def __init__(self, level: float, frame_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -113,9 +106,6 @@ class Whole(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x / self.level)[:, None]
-
-    def frames_of(self, steps: Any) -> Any:
-        return steps
 
     def check(self, x: torch.Tensor) -> None:
         if tuple(x.shape[1:]) != self.frame_shape or not x.is_floating_point():
@@ -127,16 +117,14 @@ class Whole(nn.Module):
         return [(batch, *self.frame_shape) for batch in (2, 1, 3)]
 
 
-class Pictures(nn.Module):
+class Pictures(Entry):
     """(B, C, H, W), uint8 or floats from 0 to 1, to normalised patches (B, L, C, patch, patch); see data/images.py.
 
     L is rows times columns of the grid; what the last patches leave over at the right and the bottom is not looked at. Of
     whole pictures there is one patch.
     """
 
-    takes: str = "pictures"
-    ragged: bool = False
-    geometry = Geometry()
+    takes = "pictures"
     mean: torch.Tensor
     deviation: torch.Tensor
 
@@ -145,7 +133,7 @@ class Pictures(nn.Module):
         options = patch_options(data)
         self.channels, self.patch, self.stride = options.channels, options.patch, options.patch_stride
         self.picture, self.whole = data.picture, data.frames == "whole"
-        self.frame_shape: tuple[int, ...] = (self.channels, self.patch, self.patch)
+        self.frame_shape = (self.channels, self.patch, self.patch)
         for name, constant in zip(("mean", "deviation"), mean_and_deviation(self.channels), strict=True):
             self.register_buffer(name, constant, persistent=False)
 
@@ -153,9 +141,6 @@ class Pictures(nn.Module):
         values = x if x.is_floating_point() else x / 255
         normal = (values - self.mean) / self.deviation
         return normal[:, None] if self.whole else cut_patches(normal, self.patch, self.stride)
-
-    def frames_of(self, steps: Any) -> Any:
-        return steps
 
     def check(self, x: torch.Tensor) -> None:
         kind = "grey" if self.channels == 1 else "colour"

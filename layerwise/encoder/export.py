@@ -1,6 +1,4 @@
-"""Hands a trained encoder over: a folder with the encoder in some format, checked, and a model card.
-
-The formats that an encoder is exported in: each writes its files into a folder and says how these are run again."""
+"""Hands a trained encoder over: a folder with the encoder in some format, checked, and a model card."""
 
 import warnings
 from collections.abc import Callable
@@ -12,11 +10,10 @@ from tempfile import TemporaryDirectory
 import torch
 
 from layerwise.config import Config, options, with_options
-from layerwise.encoder.agreement import Computes, inputs_of_the_run, largest_difference
 from layerwise.encoder.card import Exported, model_card
 from layerwise.encoder.load import Given, entry_of, load, load_stages
 from layerwise.encoder.model import Encoder
-from layerwise.encoder.program import record
+from layerwise.encoder.program import Computes, largest_difference, record, trial_inputs
 from layerwise.errors import ExportError, did_you_mean
 from layerwise.files import write_atomically
 from layerwise.run_store import open_run
@@ -40,12 +37,12 @@ def write_safetensors(encoder: Encoder, origin: Origin, network: Given, folder: 
     """encoder.safetensors and config.toml, for layerwise.load."""
     write_atomically(folder / "config.toml", origin.config.to_toml().encode())
     save_encoder(folder / "encoder.safetensors", to_host(encoder.state_dict()), origin)
-    return Written(load(folder, network=network), inputs_of_the_run(encoder, origin))
+    return Written(load(folder, network=network), trial_inputs(encoder))
 
 
 def write_pt2(encoder: Encoder, origin: Origin, network: Given, folder: Path) -> Written:
     """encoder.pt2, a program for torch.export.load."""
-    program, path = record(encoder, origin), folder / "encoder.pt2"
+    program, path = record(encoder), folder / "encoder.pt2"
     torch.export.save(program.exported, path)
     return Written(torch.export.load(path).module(), program.inputs, program.fixed)
 
@@ -55,7 +52,7 @@ def write_onnx(encoder: Encoder, origin: Origin, network: Given, folder: Path) -
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise ExportError(f"--format onnx needs {' and '.join(missing)}: pip install 'layerwise[onnx]'")
-    program, path = record(encoder, origin), folder / "encoder.onnx"
+    program, path = record(encoder), folder / "encoder.onnx"
     takes = encoder.entry.takes
     graph = torch.onnx.export(
         program.exported, dynamo=True, input_names=[takes], output_names=["features"], verbose=False
@@ -77,6 +74,7 @@ FORMATS: dict[str, Callable[[Encoder, Origin, Given, Path], Written]] = {
     "pt2": write_pt2,
     "onnx": write_onnx,
 }
+"""Each writes its files into a folder and reads them back."""
 
 
 def without_places(config: Config) -> Config:

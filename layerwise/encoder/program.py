@@ -1,7 +1,9 @@
 """The encoder as a torch.export program, for batches and lengths of any size where its layers allow that.
 
-A GRU as one step that is repeated: torch.export takes nn.GRU apart into as many steps as its example has frames."""
+And whether a program computes what the encoder does: on inputs of the run's shape, at several lengths and batch sizes.
+"""
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,19 +14,54 @@ from torch._higher_order_ops.scan import scan
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
-from layerwise.encoder.agreement import inputs_of_the_run, largest_difference
 from layerwise.encoder.model import Encoder
 from layerwise.errors import ExportError
 from layerwise.nets.layer import vectors
 from layerwise.nets.network import copied
 from layerwise.nets.speech import Recurrence
-from layerwise.training.encoder import Origin
+
+TOLERANCE = 1e-4
+"""Of the largest feature. Rounding makes about 1e-6 of it, any mistake far more."""
+
+Computes = Callable[[torch.Tensor], torch.Tensor]
+
+
+def trial_inputs(encoder: Encoder, may_vary: Collection[int] = (0, 1, 2, 3)) -> list[torch.Tensor]:
+    """Three batches of noise: the first of the size that the run was trained on, others where these axes may vary."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = encoder.entry.sizes(encoder.shortest, encoder.geometry.hop)
+    draw = torch.rand if encoder.entry.takes == "pictures" else torch.randn
+    allowed = [tuple(n if axis in may_vary else sizes[0][axis] for axis, n in enumerate(size)) for size in sizes]
+    # In order, and each size once.
+    return [draw(*size, generator=generator) * encoder.entry.level for size in dict.fromkeys(allowed)]
+
+
+def largest_difference(computes: Computes, encoder: Encoder, inputs: Sequence[torch.Tensor]) -> float:
+    """From the encoder's own output, in units of its largest feature. Raises ExportError beyond TOLERANCE."""
+    largest = 0.0
+    for x in inputs:
+        with torch.no_grad():
+            expected, found = encoder(x), computes(x)
+        if found.shape != expected.shape:
+            raise ExportError(
+                f"What was exported gives features of shape {tuple(found.shape)} for an input of {tuple(x.shape)}, and the "
+                f"encoder {tuple(expected.shape)}; nothing was kept. Export as safetensors, and please report this."
+            )
+        difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        if not difference <= TOLERANCE:
+            raise ExportError(
+                f"What was exported differs from the encoder by {difference:.1g} of its largest feature for an input of "
+                f"{tuple(x.shape)}; nothing was kept. Export as safetensors, and please report this."
+            )
+        largest = max(largest, difference)
+    return largest
 
 
 class StepwiseRecurrence(nn.Module):
     """What `Recurrence` computes, with its very weights, for any number of frames after export (Cho et al. 2014).
 
-    The arithmetic is that of the formula in the documentation of nn.GRU; it differs from nn.GRU's kernel by rounding.
+    One step is repeated, where torch.export would take nn.GRU apart into as many steps as its example has frames. The
+    arithmetic is that of the formula in the documentation of nn.GRU; it differs from nn.GRU's kernel by rounding.
     """
 
     def __init__(self, recurrence: Recurrence) -> None:
@@ -61,21 +98,19 @@ class Program:
     """What must be as in the first of them; empty where nothing must."""
 
 
-def record(encoder: Encoder, origin: Origin) -> Program:
+def record(encoder: Encoder) -> Program:
     """The program with as few sizes fixed as can be. Raises ExportError where torch.export cannot record it at all."""
-    tried = inputs_of_the_run(encoder, origin)
+    tried = trial_inputs(encoder)
     sizes = tuple(axis for axis in range(1, tried[0].dim()) if len({x.shape[axis] for x in tried}) > 1)
     plain, reason = _Plain(encoder), ""
     for may_vary in dict.fromkeys(((0, *sizes), (0,), ())):
-        inputs = inputs_of_the_run(encoder, origin, may_vary)
+        inputs = trial_inputs(encoder, may_vary)
         try:
             with torch.no_grad():
                 dynamic = dict.fromkeys(may_vary, Dim.DYNAMIC)
                 exported = torch.export.export(plain, (inputs[0],), dynamic_shapes=(dynamic,))
             largest_difference(exported.module(), encoder, inputs)
-        except (
-            Exception
-        ) as error:  # a layer that ties a size down makes torch.export raise nearly anything, or guard it
+        except Exception as error:  # a layer that ties a size down makes torch.export raise nearly anything
             reason = str(error).splitlines()[0]
             continue
         _forget_places(exported)

@@ -1,12 +1,14 @@
 """The figures of a report. Each function draws one, or gives None where there is nothing to draw."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
@@ -26,10 +28,10 @@ from layerwise.report.drawing import (
     Plot,
     new_figure,
 )
-from layerwise.report.records import Confusion, Epoch, GatheredRun, MemorySample, Method, Probe, StageErrors
+from layerwise.report.records import Confusion, Epoch, GatheredRun, MemorySample, Method, Probe
 from layerwise.units import size
 
-LOOKS = {
+STYLES = {
     "greedy-infomax": (BLUE, "o"),
     "greedy-infomax-simultaneous": (GREEN, "s"),
     "cpc": (ORANGE, "^"),
@@ -49,8 +51,7 @@ NUMBERED_CLASSES = 12
 """Up to so many, the cells of a confusion matrix have room for numbers."""
 
 FAR = 3.0
-"""A budget that is so many times what was used is told in words: drawn, it would press all else to the ground."""
-
+"""A budget of more than so many times what was used is not drawn: it would press all else to the ground."""
 
 BUDGET: dict[str, Any] = {"color": INK, "linestyle": "--", "linewidth": 1.2}
 """The line of a budget."""
@@ -104,7 +105,7 @@ def draw_memory(memory: dict[int, list[MemorySample]], budget: int | None) -> Pl
         if not samples:
             continue
         last = (begin, samples[0].live_bytes, samples[0].peak_bytes)
-        for caching, of_pass in groupby(samples, key=lambda sample: sample.caching):
+        for caching, of_pass in groupby(samples, key=lambda sample: sample.phase == "caching"):
             thinned = _thinned([(begin + s.seconds, s.live_bytes, s.peak_bytes) for s in of_pass])
             color = ORANGE if caching else BLUE
             # The peak begins anew with a pass, so the line does too.
@@ -122,10 +123,10 @@ def draw_memory(memory: dict[int, list[MemorySample]], budget: int | None) -> Pl
         axes.axvline(begin / seconds_per_unit, color=INK, linewidth=0.6, alpha=0.3)
     axes.text(0, 1.01, "stage ", ha="right", transform=axes.transAxes)
     highest = max(sample.peak_bytes for samples in memory.values() for sample in samples)
-    near = budget if _is_near(budget, highest) else None
+    near = _near(budget, highest)
     if near:
         axes.axhline(near, **BUDGET)
-    axes.set_ylim(0, 1.06 * (max(highest, near) if near else highest))
+    axes.set_ylim(0, 1.06 * max(highest, near or 0))
     axes.set_xlim(0, max(begin, 1e-3) / seconds_per_unit)
     axes.set_xlabel(f"time worked on, {unit}")
     axes.yaxis.set_major_formatter(BYTES)
@@ -155,7 +156,7 @@ def draw_caches(run: GatheredRun) -> Plot | None:
     axes = figure.subplots()
     bars = axes.barh([*sizes, "all"], [*sizes.values(), total], color=[BLUE] * len(sizes) + [GRAY], height=0.65)
     axes.bar_label(bars, [size(count) for count in (*sizes.values(), total)], padding=3, fontsize=8.5)
-    near = budget if _is_near(budget, total) else None
+    near = _near(budget, total)
     axes.set_xlim(0, max(1.2 * total, 1.06 * near if near else 0))
     if near:
         axes.axvline(near, **BUDGET)
@@ -173,21 +174,24 @@ def draw_caches(run: GatheredRun) -> Plot | None:
 
 def draw_probe(probe: Probe) -> Plot:
     """Error of each stage, trained and with random weights."""
-    none = [0.0] * len(probe.stages)
-    curves = [
-        ("trained", StageErrors(probe.stages, probe.errors, none), BLUE, "o"),
-        ("random weights", StageErrors(probe.stages, probe.untrained_errors, none), GRAY, "X"),
-    ]
+    trained = [(entry.stage, entry.error, 0.0) for entry in probe.stages]
+    untrained = [(entry.stage, entry.untrained_error, 0.0) for entry in probe.stages]
+    curves = [_Curve("trained", BLUE, "o", trained), _Curve("random weights", GRAY, "X", untrained)]
     caption = f"Error of a {probe.classifier} probe on each frozen stage, on test samples; the axis is logarithmic."
     return _draw_errors(f"errors-{probe.label}", f"Error: {probe.label}", caption, curves)
 
 
 def draw_comparison(label: str, methods: Sequence[Method]) -> Plot | None:
     """The figure of the paper: error of each module, a line for each method."""
-    curves = [(m.name, m.errors, *look) for m, look in zip(methods, _looks(methods), strict=True) if m.errors.stages]
+    curves = [
+        _Curve(method.name, *style, [(entry.stage, entry.error_mean, entry.error_std or 0) for entry in method.stages])
+        for method, style in zip(methods, _styles(methods), strict=True)
+        if method.stages
+    ]
     if not curves:
         return None
-    fewest, most = (found(method.seeds for method in methods) for found in (min, max))
+    seeds_of_each = [len(method.seeds) for method in methods]
+    fewest, most = min(seeds_of_each), max(seeds_of_each)
     seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
     band = f"; line: mean of {seeds} seeds, band: one standard deviation" if most > 1 else ""
     caption = (
@@ -209,7 +213,7 @@ def draw_costs(methods: Sequence[Method]) -> Plot | None:
     unit, seconds_per_unit = _time_unit(max((method.seconds or 0 for method in methods), default=0))
     figure = new_figure(0.8 + 0.3 * len(methods))
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)
-    colors = [color for color, _ in _looks(methods)]
+    colors = [color for color, _ in _styles(methods)]
     for axes, (kind, costs) in zip(panels.flat, kinds.items(), strict=True):
         scale = seconds_per_unit if kind == "time" else 1
         values = [(cost or 0) / scale for cost in costs.values()]
@@ -225,18 +229,20 @@ def draw_costs(methods: Sequence[Method]) -> Plot | None:
     return Plot("costs", "Cost", "What each method took: device peak, time, and disk for caches.", figure)
 
 
-def draw_confusion(probe: Probe, confusion: Confusion) -> Plot:
+def draw_confusion(probe: Probe) -> Plot | None:
     """The classes that the last stage takes for one another; of many classes, those with the most errors."""
+    confusion = probe.stages[-1].confusion
+    if confusion is None:
+        return None
     kept = _worst(confusion)
     classes = [confusion.classes[i] for i in kept]
     shares = [[confusion.counts[i][j] / max(sum(confusion.counts[i]), 1) for j in kept] for i in kept]
     figure = new_figure(4.4)
     axes = figure.subplots()
     # One colour, more or less of it, reads on a light page and on a dark one; at its fullest, text on it still reads.
-    tints = [[(*_rgb(BLUE), 0.6 * share) for share in row] for row in shares]
-    cells = axes.pcolormesh([[0.0] * len(kept)] * len(kept), edgecolors="none")
+    cells = axes.pcolormesh(shares, edgecolors="none")
     cells.set_array(None)
-    cells.set_facecolor([tint for row in tints for tint in row])
+    cells.set_facecolor([to_rgba(BLUE, 0.6 * share) for row in shares for share in row])
     if len(kept) <= NUMBERED_CLASSES:
         for row, i in enumerate(kept):
             for column, j in enumerate(kept):
@@ -251,30 +257,39 @@ def draw_confusion(probe: Probe, confusion: Confusion) -> Plot:
     axes.invert_yaxis()
     axes.set_xlabel("taken for")
     axes.set_ylabel("right")
-    few = (
-        f" The {len(kept)} classes with the most errors of {len(confusion.classes)}."
-        if len(kept) < len(confusion.classes)
-        else ""
-    )
+    fewer = len(kept) < len(confusion.classes)
+    few = f" The {len(kept)} classes with the most errors of {len(confusion.classes)}." if fewer else ""
     caption = (
-        f"Test samples of each class (rows) and what stage {probe.stages[-1]} took them for; the fuller the colour, the larger "
-        f"their part of the row.{few}"
+        f"Test samples of each class (rows) and what stage {probe.stages[-1].stage} took them for; the fuller the colour, "
+        f"the larger their part of the row.{few}"
     )
     return Plot(f"confusion-{probe.label}", f"Confusion: {probe.label}", caption, figure)
 
 
-def _draw_errors(name: str, title: str, caption: str, curves: Sequence[tuple[str, StageErrors, str, str]]) -> Plot:
-    positive = [mean for _, errors, _, _ in curves for mean in errors.means if mean > 0]
-    floor = min(positive, default=0.01) / 2
-    zero = any(mean <= 0 for _, errors, _, _ in curves for mean in errors.means)
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    """Errors from 0 to 1."""
+
+    label: str
+    color: str
+    marker: str
+    points: list[tuple[int, float, float]]
+    """Stage, mean, standard deviation."""
+
+
+def _draw_errors(name: str, title: str, caption: str, curves: Sequence[_Curve]) -> Plot:
+    means = [mean for curve in curves for _, mean, _ in curve.points]
+    floor = min((mean for mean in means if mean > 0), default=0.01) / 2
+    zero = any(mean <= 0 for mean in means)
     figure = new_figure(3.3)
     axes = figure.subplots()
-    for label, errors, color, marker in curves:
-        low = [max(mean - std, floor) for mean, std in zip(errors.means, errors.deviations, strict=True)]
-        high = [max(mean + std, floor) for mean, std in zip(errors.means, errors.deviations, strict=True)]
-        axes.fill_between(errors.stages, low, high, color=color, alpha=0.15, linewidth=0)
-        means = [max(mean, floor) for mean in errors.means]
-        axes.plot(errors.stages, means, color=color, marker=marker, label=label)
+    for curve in curves:
+        stages = [stage for stage, _, _ in curve.points]
+        low, line, high = (
+            [max(mean + side * deviation, floor) for _, mean, deviation in curve.points] for side in (-1, 0, 1)
+        )
+        axes.fill_between(stages, low, high, color=curve.color, alpha=0.15, linewidth=0)
+        axes.plot(stages, line, color=curve.color, marker=curve.marker, label=curve.label)
     axes.set_yscale("log")
     if zero:
         axes.set_ylim(bottom=floor)
@@ -297,9 +312,9 @@ def _subdivisions(axes: Axes) -> Sequence[float]:
     return (1, 1.5, 2, 3, 5, 7) if high / low > 2.5 else (1, 1.2, 1.4, 1.6, 1.8, *(n / 2 for n in range(4, 20)))
 
 
-def _is_near(budget: int | None, highest: float) -> TypeGuard[int]:
-    """Whether the line of a budget is drawn."""
-    return budget is not None and budget <= FAR * highest
+def _near(budget: int | None, highest: float) -> int | None:
+    """The budget where its line is drawn."""
+    return budget if budget is not None and budget <= FAR * highest else None
 
 
 def _against(budget: int | None, drawn: bool) -> str:
@@ -308,12 +323,10 @@ def _against(budget: int | None, drawn: bool) -> str:
     return f" of a budget of {size(budget)}{'' if drawn else ', which is far above the figure'}"
 
 
-def _looks(methods: Iterable[Method]) -> list[tuple[str, str]]:
+def _styles(methods: Sequence[Method]) -> list[tuple[str, str]]:
     """Colour and marker of each method; of those that nobody knows, the next ones in turn."""
-    return [
-        LOOKS.get(method.name, (PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]))
-        for i, method in enumerate(methods)
-    ]
+    in_turn = [(PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]) for i in range(len(methods))]
+    return [STYLES.get(method.name, style) for method, style in zip(methods, in_turn, strict=True)]
 
 
 def _thinned(samples: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:
@@ -333,8 +346,3 @@ def _worst(confusion: Confusion) -> list[int]:
     numbers = range(len(confusion.classes))
     wrong = [sum(confusion.counts[i]) - confusion.counts[i][i] for i in numbers]
     return sorted(sorted(numbers, key=lambda i: -wrong[i])[:MOST_CLASSES])
-
-
-def _rgb(color: str) -> tuple[float, float, float]:
-    red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    return red, green, blue

@@ -63,7 +63,7 @@ def _comparison_page(comparison: GatheredComparison) -> str:
         (method, run, list(_published(_run_plots(run), run.store.plots, numbers)))
         for method, run in comparison.runs.items()
     ]
-    stages = sorted({stage for method in comparison.methods for stage in method.errors.stages})
+    stages = sorted({entry.stage for method in comparison.methods for entry in method.stages})
     return _template("comparison.html.jinja").render(comparison=comparison, stages=stages, plots=plots, runs=runs)
 
 
@@ -72,7 +72,7 @@ def _run_plots(run: GatheredRun) -> list[Plot | None]:
         draw_losses(run.epochs, _chance(run.config)),
         draw_memory(run.memory, run.state.budget_bytes),
         *(draw_probe(probe) for probe in run.probes),
-        *(draw_confusion(probe, probe.confusion) for probe in run.probes if probe.confusion),
+        *(draw_confusion(probe) for probe in run.probes),
         draw_caches(run),
     ]
 

@@ -1,10 +1,10 @@
-"""Events as plain lines: for log files, and for terminals that are none.
-
-The live table: one row per stage, redrawn in place on a terminal."""
+"""Events of a run as they happen: a live table on a terminal, plain lines elsewhere and in the log file."""
 
 import contextlib
+import sys
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TextIO
 
@@ -13,7 +13,17 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from layerwise.events import CachingProgress, EpochDone, Event, Message, RunStarted, StageDone, StageStarted, StepDone
+from layerwise.events import (
+    CachingProgress,
+    EpochDone,
+    Event,
+    Message,
+    Notify,
+    RunStarted,
+    StageDone,
+    StageStarted,
+    StepDone,
+)
 from layerwise.units import duration, size
 
 
@@ -87,14 +97,6 @@ REFRESH_PER_SECOND = 4
 
 
 @dataclass(slots=True)
-class _Pace:
-    """Epochs of a stage since it was started, to say how long it may take at most."""
-
-    seconds: list[float] = field(default_factory=list)
-    started: float = 0.0
-
-
-@dataclass(slots=True)
 class _Row:
     status: str = "pending"
     epoch: str = ""
@@ -103,11 +105,14 @@ class _Row:
     accuracy: str = ""
     peak: str = ""
     left: str = ""
-    pace: _Pace = field(default_factory=_Pace)
+    epoch_seconds: list[float] = field(default_factory=list)
+    """Of each epoch since the stage was started."""
+    epoch_started: float = 0.0
+    """By time.monotonic."""
 
 
 class LiveTable:
-    """A context manager; takes events while it is open, the RunStarted first."""
+    """One row per stage, redrawn in place. A context manager; takes events while it is open, the RunStarted first."""
 
     def __init__(self, console: Console) -> None:
         self._rows: dict[int, _Row] = {}
@@ -137,18 +142,18 @@ class LiveTable:
         match event:
             case StageStarted():
                 row.status, row.epoch = "training", f"{event.epoch + 1}/{self._max_epochs}"
-                row.pace = _Pace(started=time.monotonic())
+                row.epoch_seconds, row.epoch_started = [], time.monotonic()
             case StepDone():
                 row.epoch = f"{event.epoch + 1}/{self._max_epochs}"
                 row.loss, row.accuracy = f"{event.loss:.4f}", f"{event.accuracy:.3f}"
                 row.peak = size(event.peak_bytes)
                 self._memory = self._against_budget(event.live_bytes, event.peak_bytes)
-                row.left = self._time_left(row.pace, event.epoch, (event.step + 1) / event.steps)
+                row.left = self._time_left(row, event.epoch, (event.step + 1) / event.steps)
             case EpochDone():
                 row.loss, row.held_out = f"{event.loss:.4f}", f"{event.held_out_loss:.4f}"
                 row.accuracy = f"{event.held_out_accuracy:.3f}"
-                row.pace.seconds.append(event.seconds)
-                row.pace.started = time.monotonic()
+                row.epoch_seconds.append(event.seconds)
+                row.epoch_started = time.monotonic()
             case CachingProgress():
                 row.status, row.left = f"caching {event.rows / max(event.total, 1):.0%}", ""
                 self._memory = self._against_budget(event.live_bytes, event.peak_bytes)
@@ -163,9 +168,10 @@ class LiveTable:
         budget = f", budget {size(self._budget)}" if self._budget else ""
         return f"device memory: {size(live)} now, peak {size(peak)}{budget}"
 
-    def _time_left(self, pace: _Pace, epoch: int, part: float) -> str:
-        in_hand, last = time.monotonic() - pace.started, pace.seconds[-3:]
-        per_epoch = sum(last) / len(last) if last else in_hand / part
+    def _time_left(self, row: _Row, epoch: int, part: float) -> str:
+        """At most, at the pace of the last three epochs. part: of the epoch in hand that is over."""
+        last = row.epoch_seconds[-3:]
+        per_epoch = sum(last) / len(last) if last else (time.monotonic() - row.epoch_started) / part
         return f"< {duration(max(per_epoch * (self._max_epochs - epoch - part), 0))}"
 
     def _render(self) -> Table:
@@ -178,3 +184,9 @@ class LiveTable:
             cells = (row.status, row.epoch, row.loss, row.held_out, row.accuracy, row.peak, row.left)
             table.add_row(str(stage), *cells, style=style)
         return table
+
+
+def display(console: Console) -> contextlib.AbstractContextManager[Notify]:
+    """The live table on a terminal, and in a notebook that has widgets to redraw it; plain lines elsewhere."""
+    redrawn = find_spec("ipywidgets") is not None if console.is_jupyter else console.is_terminal
+    return LiveTable(console) if redrawn else contextlib.nullcontext(PlainLines(sys.stdout))

@@ -1,61 +1,111 @@
 """What lies in a run directory, or in that of a comparison, as a report shows it. Only reads."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from layerwise.config import Config, load
 from layerwise.errors import ConfigError, RunError
 from layerwise.files import is_locked, json_lines
-from layerwise.run_store import RunState, RunStore, open_run
+from layerwise.run_store import RunState, RunStore, StageRecord, open_run
 
 COMPARISON = "compare.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Epoch:
-    """What metrics.jsonl says of one epoch."""
+class _Record(BaseModel):
+    """An object of a JSON file; what else the file says of it is left out."""
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
+
+
+class Epoch(_Record):
+    """A line of metrics.jsonl."""
 
     epoch: int
     loss: float
     held_out_loss: float
 
 
-@dataclass(frozen=True, slots=True)
-class MemorySample:
+class MemorySample(_Record):
     """A line of memory.jsonl."""
 
     seconds: float
     """Since the stage began."""
-    caching: bool
-    """In the caching pass, not in training or held-out."""
+    phase: str = Field(alias="pass")
+    """training, held-out or caching."""
     live_bytes: int
     peak_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Confusion:
+class Confusion(_Record):
     """counts[i][j]: test samples of class i that were taken for class j."""
 
-    classes: list[str]
+    classes: list[str] = Field(min_length=1)
     counts: list[list[int]]
 
+    @model_validator(mode="after")
+    def _square(self) -> "Confusion":
+        if [len(row) for row in self.counts] != [len(self.classes)] * len(self.classes):
+            raise ValueError("counts is not a square of classes")
+        return self
 
-@dataclass(frozen=True, slots=True)
-class Probe:
+
+class ProbedStage(_Record):
+    """Errors from 0 to 1."""
+
+    stage: int
+    error: float
+    untrained_error: float
+    confusion: Confusion | None = None
+
+
+class Probe(_Record):
     """A file probes/LABEL.json."""
 
     label: str
-    stages: list[int]
-    errors: list[float]
-    """From 0 to 1."""
-    untrained_errors: list[float]
-    confusion: Confusion | None
-    """Of the last stage."""
+    """As the file is named."""
     classifier: str
     """linear or knn."""
+    stages: list[ProbedStage] = Field(min_length=1)
+
+
+class ModuleError(_Record):
+    """Over the seeds, from 0 to 1."""
+
+    stage: int
+    error_mean: float
+    error_std: float | None
+
+
+class Method(_Record):
+    """A method of a comparison."""
+
+    name: str = Field(alias="method")
+    seeds: list[int]
+    peak_bytes: float | None = None
+    seconds: float | None = None
+    disk_bytes: float | None = None
+    stages: list[ModuleError]
+
+    def error(self, stage: int) -> str:
+        """In percent, for a table, with its spread where there are several seeds; empty where there is no such stage."""
+        for entry in self.stages:
+            if entry.stage == stage:
+                spread = f" ± {100 * (entry.error_std or 0):.1f}" if len(self.seeds) > 1 else ""
+                return f"{100 * entry.error_mean:.1f}{spread}"
+        return ""
+
+
+class _ComparisonFile(_Record):
+    """compare.json."""
+
+    label: str
+    finished: bool = True
+    methods: list[Method]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,35 +126,6 @@ class GatheredRun:
     memory: dict[int, list[MemorySample]]
     """By stage."""
     probes: list[Probe]
-
-
-@dataclass(frozen=True, slots=True)
-class StageErrors:
-    """Mean and standard deviation over seeds, from 0 to 1."""
-
-    stages: list[int]
-    means: list[float]
-    deviations: list[float]
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A method of a comparison."""
-
-    name: str
-    seeds: int
-    peak_bytes: int | None
-    seconds: float | None
-    disk_bytes: int | None
-    errors: StageErrors
-
-    def error(self, stage: int) -> str:
-        """In percent, for a table, with its spread where there are several seeds; empty where there is no such stage."""
-        if stage not in self.errors.stages:
-            return ""
-        i = self.errors.stages.index(stage)
-        spread = f" ± {100 * self.errors.deviations[i]:.1f}" if self.seeds > 1 else ""
-        return f"{100 * self.errors.means[i]:.1f}{spread}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +161,13 @@ def _gather_run(directory: Path) -> GatheredRun:
         progress="done" if state.done else "running" if is_locked(store.lock) else "stopped",
         config=_config(store.config),
         options=store.config.read_text(errors="replace") if store.config.exists() else "",
-        machine=_machine(store.machine),
-        epochs={stage: list(_epochs(store.metrics(stage))) for stage in stages},
-        memory={stage: list(_samples(store.memory(stage))) for stage in stages},
-        probes=[_probe(path) for path in sorted(store.probes.glob("*.json"))],
+        machine=_read(dict[str, Any], store.machine) if store.machine.exists() else {},
+        epochs={stage: _read(list[Epoch], store.metrics(stage)) for stage in stages},
+        memory={stage: _read(list[MemorySample], store.memory(stage)) for stage in stages},
+        # A label is a name of files too, so the file does not say which it is.
+        probes=[
+            _read(Probe, path).model_copy(update={"label": path.stem}) for path in sorted(store.probes.glob("*.json"))
+        ],
     )
 
 
@@ -154,82 +178,10 @@ def _config(path: Path) -> Config | None:
         return None
 
 
-def _machine(path: Path) -> dict[str, Any]:
-    found = _read(path) if path.exists() else {}
-    if not isinstance(found, dict):
-        raise _damaged(path)
-    return found
-
-
-def _epochs(path: Path) -> Iterator[Epoch]:
-    for entry in json_lines(path):
-        try:
-            yield Epoch(int(entry["epoch"]), float(entry["loss"]), float(entry["held_out_loss"]))
-        except (KeyError, TypeError, ValueError):
-            raise _damaged(path) from None
-
-
-def _samples(path: Path) -> Iterator[MemorySample]:
-    for entry in json_lines(path):
-        try:
-            seconds, live, peak = float(entry["seconds"]), int(entry["live_bytes"]), int(entry["peak_bytes"])
-            yield MemorySample(seconds, entry["pass"] == "caching", live, peak)
-        except (KeyError, TypeError, ValueError):
-            raise _damaged(path) from None
-
-
-def _probe(path: Path) -> Probe:
-    tree = _read(path)
-    try:
-        stages = tree["stages"]
-        return Probe(
-            label=path.stem,  # a name of files too, so not what the file says it is
-            stages=[int(stage["stage"]) for stage in stages],
-            errors=[float(stage["error"]) for stage in stages],
-            untrained_errors=[float(stage["untrained_error"]) for stage in stages],
-            confusion=_confusion(stages[-1].get("confusion")),
-            classifier=str(tree["classifier"]),
-        )
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-        raise _damaged(path) from None
-
-
-def _confusion(tree: Any) -> Confusion | None:
-    if tree is None:
-        return None
-    classes = [str(name) for name in tree["classes"]]
-    counts = [[int(count) for count in row] for row in tree["counts"]]
-    if not classes or [len(row) for row in counts] != [len(classes)] * len(classes):
-        raise ValueError("counts is not a square of classes")
-    return Confusion(classes, counts)
-
-
 def _gather_comparison(directory: Path) -> GatheredComparison:
-    path = directory / COMPARISON
-    tree = _read(path)
-    try:
-        methods = [_method(entry) for entry in tree["methods"]]
-        label, finished = str(tree["label"]), bool(tree.get("finished", True))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise _damaged(path) from None
-    runs = {method.name: run for method in methods if (run := _first_run(directory, method.name)) is not None}
-    return GatheredComparison(directory, label, finished, methods, runs)
-
-
-def _method(tree: Any) -> Method:
-    seeds, stages = tree["seeds"], tree["stages"]
-    return Method(
-        name=str(tree["method"]),
-        seeds=len(seeds) if isinstance(seeds, list) else int(seeds),
-        peak_bytes=tree.get("peak_bytes"),
-        seconds=tree.get("seconds"),
-        disk_bytes=tree.get("disk_bytes"),
-        errors=StageErrors(
-            [int(stage["stage"]) for stage in stages],
-            [float(stage["error_mean"]) for stage in stages],
-            [float(stage["error_std"] or 0) for stage in stages],
-        ),
-    )
+    file = _read(_ComparisonFile, directory / COMPARISON)
+    runs = {method.name: run for method in file.methods if (run := _first_run(directory, method.name)) is not None}
+    return GatheredComparison(directory, file.label, file.finished, file.methods, runs)
 
 
 def _first_run(directory: Path, method: str) -> GatheredRun | None:
@@ -238,12 +190,41 @@ def _first_run(directory: Path, method: str) -> GatheredRun | None:
     return _gather_run(of_method[0]) if of_method else None
 
 
-def _read(path: Path) -> Any:
+Content = TypeVar("Content")
+
+
+def _read(kind: type[Content], path: Path) -> Content:
+    """A JSON file, or the objects of a file of JSON lines. Raises RunError where it is no `kind`."""
     try:
-        return json.loads(path.read_text())
+        content = json_lines(path) if path.suffix == ".jsonl" else json.loads(path.read_text())
+        return TypeAdapter(kind).validate_python(content)
     except ValueError:
-        raise _damaged(path) from None
+        raise RunError(
+            f"{path} is damaged; what wrote it writes it anew, or move it away and make the report again."
+        ) from None
 
 
-def _damaged(path: Path) -> RunError:
-    return RunError(f"{path} is damaged; what wrote it writes it anew, or move it away and make the report again.")
+@dataclass(frozen=True, slots=True)
+class RoundState:
+    """A round of a run as the disk has it."""
+
+    number: int
+    stages: list[StageRecord]
+    worker: str | None
+    """Who performs a task of it now; None where nobody does."""
+
+
+def round_states(store: RunStore, rounds: int) -> list[RoundState]:
+    """Every round that is prepared, in order. Raises RunError where one cannot be read."""
+    states = []
+    for number in range(1, rounds + 1):
+        of_round = store.round(number, rounds)
+        if of_round.state.exists():
+            worker = of_round.task_lock.read_text().strip() if is_locked(of_round.task_lock) else None
+            states.append(RoundState(number, RunState.load(of_round.state).stages, worker))
+    return states
+
+
+def published_version(states: Sequence[RoundState], stage: int) -> int:
+    """The newest version of a stage's outputs: the round that it was done in last; 0 where there is none."""
+    return max((state.number for state in states if state.stages[stage - 1].status == "done"), default=0)

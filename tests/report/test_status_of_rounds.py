@@ -24,7 +24,7 @@ def status(out: str | Path, *options: str) -> str:
 
 
 @pytest.fixture
-def prepared_run(tiny_speech: Tiny, digits: Path) -> Config:
+def stopped_run(tiny_speech: Tiny, digits: Path) -> Config:
     """A run of two rounds that was stopped while stage 3 was trained in the second."""
     config = tiny_speech(f"fsdd:{digits}", **{"training.rounds": 2})
     stop, seen = StopFlag(), 0
@@ -40,8 +40,8 @@ def prepared_run(tiny_speech: Tiny, digits: Path) -> Config:
     return config
 
 
-def test_every_stage_has_its_round_its_version_and_its_distance(begun: Config) -> None:
-    lines = status(begun.out).splitlines()
+def test_every_stage_has_its_round_its_version_and_its_distance(stopped_run: Config) -> None:
+    lines = status(stopped_run.out).splitlines()
     rows = [line.split() for line in lines[1:5]]
     assert [row[0] for row in rows] == ["1", "2", "3", "4"]
     assert ["reached max epochs (2)" in line for line in lines[1:5]] == [True, True, False, False]
@@ -51,31 +51,31 @@ def test_every_stage_has_its_round_its_version_and_its_distance(begun: Config) -
     assert lines[-1].startswith("stopped: ")
 
 
-def test_scripts_are_told_of_every_round(begun: Config) -> None:
-    tree = json.loads(status(begun.out, "--json"))
+def test_scripts_are_told_of_every_round(stopped_run: Config) -> None:
+    tree = json.loads(status(stopped_run.out, "--json"))
     assert tree["state"] == "stopped"
     assert [each["round"] for each in tree["rounds"]] == [1, 2]
     assert [record["status"] for record in tree["rounds"][0]["stages"]] == ["done"] * 4
     assert tree["rounds"][1]["stages"] == tree["stages"]
 
 
-def test_whoever_trains_is_named(begun: Config) -> None:
+def test_whoever_trains_is_named(stopped_run: Config) -> None:
     seen: list[str] = []
 
     def look(event: Event) -> None:
         if isinstance(event, StepDone) and not seen:
-            seen.append(status(begun.out))
+            seen.append(status(stopped_run.out))
 
-    run(begun, notify=look)
+    run(stopped_run, notify=look)
     (text,) = seen
     assert "running: " in text
     assert ", process " in text.splitlines()[3]
     assert text.count(", process ") == 1
 
 
-def test_watching_ends_with_the_run(begun: Config) -> None:
-    run(begun)
-    text = status(begun.out, "--watch")
+def test_watching_ends_with_the_run(stopped_run: Config) -> None:
+    run(stopped_run)
+    text = status(stopped_run.out, "--watch")
     assert text.count("reached max epochs (2)") == 4
     assert "done: " in text
 

@@ -1,22 +1,27 @@
-"""`layerwise extract`: features of new recordings or pictures."""
+"""`layerwise extract` and `layerwise export`: features of new samples, and the encoder for other programs."""
 
 from pathlib import Path
 
 import click
 from rich.console import Console
 
+from layerwise.commands.options import directory_argument
 from layerwise.stop import stop_on_signals
 from layerwise.units import size
 
+network_option = click.option(
+    "--net", help="package.module:function of a network of your own, as the run was given it."
+)
+
 
 @click.command(short_help="Write features of new recordings or pictures.")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@directory_argument
 @click.argument("source", metavar="INPUT")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="NAME.npy or NAME.h5")
 @click.option("--stage", type=int, help="Outputs of this stage; default: the last.")
 @click.option("--mean", is_flag=True, help="One row per file, the mean of its frames.")
 @click.option("--gpu-mem", help="Most device memory, such as 4GB; default: that of the run.")
-@click.option("--net", help="package.module:function of a network of your own, as the run was given it.")
+@network_option
 @click.option("--device", help="auto, cpu, cuda or cuda:N; default: that of the run.")
 def extract(
     directory: Path,
@@ -56,3 +61,24 @@ def extract(
         click.echo(f"{len(extracted.skipped)} files skipped:")
     for entry in extracted.skipped:
         click.echo(f"  {entry.path}: {entry.reason}")
+
+
+@click.command(short_help="Hand the encoder over as safetensors, pt2 or ONNX.")
+@directory_argument
+@click.option("--format", default="safetensors", show_default=True, metavar="FORMAT", help="safetensors, pt2 or onnx.")
+@click.option("-o", "--output", metavar="FOLDER", type=click.Path(path_type=Path), required=True, help="A new folder.")
+@network_option
+def export(directory: Path, format: str, output: Path, net: str | None) -> None:
+    """Write the encoder of the run in DIR and a model card into FOLDER.
+
+    What was written is read back and compared with the encoder before the folder gets its name.
+    """
+    from layerwise.encoder.export import export as export_library  # imports torch, which --help need not wait for
+
+    with Console(stderr=True).status("exporting", spinner="dots"):
+        exported = export_library(directory, output, format, network=net)
+    same = f"differ from the encoder's by at most {exported.difference:.1g} of the largest"
+    agreement = same if exported.difference else "are those of the encoder, bit by bit"
+    click.echo(f"{output}: {format}, README.md says how to use it; its features {agreement}")
+    if exported.fixed:
+        click.echo(f"its input has a fixed size: {exported.fixed}")

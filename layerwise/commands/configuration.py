@@ -1,4 +1,4 @@
-"""`layerwise init`: a configuration to edit."""
+"""`layerwise recipes` and `layerwise init`: the defaults of experiments, and a configuration to edit."""
 
 import os
 import shlex
@@ -7,9 +7,22 @@ from pathlib import Path
 import click
 
 from layerwise.commands.options import configured
-from layerwise.config import Config, commented
+from layerwise.config import Config, commented, recipe_names, recipe_text
 from layerwise.errors import RunError
 from layerwise.files import unwritable
+
+
+@click.command(short_help="List the recipes, or print one.")
+@click.argument("name", metavar="[NAME]", required=False)
+def recipes(name: str | None) -> None:
+    """List the recipes with what each is for, or print the TOML of the one that is named."""
+    if name is not None:
+        click.echo(recipe_text(name), nl=False)
+        return
+    width = max(map(len, recipe_names()))
+    for each in recipe_names():
+        purpose = recipe_text(each).partition("\n")[0].removeprefix("# ")
+        click.echo(f"{each:<{width}}  {purpose}")
 
 
 @click.command(short_help="Write a commented config.toml for your data.")
