@@ -2,40 +2,13 @@
 
 From the disk that a cache was written on to the one that others read it from: by copy and rename."""
 
-import contextlib
 import os
-import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from layerwise.errors import CacheError
 from layerwise.files import sync_folder, unwritable
-
-_NAME = re.compile(r"stage-([1-9]\d*)\.h5(\.part|\.journal(?:-[1-9]\d*)?|\.packing|\.copying)?")
-
-
-@dataclass(frozen=True, slots=True)
-class CacheFile:
-    """A file that a run has written into its folder of caches."""
-
-    path: Path
-    stage: int
-    is_sealed: bool
-    """By its name."""
-    bytes: int
-    """On this disk."""
-
-
-def cache_files(folder: Path) -> list[CacheFile]:
-    """All of them; files of other names are a user's own."""
-    files = []
-    for path in folder.glob("stage-*.h5*"):
-        if name := _NAME.fullmatch(path.name):
-            with contextlib.suppress(FileNotFoundError):  # gone by now
-                files.append(CacheFile(path, int(name[1]), name[2] is None, path.lstat().st_blocks * 512))
-    return files
 
 
 def unsealed(path: Path) -> tuple[Path, Path, Path]:
@@ -61,15 +34,10 @@ def journals(path: Path) -> list[Path]:
     return [journal, *path.parent.glob(f"{journal.name}-*")]
 
 
-def all_unsealed(path: Path) -> list[Path]:
-    """Everything that may lie beside the cache until it is sealed."""
-    part, _, packing = unsealed(path)
-    return [part, *journals(path), packing, copying(path)]
-
-
 def remove_unsealed(path: Path) -> None:
-    """Deletes those that are there. Raises OSError."""
-    for beside in all_unsealed(path):
+    """Deletes everything that may lie beside the cache until it is sealed. Raises OSError."""
+    part, _, packing = unsealed(path)
+    for beside in (part, *journals(path), packing, copying(path)):
         beside.unlink(missing_ok=True)
 
 

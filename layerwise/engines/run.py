@@ -3,11 +3,9 @@
 Starting a run and resuming it are the same call. What is done is read from the disk, never from a flag.
 """
 
-import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from layerwise.config import OWN, Config
 from layerwise.data.open import open_data
@@ -20,7 +18,7 @@ from layerwise.engines.task_runner import TaskRunner, layouts_of
 from layerwise.engines.torchrun import device_of
 from layerwise.errors import ConfigError, RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
-from layerwise.files import exclusive, refuse_unwritable, write_atomically
+from layerwise.files import refuse_unwritable
 from layerwise.memory.device import share_one_heap
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets import shortest_sample
@@ -34,8 +32,7 @@ from layerwise.training.cache_plan import CachePlan, free_for_caches, plan_cache
 from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend
 from layerwise.training.cut import cut_network
 from layerwise.training.optimizer import Optimization
-from layerwise.training.resume import check_from_stage, decided, earlier_records, intended
-from layerwise.training.rounds import prepare_rounds
+from layerwise.training.resume import StartRequest, decided, earlier_records, intended, prepare_rounds
 from layerwise.training.run import Run
 from layerwise.training.samples import split_samples
 from layerwise.training.schedule import Task, tasks_of_run
@@ -98,7 +95,7 @@ def run(
 
 def _result(run: TaskRunner) -> RunResult:
     labels = (*run.data.labels, *run.data.frame_label_names)
-    return RunResult(run.store, RunState.load(run.store.state), run.config, labels)
+    return RunResult(run.store, run.store.load_state(), run.config, labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +138,15 @@ def prepared_run(
         )
     device = device_of(config.engine.devices[0] if config.engine.devices else config.training.device, ranks)
     store, rounds = RunStore.of(config.out, config.cache.dir), config.training.rounds
+    request = StartRequest(from_stage, overwrite)
     data = data or open_data(config.data, shortest_sample(config))
-    planned_for = _content(store.state)
+    planned_for = store.state_bytes()
     sizes = cut or (None if overwrite else _earlier_cut(store, config))
     specs = cut_network(config, data, device, network, sizes, optimization)
     check_shareable(specs, ranks)
     split = split_samples(data, config)
     furthest = store.furthest_round(rounds)
-    earlier = earlier_records(furthest, config, overwrite, from_stage)
+    earlier = earlier_records(furthest, config, request)
     storage = plan_caches(
         config,
         specs,
@@ -158,53 +156,33 @@ def prepared_run(
         sealed_bytes(furthest, len(specs)),
         intended(earlier, furthest, config),
     )
-    finished = {each.stage for each in earlier_records(store, config, overwrite, from_stage) if each.status == "done"}
+    finished = {each.stage for each in earlier_records(store, config, request) if each.status == "done"}
     layouts = layouts_of(config, specs, storage, device, finished, stop)
-    busy = RunError(f"Another process is running {store.out}; wait for it, or name another --out.")
-    caches_busy = RunError(
-        f"Another run of the same name is using {store.caches}; wait for it, or give another --out name or --cache-dir."
-    )
-    _refuse_foreign_folder(store.out)
+    store.refuse_foreign_folder()
     for folder in (store.out, store.caches):
         refuse_unwritable(folder)
     refuse_while_queued(store.jobs)
-    check_from_stage(store, from_stage, overwrite, len(specs))
+    request.check(store, len(specs))
     # The locks come this late because a request that is refused leaves no folder behind.
-    with exclusive(store.lock, busy), exclusive(store.caches_lock, caches_busy):
-        with _nobody_at_work(store, rounds):
-            if _content(store.state) != planned_for:
+    with store.lock_run():
+        with store.lock_all_tasks(rounds):
+            if store.state_bytes() != planned_for:
                 raise RunError(f"Another process has gone on with {store.out} meanwhile; start the same command again.")
-            states = prepare_rounds(
-                config, store, data, specs, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
-            )
+            states = prepare_rounds(config, store, data, specs, device, request, storage.cached)
             state, opened = (
                 states[rounds],
                 TaskRunner(config, store, data, split, specs, layouts, storage, device, ranks),
             )
-            write_atomically(store.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
+            store.write_machine(machine(device))
             tracker = open_service(config.training.log, service, store, state.run_id, config)
         with Following(tracker, notify) as told:
             for line in _described(config, data, specs, layouts, storage):
                 told(Message(line))
             done = tuple(record.stage for record in state.stages if record.status == "done")
             told(RunStarted(len(specs), done, config.training.max_epochs, state.budget_bytes, rounds))
-            with _nobody_at_work(store, rounds):
+            with store.lock_all_tasks(rounds):
                 tasks = _tasks(opened, [opened.round(number, stop, told) for number in states])
             yield PreparedRun(opened, tasks, told)
-
-
-@contextmanager
-def _nobody_at_work(store: RunStore, rounds: int) -> Iterator[None]:
-    """Keeps tasks from their rounds meanwhile, those of an earlier start included. Raises RunError where one is in hand."""
-    locks = {store.round(number, rounds).task_lock for number in range(1, rounds + 1)}
-    locks |= {folder / store.task_lock.name for folder in (store.out / "rounds").glob("*")}
-    with ExitStack() as held:
-        for lock in sorted(locks):
-            busy = RunError(
-                f"A task of {lock.parent} is being performed, by a batch job or a worker; wait for it, or cancel it."
-            )
-            held.enter_context(exclusive(lock, busy))
-        yield
 
 
 def _execute(tasks: list[Task], opened: TaskRunner, stop: StopFlag, notify: Notify) -> None:
@@ -222,13 +200,14 @@ def _execute(tasks: list[Task], opened: TaskRunner, stop: StopFlag, notify: Noti
 def tasks_left(config: Config, overwrite: bool, from_stage: int | None) -> list[Task]:
     """What `begun` would find to do, were nothing damaged; nothing is written."""
     store, rounds = RunStore.of(config.out, config.cache.dir), config.training.rounds
+    request = StartRequest(from_stage, overwrite)
     data = open_data(config.data, shortest_sample(config))
     device, cut = device_of(config.training.device, ALONE), None if overwrite else _earlier_cut(store, config)
     stages = len(cut_network(config, data, device, None, cut))
     done = {
         Task(number, record.stage)
         for number in range(1, rounds + 1)
-        for record in earlier_records(_of_round(store, number, rounds), config, overwrite, from_stage)
+        for record in earlier_records(_of_round(store, number, rounds), config, request)
         if record.status == "done"
     }
     return [task for task in tasks_of_run(stages, rounds) if task not in done]
@@ -237,7 +216,7 @@ def tasks_left(config: Config, overwrite: bool, from_stage: int | None) -> list[
 def _of_round(store: RunStore, number: int, rounds: int) -> RunStore:
     """Of a round that was deleted, for it had served its purpose, the run itself."""
     here = store.round(number, rounds)
-    return here if here.state.exists() or not store.state.exists() else store
+    return here if here.exists or not store.exists else store
 
 
 def _tasks(opened: TaskRunner, rounds: list[Run]) -> list[Task]:
@@ -260,26 +239,11 @@ def _mend_kept(run: Run) -> None:
             mend(error, run)
 
 
-def _content(path: Path) -> bytes | None:
-    return path.read_bytes() if path.exists() else None
-
-
-def _refuse_foreign_folder(out: Path) -> None:
-    """Raises RunError where the run directory would mix with files that are not a run's."""
-    if out.exists() and not out.is_dir():
-        raise RunError(f"--out {out} is a file; name a folder.")
-    if out.is_dir() and not (out / "run.json").exists():
-        ours = {"lock", "task.lock", "rounds", "run.json.tmp"}
-        others = sorted(entry.name for entry in out.iterdir() if entry.name not in ours)
-        if others:
-            raise RunError(f"--out {out} holds something else ({others[0]}); name a new or empty folder.")
-
-
 def _earlier_cut(store: RunStore, config: Config) -> list[int] | None:
     """How an earlier start has cut the network, so that this one goes on with it whatever its budget."""
-    if not store.state.exists() or config.training.schedule == "simultaneous":
+    if not store.exists or config.training.schedule == "simultaneous":
         return None
-    cut = RunState.load(store.state).cut
+    cut = store.load_state().cut
     return cut if config.training.stages in (None, len(cut)) else None
 
 

@@ -5,9 +5,8 @@ so that nothing of it is passed between processes."""
 
 import os
 import socket
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.errors import BudgetError, RunError
 from layerwise.events import Notify
-from layerwise.files import exclusive
 from layerwise.memory.device import find_device, share_one_heap
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets import shortest_sample
@@ -29,16 +27,11 @@ from layerwise.training.budget import StageLayout, lay_out, smallest_budget, sma
 from layerwise.training.cache_plan import CachePlan, below
 from layerwise.training.cut import cut_network
 from layerwise.training.encoder import stitch
-from layerwise.training.resume import is_trained
 from layerwise.training.run import Run
 from layerwise.training.samples import split_samples
 from layerwise.training.schedule import Task, stop_together
 from layerwise.training.spec import StageSpec
 from layerwise.training.task import perform
-
-HANDOVER_SECONDS = 120
-"""How long a task waits for another process to let go of its round: one that was killed may still be on its way out,
-and over a network a lock outlives a machine by a minute or two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +55,10 @@ class TaskRunner:
         of_round = f" of round {task.round}" if self.config.training.rounds > 1 else ""
         where = f"before stage {task.stage}{of_round}"
         stop_together(stop, self.ranks, where)
-        lock = self.store.round(task.round, self.config.training.rounds).task_lock
-        with _round_to_itself(lock, task, where, stop) if self.ranks.first else nullcontext():
+        here = self.store.round(task.round, self.config.training.rounds)
+        with here.lock_task(_busy(task), lambda: stop.raise_if_set(where)) if self.ranks.first else nullcontext():
             if self.ranks.first:
-                lock.write_text(
-                    f"{socket.gethostname()}, process {os.getpid()}, {self.device}\n"
-                )  # for `layerwise status`
+                here.write_worker(f"{socket.gethostname()}, process {os.getpid()}, {self.device}")
             run = self.round(task.round, stop, notify)
             _check_needs(task, run)
             self.ranks.meet()  # all have read the state, before the first one changes it
@@ -76,22 +67,22 @@ class TaskRunner:
     def finish(self) -> None:
         """Writes the encoder; every task is done."""
         rounds = self.config.training.rounds
-        with _round_to_itself(self.store.task_lock, Task(rounds, len(self.specs)), "", StopFlag()):
+        with self.store.lock_task(_busy(Task(rounds, len(self.specs))), lambda: None):
             stitch(self.config, self.store, self.specs, self.data)
             for store in (self.store.round(number, rounds) for number in range(1, rounds + 1)):
-                if store.state.exists():
-                    state = RunState.load(store.state)
+                if store.exists:
+                    state = store.load_state()
                     state.from_stage = None
-                    state.save(store.state)
+                    store.save_state(state)
 
     def round(self, number: int, stop: StopFlag, notify: Notify) -> Run:
         """A round as the disk has it now, and those before it."""
         run, rounds = None, self.config.training.rounds
         for each in range(1, number + 1):
             store = self.store.round(each, rounds)
-            if each < number and not store.state.exists():  # of a finished run, a user may have deleted it
+            if each < number and not store.exists:  # of a finished run, a user may have deleted it
                 continue
-            state = RunState.load(store.state)
+            state = store.load_state()
             run = Run(
                 self.config,
                 each,
@@ -130,7 +121,7 @@ def open_task_runner(out: Path, device: str | None = None) -> TaskRunner:
     data = open_data(config.data, shortest_sample(config))
     if data.identity != main.data_identity:
         raise RunError(f"The data of {out} have changed since it was prepared; bring the old ones back.")
-    furthest = RunState.load(store.furthest_round(config.training.rounds).state)
+    furthest = store.furthest_round(config.training.rounds).load_state()
     storage = CachePlan(tuple(bool(record.cached) for record in furthest.stages))
     specs = cut_network(config, data, on, None, main.cut)
     if specs[0].network.identity != main.network:
@@ -167,37 +158,17 @@ def layouts_of(
 
 def _check_needs(task: Task, run: Run) -> None:
     """Raises RunError where the round before has not ended for the stage: a job that is out of date came too early."""
-    if run.earlier is None or is_trained(run.state.record(task.stage)):
+    if run.earlier is None or run.state.record(task.stage).is_trained:
         return
     before = run.earlier.state.record(task.stage)
-    if not is_trained(before):
+    if not before.is_trained:
         raise RunError(
             f"Stage {task.stage} of round {task.round} needs round {task.round - 1}, where that stage is {before.status}: the "
             "run has been changed since this task was handed out; start the run again."
         )
 
 
-@contextmanager
-def _round_to_itself(lock: Path, task: Task, where: str, stop: StopFlag) -> Iterator[None]:
-    """Within a round one task follows another, so whoever performs one has its files to itself.
-
-    Raises RunError where another process keeps them, and Interrupted, which says where, while it waits.
-    """
-    busy = RunError(
+def _busy(task: Task) -> RunError:
+    return RunError(
         f"Another process is at work in round {task.round}, where stage {task.stage} comes next; wait for it, or stop it."
     )
-    deadline = time.monotonic() + HANDOVER_SECONDS
-    while True:
-        stop.raise_if_set(where)
-        held = exclusive(lock, busy)
-        try:
-            held.__enter__()
-            break
-        except RunError as error:
-            if error is not busy or time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-    try:
-        yield
-    finally:
-        held.__exit__(None, None, None)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from layerwise.config import Config, load
 from layerwise.errors import ConfigError, RunError
-from layerwise.files import is_locked, json_lines
+from layerwise.files import json_lines
 from layerwise.run_store import RunState, RunStore, open_run
 
 COMPARISON = "compare.json"
@@ -137,7 +137,7 @@ def _gather_run(directory: Path) -> GatheredRun:
     return GatheredRun(
         store=store,
         state=state,
-        progress="done" if state.done else "running" if is_locked(store.lock) else "stopped",
+        progress="done" if state.done else "running" if store.is_running else "stopped",
         config=_config(store.config),
         options=store.config.read_text(errors="replace") if store.config.exists() else "",
         machine=_machine(store.machine),

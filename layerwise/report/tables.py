@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from layerwise.config import ObjectiveOptions
-from layerwise.files import is_locked
 from layerwise.forecast import Forecast
 from layerwise.report.progress import outcome
 from layerwise.run_store import RunState, RunStore, StageRecord
@@ -225,9 +224,8 @@ def round_states(store: RunStore, rounds: int) -> list[RoundState]:
     states = []
     for number in range(1, rounds + 1):
         of_round = store.round(number, rounds)
-        if of_round.state.exists():
-            worker = of_round.task_lock.read_text().strip() if is_locked(of_round.task_lock) else None
-            states.append(RoundState(number, RunState.load(of_round.state).stages, worker))
+        if of_round.exists:
+            states.append(RoundState(number, of_round.load_state().stages, of_round.worker()))
     return states
 
 

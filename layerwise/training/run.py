@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from layerwise.config import Config, load, options, value_of
+from layerwise.config import Config, options, value_of
 from layerwise.data.source import DataSet
 from layerwise.errors import RunError
 from layerwise.events import Notify
@@ -53,7 +53,7 @@ class Run:
     def save(self) -> None:
         """Replaces run.json. Raises RunError."""
         if self.ranks.first:
-            self.state.save(self.store.state)
+            self.store.save_state(self.state)
 
     def key(self, stage: int) -> str:
         """The training key of a stage whose lower stages are done, as is the stage itself in the round before."""
@@ -69,7 +69,7 @@ class Run:
 
     def trained_with(self, stage: int) -> Config:
         """The options of a trained stage; where `--from-stage` has changed some, those below keep theirs."""
-        return load(self.store.stage_config(stage))
+        return self.store.read_stage_config(stage)
 
 
 def training_key(

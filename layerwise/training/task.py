@@ -16,7 +16,6 @@ from layerwise.cache import ActivationCache
 from layerwise.data.source import FrameSource
 from layerwise.errors import BudgetError, UnusableCache
 from layerwise.events import EpochDone, Event, Notify, StageDone
-from layerwise.files import write_atomically
 from layerwise.memory.device import cap, process_bytes, release, why_out_of_memory
 from layerwise.memory.meter import AnyMeter, meter_for
 from layerwise.memory.ranks import ALONE
@@ -158,7 +157,7 @@ def _train(spec: StageSpec, loader: Loader, run: Run, record: StageRecord, meter
     record.input = input_kind(stage, run.storage)
     run.save()
     if run.ranks.first:
-        write_atomically(run.store.stage_config(stage), run.config.to_toml().encode())
+        run.store.write_stage_config(stage, run.config)
 
     def record_epoch(event: Event) -> None:
         if isinstance(event, EpochDone):

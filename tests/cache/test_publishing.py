@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from layerwise.cache import unsealed as publishing
-from layerwise.cache.unsealed import cache_files, publish
+from layerwise.cache.unsealed import publish
 from layerwise.errors import CacheError, Interrupted
+from layerwise.run_store import cache_files
 
 
 @pytest.fixture
