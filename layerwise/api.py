@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from layerwise.config import OWN, Config, load, resolve
+from layerwise.config import OWN, Config, resolve
 from layerwise.config import options as all_options
 from layerwise.data.open import as_data
 from layerwise.data.source import DataSet, Skipped
@@ -139,7 +139,7 @@ def probe(
 
     network, data: those of the run, where it was given objects. Also written to probes/LABEL.json. Raises LayerwiseErrors.
     """
-    config = load(open_run(Path(run_directory))[0].config)
+    config = open_run(Path(run_directory))[0].read_config()
     if isinstance(data, str) or isinstance(network, str | Config):
         raise ConfigError("A probe knows what its run was given by name; give it objects alone, or leave them out.")
     samples = None if data is None else as_data(data, config.data)

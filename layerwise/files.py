@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,15 @@ def write_atomically(path: Path, *content: bytes | memoryview) -> None:
         raise RunError(unwritable(path, error)) from None
 
 
+def write_json(path: Path, tree: object) -> None:
+    """Replaces the file by the tree as indented JSON, atomically. Raises RunError."""
+    write_atomically(path, (json.dumps(tree, indent=2) + "\n").encode())
+
+
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file that holds one in each line; a line that a kill has torn is left out.
 
-    None where there is no such file.
+    Gives an empty list where there is no such file.
     """
     found = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
@@ -78,30 +83,42 @@ def unwritable(path: Path, error: OSError) -> str:
 
 
 @contextmanager
-def exclusive(path: Path, busy: LayerwiseError) -> Iterator[None]:
-    """Holds the lock file; raises `busy` where another process holds it. The lock ends with the process."""
+def exclusive(
+    path: Path, busy: LayerwiseError, wait_seconds: float = GLANCE_SECONDS, poll: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Holds the lock file; the lock ends with the process.
+
+    Raises `busy` where another process holds it for longer than `wait_seconds`, RunError where the file cannot be locked.
+    poll: is called before each try, and may raise.
+    """
+    deadline = time.monotonic() + wait_seconds
+    poll()
+    while (descriptor := _try_to_lock(path)) is None:
+        if time.monotonic() > deadline:
+            raise busy
+        time.sleep(0.02)
+        poll()
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_to_lock(path: Path) -> int | None:
+    """A file descriptor that holds the lock; None where another process holds it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise RunError(unwritable(path, error)) from None
-    deadline = time.monotonic() + GLANCE_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                os.close(descriptor)
-                raise busy from None
-            time.sleep(0.02)
-        except OSError as error:
-            os.close(descriptor)
-            raise RunError(f"{path} cannot be locked: {error.strerror}; use a file system that has locks.") from None
     try:
-        yield
-    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except OSError as error:
         os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise RunError(f"{path} cannot be locked: {error.strerror}; use a file system that has locks.") from None
 
 
 def is_locked(path: Path) -> bool:

@@ -1,7 +1,6 @@
 """Caches by their names, and in what state they are: stage-S.h5, and the files that lie beside it until it is sealed."""
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,32 +18,8 @@ UNSEALED = {
 }
 """Ending of a cache that is not sealed, to its state; whether a run is at it or was killed, the file cannot tell."""
 
-_NAME = re.compile(r"stage-([1-9]\d*)\.h5(\.part|\.journal(?:-[1-9]\d*)?|\.packing|\.copying)?")
-
 PIECE_BYTES = 8 * 2**20
 """Copied at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class CacheFile:
-    """A file that a run has written into its folder of caches."""
-
-    path: Path
-    stage: int
-    is_sealed: bool
-    """By its name."""
-    bytes: int
-    """On this disk."""
-
-
-def cache_files(folder: Path) -> list[CacheFile]:
-    """All of them; files of other names are a user's own."""
-    files = []
-    for path in folder.glob("stage-*.h5*"):
-        if name := _NAME.fullmatch(path.name):
-            with suppress(FileNotFoundError):  # gone by now
-                files.append(CacheFile(path, int(name[1]), name[2] is None, path.lstat().st_blocks * 512))
-    return files
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +88,14 @@ def journals(path: Path) -> list[Path]:
     return [journal, *path.parent.glob(f"{journal.name}-*")]
 
 
-def all_unsealed(path: Path) -> list[Path]:
+def _all_unsealed(path: Path) -> list[Path]:
     """Everything that may lie beside the cache until it is sealed."""
     return [beside(path, ".part"), *journals(path), beside(path, ".packing"), beside(path, ".copying")]
 
 
 def remove_unsealed(path: Path) -> None:
     """Deletes those that are there. Raises OSError."""
-    for file in all_unsealed(path):
+    for file in _all_unsealed(path):
         file.unlink(missing_ok=True)
 
 

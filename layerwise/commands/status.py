@@ -10,9 +10,7 @@ from rich.console import Group
 from rich.live import Live
 
 from layerwise.commands.options import directory_argument, json_option
-from layerwise.config import load
 from layerwise.errors import RunError
-from layerwise.files import is_locked
 from layerwise.report.records import COMPARISON, RoundState, round_states
 from layerwise.report.tables import console_for_results, rounds_table, stage_table, totals
 from layerwise.run_store import RunState, RunStore, open_run
@@ -32,7 +30,7 @@ def status(directory: Path, as_json: bool, watch: bool) -> None:
             f"{directory} is a comparison; see it with: layerwise report {directory}. Its runs lie in {directory}/runs."
         )
     store, state = open_run(directory)
-    rounds = load(store.config).training.rounds if store.config.exists() else 1
+    rounds = store.read_config().training.rounds if store.config.exists() else 1
     if as_json:
         click.echo(json.dumps(_as_json(store, state, rounds)))
         return
@@ -46,7 +44,7 @@ def status(directory: Path, as_json: bool, watch: bool) -> None:
             if state.done:
                 break
             time.sleep(WATCH_SECONDS)
-            state = RunState.load(store.state)
+            state = store.load_state()
 
 
 def _shown(store: RunStore, state: RunState, rounds: int) -> Group:
@@ -58,7 +56,7 @@ def _shown(store: RunStore, state: RunState, rounds: int) -> Group:
 def _overall(store: RunStore, state: RunState, states: list[RoundState]) -> str:
     if state.done:
         return "done"
-    at_work = is_locked(store.lock) or is_locked(store.task_lock) or any(each.worker for each in states)
+    at_work = store.is_running or store.worker() is not None or any(each.worker for each in states)
     return "running" if at_work else "stopped"
 
 

@@ -12,7 +12,7 @@ from layerwise.nets.module import Module
 from layerwise.nets.named import TORCHVISION
 from layerwise.nets.network import Network, ranges
 from layerwise.nets.traced import traced_network
-from layerwise.run_store import RunState, RunStore
+from layerwise.run_store import RunStore
 from layerwise.training.checkpoint import Arrays, load_weights
 from layerwise.training.encoder import Origin, load_encoder
 from layerwise.training.forward import InferenceStage
@@ -69,11 +69,11 @@ def _encoder_file(place: Path) -> Path:
         raise RunError(f"There is no {place}; name a run directory, or a folder made by layerwise export.")
     if store.encoder.exists():
         return store.encoder
-    if not store.state.exists():
+    if not store.exists:
         raise RunError(
             f"{place} holds no encoder.safetensors; name a run directory, or a folder made by layerwise export."
         )
-    unfinished = [record.stage for record in RunState.load(store.state).stages if record.status != "done"]
+    unfinished = [record.stage for record in store.load_state().stages if record.status != "done"]
     why = f": stage {unfinished[0]} is not done" if unfinished else ""
     raise RunError(f"{place} has no encoder yet{why}; go on with the run first.")
 

@@ -18,8 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from layerwise.engines.sbatch import NoAnswer, NoCommand, ask_slurm
 from layerwise.errors import RunError, SlurmError
-from layerwise.files import write_atomically
-from layerwise.run_store import RunState, RunStore
+from layerwise.run_store import RunStore
 from layerwise.stop import stop_on_signals
 
 BY_A_PERSON = ("SIGINT", "SIGUSR2")
@@ -144,14 +143,13 @@ def count_restart(store: RunStore, restarts: int) -> None:
     restarts: how often the job was started again before; at 0 a person has submitted it, and counting begins. Raises RunError
     where MOST starts in a row got nowhere.
     """
-    if not store.state.exists():
+    if not store.exists:
         # Nothing is noted in a folder that is not a run's yet; Slurm's own count must do.
         in_vain = restarts
     else:
-        here, earlier = _where_it_stands(store), _read(store.restarts)
-        in_vain = earlier["in_vain"] + 1 if restarts and earlier["stands"] == here else 0
-        content = {"stands": here, "in_vain": in_vain}
-        write_atomically(store.restarts, (json.dumps(content, indent=2) + "\n").encode())
+        here, earlier = _where_it_stands(store), store.read_restarts()
+        in_vain = earlier["in_vain"] + 1 if restarts and earlier.get("stands") == here else 0
+        store.write_restarts(here, in_vain)
     if in_vain >= MOST:
         raise RunError(
             f"This job was started {in_vain} times in a row and each time stopped before {store.out} had got any further, so "
@@ -161,7 +159,7 @@ def count_restart(store: RunStore, restarts: int) -> None:
 
 def _where_it_stands(store: RunStore) -> list[Any]:
     """Of every stage its status, epochs and checkpoint; and the bytes of the caches, whole ones and half-written ones."""
-    state = RunState.load(store.state)
+    state = store.load_state()
     caches = sum(path.stat().st_size for path in store.caches.glob("stage-*")) if store.caches.is_dir() else 0
     stages = [[each.status, each.epochs, _position(store.checkpoint(each.stage))] for each in state.stages]
     return [*stages, caches]
@@ -177,12 +175,3 @@ def _position(checkpoint: Path) -> list[int] | None:
         return [progress["epoch"], progress["step"]]
     except (OSError, SafetensorError, TypeError, KeyError, ValueError):
         return [checkpoint.stat().st_mtime_ns]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What was noted last; nothing where it cannot be read, for then there was no such start."""
-    try:
-        noted = json.loads(path.read_text())
-        return {"stands": noted["stands"], "in_vain": int(noted["in_vain"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"stands": None, "in_vain": 0}

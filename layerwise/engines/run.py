@@ -3,11 +3,9 @@
 Starting a run and resuming it are the same call. What is done is read from the disk, never from a flag.
 """
 
-import json
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from layerwise.config import OWN, Config
 from layerwise.data.open import open_data
@@ -19,7 +17,7 @@ from layerwise.engines.task_runner import perform_tasks, write_encoder
 from layerwise.engines.torchrun import device_of
 from layerwise.errors import ConfigError, RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
-from layerwise.files import exclusive, refuse_unwritable, write_atomically
+from layerwise.files import refuse_unwritable
 from layerwise.memory.device import share_one_heap
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets import shortest_sample
@@ -33,8 +31,7 @@ from layerwise.training.cache_plan import free_for_caches, plan_caches, sealed_b
 from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend
 from layerwise.training.cut import cut_network
 from layerwise.training.optimizer import Optimization
-from layerwise.training.resume import check_from_stage, decided, earlier_records, intended
-from layerwise.training.rounds import prepare_rounds
+from layerwise.training.resume import StartRequest, decided, earlier_records, intended, prepare_rounds
 from layerwise.training.run import Round, Run
 from layerwise.training.samples import split_samples
 from layerwise.training.schedule import Task, tasks_of_run
@@ -91,7 +88,7 @@ def run(
 
 def _result(run: Run) -> RunResult:
     labels = (*run.data.labels, *run.data.frame_label_names)
-    return RunResult(run.store, RunState.load(run.store.state), run.config, labels)
+    return RunResult(run.store, run.store.load_state(), run.config, labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +116,17 @@ def prepared_run(
     share_one_heap()
     service = find_service(config.training.log)
     _refuse_objects_elsewhere(config, objects, ranks)
+    request = StartRequest(from_stage, overwrite)
     device = device_of(config.engine.devices[0] if config.engine.devices else config.training.device, ranks)
     store, rounds = RunStore.of(config.out, config.cache.dir), config.training.rounds
     data = objects.data or open_data(config.data, shortest_sample(config))
-    planned_for = _content(store.state)
+    planned_for = store.state_bytes()
     sizes = objects.cut or (None if overwrite else _earlier_cut(store, config))
     specs = cut_network(config, data, device, objects.network, sizes, objects.optimization)
     check_shareable(specs, ranks)
     split = split_samples(data, config)
     furthest = store.furthest_round(rounds)
-    earlier = earlier_records(furthest, config, overwrite, from_stage)
+    earlier = earlier_records(furthest, config, request)
     cache_plan = plan_caches(
         config,
         specs,
@@ -138,34 +136,28 @@ def prepared_run(
         sealed_bytes(furthest, len(specs)),
         intended(earlier, furthest, config),
     )
-    finished = {each.stage for each in earlier_records(store, config, overwrite, from_stage) if each.status == "done"}
+    finished = {each.stage for each in earlier_records(store, config, request) if each.status == "done"}
     memory_plans = fit_to_budget(config, specs, cache_plan, device, finished, stop)
-    busy = RunError(f"Another process is running {store.out}; wait for it, or name another --out.")
-    caches_busy = RunError(
-        f"Another run of the same name is using {store.caches}; wait for it, or give another --out name or --cache-dir."
-    )
-    _refuse_foreign_folder(store.out)
+    store.refuse_foreign_folder()
     for folder in (store.out, store.caches):
         refuse_unwritable(folder)
     refuse_while_queued(store.jobs)
-    check_from_stage(store, from_stage, overwrite, len(specs))
+    request.check(store, len(specs))
     # The locks come this late because a request that is refused leaves no folder behind.
-    with exclusive(store.lock, busy), exclusive(store.caches_lock, caches_busy):
-        with _nobody_at_work(store, rounds):
-            if _content(store.state) != planned_for:
+    with store.lock_run():
+        with store.lock_all_tasks(rounds):
+            if store.state_bytes() != planned_for:
                 raise RunError(f"Another process has gone on with {store.out} meanwhile; start the same command again.")
-            states = prepare_rounds(
-                config, store, data, specs, device, from_stage=from_stage, overwrite=overwrite, cached=cache_plan.cached
-            )
+            states = prepare_rounds(config, store, data, specs, device, request, cache_plan.cached)
             state, run = states[rounds], Run(config, store, data, split, specs, memory_plans, cache_plan, device, ranks)
-            write_atomically(store.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
+            store.write_machine(machine(device))
             tracker = open_service(config.training.log, service, store, state.run_id, config)
         with TrackingCallback(tracker, notify) as notify_all:
             for line in _described(run):
                 notify_all(Message(line))
             done = tuple(record.stage for record in state.stages if record.status == "done")
             notify_all(RunStarted(len(specs), done, config.training.max_epochs, state.budget_bytes, rounds))
-            with _nobody_at_work(store, rounds):
+            with store.lock_all_tasks(rounds):
                 tasks = _tasks_left([run.round(number) for number in states], notify_all)
             yield PreparedRun(run, tasks, notify_all)
 
@@ -185,20 +177,6 @@ def _refuse_objects_elsewhere(config: Config, objects: UserObjects, ranks: Ranks
         )
 
 
-@contextmanager
-def _nobody_at_work(store: RunStore, rounds: int) -> Iterator[None]:
-    """Keeps tasks from their rounds meanwhile, those of an earlier start included. Raises RunError where one is in hand."""
-    locks = {store.round(number, rounds).task_lock for number in range(1, rounds + 1)}
-    locks |= {folder / store.task_lock.name for folder in (store.out / "rounds").glob("*")}
-    with ExitStack() as held:
-        for lock in sorted(locks):
-            busy = RunError(
-                f"A task of {lock.parent} is being performed, by a batch job or a worker; wait for it, or cancel it."
-            )
-            held.enter_context(exclusive(lock, busy))
-        yield
-
-
 def _execute(prepared: PreparedRun, stop: StopFlag) -> None:
     """Has the engine of the options perform the tasks."""
     run, tasks, notify = prepared.run, prepared.tasks, prepared.notify
@@ -214,15 +192,16 @@ def _execute(prepared: PreparedRun, stop: StopFlag) -> None:
 
 
 def tasks_left(config: Config, overwrite: bool, from_stage: int | None) -> list[Task]:
-    """What `begun` would find to do, were nothing damaged; nothing is written."""
+    """What `prepared_run` would find to do, were nothing damaged; nothing is written."""
     store, rounds = RunStore.of(config.out, config.cache.dir), config.training.rounds
+    request = StartRequest(from_stage, overwrite)
     data = open_data(config.data, shortest_sample(config))
     device, cut = device_of(config.training.device, ALONE), None if overwrite else _earlier_cut(store, config)
     stages = len(cut_network(config, data, device, None, cut))
     done = {
         Task(number, record.stage)
         for number in range(1, rounds + 1)
-        for record in earlier_records(_of_round(store, number, rounds), config, overwrite, from_stage)
+        for record in earlier_records(_of_round(store, number, rounds), config, request)
         if record.status == "done"
     }
     return [task for task in tasks_of_run(stages, rounds) if task not in done]
@@ -231,7 +210,7 @@ def tasks_left(config: Config, overwrite: bool, from_stage: int | None) -> list[
 def _of_round(store: RunStore, number: int, rounds: int) -> RunStore:
     """Of a round that was deleted, for it had served its purpose, the run itself."""
     here = store.round(number, rounds)
-    return here if here.state.exists() or not store.state.exists() else store
+    return here if here.exists or not store.exists else store
 
 
 def _tasks_left(rounds: list[Round], notify: Notify) -> list[Task]:
@@ -254,26 +233,11 @@ def _rebuild_unusable_caches(round: Round, notify: Notify) -> None:
             mend(error, round, notify)
 
 
-def _content(path: Path) -> bytes | None:
-    return path.read_bytes() if path.exists() else None
-
-
-def _refuse_foreign_folder(out: Path) -> None:
-    """Raises RunError where the run directory would mix with files that are not a run's."""
-    if out.exists() and not out.is_dir():
-        raise RunError(f"--out {out} is a file; name a folder.")
-    if out.is_dir() and not (out / "run.json").exists():
-        ours = {"lock", "task.lock", "rounds", "run.json.tmp"}
-        others = sorted(entry.name for entry in out.iterdir() if entry.name not in ours)
-        if others:
-            raise RunError(f"--out {out} holds something else ({others[0]}); name a new or empty folder.")
-
-
 def _earlier_cut(store: RunStore, config: Config) -> list[int] | None:
     """How an earlier start has cut the network, so that this one goes on with it whatever its budget."""
-    if not store.state.exists() or config.training.schedule == "simultaneous":
+    if not store.exists or config.training.schedule == "simultaneous":
         return None
-    cut = RunState.load(store.state).cut
+    cut = store.load_state().cut
     return cut if config.training.stages in (None, len(cut)) else None
 
 

@@ -5,16 +5,14 @@ What is done is read from the disk before each task, so processes pass nothing o
 
 import os
 import socket
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from layerwise.config import load, with_options
 from layerwise.data.open import open_data
 from layerwise.errors import RunError
 from layerwise.events import Notify
-from layerwise.files import exclusive
 from layerwise.memory.device import find_device, share_one_heap
 from layerwise.memory.meter import meter_for
 from layerwise.nets import shortest_sample
@@ -25,15 +23,10 @@ from layerwise.training.cache_plan import CachePlan
 from layerwise.training.context import RunContext
 from layerwise.training.cut import cut_network
 from layerwise.training.encoder import stitch
-from layerwise.training.resume import is_trained
 from layerwise.training.run import Round, Run
 from layerwise.training.samples import split_samples
 from layerwise.training.schedule import Task
 from layerwise.training.task import perform
-
-HANDOVER_SECONDS = 120
-"""How long a task waits for another process to let go of its round: one that was killed may still be on its way out,
-and over a network a lock outlives a machine by a minute or two."""
 
 
 def perform_tasks(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> None:
@@ -48,10 +41,10 @@ def perform_task(task: Task, run: Run, stop: StopFlag, notify: Notify) -> None:
     of_round = f" of round {task.round}" if run.rounds > 1 else ""
     where = f"before stage {task.stage}{of_round}"
     context.raise_if_stopped(where)
-    lock = run.store.round(task.round, run.rounds).task_lock
-    with _locked(lock, task, where, stop) if run.ranks.first else nullcontext():
-        if run.ranks.first:  # for `layerwise status`
-            lock.write_text(f"{socket.gethostname()}, process {os.getpid()}, {run.device}\n")
+    store = run.store.round(task.round, run.rounds)
+    with store.lock_task(_busy(task), lambda: stop.raise_if_set(where)) if run.ranks.first else nullcontext():
+        if run.ranks.first:
+            store.write_worker(f"{socket.gethostname()}, process {os.getpid()}, {run.device}")
         round = run.round(task.round)
         _check_needs(task, round)
         run.ranks.barrier()  # all ranks have read the state before the first one changes it
@@ -60,13 +53,13 @@ def perform_task(task: Task, run: Run, stop: StopFlag, notify: Notify) -> None:
 
 def write_encoder(run: Run) -> None:
     """Stitches the trained stages into encoder.safetensors; every task must be done."""
-    with _locked(run.store.task_lock, Task(run.rounds, len(run.specs)), "", StopFlag()):
+    with run.store.lock_task(_busy(Task(run.rounds, len(run.specs))), lambda: None):
         stitch(run.config, run.store, run.specs, run.data)
         for store in (run.store.round(number, run.rounds) for number in range(1, run.rounds + 1)):
-            if store.state.exists():
-                state = RunState.load(store.state)
+            if store.exists:
+                state = store.load_state()
                 state.from_stage = None
-                state.save(store.state)
+                store.save_state(state)
 
 
 def open_prepared_run(out: Path, device: str | None = None) -> Run:
@@ -87,7 +80,7 @@ def open_prepared_run(out: Path, device: str | None = None) -> Run:
     data = open_data(config.data, shortest_sample(config))
     if data.identity != main.data_identity:
         raise RunError(f"The data of {out} have changed since it was prepared; bring the old ones back.")
-    furthest = RunState.load(store.furthest_round(config.training.rounds).state)
+    furthest = store.furthest_round(config.training.rounds).load_state()
     cache_plan = CachePlan(tuple(bool(record.cached) for record in furthest.stages))
     specs = cut_network(config, data, on, None, main.cut)
     if specs[0].network.identity != main.network:
@@ -102,37 +95,17 @@ def open_prepared_run(out: Path, device: str | None = None) -> Run:
 
 def _check_needs(task: Task, round: Round) -> None:
     """Raises RunError where the round before has not ended for the stage: a job that is out of date came too early."""
-    if round.earlier is None or is_trained(round.state.record(task.stage)):
+    if round.earlier is None or round.state.record(task.stage).is_trained:
         return
     before = round.earlier.state.record(task.stage)
-    if not is_trained(before):
+    if not before.is_trained:
         raise RunError(
             f"Stage {task.stage} of round {task.round} needs round {task.round - 1}, where that stage is {before.status}: the "
             "run has been changed since this task was handed out; start the run again."
         )
 
 
-@contextmanager
-def _locked(lock: Path, task: Task, where: str, stop: StopFlag) -> Iterator[None]:
-    """Holds a round while a task of it is performed: within a round one task follows another.
-
-    Raises RunError where another process keeps the lock, and Interrupted, which says where, while it waits.
-    """
-    busy = RunError(
+def _busy(task: Task) -> RunError:
+    return RunError(
         f"Another process is at work in round {task.round}, where stage {task.stage} comes next; wait for it, or stop it."
     )
-    deadline = time.monotonic() + HANDOVER_SECONDS
-    while True:
-        stop.raise_if_set(where)
-        held = exclusive(lock, busy)
-        try:
-            held.__enter__()
-            break
-        except RunError as error:
-            if error is not busy or time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-    try:
-        yield
-    finally:
-        held.__exit__(None, None, None)

@@ -22,7 +22,7 @@ from layerwise.evaluate.classifiers import answer
 from layerwise.evaluate.forward import features_under_budget
 from layerwise.evaluate.targets import ProbeTask, ask, truth
 from layerwise.events import Notify, silent
-from layerwise.files import exclusive, write_atomically
+from layerwise.files import exclusive, write_atomically, write_json
 from layerwise.memory.device import find_device
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import ranges
@@ -140,7 +140,7 @@ class Comparison:
     def save(self, path: Path) -> None:
         """Replaces the file atomically. Raises RunError."""
         tree = asdict(self) | {"methods": [asdict(method) for method in self.methods]}
-        write_atomically(path, (json.dumps(tree, indent=2) + "\n").encode())
+        write_json(path, tree)
 
 
 def load_comparison(out: Path) -> Comparison:

@@ -4,14 +4,13 @@ The test samples were never seen by the encoder's training nor by the classifier
 are there; those of other stages are made again from the data.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from layerwise.cache import ActivationCache
-from layerwise.config import Config, load
+from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.errors import CacheError, ConfigError, DataError, RunError, did_you_mean
@@ -20,7 +19,6 @@ from layerwise.evaluate.examples import FeatureRows
 from layerwise.evaluate.features import cached_features
 from layerwise.evaluate.forward import features_under_budget
 from layerwise.evaluate.targets import ProbeTask, ask, truth
-from layerwise.files import write_atomically
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network, ranges
 from layerwise.run_store import RunState, RunStore, open_run
@@ -81,7 +79,7 @@ def probe(
     done = [record.stage for record in state.stages if record.status == "done"]
     if not done:
         raise RunError(f"No stage of {run_directory} is done yet; go on with the run first.")
-    config = load(store.config)
+    config = store.read_config()
     data = _data_of_the_run(config, state, data)
     network = network or build_network(config.net, data.frame_shape, config.training.seed)
     if network.identity != state.network:
@@ -90,7 +88,7 @@ def probe(
         )
     specs = stage_specs(config, data, network, ranges(state.cut))[: max(done)]
     question = ask(label, data, config)
-    handings = [OutputFormat.of(load(store.stage_config(spec.stage))) for spec in specs]
+    handings = [OutputFormat.of(store.read_stage_config(spec.stage)) for spec in specs]
 
     notify("features of the same network with random weights")
     random = random_stages(specs, handings, config.training.seed)
@@ -113,8 +111,7 @@ def probe(
         train, test = len(right.parts.fitted), len(right.parts.test)
         results.append(StageError(stage, found.error, baseline.error, train, test, found.confusion))
     result = ProbeResult(label, results, peak, classifier)
-    path = store.probe(label if classifier == "linear" else f"{label}-{classifier}")
-    write_atomically(path, (json.dumps(asdict(result), indent=2) + "\n").encode())
+    store.write_probe(label if classifier == "linear" else f"{label}-{classifier}", asdict(result))
     return result
 
 

@@ -158,7 +158,7 @@ def _gather_run(directory: Path) -> GatheredRun:
     return GatheredRun(
         store=store,
         state=state,
-        progress="done" if state.done else "running" if is_locked(store.lock) else "stopped",
+        progress="done" if state.done else "running" if store.is_running else "stopped",
         config=_config(store.config),
         options=store.config.read_text(errors="replace") if store.config.exists() else "",
         machine=_read(dict[str, Any], store.machine) if store.machine.exists() else {},

@@ -13,14 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise.cache import Layout
 from layerwise.cache.format import file_bytes
-from layerwise.cache.inventory import cache_files
 from layerwise.cache.layout import as_codes, in_chains
 from layerwise.cache.packing import packed, packed_bytes
 from layerwise.cache.zstd import require_zstandard
 from layerwise.config import CacheOptions, Config
 from layerwise.data.source import DataSet
 from layerwise.errors import BudgetError, ConfigError
-from layerwise.run_store import RunState, RunStore, StageRecord
+from layerwise.run_store import RunState, RunStore, StageRecord, cache_files
 from layerwise.training.spec import StageSpec, frame_labels
 from layerwise.units import size
 

@@ -3,15 +3,12 @@
 Frees the room that a run's caches take; what a later start needs of them is made again from the weights."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 from layerwise.cache import ActivationCache
-from layerwise.cache.inventory import all_unsealed, cache_files
 from layerwise.errors import CacheError, RunError, UnusableCache
 from layerwise.events import Message, Notify
-from layerwise.files import exclusive
-from layerwise.run_store import RunState, RunStore, open_run
+from layerwise.run_store import cache_files, open_run
 from layerwise.training.cache_plan import retained_caches
 from layerwise.training.resume import find_what_is_missing
 from layerwise.training.run import Round
@@ -52,8 +49,8 @@ def delete_unneeded_caches(round: Round) -> None:
             record.cache = record.cache_bytes = None
     if left:
         round.save()
-    for file in left if round.run.ranks.first else ():
-        file.path.unlink(missing_ok=True)
+    if round.run.ranks.first:
+        round.store.delete_cache_files(left)
 
 
 def mend(error: UnusableCache, round: Round, notify: Notify) -> None:
@@ -72,35 +69,22 @@ def remove_caches(run_directory: Path, stages: Sequence[int] | None) -> int:
 
     Raises RunError where the run is running, CacheError where a stage has no cache.
     """
-    store, state = open_run(run_directory)
-    freed, busy = 0, RunError(f"{run_directory} is running; stop it first.")
-    rounds = [open_run(folder) for folder in sorted((store.out / "rounds").glob("*")) if (folder / "run.json").exists()]
-    with ExitStack() as held:
-        for lock in (store.lock, store.task_lock, *(of_round.task_lock for of_round, _ in rounds)):
-            held.enter_context(exclusive(lock, busy))
-        numbers = [record.stage for record in state.stages] if stages is None else stages
-        for stage in numbers:
-            if not 1 <= stage <= len(state.stages):
-                raise CacheError(f"--stage {stage}: {run_directory} has stages 1 to {len(state.stages)}.")
-            if stages is not None and not any(each.cache(stage).exists() for each, _ in [(store, state), *rounds]):
+    freed = 0
+    with open_run(run_directory)[0].lock_stopped() as rounds:
+        count = len(rounds[0][1].stages)
+        for stage in stages or ():
+            if not 1 <= stage <= count:
+                raise CacheError(f"--stage {stage}: {run_directory} has stages 1 to {count}.")
+            if not any(store.cache(stage).exists() for store, _ in rounds):
                 raise CacheError(
                     f"Stage {stage} of {run_directory} has no cache; see: layerwise cache ls {run_directory}."
                 )
-        for of_round, state_of_round in [(store, state), *rounds]:
-            freed += _remove(of_round, state_of_round, numbers)
+        for store, state in rounds:
+            for stage in range(1, count + 1) if stages is None else stages:
+                record = state.record(stage)
+                record.cache = record.cache_bytes = None
+                store.save_state(state)
+                freed += store.delete_cache(stage)
             if stages is None:
-                of_round.cache_owner.unlink(missing_ok=True)  # nothing is left that could be taken for another run's
-    return freed
-
-
-def _remove(store: RunStore, state: RunState, stages: Sequence[int]) -> int:
-    freed = 0
-    for stage in stages:
-        record = state.record(stage)
-        record.cache = record.cache_bytes = None
-        state.save(store.state)
-        for path in (store.cache(stage), *all_unsealed(store.cache(stage))):
-            if path.exists():
-                freed += path.stat().st_blocks * 512
-                path.unlink()
+                store.delete_caches_owner()
     return freed

@@ -8,7 +8,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from layerwise.config import Config, load, parsed
+from layerwise.config import Config, parsed
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, RunError
 from layerwise.run_store import RunStore
@@ -46,7 +46,7 @@ def stitch(config: Config, store: RunStore, specs: list[StageSpec], data: DataSe
     """Writes encoder.safetensors, on the host: the weights of all layers under their names in the whole network."""
     cut, handings = [], []
     for spec in specs:
-        trained_with = load(store.stage_config(spec.stage))
+        trained_with = store.read_stage_config(spec.stage)
         for _ in spec.parts[:-1]:  # which nothing lay between
             handings.append(OutputFormat(trained_with.training.precision, None))
         handings.append(OutputFormat.of(trained_with))
@@ -64,8 +64,8 @@ def save_encoder(path: Path, weights: Arrays, origin: Origin) -> None:
 
 def load_encoder(path: Path) -> tuple[Arrays, Origin]:
     """Weights and origin. Raises RunError where the file is missing, damaged or of a layerwise that wrote no origin."""
-    weights, header = load_arrays(path, "start its run again, which writes it anew and trains nothing.")
     way_out = "start its run again with the same command, which writes it anew and trains nothing."
+    weights, header = load_arrays(path, way_out)
     try:
         described = json.loads(header["origin"])
         handings = [OutputFormat(**each) for each in described.pop("handings")]

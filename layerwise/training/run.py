@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from layerwise.config import Config, load, options, value_of
+from layerwise.config import Config, options, value_of
 from layerwise.data.source import DataSet
 from layerwise.errors import RunError
 from layerwise.memory.plan import MemoryPlan
@@ -43,9 +43,9 @@ class Run:
         found = None
         for each in range(1, number + 1):
             store = self.store.round(each, self.rounds)
-            if each < number and not store.state.exists():  # a user may delete earlier rounds of a finished run
+            if each < number and not store.exists:  # a user may delete earlier rounds of a finished run
                 continue
-            found = Round(self, each, store, RunState.load(store.state), found)
+            found = Round(self, each, store, store.load_state(), found)
         assert found is not None
         return found
 
@@ -75,7 +75,7 @@ class Round:
     def save(self) -> None:
         """Replaces run.json. Raises RunError."""
         if self.run.ranks.first:
-            self.state.save(self.store.state)
+            self.store.save_state(self.state)
 
     def training_key(self, stage: int) -> str:
         """SHA-256 of the input of a stage and of all options that act on its result.
@@ -103,7 +103,7 @@ class Round:
 
     def trained_with(self, stage: int) -> Config:
         """The options that a stage was trained with; `--from-stage` may have changed them for the stages above only."""
-        return load(self.store.stage_config(stage))
+        return self.store.read_stage_config(stage)
 
 
 def fingerprint(training_key: str, weights_digest: str) -> str:

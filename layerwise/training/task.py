@@ -17,7 +17,6 @@ from layerwise.cache import ActivationCache
 from layerwise.data.source import FrameSource
 from layerwise.errors import BudgetError, UnusableCache
 from layerwise.events import EpochDone, Event, Notify, StageDone
-from layerwise.files import write_atomically
 from layerwise.memory.device import cap, process_bytes, release, return_free_blocks, why_out_of_memory
 from layerwise.memory.meter import meter_for
 from layerwise.memory.ranks import ALONE
@@ -165,7 +164,7 @@ def _train(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -
     record.input = run.cache_plan.input_kind(stage)
     round.save()
     if context.ranks.first:
-        write_atomically(round.store.stage_config(stage), run.config.to_toml().encode())
+        round.store.write_stage_config(stage, run.config)
 
     def record_epoch(event: Event) -> None:
         if isinstance(event, EpochDone):

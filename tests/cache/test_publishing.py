@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from layerwise.cache import inventory as publishing
-from layerwise.cache.inventory import cache_files, publish
+from layerwise.cache.inventory import publish
 from layerwise.errors import CacheError, Interrupted
+from layerwise.run_store import cache_files
 
 
 @pytest.fixture

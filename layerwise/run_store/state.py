@@ -1,4 +1,4 @@
-"""A run on disk: the name of every file of a run, and its state in run.json."""
+"""What run.json says: how far a run is, stage by stage."""
 
 import json
 import secrets
@@ -7,129 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from layerwise.errors import RunError
-from layerwise.files import write_atomically
+from layerwise.files import write_json
 
 VERSION = 3
 
 Status = Literal["pending", "training", "caching", "done"]
-
-
-@dataclass(frozen=True, slots=True)
-class RunStore:
-    """Every path of one run."""
-
-    out: Path
-    """The run directory."""
-    caches: Path
-    """The folder of its activation caches."""
-
-    @classmethod
-    def of(cls, out: str | Path, cache_dir: str | Path) -> "RunStore":
-        """The caches of runs/NAME lie in CACHE_DIR/NAME."""
-        try:
-            out = Path(out).expanduser()
-            return cls(out, (Path(cache_dir).expanduser() / out.resolve().name).resolve())
-        except RuntimeError as error:
-            raise RunError(f"--out {out} or --cache-dir {cache_dir} cannot be found: {error}.") from None
-
-    def round(self, round: int, rounds: int) -> "RunStore":
-        """The last round is the run itself; an earlier one is a run directory below it, with caches of its own."""
-        if round == rounds:
-            return self
-        return RunStore(self.out / "rounds" / str(round), self.caches / f"round-{round}")
-
-    def furthest_round(self, rounds: int) -> "RunStore":
-        """The round that is ahead of all others: the first, or the last one where those before it were deleted."""
-        first = self.round(1, rounds)
-        return first if first.state.exists() else self
-
-    @property
-    def state(self) -> Path:
-        return self.out / "run.json"
-
-    @property
-    def config(self) -> Path:
-        return self.out / "config.toml"
-
-    @property
-    def log(self) -> Path:
-        return self.out / "log.txt"
-
-    @property
-    def machine(self) -> Path:
-        """The machine of the newest start."""
-        return self.out / "machine.json"
-
-    @property
-    def restarts(self) -> Path:
-        """Where the run stood when it was last queued again, see engines.restarts."""
-        return self.out / "restarts.json"
-
-    @property
-    def report(self) -> Path:
-        return self.out / "report.html"
-
-    @property
-    def plots(self) -> Path:
-        """The figures of the report, each as .svg and .png."""
-        return self.out / "plots"
-
-    @property
-    def lock(self) -> Path:
-        return self.out / "lock"
-
-    @property
-    def caches_lock(self) -> Path:
-        """Held as well: runs of the same name in other folders have this folder of caches, too."""
-        return self.caches / "lock"
-
-    @property
-    def jobs(self) -> Path:
-        """Batch scripts and logs of a run on Slurm."""
-        return self.out / "jobs"
-
-    @property
-    def task_lock(self) -> Path:
-        """Held by the process that performs a task of this round."""
-        return self.out / "task.lock"
-
-    @property
-    def encoder(self) -> Path:
-        return self.out / "encoder.safetensors"
-
-    @property
-    def cache_owner(self) -> Path:
-        """Holds the id of the run that the caches belong to."""
-        return self.caches / "run-id"
-
-    @property
-    def probes(self) -> Path:
-        return self.out / "probes"
-
-    def probe(self, label: str) -> Path:
-        return self.probes / f"{label}.json"
-
-    def stage(self, stage: int) -> Path:
-        return self.out / "stages" / str(stage)
-
-    def stage_config(self, stage: int) -> Path:
-        """The resolved options that the stage was trained with."""
-        return self.stage(stage) / "config.toml"
-
-    def weights(self, stage: int) -> Path:
-        return self.stage(stage) / "weights.safetensors"
-
-    def checkpoint(self, stage: int) -> Path:
-        return self.stage(stage) / "checkpoint.safetensors"
-
-    def metrics(self, stage: int) -> Path:
-        return self.stage(stage) / "metrics.jsonl"
-
-    def memory(self, stage: int) -> Path:
-        return self.stage(stage) / "memory.jsonl"
-
-    def cache(self, stage: int) -> Path:
-        return self.caches / f"stage-{stage}.h5"
 
 
 @dataclass(slots=True)
@@ -162,6 +44,11 @@ class StageRecord:
     fingerprint: str | None = None
     seconds: float = 0.0
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether its weights are final, its outputs cached or not."""
+        return self.status in ("caching", "done")
+
 
 @dataclass(slots=True)
 class RunState:
@@ -190,6 +77,11 @@ class RunState:
     def done(self) -> bool:
         return all(record.status == "done" for record in self.stages)
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether the weights of all stages are final."""
+        return all(record.is_trained for record in self.stages)
+
     def record(self, stage: int) -> StageRecord:
         return self.stages[stage - 1]
 
@@ -197,9 +89,14 @@ class RunState:
         """The stage whose cache is the nearest below `stage`; 0 for the data."""
         return next((below for below in range(stage - 1, 0, -1) if self.record(below).cached), 0)
 
+    def reset_from(self, stage: int) -> None:
+        """Sets this stage and those above it back to the beginning; whether they are to be cached stays decided."""
+        for record in self.stages[stage - 1 :]:
+            self.stages[record.stage - 1] = StageRecord(record.stage, cached=record.cached)
+
     def save(self, path: Path) -> None:
         """Replaces run.json atomically. Raises RunError."""
-        write_atomically(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> "RunState":
@@ -225,11 +122,3 @@ class RunState:
             raise RunError(f"{path} cannot be read: {error.strerror}.") from None
         except (ValueError, KeyError, TypeError):
             raise RunError(f"{path} is damaged; restore it, or move the folder away and start anew.") from None
-
-
-def open_run(out: Path) -> tuple[RunStore, RunState]:
-    """Paths and state of an existing run. Raises RunError."""
-    if not out.is_dir():
-        raise RunError(f"There is no run directory {out}; start one with: layerwise run --out {out}.")
-    state = RunState.load(out / "run.json")
-    return RunStore(out, Path(state.caches)), state
