@@ -18,34 +18,40 @@ def network():
                          nn.Conv2d(16, 16, 3, 2, 1), nn.Dropout(0.1), nn.Flatten(), nn.Linear(256, 32))
 """
 SPEECH = [
-    *(
-        "--recipe",
-        "fsdd",
-        "--set",
-        "net.width=16",
-        "--set",
-        "net.context=16",
-        "--max-epochs",
-        "2",
-        "--stages",
-        "4",
-        "--seed",
-        "3",
-    ),
-    *("--set", "data.window=5120", "--set", "objective.steps=4", "--set", "objective.anchors=32", "--keep", "all"),
-]
-PICTURES = [
     "--recipe",
-    "cifar10",
-    "--set",
-    "net.width=4",
-    "--set",
-    "net.blocks=[1,1,1]",
+    "fsdd",
+    "--data",
+    "fsdd:digits",
     "--max-epochs",
-    "1",
+    "2",
+    "--stages",
+    "4",
+    "--seed",
+    "3",
     "--keep",
     "all",
+    "--set",
+    "net.width=16",
+    "--set",
+    "net.context=16",
+    "--set",
+    "data.window=5120",
+    "--set",
+    "objective.steps=4",
+    "--set",
+    "objective.anchors=32",
 ]
+OF_PICTURES = [
+    "--data",
+    "images:pictures/train",
+    "--keep",
+    "all",
+    "--set",
+    "data.gray=false",
+    "--set",
+    "data.picture=32",
+]
+PICTURES = ["--recipe", "cifar10", "--max-epochs", "1", "--set", "net.width=4", "--set", "net.blocks=[1,1,1]"]
 OWN = [
     "--recipe",
     "whole",
@@ -76,14 +82,13 @@ def main(fsdd: Path, cifar10: Path) -> None:
         Path("bits_network.py").write_text(NETWORK)
         link(fsdd.resolve(), Path("digits"), "recordings/*.wav", 25)
         link(cifar10.resolve(), Path("pictures"), "train/*/*", 100)
-        speech, pictures = ["--data", "fsdd:digits"], ["--data", "images:pictures/train", "--set", "data.gray=false"]
         runs = {
-            "speech": [*LAYERWISE, *SPEECH, *speech, "--gpu-mem", "3MB"],
-            "pictures": [*LAYERWISE, *PICTURES, *pictures],
-            "own": [*LAYERWISE, *OWN, *pictures, "--keep", "all"],
-            "rounds": [*LAYERWISE, *SPEECH, *speech, "--rounds", "2"],
-            "ranks": [*TORCHRUN, *LAYERWISE, *SPEECH, *speech],
-            "recompute": [*LAYERWISE, *SPEECH, *speech, "--cache", "never"],
+            "speech": [*LAYERWISE, *SPEECH, "--gpu-mem", "3MB"],
+            "pictures": [*LAYERWISE, *PICTURES, *OF_PICTURES],
+            "own": [*LAYERWISE, *OWN, *OF_PICTURES],
+            "rounds": [*LAYERWISE, *SPEECH, "--rounds", "2"],
+            "ranks": [*TORCHRUN, *LAYERWISE, *SPEECH],
+            "recompute": [*LAYERWISE, *SPEECH, "--cache", "never"],
         }
         search = os.pathsep.join([os.environ.get("PYTHONPATH", ""), "."])
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": search}

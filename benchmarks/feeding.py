@@ -22,7 +22,7 @@ from cache import drop_pages
 from layerwise.cache import ActivationCache, CacheWriter, Layout
 from layerwise.data.batches import Batch, training_epoch
 from layerwise.memory.meter import meter_for
-from layerwise.memory.plan import Placement
+from layerwise.memory.plan import MemoryPlan
 from layerwise.training.context import RunContext
 from layerwise.training.loader import SourceLoader
 from layerwise.training.spec import StageSpec
@@ -51,7 +51,7 @@ def main() -> None:
             drop_pages(path)
             with meter_for(device, None) as meter, ActivationCache(path) as cache:
                 loaded = StageTrainer(
-                    plan, config, Placement(options.batch_size, options.batch_size), RunContext(device, meter)
+                    plan, config, MemoryPlan(options.batch_size, options.batch_size), RunContext(device, meter)
                 )
                 kept = [host_batch(config, plan) for _ in range(3)]
                 ways = {

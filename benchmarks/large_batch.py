@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from steps import end_to_end, machine, metered_step, natural_stages, our_stage, paper, peak_of, seconds_in_turn
 
-from layerwise.training.budget import lay_out
+from layerwise.training.budget import fit_stage
 from layerwise.training.peaks import training_peak
 
 
@@ -30,13 +30,13 @@ def main() -> None:
     print(f"end to end {base / 1e6:.1f} MB, budget {budget / 1e6:.1f} MB\n")
     print("| stage | layout | predicted MB | measured MB | of end to end | s |\n| --- | --- | --- | --- | --- | --- |")
     for plan in natural_stages(config, data):
-        placement = lay_out(config, plan, device).placement
-        predicted = training_peak(config, plan, placement).bytes
-        make = partial(our_stage, config, plan, device, placement)
+        memory_plan = fit_stage(config, plan, device)
+        predicted = training_peak(config, plan, memory_plan).bytes
+        make = partial(our_stage, config, plan, device, memory_plan)
         peak = peak_of(make, device)
         (seconds,) = seconds_in_turn([metered_step(make, device)], device, rounds=1)
         figures = f"{predicted / 1e6:.1f} | {peak / 1e6:.1f} | {peak / base:.3f} | {seconds:.2f}"
-        print(f"| {plan.stage} | {placement} | {figures} |", flush=True)
+        print(f"| {plan.stage} | {memory_plan} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from steps import (
     seconds_in_turn,
 )
 
-from layerwise.memory.plan import Placement
+from layerwise.memory.plan import MemoryPlan
 
 
 def main() -> None:
@@ -34,8 +34,8 @@ def main() -> None:
     device = torch.device(options.device)
     config, data = paper(options.network, options.batch_size)
     stages = natural_stages(config, data)
-    whole = Placement(options.batch_size, options.batch_size)
-    sliced = Placement(options.batch_size, options.micro_batch)
+    whole = MemoryPlan(options.batch_size, options.batch_size)
+    sliced = MemoryPlan(options.batch_size, options.micro_batch)
 
     print(f"{options.network}, batch {options.batch_size}, {machine(device)}\n")
     print("| step | stage | peak MB | of end to end | s |\n| --- | --- | --- | --- | --- |")

@@ -11,7 +11,7 @@ from steps import Step, machine, natural_stages, our_stage, paper, seconds_in_tu
 
 from layerwise.config import Config
 from layerwise.memory.meter import Meter
-from layerwise.memory.plan import Placement
+from layerwise.memory.plan import MemoryPlan
 from layerwise.training.spec import StageSpec
 
 STEPS = 256
@@ -62,7 +62,7 @@ def looks_in_a_run(config: Config, plan: StageSpec) -> float:
 def _step(config: Config, plan: StageSpec, meter: Meter) -> Step:
     size = config.training.batch_size
     with meter:
-        step = our_stage(config, plan, torch.device("cpu"), Placement(size, size), meter)
+        step = our_stage(config, plan, torch.device("cpu"), MemoryPlan(size, size), meter)
 
     def inside() -> None:
         with meter:

@@ -17,13 +17,13 @@ from layerwise.data.source import DataSet
 from layerwise.memory.device import context_bytes, workspace_bytes
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
-from layerwise.training.budget import fitting_layout
+from layerwise.training.budget import fit_stage
 from layerwise.training.cut import cut_network
 from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec
 
 BUDGETS = (1.0, 0.7, 0.45)
-"""Parts of what the cheapest layout takes."""
+"""Parts of what the cheapest plan takes."""
 
 PATCHES = {
     "data.patch": 32,
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _cases(name: str, config: Config, plan: StageSpec, device: torch.device) -> Iterator[float]:
-    cheapest = fitting_layout(config, plan, device).placement
+    cheapest = fit_stage(config, plan, device)
     full = training_peak(config, plan, cheapest).bytes
     seen = set()
     for part in BUDGETS:
@@ -74,15 +74,15 @@ def _cases(name: str, config: Config, plan: StageSpec, device: torch.device) -> 
         memory = config.memory.model_copy(update={"gpu_mem": budget})
         limited = config.model_copy(update={"memory": memory})
         started = time.perf_counter()
-        layout = fitting_layout(limited, plan, device)
+        memory_plan = fit_stage(limited, plan, device)
         took = time.perf_counter() - started
-        if layout is None or layout.placement in seen:
+        if memory_plan is None or memory_plan in seen:
             continue
-        seen.add(layout.placement)
-        predicted = training_peak(limited, plan, layout.placement).bytes
-        measured = peak_of(partial(our_stage, limited, plan, device, layout.placement), device, steps=3)
+        seen.add(memory_plan)
+        predicted = training_peak(limited, plan, memory_plan).bytes
+        measured = peak_of(partial(our_stage, limited, plan, device, memory_plan), device, steps=3)
         yield predicted / measured
-        sizes = f"{budget / 1e6:.1f} | {layout.placement} | {predicted / 1e6:.2f} | {measured / 1e6:.2f}"
+        sizes = f"{budget / 1e6:.1f} | {memory_plan} | {predicted / 1e6:.2f} | {measured / 1e6:.2f}"
         print(f"| {name} | {plan.stage} | {sizes} | {predicted / measured:.4f} | {took:.1f} |", flush=True)
 
 

@@ -16,7 +16,7 @@ from layerwise.data.batches import Batch
 from layerwise.data.source import DataSet
 from layerwise.memory.device import on_device
 from layerwise.memory.meter import AnyMeter, meter_for, uncounted
-from layerwise.memory.plan import Placement
+from layerwise.memory.plan import MemoryPlan
 from layerwise.nets import build_network
 from layerwise.nets.layer import vectors
 from layerwise.nets.module import Module
@@ -152,9 +152,9 @@ def plain_stage(config: Config, plan: StageSpec, device: torch.device) -> Step:
     return plain_step(config, plan, Outputs(), device)
 
 
-def our_stage(config: Config, plan: StageSpec, device: torch.device, placement: Placement, meter: AnyMeter) -> Step:
+def our_stage(config: Config, plan: StageSpec, device: torch.device, memory_plan: MemoryPlan, meter: AnyMeter) -> Step:
     """The step of a run; must be called inside the meter."""
-    loaded = StageTrainer(plan, config, placement, RunContext(device, meter))
+    loaded = StageTrainer(plan, config, memory_plan, RunContext(device, meter))
     batch = host_batch(config, plan)
     seeds = iter(range(10**9))
 

@@ -15,8 +15,8 @@ from torch.fx import GraphModule
 from layerwise.encoder.agreement import inputs_of_the_run, largest_difference
 from layerwise.encoder.model import Encoder
 from layerwise.errors import ExportError
-from layerwise.nets.copying import copied
 from layerwise.nets.layer import vectors
+from layerwise.nets.network import copied
 from layerwise.nets.speech import Recurrence
 from layerwise.training.encoder import Origin
 

@@ -1,8 +1,7 @@
-"""A run before it is started: what each stage will take on the device, on the disk and on the host, and whether it fits.
-
-A glance at the data of a run that is only thought of."""
+"""A run before it is started: what each stage will take on the device, on the disk and on the host, and whether it fits."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -16,18 +15,17 @@ from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError
 from layerwise.forecast import Forecast, StageForecast
 from layerwise.memory.device import context_bytes, find_device
+from layerwise.memory.plan import MemoryPlan
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
 from layerwise.run_store import RunStore
-from layerwise.training.budget import fitting_layout, peaks, smallest_budget, smallest_layout
+from layerwise.training.budget import fit_stage, peaks_of_plan, smallest_budget, smallest_plan
 from layerwise.training.cache_plan import (
     CachePlan,
     CacheSize,
-    below,
     cache_sizes,
     disk_peak,
     free_for_caches,
-    input_kind,
     plan_caches,
     rounds_under_way,
 )
@@ -55,20 +53,22 @@ def plan(
     data = data or open_data(config.data, shortest_sample(config))
     specs = cut_network(config, data, device, network, optimization=optimization)
     folder = RunStore.of(config.out, config.cache.dir).caches
-    storage = plan_caches(config, specs, data, free_for_caches(folder))
-    rooms = cache_sizes(specs, data, config.cache)
-    stages = [_forecast(config, specs, stage, storage, room, device) for stage, room in zip(specs, rooms, strict=True)]
+    cache_plan, sizes = (
+        plan_caches(config, specs, data, free_for_caches(folder)),
+        cache_sizes(specs, data, config.cache),
+    )
+    stages = [_forecast(config, specs, spec, cache_plan, sizes, device) for spec in specs]
     return Forecast(
         budget_bytes=config.memory.gpu_mem,
         fits=all(stage.fits for stage in stages),
         smallest_budget_bytes=max(
-            smallest_budget(config, stage, device, below(specs, stage.stage, storage)) for stage in specs
+            smallest_budget(config, spec, device, cache_plan.below(spec.stage, specs)) for spec in specs
         ),
         peak_bytes=max(max(s.train_peak_bytes, s.cache_peak_bytes) for s in stages) + context_bytes(device),
         cache_bytes=sum(stage.cache_bytes for stage in stages if stage.cached),
-        disk_bytes=disk_peak(config.cache, rooms, storage) * rounds_under_way(config, len(specs)),
+        disk_bytes=disk_peak(config.cache, sizes, cache_plan) * rounds_under_way(config, len(specs)),
         disk_budget_bytes=config.cache.disk,
-        notes=list(storage.notes),
+        notes=list(cache_plan.notes),
         host_bytes=max(stage.host_bytes for stage in stages),
         device=str(device),
         stages=stages,
@@ -76,45 +76,49 @@ def plan(
 
 
 def _forecast(
-    config: Config, specs: list[StageSpec], stage: StageSpec, storage: CachePlan, room: CacheSize, device: torch.device
+    config: Config,
+    specs: Sequence[StageSpec],
+    spec: StageSpec,
+    cache_plan: CachePlan,
+    sizes: Sequence[CacheSize],
+    device: torch.device,
 ) -> StageForecast:
-    recomputed = below(specs, stage.stage, storage)
-    fitting = fitting_layout(config, stage, device, recomputed)
-    layout = fitting or smallest_layout(config, stage, recomputed)
-    training, caching = peaks(config, stage, device, recomputed, layout)
+    below = cache_plan.below(spec.stage, specs)
+    fitting = fit_stage(config, spec, device, below)
+    memory_plan = fitting or smallest_plan(config, spec, below)
+    training, caching = peaks_of_plan(config, spec, device, below, memory_plan)
+    by_kind = training_peak(config, spec, memory_plan).by_kind
     return StageForecast(
-        stage=stage.stage,
-        layers=len(stage.layers),
-        parameters=stage.parameters,
+        stage=spec.stage,
+        layers=len(spec.layers),
+        parameters=spec.parameters,
         train_peak_bytes=training,
-        train_peak_by_kind={
-            str(kind): most for kind, most in training_peak(config, stage, layout.placement).by_kind.items()
-        },
+        train_peak_by_kind={str(kind): most for kind, most in by_kind.items()},
         cache_peak_bytes=caching,
-        micro_batch=layout.placement.micro_batch,
-        layout=str(layout.placement),
-        why=layout.why,
+        micro_batch=memory_plan.micro_batch,
+        layout=str(memory_plan),
+        why=memory_plan.why,
         fits=fitting is not None,
-        cache_bytes=room.activations,
-        cached=storage.cached[stage.stage - 1],
-        host_bytes=_host_bytes(config, stage, layout.placement.optimizer_on_host, recomputing=bool(recomputed)),
-        input=input_kind(stage.stage, storage),
+        cache_bytes=sizes[spec.stage - 1].activations,
+        cached=cache_plan.cached[spec.stage - 1],
+        host_bytes=_host_bytes(config, spec, memory_plan),
+        input=cache_plan.input_kind(spec.stage),
     )
 
 
-def _host_bytes(config: Config, stage: StageSpec, optimizer_on_host: bool, recomputing: bool) -> int:
+def _host_bytes(config: Config, spec: StageSpec, memory_plan: MemoryPlan) -> int:
     """What the process holds in host memory: itself, batches that are read ahead, blocks that are written, checkpoints."""
-    stored = 4 if stage.stage == 1 else STORED[config.cache.dtype].tensor.itemsize
-    batch = config.training.batch_size * stage.window.frames * math.prod(stage.frame_shape) * stored
-    objective = stage.build_objective(config, torch.device("meta"))
+    stored = 4 if spec.stage == 1 else STORED[config.cache.dtype].tensor.itemsize
+    batch = config.training.batch_size * spec.window.frames * math.prod(spec.frame_shape) * stored
+    objective = spec.build_objective(config, torch.device("meta"))
     predictors = sum(parameter.numel() for parameter in objective.parameters())
-    trained = 4 * (stage.parameters + predictors)
+    trained = 4 * (spec.parameters + predictors)
     # A checkpoint is gathered, then serialised: values and two moments, twice; the best weights stay.
-    checkpoint = 2 * 3 * trained + 4 * stage.parameters
+    checkpoint = 2 * 3 * trained + 4 * spec.parameters
     itself = psutil.Process().memory_info().rss
-    on_host = 4 * trained if optimizer_on_host else 0
-    block = BLOCK_BYTES + 3 * trained if recomputing else 0
-    return itself + block + (READ_AHEAD + 2) * batch + 2 * int(config.cache.block) + checkpoint + on_host
+    on_host = 4 * trained if memory_plan.optimizer_on_host else 0
+    recomputing = BLOCK_BYTES + 3 * trained if memory_plan.windows else 0
+    return itself + recomputing + (READ_AHEAD + 2) * batch + 2 * int(config.cache.block) + checkpoint + on_host
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from layerwise.data.source import DataSet
 from layerwise.engines import dask, processes, torchrun
 from layerwise.engines.machine import machine
 from layerwise.engines.sbatch import refuse_while_queued
-from layerwise.engines.task_runner import layouts_of, perform_tasks, write_encoder
+from layerwise.engines.task_runner import perform_tasks, write_encoder
 from layerwise.engines.torchrun import device_of
 from layerwise.errors import ConfigError, RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
@@ -28,6 +28,7 @@ from layerwise.run_store import RunState, RunStore
 from layerwise.stop import StopFlag
 from layerwise.tracking.following import Following, find_service, open_service
 from layerwise.training.batch_effects import check_shareable
+from layerwise.training.budget import fit_to_budget
 from layerwise.training.cache_plan import free_for_caches, plan_caches, sealed_bytes
 from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend
 from layerwise.training.cut import cut_network
@@ -128,7 +129,7 @@ def prepared_run(
     split = split_samples(data, config)
     furthest = store.furthest_round(rounds)
     earlier = earlier_records(furthest, config, overwrite, from_stage)
-    storage = plan_caches(
+    cache_plan = plan_caches(
         config,
         specs,
         data,
@@ -138,7 +139,7 @@ def prepared_run(
         intended(earlier, furthest, config),
     )
     finished = {each.stage for each in earlier_records(store, config, overwrite, from_stage) if each.status == "done"}
-    layouts = layouts_of(config, specs, storage, device, finished, stop)
+    memory_plans = fit_to_budget(config, specs, cache_plan, device, finished, stop)
     busy = RunError(f"Another process is running {store.out}; wait for it, or name another --out.")
     caches_busy = RunError(
         f"Another run of the same name is using {store.caches}; wait for it, or give another --out name or --cache-dir."
@@ -154,9 +155,9 @@ def prepared_run(
             if _content(store.state) != planned_for:
                 raise RunError(f"Another process has gone on with {store.out} meanwhile; start the same command again.")
             states = prepare_rounds(
-                config, store, data, specs, device, from_stage=from_stage, overwrite=overwrite, cached=storage.cached
+                config, store, data, specs, device, from_stage=from_stage, overwrite=overwrite, cached=cache_plan.cached
             )
-            state, run = states[rounds], Run(config, store, data, split, specs, layouts, storage, device, ranks)
+            state, run = states[rounds], Run(config, store, data, split, specs, memory_plans, cache_plan, device, ranks)
             write_atomically(store.machine, (json.dumps(machine(device), indent=2) + "\n").encode())
             tracker = open_service(config.training.log, service, store, state.run_id, config)
         with Following(tracker, notify) as notify_all:
@@ -278,9 +279,9 @@ def _earlier_cut(store: RunStore, config: Config) -> list[int] | None:
 
 def _described(run: Run) -> list[str]:
     """Lines on what is about to be trained."""
-    config, data, specs, layouts = run.config, run.data, run.specs, run.layouts
+    config, data, specs, memory_plans = run.config, run.data, run.specs, run.memory_plans
     chosen = config.training.stages is None and config.memory.gpu_mem is not None
-    one_pass = all(layout.placement.passes == 1 for layout in layouts)
+    one_pass = all(plan.passes == 1 for plan in memory_plans)
     held = (
         ", the fewest that --gpu-mem holds in one pass"
         if one_pass
@@ -289,10 +290,10 @@ def _described(run: Run) -> list[str]:
     why = f"{held} (--stages N cuts otherwise)" if chosen else ""
     stages = "1 stage" if len(specs) == 1 else f"{len(specs)} stages"
     lines = [f"{len(data.ids)} samples from {config.data.source}, {stages}{why}"]
-    for stage, layout in zip(specs, layouts, strict=True):
-        if layout.why:
-            lines.append(f"stage {stage.stage}: {layout.placement}, because {layout.why}")
-    lines += run.storage.notes
+    for spec, plan in zip(specs, memory_plans, strict=True):
+        if plan.why:
+            lines.append(f"stage {spec.stage}: {plan}, because {plan.why}")
+    lines += run.cache_plan.notes
     if data.skipped:
         lines.append(f"{len(data.skipped)} files skipped:")
         lines += [f"  {entry.path}: {entry.reason}" for entry in data.skipped]

@@ -10,11 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import torch
-
-from layerwise.config import Config, load, with_options
+from layerwise.config import load, with_options
 from layerwise.data.open import open_data
-from layerwise.errors import BudgetError, RunError
+from layerwise.errors import RunError
 from layerwise.events import Notify
 from layerwise.files import exclusive
 from layerwise.memory.device import find_device, share_one_heap
@@ -22,8 +20,8 @@ from layerwise.memory.meter import meter_for
 from layerwise.nets import shortest_sample
 from layerwise.run_store import RunState, RunStore
 from layerwise.stop import StopFlag
-from layerwise.training.budget import StageLayout, lay_out, smallest_budget, smallest_layout
-from layerwise.training.cache_plan import CachePlan, below
+from layerwise.training.budget import fit_to_budget
+from layerwise.training.cache_plan import CachePlan
 from layerwise.training.context import RunContext
 from layerwise.training.cut import cut_network
 from layerwise.training.encoder import stitch
@@ -31,7 +29,6 @@ from layerwise.training.resume import is_trained
 from layerwise.training.run import Round, Run
 from layerwise.training.samples import split_samples
 from layerwise.training.schedule import Task
-from layerwise.training.spec import StageSpec
 from layerwise.training.task import perform
 
 HANDOVER_SECONDS = 120
@@ -57,7 +54,7 @@ def perform_task(task: Task, run: Run, stop: StopFlag, notify: Notify) -> None:
             lock.write_text(f"{socket.gethostname()}, process {os.getpid()}, {run.device}\n")
         round = run.round(task.round)
         _check_needs(task, round)
-        run.ranks.meet()  # all ranks have read the state before the first one changes it
+        run.ranks.barrier()  # all ranks have read the state before the first one changes it
         perform(task, round, context)
 
 
@@ -91,7 +88,7 @@ def open_prepared_run(out: Path, device: str | None = None) -> Run:
     if data.identity != main.data_identity:
         raise RunError(f"The data of {out} have changed since it was prepared; bring the old ones back.")
     furthest = RunState.load(store.furthest_round(config.training.rounds).state)
-    storage = CachePlan(tuple(bool(record.cached) for record in furthest.stages))
+    cache_plan = CachePlan(tuple(bool(record.cached) for record in furthest.stages))
     specs = cut_network(config, data, on, None, main.cut)
     if specs[0].network.identity != main.network:
         raise RunError(
@@ -99,30 +96,8 @@ def open_prepared_run(out: Path, device: str | None = None) -> Run:
             "are drawn from another generator than torch's. Bring the old one back, or start anew with --overwrite."
         )
     done = {record.stage for record in main.stages if record.status == "done"}
-    layouts = layouts_of(config, specs, storage, on, done, StopFlag())
-    return Run(config, store, data, split_samples(data, config), specs, layouts, storage, on)
-
-
-def layouts_of(
-    config: Config, specs: Sequence[StageSpec], storage: CachePlan, device: torch.device, done: set[int], stop: StopFlag
-) -> list[StageLayout]:
-    """How each stage is laid out; that of a stage that is done already need not fit.
-
-    Raises BudgetError that names the neediest stage, Interrupted between two stages.
-    """
-    layouts, refused = [], {}
-    for spec in specs:
-        stop.raise_if_set("before anything was trained")
-        recomputed = below(specs, spec.stage, storage)
-        try:
-            layouts.append(lay_out(config, spec, device, recomputed))
-        except BudgetError as error:
-            layouts.append(smallest_layout(config, spec, recomputed))
-            if spec.stage not in done:
-                refused[smallest_budget(config, spec, device, recomputed)] = error
-    if refused:
-        raise refused[max(refused)]
-    return layouts
+    memory_plans = fit_to_budget(config, specs, cache_plan, on, done, StopFlag())
+    return Run(config, store, data, split_samples(data, config), specs, memory_plans, cache_plan, on)
 
 
 def _check_needs(task: Task, round: Round) -> None:

@@ -21,9 +21,9 @@ from layerwise.engines.task_runner import open_prepared_run, perform_tasks
 from layerwise.errors import ConfigError, Interrupted, ToldElsewhere
 from layerwise.events import Notify, silent
 from layerwise.memory.device import find_device
+from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.ranks import ALONE, LostRank, Ranks
 from layerwise.stop import StopFlag
-from layerwise.training.budget import StageLayout
 from layerwise.training.run import Run
 from layerwise.training.schedule import Task
 
@@ -62,7 +62,7 @@ def join_ranks(config: Config) -> Iterator[Ranks]:
     ranks = Ranks(rank, count)
     _JOINED.append((store, ranks))
     # What the exchange itself takes of a GPU is taken now, before the budget is shared out.
-    ranks.add([torch.zeros(1, device=device_of(config.training.device, ranks))])
+    ranks.all_reduce([torch.zeros(1, device=device_of(config.training.device, ranks))])
     yield ranks
 
 
@@ -143,13 +143,15 @@ class SharedRun:
     device: str
     """As the options name it."""
     tasks: list[Task]
-    layouts: list[StageLayout]
+    memory_plans: list[MemoryPlan]
     """As the first device has room for them: all ranks must go through a batch in as many passes."""
 
 
 def execute(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> None:
     """In the first rank: has the others perform the tasks along with it."""
-    run.ranks.heard(SharedRun(run.store.out.resolve(), run.config.training.device, list(tasks), run.layouts))
+    run.ranks.broadcast_object(
+        SharedRun(run.store.out.resolve(), run.config.training.device, list(tasks), run.memory_plans)
+    )
     perform_tasks(tasks, run, stop, notify)
 
 
@@ -159,11 +161,11 @@ def follow(ranks: Ranks, stop: StopFlag) -> Run:
     Raises ToldElsewhere where the first ends without having prepared it, and where all of them stop.
     """
     try:
-        prepared: SharedRun = ranks.heard()
+        prepared: SharedRun = ranks.broadcast_object()
     except LostRank as lost:
         raise ToldElsewhere(str(lost), lost.exit_code) from None
     run = open_prepared_run(prepared.out, str(device_of(prepared.device, ranks)))
-    run = replace(run, layouts=prepared.layouts, ranks=ranks)
+    run = replace(run, memory_plans=prepared.memory_plans, ranks=ranks)
     try:
         perform_tasks(prepared.tasks, run, stop, silent)
     except Interrupted as stopped:

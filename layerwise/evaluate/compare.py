@@ -284,7 +284,7 @@ def _outcome(
     stages = trained_stages(specs, handings, weights)
     errors = _errors(options, question, specs, stages, result.paths.probes, stop)
     records = result.state.stages
-    cached = CachePlan(tuple(bool(record.cached) for record in records))
+    cached = CachePlan.of(records)
     disk = disk_peak(options.cache, cache_sizes(specs, data, options.cache), cached) if any(cached.cached) else 0
     peak = max(record.peak_bytes or 0 for record in records)
     return Outcome(method, seed, errors, peak, disk, sum(record.seconds for record in records))

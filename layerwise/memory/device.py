@@ -1,8 +1,6 @@
-"""The device of a run: which one, the hard cap on it, and how data gets there.
+"""The device of a run: which one it is, how much of it a process may take, and how tensors get onto it and off it again.
 
-The heap of the C library, kept from growing with the length of a run. Only glibc's is known to need it.
-
-Takes tensors off the device while something else needs the room, and puts them back to the bit."""
+On a CPU the device is host memory itself; the meter alone tells the two apart (`memory.meter.uncounted`)."""
 
 import contextlib
 import ctypes
@@ -21,15 +19,14 @@ from layerwise.memory.meter import uncounted
 CUDA_WORKSPACE = 2 * 32 * 2**20
 """Bytes; what torch gives cuBLAS at most by default (on Hopper; 8 MiB elsewhere), forward and in autograd's own thread."""
 
-
-FULL = (
+OUT_OF_MEMORY = (
     "out of memory",  # CUDA itself, where it loads kernels
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     "unable to find an engine to execute this computation",  # cuDNN, where no workspace is to be had
 )
-"""Words that mean a full device."""
+"""What libraries under torch and the driver say where the device is full, beside torch.OutOfMemoryError."""
 
 
 def find_device(name: str) -> torch.device:
@@ -114,18 +111,15 @@ def _driver_figure(device: torch.device) -> int | None:
 
 
 def why_out_of_memory(error: BudgetError | RuntimeError) -> str:
-    """What an error says, where it means that the device is full; any other error is raised again.
-
-    Beside torch.OutOfMemoryError, libraries under torch and the driver have words of their own for it.
-    """
+    """What an error says, where it means that the device is full; any other error is raised again."""
     message = str(error)
-    if isinstance(error, BudgetError | torch.OutOfMemoryError) or any(words in message for words in FULL):
+    if isinstance(error, BudgetError | torch.OutOfMemoryError) or any(words in message for words in OUT_OF_MEMORY):
         return message
     raise error
 
 
 def release(device: torch.device) -> None:
-    """Gives back what no tensor holds any more, cycles of Python objects among it."""
+    """Gives back what no tensor holds any more: collects cycles, and returns free blocks to the driver and the system."""
     gc.collect()
     return_free_blocks(device)
 
@@ -153,15 +147,40 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=getattr(torch, precision))
 
 
+@contextmanager
+def offloaded(tensors: Iterable[torch.Tensor], device: torch.device) -> Iterator[None]:
+    """Inside the block the tensors lie in host memory; behind it they are on the device again, with the same bits.
+
+    A meter counts them as new ones.
+    """
+    with uncounted():
+        on_host = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]
+    for tensor, _ in on_host:
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=device)
+    try:
+        yield
+    finally:
+        for tensor, values in on_host:
+            tensor.data = values.to(device, copy=True)
+
+
+def pack_recurrent_weights(module: nn.Module) -> None:
+    """Puts the weights of recurrent layers side by side again, as cuDNN wants them."""
+    for part in module.modules():
+        if isinstance(part, nn.RNNBase):
+            part.flatten_parameters()
+
+
 ARENA_MAX = -8
 """M_ARENA_MAX of glibc's malloc.h."""
 
 
 def share_one_heap() -> None:
-    """One heap for all threads of this process that are yet to come.
+    """One heap for all threads of this process that are yet to come, so that the process does not grow with the run.
 
-    glibc gives each thread one of its own, which keeps what the thread has freed: threads that read ahead and write
-    caches, a new one for every epoch and stage, so took 40 MB more for a hundredfold data set.
+    glibc gives each thread a heap of its own, which keeps what the thread has freed. Threads that read ahead and write
+    caches, new ones for every epoch and stage, so took 40 MB more for a hundredfold data set. No other C library is known
+    to need it.
     """
     heap = _glibc()
     if heap is not None:
@@ -169,7 +188,7 @@ def share_one_heap() -> None:
 
 
 def return_freed() -> None:
-    """Gives the system back what nothing uses any more."""
+    """Gives the system back the host memory that nothing uses any more."""
     heap = _glibc()
     if heap is not None:
         heap.malloc_trim(0)
@@ -180,25 +199,3 @@ def _glibc() -> ctypes.CDLL | None:
     """None where the C library is another one."""
     library = ctypes.CDLL(None)
     return library if hasattr(library, "gnu_get_libc_version") else None
-
-
-@contextmanager
-def offloaded(tensors: Iterable[torch.Tensor], device: torch.device) -> Iterator[None]:
-    """The tensors lie in host memory inside the block, and on the device again behind it; meters count them as new."""
-    away = list(tensors)
-    with uncounted():
-        hosts = [tensor.detach().to("cpu", copy=True) for tensor in away]
-    for tensor in away:
-        tensor.data = torch.empty(0, dtype=tensor.dtype, device=device)
-    try:
-        yield
-    finally:
-        for tensor, host in zip(away, hosts, strict=True):
-            tensor.data = host.to(device, copy=True)
-
-
-def pack_recurrent_weights(module: nn.Module) -> None:
-    """Puts the weights of recurrent layers side by side again, as cuDNN wants them."""
-    for part in module.modules():
-        if isinstance(part, nn.RNNBase):
-            part.flatten_parameters()

@@ -1,22 +1,18 @@
 """Counts the bytes of live tensors on one device, and refuses to pass the budget.
 
-A dispatch mode sees the output of every operation, forward and backward; a storage is counted once, from its first
-sight until it is freed. That works on any device, so each promise about memory is tested without a GPU.
-Only tensors that are made inside the `with` block, by this thread, count; numpy arrays and loader threads are the host's.
-
-The meter on CUDA: the allocator counts every byte anyway, so looking at each operation would cost time for nothing.
-
-It counts what tensors asked for, as the other meter does; what the allocator rounds up and keeps in reserve comes on top,
-and `cap` bounds both."""
+`Meter` works on any device, so each promise about memory is tested without a GPU, and a peak is predicted by a rehearsal on
+tensors without values. On CUDA the allocator counts every byte anyway, and `AllocatorMeter` reads its figures.
+Only tensors that are made inside the `with` block, by this thread, count; numpy arrays and loader threads are the host's."""
 
 import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
@@ -46,7 +42,11 @@ def metered(look: bool) -> contextlib.AbstractContextManager[object]:
 
 
 class Meter(TorchDispatchMode):
-    """`live` and `peak` are bytes on the device; BudgetError where `live` would pass `limit`."""
+    """`live` and `peak` are bytes on the device; BudgetError where `live` would pass `limit`.
+
+    A dispatch mode: it sees the output of every operation, forward and backward. A storage is counted once, from its first
+    sight until it is freed.
+    """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -152,7 +152,11 @@ def _covers(larger: tuple[int, ...], smaller: tuple[int, ...]) -> bool:
 
 
 class AllocatorMeter:
-    """The same questions as `Meter` answers, about tensors that are made after it is entered."""
+    """Answers as `Meter` does, from the figures of CUDA's allocator, about tensors that are made after it is entered.
+
+    It counts what tensors asked for; what the allocator rounds up and keeps in reserve comes on top, and `device.cap` bounds
+    both.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -209,3 +213,20 @@ AnyMeter = Meter | AllocatorMeter
 def meter_for(device: torch.device, limit: int | None) -> AnyMeter:
     """The meter of a device. limit: bytes at which it refuses; on CUDA the allocator's cap does that."""
     return AllocatorMeter(device) if device.type == "cuda" else Meter(device, limit)
+
+
+REHEARSED_ON = torch.device("cpu")
+"""Where rehearsals take place, whatever the device of the run: on fake CUDA tensors torch calls cuDNN's recurrent kernels
+for real. A GPU's own workspaces come on top (`memory.device.workspace_bytes`)."""
+
+
+def rehearse(work: Callable[[Meter], None], limit: int | None = None) -> Meter:
+    """The meter after `work`, which builds all its tensors itself, on REHEARSED_ON.
+
+    The tensors are torch's fake ones, with shapes and no values: a step of a large network takes a fraction of a second, and
+    the meter counts the very storages that it would count on the device. Raises BudgetError with the first byte beyond the
+    limit.
+    """
+    with FakeTensorMode(allow_fallback_kernels=False), Meter(REHEARSED_ON, limit) as meter:
+        work(meter)
+    return meter

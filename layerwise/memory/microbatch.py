@@ -87,8 +87,8 @@ class Pending:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """How a batch is encoded."""
+class SlicedBatch:
+    """A batch that is encoded slice by slice."""
 
     encode: Encode
     samples: int
@@ -98,14 +98,14 @@ class Batch:
     """Who shares the samples."""
 
 
-def score(batch: Batch, loss: Loss, parts: Sequence[Part], micro_batch: int) -> Total:
+def score(batch: SlicedBatch, loss: Loss, parts: Sequence[Part], micro_batch: int) -> Total:
     """The score of a batch, without gradients."""
     slices = _slices(batch, micro_batch)
     with torch.no_grad():
         return total([loss(_gathered(batch, part.rows, _encoded(batch, part.rows, slices)), part) for part in parts])
 
 
-def loss_gradients(batch: Batch, loss: Loss, part: Part, micro_batch: int, scale: float = 1.0) -> Pending:
+def loss_gradients(batch: SlicedBatch, loss: Loss, part: Part, micro_batch: int, scale: float = 1.0) -> Pending:
     """The loss of a part, the gradients of the loss's own parameters in their `.grad`, and those of the representations.
 
     scale: what the gradients of the representations are multiplied by, to keep short floats from losing small ones.
@@ -127,7 +127,7 @@ def loss_gradients(batch: Batch, loss: Loss, part: Part, micro_batch: int, scale
     return Pending(part, found, gradients, encoded if len(slices) == 1 else None)
 
 
-def run_back(pending: Pending, batch: Batch, micro_batch: int) -> None:
+def run_back(pending: Pending, batch: SlicedBatch, micro_batch: int) -> None:
     """Runs the gradients of a part back through the module, into the `.grad` of its parameters."""
     encoded, pending.encoded = pending.encoded, None
     if encoded is not None:
@@ -151,13 +151,13 @@ def total(scores: Sequence[Scored]) -> Total:
     return Total(loss, accuracy)
 
 
-def _slices(batch: Batch, micro_batch: int) -> list[slice]:
+def _slices(batch: SlicedBatch, micro_batch: int) -> list[slice]:
     """Of this rank's samples."""
     own = batch.ranks.share(batch.samples)
     return [slice(start, min(start + micro_batch, own.stop)) for start in range(own.start, own.stop, micro_batch)]
 
 
-def _encoded(batch: Batch, rows: np.ndarray, slices: list[slice]) -> tuple[torch.Tensor, ...]:
+def _encoded(batch: SlicedBatch, rows: np.ndarray, slices: list[slice]) -> tuple[torch.Tensor, ...]:
     """The representations at those of `rows` that are this rank's, of all its slices."""
     if len(slices) == 1:
         return batch.encode(slices[0], _within(rows, slices[0], batch.frames))
@@ -176,20 +176,20 @@ def _encoded(batch: Batch, rows: np.ndarray, slices: list[slice]) -> tuple[torch
     return whole
 
 
-def _own_rows(batch: Batch, rows: np.ndarray) -> slice:
+def _own_rows(batch: SlicedBatch, rows: np.ndarray) -> slice:
     """Where the rows of this rank's samples stand among all rows."""
     if batch.ranks.count == 1:
         return slice(0, len(rows))
     return _rows_of(rows, batch.ranks.share(batch.samples), batch.frames)
 
 
-def _gathered(batch: Batch, rows: np.ndarray, own: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def _gathered(batch: SlicedBatch, rows: np.ndarray, own: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The representations at all rows, from those of each rank's samples."""
     ranks = batch.ranks
     if ranks.count == 1:
         return own
     places = [_rows_of(rows, ranks.share(batch.samples, rank), batch.frames) for rank in range(ranks.count)]
-    return tuple(ranks.gather(tensor, places) for tensor in own)
+    return tuple(ranks.gather_rows(tensor, places) for tensor in own)
 
 
 def _backward(encoded: tuple[torch.Tensor, ...], gradients: list[torch.Tensor]) -> None:

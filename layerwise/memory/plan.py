@@ -1,9 +1,9 @@
-"""How the work of a stage is laid out on the device, and in which order cheaper layouts are tried before dearer ones.
+"""How a stage is laid out on the device, and in which order plans are tried: cheaper ones before dearer ones.
 
-None of this changes the result beyond rounding: a smaller budget costs time, never accuracy."""
+A plan does not change the result beyond rounding: a smaller budget costs time, never accuracy."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby
 
@@ -14,8 +14,11 @@ predictors more often: at width 512 on 2 cores the loss took about a quarter lon
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """One layout. The cheapest one is the whole batch in one pass with everything on the device."""
+class MemoryPlan:
+    """How one stage is laid out on the device. The cheapest plan is the whole batch in one pass, with everything there.
+
+    The first five fields say how the stage trains; two plans are equal where these are.
+    """
 
     batch_size: int
     micro_batch: int
@@ -26,6 +29,12 @@ class Placement:
     """Whether layers keep only their input and run again in the backward pass (activation checkpointing)."""
     optimizer_on_host: bool = False
     """Whether the optimizer's state lies in host memory, and the step is taken there."""
+    piece: int = field(default=0, compare=False)
+    """Input frames that are on the device at once in the caching pass; 0 until it is planned."""
+    windows: int = field(default=0, compare=False)
+    """Windows of the input that are on the device at once while they are recomputed; 0 where a cache or data are read."""
+    why: str = field(default="", compare=False)
+    """Why the stage does not train in the cheapest way; empty where it does."""
 
     @property
     def whole(self) -> bool:
@@ -37,7 +46,7 @@ class Placement:
         """Bytes that the objective may take beside representations and gradients."""
         return WIDE_ROOM if self.whole else NARROW_ROOM
 
-    def smaller(self) -> "Placement | None":
+    def smaller(self) -> "MemoryPlan | None":
         """The next smaller slices, or None where one sample at a time and one sample's targets a pass are reached."""
         if self.micro_batch > 1:
             return replace(self, micro_batch=self.micro_batch // 2)
@@ -56,18 +65,18 @@ class Placement:
         return ", ".join(words)
 
 
-def cheapest(families: Iterable[list[Placement]], fits: Callable[[Placement], bool]) -> Placement | None:
-    """The first placement that fits: families in order, and of each the largest micro-batch.
+def cheapest(families: Iterable[list[MemoryPlan]], fits: Callable[[MemoryPlan], bool]) -> MemoryPlan | None:
+    """The first plan that fits: families in order, and of each the largest micro-batch.
 
-    A family lists placements that differ in the micro-batch alone, largest first; its last one decides whether it is
-    looked into at all, since a smaller micro-batch never takes more. Neither does an optimizer on the host: where no
-    family of so many passes fits with it, the others of so many passes are not looked into.
+    A family lists plans that differ in the micro-batch alone, largest first. A smaller micro-batch never takes more, so
+    where the last of a family does not fit, none does. An optimizer on the host never takes more either: where no plan
+    with it fits in so many passes, no other plan of so many passes is tried.
     """
     fits = cache(fits)
     for _, of_so_many_passes in groupby(families, lambda family: family[0].passes):
         level = list(of_so_many_passes)
-        on_host = any(family[0].optimizer_on_host for family in level)
-        if on_host and not any(fits(family[-1]) for family in level if family[0].optimizer_on_host):
+        on_host = [family for family in level if family[0].optimizer_on_host]
+        if on_host and not any(fits(family[-1]) for family in on_host):
             continue
         for family in level:
             if fits(family[0]):
@@ -85,24 +94,23 @@ def families(
     micro_batch: int | None,
     recompute: bool | None,
     on_host: bool | None,
-) -> Iterator[list[Placement]]:
-    """Placements in the order of what they cost.
+) -> Iterator[list[MemoryPlan]]:
+    """Plans in the order of their time, in lists that differ in the micro-batch alone.
 
     Recomputing runs the module once more, as micro-batches do; an optimizer on the host moves the parameters over and
     back; every further pass runs the module twice more, so passes come last. None leaves a choice open; a number or a
     truth value makes it. sliceable: False where the module ties the samples of a batch together.
     """
-    micro_batches = [micro_batch] if micro_batch else _halves(batch_size)
-    if not sliceable:
-        micro_batches = [batch_size]
+    micro_batches, all_passes = [micro_batch] if micro_batch else _halves(batch_size), _passes(batch_size)
     recomputes = ([False, True] if layers > 1 else [False]) if recompute is None else [recompute]
     if not sliceable:
-        recomputes = [False]  # running statistics would count every batch twice
+        # Recomputing is out too: running statistics would count every batch twice.
+        micro_batches, all_passes, recomputes = [batch_size], [1], [False]
     hosts = [False, True] if on_host is None else [on_host]
-    for passes in _passes(batch_size) if sliceable else [1]:
+    for passes in all_passes:
         for host in hosts:
             for again in recomputes:
-                yield [Placement(batch_size, micro, passes, again, host) for micro in micro_batches]
+                yield [MemoryPlan(batch_size, micro, passes, again, host) for micro in micro_batches]
 
 
 def _halves(batch_size: int) -> list[int]:
@@ -117,8 +125,8 @@ def _passes(batch_size: int) -> list[int]:
     return sorted({min(2**power, batch_size) for power in range(batch_size.bit_length() + 1)})
 
 
-def _largest(family: list[Placement], fits: Callable[[Placement], bool]) -> Placement:
-    """By bisection; the last one is known to fit."""
+def _largest(family: list[MemoryPlan], fits: Callable[[MemoryPlan], bool]) -> MemoryPlan:
+    """The first that fits, by bisection; the last one is known to fit."""
     low, high = 0, len(family) - 1
     while low < high:
         middle = (low + high) // 2

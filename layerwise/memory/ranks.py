@@ -1,7 +1,7 @@
 """Several processes that train one stage together, each with a device of its own and a share of every batch.
 
-They hold the same weights and stay equal to the bit: whatever could round differently on two devices is taken from the
-first of them. With one process nothing is exchanged, and everything is as if this file were not there.
+They hold the same weights and stay equal to the bit: whatever could round differently on two devices is broadcast from the
+first rank. A process alone is rank 0 of 1 and exchanges nothing.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -39,7 +39,7 @@ class Ranks:
         each, more = divmod(samples, self.count)
         return slice(rank * each + min(rank, more), (rank + 1) * each + min(rank + 1, more))
 
-    def gather(self, own: torch.Tensor, places: Sequence[slice]) -> torch.Tensor:
+    def gather_rows(self, own: torch.Tensor, places: Sequence[slice]) -> torch.Tensor:
         """Rows (R, ...) of all ranks, one after another; `places` says which rows are whose. Without gradients."""
         whole = own.new_empty(places[-1].stop, *own.shape[1:])
         whole[places[self.rank]] = own.detach()
@@ -49,12 +49,12 @@ class Ranks:
         _exchange(lambda: _wait([dist.broadcast(part, rank, async_op=True) for part, rank in parts]))
         return whole
 
-    def add(self, tensors: Iterable[torch.Tensor]) -> None:
+    def all_reduce(self, tensors: Iterable[torch.Tensor]) -> None:
         """Puts the sum over all ranks into each tensor."""
         if self.count > 1:
             _exchange(lambda: _wait([dist.all_reduce(tensor, async_op=True) for tensor in tensors]))
 
-    def of_first(self, tensors: Iterable[torch.Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Puts the first rank's values into each tensor."""
         if self.count > 1:
             _exchange(lambda: _wait([dist.broadcast(tensor, 0, async_op=True) for tensor in tensors]))
@@ -68,21 +68,21 @@ class Ranks:
         _exchange(lambda: _wait([dist.all_reduce(found, dist.ReduceOp.MAX, async_op=True)]))
         return bool(found.item())
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Returns once all ranks have called it."""
         self.any(False)
 
-    def all(self, value: T) -> list[T]:
-        """What each rank gives; small values that can be pickled."""
+    def all_gather(self, value: T) -> list[T]:
+        """The value of each rank; small values that can be pickled."""
         if self.count == 1:
             return [value]
         found: list[Any] = [None] * self.count
         _exchange(lambda: dist.all_gather_object(found, value))
         return found
 
-    def heard(self, value: T | None = None) -> T:
-        """What the first rank gives."""
-        return self.all(value if self.first else None)[0]  # type: ignore[return-value]
+    def broadcast_object(self, value: T | None = None) -> T:
+        """The value of the first rank; the others give None."""
+        return self.all_gather(value if self.first else None)[0]  # type: ignore[return-value]
 
     def wait_for_first(self, work: Callable[[], None]) -> None:
         """The first rank works while the others wait. Where it fails, the others raise ToldElsewhere."""
@@ -92,7 +92,7 @@ class Ranks:
                 work()
             except LayerwiseError as error:
                 failed = error
-        told = self.heard(None if failed is None else (str(failed), failed.exit_code))
+        told = self.broadcast_object(None if failed is None else (str(failed), failed.exit_code))
         if failed is not None:
             raise failed
         if told is not None:

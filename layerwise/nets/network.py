@@ -1,24 +1,35 @@
 """A network as a list of layers that are not built yet, and how it is cut into the modules of a run.
 
 Layers are built one stage at a time, for the device where they are trained: the whole network never exists there.
-Each layer is initialised from its own random stream, so its first weights do not depend on where the network is cut.
+Each layer is initialised from its own random stream, so its first weights do not depend on where the network is cut. They
+are drawn on the CPU and copied to the device, so a seed gives the same ones on every device.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from itertools import chain
+from typing import Any, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch import nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 
-from layerwise.nets.copying import with_first_weights
 from layerwise.nets.layer import Layer
 from layerwise.nets.module import Module
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Network:
-    """Layers from input to output, and the cut that the paper uses. Equal to itself alone, so that what is found out about
-    it can be remembered."""
+    """Layers from input to output, and the cut that the paper uses. Equal to itself alone: see `memoised_per`."""
 
     layers: Sequence[Callable[[], Layer]]
     """Each call builds one layer on torch's default device."""
@@ -51,3 +62,63 @@ def ranges(sizes: Sequence[int]) -> list[range]:
     """Stages of so many layers each, as ranges of layers: [2, 1] to [range(0, 2), range(2, 3)]."""
     stops = np.cumsum(sizes).tolist()
     return [range(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+
+
+def memoised_per(owner: type) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Makes a function work out each answer once, and remember it for as long as its argument of this type lives.
+
+    The function is called with positional arguments; the others must be hashable.
+    """
+
+    def memoised(function: Callable[P, T]) -> Callable[P, T]:
+        answers: WeakKeyDictionary[Any, dict[Any, T]] = WeakKeyDictionary()
+
+        @wraps(function)
+        def remembered(*args: P.args, **kwargs: P.kwargs) -> T:
+            key = tuple(arg for arg in args if not isinstance(arg, owner))
+            of_owner = answers.setdefault(next(arg for arg in args if isinstance(arg, owner)), {})
+            if key not in of_owner:
+                of_owner[key] = function(*args, **kwargs)
+            return of_owner[key]
+
+        return remembered
+
+    return memoised
+
+
+def with_first_weights(build: Callable[[], AnyModule], seed: int, device: torch.device | str) -> AnyModule:
+    """What `build` makes on torch's default device, on this one, initialised from the seed; no generator is changed."""
+    device = torch.device(device)
+    without_values = device.type == "meta" or detect_fake_mode() is not None
+    with torch.random.fork_rng(devices=[]), torch.device(device if without_values else "cpu"):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
+        built = build()
+    return built if without_values or device.type == "cpu" else copied(built, device)
+
+
+def copied(module: AnyModule, device: torch.device | None = None) -> AnyModule:
+    """A copy whose tensors are made anew on the device (torch's default one where there is none given), and nothing else
+    there."""
+    twin = copy.deepcopy(module, {id(tensor): _tensor_copy(tensor, device) for tensor in _tensors(module)})
+    originals = dict(module.named_modules(remove_duplicate=False))
+    for path, part in twin.named_modules():
+        # torch.fx forgets which buffers are not saved.
+        part._non_persistent_buffers_set = set(originals[path]._non_persistent_buffers_set)
+        if isinstance(part, nn.RNNBase):  # packs the weights for cuDNN, as its constructor does
+            part.flatten_parameters()
+    return twin
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters, buffers, and tensors that are plain attributes."""
+    attributes = chain.from_iterable(vars(part).values() for part in module.modules())
+    plain = (value for value in attributes if isinstance(value, torch.Tensor))
+    return chain(module.parameters(), module.buffers(), plain)
+
+
+@torch.no_grad()
+def _tensor_copy(original: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    twin = torch.empty(original.shape, dtype=original.dtype, device=device)
+    if not (twin.is_meta or isinstance(twin, FakeTensor)):
+        twin.copy_(original)
+    return nn.Parameter(twin, original.requires_grad) if isinstance(original, nn.Parameter) else twin

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from layerwise.nets.copying import copied
 from layerwise.nets.layer import Layer
-from layerwise.nets.network import Network
+from layerwise.nets.network import Network, copied
 from layerwise.nets.tracing import trace, why_uncut
 
 

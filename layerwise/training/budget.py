@@ -1,113 +1,121 @@
-"""How each stage is laid out on the device: the cheapest way that the budget holds, chosen before anything is trained."""
+"""The memory plan of each stage: the cheapest that the budget holds, chosen before anything is trained."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import replace
 
 import torch
 
 from layerwise.config import Config
 from layerwise.errors import BudgetError
 from layerwise.memory.device import context_bytes, workspace_bytes
-from layerwise.memory.plan import Placement, cheapest, families
-from layerwise.training.batch_effects import behaviour
+from layerwise.memory.plan import MemoryPlan, cheapest, families
+from layerwise.stop import StopFlag
+from layerwise.training.batch_effects import batch_effects
+from layerwise.training.cache_plan import CachePlan
 from layerwise.training.forward import longest_piece, shortest_piece
 from layerwise.training.peaks import Below, caching_peak, recomputing_peak, training_fits, training_peak
 from layerwise.training.spec import StageSpec
 
 
-@dataclass(frozen=True, slots=True)
-class StageLayout:
-    """How one stage is laid out on the device."""
+def fit_to_budget(
+    config: Config,
+    specs: Sequence[StageSpec],
+    cache_plan: CachePlan,
+    device: torch.device,
+    done: Container[int],
+    stop: StopFlag,
+) -> list[MemoryPlan]:
+    """The plan of each stage. done: stages that are trained and cached already, so that theirs need not fit.
 
-    placement: Placement
-    piece: int
-    """Input frames that are on the device at once in the caching pass."""
-    windows: int
-    """Windows of the input that are on the device at once while they are recomputed; 0 where a cache or data are read."""
-    why: str
-    """Why it is not laid out in the cheapest way; empty where it is."""
+    Raises BudgetError that names the neediest stage, Interrupted between two stages.
+    """
+    plans, refused = [], {}
+    for spec in specs:
+        stop.raise_if_set("before anything was trained")
+        recomputed = cache_plan.below(spec.stage, specs)
+        plan = fit_stage(config, spec, device, recomputed)
+        if plan is None and spec.stage not in done:
+            refused[smallest_budget(config, spec, device, recomputed)] = spec
+        plans.append(plan or smallest_plan(config, spec, recomputed))
+    if refused:
+        needed = max(refused)
+        raise BudgetError(_too_small(config, refused[needed], needed))
+    return plans
 
 
-def lay_out(config: Config, spec: StageSpec, device: torch.device, below: Below = ()) -> StageLayout:
-    """The cheapest layout that the budget holds. Raises BudgetError where it holds none.
+def fit_stage(config: Config, spec: StageSpec, device: torch.device, below: Below = ()) -> MemoryPlan | None:
+    """The cheapest plan of a stage that the budget holds, or None.
 
     below: the stages whose outputs are not cached and are recomputed for this one, lowest first.
     """
-    layout = fitting_layout(config, spec, device, below)
-    if layout is None:
-        raise _too_small(config, spec, device, below)
-    return layout
-
-
-def fitting_layout(config: Config, spec: StageSpec, device: torch.device, below: Below = ()) -> StageLayout | None:
-    """The cheapest layout that the budget holds, if there is any."""
-    first = every_layout(config, spec)[0][0]
-    longest, shortest = longest_piece(spec, config), shortest_piece(spec, config)
-    windows = config.training.batch_size if below else 0
+    allowed = allowed_plans(config, spec)
+    first, longest, windows = allowed[0][0], longest_piece(spec, config), config.training.batch_size if below else 0
     if config.memory.gpu_mem is None:
-        return StageLayout(first, longest, windows, "")
-    room = config.memory.gpu_mem - context_bytes(device) - workspace_bytes(device)
-    placement = cheapest(
-        every_layout(config, spec),
-        lambda placement: training_fits(config, spec, placement, room),
-    )
-    if placement is None:
+        return replace(first, piece=longest, windows=windows)
+    room = _tensor_room(config, device)
+    plan = cheapest(allowed, lambda plan: training_fits(config, spec, plan, room))
+    if plan is None:
         return None
-    piece = _longest_that_fits(longest, shortest, lambda n: _piece_peak(config, spec, below, n) <= room)
-    at_once = _longest_that_fits(
-        windows, min(windows, 1), lambda n: recomputing_peak(config, below, n, spec.window.frames) <= room
+    piece = _largest_that_fits(
+        longest, shortest_piece(spec, config), lambda piece: _piece_peak(config, spec, below, piece) <= room
+    )
+    at_once = _largest_that_fits(
+        windows, min(windows, 1), lambda count: recomputing_peak(config, below, count, spec.window.frames) <= room
     )
     if piece is None or at_once is None:
         return None
-    why = "" if placement == first else _why(config, spec, placement, first)
-    return StageLayout(placement, piece, at_once, why)
+    return replace(plan, piece=piece, windows=at_once, why="" if plan == first else _why(config, spec, plan, first))
 
 
 def held_in_one_pass(config: Config, spec: StageSpec, device: torch.device) -> bool:
     """Whether the budget holds the stage with its optimizer on the device, in one pass over the batch."""
-    room = (config.memory.gpu_mem or 0) - context_bytes(device) - workspace_bytes(device)
-    families = [family for family in every_layout(config, spec) if family[0].passes == 1]
-    kept_there = [family for family in families if not family[0].optimizer_on_host] or families
-    trained = any(training_fits(config, spec, family[-1], room) for family in kept_there)
+    room = _tensor_room(config, device)
+    in_one_pass = [family for family in allowed_plans(config, spec) if family[0].passes == 1]
+    on_device = [family for family in in_one_pass if not family[0].optimizer_on_host] or in_one_pass
+    trained = any(training_fits(config, spec, family[-1], room) for family in on_device)
     return trained and caching_peak(config, spec, shortest_piece(spec, config)) <= room
 
 
 def held_at_all(config: Config, spec: StageSpec, device: torch.device) -> bool:
     """Whether the budget is at least the smallest one of a stage whose input is read, not recomputed."""
-    room = (config.memory.gpu_mem or 0) - context_bytes(device) - workspace_bytes(device)
-    trained = any(training_fits(config, spec, placement, room) for placement in _smallest_placements(config, spec))
-    return trained and _piece_peak(config, spec, (), shortest_piece(spec, config)) <= room
+    return smallest_budget(config, spec, device) <= (config.memory.gpu_mem or 0)
 
 
-def smallest_layout(config: Config, spec: StageSpec, below: Below = ()) -> StageLayout:
-    """The layout that takes the least memory: with the smallest micro-batches, and of these the one that rehearses so."""
-    *others, least = _smallest_placements(config, spec)
+def smallest_budget(config: Config, spec: StageSpec, device: torch.device, below: Below = ()) -> int:
+    """Bytes below which the stage cannot be trained or cached under any plan that the options allow."""
+    return max(peaks_of_plan(config, spec, device, below, smallest_plan(config, spec, below))) + context_bytes(device)
+
+
+def smallest_plan(config: Config, spec: StageSpec, below: Below = ()) -> MemoryPlan:
+    """The plan that takes the least memory: with the smallest micro-batches, and of these the one that rehearses so."""
+    *others, least = _smallest_plans(config, spec)
     for other in reversed(others):
         if training_fits(config, spec, other, training_peak(config, spec, least).bytes):
             least = other
-    return StageLayout(least, shortest_piece(spec, config), min(len(below), 1), "nothing smaller is left")
+    piece, windows = shortest_piece(spec, config), min(len(below), 1)
+    return replace(least, piece=piece, windows=windows, why="nothing smaller is left")
 
 
-def _smallest_placements(config: Config, spec: StageSpec) -> list[Placement]:
+def _smallest_plans(config: Config, spec: StageSpec) -> list[MemoryPlan]:
     """One of these takes the least memory.
 
     More passes and more recomputing do not always take less, so all kinds of them are tried; among the numbers of passes
     the least and the most.
     """
-    smallest = [family[-1] for family in every_layout(config, spec)]
-    on_host = [layout for layout in smallest if layout.optimizer_on_host] or smallest  # never takes more
-    return [layout for layout in on_host if layout.passes in (smallest[0].passes, smallest[-1].passes)]
+    smallest = [family[-1] for family in allowed_plans(config, spec)]
+    on_host = [plan for plan in smallest if plan.optimizer_on_host] or smallest  # never takes more
+    return [plan for plan in on_host if plan.passes in (smallest[0].passes, smallest[-1].passes)]
 
 
-def every_layout(config: Config, spec: StageSpec) -> list[list[Placement]]:
-    """All placements of a stage that the options allow, cheapest first; see `memory.placement.families`."""
+def allowed_plans(config: Config, spec: StageSpec) -> list[list[MemoryPlan]]:
+    """All plans of a stage that the options allow, cheapest first; see `memory.plan.families`."""
     module = spec.build_module(config.training.seed, torch.device("meta"))
     memory = config.memory
     return list(
         families(
             config.training.batch_size,
-            sliceable=behaviour(spec).why_unsliceable is None,
+            sliceable=batch_effects(spec).why_unsliceable is None,
             layers=len(module.layers),
             micro_batch=memory.micro_batch,
             recompute=None if memory.recompute == "auto" else memory.recompute == "always",
@@ -116,18 +124,19 @@ def every_layout(config: Config, spec: StageSpec) -> list[list[Placement]]:
     )
 
 
-def smallest_budget(config: Config, spec: StageSpec, device: torch.device, below: Below = ()) -> int:
-    """Bytes below which the stage cannot be trained or cached in any layout that the options allow."""
-    layout = smallest_layout(config, spec, below)
-    return max(peaks(config, spec, device, below, layout)) + context_bytes(device)
-
-
-def peaks(config: Config, spec: StageSpec, device: torch.device, below: Below, layout: StageLayout) -> tuple[int, int]:
+def peaks_of_plan(
+    config: Config, spec: StageSpec, device: torch.device, below: Below, plan: MemoryPlan
+) -> tuple[int, int]:
     """Predicted bytes of the training and of the caching pass, the recomputing of their input and workspaces included."""
-    training = training_peak(config, spec, layout.placement).bytes
-    recomputing = recomputing_peak(config, below, layout.windows, spec.window.frames)
+    training = training_peak(config, spec, plan).bytes
+    recomputing = recomputing_peak(config, below, plan.windows, spec.window.frames)
     workspace = workspace_bytes(device)
-    return max(training, recomputing) + workspace, _piece_peak(config, spec, below, layout.piece) + workspace
+    return max(training, recomputing) + workspace, _piece_peak(config, spec, below, plan.piece) + workspace
+
+
+def _tensor_room(config: Config, device: torch.device) -> int:
+    """Bytes of the budget that are left for tensors."""
+    return (config.memory.gpu_mem or 0) - context_bytes(device) - workspace_bytes(device)
 
 
 def _piece_peak(config: Config, spec: StageSpec, below: Below, piece: int) -> int:
@@ -136,35 +145,35 @@ def _piece_peak(config: Config, spec: StageSpec, below: Below, piece: int) -> in
     return max(caching_peak(config, spec, piece), *recomputing)
 
 
-def _longest_that_fits(longest: int, shortest: int, fits: Callable[[int], bool]) -> int | None:
-    """The longest piece by halves, or None where not even the shortest fits."""
-    piece = longest
-    while not fits(piece):
-        if piece == shortest:
+def _largest_that_fits(largest: int, smallest: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest number by halves, or None where not even the smallest fits."""
+    number = largest
+    while not fits(number):
+        if number == smallest:
             return None
-        piece = max(piece // 2, shortest)
-    return piece
+        number = max(number // 2, smallest)
+    return number
 
 
-def _why(config: Config, spec: StageSpec, chosen: Placement, cheapest_one: Placement) -> str:
-    needed, found = training_peak(config, spec, cheapest_one).bytes, behaviour(spec)
-    why = f"the cheapest way ({cheapest_one}) would take {needed / 1e6:.1f} MB"
-    if found.why_unsliceable:
-        why += f"; {found.why_unsliceable}, so the batch cannot be sliced"
-    if not chosen.whole and found.draws:
+def _why(config: Config, spec: StageSpec, chosen: MemoryPlan, first: MemoryPlan) -> str:
+    """Why a stage does not train in the cheapest way, its first plan."""
+    needed, effects = training_peak(config, spec, first).bytes, batch_effects(spec)
+    why = f"the cheapest way ({first}) would take {needed / 1e6:.1f} MB"
+    if effects.why_unsliceable:
+        why += f"; {effects.why_unsliceable}, so the batch cannot be sliced"
+    if not chosen.whole and effects.uses_randomness:
         why += "; what the module draws at random, as in dropout, differs from what a whole batch would draw"
     return why
 
 
-def _too_small(config: Config, spec: StageSpec, device: torch.device, below: Below) -> BudgetError:
-    budget, needed = config.memory.gpu_mem, smallest_budget(config, spec, device, below)
-    last = smallest_layout(config, spec, below).placement
-    whole = behaviour(spec).why_unsliceable
+def _too_small(config: Config, spec: StageSpec, needed: int) -> str:
+    budget, last = config.memory.gpu_mem, smallest_plan(config, spec)
+    whole = batch_effects(spec).why_unsliceable
     why = f" ({whole}, so the batch cannot be sliced)" if whole else ""
     finer = ", or cut into more --stages" if len(spec.layers) > 1 else ""
     window = "data.window" if spec.window.columns == 1 else "data.crop"
     smaller = f"--batch-size, {window} or net.width" if whole else f"{window} or net.width"
-    return BudgetError(
+    return (
         f"--gpu-mem {(budget or 0) / 1e6:g} MB is too small: stage {spec.stage} needs {math.ceil(needed / 1e4) / 100:g} MB "
         f"even as {last}{why}. Give at least that, or lower {smaller}{finer}."
     )

@@ -1,6 +1,6 @@
 """Which stages' outputs are cached, under the room that the disk has, and which are recomputed from a cache below.
 
-What the cache of a stage will hold besides its activations: known before the stage is trained, so its room is, too."""
+What a cache holds besides activations is known before its stage is trained, so the size of its file is known too."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from layerwise.cache.zstd import require_zstandard
 from layerwise.config import CacheOptions, Config
 from layerwise.data.source import DataSet
 from layerwise.errors import BudgetError, ConfigError
-from layerwise.run_store import RunState, RunStore
+from layerwise.run_store import RunState, RunStore, StageRecord
 from layerwise.training.spec import StageSpec, frame_labels
 from layerwise.units import size
 
@@ -33,9 +33,24 @@ class CachePlan:
     notes: tuple[str, ...] = ()
     """What is not cached, why, and what it costs."""
 
+    @staticmethod
+    def of(records: Sequence[StageRecord]) -> "CachePlan":
+        """As the records of a run's stages say."""
+        return CachePlan(tuple(bool(record.cached) for record in records))
+
     def source(self, stage: int) -> int:
         """The stage whose cache is the nearest below `stage`; 0 for the data."""
         return next((below for below in range(stage - 1, 0, -1) if self.cached[below - 1]), 0)
+
+    def below(self, stage: int, specs: Sequence[StageSpec]) -> tuple[StageSpec, ...]:
+        """The stages that are recomputed for the input of `stage`, lowest first. specs: all stages of the run."""
+        return tuple(specs[self.source(stage) : stage - 1])
+
+    def input_kind(self, stage: int) -> str:
+        """Where the samples of a stage come from: data, cache or recompute."""
+        if stage == 1:
+            return "data"
+        return "cache" if self.cached[stage - 2] else "recompute"
 
     def kept(self, stage: int, keep: str) -> set[int]:
         """The stages whose caches stay once `stage` is done."""
@@ -49,7 +64,7 @@ class CachePlan:
 
 
 def rounds_under_way(config: Config, stages: int) -> int:
-    """How many rounds may hold caches at once; of processes it knows nothing, for what is cached acts on the last bits."""
+    """Rounds that may hold caches at once. The number of processes plays no part: what is cached acts on the last bits."""
     return min(config.training.rounds, stages)
 
 
@@ -60,24 +75,12 @@ def keep_of_round(config: Config, round: int) -> str:
 
 def retained_caches(state: RunState, keep: str) -> set[int]:
     """The stages whose caches stay: those that --keep names, those that are being written, and the inputs of all others."""
-    storage = CachePlan(tuple(bool(record.cached) for record in state.stages))
+    plan = CachePlan.of(state.stages)
     newest = max((record.stage for record in state.stages if record.status in ("caching", "done")), default=0)
-    inputs = {storage.source(record.stage) for record in state.stages if record.status != "done"}
+    inputs = {plan.source(record.stage) for record in state.stages if record.status != "done"}
     written = {record.stage for record in state.stages if record.status == "caching"}
-    stay = storage.kept(newest, keep) | inputs | written if newest else set()
-    return {stage for stage in stay if stage and storage.cached[stage - 1]}
-
-
-def below(specs: Sequence[StageSpec], stage: int, storage: CachePlan) -> tuple[StageSpec, ...]:
-    """The stages that are recomputed for the input of `stage`."""
-    return tuple(specs[storage.source(stage) : stage - 1])
-
-
-def input_kind(stage: int, storage: CachePlan) -> str:
-    """Where the samples of a stage come from: data, cache or recompute."""
-    if stage == 1:
-        return "data"
-    return "cache" if storage.cached[stage - 2] else "recompute"
+    stay = plan.kept(newest, keep) | inputs | written if newest else set()
+    return {stage for stage in stay if stage and plan.cached[stage - 1]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +96,14 @@ class CacheSize:
 
 def cache_sizes(specs: Sequence[StageSpec], data: DataSet, options: CacheOptions) -> list[CacheSize]:
     """Of every stage, whether or not it is to be cached. Raises CacheError where a label cannot be stored."""
-    rooms = []
+    sizes = []
     for spec in specs:
         layout = cache_layout_without_labels(spec, data, options.dtype)
         raw = file_bytes(layout)
         compressed = options.compression != "none" and packed(layout) != layout
         more = packed_bytes(packed(layout)) if compressed else 0
-        rooms.append(CacheSize(layout.activation_bytes, max(raw, more), raw + more))
-    return rooms
+        sizes.append(CacheSize(layout.activation_bytes, max(raw, more), raw + more))
+    return sizes
 
 
 def free_for_caches(folder: Path) -> int:
@@ -110,9 +113,9 @@ def free_for_caches(folder: Path) -> int:
     return shutil.disk_usage(there).free + ours
 
 
-def sealed_bytes(store: RunStore, stages: int) -> dict[int, int]:
+def sealed_bytes(paths: RunStore, stages: int) -> dict[int, int]:
     """Those of stages 1 to `stages` that have a sealed cache, to the bytes that it takes on the disk."""
-    return {file.stage: file.bytes for file in cache_files(store.caches) if file.is_sealed and file.stage <= stages}
+    return {file.stage: file.bytes for file in cache_files(paths.caches) if file.is_sealed and file.stage <= stages}
 
 
 def plan_caches(
@@ -139,46 +142,42 @@ def plan_caches(
     known = {stage: taken for stage, taken in (sealed or {}).items() if stage <= len(decided)}
     room = (free if options.disk is None else min(options.disk, free)) // under_way
     cached, notes = list(decided), []
-    rooms = cache_sizes(specs, data, options)
-    _check_decided(options, rooms, CachePlan(tuple(cached)), known)
+    sizes = cache_sizes(specs, data, options)
+    _check_decided(options, sizes, CachePlan(tuple(cached)), known)
     for spec in specs[len(decided) :]:
-        so_far = CachePlan(tuple(cached))
-        needed = rooms[spec.stage - 1].written
-        beside = _beside(options, rooms, so_far, spec.stage, known)
+        so_far, needed = CachePlan(tuple(cached)), sizes[spec.stage - 1].written
+        beside = _beside(options, sizes, so_far, spec.stage, known)
         fits = beside + needed <= room
-        last = spec.stage == len(specs)
-        if options.policy == "always" and not fits:
-            no_room, more = _no_room(spec, needed, beside, room, options, under_way), _more_room(options, beside)
-            raise BudgetError(f"{no_room}. {more}, or let what does not fit be recomputed: --cache auto.")
-        before = dict(enumerate(intended, start=1)).get(spec.stage)
+        before = intended[spec.stage - 1] if spec.stage <= len(intended) else None
         wanted = options.policy != "never" and fits and before is not False
-        if not wanted and not last:
-            no_room, more = _no_room(spec, needed, beside, room, options, under_way), _more_room(options, beside)
-            _check_recomputable(spec, options, no_room, more)
-        if before and not wanted:
-            notes.append(f"an earlier start was to cache the outputs of stage {spec.stage}; they find no room any more")
         cached.append(wanted)
-        if not wanted and not last:
-            why = "--cache never" if options.policy == "never" else f"{size(needed)} find no room"
-            if fits and options.policy != "never":
-                why = "as an earlier start decided"
-            notes.append(_cost(config, specs, spec.stage, CachePlan(tuple(cached)), why))
-        elif not wanted:
+        if wanted:
+            continue
+        no_room, more_room = _no_room(spec, needed, beside, room, options, under_way), _more_room(options, beside)
+        if options.policy == "always" and not fits:
+            raise BudgetError(f"{no_room}. {more_room}, or let what does not fit be recomputed: --cache auto.")
+        if before:
+            notes.append(f"an earlier start was to cache the outputs of stage {spec.stage}; they find no room any more")
+        if spec.stage == len(specs):
             notes.append(f"the outputs of stage {spec.stage}, {size(needed)}, are not cached; probes recompute them")
+            continue
+        _check_recomputable(spec, options, no_room, more_room)
+        why = "as an earlier start decided" if fits else f"{size(needed)} find no room"
+        notes.append(_cost(specs, spec.stage, so_far, "--cache never" if options.policy == "never" else why))
     if options.compression != "none" and any(cached):
         notes.append("while a cache is packed it lies on the disk twice; what it shrinks to is not known before")
     return CachePlan(tuple(cached), tuple(notes))
 
 
 def _check_decided(
-    options: CacheOptions, rooms: Sequence[CacheSize], decided: CachePlan, sealed: Mapping[int, int]
+    options: CacheOptions, sizes: Sequence[CacheSize], decided: CachePlan, sealed: Mapping[int, int]
 ) -> None:
     """Raises BudgetError where the caches of the stages that are trained take more than `--disk`."""
     stage = len(decided.cached)
     if options.disk is None or not stage:
         return
     if decided.cached[-1] and stage not in sealed:
-        taken = _beside(options, rooms, decided, stage, sealed) + rooms[stage - 1].written
+        taken = _beside(options, sizes, decided, stage, sealed) + sizes[stage - 1].written
     else:
         taken = sum(sealed.get(kept, 0) for kept in decided.kept(stage, options.keep))
     if taken > options.disk:
@@ -204,25 +203,19 @@ def _check_recomputable(spec: StageSpec, options: CacheOptions, no_room: str, mo
     raise BudgetError(f"{no_room}; {why}. {more_room}, or {instead}.")
 
 
-def disk_peak(options: CacheOptions, rooms: Sequence[CacheSize], storage: CachePlan) -> int:
+def disk_peak(options: CacheOptions, sizes: Sequence[CacheSize], plan: CachePlan) -> int:
     """Most bytes that the caches take at once."""
-    return max(
-        (
-            _beside(options, rooms, storage, stage, {}) + room.written
-            for stage, room in enumerate(rooms, start=1)
-            if storage.cached[stage - 1]
-        ),
-        default=0,
-    )
+    stages = (stage for stage, cached in enumerate(plan.cached, start=1) if cached)
+    return max((_beside(options, sizes, plan, stage, {}) + sizes[stage - 1].written for stage in stages), default=0)
 
 
 def _beside(
-    options: CacheOptions, rooms: Sequence[CacheSize], storage: CachePlan, stage: int, sealed: Mapping[int, int]
+    options: CacheOptions, sizes: Sequence[CacheSize], plan: CachePlan, stage: int, sealed: Mapping[int, int]
 ) -> int:
     """Bytes of the caches that must be there while that of `stage` is written."""
-    source = storage.source(stage)
+    source = plan.source(stage)
     there = range(1, stage) if options.keep == "all" else [source] if source else []
-    return sum(sealed.get(below, rooms[below - 1].file) for below in there if storage.cached[below - 1])
+    return sum(sealed.get(below, sizes[below - 1].file) for below in there if plan.cached[below - 1])
 
 
 def _no_room(spec: StageSpec, needed: int, beside: int, room: int, options: CacheOptions, under_way: int) -> str:
@@ -247,31 +240,26 @@ def _more_room(options: CacheOptions, beside: int) -> str:
     return ", ".join(ways)
 
 
-def _cost(config: Config, specs: Sequence[StageSpec], stage: int, storage: CachePlan, why: str) -> str:
-    above = CachePlan((*storage.cached, *[False] * (len(specs) - len(storage.cached))))
-    recomputed = below(specs, stage + 1, above)
-    source = above.source(stage + 1)
+def _cost(specs: Sequence[StageSpec], stage: int, lower: CachePlan, why: str) -> str:
+    """What it costs that a stage is not cached. lower: the plan of the stages below it."""
+    plan = CachePlan((*lower.cached, False))
+    source, above = plan.source(stage + 1), specs[stage]
     origin = f"the cache of stage {source}" if source else "the data"
-    more = _flops(config, recomputed, stage + 1, specs)
+    frames, extra = above.window.frames, 0
+    stop, start = frames, 0
+    for spec in reversed(plan.below(stage + 1, specs)):
+        start, stop = spec.build_module(0, torch.device("meta")).inputs_of(start, stop)
+        extra += _forward_flops(spec, stop - start)
+    # A backward pass costs about twice the forward pass.
+    more = extra / max(3 * _forward_flops(above, frames), 1)
     return (
         f"the outputs of stage {stage} are not cached ({why}): stage {stage + 1} recomputes them from {origin}, which adds "
         f"{more:.0%} to the products of a step"
     )
 
 
-def _flops(config: Config, recomputed: tuple[StageSpec, ...], stage: int, specs: Sequence[StageSpec]) -> float:
-    """Products of the recomputing of a window, over those of the stage's own forward and backward pass."""
-    frames, extra = specs[stage - 1].window.frames, 0
-    stop, start = frames, 0
-    for spec in reversed(recomputed):
-        module = spec.build_module(0, torch.device("meta"))
-        start, stop = module.inputs_of(start, stop)
-        extra += _forward_flops(spec, stop - start)
-    # A backward pass costs about twice the forward pass.
-    return extra / max(3 * _forward_flops(specs[stage - 1], frames), 1)
-
-
 def _forward_flops(spec: StageSpec, frames: int) -> int:
+    """Products of the forward pass of one window."""
     module = spec.build_module(0, torch.device("meta")).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(torch.empty(1, frames, *spec.frame_shape, device="meta"), np.array([frames]))

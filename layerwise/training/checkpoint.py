@@ -139,7 +139,7 @@ def _digest_of_file(arrays: Arrays, metadata: dict[str, str]) -> str:
 def save_checkpoint(path: Path, made_for: str, progress: Progress, trainer: AnyTrainer, best: Arrays | None) -> None:
     """Everything that the next step needs. `made_for` names the stage's input and options."""
     progress.loss_scale, progress.good_steps = trainer.scale.factor, trainer.scale.good_steps
-    progress.shrunk = (trainer.placement.micro_batch, trainer.placement.passes) if trainer.shrunk else None
+    progress.shrunk = (trainer.memory_plan.micro_batch, trainer.memory_plan.passes) if trainer.shrunk else None
     arrays = to_host(_named("module", trainer.module.state_dict()))
     arrays |= to_host(_named("objective", trainer.objective.state_dict()))
     for part, optimizer in (("module", trainer.optimizer), ("objective", trainer.predictor_optimizer)):

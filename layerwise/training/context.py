@@ -29,7 +29,7 @@ class RunContext:
         """
         if not self.ranks.any(self.stop.reason is not None):
             return False
-        self.stop.reason = next(reason for reason in self.ranks.all(self.stop.reason) if reason)
+        self.stop.reason = next(reason for reason in self.ranks.all_gather(self.stop.reason) if reason)
         return True
 
     def raise_if_stopped(self, where: str) -> None:

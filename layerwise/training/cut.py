@@ -1,10 +1,10 @@
 """Where a network is cut: the cut whose largest stage takes the least memory, and the fewest stages that a budget holds.
 
-Every layer runs once on fake tensors; what a stage of several layers would take follows from what its layers keep and
-what they need for a moment. Predictions for the stages of the chosen cut are then exact (`training.training_peak`).
+Each layer runs once on fake tensors. What a stage of several layers takes is estimated from what its layers keep and what
+they need for a moment; what the stages of the chosen cut take is then predicted exactly (`training.peaks`)."""
 
-Splits a row of units into consecutive parts so that the most expensive part is as cheap as can be."""
-
+import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -15,9 +15,8 @@ import torch
 from layerwise.config import Config
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError
-from layerwise.memory.estimate import DEVICE, rehearse
-from layerwise.memory.meter import Meter
-from layerwise.memory.plan import Placement
+from layerwise.memory.meter import REHEARSED_ON, Meter, rehearse
+from layerwise.memory.plan import MemoryPlan
 from layerwise.nets import build_network
 from layerwise.nets.network import Network, ranges
 from layerwise.training.budget import held_at_all, held_in_one_pass
@@ -81,24 +80,20 @@ def cut_network(
     if config.training.schedule == "simultaneous":
         return [_all_at_once(config, data, network, sizes, optimization)]
     stages_of: StagesOf = partial(stage_specs, config, data, network, optimization=optimization)
-    stages, natural = config.training.stages, stages_of(network.natural_ranges)
-    if sizes is not None and sum(sizes) == len(network.layers):
+    count, natural, most = config.training.stages, stages_of(network.natural_ranges), len(network.layers)
+    if sizes is not None and sum(sizes) == most:
         return stages_of(ranges(sizes))
-    if stages == len(natural) or (stages is None and config.memory.gpu_mem is None):
+    if count == len(natural) or (count is None and config.memory.gpu_mem is None):
         return natural
-    if stages is not None and stages > len(network.layers):
-        most = len(network.layers)
+    if count is not None and count > most:
         raise ConfigError(
-            f"--stages {stages}: this network can be cut into at most {most} stages; give a number from 1 to {most} "
+            f"--stages {count}: this network can be cut into at most {most} stages; give a number from 1 to {most} "
             f"(its natural number is {len(natural)}). {network.why_no_finer()}".rstrip()
         )
     costs = layer_costs(config, data, network)
-    if stages is not None:
-        return _best(stages_of, costs, stages)
-    cuts = [
-        natural if count == len(natural) else _best(stages_of, costs, count)
-        for count in range(1, len(network.layers) + 1)
-    ]
+    if count is not None:
+        return _best(stages_of, costs, count)
+    cuts = [natural if n == len(natural) else _best(stages_of, costs, n) for n in range(1, most + 1)]
 
     def held(specs: list[StageSpec], holds: Callable[[Config, StageSpec, torch.device], bool]) -> bool:
         # The largest first: where it does not fit, the others need not be looked at.
@@ -134,60 +129,75 @@ def _all_at_once(
     return replace(whole, parts=tuple(parts))
 
 
+def _best(stages_of: StagesOf, costs: list[LayerCost], stages: int) -> list[StageSpec]:
+    return stages_of(partition(lambda start, stop: stage_cost(costs[start:stop]), len(costs), stages))
+
+
 def layer_costs(config: Config, data: DataSet, network: Network) -> list[LayerCost]:
     """What each layer takes at full windows."""
     finest = stage_specs(config, data, network, ranges([1] * len(network.layers)))
     return [_layer_cost(config, spec) for spec in finest]
 
 
-def _best(stages_of: StagesOf, costs: list[LayerCost], stages: int) -> list[StageSpec]:
-    return stages_of(partition(lambda start, stop: stage_cost(costs[start:stop]), len(costs), stages))
-
-
 def _layer_cost(config: Config, spec: StageSpec) -> LayerCost:
-    size, frames = config.training.batch_size, spec.window.frames
-    static, inputs, kept, transient = _alone(config, spec, below=spec.stage > 1)
-    first = _alone(config, spec, below=False)[3] if spec.stage > 1 else transient
-    lengths = np.full(size, int(spec.build_module(0, torch.device("meta")).out_length(frames)))
-    objective = spec.build_objective(config, torch.device("meta"))
-    classes = np.zeros(size, dtype=np.int64)
-    draw = objective.draw(lengths, int(lengths[0]), spec.window.columns, np.random.default_rng(0), 1, classes)[0]
-    predictors = 3 * 4 * sum(value.numel() for value in objective.parameters())
-    whole = training_peak(config, spec, Placement(size, size)).bytes
+    size = config.training.batch_size
+    alone = first = _without_objective(config, spec, input_gradient=False)
+    if spec.stage > 1:
+        alone = _without_objective(config, spec, input_gradient=True)
+    static = 4 * alone.parameters
+    predictors = 3 * 4 * sum(value.numel() for value in spec.build_objective(config, torch.device("meta")).parameters())
+    whole = training_peak(config, spec, MemoryPlan(size, size)).bytes
     return LayerCost(
-        static=4 * static,
+        static=static,
         objective=predictors,
-        inputs=inputs,
-        kept=kept,
-        transient=transient,
-        first=first,
-        rows=2 * 4 * spec.target_channels * len(draw.rows),
-        last=whole - 4 * static - predictors - inputs,
+        inputs=alone.inputs,
+        kept=alone.kept,
+        transient=alone.highest,
+        first=first.highest,
+        rows=2 * 4 * spec.target_channels * _scored_rows(config, spec),
+        last=whole - static - predictors - alone.inputs,
     )
 
 
-def _alone(config: Config, spec: StageSpec, below: bool) -> tuple[int, int, int, int]:
-    """Bytes of a layer's parameters, of its inputs, of what it keeps, and of its highest point above its inputs.
+def _scored_rows(config: Config, spec: StageSpec) -> int:
+    """Rows of a batch that the objective scores."""
+    size, meta = config.training.batch_size, torch.device("meta")
+    lengths = np.full(size, int(spec.build_module(0, meta).out_length(spec.window.frames)))
+    classes, rng = np.zeros(size, dtype=np.int64), np.random.default_rng(0)
+    draws = spec.build_objective(config, meta).draw(lengths, int(lengths[0]), spec.window.columns, rng, 1, classes)
+    return len(draws[0].rows)
 
-    below: whether there is a layer below it in its stage, which needs the gradient of the inputs.
-    """
+
+@dataclass(frozen=True, slots=True)
+class _LayerPeak:
+    """Bytes of one forward and backward pass of a layer without an objective."""
+
+    parameters: int
+    inputs: int
+    kept: int
+    """From the forward to the backward pass, above the inputs."""
+    highest: int
+    """Above the inputs."""
+
+
+def _without_objective(config: Config, spec: StageSpec, input_gradient: bool) -> _LayerPeak:
+    """input_gradient: whether the inputs need a gradient, for a layer below them in the same stage."""
     size, frames = config.training.batch_size, spec.window.frames
-    found: list[int] = []
+    found: list[_LayerPeak] = []
 
     def forward_and_backward(meter: Meter) -> None:
-        module = spec.build_module(config.training.seed, DEVICE)
-        static = meter.live
-        x = torch.zeros(size, frames, *spec.frame_shape, device=DEVICE, requires_grad=below)
+        module = spec.build_module(config.training.seed, REHEARSED_ON)
+        parameters = meter.live
+        x = torch.zeros(size, frames, *spec.frame_shape, device=REHEARSED_ON, requires_grad=input_gradient)
         before = meter.live
         meter.reset_peak()
         _, outputs = module(x, np.full(size, frames))
         kept = meter.live - before
         outputs.backward(torch.zeros_like(outputs))
-        found.extend((static, before - static, kept, meter.peak - before))
+        found.append(_LayerPeak(parameters, before - parameters, kept, meter.peak - before))
 
     rehearse(forward_and_backward)
-    static, inputs, kept, highest = found
-    return static, inputs, kept, highest
+    return found[0]
 
 
 def partition(cost: Callable[[int, int], int], units: int, parts: int) -> list[range]:
@@ -200,35 +210,36 @@ def partition(cost: Callable[[int, int], int], units: int, parts: int) -> list[r
     if not 1 <= parts <= units:
         raise ValueError(f"{units} units cannot be split into {parts} parts: give a number from 1 to {units}.")
     price = cache(cost)
-    largest = _smallest_largest_cost(price, units, parts)
-    return _cheapest_split(price, units, parts, largest)
+    largest, _ = _best_split(price, units, parts, -math.inf, max)
+
+    def affordable(start: int, stop: int) -> float:
+        return price(start, stop) if price(start, stop) <= largest else math.inf
+
+    return _best_split(affordable, units, parts, 0, operator.add)[1]
 
 
-def _smallest_largest_cost(price: Callable[[int, int], int], units: int, parts: int) -> int:
-    best = {stop: price(0, stop) for stop in range(1, units - parts + 2)}
-    for part in range(2, parts + 1):
-        best = {
-            stop: min(max(best[start], price(start, stop)) for start in range(part - 1, stop))
-            for stop in range(part, units - parts + part + 1)
-        }
-    return best[units]
-
-
-def _cheapest_split(price: Callable[[int, int], int], units: int, parts: int, largest: int) -> list[range]:
-    """The split with the smallest sum of costs among those whose every range costs `largest` at most."""
-    totals = {0: 0}
-    starts: list[dict[int, int]] = []
+def _best_split(
+    price: Callable[[int, int], float],
+    units: int,
+    parts: int,
+    nothing: float,
+    join: Callable[[float, float], float],
+) -> tuple[float, list[range]]:
+    """The smallest price of a split, and its ranges. join: the price of a split and one range more; nothing: of no range."""
+    best: list[dict[int, tuple[float, int]]] = [{0: (nothing, 0)}]
+    """For each number of parts: where they stop, to their smallest price and the start of the last part."""
     for part in range(1, parts + 1):
-        best = {}
-        for stop in range(part, units - parts + part + 1):
-            affordable = [start for start in totals if start < stop and price(start, stop) <= largest]
-            if affordable:
-                best[stop] = min((totals[start] + price(start, stop), start) for start in affordable)
-        totals = {stop: total for stop, (total, _) in best.items()}
-        starts.append({stop: start for stop, (_, start) in best.items()})
-    ranges: list[range] = []
+        totals = {start: total for start, (total, _) in best[-1].items()}
+        best.append(
+            {
+                stop: min((join(totals[start], price(start, stop)), start) for start in totals if start < stop)
+                for stop in range(part, units - parts + part + 1)
+            }
+        )
+    split: list[range] = []
     stop = units
-    for start_of in reversed(starts):
-        ranges.insert(0, range(start_of[stop], stop))
-        stop = start_of[stop]
-    return ranges
+    for starts in reversed(best[1:]):
+        start = starts[stop][1]
+        split.insert(0, range(start, stop))
+        stop = start
+    return best[-1][units][0], split

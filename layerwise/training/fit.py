@@ -93,7 +93,7 @@ def fit(
     def stop_if_asked() -> None:
         if context.asked_to_stop():
             save()
-            context.ranks.meet()  # torchrun kills the other ranks when one ends before all have saved
+            context.ranks.barrier()  # torchrun kills the other ranks when one ends before all have saved
             context.stop.raise_if_set(f"in stage {stage}, epoch {progress.epoch + 1}, after step {progress.step}")
 
     while progress.epoch - progress.first_epoch < epochs and progress.plateau_epochs < options.patience:
@@ -146,7 +146,7 @@ def fit(
         best_loss=progress.best_loss,
         seconds=time.monotonic() - started,
         peak_bytes=max(entry["peak_bytes"] for entry in progress.history[progress.first_epoch :]),
-        micro_batch=trainer.placement.micro_batch,
+        micro_batch=trainer.memory_plan.micro_batch,
     )
 
 

@@ -22,8 +22,8 @@ from layerwise.errors import TrainingError
 from layerwise.events import CachingProgress, Notify
 from layerwise.memory.device import autocast, offloaded, on_device, pack_recurrent_weights
 from layerwise.memory.meter import AnyMeter, metered, uncounted
-from layerwise.nets.copying import copied
 from layerwise.nets.module import Module
+from layerwise.nets.network import copied
 from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import Arrays, load_weights
 from layerwise.training.loader import Loader

@@ -1,18 +1,12 @@
-"""What the training pass of a stage takes at its peak: its very step is rehearsed on fake tensors.
+"""Predicts what a stage takes at its peak: in training, in the caching pass, and while its input is recomputed.
 
-So a prediction is not a model of the code but the code itself. Of many like slices only the first are rehearsed: the others
-need the same room.
-
-What the caching pass of a stage, and recomputing its input, take at their peak: both are rehearsed on fake tensors.
-
-Predictions are asked for again and again, and kept for as long as the stage lives that they are made of."""
+A prediction is not a model of the code but the code itself: its very steps are rehearsed on fake tensors. Of many like
+slices and pieces only the first are rehearsed, for the others need the same room."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
-from weakref import WeakKeyDictionary
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,36 +19,16 @@ from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError, ConfigError
 from layerwise.memory import microbatch
 from layerwise.memory.device import autocast, on_device
-from layerwise.memory.estimate import DEVICE, rehearse
-from layerwise.memory.meter import Kind, Meter
+from layerwise.memory.meter import REHEARSED_ON, Kind, Meter, rehearse
 from layerwise.memory.microbatch import Pending, Total
-from layerwise.memory.plan import Placement
+from layerwise.memory.plan import MemoryPlan
 from layerwise.nets.module import Module
+from layerwise.nets.network import memoised_per
 from layerwise.objectives.protocol import Draw
 from layerwise.training.context import RunContext
 from layerwise.training.optimizer import Optimizer, State
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def memoised_per_stage(
-    predict: Callable[Concatenate[Config, StageSpec, P], T],
-) -> Callable[Concatenate[Config, StageSpec, P], T]:
-    """`predict`, which works out every answer once; its other arguments must be hashable."""
-    answers: WeakKeyDictionary[StageSpec, dict[Any, T]] = WeakKeyDictionary()
-
-    @wraps(predict)
-    def ask(config: Config, spec: StageSpec, /, *rest: P.args, **none: P.kwargs) -> T:
-        known, key = answers.setdefault(spec, {}), (config, *rest)
-        if key not in known:
-            known[key] = predict(config, spec, *rest, **none)
-        return known[key]
-
-    return ask
-
 
 REHEARSED_STEPS = 32
 """Frames of a recurrent layer in the caching pass."""
@@ -63,7 +37,13 @@ Below = tuple[StageSpec, ...]
 """The stages whose outputs are recomputed, lowest first."""
 
 
-@memoised_per_stage
+def _stored_input(config: Config, spec: StageSpec, samples: int, frames: int) -> torch.Tensor:
+    """Meta tensor (samples, frames, *frame shape) in the dtype in which the input of the stage is read."""
+    dtype = torch.float32 if spec.stage == 1 else STORED[config.cache.dtype].tensor
+    return torch.zeros(samples, frames, *spec.frame_shape, dtype=dtype, device="meta")
+
+
+@memoised_per(StageSpec)
 def caching_peak(config: Config, spec: StageSpec, piece: int) -> int:
     """Predicted bytes of the caching pass of a stage: of a long sample that is streamed, or of short ones with padding."""
     module = spec.build_module(config.training.seed, torch.device("meta"))
@@ -80,23 +60,19 @@ def caching_peak(config: Config, spec: StageSpec, piece: int) -> int:
 
 def _rehearsed_caching(config: Config, spec: StageSpec, piece: int, layers: int) -> int:
     """Of the first layers of a stage."""
-    cached = STORED[config.cache.dtype].tensor
-    stored = torch.float32 if spec.stage == 1 else cached
-
-    def read(samples: int, frames: int) -> torch.Tensor:
-        return on_device(torch.zeros(samples, frames, *spec.frame_shape, dtype=stored, device="meta"), DEVICE)
+    cached, precision = STORED[config.cache.dtype].tensor, config.training.precision
 
     def build() -> Module:
-        module = spec.build_module(config.training.seed, DEVICE).eval()
+        module = spec.build_module(config.training.seed, REHEARSED_ON).eval()
         return Module({int(name): layer for name, layer in list(module.layers.items())[:layers]})
 
     def stream(_: Meter) -> None:
         module, states = build(), None
-        with torch.no_grad(), autocast(DEVICE, config.training.precision):
+        with torch.no_grad(), autocast(REHEARSED_ON, precision):
             # How much input a layer carries over depends on where a piece ends within its stride: every place once.
             pieces = 2 + max(layer.stride for layer in module.layers.values())
             for last in [False] * pieces + [True]:
-                frames = read(1, piece)
+                frames = on_device(_stored_input(config, spec, 1, piece), REHEARSED_ON)
                 outputs, states = module.push(frames, states, last)
                 del frames
                 outputs.to(cached).isfinite().all()
@@ -107,8 +83,10 @@ def _rehearsed_caching(config: Config, spec: StageSpec, piece: int, layers: int)
         lengths = np.array([piece - piece // 2, max(piece // 2 - 1, 0)])
         if module.out_length(lengths[0]) < 1:
             return  # no two samples are that short
-        with torch.no_grad(), autocast(DEVICE, config.training.precision):
-            outputs = module(read(2, int(lengths[0])), lengths)[1]
+        with torch.no_grad(), autocast(REHEARSED_ON, precision):
+            frames = on_device(_stored_input(config, spec, 2, int(lengths[0])), REHEARSED_ON)
+            outputs = module(frames, lengths)[1]
+            del frames
             outputs.to(cached).isfinite().all()
 
     return max(rehearse(stream).peak + _carried_more(spec, layers), rehearse(pad).peak)
@@ -145,20 +123,18 @@ def recomputing_peak(config: Config, below: Below, windows: int, frames: int) ->
     return peak
 
 
-@memoised_per_stage
+@memoised_per(StageSpec)
 def _passing_peak(config: Config, spec: StageSpec, windows: int, frames: int) -> int:
     """Of windows of `frames` input frames through one stage, at the beginning of their samples, where they are masked."""
-    rounded = STORED[config.cache.dtype].tensor
-    stored = torch.float32 if spec.stage == 1 else rounded
 
     def work(_: Meter) -> None:
-        module = spec.build_module(config.training.seed, DEVICE).eval()
+        module = spec.build_module(config.training.seed, REHEARSED_ON).eval()
         firsts, lengths = np.full(windows, -module.inputs_of(0, 1)[1]), np.full(windows, 2 * frames)
-        with torch.no_grad(), autocast(DEVICE, config.training.precision):
-            x = on_device(torch.zeros(windows, frames, *spec.frame_shape, dtype=stored, device="meta"), DEVICE)
+        with torch.no_grad(), autocast(REHEARSED_ON, config.training.precision):
+            x = on_device(_stored_input(config, spec, windows, frames), REHEARSED_ON)
             outputs = module.window(x, firsts, lengths)[0]
             del x
-            outputs.to(rounded).isfinite().all()
+            outputs.to(STORED[config.cache.dtype].tensor).isfinite().all()
 
     return rehearse(work).peak
 
@@ -181,51 +157,50 @@ class Peak:
 
 
 @dataclass(slots=True)
-class _Known:
-    """What rehearsals have told of the training in one placement."""
+class _Rehearsal:
+    """What is known of the training under one plan."""
 
     peak: Peak | None = None
     more_than: int | None = None
     """Bytes at which a rehearsal was broken off, where none has reached its end."""
 
 
-@memoised_per_stage
-def _known(config: Config, spec: StageSpec, placement: Placement) -> _Known:
-    return _Known()
+@memoised_per(StageSpec)
+def _rehearsal(config: Config, spec: StageSpec, plan: MemoryPlan) -> _Rehearsal:
+    return _Rehearsal()
 
 
-def training_peak(config: Config, spec: StageSpec, placement: Placement) -> Peak:
+def training_peak(config: Config, spec: StageSpec, plan: MemoryPlan) -> Peak:
     """Predicted peak of the training pass of a stage, at full windows."""
-    known = _known(config, spec, placement)
+    known = _rehearsal(config, spec, plan)
     if known.peak is None:
-        known.peak = _rehearsed_training(config, spec, placement)
+        known.peak = _rehearsed_training(config, spec, plan)
     return known.peak
 
 
-def training_fits(config: Config, spec: StageSpec, placement: Placement, room: int) -> bool:
+def training_fits(config: Config, spec: StageSpec, plan: MemoryPlan, room: int) -> bool:
     """Whether that peak is at most `room` bytes; where it is not, the rehearsal ends with the first byte beyond."""
-    known = _known(config, spec, placement)
+    known = _rehearsal(config, spec, plan)
     if known.peak is None and (known.more_than is None or known.more_than < room):
         try:
-            known.peak = _rehearsed_training(config, spec, placement, room)
+            known.peak = _rehearsed_training(config, spec, plan, room)
         except BudgetError:
             known.more_than = room
     return known.peak is not None and known.peak.bytes <= room
 
 
-def _rehearsed_training(config: Config, spec: StageSpec, placement: Placement, limit: int | None = None) -> Peak:
+def _rehearsed_training(config: Config, spec: StageSpec, plan: MemoryPlan, limit: int | None = None) -> Peak:
     """Raises BudgetError where the peak passes the limit."""
     size, window = config.training.batch_size, spec.window.frames
 
     def step(meter: Meter) -> None:
-        rehearsal = _RehearsedTrainer(spec, config, placement, RunContext(DEVICE, meter))
+        rehearsal = _RehearsedTrainer(spec, config, plan, RunContext(REHEARSED_ON, meter))
         # As in training, loss and accuracy of a step live until those of the next one take their place.
-        before = torch.zeros((), device=DEVICE), torch.zeros((), device=DEVICE)
-        stored = torch.float32 if spec.stage == 1 else STORED[config.cache.dtype].tensor
-        frames = torch.zeros(size, window, *spec.frame_shape, dtype=stored, device="meta")
+        before = torch.zeros((), device=REHEARSED_ON), torch.zeros((), device=REHEARSED_ON)
+        frames = _stored_input(config, spec, size, window)
         lengths = np.full(size, window)
         # Padding is masked, and masks take room, in whichever slice it comes.
-        lengths[:: placement.micro_batch] = min(window, spec.lengths.min())
+        lengths[:: plan.micro_batch] = min(window, spec.lengths.min())
         classes = np.zeros(size, dtype=np.int64)
         rehearsal.train(Batch(frames, lengths, classes), StepRandomness(lambda: np.random.default_rng(0)))
         del before
@@ -235,36 +210,38 @@ def _rehearsed_training(config: Config, spec: StageSpec, placement: Placement, l
 
 
 class _RehearsedTrainer(StageTrainer):
-    """Goes through the first slices of a batch and its first passes, and does not go on in smaller slices."""
+    """Goes through the first slices and passes of a batch. Where they do not fit, it does not try smaller slices."""
 
     def _draws(self, batch: Batch, randomness: StepRandomness) -> Sequence[Draw]:
         full = replace(batch, lengths=np.full(len(batch.lengths), batch.frames.shape[1]))
         draws = super()._draws(full, randomness)
         samples, frames = len(batch.lengths), int(self.module.out_length(batch.frames.shape[1]))
         most = max(_most_hit(len(draw.rows), samples * frames) for draw in draws)
-        in_slice = max(_most_in_a_slice(draw.rows, samples, frames, self.placement.micro_batch) for draw in draws)
-        rows = _spread_out(most, min(in_slice, most), samples, frames, self.placement.micro_batch)
+        in_slice = max(_most_in_a_slice(draw.rows, samples, frames, self.memory_plan.micro_batch) for draw in draws)
+        rows = _spread_out(most, min(in_slice, most), samples, frames, self.memory_plan.micro_batch)
         return [replace(cast(Any, draw), rows=rows) for draw in draws[:REHEARSED_PASSES]]
 
     def _repeat_in_smaller_slices(
         self,
-        work: Callable[[microbatch.Batch, Sequence[Draw]], Total],
+        work: Callable[[microbatch.SlicedBatch, Sequence[Draw]], Total],
         draws: Sequence[Draw],
         batch: Batch,
         randomness: StepRandomness,
     ) -> Total:
         return work(self._encoded(batch, randomness.seed), draws)
 
-    def _run_back(self, pending: Pending, encoded: microbatch.Batch) -> None:
-        microbatch.run_back(pending, encoded, self.placement.micro_batch)
+    def _run_back(self, pending: Pending, encoded: microbatch.SlicedBatch) -> None:
+        microbatch.run_back(pending, encoded, self.memory_plan.micro_batch)
 
     def _optimizer(self, trained: nn.Module, options: TrainingOptions) -> Optimizer:
-        if self.placement.optimizer_on_host:
-            return _Elsewhere(trained)
+        if self.memory_plan.optimizer_on_host:
+            return _HostOptimizerSeenFromDevice(trained)
         optimizer = super()._optimizer(trained, options)
-        if self.spec.optimization:  # which makes its state at the first step: here as much is there as in all others
-            for parameter in filter(lambda parameter: parameter.requires_grad, trained.parameters()):
-                parameter.grad = torch.zeros_like(parameter)
+        if self.spec.optimization:
+            # It makes its state at the first step; the rehearsed step is to be like all later ones.
+            for parameter in trained.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
             try:
                 optimizer.step()
             except DataDependentOutputException:
@@ -275,11 +252,11 @@ class _RehearsedTrainer(StageTrainer):
         return optimizer
 
     def _samples(self, batch: Batch) -> int:
-        return min(len(batch.lengths), REHEARSED_SLICES * self.placement.micro_batch)
+        return min(len(batch.lengths), REHEARSED_SLICES * self.memory_plan.micro_batch)
 
 
-class _Elsewhere:
-    """What an optimizer on the host leaves to see on the device: the gradients go."""
+class _HostOptimizerSeenFromDevice:
+    """Of a step on the host, the device sees that the gradients go."""
 
     def __init__(self, trained: nn.Module) -> None:
         self._trained = trained

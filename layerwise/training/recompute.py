@@ -19,8 +19,8 @@ from layerwise.errors import BudgetError
 from layerwise.memory.device import autocast, on_device, release, why_out_of_memory
 from layerwise.memory.meter import uncounted
 from layerwise.memory.ranks import ALONE, Ranks
-from layerwise.nets.copying import copied
 from layerwise.nets.module import Module
+from layerwise.nets.network import copied
 from layerwise.training.forward import InferenceStage
 from layerwise.training.loader import Offload, in_whole_batch, share_of
 from layerwise.training.spec import StageSpec

@@ -10,9 +10,9 @@ import torch
 from layerwise.config import Config, load, options, value_of
 from layerwise.data.source import DataSet
 from layerwise.errors import RunError
+from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.run_store import RunState, RunStore
-from layerwise.training.budget import StageLayout
 from layerwise.training.cache_plan import CachePlan, keep_of_round
 from layerwise.training.spec import StageSpec
 
@@ -27,8 +27,8 @@ class Run:
     split: np.ndarray
     """uint8 [N], see training.samples."""
     specs: list[StageSpec]
-    layouts: list[StageLayout]
-    storage: CachePlan
+    memory_plans: list[MemoryPlan]
+    cache_plan: CachePlan
     device: torch.device
     ranks: Ranks = ALONE
     """The processes that perform its tasks together; the first one alone writes and holds the locks."""

@@ -1,6 +1,4 @@
-"""Which samples train, which ones stop the training, and which ones test the probes: fixed by the seed.
-
-The classes of the samples, for an objective that learns a label."""
+"""Which samples train, which stop the training and which test the probes, fixed by the seed; and their classes."""
 
 import numpy as np
 

@@ -18,7 +18,7 @@ from layerwise.data.batches import Batch
 from layerwise.memory.device import autocast, on_device
 from layerwise.memory.meter import metered
 from layerwise.memory.microbatch import Total
-from layerwise.memory.plan import Placement
+from layerwise.memory.plan import MemoryPlan
 from layerwise.nets.module import Module
 from layerwise.training.context import RunContext
 from layerwise.training.optimizer import Optimizer, State
@@ -33,9 +33,9 @@ class SimultaneousTrainer:
 
     shrunk = False
 
-    def __init__(self, spec: StageSpec, config: Config, placement: Placement, context: RunContext) -> None:
-        self.spec, self.config, self.placement, self._context = spec, config, placement, context
-        self._parts = [StageTrainer(part, config, placement, context) for part in spec.parts]
+    def __init__(self, spec: StageSpec, config: Config, memory_plan: MemoryPlan, context: RunContext) -> None:
+        self.spec, self.config, self.memory_plan, self._context = spec, config, memory_plan, context
+        self._parts = [StageTrainer(part, config, memory_plan, context) for part in spec.parts]
         self.module = Module({int(i): layer for part in self._parts for i, layer in part.module.layers.items()})
         self.objective = nn.ModuleDict({str(part.spec.stage): part.objective for part in self._parts})
         self.optimizer = _Optimizers([("", part.optimizer) for part in self._parts])
@@ -94,10 +94,10 @@ AnyTrainer = StageTrainer | SimultaneousTrainer
 """What the training loop steps and a checkpoint saves."""
 
 
-def load_trainer(spec: StageSpec, config: Config, placement: Placement, context: RunContext) -> AnyTrainer:
+def load_trainer(spec: StageSpec, config: Config, memory_plan: MemoryPlan, context: RunContext) -> AnyTrainer:
     """The trainer of a stage, on the device."""
     kind = SimultaneousTrainer if spec.parts else StageTrainer
-    return kind(spec, config, placement, context)
+    return kind(spec, config, memory_plan, context)
 
 
 class _Optimizers:

@@ -1,6 +1,4 @@
-"""The stages of a run, worked out before anything is trained: what each reads, builds and puts out.
-
-Labels of the frames that a stage puts out: those of the data, where each frame is centred."""
+"""The stages of a run, worked out before anything is trained: what each reads, builds and puts out."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,9 +12,8 @@ from layerwise.config import Config
 from layerwise.data.batches import Window
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, DataError
-from layerwise.nets.copying import with_first_weights
 from layerwise.nets.module import Geometry, Module
-from layerwise.nets.network import Network
+from layerwise.nets.network import Network, with_first_weights
 from layerwise.nets.speech import shortest_input
 from layerwise.objectives import Scored, build_objective, check_objective, renderings_compared
 from layerwise.objectives.protocol import ObjectiveModule
@@ -26,7 +23,7 @@ from layerwise.training.samples import count_classes
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class StageSpec:
-    """One stage, described and not yet built. Equal to itself alone: what is predicted of it can be remembered."""
+    """One stage, described and not yet built. Equal to itself alone, so that predictions can be memoised per stage."""
 
     stage: int
     layers: range
@@ -74,7 +71,7 @@ def stage_specs(
 ) -> list[StageSpec]:
     """The stages of a network that is cut into these ranges of layers, in order. optimization: in place of Adam.
 
-    Raises ConfigError where the network, the cut or the window do not fit the data.
+    Raises ConfigError where the network, the cut or the window do not fit the data, DataError where a sample is too short.
     """
     window = input_window(config, data)
     check_objective(config.objective.name)

@@ -69,7 +69,9 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
             writer.seal(lambda: context.stop.raise_if_set(f"while the cache of stage {spec.stage} was packed"))
 
         def write_in_pieces() -> None:
-            _in_pieces_that_fit(write, run.layouts[spec.stage - 1].piece, shortest_piece(spec, run.config), run.device)
+            _in_pieces_that_fit(
+                write, run.memory_plans[spec.stage - 1].piece, shortest_piece(spec, run.config), run.device
+            )
 
         if ranks.count == 1:
             write_in_pieces()

@@ -22,7 +22,6 @@ from layerwise.memory.device import cap, process_bytes, release, return_free_blo
 from layerwise.memory.meter import meter_for
 from layerwise.memory.ranks import ALONE
 from layerwise.run_store import StageRecord
-from layerwise.training.cache_plan import below, input_kind
 from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend, open_cache
 from layerwise.training.checkpoint import digest, load_stages, save_arrays
 from layerwise.training.context import RunContext
@@ -126,7 +125,7 @@ def _train_and_cache(spec: StageSpec, source: FrameSource, round: Round, context
     context.meter.reset_peak()
     # Probes read the outputs of the last stage in the last round only.
     nobody_reads_it = spec.stage == len(round.run.specs) and not round.is_last
-    if round.run.storage.cached[spec.stage - 1] and not nobody_reads_it:
+    if round.run.cache_plan.cached[spec.stage - 1] and not nobody_reads_it:
         delete_unneeded_caches(round)
         write_stage_cache(spec, loader, round, context)
         _record_driver_bytes(context.device, record)
@@ -141,14 +140,14 @@ def _record_driver_bytes(device: torch.device, record: StageRecord) -> None:
 
 def _open_source(stage: int, round: Round) -> FrameSource:
     """The data, or the nearest cache below."""
-    cached_stage = round.run.storage.source(stage)
+    cached_stage = round.run.cache_plan.source(stage)
     return round.run.data if cached_stage == 0 else open_cache(cached_stage, round)
 
 
 def _loader(stage: int, source: FrameSource, round: Round, context: RunContext) -> Loader:
     """Reads the source, and passes it through the stages in between where these are not cached."""
     run = round.run
-    specs = below(run.specs, stage, run.storage)
+    specs = run.cache_plan.below(stage, run.specs)
     # input_noise is relative to the level of the whole batch, so every rank reads all of it.
     ranks = ALONE if run.config.training.input_noise else context.ranks
     if not specs:
@@ -156,14 +155,14 @@ def _loader(stage: int, source: FrameSource, round: Round, context: RunContext) 
     numbers = [spec.stage for spec in specs]
     formats = [OutputFormat.of(round.trained_with(number)) for number in numbers]
     stages = trained_stages(specs, formats, load_stages(round.store, numbers))
-    return RecomputingLoader(source, specs, stages, run.layouts[stage - 1].windows, context.device, ranks)
+    return RecomputingLoader(source, specs, stages, run.memory_plans[stage - 1].windows, context.device, ranks)
 
 
 def _train(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -> None:
     """Leaves the best weights in the stage's folder and the outcome in its record."""
     stage, run, record = spec.stage, round.run, round.state.record(spec.stage)
     record.status = "training"
-    record.input = input_kind(stage, run.storage)
+    record.input = run.cache_plan.input_kind(stage)
     round.save()
     if context.ranks.first:
         write_atomically(round.store.stage_config(stage), run.config.to_toml().encode())
@@ -185,12 +184,12 @@ def _train(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -
     begin_from = (earlier.store.checkpoint(stage), earlier.training_key(stage)) if earlier else None
     files = StageFiles(round.store.checkpoint(stage), round.store.metrics(stage), key, begin_from)
     in_training = replace(context, notify=record_epoch)
-    trainer = load_trainer(spec, run.config, run.layouts[stage - 1].placement, in_training)
+    trainer = load_trainer(spec, run.config, run.memory_plans[stage - 1], in_training)
     trained = fit(trainer, loader, samples, files, round.number, in_training)
     if context.ranks.first:
         save_arrays(round.store.weights(stage), trained.weights, {"stage": str(stage), "made_for": key})
     weights_digest = digest(trained.weights)
-    if len(set(context.ranks.all(weights_digest))) > 1:
+    if len(set(context.ranks.all_gather(weights_digest))) > 1:
         raise AssertionError(f"the ranks have trained different weights of stage {stage}")
     record.status = "caching"
     record.epochs, record.converged, record.best_loss = trained.epochs, trained.converged, trained.best_loss

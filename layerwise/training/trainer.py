@@ -23,9 +23,9 @@ from layerwise.memory import microbatch
 from layerwise.memory.device import autocast, offloaded, on_device, pack_recurrent_weights, release, why_out_of_memory
 from layerwise.memory.meter import AnyMeter, metered
 from layerwise.memory.microbatch import Pending, Total
-from layerwise.memory.plan import Placement
+from layerwise.memory.plan import MemoryPlan
 from layerwise.objectives.protocol import Draw, Score
-from layerwise.training.batch_effects import behaviour
+from layerwise.training.batch_effects import batch_effects
 from layerwise.training.context import RunContext
 from layerwise.training.optimizer import DeviceAdam, HostOptimizer, LossScale, Optimizer, OwnOptimizer
 from layerwise.training.spec import StageSpec
@@ -44,17 +44,17 @@ class StepRandomness:
 
 
 class StageTrainer:
-    """Module, objective and their optimizers on the device, and the placement of a batch, which may become smaller."""
+    """Module, objective and their optimizers on the device, and its memory plan, which may become smaller."""
 
-    def __init__(self, spec: StageSpec, config: Config, placement: Placement, context: RunContext) -> None:
-        self.spec, self.config, self.placement, self.context = spec, config, placement, context
-        self.batch_effects = behaviour(spec)
+    def __init__(self, spec: StageSpec, config: Config, memory_plan: MemoryPlan, context: RunContext) -> None:
+        self.spec, self.config, self.memory_plan, self.context = spec, config, memory_plan, context
+        self.effects = batch_effects(spec)
         self.module = spec.build_module(config.training.seed, context.device)
         self.objective = spec.build_objective(config, context.device)
         self.optimizer = self._optimizer(self.module, config.training)
         self.predictor_optimizer = self._optimizer(self.objective, config.training)
         self.shrunk = False
-        """Whether a step ran out of memory, so that the placement is smaller than it was."""
+        """Whether a step ran out of memory, so that the plan is smaller than it was."""
         self.scale = LossScale.of(config.training.precision)
         self._precision = config.training.precision
         self._label()
@@ -62,8 +62,8 @@ class StageTrainer:
 
     def go_on_shrunk(self, micro_batch: int, passes: int) -> None:
         """Takes slices at least as small as an earlier start had to: with these it got where it stopped."""
-        micro_batch, passes = min(micro_batch, self.placement.micro_batch), max(passes, self.placement.passes)
-        self.placement, self.shrunk = replace(self.placement, micro_batch=micro_batch, passes=passes), True
+        micro_batch, passes = min(micro_batch, self.memory_plan.micro_batch), max(passes, self.memory_plan.passes)
+        self.memory_plan, self.shrunk = replace(self.memory_plan, micro_batch=micro_batch, passes=passes), True
 
     def begin_epoch(self, epoch: int) -> None:
         """Sets the learning rates of an epoch, from 0."""
@@ -99,16 +99,16 @@ class StageTrainer:
         pack_recurrent_weights(self.module)
         self._label()
 
-    def _score(self, encoded: microbatch.Batch, draws: Sequence[Draw]) -> Total:
-        return microbatch.score(encoded, self._loss, draws, self.placement.micro_batch)
+    def _score(self, encoded: microbatch.SlicedBatch, draws: Sequence[Draw]) -> Total:
+        return microbatch.score(encoded, self._loss, draws, self.memory_plan.micro_batch)
 
-    def _attempt(self, encoded: microbatch.Batch, draws: Sequence[Draw]) -> Total:
+    def _attempt(self, encoded: microbatch.SlicedBatch, draws: Sequence[Draw]) -> Total:
         """All gradients of the module in place, and the predictors' step taken."""
-        if len(draws) > 1 or self.batch_effects.draws:
+        if len(draws) > 1 or self.effects.uses_randomness:
             scores = []
             for draw in draws:
                 pending = self._loss_gradients(encoded, draw)
-                microbatch.run_back(pending, encoded, self.placement.micro_batch)
+                microbatch.run_back(pending, encoded, self.memory_plan.micro_batch)
                 scores.append(pending.score)
                 del pending  # its gradients would stay through the next pass
             self._step_predictors()
@@ -121,7 +121,7 @@ class StageTrainer:
 
     def _step_predictors(self) -> None:
         """Their gradients are the same on all ranks, but for how each device rounds."""
-        self.context.ranks.of_first(
+        self.context.ranks.broadcast(
             parameter.grad for parameter in self.objective.parameters() if parameter.grad is not None
         )
         self.predictor_optimizer.step()
@@ -134,28 +134,28 @@ class StageTrainer:
         for parameter in trained:
             if parameter.grad is None:  # none of this rank's samples was scored
                 parameter.grad = torch.zeros_like(parameter)
-        self.context.ranks.add(parameter.grad for parameter in trained if parameter.grad is not None)
+        self.context.ranks.all_reduce(parameter.grad for parameter in trained if parameter.grad is not None)
 
     def _agreed(self, score: Total) -> Total:
         """The same to the bit on all ranks."""
-        self.context.ranks.of_first([score.loss, score.accuracy])
+        self.context.ranks.broadcast([score.loss, score.accuracy])
         return score
 
-    def _loss_gradients(self, encoded: microbatch.Batch, draw: Draw) -> Pending:
-        pending = microbatch.loss_gradients(encoded, self._loss, draw, self.placement.micro_batch, self.scale.factor)
+    def _loss_gradients(self, encoded: microbatch.SlicedBatch, draw: Draw) -> Pending:
+        pending = microbatch.loss_gradients(encoded, self._loss, draw, self.memory_plan.micro_batch, self.scale.factor)
         self.context.meter.label("gradients", (parameter.grad for parameter in self.objective.parameters()))
         return pending
 
-    def _run_back(self, pending: Pending, encoded: microbatch.Batch) -> None:
+    def _run_back(self, pending: Pending, encoded: microbatch.SlicedBatch) -> None:
         """Cannot be left half done once the predictors have stepped, so it sees to its own memory."""
         while True:
             try:
-                microbatch.run_back(pending, encoded, self.placement.micro_batch)
+                microbatch.run_back(pending, encoded, self.memory_plan.micro_batch)
                 return
             except (BudgetError, RuntimeError) as error:
                 reason = why_out_of_memory(error)
             self.module.zero_grad()
-            if self.placement.micro_batch > 1 or self.batch_effects.why_unsliceable:
+            if self.memory_plan.micro_batch > 1 or self.effects.why_unsliceable:
                 self._shrink(reason)
             elif not pending.on_host:
                 pending.move_to_host()
@@ -165,7 +165,7 @@ class StageTrainer:
 
     def _repeat_in_smaller_slices(
         self,
-        work: Callable[[microbatch.Batch, Sequence[Draw]], Total],
+        work: Callable[[microbatch.SlicedBatch, Sequence[Draw]], Total],
         draws: Sequence[Draw],
         batch: Batch,
         randomness: StepRandomness,
@@ -189,19 +189,19 @@ class StageTrainer:
             draws = self._draws(batch, randomness)
 
     def _shrink(self, reason: str) -> None:
-        if self.batch_effects.why_unsliceable:
-            raise NoSmallerSlices(f"{reason} {self.batch_effects.why_unsliceable}, so the batch cannot be sliced.")
-        smaller = self.placement.smaller()
+        if self.effects.why_unsliceable:
+            raise NoSmallerSlices(f"{reason} {self.effects.why_unsliceable}, so the batch cannot be sliced.")
+        smaller = self.memory_plan.smaller()
         if smaller is None:
             raise NoSmallerSlices(reason)
-        self.placement = smaller
+        self.memory_plan = smaller
         self.shrunk = True
         release(self.context.device)
 
     def _draws(self, batch: Batch, randomness: StepRandomness) -> Sequence[Draw]:
         lengths = self.module.out_length(batch.lengths)
         frames = int(self.module.out_length(batch.frames.shape[1]))
-        passes = min(self.placement.passes, len(lengths))
+        passes = min(self.memory_plan.passes, len(lengths))
         columns, rng = self.spec.window.columns, randomness.negatives()
         return self.objective.draw(lengths, frames, columns, rng, passes, batch.classes)
 
@@ -211,26 +211,26 @@ class StageTrainer:
 
     def _samples_at_once(self, batch: Batch) -> int:
         share = self.context.ranks.share(len(batch.lengths))
-        return min(self.placement.micro_batch, share.stop - share.start)
+        return min(self.memory_plan.micro_batch, share.stop - share.start)
 
-    def _encoded(self, batch: Batch, seed: int) -> microbatch.Batch:
+    def _encoded(self, batch: Batch, seed: int) -> microbatch.SlicedBatch:
         def encode(samples: slice, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
             # Checkpoints end a layer's second pass as soon as all tensors are there that its backward pass needs, and torch
             # (2.12) takes the noise of RReLU for there before it is drawn.
-            to_the_end = set_checkpoint_early_stop(not self.batch_effects.draws)
+            to_the_end = set_checkpoint_early_stop(not self.effects.uses_randomness)
             with self._seeded(seed, samples.start), autocast(self.context.device, self._precision), to_the_end:
                 return self.module.representations(
                     on_device(batch.frames, self.context.device, samples),
                     batch.lengths[samples],
                     torch.as_tensor(rows, device=self.context.device),
-                    self.placement.recompute,
+                    self.memory_plan.recompute,
                 )
 
         frames = int(self.module.out_length(batch.frames.shape[1]))
-        return microbatch.Batch(encode, self._samples(batch), frames, self.context.ranks)
+        return microbatch.SlicedBatch(encode, self._samples(batch), frames, self.context.ranks)
 
     def _loss(self, representations: tuple[torch.Tensor, ...], draw: Draw) -> Score:
-        return self.objective(representations[0], representations[-1], draw, self.placement.loss_room)
+        return self.objective(representations[0], representations[-1], draw, self.memory_plan.loss_room)
 
     @contextlib.contextmanager
     def _seeded(self, seed: int, first_sample: int) -> Iterator[None]:
@@ -253,7 +253,7 @@ class StageTrainer:
         make: Callable[[Mapping[str, nn.Parameter]], Optimizer]
         make = partial(OwnOptimizer, how=own) if own else partial(DeviceAdam, lr=options.lr, eps=options.adam_eps)
         parameters = {name: value for name, value in trained.named_parameters() if value.requires_grad}
-        return HostOptimizer(parameters, make) if self.placement.optimizer_on_host else make(parameters)
+        return HostOptimizer(parameters, make) if self.memory_plan.optimizer_on_host else make(parameters)
 
     def _label(self) -> None:
         """Tells the meter what is what."""

@@ -16,9 +16,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from layerwise.config import Config
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
-from layerwise.memory.estimate import rehearse
-from layerwise.memory.meter import KINDS, LOOK_EVERY, Kind, Meter, host_tensor, metered, uncounted
-from layerwise.memory.plan import Placement
+from layerwise.memory.meter import KINDS, LOOK_EVERY, Kind, Meter, host_tensor, metered, rehearse, uncounted
+from layerwise.memory.plan import MemoryPlan
 from layerwise.training.context import RunContext
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
@@ -201,7 +200,7 @@ def test_a_training_step_is_split_into_what_it_is_made_of(
     batch = noise_batch(plan, 4)
     with Meter(CPU) as meter:
         loaded = StageTrainer(
-            plan, config, Placement(4, 4, optimizer_on_host=optimizer_on_host), RunContext(CPU, meter)
+            plan, config, MemoryPlan(4, 4, optimizer_on_host=optimizer_on_host), RunContext(CPU, meter)
         )
         meter.reset_peak()
         assert meter.peak_by_kind == {

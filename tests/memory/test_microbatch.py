@@ -69,7 +69,7 @@ class Work:
         rng = np.random.default_rng(5)
         return self.objective.draw(self.out_lengths, self.out_frames, self.columns, rng, passes)
 
-    def batch(self, recompute: bool = False, seed: int | None = None) -> microbatch.Batch:
+    def batch(self, recompute: bool = False, seed: int | None = None) -> microbatch.SlicedBatch:
         """seed: of what the module draws; None where it draws nothing."""
 
         def encode(samples: slice, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
@@ -78,7 +78,7 @@ class Work:
                     self.x[samples], self.lengths[samples], torch.as_tensor(rows), recompute
                 )
 
-        return microbatch.Batch(encode, len(self.x), self.out_frames)
+        return microbatch.SlicedBatch(encode, len(self.x), self.out_frames)
 
     def loss(self, representations: tuple[torch.Tensor, ...], part: Draw) -> microbatch.Scored:
         return self.objective(representations[0], representations[-1], part, ROOM)
@@ -237,7 +237,7 @@ def test_the_scale_saves_gradients_that_half_precision_cannot_hold(micro_batch: 
         value = (representations[0].float() * slopes).sum()
         return microbatch.Total(value, value.detach())
 
-    batch, part = microbatch.Batch(encode, 4, 10), Everything(np.arange(40))
+    batch, part = microbatch.SlicedBatch(encode, 4, 10), Everything(np.arange(40))
     pending = microbatch.loss_gradients(batch, loss, part, micro_batch, scale=2.0**16)
     expected = slopes * 2.0**16
     assert (pending.gradients[0].float() - expected).norm() < 1e-3 * expected.norm()

@@ -98,7 +98,7 @@ def test_first_weights_are_drawn_on_the_cpu_and_copied_layer_by_layer(monkeypatc
     network = build_network(NetOptions(width=4), (1,))
     expected = network.build(range(6), 7, "cpu").state_dict()
     assert not arrived
-    monkeypatch.setattr("layerwise.nets.copying.copied", copied)
+    monkeypatch.setattr("layerwise.nets.network.copied", copied)
     found = network.build(range(6), 7, "cuda").state_dict()
     assert [device.type for _, device in arrived] == ["cuda"] * 6
     assert all(torch.equal(found[name], expected[name]) for name in expected)

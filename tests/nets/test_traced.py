@@ -15,8 +15,8 @@ from torchvision.models import VisionTransformer, resnet18, resnet50
 
 from layerwise.errors import ConfigError
 from layerwise.memory.meter import Meter
-from layerwise.nets.batch_effects import mixes_samples
-from layerwise.nets.copying import copied
+from layerwise.nets.batch_effects import find_batch_norm
+from layerwise.nets.network import copied
 from layerwise.nets.traced import FrameUnit, traced_network
 from layerwise.nets.tracing import trace, why_uncut
 
@@ -527,10 +527,10 @@ def test_a_stage_is_built_and_runs_without_values_to_predict_its_memory(
     assert output.shape[:2] == (2, 3)
 
 
-def test_modules_that_mix_samples_are_named() -> None:
-    assert mixes_samples(resnet18()) == "bn1 (BatchNorm2d)"
-    assert mixes_samples(nn.BatchNorm1d(3)) == "(BatchNorm1d)"
-    assert mixes_samples(nn.Sequential(nn.Linear(3, 3), nn.SyncBatchNorm(3))) == "1 (SyncBatchNorm)"
-    assert mixes_samples(nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True))) == "0 (InstanceNorm1d)"
-    assert mixes_samples(nn.Sequential(nn.InstanceNorm1d(3), nn.GroupNorm(1, 3))) is None
-    assert mixes_samples(transformer()) is None
+def test_parts_with_batch_statistics_are_named() -> None:
+    assert find_batch_norm(resnet18()) == "bn1 (BatchNorm2d)"
+    assert find_batch_norm(nn.BatchNorm1d(3)) == "(BatchNorm1d)"
+    assert find_batch_norm(nn.Sequential(nn.Linear(3, 3), nn.SyncBatchNorm(3))) == "1 (SyncBatchNorm)"
+    assert find_batch_norm(nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True))) == "0 (InstanceNorm1d)"
+    assert find_batch_norm(nn.Sequential(nn.InstanceNorm1d(3), nn.GroupNorm(1, 3))) is None
+    assert find_batch_norm(transformer()) is None

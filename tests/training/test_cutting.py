@@ -20,7 +20,7 @@ from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 from layerwise.run_store import RunState
 from layerwise.stop import StopFlag
-from layerwise.training.budget import every_layout, fitting_layout
+from layerwise.training.budget import allowed_plans, fit_stage
 from layerwise.training.cut import cut_network, layer_costs, stage_cost
 from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec, stage_specs
@@ -171,7 +171,7 @@ def test_the_largest_predicted_peak_of_a_cut_is_within_5_percent_of_the_smallest
 def cheapest_peak(made: Case, layers: range) -> int:
     """Predicted bytes of a stage of these layers, laid out in the cheapest way."""
     plan = made.stage(layers)
-    return training_peak(made.config, plan, every_layout(made.config, plan)[0][0]).bytes
+    return training_peak(made.config, plan, allowed_plans(made.config, plan)[0][0]).bytes
 
 
 ESTIMATED = {
@@ -210,8 +210,8 @@ def held_in_one_pass(made: Case, budget: int) -> Callable[[list[range]], bool]:
 
     @cache
     def is_held(start: int, stop: int) -> bool:
-        layout = fitting_layout(config, made.stage(range(start, stop)), CPU)
-        return layout is not None and layout.placement.passes == 1
+        layout = fit_stage(config, made.stage(range(start, stop)), CPU)
+        return layout is not None and layout.passes == 1
 
     return lambda cut: all(is_held(part.start, part.stop) for part in cut)
 
@@ -219,8 +219,8 @@ def held_in_one_pass(made: Case, budget: int) -> Callable[[list[range]], bool]:
 def least_in_one_pass(made: Case, layers: range) -> int:
     """Bytes that a stage of these layers takes in its smallest layout of one pass."""
     plan = made.stage(layers)
-    in_one_pass = [family[-1] for family in every_layout(made.config, plan) if family[0].passes == 1]
-    return min(training_peak(made.config, plan, placement).bytes for placement in in_one_pass)
+    in_one_pass = [family[-1] for family in allowed_plans(made.config, plan) if family[0].passes == 1]
+    return min(training_peak(made.config, plan, memory_plan).bytes for memory_plan in in_one_pass)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_where_nothing_is_held_in_one_pass_the_finest_cut_is_taken(planned_stage
     short = {"net.kernels": [10, 8], "net.strides": [5, 4], "net.paddings": [2, 2], "net.context": 0}
     config, plans = planned_stages("speech", **short, **{"memory.gpu_mem": "1kB", "training.batch_size": 1})
     assert ranges_of(plans) == [range(1), range(1, 2)]
-    assert all(fitting_layout(config, plan, CPU) is None for plan in plans)
+    assert all(fit_stage(config, plan, CPU) is None for plan in plans)
 
 
 def test_all_at_once_the_parts_are_the_stages_of_the_given_cut(case: Callable[..., Case]) -> None:

@@ -17,11 +17,13 @@ from layerwise.config import Config
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError, ConfigError
 from layerwise.memory.meter import Meter
-from layerwise.memory.plan import Placement
+from layerwise.memory.plan import MemoryPlan
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
-from layerwise.training.budget import lay_out
+from layerwise.stop import StopFlag
+from layerwise.training.budget import fit_stage, fit_to_budget
+from layerwise.training.cache_plan import CachePlan
 from layerwise.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from layerwise.training.context import RunContext
 from layerwise.training.optimizer import FIRST_SCALE, STEPS_UNTIL_DOUBLED, LossScale
@@ -41,15 +43,15 @@ class Task:
     batch: Batch
 
     @property
-    def whole(self) -> Placement:
-        return Placement(len(self.batch.lengths), len(self.batch.lengths))
+    def whole(self) -> MemoryPlan:
+        return MemoryPlan(len(self.batch.lengths), len(self.batch.lengths))
 
     @property
-    def smallest(self) -> Placement:
-        return Placement(len(self.batch.lengths), 1, len(self.batch.lengths))
+    def smallest(self) -> MemoryPlan:
+        return MemoryPlan(len(self.batch.lengths), 1, len(self.batch.lengths))
 
-    def load(self, placement: Placement, meter: Meter) -> StageTrainer:
-        return StageTrainer(self.plan, self.config, placement, RunContext(CPU, meter))
+    def load(self, memory_plan: MemoryPlan, meter: Meter) -> StageTrainer:
+        return StageTrainer(self.plan, self.config, memory_plan, RunContext(CPU, meter))
 
     def changed(self, **options: object) -> "Task":
         """The same with other options of training."""
@@ -65,7 +67,7 @@ class Step:
     accuracy: float
     weights: torch.Tensor
     """Of module and predictors, one after another."""
-    placement: Placement
+    memory_plan: MemoryPlan
     held: int
     """Before the step."""
     peak: int
@@ -89,17 +91,17 @@ def randomness(number: int = 0) -> StepRandomness:
     return StepRandomness(partial(np.random.default_rng, number), seed=number)
 
 
-def take_step(task: Task, placement: Placement, limit: int | None = None) -> Step:
+def take_step(task: Task, memory_plan: MemoryPlan, limit: int | None = None) -> Step:
     """One step from the first weights, with `limit` bytes from when the stage is loaded."""
     with Meter(CPU) as meter:
-        loaded = task.load(placement, meter)
+        loaded = task.load(memory_plan, meter)
         held = meter.live
         meter.reset_peak()
         meter.limit = limit
         score = loaded.train(task.batch, randomness())
         meter.limit = None
         weights = all_weights(loaded)
-        return Step(score.loss.item(), score.accuracy.item(), weights, loaded.placement, held, meter.peak)
+        return Step(score.loss.item(), score.accuracy.item(), weights, loaded.memory_plan, held, meter.peak)
 
 
 def all_weights(loaded: StageTrainer) -> torch.Tensor:
@@ -148,15 +150,15 @@ def test_a_step_that_runs_out_of_memory_anywhere_ends_as_if_it_had_not(
     limit = smallest.peak + int(part * (whole.peak - smallest.peak))
     found = take_step(task, task.whole, limit)
     assert_same_step(found, whole)
-    assert (found.placement == task.whole) == (limit >= whole.peak)
+    assert (found.memory_plan == task.whole) == (limit >= whole.peak)
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_layout_takes_the_same_step(tasks: dict[str, Task], undisturbed: dict, name: str) -> None:
     task, (whole, _) = tasks[name], undisturbed[name]
     for micro_batch, passes, recompute, on_host in [(2, 1, True, False), (1, 2, False, True), (3, 3, True, True)]:
-        placement = Placement(len(task.batch.lengths), micro_batch, passes, recompute, on_host)
-        assert_same_step(take_step(task, placement), whole)
+        memory_plan = MemoryPlan(len(task.batch.lengths), micro_batch, passes, recompute, on_host)
+        assert_same_step(take_step(task, memory_plan), whole)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -184,17 +186,17 @@ def test_the_least_memory_that_a_step_gets_by_with_is_that_of_the_smallest_slice
 def test_the_held_out_score_is_the_same_in_smaller_slices(tasks: dict[str, Task], name: str) -> None:
     task = tasks[name]
 
-    def score(limit: int | None) -> tuple[float, Placement, int]:
+    def score(limit: int | None) -> tuple[float, MemoryPlan, int]:
         with Meter(CPU) as meter:
             loaded = task.load(task.whole, meter)
             meter.reset_peak()
             meter.limit = limit
-            return loaded.evaluate(task.batch, randomness()).loss.item(), loaded.placement, meter.peak
+            return loaded.evaluate(task.batch, randomness()).loss.item(), loaded.memory_plan, meter.peak
 
     loss, _, peak = score(None)
     for limit in (peak - 1, peak * 7 // 10):
-        in_slices, placement, _ = score(limit)
-        assert placement != task.whole
+        in_slices, memory_plan, _ = score(limit)
+        assert memory_plan != task.whole
         assert in_slices == pytest.approx(loss, rel=1e-6)
 
 
@@ -226,9 +228,9 @@ def test_below_the_smallest_it_raises_and_leaves_nothing_behind(
 
 def test_a_step_leaves_no_gradients_and_only_its_score(tasks: dict[str, Task]) -> None:
     task = tasks["convolution"]
-    for placement in (task.whole, task.smallest):
+    for memory_plan in (task.whole, task.smallest):
         with Meter(CPU) as meter:
-            loaded = task.load(placement, meter)
+            loaded = task.load(memory_plan, meter)
             held = meter.live
             score = loaded.train(task.batch, randomness())
             assert all(p.grad is None for p in [*loaded.module.parameters(), *loaded.objective.parameters()])
@@ -273,20 +275,20 @@ def dropping(request: pytest.FixtureRequest, planned_stages: Planned) -> Task:
 
 
 def test_a_step_with_dropout_that_runs_out_of_memory_is_repeated_with_the_same_random_numbers(dropping: Task) -> None:
-    expected = {micro: take_step(dropping, Placement(4, micro)) for micro in (4, 2, 1)}
+    expected = {micro: take_step(dropping, MemoryPlan(4, micro)) for micro in (4, 2, 1)}
     assert abs(expected[4].loss - expected[2].loss) > 1e-4  # each slice draws its own, so they can be told apart
     for micro in (4, 2):
-        found = take_step(dropping, Placement(4, 4), limit=expected[micro].peak - 1)
-        assert found.placement.micro_batch == micro // 2
+        found = take_step(dropping, MemoryPlan(4, 4), limit=expected[micro].peak - 1)
+        assert found.memory_plan.micro_batch == micro // 2
         assert_same_step(found, expected[micro // 2])
-    assert_same_step(take_step(dropping, Placement(4, 2, recompute=True)), expected[2])
+    assert_same_step(take_step(dropping, MemoryPlan(4, 2, recompute=True)), expected[2])
     # Several passes give the slices other rows, and they still draw the same.
-    assert_same_step(take_step(dropping, Placement(4, 2, passes=4)), expected[2])
+    assert_same_step(take_step(dropping, MemoryPlan(4, 2, passes=4)), expected[2])
 
 
 def test_a_step_draws_from_its_own_generators_alone(dropping: Task) -> None:
     with Meter(CPU) as meter:
-        loaded = dropping.load(Placement(4, 2), meter)
+        loaded = dropping.load(MemoryPlan(4, 2), meter)
         torch.manual_seed(1)
         state = torch.get_rng_state()
         first = loaded.evaluate(dropping.batch, randomness(0)).loss.item()
@@ -294,7 +296,7 @@ def test_a_step_draws_from_its_own_generators_alone(dropping: Task) -> None:
         assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
     with Meter(CPU) as meter:
-        again = dropping.load(Placement(4, 2), meter)
+        again = dropping.load(MemoryPlan(4, 2), meter)
         assert again.evaluate(dropping.batch, randomness(0)).loss.item() == first
         again.train(dropping.batch, randomness(0))
     assert torch.equal(all_weights(loaded), all_weights(again))
@@ -322,17 +324,18 @@ def test_a_module_that_ties_samples_together_is_not_sliced_and_the_sentence_name
 
 def test_the_plan_of_a_module_that_ties_samples_together_names_it_too(mixing: Task) -> None:
     memory = mixing.config.memory.model_copy(update={"gpu_mem": 100_000})
+    config = mixing.config.model_copy(update={"memory": memory})
     with pytest.raises(BudgetError, match=r"unit\.1 \(BatchNorm2d\) ties .* lower --batch-size"):
-        lay_out(mixing.config.model_copy(update={"memory": memory}), mixing.plan, CPU)
+        fit_to_budget(config, [mixing.plan], CachePlan((True,)), CPU, set(), StopFlag())
 
 
 @pytest.mark.parametrize("recompute", ["auto", "always", "never"])
 def test_running_statistics_count_each_batch_once(mixing: Task, recompute: str) -> None:
     memory = mixing.config.memory.model_copy(update={"recompute": recompute})
     config = mixing.config.model_copy(update={"memory": memory})
-    layout = lay_out(config, mixing.plan, CPU)
+    memory_plan = fit_stage(config, mixing.plan, CPU)
     with Meter(CPU) as meter:
-        loaded = StageTrainer(mixing.plan, config, layout.placement, RunContext(CPU, meter))
+        loaded = StageTrainer(mixing.plan, config, memory_plan, RunContext(CPU, meter))
         loaded.train(mixing.batch, randomness())
         counts = [int(value) for name, value in loaded.module.named_buffers() if name.endswith("num_batches_tracked")]
     assert counts == [1, 1]
@@ -350,8 +353,8 @@ def changing(planned_stages: Planned) -> Task:
 @pytest.mark.parametrize("asked", [{"micro_batch": 1}, {"recompute": "always"}])
 def test_a_module_that_changes_at_every_pass_runs_once_a_step(changing: Task, asked: dict[str, object]) -> None:
     memory = changing.config.memory.model_copy(update=asked)
-    layout = lay_out(changing.config.model_copy(update={"memory": memory}), changing.plan, CPU)
-    assert_same_step(take_step(changing, layout.placement), take_step(changing, changing.whole))
+    memory_plan = fit_stage(changing.config.model_copy(update={"memory": memory}), changing.plan, CPU)
+    assert_same_step(take_step(changing, memory_plan), take_step(changing, changing.whole))
 
 
 def test_a_module_that_changes_at_every_pass_is_not_run_again_where_memory_ends(changing: Task) -> None:
@@ -370,13 +373,13 @@ def test_frozen_parameters_stay_as_they_are(planned_stages: Planned, tmp_path: P
         planned_stages("vision", traced_network(model, (3, 8, 8)), **{"training.stages": 1, "training.batch_size": 4}),
         1,
     )
-    placement = replace(task.whole, micro_batch=2, optimizer_on_host=on_host)
+    memory_plan = replace(task.whole, micro_batch=2, optimizer_on_host=on_host)
     with Meter(CPU) as meter:
-        loaded = task.load(placement, meter)
+        loaded = task.load(memory_plan, meter)
         for number in range(2):
             loaded.train(task.batch, randomness(number))
         save_checkpoint(tmp_path / "checkpoint", "test", Progress(), loaded, None)
-        resumed = task.load(placement, meter)
+        resumed = task.load(memory_plan, meter)
         load_checkpoint(tmp_path / "checkpoint", "test", resumed)
         for each in (loaded, resumed):
             each.train(task.batch, randomness(2))
@@ -397,7 +400,7 @@ def test_a_network_whose_first_units_are_frozen_is_trained_from_there_on(planned
     for plan in plans:
         task = make_task((config, plans), plan.stage)
         with Meter(CPU) as meter:
-            loaded = task.load(lay_out(config, plan, CPU).placement, meter)
+            loaded = task.load(fit_stage(config, plan, CPU), meter)
             before = [parameter.detach().clone() for parameter in loaded.module.parameters()]
             loaded.train(task.batch, randomness())
         trained = list(loaded.module.parameters())
@@ -457,10 +460,10 @@ def test_adam_on_the_host_holds_nothing_on_the_device(tasks: dict[str, Task]) ->
 
 
 LAYOUTS = {
-    "whole": Placement(4, 4),
-    "on the host": Placement(4, 4, optimizer_on_host=True),
-    "sliced, on the host": Placement(4, 2, 2, optimizer_on_host=True),
-    "sliced": Placement(4, 1, recompute=True),
+    "whole": MemoryPlan(4, 4),
+    "on the host": MemoryPlan(4, 4, optimizer_on_host=True),
+    "sliced, on the host": MemoryPlan(4, 2, 2, optimizer_on_host=True),
+    "sliced": MemoryPlan(4, 1, recompute=True),
 }
 
 
@@ -501,17 +504,17 @@ def test_a_stage_that_had_to_shrink_goes_on_in_slices_as_small(
         loaded.train(task.batch, randomness(0))
         save_checkpoint(path, "test", Progress(step=1), loaded, None)
         loaded.train(task.batch, randomness(1))
-        expected, shrunk = all_weights(loaded), loaded.placement
+        expected, shrunk = all_weights(loaded), loaded.memory_plan
     assert shrunk != task.whole
     for started_with in (task.whole, task.smallest):
         with Meter(CPU) as meter:
             resumed = task.load(started_with, meter)
             load_checkpoint(path, "test", resumed)
             if started_with == task.whole:
-                assert resumed.placement == shrunk
+                assert resumed.memory_plan == shrunk
             else:
                 # A smaller budget than before asks for slices that are smaller still.
-                assert resumed.placement == task.smallest
+                assert resumed.memory_plan == task.smallest
             resumed.train(task.batch, randomness(1))
             found = all_weights(resumed)
         if started_with == task.whole:
@@ -587,7 +590,7 @@ def test_a_step_whose_gradients_overflow_is_left_out_until_the_scale_is_small_en
 ) -> None:
     task = tasks["convolution"].changed(precision="float16")
     with Meter(CPU) as meter:
-        loaded = task.load(Placement(4, micro_batch), meter)
+        loaded = task.load(MemoryPlan(4, micro_batch), meter)
         before = [parameter.detach().clone() for parameter in loaded.module.parameters()]
         loaded.scale.factor = 2.0**40
         loaded.train(task.batch, randomness())
@@ -605,7 +608,7 @@ def gradients_of_a_step(task: Task, micro_batch: int) -> torch.Tensor:
     """Of the module, when it steps: unscaled."""
     found: list[torch.Tensor] = []
     with Meter(CPU) as meter:
-        loaded = task.load(Placement(len(task.batch.lengths), micro_batch), meter)
+        loaded = task.load(MemoryPlan(len(task.batch.lengths), micro_batch), meter)
         take = loaded.optimizer.step
 
         def look_and_step() -> None:

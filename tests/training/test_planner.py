@@ -15,17 +15,19 @@ from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.engines.run import run
 from layerwise.errors import BudgetError
+from layerwise.memory.plan import MemoryPlan
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
 from layerwise.run_store import StageRecord
+from layerwise.stop import StopFlag
 from layerwise.training.budget import (
-    StageLayout,
-    every_layout,
-    fitting_layout,
-    lay_out,
+    allowed_plans,
+    fit_stage,
+    fit_to_budget,
     smallest_budget,
-    smallest_layout,
+    smallest_plan,
 )
+from layerwise.training.cache_plan import CachePlan
 from layerwise.training.cut import cut_network
 from layerwise.training.peaks import caching_peak, training_peak
 from layerwise.training.spec import StageSpec
@@ -45,8 +47,8 @@ class Ran:
     """A run that was really trained, and what was planned for it."""
 
     config: Config
-    plans: list[StageSpec]
-    layouts: list[StageLayout]
+    specs: list[StageSpec]
+    plans: list[MemoryPlan]
     records: list[StageRecord]
 
 
@@ -95,10 +97,10 @@ def train(plan_real: Callable[..., tuple[Config, list[StageSpec]]]) -> Iterator[
     def trained(name: str, **options: object) -> Ran:
         key = (name, *sorted(options.items()))
         if key not in done:
-            config, plans = plan_real(name, **options)
-            layouts = [lay_out(config, plan, CPU) for plan in plans]
-            with with_plans(plans):
-                done[key] = Ran(config, plans, layouts, run(config).state.stages)
+            config, specs = plan_real(name, **options)
+            plans = fit_to_budget(config, specs, CachePlan((True,) * len(specs)), CPU, set(), StopFlag())
+            with with_plans(specs):
+                done[key] = Ran(config, specs, plans, run(config).state.stages)
         return done[key]
 
     yield trained
@@ -106,10 +108,10 @@ def train(plan_real: Callable[..., tuple[Config, list[StageSpec]]]) -> Iterator[
 
 
 @contextmanager
-def with_plans(plans: list[StageSpec]) -> Iterator[None]:
-    """A run would make the same plans again, and predict for each of them anew."""
+def with_plans(specs: list[StageSpec]) -> Iterator[None]:
+    """A run would make the same specs again, and predict for each of them anew."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("layerwise.engines.run.cut_network", lambda *_: plans)
+        patch.setattr("layerwise.engines.run.cut_network", lambda *_: specs)
         yield
 
 
@@ -136,9 +138,9 @@ def test_the_predicted_training_peak_is_never_below_and_at_most_5_percent_above(
     train: Callable[..., Ran], name: str, options: dict[str, object]
 ) -> None:
     ran = train(name, **options)
-    for plan, layout, record in zip(ran.plans, ran.layouts, ran.records, strict=True):
-        predicted = training_peak(ran.config, plan, layout.placement).bytes
-        assert 1 <= predicted / record.train_peak_bytes <= 1.05, f"stage {plan.stage}"
+    for spec, plan, record in zip(ran.specs, ran.plans, ran.records, strict=True):
+        predicted = training_peak(ran.config, spec, plan).bytes
+        assert 1 <= predicted / record.train_peak_bytes <= 1.05, f"stage {spec.stage}"
 
 
 @pytest.mark.parametrize(("name", "options"), MEASURED)
@@ -146,9 +148,9 @@ def test_the_predicted_caching_peak_is_never_below_and_at_most_5_percent_above(
     train: Callable[..., Ran], name: str, options: dict[str, object]
 ) -> None:
     ran = train(name, **options)
-    for plan, layout, record in zip(ran.plans, ran.layouts, ran.records, strict=True):
-        predicted = caching_peak(ran.config, plan, layout.piece)
-        assert 1 <= predicted / record.cache_peak_bytes <= 1.05, f"stage {plan.stage}"
+    for spec, plan, record in zip(ran.specs, ran.plans, ran.records, strict=True):
+        predicted = caching_peak(ran.config, spec, plan.piece)
+        assert 1 <= predicted / record.cache_peak_bytes <= 1.05, f"stage {spec.stage}"
 
 
 SWEPT: dict[str, dict[str, object]] = {
@@ -165,9 +167,9 @@ def sweep(
 ) -> list[Ran]:
     """Runs without a budget, under one that is tight, and under the smallest that is enough."""
     options = {**SWEPT[request.param], "cache.dtype": "float32"}
-    config, plans = plan_real(request.param, **options)
-    small = max(smallest_budget(config, plan, CPU) for plan in plans)
-    large = max(training_peak(config, plan, every_layout(config, plan)[0][0]).bytes for plan in plans)
+    config, specs = plan_real(request.param, **options)
+    small = max(smallest_budget(config, spec, CPU) for spec in specs)
+    large = max(training_peak(config, spec, allowed_plans(config, spec)[0][0]).bytes for spec in specs)
     budgets = [small + (large - small) // 3, small]
     return [train(request.param, **options)] + [
         train(request.param, **options, **{"memory.gpu_mem": b}) for b in budgets
@@ -180,35 +182,35 @@ def test_a_smaller_budget_costs_time_and_never_accuracy(sweep: list[Ran]) -> Non
         for record, expected in zip(ran.records, plain.records, strict=True):
             assert record.best_loss == pytest.approx(expected.best_loss, rel=1e-4)
             assert record.peak_bytes <= ran.config.memory.gpu_mem
-    laid_out = {tuple(str(layout.placement) for layout in ran.layouts) for ran in sweep}
+    laid_out = {tuple(str(plan) for plan in ran.plans) for ran in sweep}
     assert len(laid_out) == 3  # the budgets did make a difference
 
 
 def test_under_a_budget_predictions_are_as_close(sweep: list[Ran]) -> None:
     for ran in sweep:
-        for plan, layout, record in zip(ran.plans, ran.layouts, ran.records, strict=True):
-            training = training_peak(ran.config, plan, layout.placement).bytes
-            caching = caching_peak(ran.config, plan, layout.piece)
-            assert 1 <= training / record.train_peak_bytes <= 1.05, f"stage {plan.stage}, {layout.placement}"
-            assert 1 <= caching / record.cache_peak_bytes <= 1.05, f"stage {plan.stage}, pieces of {layout.piece}"
+        for spec, plan, record in zip(ran.specs, ran.plans, ran.records, strict=True):
+            training = training_peak(ran.config, spec, plan).bytes
+            caching = caching_peak(ran.config, spec, plan.piece)
+            assert 1 <= training / record.train_peak_bytes <= 1.05, f"stage {spec.stage}, {plan}"
+            assert 1 <= caching / record.cache_peak_bytes <= 1.05, f"stage {spec.stage}, pieces of {plan.piece}"
             # Predicted to fit, it did: nothing had to be made smaller on the way.
-            assert record.micro_batch == layout.placement.micro_batch
+            assert record.micro_batch == plan.micro_batch
 
 
 def test_one_byte_below_the_smallest_budget_is_refused_with_a_sentence_that_names_it(sweep: list[Ran]) -> None:
     # That it is enough was tried by training in it.
     ran = sweep[-1]
     small = ran.config.memory.gpu_mem
-    neediest = max(ran.plans, key=lambda plan: smallest_budget(ran.config, plan, CPU))
+    neediest = max(ran.specs, key=lambda spec: smallest_budget(ran.config, spec, CPU))
     assert smallest_budget(ran.config, neediest, CPU) == small
     below = with_budget(ran.config, small - 1)
-    assert fitting_layout(below, neediest, CPU) is None
+    assert fit_stage(below, neediest, CPU) is None
     with pytest.raises(BudgetError, match=rf"too small: stage {neediest.stage} needs [\d.]+ MB even as") as refused:
-        lay_out(below, neediest, CPU)
+        fit_to_budget(below, ran.specs, CachePlan((True,) * len(ran.specs)), CPU, set(), StopFlag())
     named = float(str(refused.value).partition("needs ")[2].split()[0])
     assert small <= round(named * 1e6) <= small + 10_000
     elsewhere = f"{ran.config.out}-refused"
-    with with_plans(ran.plans), pytest.raises(BudgetError, match="Give at least that"):
+    with with_plans(ran.specs), pytest.raises(BudgetError, match="Give at least that"):
         run(below.model_copy(update={"out": elsewhere}))
     assert not Path(elsewhere).exists()
 
@@ -221,70 +223,70 @@ def two_layers(request: pytest.FixtureRequest, planned_stages: Planned) -> tuple
         | {"net.strides": [5, 4], "net.paddings": [2, 2]},
         "vision": {"training.batch_size": 2, "net.blocks": [1, 1]},
     }
-    config, (plan,) = planned_stages(request.param, **options[request.param], **{"training.stages": 1})
-    return config, plan
+    config, (spec,) = planned_stages(request.param, **options[request.param], **{"training.stages": 1})
+    return config, spec
 
 
 def test_the_layout_is_the_cheapest_that_the_budget_holds_and_says_why(two_layers: tuple[Config, StageSpec]) -> None:
-    config, plan = two_layers
-    every = [placement for family in every_layout(config, plan) for placement in family]
-    peaks = {placement: training_peak(config, plan, placement).bytes for placement in every}
-    least = smallest_budget(config, plan, CPU)
+    config, spec = two_layers
+    every = [each for family in allowed_plans(config, spec) for each in family]
+    peaks = {each: training_peak(config, spec, each).bytes for each in every}
+    least = smallest_budget(config, spec, CPU)
     for part in (0, 0.3, 0.8, 1):
         budget = least + int(part * (peaks[every[0]] - least))
-        layout = lay_out(with_budget(config, budget), plan, CPU)
-        assert layout.placement == next(placement for placement in every if peaks[placement] <= budget)
-        assert caching_peak(config, plan, layout.piece) <= budget
-        assert (layout.why == "") == (layout.placement == every[0])
+        plan = fit_stage(with_budget(config, budget), spec, CPU)
+        assert plan == next(each for each in every if peaks[each] <= budget)
+        assert caching_peak(config, spec, plan.piece) <= budget
+        assert (plan.why == "") == (plan == every[0])
         if part == 0:
-            assert "the cheapest way (whole batch) would take" in layout.why
+            assert "the cheapest way (whole batch) would take" in plan.why
 
 
 def test_a_larger_micro_batch_never_takes_less(two_layers: tuple[Config, StageSpec]) -> None:
-    config, plan = two_layers
-    for family in every_layout(config, plan):
-        peaks = [training_peak(config, plan, placement).bytes for placement in family]
+    config, spec = two_layers
+    for family in allowed_plans(config, spec):
+        peaks = [training_peak(config, spec, each).bytes for each in family]
         assert peaks == sorted(peaks, reverse=True)
 
 
 def test_no_layout_takes_less_than_the_smallest(two_layers: tuple[Config, StageSpec]) -> None:
-    config, plan = two_layers
-    least = training_peak(config, plan, smallest_layout(config, plan).placement).bytes
-    every = [placement for family in every_layout(config, plan) for placement in family]
-    assert least == min(training_peak(config, plan, placement).bytes for placement in every)
+    config, spec = two_layers
+    least = training_peak(config, spec, smallest_plan(config, spec)).bytes
+    every = [each for family in allowed_plans(config, spec) for each in family]
+    assert least == min(training_peak(config, spec, each).bytes for each in every)
 
 
 def test_without_a_budget_everything_is_laid_out_in_the_cheapest_way(planned_stages: Planned) -> None:
     for kind in ("speech", "vision"):
-        config, plans = planned_stages(kind)
-        for plan in plans:
-            layout = lay_out(config, plan, CPU)
-            assert layout.placement.whole
-            assert not layout.placement.recompute
-            assert not layout.placement.optimizer_on_host
-            assert layout.why == ""
+        config, specs = planned_stages(kind)
+        for spec in specs:
+            plan = fit_stage(config, spec, CPU)
+            assert plan.whole
+            assert not plan.recompute
+            assert not plan.optimizer_on_host
+            assert plan.why == ""
 
 
 def test_a_prediction_is_split_into_kinds(planned_stages: Planned) -> None:
-    config, plans = planned_stages("speech", **{"net.width": 16})
-    for plan in plans:
-        peak = training_peak(config, plan, every_layout(config, plan)[0][0])
+    config, specs = planned_stages("speech", **{"net.width": 16})
+    for spec in specs:
+        peak = training_peak(config, spec, allowed_plans(config, spec)[0][0])
         assert sum(peak.by_kind.values()) == peak.bytes
-        predictors = 3 * plan.target_channels * plan.context_channels
-        assert peak.by_kind["parameters"] == 4 * (plan.parameters + predictors)
+        predictors = 3 * spec.target_channels * spec.context_channels
+        assert peak.by_kind["parameters"] == 4 * (spec.parameters + predictors)
         assert peak.by_kind["optimizer"] >= 2 * peak.by_kind["parameters"]
 
 
 def test_predicting_needs_no_memory_of_the_size_that_it_predicts(planned_stages: Planned) -> None:
-    config, plans = planned_stages("speech", **{"net.width": 4096, "net.context": 0, "training.batch_size": 64})
-    predicted = training_peak(config, plans[1], every_layout(config, plans[1])[0][0])
+    config, specs = planned_stages("speech", **{"net.width": 4096, "net.context": 0, "training.batch_size": 64})
+    predicted = training_peak(config, specs[1], allowed_plans(config, specs[1])[0][0])
     assert predicted.bytes > 2 * 10**9
 
 
 def test_a_stage_of_a_given_network_is_predicted_too(planned_stages: Planned) -> None:
-    config, plans = planned_stages("vision")
-    same = Network(plans[0].network.layers, plans[0].network.natural_cut)
+    config, specs = planned_stages("vision")
+    same = Network(specs[0].network.layers, specs[0].network.natural_cut)
     again = planned_stages("vision", same)[1]
-    for one, other in zip(plans, again, strict=True):
-        placement = every_layout(config, one)[0][0]
-        assert training_peak(config, one, placement) == training_peak(config, other, placement)
+    for one, other in zip(specs, again, strict=True):
+        each = allowed_plans(config, one)[0][0]
+        assert training_peak(config, one, each) == training_peak(config, other, each)

@@ -19,7 +19,7 @@ from layerwise.config import Config, resolve
 from layerwise.data.batches import Batch, Window, held_out_epoch
 from layerwise.errors import BudgetError, ConfigError, LayerwiseError
 from layerwise.memory.meter import Meter
-from layerwise.memory.plan import Placement
+from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.ranks import ALONE, LostRank, Ranks
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
@@ -131,10 +131,10 @@ def take_step(case: Case, options: dict[str, dict[str, object]], ranks: Ranks) -
     batch = batch_of(case, plan)
     micro_batch = case.like if case.like and ranks.count == 1 else case.micro_batch
     on_host = case.options.get("memory.optimizer") == "host"
-    placement = Placement(case.windows, micro_batch, min(case.passes, case.windows), optimizer_on_host=on_host)
+    memory_plan = MemoryPlan(case.windows, micro_batch, min(case.passes, case.windows), optimizer_on_host=on_host)
     randomness = StepRandomness(partial(np.random.default_rng, 3), seed=3)
     with Meter(CPU) as meter:
-        loaded = StageTrainer(plan, config, placement, RunContext(CPU, meter, ranks=ranks))
+        loaded = StageTrainer(plan, config, memory_plan, RunContext(CPU, meter, ranks=ranks))
         if config.training.precision == "float16":
             loaded.scale.factor = 2.0**10
         score = loaded.train(batch, randomness)
@@ -260,12 +260,12 @@ def stop_and_fail(ranks: Ranks, options: dict[str, dict[str, object]]) -> dict[s
         ranks.wait_for_first(refuse)
     except LayerwiseError as error:
         found["failed"] = type(error).__name__, error.exit_code
-    found["heard"] = ranks.heard("of the first" if ranks.first else None)
+    found["broadcast"] = ranks.broadcast_object("of the first" if ranks.first else None)
     case = Case()
     config, plan = planned(case, options)
     batch = batch_of(case, plan)
     with Meter(CPU) as meter:
-        loaded = StageTrainer(plan, config, Placement(4, 4), RunContext(CPU, meter, ranks=ranks))
+        loaded = StageTrainer(plan, config, MemoryPlan(4, 4), RunContext(CPU, meter, ranks=ranks))
         if ranks.rank == 1:
             meter.limit = meter.live + 1000
         try:
@@ -281,7 +281,7 @@ def test_what_befalls_one_rank_reaches_the_others(tmp_path: Path, tiny_options: 
     assert first["reason"] == second["reason"] == "SIGUSR1"
     assert first["failed"] == ("BudgetError", 2)
     assert second["failed"] == ("ToldElsewhere", 2)
-    assert first["heard"] == second["heard"] == "of the first"
+    assert first["broadcast"] == second["broadcast"] == "of the first"
     kind, sentence = second["step"]
     assert kind is NoSmallerSlices
     assert sentence.endswith("give --set memory.micro_batch=1.")

@@ -13,7 +13,7 @@ from layerwise.data.source import DataSet
 from layerwise.errors import BudgetError, CacheError, ConfigError
 from layerwise.nets.network import Network
 from layerwise.nets.speech import Convolution, Recurrence
-from layerwise.training.cache_plan import CachePlan, below, cache_sizes, disk_peak, input_kind, plan_caches
+from layerwise.training.cache_plan import CachePlan, cache_sizes, disk_peak, plan_caches
 from layerwise.training.spec import StageSpec
 
 Planned = Callable[..., tuple[Config, list[StageSpec]]]
@@ -39,7 +39,7 @@ def test_with_room_enough_every_stage_is_cached(planned_stages: Planned) -> None
     config, plans = planned_stages("speech")
     storage = plan_caches(config, plans, data(plans), FREE)
     assert storage == CachePlan((True,) * 4)
-    assert [input_kind(stage, storage) for stage in (1, 2, 3, 4)] == ["data", "cache", "cache", "cache"]
+    assert [storage.input_kind(stage) for stage in (1, 2, 3, 4)] == ["data", "cache", "cache", "cache"]
 
 
 @pytest.mark.parametrize("keep", ["needed", "all", "last"])
@@ -64,8 +64,8 @@ def test_what_finds_no_room_is_recomputed_from_the_nearest_cache(planned_stages:
     one = sizes(plans, config)[0]
     storage = plan_caches(config, plans, data(plans), one - 1)
     assert storage.cached[:2] == (False, True)
-    assert input_kind(2, storage) == "recompute"
-    assert [plan.stage for plan in below(plans, 2, storage)] == [1]
+    assert storage.input_kind(2) == "recompute"
+    assert [plan.stage for plan in storage.below(2, plans)] == [1]
     assert "stage 2 recomputes them from the data" in storage.notes[0]
 
 
@@ -73,7 +73,7 @@ def test_never_caches_nothing(planned_stages: Planned) -> None:
     config, plans = planned_stages("vision", **{"cache.policy": "never"})
     storage = plan_caches(config, plans, data(plans, 2), FREE)
     assert not any(storage.cached)
-    assert [plan.stage for plan in below(plans, 3, storage)] == [1, 2]
+    assert [plan.stage for plan in storage.below(3, plans)] == [1, 2]
 
 
 def test_outputs_of_a_recurrent_layer_are_not_recomputed(planned_stages: Planned) -> None:

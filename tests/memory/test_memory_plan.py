@@ -1,4 +1,4 @@
-"""The order in which layouts are tried, and which one is chosen."""
+"""The order in which plans are tried, and which one is chosen."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerwise.memory.plan import Placement, cheapest, families
+from layerwise.memory.plan import MemoryPlan, cheapest, families
 
 
 @st.composite
@@ -25,7 +25,7 @@ def options(draw: st.DrawFn) -> dict[str, object]:
 
 
 @st.composite
-def costs(draw: st.DrawFn) -> Callable[[Placement], int]:
+def costs(draw: st.DrawFn) -> Callable[[MemoryPlan], int]:
     """A price that falls with the micro-batch, never rises with the passes or an optimizer on the host, and goes with the
     rest as it likes."""
     fixed = {(again, True): draw(st.integers(0, 50)) for again in (False, True)}
@@ -33,18 +33,18 @@ def costs(draw: st.DrawFn) -> Callable[[Placement], int]:
     per_sample = {again: draw(st.integers(0, 10)) for again in (False, True)}
     per_pass = draw(st.integers(0, 100))
 
-    def cost(placement: Placement) -> int:
-        samples = min(placement.micro_batch, placement.batch_size)
+    def cost(plan: MemoryPlan) -> int:
+        samples = min(plan.micro_batch, plan.batch_size)
         return (
-            fixed[placement.recompute, placement.optimizer_on_host]
-            + per_sample[placement.recompute] * samples
-            + per_pass // placement.passes
+            fixed[plan.recompute, plan.optimizer_on_host]
+            + per_sample[plan.recompute] * samples
+            + per_pass // plan.passes
         )
 
     return cost
 
 
-def listed(asked: dict[str, object]) -> list[list[Placement]]:
+def listed(asked: dict[str, object]) -> list[list[MemoryPlan]]:
     return list(families(**asked))
 
 
@@ -52,16 +52,16 @@ def listed(asked: dict[str, object]) -> list[list[Placement]]:
 def test_families_differ_in_the_micro_batch_alone_and_fall(asked: dict[str, object]) -> None:
     for family in listed(asked):
         assert len({(p.batch_size, p.passes, p.recompute, p.optimizer_on_host) for p in family}) == 1
-        sizes = [placement.micro_batch for placement in family]
+        sizes = [plan.micro_batch for plan in family]
         assert sizes == sorted(sizes, reverse=True)
-        assert all(1 <= placement.micro_batch <= placement.batch_size for placement in family)
-        assert all(1 <= placement.passes <= placement.batch_size for placement in family)
+        assert all(1 <= plan.micro_batch <= plan.batch_size for plan in family)
+        assert all(1 <= plan.passes <= plan.batch_size for plan in family)
 
 
 @given(options())
-def test_no_placement_comes_twice_and_what_costs_most_comes_last(asked: dict[str, object]) -> None:
+def test_no_plan_comes_twice_and_what_costs_most_comes_last(asked: dict[str, object]) -> None:
     found = listed(asked)
-    every = [placement for family in found for placement in family]
+    every = [plan for family in found for plan in family]
     assert len(set(every)) == len(every)
     order = [(family[0].passes, family[0].optimizer_on_host, family[0].recompute) for family in found]
     assert order == sorted(order)
@@ -70,22 +70,22 @@ def test_no_placement_comes_twice_and_what_costs_most_comes_last(asked: dict[str
 
 @given(options())
 def test_what_the_options_fix_is_fixed(asked: dict[str, object]) -> None:
-    every = [placement for family in listed(asked) for placement in family]
+    every = [plan for family in listed(asked) for plan in family]
     if asked["on_host"] is not None:
-        assert {placement.optimizer_on_host for placement in every} == {asked["on_host"]}
+        assert {plan.optimizer_on_host for plan in every} == {asked["on_host"]}
     else:
-        assert {placement.optimizer_on_host for placement in every} == {False, True}
+        assert {plan.optimizer_on_host for plan in every} == {False, True}
     if asked["sliceable"] and asked["recompute"] is not None:
-        assert {placement.recompute for placement in every} == {asked["recompute"]}
+        assert {plan.recompute for plan in every} == {asked["recompute"]}
     if asked["sliceable"] and asked["micro_batch"]:
-        assert {placement.micro_batch for placement in every} == {asked["micro_batch"]}
+        assert {plan.micro_batch for plan in every} == {asked["micro_batch"]}
     if asked["recompute"] is None and asked["layers"] == 1:
-        assert not any(placement.recompute for placement in every)
+        assert not any(plan.recompute for plan in every)
 
 
 @given(options())
 def test_open_choices_reach_from_the_whole_batch_to_one_sample_and_its_targets(asked: dict[str, object]) -> None:
-    every = [placement for family in listed(asked | {"micro_batch": None}) for placement in family]
+    every = [plan for family in listed(asked | {"micro_batch": None}) for plan in family]
     assert every[0].whole
     if asked["sliceable"]:
         assert every[-1].micro_batch == 1
@@ -100,28 +100,28 @@ def test_what_ties_samples_together_is_never_sliced(asked: dict[str, object]) ->
 
 @given(options(), costs(), st.integers(0, 250))
 def test_the_chosen_one_is_the_largest_micro_batch_of_the_first_family_that_has_one_that_fits(
-    asked: dict[str, object], cost: Callable[[Placement], int], budget: int
+    asked: dict[str, object], cost: Callable[[MemoryPlan], int], budget: int
 ) -> None:
-    chosen = cheapest(iter(listed(asked)), lambda placement: cost(placement) <= budget)
-    fitting = [placement for family in listed(asked) for placement in family if cost(placement) <= budget]
+    chosen = cheapest(iter(listed(asked)), lambda plan: cost(plan) <= budget)
+    fitting = [plan for family in listed(asked) for plan in family if cost(plan) <= budget]
     assert chosen == (fitting[0] if fitting else None)
 
 
 @given(options(), costs(), st.integers(0, 250))
-def test_nothing_is_tried_twice(asked: dict[str, object], cost: Callable[[Placement], int], budget: int) -> None:
+def test_nothing_is_tried_twice(asked: dict[str, object], cost: Callable[[MemoryPlan], int], budget: int) -> None:
     tried = []
-    cheapest(iter(listed(asked)), lambda placement: tried.append(placement) or cost(placement) <= budget)
+    cheapest(iter(listed(asked)), lambda plan: tried.append(plan) or cost(plan) <= budget)
     assert len(tried) == len(set(tried))
 
 
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_smaller_ends_and_each_one_holds_less(batch_size: int, micro_batch: int) -> None:
-    placement: Placement | None = Placement(batch_size, min(micro_batch, batch_size))
+    plan: MemoryPlan | None = MemoryPlan(batch_size, min(micro_batch, batch_size))
     seen = []
-    while placement is not None:
-        seen.append(placement)
+    while plan is not None:
+        seen.append(plan)
         assert len(seen) <= 2 * batch_size.bit_length() + 2
-        placement = placement.smaller()
+        plan = plan.smaller()
     for before, after in pairwise(seen):
         assert (after.micro_batch, -after.passes) < (before.micro_batch, -before.passes)
         assert after.recompute == before.recompute
@@ -129,16 +129,16 @@ def test_smaller_ends_and_each_one_holds_less(batch_size: int, micro_batch: int)
 
 
 @pytest.mark.parametrize(
-    ("placement", "words"),
+    ("plan", "words"),
     [
-        (Placement(8, 8), "whole batch"),
-        (Placement(8, 2), "micro-batch 2"),
-        (Placement(8, 1, 4, True, True), "micro-batch 1, 4 passes, activations recomputed, optimizer on the host"),
+        (MemoryPlan(8, 8), "whole batch"),
+        (MemoryPlan(8, 2), "micro-batch 2"),
+        (MemoryPlan(8, 1, 4, True, True), "micro-batch 1, 4 passes, activations recomputed, optimizer on the host"),
     ],
 )
-def test_a_placement_says_what_it_is(placement: Placement, words: str) -> None:
-    assert str(placement) == words
+def test_a_plan_says_what_it_is(plan: MemoryPlan, words: str) -> None:
+    assert str(plan) == words
 
 
 def test_a_sliced_batch_gives_the_loss_less_room() -> None:
-    assert Placement(8, 4).loss_room == Placement(8, 8, 2).loss_room < Placement(8, 8).loss_room
+    assert MemoryPlan(8, 4).loss_room == MemoryPlan(8, 8, 2).loss_room < MemoryPlan(8, 8).loss_room

@@ -1,4 +1,4 @@
-"""What a stage does to a batch that is sliced is found out by looking, whatever its parts are called."""
+"""What a stage does to a batch that is sliced is found out, whatever its parts are called."""
 
 import re
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from layerwise.config import Config
 from layerwise.memory.meter import Meter
+from layerwise.nets import batch_effects as module_under_test
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
-from layerwise.training import batch_effects as module_under_test
-from layerwise.training.batch_effects import behaviour
-from layerwise.training.budget import lay_out
+from layerwise.training.batch_effects import batch_effects
+from layerwise.training.budget import fit_stage
 from layerwise.training.spec import StageSpec
 
 Planned = Callable[..., tuple[Config, list[StageSpec]]]
@@ -58,7 +58,7 @@ def attention(dropout: float) -> nn.Module:
     return Flow(attend)
 
 
-DRAWING: dict[str, Callable[[], nn.Module]] = {
+RANDOM: dict[str, Callable[[], nn.Module]] = {
     "dropout": lambda: nn.Sequential(conv(), nn.Dropout(0.1)),
     "RReLU": lambda: nn.Sequential(conv(), nn.RReLU()),
     "RReLU twice": lambda: nn.Sequential(conv(), nn.RReLU(), nn.AvgPool2d(2), nn.RReLU(), nn.Dropout(0.1)),
@@ -120,16 +120,16 @@ def stage(planned_stages: Planned) -> Callable[..., StageSpec]:
 
 @pytest.fixture(params=["cheap", "dear"])
 def cost(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether layers are cheap enough to be run, or are watched without values."""
+    """Whether layers are cheap enough to be run, or run on fake tensors alone."""
     if request.param == "dear":
-        monkeypatch.setattr(module_under_test, "DEAREST_RUN", -1)
+        monkeypatch.setattr(module_under_test, "MOST_OPERATIONS", -1)
     return request.param
 
 
-@pytest.mark.parametrize("name", DRAWING)
-def test_what_draws_is_found(stages: Callable[[nn.Module], list[StageSpec]], cost: str, name: str) -> None:
-    found = [behaviour(plan) for plan in stages(DRAWING[name]())]
-    assert any(each.draws for each in found)
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_numbers_are_found(stages: Callable[[nn.Module], list[StageSpec]], cost: str, name: str) -> None:
+    found = [batch_effects(plan) for plan in stages(RANDOM[name]())]
+    assert any(each.uses_randomness for each in found)
     assert all(each.why_unsliceable is None for each in found)
 
 
@@ -138,8 +138,8 @@ def test_what_does_not_draw_and_can_be_sliced_is_not_suspected(
     stages: Callable[[nn.Module], list[StageSpec]], cost: str, name: str
 ) -> None:
     for plan in stages(PLAIN[name]()):
-        assert not behaviour(plan).draws
-        assert behaviour(plan).why_unsliceable is None
+        assert not batch_effects(plan).uses_randomness
+        assert batch_effects(plan).why_unsliceable is None
 
 
 @pytest.mark.parametrize("name", CHANGING)
@@ -147,15 +147,15 @@ def test_what_changes_at_every_pass_is_named(
     stages: Callable[[nn.Module], list[StageSpec]], cost: str, name: str
 ) -> None:
     make, sentence = CHANGING[name]
-    found = behaviour(stages(make())[0])
-    assert not found.draws
+    found = batch_effects(stages(make())[0])
+    assert not found.uses_randomness
     assert re.fullmatch(sentence, found.why_unsliceable or "")
 
 
 @pytest.mark.parametrize("name", TYING)
 def test_what_ties_samples_together_is_named(stages: Callable[[nn.Module], list[StageSpec]], name: str) -> None:
     make, part = TYING[name]
-    (why,) = [why for plan in stages(make()) if (why := behaviour(plan).why_unsliceable)]
+    (why,) = [why for plan in stages(make()) if (why := batch_effects(plan).why_unsliceable)]
     assert re.fullmatch(f"{part} ties the samples of a batch together", why)
 
 
@@ -210,34 +210,37 @@ class Company(Linear):
 
 
 def test_a_state_that_no_tensor_shows_is_seen_in_the_outputs(stage: Callable[..., StageSpec]) -> None:
-    assert behaviour(stage(Counting)).why_unsliceable == "layers.0 (Counting) gives other outputs at every forward pass"
+    assert (
+        batch_effects(stage(Counting)).why_unsliceable
+        == "layers.0 (Counting) gives other outputs at every forward pass"
+    )
 
 
 def test_a_layer_that_gives_nothing_for_a_sample_alone_is_not_sliced(stage: Callable[..., StageSpec]) -> None:
-    assert behaviour(stage(Company)).why_unsliceable == "layers.0 (Company) ties the samples of a batch together"
+    assert batch_effects(stage(Company)).why_unsliceable == "layers.0 (Company) ties the samples of a batch together"
 
 
-def test_samples_of_both_signs_are_tried(stage: Callable[..., StageSpec]) -> None:
-    assert behaviour(stage(Rectified)).draws
+def test_samples_of_both_signs_are_run(stage: Callable[..., StageSpec]) -> None:
+    assert batch_effects(stage(Rectified)).uses_randomness
 
 
-def test_where_a_layer_cannot_be_run_its_names_are_asked(stage: Callable[..., StageSpec]) -> None:
-    assert behaviour(stage(Moody)).draws
+def test_where_a_layer_cannot_be_run_its_names_decide(stage: Callable[..., StageSpec]) -> None:
+    assert batch_effects(stage(Moody)).uses_randomness
 
 
 def test_a_stage_does_what_any_of_its_layers_does(stage: Callable[..., StageSpec]) -> None:
-    found = behaviour(stage(partial(Linear, 1), partial(Rectified, 1), partial(Counting, 1)))
-    assert found.draws
+    found = batch_effects(stage(partial(Linear, 1), partial(Rectified, 1), partial(Counting, 1)))
+    assert found.uses_randomness
     assert found.why_unsliceable == "layers.2 (Counting) gives other outputs at every forward pass"
 
 
-def test_looking_changes_no_generator_and_is_seen_by_no_meter(
+def test_finding_out_changes_no_generator_and_is_seen_by_no_meter(
     stages: Callable[[nn.Module], list[StageSpec]], planned_stages: Planned
 ) -> None:
-    plans = stages(DRAWING["transformer"]())
+    plans = stages(RANDOM["transformer"]())
     state = torch.get_rng_state()
     with FakeTensorMode(), Meter(torch.device("cpu"), limit=0) as meter:
-        found = [behaviour(plan).draws for plan in plans]
+        found = [batch_effects(plan).uses_randomness for plan in plans]
     assert found == [False, True]
     assert meter.peak == 0
     assert torch.equal(torch.get_rng_state(), state)
@@ -256,8 +259,8 @@ def test_each_layer_is_run_once_whatever_is_asked_of_whichever_cut(planned_stage
     for stages in (1, 2, 3):
         config, plans = planned_stages("speech", network, **{"data.window": 400, "training.stages": stages})
         for plan in plans:
-            behaviour(plan)
-            lay_out(config, plan, torch.device("cpu"))
+            batch_effects(plan)
+            fit_stage(config, plan, torch.device("cpu"))
     assert sorted(built) == [0, 1, 2]
 
 
@@ -271,4 +274,4 @@ def test_a_huge_layer_is_never_given_values(stage: Callable[..., StageSpec]) -> 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.dropout(self.linear(x))
 
-    assert behaviour(stage(Huge)).draws
+    assert batch_effects(stage(Huge)).uses_randomness
