@@ -6,13 +6,16 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
+# Processes that tests start would compile the package anew, each of them.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run test lint docs dist try-dist clean
 
 run: .venv/ready
 	$(BIN)/layerwise run
 
 test: .venv/ready lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import torch
 
 from layerwise.config import Config, resolve
 from layerwise.data.source import DataSet
-from layerwise.engines.run import run
+from layerwise.engines.run import RunResult, run
 from layerwise.evaluate.probe import probe
 from layerwise.nets.network import Network
 from layerwise.training.cut import cut_network
@@ -155,6 +156,37 @@ def tiny_vision(tmp_path: Path) -> Callable[..., Config]:
 def _tiny(base: dict[str, object], folder: Path, source: str, changes: dict[str, object]) -> Config:
     places = {"data.source": source, "out": str(folder / "run"), "cache.dir": str(folder / "cache")}
     return resolve(overrides={**base, **places, **changes})
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Config], RunResult]:
+    """finished(config): that run, which a test may go on with or spoil; trained once a session and copied to its place."""
+    trained: dict[str, Config] = {}
+
+    def finish(config: Config) -> RunResult:
+        key = _in(Path(), config).to_toml()
+        if key not in trained:
+            trained[key] = _in(tmp_path_factory.mktemp("finished"), config)
+            run(trained[key])
+        (out, caches), (new_out, new_caches) = _places(trained[key]), _places(config)
+        shutil.copytree(out, new_out)
+        shutil.copytree(caches, new_caches)
+        for state in new_out.rglob("run.json"):
+            state.write_text(state.read_text().replace(str(caches), str(new_caches)))
+        return run(config)
+
+    return finish
+
+
+def _in(folder: Path, config: Config) -> Config:
+    """The same run in another folder."""
+    cache = config.cache.model_copy(update={"dir": str(folder / "cache")})
+    return config.model_copy(update={"out": str(folder / "run"), "cache": cache})
+
+
+def _places(config: Config) -> tuple[Path, Path]:
+    """The folders of the run and of its caches."""
+    return Path(config.out), Path(config.cache.dir).resolve() / Path(config.out).name
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from layerwise.run_store import RunState, RunStore
 from layerwise.stop import StopFlag
 
 Tiny = Callable[..., Config]
+Finished = Callable[[Config], RunResult]
 FLOAT32 = {"cache.dtype": "float32", "training.max_epochs": 1}
 
 
@@ -38,9 +39,9 @@ def at(config: Config, folder: Path, **changes: object) -> Config:
 
 @pytest.mark.parametrize(("keep", "kept"), [("needed", [3, 4]), ("all", [1, 2, 3, 4]), ("last", [4])])
 def test_only_the_caches_that_are_asked_for_are_kept(
-    tiny_speech: Tiny, digits: Path, keep: str, kept: list[int]
+    tiny_speech: Tiny, digits: Path, keep: str, kept: list[int], finished: Finished
 ) -> None:
-    result = run(tiny_speech(f"fsdd:{digits}", **FLOAT32, **{"cache.keep": keep}))
+    result = finished(tiny_speech(f"fsdd:{digits}", **FLOAT32, **{"cache.keep": keep}))
     assert cached(result) == kept
     assert [record.stage for record in result.state.stages if record.cache] == kept
     assert sorted(result.paths.caches.glob("stage-*")) == [result.paths.cache(stage) for stage in kept]
@@ -48,7 +49,7 @@ def test_only_the_caches_that_are_asked_for_are_kept(
 
 @pytest.mark.parametrize("kind", ["speech", "vision"])
 def test_without_caches_the_weights_are_the_same(
-    tiny_speech: Tiny, tiny_vision: Tiny, digits: Path, tmp_path: Path, kind: str
+    tiny_speech: Tiny, tiny_vision: Tiny, digits: Path, tmp_path: Path, kind: str, finished: Finished
 ) -> None:
     if kind == "speech":
         config = tiny_speech(f"fsdd:{digits}", **FLOAT32)
@@ -59,7 +60,7 @@ def test_without_caches_the_weights_are_the_same(
             pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "pictures" / "noise" / f"{number}.png")
         config = tiny_vision(f"images:{tmp_path / 'pictures'}", **FLOAT32)
-    with_caches = run(config)
+    with_caches = finished(config)
     without = run(at(config, tmp_path / "never", policy="never"))
     assert cached(without) == []
     assert [record.input for record in without.state.stages][1:] == ["recompute"] * (len(without.state.stages) - 1)
@@ -84,9 +85,11 @@ def test_a_small_disk_caches_what_it_holds_and_never_passes_its_budget(tiny_spee
     assert 0 < largest <= budget
 
 
-def test_a_stopped_run_without_caches_ends_with_the_same_bits(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_without_caches_ends_with_the_same_bits(
+    tiny_speech: Tiny, digits: Path, tmp_path: Path, finished: Finished
+) -> None:
     config = tiny_speech(f"fsdd:{digits}", **FLOAT32, **{"cache.policy": "never"})
-    undisturbed = run(config)
+    undisturbed = finished(config)
     stop, seen = StopFlag(), 0
 
     def notify(event: Event) -> None:
@@ -164,10 +167,10 @@ def flip_a_bit(path: Path, byte: int) -> None:
 
 @pytest.mark.parametrize("keep", ["all", "needed", "last"])
 def test_a_cache_that_is_damaged_in_the_middle_of_a_run_is_named_and_made_again(
-    tiny_speech: Tiny, digits: Path, tmp_path: Path, keep: str
+    tiny_speech: Tiny, digits: Path, tmp_path: Path, keep: str, finished: Finished
 ) -> None:
     config = tiny_speech(f"fsdd:{digits}", **FLOAT32, **{"cache.keep": keep})
-    undisturbed = run(config)
+    undisturbed = finished(config)
     again = at(config, tmp_path / "damaged")
     stop, told = StopFlag(), []
 
@@ -199,9 +202,11 @@ UNUSABLE = {
 }
 
 
-def test_whatever_cannot_be_used_in_the_place_of_a_cache_is_made_again(tiny_speech: Tiny, digits: Path) -> None:
+def test_whatever_cannot_be_used_in_the_place_of_a_cache_is_made_again(
+    tiny_speech: Tiny, digits: Path, finished: Finished
+) -> None:
     config = tiny_speech(f"fsdd:{digits}", **FLOAT32)
-    result = run(config)
+    result = finished(config)
     path = result.paths.cache(2)
     before = path.read_bytes()
     for name, spoil in UNUSABLE.items():
@@ -214,18 +219,18 @@ def test_whatever_cannot_be_used_in_the_place_of_a_cache_is_made_again(tiny_spee
         run(config)
 
 
-def test_a_probe_needs_no_caches(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> None:
+def test_a_probe_needs_no_caches(tiny_speech: Tiny, digits: Path, tmp_path: Path, finished: Finished) -> None:
     config = tiny_speech(f"fsdd:{digits}", **FLOAT32)
-    run(config)
+    finished(config)
     cached_errors = probe(Path(config.out), "digit")
     for path in (Path(config.cache.dir) / "run").glob("stage-[124].h5"):
         path.unlink()
     assert probe(Path(config.out), "digit").stages == cached_errors.stages
 
 
-def test_a_probe_names_a_damaged_cache_and_does_without(tiny_speech: Tiny, digits: Path) -> None:
+def test_a_probe_names_a_damaged_cache_and_does_without(tiny_speech: Tiny, digits: Path, finished: Finished) -> None:
     config = tiny_speech(f"fsdd:{digits}", **FLOAT32)
-    result = run(config)
+    result = finished(config)
     whole = probe(Path(config.out), "digit").stages
     flip_a_bit(result.paths.cache(2), result.paths.cache(2).stat().st_size // 2)
     warnings: list[str] = []
@@ -235,9 +240,11 @@ def test_a_probe_names_a_damaged_cache_and_does_without(tiny_speech: Tiny, digit
 
 
 @pytest.mark.parametrize("keep", ["needed", "all", "last"])
-def test_a_finished_run_makes_the_caches_that_it_keeps_again(tiny_speech: Tiny, digits: Path, keep: str) -> None:
+def test_a_finished_run_makes_the_caches_that_it_keeps_again(
+    tiny_speech: Tiny, digits: Path, keep: str, finished: Finished
+) -> None:
     config = tiny_speech(f"fsdd:{digits}", **FLOAT32, **{"cache.keep": keep})
-    result = run(config)
+    result = finished(config)
     before = {stage: result.paths.cache(stage).read_bytes() for stage in cached(result)}
     for damage in (Path.unlink, lambda path: flip_a_bit(path, path.stat().st_size - 3)):
         for stage in before:
@@ -248,9 +255,11 @@ def test_a_finished_run_makes_the_caches_that_it_keeps_again(tiny_speech: Tiny, 
         assert not any(isinstance(event, StepDone) for event in events)
 
 
-def test_what_a_kill_has_left_of_caches_is_deleted_at_the_next_start(tiny_speech: Tiny, digits: Path) -> None:
+def test_what_a_kill_has_left_of_caches_is_deleted_at_the_next_start(
+    tiny_speech: Tiny, digits: Path, finished: Finished
+) -> None:
     config = tiny_speech(f"fsdd:{digits}", **FLOAT32, **{"cache.keep": "needed"})
-    result = run(config)
+    result = finished(config)
     kept = {path: path.read_bytes() for path in result.paths.caches.iterdir()}
     for name in ("stage-1.h5", "stage-2.h5.part", "stage-2.h5.journal", "stage-4.h5.packing", "stage-9.h5"):
         (result.paths.caches / name).write_bytes(bytes(1000))

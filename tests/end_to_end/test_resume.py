@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 import layerwise.engines.run
 from layerwise.config import Config, load
-from layerwise.engines.run import run
+from layerwise.engines.run import RunResult, run
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, RunError
 from layerwise.events import CachingProgress, Event, StageStarted, StepDone
 from layerwise.files import exclusive
@@ -21,6 +21,7 @@ from layerwise.training.resume import find_what_is_missing
 from layerwise.training.spec import StageSpec
 
 Tiny = Callable[..., Config]
+Finished = Callable[[Config], RunResult]
 
 
 def bits(path: Path) -> dict[str, bytes]:
@@ -41,9 +42,9 @@ def stop_at(kind: type, number: int) -> tuple[StopFlag, Callable[[Event], None]]
 
 
 @pytest.fixture
-def undisturbed(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> dict[str, bytes]:
+def undisturbed(tiny_speech: Tiny, digits: Path, tmp_path: Path, finished: Finished) -> dict[str, bytes]:
     """The bits of a run that nobody stopped."""
-    return bits(run(tiny_speech(f"fsdd:{digits}", out=str(tmp_path / "undisturbed"))).paths.encoder)
+    return bits(finished(tiny_speech(f"fsdd:{digits}", out=str(tmp_path / "undisturbed"))).paths.encoder)
 
 
 @pytest.mark.parametrize(("kind", "number"), [(StepDone, 1), (StepDone, 13), (StepDone, 40), (CachingProgress, 20)])
@@ -95,9 +96,9 @@ def test_a_resume_writes_only_the_missing_blocks_of_a_cache(tiny_speech: Tiny, d
     assert result.state.done
 
 
-def test_a_finished_run_is_not_trained_again(tiny_speech: Tiny, digits: Path) -> None:
+def test_a_finished_run_is_not_trained_again(tiny_speech: Tiny, digits: Path, finished: Finished) -> None:
     config = tiny_speech(f"fsdd:{digits}")
-    run(config)
+    finished(config)
     events: list[Event] = []
     run(config, notify=events.append)
     assert not any(isinstance(event, StageStarted) for event in events)
@@ -113,10 +114,10 @@ def test_a_finished_run_is_not_trained_again(tiny_speech: Tiny, digits: Path) ->
     ],
 )
 def test_a_changed_option_is_named_with_the_ways_on(
-    tiny_speech: Tiny, digits: Path, key: str, value: object, message: str
+    tiny_speech: Tiny, digits: Path, key: str, value: object, message: str, finished: Finished
 ) -> None:
     source = f"fsdd:{digits}"
-    result = run(tiny_speech(source))
+    result = finished(tiny_speech(source))
     before = bits(result.paths.encoder)
     with pytest.raises(ConfigError, match=message):
         run(tiny_speech(source, **{key: value}))
@@ -133,9 +134,11 @@ def test_options_of_place_may_change(tiny_speech: Tiny, digits: Path, tmp_path: 
     assert run(tiny_speech(f"fsdd:{tmp_path / 'elsewhere'}", **changed)).state.done
 
 
-def test_from_stage_retrains_from_the_cache_below_and_keeps_the_rest(tiny_speech: Tiny, digits: Path) -> None:
+def test_from_stage_retrains_from_the_cache_below_and_keeps_the_rest(
+    tiny_speech: Tiny, digits: Path, finished: Finished
+) -> None:
     source = f"fsdd:{digits}"
-    first = run(tiny_speech(source))
+    first = finished(tiny_speech(source))
     kept = first.paths.cache(2).read_bytes()
     before = bits(first.paths.encoder)
     retrained = run(tiny_speech(source, **{"training.lr": 0.01}), from_stage=3)
@@ -147,9 +150,11 @@ def test_from_stage_retrains_from_the_cache_below_and_keeps_the_rest(tiny_speech
     assert bits(again.paths.encoder) == before
 
 
-def test_from_stage_that_was_stopped_goes_on_and_does_not_begin_again(tiny_speech: Tiny, digits: Path) -> None:
+def test_from_stage_that_was_stopped_goes_on_and_does_not_begin_again(
+    tiny_speech: Tiny, digits: Path, finished: Finished
+) -> None:
     config = tiny_speech(f"fsdd:{digits}")
-    run(config)
+    finished(config)
     stop, notify = stop_at(StepDone, 7)
     with pytest.raises(Interrupted):
         run(config, from_stage=3, stop=stop, notify=notify)
@@ -175,9 +180,11 @@ def test_a_changed_data_set_is_noticed(tiny_speech: Tiny, digits: Path, tmp_path
         run(tiny_speech(f"fsdd:{folder}"))
 
 
-def test_a_cache_that_was_deleted_is_written_again_where_it_is_needed(tiny_speech: Tiny, digits: Path) -> None:
+def test_a_cache_that_was_deleted_is_written_again_where_it_is_needed(
+    tiny_speech: Tiny, digits: Path, finished: Finished
+) -> None:
     config = tiny_speech(f"fsdd:{digits}")
-    first = run(config)
+    first = finished(config)
     before, last = first.paths.cache(2).read_bytes(), first.paths.cache(4).read_bytes()
     for stage in (1, 2, 3):
         first.paths.cache(stage).unlink()
@@ -206,10 +213,10 @@ def test_from_stage_with_another_dtype_leaves_what_the_stages_below_give(
 
 
 def test_a_from_stage_that_was_killed_before_it_deleted_anything_still_retrains(
-    tiny_speech: Tiny, digits: Path
+    tiny_speech: Tiny, digits: Path, finished: Finished
 ) -> None:
     source = f"fsdd:{digits}"
-    result = run(tiny_speech(source))
+    result = finished(tiny_speech(source))
     state = RunState.load(result.paths.state)
     state.from_stage, state.kept_stages = 3, 2
     state.stages[2:] = [StageRecord(3), StageRecord(4)]
@@ -220,9 +227,11 @@ def test_a_from_stage_that_was_killed_before_it_deleted_anything_still_retrains(
     assert [event.stage for event in events if isinstance(event, StageStarted)] == [3, 4]
 
 
-def test_overwrite_begins_anew_and_leaves_a_users_own_files(tiny_speech: Tiny, digits: Path) -> None:
+def test_overwrite_begins_anew_and_leaves_a_users_own_files(
+    tiny_speech: Tiny, digits: Path, finished: Finished
+) -> None:
     source = f"fsdd:{digits}"
-    first = run(tiny_speech(source))
+    first = finished(tiny_speech(source))
     (first.paths.out / "notes.txt").write_text("mine")
     second = run(tiny_speech(source, **{"net.width": 6}), overwrite=True)
     assert (second.paths.out / "notes.txt").read_text() == "mine"
@@ -239,9 +248,11 @@ def test_a_folder_that_holds_something_else_is_refused(tiny_speech: Tiny, digits
     assert [path.name for path in Path(config.out).iterdir()] == ["thesis.tex"]
 
 
-def test_caches_of_another_run_of_the_same_name_are_refused(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> None:
+def test_caches_of_another_run_of_the_same_name_are_refused(
+    tiny_speech: Tiny, digits: Path, tmp_path: Path, finished: Finished
+) -> None:
     source = f"fsdd:{digits}"
-    first = run(tiny_speech(source))
+    first = finished(tiny_speech(source))
     before = first.paths.cache(1).read_bytes()
     with pytest.raises(RunError, match="another run of the same name"):
         run(tiny_speech(source, out=str(tmp_path / "sub" / "run"), **{"training.seed": 5}))
@@ -299,9 +310,9 @@ def test_a_configuration_survives_its_own_file(tiny_speech: Tiny, digits: Path) 
     assert np.isfinite([record.best_loss for record in result.state.stages]).all()
 
 
-def test_from_stage_may_be_tried_again_with_another_value(tiny_speech: Tiny, digits: Path) -> None:
+def test_from_stage_may_be_tried_again_with_another_value(tiny_speech: Tiny, digits: Path, finished: Finished) -> None:
     source = f"fsdd:{digits}"
-    run(tiny_speech(source))
+    finished(tiny_speech(source))
     stop, notify = stop_at(StepDone, 7)
     with pytest.raises(Interrupted):
         run(tiny_speech(source, **{"training.lr": 0.01}), from_stage=3, stop=stop, notify=notify)
@@ -323,16 +334,18 @@ def test_a_changed_number_of_stages_is_named_even_with_from_stage(tiny_speech: T
             run(tiny_speech(source, **{"training.stages": 3}), from_stage=from_stage)
 
 
-def test_a_changed_option_of_the_data_is_named(tiny_speech: Tiny, digits: Path) -> None:
+def test_a_changed_option_of_the_data_is_named(tiny_speech: Tiny, digits: Path, finished: Finished) -> None:
     source = f"fsdd:{digits}"
-    run(tiny_speech(source))
+    finished(tiny_speech(source))
     with pytest.raises(ConfigError, match=r"data.sample_rate was 8000 .* is 16000 now"):
         run(tiny_speech(source, **{"data.sample_rate": 16000}))
 
 
-def test_a_refused_overwrite_deletes_nothing(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> None:
+def test_a_refused_overwrite_deletes_nothing(
+    tiny_speech: Tiny, digits: Path, tmp_path: Path, finished: Finished
+) -> None:
     source = f"fsdd:{digits}"
-    first = run(tiny_speech(source))
+    first = finished(tiny_speech(source))
     before = bits(first.paths.encoder)
     with pytest.raises(RunError, match="--from-stage 2"):
         run(tiny_speech(source), overwrite=True, from_stage=2)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from layerwise.config import Config, with_options
-from layerwise.engines.run import run
+from layerwise.engines.run import RunResult, run
 from layerwise.engines.task_runner import open_prepared_run, perform_task
 from layerwise.errors import ConfigError, Interrupted, RunError
 from layerwise.events import EpochDone, Event, StageDone, StageStarted, StepDone, silent
@@ -19,6 +19,7 @@ from layerwise.stop import StopFlag
 from layerwise.training.schedule import Task
 
 Tiny = Callable[..., Config]
+Finished = Callable[[Config], RunResult]
 ROUNDS = {"training.rounds": 2, "training.max_epochs": 3, "cache.keep": "needed"}
 
 
@@ -32,10 +33,10 @@ def config(tiny_speech: Tiny, digits: Path) -> Config:
 
 
 @pytest.fixture
-def undisturbed(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> dict[str, bytes]:
+def undisturbed(tiny_speech: Tiny, digits: Path, tmp_path: Path, finished: Finished) -> dict[str, bytes]:
     """The bits of the run of `config`, made elsewhere."""
     other = tiny_speech(f"fsdd:{digits}", out=str(tmp_path / "undisturbed"), **ROUNDS)
-    run(other)
+    finished(other)
     return bits(other.out)
 
 
@@ -52,9 +53,9 @@ def test_each_round_trains_its_share_and_goes_on_where_the_one_before_ended(conf
         assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
 
 
-def test_one_round_is_sequential_training(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> None:
+def test_one_round_is_sequential_training(tiny_speech: Tiny, digits: Path, tmp_path: Path, finished: Finished) -> None:
     """With one round nothing is left of rounds; with two, each stage has heard the lower ones when they knew less."""
-    alone = run(tiny_speech(f"fsdd:{digits}"))
+    alone = finished(tiny_speech(f"fsdd:{digits}"))
     assert not (alone.paths.out / "rounds").exists()
     both = run(tiny_speech(f"fsdd:{digits}", out=str(tmp_path / "both"), **{"training.rounds": 2}))
     first, second = (load_file(result.paths.encoder) for result in (alone, both))
@@ -63,8 +64,8 @@ def test_one_round_is_sequential_training(tiny_speech: Tiny, digits: Path, tmp_p
     assert any((first[name] != second[name]).any() for name in first)
 
 
-def test_versions_go_when_nobody_needs_them(config: Config) -> None:
-    result = run(config)
+def test_versions_go_when_nobody_needs_them(config: Config, finished: Finished) -> None:
+    result = finished(config)
     assert sorted(path.name for path in Path(result.state.caches).rglob("stage-*")) == ["stage-3.h5", "stage-4.h5"]
     assert not list(result.paths.out.rglob("checkpoint.safetensors"))
     state = RunState.load(result.paths.out / "rounds" / "1" / "run.json")
@@ -87,8 +88,10 @@ def test_a_stop_anywhere_ends_with_the_same_bits(config: Config, undisturbed: di
     assert bits(config.out) == undisturbed
 
 
-def test_a_finished_run_needs_its_rounds_no_more(config: Config, undisturbed: dict[str, bytes]) -> None:
-    result = run(config)
+def test_a_finished_run_needs_its_rounds_no_more(
+    config: Config, undisturbed: dict[str, bytes], finished: Finished
+) -> None:
+    result = finished(config)
     shutil.rmtree(result.paths.out / "rounds")
     result.paths.cache(4).unlink()
     events: list[Event] = []
@@ -133,8 +136,8 @@ def test_a_damaged_version_is_made_again(config: Config, undisturbed: dict[str, 
     assert bits(config.out) == undisturbed
 
 
-def test_stages_are_retrained_in_every_round(config: Config, undisturbed: dict[str, bytes]) -> None:
-    run(config)
+def test_stages_are_retrained_in_every_round(config: Config, undisturbed: dict[str, bytes], finished: Finished) -> None:
+    finished(config)
     events: list[Event] = []
     run(config, from_stage=3, notify=events.append)
     begun = [(event.round, event.stage) for event in events if isinstance(event, StageStarted)]
@@ -158,8 +161,10 @@ def test_a_task_that_comes_too_early_is_refused(config: Config, undisturbed: dic
     assert bits(config.out) == undisturbed
 
 
-def test_rounds_that_were_deleted_do_not_stand_in_the_way(config: Config, undisturbed: dict[str, bytes]) -> None:
-    result = run(config)
+def test_rounds_that_were_deleted_do_not_stand_in_the_way(
+    config: Config, undisturbed: dict[str, bytes], finished: Finished
+) -> None:
+    result = finished(config)
     shutil.rmtree(result.paths.out / "rounds")
     run(config, from_stage=3)
     assert bits(config.out) == undisturbed
@@ -183,16 +188,18 @@ def test_what_is_refused_changes_nothing(config: Config) -> None:
     assert {path: path.read_bytes() for path in Path(config.out).rglob("*.*") if path.is_file()} == before
 
 
-def test_a_round_that_somebody_works_on_is_not_overwritten(config: Config) -> None:
-    run(config)
+def test_a_round_that_somebody_works_on_is_not_overwritten(config: Config, finished: Finished) -> None:
+    finished(config)
     lock = Path(config.out) / "rounds" / "1" / "task.lock"
     with exclusive(lock, RunError("")), pytest.raises(RunError, match=r"rounds/1 is being performed"):
         run(with_options(config, {"training.rounds": 1}), overwrite=True)
     assert (Path(config.out) / "encoder.safetensors").exists()
 
 
-def test_overwriting_leaves_no_round_of_before(config: Config, tiny_speech: Tiny, digits: Path) -> None:
-    run(config)
+def test_overwriting_leaves_no_round_of_before(
+    config: Config, tiny_speech: Tiny, digits: Path, finished: Finished
+) -> None:
+    finished(config)
     result = run(tiny_speech(f"fsdd:{digits}"), overwrite=True)
     # A lock file must outlive what it guards: whoever waits for it would hold another one than the next to come.
     assert {path.name for path in (result.paths.out / "rounds").rglob("*") if path.is_file()} == {"task.lock"}

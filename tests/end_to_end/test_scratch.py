@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from layerwise.config import Config
-from layerwise.engines.run import run
+from layerwise.engines.run import RunResult, run
 from layerwise.errors import ConfigError, Interrupted
 from layerwise.events import CachingProgress, Event, StepDone
 from layerwise.stop import StopFlag
 
 Tiny = Callable[..., Config]
+Finished = Callable[[Config], RunResult]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -19,17 +20,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_they_end_in_their_place_with_the_same_bytes(
-    tiny_speech: Tiny, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_speech: Tiny, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Finished
 ) -> None:
     monkeypatch.setenv("FAST", str(tmp_path / "fast"))
-    plain = run(tiny_speech(f"fsdd:{digits}"))
+    plain = finished(tiny_speech(f"fsdd:{digits}"))
     scratch = run(tiny_speech(f"fsdd:{digits}", out=str(tmp_path / "other"), **{"cache.scratch": "$FAST"}))
     assert contents(scratch.paths.caches) == contents(plain.paths.caches)
     assert not contents(tmp_path / "fast")
 
 
-def test_a_stop_goes_on_from_what_lies_there(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> None:
-    plain = run(tiny_speech(f"fsdd:{digits}"))
+def test_a_stop_goes_on_from_what_lies_there(
+    tiny_speech: Tiny, digits: Path, tmp_path: Path, finished: Finished
+) -> None:
+    plain = finished(tiny_speech(f"fsdd:{digits}"))
     config = tiny_speech(f"fsdd:{digits}", out=str(tmp_path / "other"), **{"cache.scratch": str(tmp_path / "fast")})
     stop = StopFlag()
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from layerwise.config import Config, with_options
-from layerwise.engines.run import UserObjects, run
+from layerwise.engines.run import RunResult, UserObjects, run
 from layerwise.errors import ConfigError, Interrupted, RunError, TrainingError
 from layerwise.events import EpochDone, Event, Message, StageStarted
 from layerwise.nets import build_network
@@ -38,10 +38,10 @@ def config(tiny_speech: Tiny, digits: Path) -> Config:
 
 
 @pytest.fixture
-def alone(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> dict[str, bytes]:
+def alone(tiny_speech: Tiny, digits: Path, tmp_path: Path, finished: Callable[[Config], RunResult]) -> dict[str, bytes]:
     """The bits of the same run in one process."""
     other = tiny_speech(f"fsdd:{digits}", out=str(tmp_path / "alone"), **ROUNDS)
-    run(other)
+    finished(other)
     return bits(other.out)
 
 

@@ -18,6 +18,7 @@ from layerwise.events import CachingProgress, Event, StageStarted
 from layerwise.run_store import RunState
 
 Tiny = Callable[..., Config]
+Finished = Callable[[Config], RunResult]
 
 
 @pytest.fixture
@@ -37,9 +38,9 @@ def bits(result: RunResult) -> dict[str, bytes]:
 
 
 def test_a_disk_that_fills_up_in_the_middle_loses_nothing(
-    tiny_speech: Tiny, digits: Path, small_disk: Path, tmp_path: Path
+    tiny_speech: Tiny, digits: Path, small_disk: Path, tmp_path: Path, finished: Finished
 ) -> None:
-    undisturbed = run(tiny_speech(f"fsdd:{digits}"))
+    undisturbed = finished(tiny_speech(f"fsdd:{digits}"))
     elsewhere = {"out": str(tmp_path / "again"), "cache.dir": str(small_disk)}
     config = tiny_speech(f"fsdd:{digits}", **elsewhere)
     filler = small_disk / "filler"
@@ -88,9 +89,9 @@ def test_a_folder_that_cannot_be_written_to_is_a_sentence(tiny_speech: Tiny, dig
 
 
 def test_a_clock_that_goes_backwards_changes_nothing(
-    tiny_speech: Tiny, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_speech: Tiny, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Finished
 ) -> None:
-    undisturbed = run(tiny_speech(f"fsdd:{digits}"))
+    undisturbed = finished(tiny_speech(f"fsdd:{digits}"))
     backwards = itertools.count(2 * 10**9, -100)
     monkeypatch.setattr(time, "time", lambda: next(backwards))
     again = {"out": str(tmp_path / "again"), "cache.dir": str(tmp_path / "again-cache")}
