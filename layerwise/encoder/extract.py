@@ -18,7 +18,7 @@ from layerwise.errors import BudgetError, DataError
 from layerwise.memory.device import cap, find_device, release, why_out_of_memory
 from layerwise.memory.meter import meter_for
 from layerwise.stop import StopFlag
-from layerwise.training.forward import SHORTEST, InferenceStage
+from layerwise.training.forward import SHORTEST, InferenceStage, longest_piece_of_samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +88,7 @@ def _fill(
     """Numbers of the samples whose features are in the file, what could not be read, and bytes on the device."""
     device, budget = find_device(config.training.device), config.memory.gpu_mem
     cap(device, budget)
-    per_sample = config.data.window if config.data.frames == "steps" else int(data.lengths[0])
-    piece = max(config.training.batch_size * per_sample // 2, 1)  # half a training batch, as in the caching pass
+    piece = longest_piece_of_samples(config, data)
     kept: list[int] = []
     skipped: list[Skipped] = []
     done = peak = 0

@@ -21,9 +21,16 @@ from layerwise.evaluate.examples import FeatureRows
 from layerwise.evaluate.features import SampleSummary, choose_frames
 from layerwise.evaluate.targets import ProbeTask
 from layerwise.memory.device import cap, find_device, release, why_out_of_memory
-from layerwise.memory.meter import AnyMeter, meter_for, metered
+from layerwise.memory.meter import meter_for, metered
 from layerwise.stop import StopFlag
-from layerwise.training.forward import SHORTEST, InferenceStage, forward_stages, should_meter_group
+from layerwise.training.context import RunContext
+from layerwise.training.forward import (
+    SHORTEST,
+    InferenceStage,
+    forward_stages,
+    longest_piece_of_samples,
+    should_meter_group,
+)
 
 
 def features_under_budget(
@@ -35,14 +42,14 @@ def features_under_budget(
     """
     device, budget, data = find_device(config.training.device), config.memory.gpu_mem, question.data
     cap(device, budget)
-    piece = config.training.batch_size * (config.data.window if data.columns == 1 else int(data.lengths[0])) // 2
+    piece = longest_piece_of_samples(config, data)
     while True:
-        meter = meter_for(device, budget)
+        context = RunContext(device, meter_for(device, budget), stop)
         files = [FeatureRows(folder) for _ in stages]
         try:
-            with meter:
-                passed_features(stages, data, question.samples, piece, question.per_frame, files, device, meter, stop)
-            return files, meter.peak
+            with context.meter:
+                passed_features(stages, data, question.samples, piece, question.per_frame, files, context)
+            return files, context.meter.peak
         except (BudgetError, RuntimeError) as error:
             reason = why_out_of_memory(error)
         if piece <= SHORTEST * data.columns:
@@ -61,9 +68,7 @@ def passed_features(
     piece: int,
     per_frame: bool,
     into: list[FeatureRows],
-    device: torch.device,
-    meter: AnyMeter,
-    stop: StopFlag,
+    context: RunContext,
 ) -> None:
     """For each stage: a row for each sample, or one per chosen frame where per_frame; view 0, in the samples' order.
 
@@ -74,11 +79,11 @@ def passed_features(
     chosen = _PlainView(data, samples)
     pieces = read_ahead(partial(read_piece, chosen, group, start) for group in groups for start in group.starts)
     for group in groups:
-        stop.raise_if_set("while probing")
+        context.stop.raise_if_set("while probing")
         numbers = samples[group.first : group.stop]
         summaries = _summaries(stages, data.lengths[numbers], numbers, per_frame)
-        with metered(should_meter_group(meter, group)):
-            _pass(stages, group, pieces, summaries, device)
+        with metered(should_meter_group(context.meter, group)):
+            _pass(stages, group, pieces, summaries, context.device)
         for file, of_group in zip(into, summaries, strict=True):
             for summary in of_group:
                 file.append(summary.features(per_frame))

@@ -18,14 +18,15 @@ from layerwise.cache import CacheWriter, Layout
 from layerwise.cache.dtypes import STORED, as_array
 from layerwise.config import Config
 from layerwise.data.batches import Batch, Group, group_renderings
+from layerwise.data.source import DataSet
 from layerwise.errors import TrainingError
-from layerwise.events import CachingProgress, Notify
+from layerwise.events import CachingProgress
 from layerwise.memory.device import autocast, offloaded, on_device, pack_recurrent_weights
 from layerwise.memory.meter import AnyMeter, metered, uncounted
 from layerwise.nets.module import Module
 from layerwise.nets.network import copied
-from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import Arrays, load_weights
+from layerwise.training.context import RunContext
 from layerwise.training.loader import Loader
 from layerwise.training.spec import StageSpec
 
@@ -120,16 +121,14 @@ def shortest_piece(spec: StageSpec, config: Config) -> int:
     return min(longest_piece(spec, config), spec.window.columns if spec.window.columns > 1 else SHORTEST)
 
 
+def longest_piece_of_samples(config: Config, data: DataSet) -> int:
+    """The same for samples that pass through all stages from the data on: half a training batch of windows or samples."""
+    per_sample = config.data.window if config.data.frames == "steps" else int(data.lengths[0])
+    return max(config.training.batch_size * per_sample // 2, 1)
+
+
 def cache_outputs(
-    module: Module,
-    loader: Loader,
-    writer: CacheWriter,
-    piece: int,
-    precision: str,
-    device: torch.device,
-    meter: AnyMeter,
-    stop: StopFlag,
-    notify: Notify,
+    module: Module, loader: Loader, writer: CacheWriter, piece: int, precision: str, context: RunContext
 ) -> None:
     """Writes what the writer lacks. Raises Interrupted between two pieces; what is written so far stays.
 
@@ -145,11 +144,12 @@ def cache_outputs(
     row = int(layout.offsets[missing[0].first]) if missing else 0
     module.eval()
     with torch.no_grad():
-        for stored in _stored_outputs(module, loader, missing, precision, device, meter, layout):
+        for stored in _stored_outputs(module, loader, missing, precision, layout, context):
             writer.write(stored[max(rows_done - row, 0) : max(rows_stop - row, 0)])
             row += len(stored)
-            notify(CachingProgress(layout.stage, min(row, rows_stop), rows_stop, meter.live, meter.peak))
-            stop.raise_if_set(f"in the cache of stage {layout.stage}, after row {row}")
+            meter = context.meter
+            context.notify(CachingProgress(layout.stage, min(row, rows_stop), rows_stop, meter.live, meter.peak))
+            context.stop.raise_if_set(f"in the cache of stage {layout.stage}, after row {row}")
 
 
 def _stored_outputs(
@@ -157,12 +157,11 @@ def _stored_outputs(
     loader: Loader,
     groups: list[Group],
     precision: str,
-    device: torch.device,
-    meter: AnyMeter,
     layout: Layout,
+    context: RunContext,
 ) -> Iterator[np.ndarray]:
     """Rows [n, *frame shape] as they are stored, rendering after rendering; nothing stays on the device between them."""
-    states = None
+    device, states = context.device, None
 
     @contextlib.contextmanager
     def away() -> Iterator[None]:
@@ -174,7 +173,7 @@ def _stored_outputs(
     pieces = loader.pieces(groups, away)
     for group in groups:
         states = None
-        look = should_meter_group(meter, group)
+        look = should_meter_group(context.meter, group)
         for start in group.starts:
             batch = next(pieces)
             with metered(look), autocast(device, precision):

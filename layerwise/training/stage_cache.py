@@ -54,9 +54,7 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
             with open_writer() as writer:
                 try:
                     precision = trained_with.training.precision
-                    cache_outputs(
-                        module, loader, writer, piece, precision, run.device, meter, context.stop, context.notify
-                    )
+                    cache_outputs(module, loader, writer, piece, precision, context)
                 finally:
                     record_progress()
                 if ranks.count == 1:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from layerwise.cache import ActivationCache
-from layerwise.config import Config
-from layerwise.data.open import open_data
+from layerwise.config import OWN, Config, resolve
+from layerwise.data.batches import Group, group_renderings
+from layerwise.data.open import as_data, open_data
 from layerwise.engines.run import RunResult, run
 from layerwise.evaluate.examples import FeatureRows
 from layerwise.evaluate.features import cached_features
@@ -18,9 +21,10 @@ from layerwise.evaluate.probe import probe
 from layerwise.evaluate.targets import ask
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import ranges
+from layerwise.nets.traced import traced_network
 from layerwise.stop import StopFlag
 from layerwise.training.encoder import load_encoder
-from layerwise.training.forward import OutputFormat, trained_stages
+from layerwise.training.forward import OutputFormat, longest_piece, random_stages, trained_stages
 from layerwise.training.spec import stage_specs
 
 
@@ -89,3 +93,33 @@ def test_a_stage_below_that_is_being_cached_again_does_not_shift_the_others(mixe
     kept = [each for each in whole.stages if each.stage != 2]
     assert [each.error for each in found.stages] == pytest.approx([each.error for each in kept], abs=0.05)
     assert [each.untrained_error for each in found.stages] == [each.untrained_error for each in kept]
+
+
+def test_a_probe_of_whole_samples_takes_no_more_at_once_than_their_caching(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large pictures are one frame each: a piece of as many frames as a window of sound would hold all of them."""
+    options = {
+        "data.source": OWN,
+        "net.name": OWN,
+        "training.batch_size": 8,
+        "objective.name": "ntxent",
+        "data.views": 2,
+    }
+    config = resolve("whole", overrides=options)
+    data = as_data([(torch.randn(1, 6, 6), f"kind {n % 2}") for n in range(64)], config.data)
+    network = traced_network(nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.ReLU(), nn.Linear(4, 2)), (1, 6, 6))
+    specs = stage_specs(config, data, network, network.natural_ranges)
+    stages = random_stages(specs, [OutputFormat.of(config)] * len(specs), 0)
+    sizes = []
+    grouped = group_renderings
+
+    def note_sizes(lengths: np.ndarray, piece: int) -> list[Group]:
+        groups = grouped(lengths, piece)
+        sizes.extend((group.stop - group.first) * group.longest for group in groups)
+        return groups
+
+    monkeypatch.setattr("layerwise.evaluate.forward.group_renderings", note_sizes)
+    features_under_budget(config, ask("label", data, config), stages, tmp_path, StopFlag())
+    assert sum(sizes) == 64
+    assert max(sizes) <= longest_piece(specs[0], config) == 4
