@@ -1,6 +1,7 @@
-"""Every error that a person can cause or mend. The command line alone turns them into sentences and exit codes.
+"""Every error that a person can cause or mend, and the real names that a misspelt one may have meant.
 
-The real names that a misspelt one may have meant. (Options and commands of the command line click finds by itself.)"""
+The command line alone turns errors into sentences and exit codes.
+"""
 
 import difflib
 from collections.abc import Iterable

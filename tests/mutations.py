@@ -1,119 +1,209 @@
-"""Puts small defects into a copy of the code, one at a time, and shows which test notices each.
+"""Which tests notice small defects: run by hand, in a copy of the tree.
 
-    python tests/mutations.py [--tree .] [--only TEXT] [--seconds 300]
-
-Each defect is tried with the test files that should notice it, up to the first failure; one that none of them notices is
-printed as NOT CAUGHT, and the exit code is then 1. The tests run in processes that are forked from this one, which has
-imported torch, so a defect takes seconds. See the faults in tests/faults for what kills and full disks do.
+`python tests/mutations.py TREE` writes each of 25 defects into the package below TREE, one at a time, runs the tests that
+should notice it, takes it out again, and prints a table. A defect that no test notices is worth a test.
 """
 
-import argparse
-import contextlib
-import os
-import re
-import shutil
-import signal
+import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import hypothesis  # noqa: F401  (imported once, for all processes that are forked)
-import pytest
-import torch
 
+@dataclass(frozen=True)
+class Mutation:
+    """A defect: this text of the package, which stands in one place, is replaced."""
 
-@dataclass(frozen=True, slots=True)
-class Defect:
-    """A text of the code that is replaced by another one."""
-
-    what: str
-    file: str
-    """Below layerwise/."""
+    name: str
     text: str
-    """Occurs once in the file."""
     replacement: str
-    tests: tuple[str, ...]
-    """Files or tests below tests/ that should notice it."""
+    tests: str
+    """Files or folders below tests/; those that are not there are left out."""
 
 
-DEFECTS: list[Defect] = []
+MUTATIONS = [
+    Mutation(
+        "a window may begin one row too late",
+        "rng.integers(0, spare_rows + 1)",
+        "rng.integers(0, spare_rows + 2)",
+        "data",
+    ),
+    Mutation(
+        "renderings of a sample show one view",
+        "return orders[:, :renderings].flatten()",
+        "return orders[:, :renderings].flatten() * 0",
+        "data",
+    ),
+    Mutation(
+        "the customary test split is trained on",
+        "split[data.test] = TEST",
+        "split[data.test] = TRAIN",
+        "end_to_end/test_run.py evaluate",
+    ),
+    Mutation(
+        "a file is renamed before it is synced",
+        "os.fsync(file.fileno())\n            os.replace",
+        "os.replace",
+        "faults/test_crash_at_every_write.py",
+    ),
+    Mutation(
+        "a lock is not taken",
+        "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        "end_to_end/test_resume.py engines",
+    ),
+    Mutation(
+        "what a module draws is not seeded",
+        "torch.default_generator.manual_seed(number)",
+        "(number)",
+        "training/test_loaded.py",
+    ),
+    Mutation(
+        "gradients of representations count twice",
+        "else leaf.grad.mul_(scale)",
+        "else leaf.grad.mul_(2 * scale)",
+        "memory/test_microbatch.py",
+    ),
+    Mutation(
+        "the loss scale stays in the gradients",
+        "torch._foreach_div_(gradients, self.factor)",
+        "pass",
+        "training/test_loaded.py training/test_ranks.py",
+    ),
+    Mutation(
+        "a step on the host is not brought back",
+        "parameter.copy_(self._copies[name])",
+        "parameter.copy_(parameter)",
+        "training/test_loaded.py",
+    ),
+    Mutation(
+        "a rank shares too little of a batch",
+        "(rank + 1) * each + min(rank + 1, more))",
+        "(rank + 1) * each + min(rank, more))",
+        "training/test_ranks.py",
+    ),
+    Mutation(
+        "freed memory still counts",
+        "        self.live -= size\n        self._live_by_kind[kind] -= size",
+        "        self._live_by_kind[kind] -= size",
+        "memory/test_meter.py",
+    ),
+    Mutation(
+        "extract ignores its budget",
+        "meter, reason = meter_for(device, budget), None",
+        "meter, reason = meter_for(device, None), None",
+        "encoder/test_extract.py",
+    ),
+    Mutation(
+        "the largest stage is cut at the dearest place",
+        "stop: min((join(totals[start]",
+        "stop: max((join(totals[start]",
+        "training/test_cutting.py",
+    ),
+    Mutation(
+        "padding is not masked",
+        "x = mask_padding(layer(x), lengths)",
+        "x = layer(x)",
+        "nets training/test_recomputed.py",
+    ),
+    Mutation(
+        "inputs of a window end one frame early",
+        "- layer.padding + layer.kernel\n",
+        "- layer.padding + layer.kernel - 1\n",
+        "training/test_recomputed.py",
+    ),
+    Mutation(
+        "a stream carries too much over",
+        "tail = None if last else x[:, ready * self.stride :].clone()",
+        "tail = None if last else x[:, max(ready - 1, 0) * self.stride :].clone()",
+        "nets/test_streaming.py",
+    ),
+    Mutation(
+        "frames lie elsewhere than is said",
+        "middle = (layer.kernel - 1) / 2 - layer.padding",
+        "middle = (layer.kernel - 1) / 2",
+        "nets encoder/test_load.py",
+    ),
+    Mutation(
+        "a negative may be the target",
+        "np.minimum(drawn + (drawn >= target[:, :, None]), starts[-1] - 1)",
+        "drawn",
+        "objectives",
+    ),
+    Mutation(
+        "checksums of blocks are not compared",
+        "if crc32(view[block * size - start : stop * size - start], checksum) != checksums[stop - 1 - before]:",
+        "if False:",
+        "cache",
+    ),
+    Mutation(
+        "the journal is written before its data are synced",
+        "        os.fdatasync(self._descriptor)\n        _record(",
+        "        _record(",
+        "cache faults/test_crash_at_every_write.py",
+    ),
+    Mutation(
+        "scales of int8 are too small",
+        "scales = np.abs(rows).max(axis=axes) / np.float32(127)",
+        "scales = np.abs(rows).max(axis=axes) / np.float32(140)",
+        "cache/test_quantise.py",
+    ),
+    Mutation(
+        "a stale cache is believed",
+        "if cache.layout.fingerprint != expected:",
+        "if False:",
+        "end_to_end/test_resume.py commands/test_cache_commands.py",
+    ),
+    Mutation(
+        "a damaged checkpoint is believed",
+        'if metadata.pop("digest", None) != _digest_of_file(arrays, metadata):',
+        "if False:",
+        "training/test_checkpoint.py",
+    ),
+    Mutation(
+        "the caching pass does not stop",
+        '.raise_if_set(f"in the cache of stage {layout.stage}, after row {row}")',
+        ".reason and str(row)",
+        "end_to_end/test_resume.py",
+    ),
+    Mutation(
+        "the next round keeps the best loss of this one",
+        "first_epoch=self.epoch, best_loss=None,",
+        "first_epoch=self.epoch, best_loss=self.best_loss,",
+        "end_to_end/test_rounds.py training/test_checkpoint.py",
+    ),
+]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tree", type=Path, default=Path(__file__).resolve().parents[1], help="whose code and tests")
-    parser.add_argument("--only", default="", help="defects whose description holds this text")
-    parser.add_argument("--seconds", type=float, default=300, help="longest time for the tests of one defect")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    chosen = [defect for defect in DEFECTS if options.only in defect.what]
-    with tempfile.TemporaryDirectory(prefix="mutations-") as name:
-        copy = Path(name) / "tree"
-        ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".hypothesis", "runs", "_build", ".*_cache")
-        shutil.copytree(options.tree, copy, ignore=ignored)
-        missed = [defect for defect in chosen if not is_caught(defect, copy, options.seconds)]
-    print(f"{len(chosen) - len(missed)} of {len(chosen)} defects were caught.")
-    sys.exit(1 if missed else 0)
+def main(tree: Path) -> None:
+    """Prints a row as soon as a defect is tried."""
+    print("| defect | noticed by |\n| --- | --- |")
+    for mutation in MUTATIONS:
+        places = [path for path in (tree / "layerwise").rglob("*.py") if path.read_text().count(mutation.text) == 1]
+        if len(places) != 1:
+            print(f"| {mutation.name} | its text stands in {len(places)} files |", flush=True)
+            continue
+        before = places[0].read_text()
+        places[0].write_text(before.replace(mutation.text, mutation.replacement))
+        try:
+            print(f"| {mutation.name} | {noticed_by(mutation, tree)} |", flush=True)
+        finally:
+            places[0].write_text(before)
 
 
-def is_caught(defect: Defect, tree: Path, seconds: float) -> bool:
-    """Prints a line of the table. Raises ValueError where the text does not occur exactly once."""
-    file = tree / "layerwise" / defect.file
-    sound = file.read_text()
-    if sound.count(defect.text) != 1:
-        raise ValueError(f"{defect.file} holds this {sound.count(defect.text)} times: {defect.text}")
-    file.write_text(sound.replace(defect.text, defect.replacement))
-    started = time.monotonic()
-    try:
-        noticed = first_failure(tree, defect.tests, seconds)
-    finally:
-        file.write_text(sound)
-    print(f"{defect.what:60} {noticed or 'NOT CAUGHT'} ({time.monotonic() - started:.0f} s)", flush=True)
-    return noticed is not None
-
-
-def first_failure(tree: Path, tests: Sequence[str], seconds: float) -> str | None:
-    """The first test of these files that fails, or that does not end in time; None where all of them pass."""
-    output = tree.parent / "output.txt"
-    child = os.fork()
-    if child == 0:
-        os._exit(run_tests(tree, tests, output))
-    deadline = time.monotonic() + seconds
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            break
-        if time.monotonic() > deadline:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return "did not end in time"
-        time.sleep(0.05)
-    if status == 0:
-        return None
-    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", output.read_text(), re.MULTILINE)
-    return failed[1] if failed else f"ended with status {status}: {output.read_text()[-300:]}"
-
-
-def run_tests(tree: Path, tests: Sequence[str], output: Path) -> int:
-    """pytest's exit code, in a process group of its own."""
-    os.setsid()
-    os.chdir(tree)
-    os.environ["PYTHONPATH"] = str(tree)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    # Not the code that this script lies beside.
-    sys.path[:] = [str(tree), *(entry for entry in sys.path if not (Path(entry or ".") / "layerwise").is_dir())]
-    with output.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    options = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    with contextlib.suppress(SystemExit):
-        folder = f"--basetemp={tree.parent / 'pytest'}"
-        return int(pytest.main([*options, folder, *(f"tests/{each}" for each in tests)]))
-    return 1
+def noticed_by(mutation: Mutation, tree: Path) -> str:
+    """The first test that fails."""
+    tests = [f"tests/{name}" for name in mutation.tests.split() if (tree / "tests" / name).exists()]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0] if failed else "NOT NOTICED" if done.returncode == 0 else done.stdout[-200:].replace("\n", " ")
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]).resolve())

@@ -1,6 +1,4 @@
-"""One Config from a recipe, TOML files and single options; later ones win.
-
-What is wrong with an option, in one sentence."""
+"""Resolves one Config from a recipe, TOML files and single options; later ones win. A wrong option becomes one sentence."""
 
 import re
 import tomllib

@@ -1,13 +1,12 @@
-"""Batches of windows, drawn at read time: new crops of the full-length samples in every epoch.
+"""Batches of a source: windows that are drawn at read time, and whole samples in groups that fit the device.
 
-An epoch is planned before it begins, from the seed alone, so a resume goes on at the very next batch. A thread reads ahead
-while the device works, or several where the source gains from it. Samples shorter than the window are padded with zeros, and
-their real lengths go along.
+An epoch of windows is planned before it begins, from the seed alone, so a resume continues with the very next batch. Windows
+are new crops of full-length samples in every epoch. Samples shorter than the window are padded with zeros, and their real
+lengths go along. A thread reads ahead while the device works; several do where the source gains from it.
 
-Whole samples in groups that fit the device: the other way of reading a source, beside windows.
-
-Neighbouring short samples share a padded batch; a sample longer than a piece stands alone and is read piece by piece.
-Groups depend on lengths alone, so that a pass which goes on after a kill sees the same batches."""
+For whole samples, neighbouring short ones share a padded batch, and a sample longer than a piece is read piece by piece.
+Groups depend on lengths alone, so that a pass which continues after a kill sees the same batches.
+"""
 
 import zlib
 from collections import deque

@@ -1,6 +1,4 @@
-"""From `--data` to a data set, framed and in as many views as the options say.
-
-The demo data set: the synthetic corpus, held in memory; it is the same on every machine and needs no file."""
+"""Opens the data set that `--data` names, framed and in as many views as the options say."""
 
 import re
 from pathlib import Path

@@ -1,11 +1,11 @@
 """Recordings as samples: any tree of audio files, mixed to mono and resampled to one rate.
 
-Windows are read straight from the files, so host memory stays the same whatever the size of the data set. A window of a
-file at another rate is resampled from the stretch around it, which gives what resampling the whole file would give.
-Samples are divided by one number for the whole set, so that their mean square is 1, as in the reference code of Greedy
-InfoMax (a constant measured on LibriSpeech there): otherwise the first layer sees little but its own biases.
-
-Speech corpora whose labels are written in their file names: Free Spoken Digits and LibriSpeech."""
+Windows are read from the files, so host memory does not grow with the data set. A window of a file at another rate is
+resampled from the stretch around it, which gives what resampling the whole file would give. All samples are divided by one
+number, so that their mean square is 1, as in the reference code of Greedy InfoMax (a constant measured on LibriSpeech
+there): otherwise the first layer sees little but its own biases. Free Spoken Digits and LibriSpeech write their labels in
+file names.
+"""
 
 import json
 import math

@@ -1,10 +1,9 @@
-"""A run as a batch job of Slurm: stopped by the cluster, it saves and has itself queued again.
+"""Queues a batch job of Slurm again when the cluster stops it, unless its restarts get the run nowhere.
 
-Slurm calls a job that exits with 75 failed and forgets it. It is asked for a restart while the job is still running, when
-everything is saved; it then ends the job itself. Who cancels a job wants it to stay away: Slurm marks it before it sends the
-same SIGTERM, so its state tells the two apart.
-
-Whether a batch job that is started again and again gets anywhere: restarts.json in the run directory."""
+Slurm calls a job that exits with 75 failed and forgets it. So the job asks for its restart while it is still running and
+everything is saved, and Slurm then ends it. Someone who cancels a job wants it to stay away: Slurm marks the job before it
+sends the same SIGTERM, so the job's state tells the two apart. restarts.json in the run directory says where the run stood.
+"""
 
 import json
 import os

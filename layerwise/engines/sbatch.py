@@ -1,8 +1,7 @@
-"""Batch scripts for Slurm, and handing them in.
+"""Batch scripts for Slurm, submitting them, and asking Slurm for jobs that are still queued.
 
-Slurm's own commands, which may be missing, and may not answer where its controller is down.
-
-Batch jobs of an earlier start that Slurm has not ended yet."""
+Slurm's commands may be missing, and may not answer where its controller is down.
+"""
 
 import json
 import shlex

@@ -1,9 +1,8 @@
-"""Joins the processes that torchrun has started for one run, and gives each of them its device.
+"""Joins the processes that torchrun has started for one run, gives each its device, and performs the tasks in all of them.
 
-Performs the tasks of a run in several ranks together: the first prepares it, the others follow.
-
-The others open the run from the disk once it is prepared. From then on all do the same at the same time, each with its
-share of the samples; the first alone writes and tells."""
+The first rank prepares the run. The others open it from the disk when it is prepared. From then on all ranks do the same at
+the same time, each with its share of the samples; only the first rank writes and sends events.
+"""
 
 import os
 import sys

@@ -1,14 +1,11 @@
-"""What a classifier makes of the features of one stage.
+"""Classifiers on frozen features of one stage: a linear one, and the nearest neighbours.
 
-A linear classifier: multinomial logistic regression, fitted by L-BFGS, penalised as the held-out rows choose.
+Linear: multinomial logistic regression, fitted by L-BFGS. Penalties are tried from strong to weak, each fit starting from the
+one before, until the error on held-out rows stops falling.
 
-Penalties are tried from strong to weak, each fit going on from the one before, and no further once the held-out error
-has stopped falling: a path along which to stop early.
-
-The k nearest neighbours: no training at all, so it shows what lies close together and what does not.
-
-Neighbours by cosine, each voting with weight exp(cosine / T), T = 0.07 (Wu et al. 2018, arXiv 1805.01978); the held-out
-rows choose k."""
+Nearest neighbours: by cosine, each voting with weight exp(cosine / T), T = 0.07 (Wu et al. 2018, arXiv 1805.01978); the
+held-out rows choose k.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

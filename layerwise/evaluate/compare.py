@@ -1,9 +1,8 @@
-"""The methods of the paper side by side: on the same data, cut, epochs per module, seeds and probes.
+"""Compares the methods of the paper (Löwe et al. 2019, tables 1 and 2): the same data, cut, epochs, seeds and probes.
 
-Every run lies in OUT/runs/METHOD/seed-N, a run directory like any other, and what came of it in OUT/compare.json. Doing
-it twice does once what is missing.
-
-The methods that Greedy InfoMax is compared with (Löwe et al. 2019, tables 1 and 2), each as options of a run."""
+Each method is a set of options of a run. Every run lies in OUT/runs/METHOD/seed-N, a run directory like any other, and the
+outcomes in OUT/compare.json. A second start does only what is missing.
+"""
 
 import json
 import statistics

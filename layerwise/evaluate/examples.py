@@ -1,6 +1,7 @@
-"""What a classifier is fitted to and tested on: standardised features and their classes, piece by piece.
+"""The rows that a classifier is fitted to and tested on: standardised features and their classes, piece by piece.
 
-The features of a probe on the disk, so that the host memory it takes does not grow with the data."""
+The features lie in a file on the disk, so that the host memory of a probe does not grow with the data.
+"""
 
 import os
 from collections.abc import Callable, Iterator

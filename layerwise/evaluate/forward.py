@@ -1,9 +1,8 @@
-"""What frozen stages make of the samples that a probe asks about, under the run's budget.
+"""Features of samples that pass through trained or random stages from the data on, under the run's budget.
 
-Features of samples that pass through all stages from the data on.
-
-Each group of samples passes through every stage before the next is read, one module on the device at a time, so nothing
-is cached and the device holds no more than in the caching pass."""
+Each group of samples passes through every stage before the next group is read, with one module on the device at a time, so
+nothing is cached and the device holds no more than in the caching pass.
+"""
 
 from collections.abc import Iterator, Sequence
 from functools import partial

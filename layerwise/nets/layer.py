@@ -2,9 +2,8 @@
 
 Frames lie in front of their channels, (B, L, *frame), because that is how they are cached: a window is one contiguous read.
 Samples of different lengths share a batch: `lengths` says how many frames of each are real, and every layer sets the
-rest to zero, so that a padded sample gives exactly what it gives alone.
-
-Frames (B, L, C, ...) as the vectors that objectives and probes see."""
+rest to zero, so that a padded sample gives exactly what it gives alone. Objectives and probes see one vector per frame.
+"""
 
 from typing import Any
 

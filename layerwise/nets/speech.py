@@ -1,6 +1,7 @@
-"""The paper's speech network: strided convolutions, then a GRU (Löwe et al. 2019, appendix A.2; van den Oord et al. 2018).
+"""The paper's speech network: strided convolutions with ReLU, then a GRU.
 
-The two layers of the paper's speech network: a convolution with ReLU, and a GRU."""
+Löwe et al. 2019, appendix A.2; van den Oord et al. 2018.
+"""
 
 from collections.abc import Callable
 from functools import partial

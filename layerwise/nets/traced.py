@@ -1,6 +1,7 @@
 """A traced network as layers: each unit of it, applied to every frame.
 
-A hash of everything that a traced network computes with: operations, settings of its parts, and tensors."""
+Its identity is a hash of everything that it computes with: operations, settings of its parts, and tensors.
+"""
 
 import contextlib
 import hashlib

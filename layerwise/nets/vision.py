@@ -1,6 +1,7 @@
 """The paper's vision network: the first three modules of a ResNet-50, on patches (Löwe et al. 2019, appendix A.1).
 
-The layers of the paper's vision network: pre-activation bottleneck blocks without normalisation, on patches."""
+Its layers are pre-activation bottleneck blocks without normalisation.
+"""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,6 +1,7 @@
-"""The caches that a run has on its disk: opened, freed where nobody reads them any more, deleted where they cannot be used.
+"""Opens the caches that a run has on its disk, deletes those that nobody reads any more, and has unusable ones made again.
 
-Frees the room that a run's caches take; what a later start needs of them is made again from the weights."""
+A cache that was deleted is made again from the weights when a later start needs it.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

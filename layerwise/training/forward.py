@@ -1,9 +1,8 @@
-"""Stages that are trained: samples pass up through them, one module on the device at a time, and nothing is cached.
-
-The caching pass: the outputs of a trained module for every sample and view, whole, into the cache writer.
+"""Runs trained stages forward: all of them over new samples, or one of them over its whole input, into the cache writer.
 
 At most `piece` input frames are on the device at a time. A sample longer than that is streamed through the module, whose
-layers carry their state, and gives what one pass would give."""
+layers carry their state, and gives what one pass would give. Where several stages run, one module is on the device at a time.
+"""
 
 import contextlib
 from collections.abc import Iterator, Sequence

@@ -1,9 +1,9 @@
-"""What a stage is fed: the batches of an epoch, and whole samples in pieces, from a source that is read ahead.
+"""The input of a stage: batches of an epoch, and whole samples in pieces, from a source that is read ahead.
 
-Noise on the inputs of a stage and dropped frames, drawn anew for every step.
-
-The inputs of a stage above the first never change while it trains, as they do where all modules train at once, so it may
-learn them by heart. What is added here is drawn on the host, before the batch is sliced: slices do not act on it."""
+Noise and dropped frames are drawn anew for every step: the inputs of a stage above the first never change while it trains, as
+they do where all modules train at once, so the stage may learn them by heart. They are drawn on the host before the batch is
+sliced, so that slicing does not change them.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager

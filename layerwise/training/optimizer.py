@@ -1,9 +1,8 @@
-"""Adam, or an optimizer of the user's, with its state beside the parameters or in host memory. Both take the same steps.
+"""Adam, or an optimizer of the user's, with its state beside the parameters or in host memory; and loss scaling for float16.
 
-Adam's fused form holds no temporary copies of the gradients.
-
-Loss scaling for float16: its smallest number is 6e-8, and gradients of single frames are smaller (Micikevicius et al.
-2018, arXiv 1710.03740)."""
+Both places take the same steps. Adam's fused form holds no temporary copies of the gradients. The smallest number of float16 is
+6e-8, and gradients of single frames are smaller (Micikevicius et al. 2018, arXiv 1710.03740).
+"""
 
 import math
 import warnings

@@ -1,8 +1,9 @@
-"""The input of a stage whose lower stages are not cached: worked out anew from the nearest cache below, or the data.
+"""The input of a stage whose lower stages are not cached: recomputed from the nearest cache below, or from the data.
 
-Windows are worked out block by block: a block's inputs are read, every module between is put on the device alone and
-passes all of them on to host memory, and then the stage itself comes back and trains on what has become of them. Values
-are rounded as a cache would have rounded them."""
+Windows are recomputed block by block. The inputs of a block are read; each module in between is put on the device alone and
+passes all of them on to host memory; then the stage itself comes back and trains on the result. Values are rounded as a cache
+would have rounded them.
+"""
 
 import math
 from collections.abc import Iterator, Sequence

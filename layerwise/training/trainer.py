@@ -1,10 +1,11 @@
-"""A stage that is loaded onto the device: module, objective and optimizers, and one step on a batch under the budget.
+"""A stage on the device: module, objective and optimizers, and one step on a batch under the budget.
 
-Where a step runs out of memory all the same, it is repeated in smaller slices with the same random numbers; the result
-does not change. Everything random is seeded by the caller, so that nothing has to be remembered for that.
+A step that runs out of memory is repeated in smaller slices with the same random numbers; the result does not change.
+Everything random is seeded by the caller, so nothing has to be stored for that.
 
-Several ranks take the same step, each with its share of the batch (see memory.microbatch). Slices are not made smaller there
-before the predictors have stepped: the other ranks would wait for something else."""
+Several ranks take the same step, each with its share of the batch (see memory.microbatch). Between ranks slices do not become
+smaller before the predictors have stepped: the other ranks would wait for something else.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
