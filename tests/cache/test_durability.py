@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layerwise.cache.stored import as_array
 from small_cache import layout, rows_of, seal
 
 from layerwise.cache import CacheWriter
+from layerwise.cache.dtypes import as_array
 from layerwise.files import write_atomically
 
 
