@@ -111,7 +111,10 @@ WRONG = [
     ("layerwise run --data speech:dangling", "the first: gone.wav, not a regular file"),
     ("layerwise run --data speech:pictures", "pictures holds no recordings"),
     ("layerwise run --data images:recordings", "recordings holds no pictures"),
-    ("layerwise run --data images:torn", "0 usable pictures and 1 unusable ones; the first: cats/torn.png, not a picture"),
+    (
+        "layerwise run --data images:torn",
+        "0 usable pictures and 1 unusable ones; the first: cats/torn.png, not a picture",
+    ),
     ("layerwise run --data fsdd:corrupt", "corrupt"),
     ("layerwise run --data cifar10:pictures", "CIFAR10 is not complete"),
     ("layerwise run --config tiny.toml --data speech:recordings --objective supervised --label mood", "no such label"),
