@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from layerwise.data.source import Batched, Expecting, Extent, FrameSource, Place, Readable
+from layerwise.data.source import Batched, Expecting, Extent, Place, Readable
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ class Epoch:
         start, stop, _ = share.indices(min(self.batch_size, len(self.samples) - first))
         return slice(first + start, first + stop)
 
-    def read(self, source: FrameSource, step: int, share: slice = slice(None)) -> Batch:
+    def read(self, source: Readable, step: int, share: slice = slice(None)) -> Batch:
         """The batch of one step, or a share of its windows alone."""
         places = list(self._places(source, step, share))
         if self.window.columns >= source.columns:

@@ -102,6 +102,21 @@ class DataSet(FrameSource, Protocol):
         ...
 
 
+class Subset:
+    """Some samples of a data set, in their own order and in view 0, for passing them forward."""
+
+    views = 1
+
+    def __init__(self, data: DataSet, samples: np.ndarray) -> None:
+        """samples: int64 [N], their numbers in the data set."""
+        self.lengths, self.columns, self.frame_shape = data.lengths[samples], data.columns, data.frame_shape
+        self._data, self._samples = data, samples
+
+    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+        """Frames start to stop of one sample, as `Readable` says."""
+        return self._data.read(int(self._samples[sample]), start, stop)
+
+
 @dataclass(frozen=True, slots=True)
 class Skipped:
     """A file that was left out, and the reason in a few words."""

@@ -9,16 +9,16 @@ import torch
 
 from layerwise.cache.export import FeatureFile, MeanFile
 from layerwise.config import Config, with_options
+from layerwise.data.batches import group_renderings
 from layerwise.data.open import open_input
-from layerwise.data.source import DataSet, Skipped
+from layerwise.data.source import DataSet, Skipped, Subset
 from layerwise.encoder.load import Given, entry_of, load_stages
 from layerwise.encoder.model import Encoder
-from layerwise.encoder.passing import pass_through
 from layerwise.errors import BudgetError, DataError
-from layerwise.memory.device import cap, find_device, release, why_out_of_memory
-from layerwise.memory.meter import meter_for
 from layerwise.stop import StopFlag
-from layerwise.training.forward import SHORTEST, InferenceStage, longest_piece_of_samples
+from layerwise.training.context import RunContext
+from layerwise.training.forward import InferenceStage, forward_all, to_host, within_budget
+from layerwise.training.loader import SourceLoader
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def extract(
     encoder = Encoder(entry_of(origin), [each.module for each in stages])
     shape = tuple(origin.frame_shape)
     data = open_input(str(source), config, origin.takes, shape, origin.level, encoder.shortest)
-    dtype = np.dtype(np.float16 if stages[-1].handing.dtype == "float16" else np.float32)
+    dtype = np.dtype(np.float16 if stages[-1].output_format.dtype == "float16" else np.float32)
     with torch.no_grad():
         *_, outputs = encoder.frames_of_stages(
             torch.zeros(1, int(encoder.entry.frames_of(encoder.shortest)), *data.frame_shape)
@@ -86,39 +86,56 @@ def _fill(
     notify: Callable[[str], None],
 ) -> tuple[list[int], list[Skipped], int]:
     """Numbers of the samples whose features are in the file, what could not be read, and bytes on the device."""
-    device, budget = find_device(config.training.device), config.memory.gpu_mem
-    cap(device, budget)
-    piece = longest_piece_of_samples(config, data)
     kept: list[int] = []
     skipped: list[Skipped] = []
-    done = peak = 0
-    while done < len(data.ids):
-        meter, reason = meter_for(device, budget), None
-        try:
-            with meter:
-                for passed in pass_through(stages, data, done, piece, device, meter):
-                    stop.raise_if_set("before the features were whole, so none are left")
-                    name = data.ids[passed.sample]
-                    if passed.rows is None:
-                        file.drop()
-                        skipped.append(Skipped(name, passed.fault))
-                    else:
-                        file.append(passed.rows)
-                        if passed.last:
-                            file.keep(name)
-                            kept.append(passed.sample)
-                    if passed.last:
-                        done = passed.sample + 1
-                        notify(f"{done} of {len(data.ids)}")
-        except (BudgetError, RuntimeError) as error:
-            reason = why_out_of_memory(error)
-        # The meter counts what it refuses, too.
-        peak = max(peak, meter.peak if budget is None else min(meter.peak, budget))
-        if reason is not None:
-            file.drop()
-            release(device)
-            if piece <= SHORTEST * data.columns:
-                why = reason.partition("; ")[0].rstrip(".")  # behind it stands advice for training
-                raise BudgetError(f"--gpu-mem of {budget} bytes cannot hold the encoder: {why}; give a larger one.")
-            piece //= 2
+    done = 0
+
+    def keep(number: int, sample: int, frames: torch.Tensor) -> np.ndarray:
+        """Of the last stage as a cache holds them; bfloat16 and int8 as float32."""
+        if number + 1 < len(stages):
+            return np.empty(0)
+        return to_host(frames if frames.dtype == torch.float16 else frames.float())
+
+    def pass_all(piece: int, context: RunContext) -> None:
+        nonlocal done
+        file.drop()  # what an earlier attempt has left of a sample
+        first, source = done, _Readable(data, done)
+        groups = group_renderings(source.lengths, piece)
+        for number, rows, last in forward_all(stages, SourceLoader(source, context.device), groups, keep, context):
+            stop.raise_if_set("before the features were whole, so none are left")
+            sample = first + number
+            file.append(rows)
+            if last:
+                done = sample + 1
+                if number in source.faults:
+                    file.drop()
+                    skipped.append(Skipped(data.ids[sample], source.faults[number]))
+                else:
+                    file.keep(data.ids[sample])
+                    kept.append(sample)
+                notify(f"{done} of {len(data.ids)}")
+
+    try:
+        _, peak = within_budget(pass_all, config, data, stop)
+    except BudgetError as error:
+        why = str(error).partition("; ")[0].rstrip(".")  # behind it stands advice for training
+        raise BudgetError(
+            f"--gpu-mem of {config.memory.gpu_mem} bytes cannot hold the encoder: {why}; give a larger one."
+        ) from None
     return kept, skipped, peak
+
+
+class _Readable(Subset):
+    """Samples `first` on. One that cannot be read is zeros from where it fails, and `faults` says why."""
+
+    def __init__(self, data: DataSet, first: int) -> None:
+        super().__init__(data, np.arange(first, len(data.ids)))
+        self.faults: dict[int, str] = {}
+
+    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+        if sample not in self.faults:
+            try:
+                return super().read(sample, start, stop)
+            except DataError as error:
+                self.faults[sample] = str(error)
+        return torch.zeros(stop - start, *self.frame_shape)

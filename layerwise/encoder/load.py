@@ -43,12 +43,12 @@ def load_stages(place: Path, stage: int | None, network: Given) -> tuple[Origin,
         raise ConfigError(f"--stage {stage}: the encoder in {place} has stages 1 to {stages}.")
     cut = ranges(origin.cut)
     _check_shapes(network.build(range(cut[-1].stop), 0, "meta"), weights, path)
-    frozen = []
-    for number, (layers, handing) in enumerate(zip(cut[:stage], origin.handings, strict=False), start=1):
+    built = []
+    for number, (layers, output_format) in enumerate(zip(cut[:stage], origin.handings, strict=False), start=1):
         module = network.build(layers, 0, "cpu").eval()
         load_weights(module, {name: weights[name] for name in module.state_dict()})
-        frozen.append(InferenceStage(number, module, handing))
-    return origin, frozen
+        built.append(InferenceStage(number, module, output_format))
+    return origin, built
 
 
 def entry_of(origin: Origin) -> Entry:

@@ -1,35 +1,21 @@
-"""Features of samples that pass through trained or random stages from the data on, under the run's budget.
+"""Features of samples that pass through trained or random stages from the data on, under the budget; nothing is cached."""
 
-Each group of samples passes through every stage before the next group is read, with one module on the device at a time, so
-nothing is cached and the device holds no more than in the caching pass.
-"""
-
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from layerwise.config import Config
-from layerwise.data.batches import Batch, Group, group_renderings, read_ahead, read_piece
-from layerwise.data.source import DataSet
+from layerwise.data.batches import group_renderings
+from layerwise.data.source import Subset
 from layerwise.errors import BudgetError
 from layerwise.evaluate.examples import FeatureRows
 from layerwise.evaluate.features import SampleSummary, choose_frames
 from layerwise.evaluate.targets import ProbeTask
-from layerwise.memory.device import cap, find_device, release, why_out_of_memory
-from layerwise.memory.meter import meter_for, metered
 from layerwise.stop import StopFlag
 from layerwise.training.context import RunContext
-from layerwise.training.forward import (
-    SHORTEST,
-    InferenceStage,
-    forward_stages,
-    longest_piece_of_samples,
-    should_meter_group,
-)
+from layerwise.training.forward import InferenceStage, forward_all, within_budget
+from layerwise.training.loader import SourceLoader
 
 
 def features_under_budget(
@@ -37,96 +23,39 @@ def features_under_budget(
 ) -> tuple[list[FeatureRows], int]:
     """Features of each stage, in files in the folder, and the bytes on the device that they took.
 
-    Raises BudgetError where --gpu-mem does not hold even short pieces.
+    Each file has a row for each sample of the question, or one per chosen frame where it asks per frame; of view 0, in the
+    samples' order. stages: the first ones of the network. Raises BudgetError where --gpu-mem does not hold even short
+    pieces, Interrupted between two pieces.
     """
-    device, budget, data = find_device(config.training.device), config.memory.gpu_mem, question.data
-    cap(device, budget)
-    piece = longest_piece_of_samples(config, data)
-    while True:
-        context = RunContext(device, meter_for(device, budget), stop)
+    data = Subset(question.data, question.samples)
+
+    def pass_all(piece: int, context: RunContext) -> list[FeatureRows]:
         files = [FeatureRows(folder) for _ in stages]
-        try:
-            with context.meter:
-                passed_features(stages, data, question.samples, piece, question.per_frame, files, context)
-            return files, context.meter.peak
-        except (BudgetError, RuntimeError) as error:
-            reason = why_out_of_memory(error)
-        if piece <= SHORTEST * data.columns:
-            raise BudgetError(
-                f"The run's --gpu-mem of {budget} bytes cannot hold the probe: {reason} Start the run again with a larger "
-                "--gpu-mem, which changes nothing else, and probe then."
-            )
-        piece //= 2
-        release(device)
+        summaries: dict[tuple[int, int], SampleSummary] = {}
+        lengths, of_stages = data.lengths, []
+        for stage in stages:
+            lengths = stage.module.out_length(lengths)
+            of_stages.append(lengths)
 
+        def keep(number: int, sample: int, frames: torch.Tensor) -> None:
+            if (number, sample) not in summaries:
+                length = int(of_stages[number][sample])
+                chosen = choose_frames(int(question.samples[sample]), length, question.per_frame)
+                summaries[number, sample] = SampleSummary(chosen)
+            summaries[number, sample].add(frames)
 
-def passed_features(
-    stages: Sequence[InferenceStage],
-    data: DataSet,
-    samples: np.ndarray,
-    piece: int,
-    per_frame: bool,
-    into: list[FeatureRows],
-    context: RunContext,
-) -> None:
-    """For each stage: a row for each sample, or one per chosen frame where per_frame; view 0, in the samples' order.
+        loader = SourceLoader(data, context.device)
+        for sample, _, last in forward_all(stages, loader, group_renderings(data.lengths, piece), keep, context):
+            context.stop.raise_if_set("while probing")
+            if last:
+                for number, file in enumerate(files):
+                    file.append(summaries.pop((number, sample)).features(question.per_frame))
+        return files
 
-    stages: the first ones; into: a file for each; piece: most input frames on the device at once. Raises Interrupted
-    between two groups.
-    """
-    groups = group_renderings(data.lengths[samples], piece)
-    chosen = _PlainView(data, samples)
-    pieces = read_ahead(partial(read_piece, chosen, group, start) for group in groups for start in group.starts)
-    for group in groups:
-        context.stop.raise_if_set("while probing")
-        numbers = samples[group.first : group.stop]
-        summaries = _summaries(stages, data.lengths[numbers], numbers, per_frame)
-        with metered(should_meter_group(context.meter, group)):
-            _pass(stages, group, pieces, summaries, context.device)
-        for file, of_group in zip(into, summaries, strict=True):
-            for summary in of_group:
-                file.append(summary.features(per_frame))
-
-
-class _PlainView:
-    """View 0 of some samples, as a source of its own."""
-
-    views = 1
-
-    def __init__(self, data: DataSet, samples: np.ndarray) -> None:
-        self._data, self._samples = data, samples
-        self.lengths, self.columns = data.lengths[samples], data.columns
-
-    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
-        return self._data.read(int(self._samples[sample]), start, stop)
-
-
-def _summaries(
-    stages: Sequence[InferenceStage], lengths: np.ndarray, samples: np.ndarray, per_frame: bool
-) -> list[list[SampleSummary]]:
-    """Empty summaries for each stage and each sample."""
-    summaries = []
-    for stage in stages:
-        lengths = stage.module.out_length(lengths)
-        summaries.append(
-            [
-                SampleSummary(choose_frames(sample, length, per_frame))
-                for sample, length in zip(samples.tolist(), lengths.tolist(), strict=True)
-            ]
-        )
-    return summaries
-
-
-def _pass(
-    stages: Sequence[InferenceStage],
-    group: Group,
-    pieces: Iterator[Batch],
-    summaries: list[list[SampleSummary]],
-    device: torch.device,
-) -> None:
-    states: list[Any] | None = [None] * len(stages) if group.streamed else None
-    for start in group.starts:
-        handed_over = forward_stages(stages, next(pieces), states, group.is_last(start), device)
-        for of_stage, (frames, lengths) in zip(summaries, handed_over, strict=True):
-            for summary, sample, length in zip(of_stage, frames, lengths.tolist(), strict=True):
-                summary.add(sample[:length])
+    try:
+        return within_budget(pass_all, config, question.data, stop)
+    except BudgetError as error:
+        raise BudgetError(
+            f"The run's --gpu-mem of {config.memory.gpu_mem} bytes cannot hold the probe: {error} Start the run again with a "
+            "larger --gpu-mem, which changes nothing else, and probe then."
+        ) from None

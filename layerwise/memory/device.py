@@ -6,15 +6,18 @@ import contextlib
 import ctypes
 import gc
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from layerwise.errors import BudgetError, ConfigError
 from layerwise.memory.meter import uncounted
+
+T = TypeVar("T")
 
 CUDA_WORKSPACE = 2 * 32 * 2**20
 """Bytes; what torch gives cuBLAS at most by default (on Hopper; 8 MiB elsewhere), forward and in autograd's own thread."""
@@ -116,6 +119,23 @@ def why_out_of_memory(error: BudgetError | RuntimeError) -> str:
     if isinstance(error, BudgetError | torch.OutOfMemoryError) or any(words in message for words in OUT_OF_MEMORY):
         return message
     raise error
+
+
+def halve_until_it_fits(work: Callable[[int], T], size: int, smallest: int, device: torch.device) -> T:
+    """What work(size) gives, or with half as much, and so on, where the device runs out of memory.
+
+    `work` goes on where an earlier attempt of it ended. Raises BudgetError where not even work(smallest) fits.
+    """
+    while True:
+        try:
+            return work(size)
+        except (BudgetError, RuntimeError) as error:
+            reason = why_out_of_memory(error)
+        # Outside of the handler: while the error is known, so are the tensors of the attempt.
+        if size <= smallest:
+            raise BudgetError(reason)
+        size = max(size // 2, smallest)
+        release(device)
 
 
 def release(device: torch.device) -> None:

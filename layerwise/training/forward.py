@@ -1,33 +1,44 @@
-"""Runs trained stages forward: all of them over new samples, or one of them over its whole input, into the cache writer.
+"""Runs trained stages forward over whole samples: one into its cache, or all of them for probes and extraction.
 
 At most `piece` input frames are on the device at a time. A sample longer than that is streamed through the module, whose
 layers carry their state, and gives what one pass would give. Where several stages run, one module is on the device at a time.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils._pytree import tree_iter
 
-from layerwise.cache import CacheWriter, Layout
+from layerwise.cache import CacheWriter
 from layerwise.cache.dtypes import STORED, as_array
 from layerwise.config import Config
 from layerwise.data.batches import Batch, Group, group_renderings
 from layerwise.data.source import DataSet
 from layerwise.errors import TrainingError
 from layerwise.events import CachingProgress
-from layerwise.memory.device import autocast, offloaded, on_device, pack_recurrent_weights
-from layerwise.memory.meter import AnyMeter, metered, uncounted
+from layerwise.memory.device import (
+    autocast,
+    cap,
+    find_device,
+    halve_until_it_fits,
+    offloaded,
+    on_device,
+    pack_recurrent_weights,
+)
+from layerwise.memory.meter import AnyMeter, meter_for, metered, uncounted
 from layerwise.nets.module import Module
 from layerwise.nets.network import copied
+from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import Arrays, load_weights
 from layerwise.training.context import RunContext
 from layerwise.training.loader import Loader
 from layerwise.training.spec import StageSpec
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +62,105 @@ class InferenceStage:
 
     stage: int
     module: Module
-    """In host memory."""
-    handing: OutputFormat
+    output_format: OutputFormat
+    resident: bool = False
+    """Whether the module stays on the device; otherwise it lies in host memory, and a copy of it comes over when it runs."""
+
+    def on_device(self, device: torch.device) -> Module:
+        """The module, to be let go of after use."""
+        return self.module if self.resident else copied(self.module, device)
 
     def as_stored(self, outputs: torch.Tensor) -> torch.Tensor:
         """Rounded as a cache would have rounded them. Raises TrainingError where its dtype cannot hold them."""
-        return outputs if self.handing.dtype is None else rounded(outputs, self.handing.dtype, self.stage)
+        dtype = self.output_format.dtype
+        stored = outputs if dtype is None else outputs.to(STORED[dtype].tensor)
+        if dtype is not None and not torch.isfinite(stored).all():
+            raise TrainingError(
+                f"An output of stage {self.stage} of {outputs.abs().max().item():.3g} does not fit into {dtype}; start again "
+                f"with --from-stage {self.stage} --cache-dtype bfloat16."
+            )
+        return stored
 
 
-def forward_stages(
+def forward_all(
+    stages: Sequence[InferenceStage],
+    loader: Loader,
+    groups: Sequence[Group],
+    keep: Callable[[int, int, torch.Tensor], T],
+    context: RunContext,
+) -> Iterator[tuple[int, T, bool]]:
+    """Passes the loader's groups through all stages, lowest first; see `group_renderings`.
+
+    keep(number, rendering, frames) is called for each stage, counted from 0, and each piece of each rendering with what the
+    stage hands over: frames (L, *frame shape) on the device. Gives the rendering, what `keep` made of the last stage's frames,
+    and whether this was the rendering's last piece. Raises TrainingError where a dtype cannot hold an output.
+    """
+    device, states = context.device, None
+    resident = [stage.module for stage in stages if stage.resident]
+
+    @contextlib.contextmanager
+    def away() -> Iterator[None]:
+        """The device is free of the stages and of the state that they carry."""
+        carried = (value for value in tree_iter(states) if isinstance(value, torch.Tensor))
+        tensors = (tensor for module in resident for tensor in (*module.parameters(), *module.buffers()))
+        with offloaded([*tensors, *carried], device):
+            yield
+        for module in resident:
+            pack_recurrent_weights(module)
+
+    pieces = loader.pieces(groups, away)
+    for group in groups:
+        states = [None] * len(stages) if group.streamed else None
+        renderings, look = range(group.first, group.stop), _should_meter(context.meter, group)
+        for start in group.starts:
+            batch, last = next(pieces), group.is_last(start)
+            kept: list[T] = []
+            with metered(look), torch.no_grad():
+                for number, (frames, lengths) in enumerate(_forward(stages, batch, states, last, device)):
+                    kept = [
+                        keep(number, rendering, outputs[:length])
+                        for rendering, outputs, length in zip(renderings, frames, lengths.tolist(), strict=True)
+                    ]
+                    del frames
+            for rendering, of_rendering in zip(renderings, kept, strict=True):
+                yield rendering, of_rendering, last
+
+
+def within_budget(work: Callable[[int, RunContext], T], config: Config, data: DataSet, stop: StopFlag) -> tuple[T, int]:
+    """What work(piece, context) gives, which passes samples of the data through stages, and the most bytes on the device.
+
+    Where the budget does not hold it, `work` is called again with half the piece. Raises BudgetError where pieces of
+    SHORTEST do not fit either.
+    """
+    device, budget, peak = find_device(config.training.device), config.memory.gpu_mem, 0
+    cap(device, budget)
+
+    def attempt(piece: int) -> T:
+        nonlocal peak
+        meter = meter_for(device, budget)
+        try:
+            with meter:
+                return work(piece, RunContext(device, meter, stop))
+        finally:
+            # The meter counts what it refuses, too.
+            peak = max(peak, meter.peak if budget is None else min(meter.peak, budget))
+
+    result = halve_until_it_fits(attempt, longest_piece_of_samples(config, data), SHORTEST * data.columns, device)
+    return result, peak
+
+
+def _forward(
     stages: Sequence[InferenceStage], batch: Batch, states: list[Any] | None, last: bool, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-    """What each stage hands over, lowest first: frames (B, L, *frame shape) on the device, and int64 [B] real lengths.
+    """What each stage hands over: frames (B, L, *frame shape) on the device, and int64 [B] real lengths.
 
     states: one for each stage where the batch is the next piece of one sample, None before its first and brought up to
     date here; last: whether it ends the sample. None where samples lie side by side.
     """
     frames, lengths = on_device(batch.frames, device), batch.lengths
     for number, stage in enumerate(stages):
-        module = copied(stage.module, device)
-        with torch.no_grad(), autocast(device, stage.handing.precision):
+        module = stage.on_device(device)
+        with autocast(device, stage.output_format.precision):
             if states is None:
                 frames = module(frames.float(), lengths)[1]
                 lengths = module.out_length(lengths)
@@ -82,21 +172,36 @@ def forward_stages(
         yield frames, lengths
 
 
-def random_stages(specs: Sequence[StageSpec], handings: Sequence[OutputFormat], seed: int) -> list[InferenceStage]:
+def _should_meter(meter: AnyMeter, group: Group) -> bool:
+    """Whether to meter the pass of this group, see `Meter.should_meter`."""
+    if group.streamed:
+        return meter.should_meter("streamed", group.longest)
+    return meter.should_meter("side by side", (group.stop - group.first) * group.longest, group.padded)
+
+
+def to_host(rows: torch.Tensor) -> np.ndarray:
+    """A copy that does not count on the device, as `as_array` gives it; on a CPU, too, it shares no memory with the rows."""
+    with uncounted():
+        return as_array(rows.to("cpu", copy=True, memory_format=torch.contiguous_format))
+
+
+def random_stages(
+    specs: Sequence[StageSpec], output_formats: Sequence[OutputFormat], seed: int
+) -> list[InferenceStage]:
     """With the weights that training with this seed begins with; their host memory does not count for the device."""
     with uncounted():
         modules = [spec.build_module(seed, torch.device("cpu")).eval() for spec in specs]
     return [
-        InferenceStage(spec.stage, module, handing)
-        for spec, module, handing in zip(specs, modules, handings, strict=True)
+        InferenceStage(spec.stage, module, output_format)
+        for spec, module, output_format in zip(specs, modules, output_formats, strict=True)
     ]
 
 
 def trained_stages(
-    specs: Sequence[StageSpec], handings: Sequence[OutputFormat], weights: Arrays
+    specs: Sequence[StageSpec], output_formats: Sequence[OutputFormat], weights: Arrays
 ) -> list[InferenceStage]:
     """weights: of all their layers, by the names that these have in the whole network; others are passed over."""
-    stages = random_stages(specs, handings, 0)
+    stages = random_stages(specs, output_formats, 0)
     with uncounted():
         for stage in stages:
             load_weights(stage.module, {name: weights[name] for name in stage.module.state_dict()})
@@ -126,91 +231,23 @@ def longest_piece_of_samples(config: Config, data: DataSet) -> int:
     return max(config.training.batch_size * per_sample // 2, 1)
 
 
-def cache_outputs(
-    module: Module, loader: Loader, writer: CacheWriter, piece: int, precision: str, context: RunContext
-) -> None:
+def cache_outputs(stage: InferenceStage, loader: Loader, writer: CacheWriter, piece: int, context: RunContext) -> None:
     """Writes what the writer lacks. Raises Interrupted between two pieces; what is written so far stays.
 
     Writers that share a cache go through the groups of the whole of it, each through those that its rows are in: the values
     are those of one writer to the bit.
     """
-    layout = writer.layout
+    layout, meter = writer.layout, context.meter
     rows_done, rows_stop = writer.rows_done, writer.rows_stop
     groups = group_renderings(np.repeat(loader.lengths, loader.views), piece) if rows_done < rows_stop else []
     missing = [
         group for group in groups if layout.offsets[group.stop] > rows_done and layout.offsets[group.first] < rows_stop
     ]
     row = int(layout.offsets[missing[0].first]) if missing else 0
-    module.eval()
-    with torch.no_grad():
-        for stored in _stored_outputs(module, loader, missing, precision, layout, context):
-            writer.write(stored[max(rows_done - row, 0) : max(rows_stop - row, 0)])
-            row += len(stored)
-            meter = context.meter
-            context.notify(CachingProgress(layout.stage, min(row, rows_stop), rows_stop, meter.live, meter.peak))
-            context.stop.raise_if_set(f"in the cache of stage {layout.stage}, after row {row}")
-
-
-def _stored_outputs(
-    module: Module,
-    loader: Loader,
-    groups: list[Group],
-    precision: str,
-    layout: Layout,
-    context: RunContext,
-) -> Iterator[np.ndarray]:
-    """Rows [n, *frame shape] as they are stored, rendering after rendering; nothing stays on the device between them."""
-    device, states = context.device, None
-
-    @contextlib.contextmanager
-    def away() -> Iterator[None]:
-        carried = (value for value in tree_iter(states) if isinstance(value, torch.Tensor))
-        with offloaded([*module.parameters(), *module.buffers(), *carried], device):
-            yield
-        pack_recurrent_weights(module)
-
-    pieces = loader.pieces(groups, away)
-    for group in groups:
-        states = None
-        look = should_meter_group(context.meter, group)
-        for start in group.starts:
-            batch = next(pieces)
-            with metered(look), autocast(device, precision):
-                frames = on_device(batch.frames, device)
-                if group.streamed:
-                    outputs, states = module.push(frames, states, group.is_last(start))
-                    lengths = [outputs.shape[1]]
-                else:
-                    outputs = module(frames, batch.lengths)[1]
-                    lengths = module.out_length(batch.lengths).tolist()
-                del frames
-                stored = [
-                    _as_stored(sample[:length], layout.dtype, layout.stage)
-                    for sample, length in zip(outputs, lengths, strict=True)
-                ]
-                del outputs
-            yield from stored
-
-
-def should_meter_group(meter: AnyMeter, group: Group) -> bool:
-    """Whether to meter the pass of this group, see `Meter.should_meter`."""
-    if group.streamed:
-        return meter.should_meter("streamed", group.longest)
-    return meter.should_meter("side by side", (group.stop - group.first) * group.longest, group.padded)
-
-
-def _as_stored(rows: torch.Tensor, dtype: str, stage: int) -> np.ndarray:
-    """Rows on the host as the cache writer takes them. Raises TrainingError where the dtype cannot hold them."""
-    # Copied: on a CPU the array would share the tensor's memory and keep it on the device.
-    return as_array(rounded(rows, dtype, stage).cpu().contiguous()).copy()
-
-
-def rounded(rows: torch.Tensor, dtype: str, stage: int) -> torch.Tensor:
-    """Outputs of a stage as the writer of a cache of this dtype takes them. Raises TrainingError where it cannot hold them."""
-    stored = rows.to(STORED[dtype].tensor)
-    if not torch.isfinite(stored).all():
-        raise TrainingError(
-            f"An output of stage {stage} of {rows.abs().max().item():.3g} does not fit into {dtype}; start again with "
-            f"--from-stage {stage} --cache-dtype bfloat16."
-        )
-    return stored
+    for _, rows, _ in forward_all(
+        [stage], loader, missing, lambda number, rendering, outputs: to_host(outputs), context
+    ):
+        writer.write(rows[max(rows_done - row, 0) : max(rows_stop - row, 0)])
+        row += len(rows)
+        context.notify(CachingProgress(layout.stage, min(row, rows_stop), rows_stop, meter.live, meter.peak))
+        context.stop.raise_if_set(f"in the cache of stage {layout.stage}, after row {row}")

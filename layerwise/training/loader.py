@@ -5,7 +5,7 @@ they do where all modules train at once, so the stage may learn them by heart. T
 sliced, so that slicing does not change them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ import torch
 
 from layerwise.config import TrainingOptions
 from layerwise.data.batches import Batch, Epoch, Group, among_others, read_ahead, read_piece
-from layerwise.data.source import Batched, Extent, FrameSource
+from layerwise.data.source import Batched, Extent, Readable
 from layerwise.memory.meter import uncounted
 from layerwise.memory.ranks import ALONE, Ranks
 
@@ -31,7 +31,7 @@ class Loader(Extent, Protocol):
         """The batches of steps `first` on."""
         ...
 
-    def pieces(self, groups: list[Group], offloaded: Offload) -> Iterator[Batch]:
+    def pieces(self, groups: Sequence[Group], offloaded: Offload) -> Iterator[Batch]:
         """Every piece of every group, in order."""
         ...
 
@@ -39,7 +39,7 @@ class Loader(Extent, Protocol):
 class SourceLoader:
     """Reads a data set or a cache; nothing of it is on the device. For a GPU, batches come in pinned host memory."""
 
-    def __init__(self, source: FrameSource, device: torch.device, ranks: Ranks = ALONE) -> None:
+    def __init__(self, source: Readable, device: torch.device, ranks: Ranks = ALONE) -> None:
         """ranks: who shares the batches; the windows of the others are zeros, and not read."""
         self._source, self._ranks = source, ranks
         self._threads = source.reading_threads if isinstance(source, Batched) else 1
@@ -58,7 +58,7 @@ class SourceLoader:
         share = share_of(epoch, step, self._ranks)
         return self._finished(in_whole_batch(epoch.read(self._source, step, share), epoch, step, self, self._ranks))
 
-    def pieces(self, groups: list[Group], offloaded: Offload) -> Iterator[Batch]:
+    def pieces(self, groups: Sequence[Group], offloaded: Offload) -> Iterator[Batch]:
         return read_ahead(partial(read_piece, self._source, group, start) for group in groups for start in group.starts)
 
 

@@ -16,12 +16,10 @@ import torch
 
 from layerwise.data.batches import Batch, Epoch, Group, read_ahead
 from layerwise.data.source import FrameSource
-from layerwise.errors import BudgetError
-from layerwise.memory.device import autocast, on_device, release, why_out_of_memory
+from layerwise.memory.device import autocast, halve_until_it_fits, on_device
 from layerwise.memory.meter import uncounted
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets.module import Module
-from layerwise.nets.network import copied
 from layerwise.training.forward import InferenceStage
 from layerwise.training.loader import Offload, in_whole_batch, share_of
 from layerwise.training.spec import StageSpec
@@ -68,7 +66,7 @@ class RecomputingLoader:
             for step, batch in zip(steps, block, strict=True):
                 yield in_whole_batch(batch, epoch, step, self, self._ranks)
 
-    def pieces(self, groups: list[Group], offloaded: Offload) -> Iterator[Batch]:
+    def pieces(self, groups: Sequence[Group], offloaded: Offload) -> Iterator[Batch]:
         reads: list[partial[Windows]] = []
         held = 0
         for group in groups:
@@ -126,23 +124,19 @@ class RecomputingLoader:
 
     def _passed(self, stage: InferenceStage, block: list[Windows]) -> list[Windows]:
         """The windows one module further up, which is alone on the device meanwhile; fewer at once where they do not fit."""
-        while True:
-            try:
-                module = copied(stage.module, self._device)
-                return [self._pass(module, stage, windows) for windows in block]
-            except (BudgetError, RuntimeError) as error:
-                reason = why_out_of_memory(error)
-            del module
-            release(self._device)
-            if self._samples == 1:
-                raise BudgetError(reason)
-            self._samples //= 2
+
+        def up(samples: int) -> list[Windows]:
+            self._samples = samples
+            module = stage.on_device(self._device)
+            return [self._pass(module, stage, windows) for windows in block]
+
+        return halve_until_it_fits(up, self._samples, 1, self._device)
 
     def _pass(self, module: Module, stage: InferenceStage, windows: Windows) -> Windows:
         outputs, firsts, lengths = [], [], []
         for start in range(0, len(windows.frames), self._samples):
             samples = slice(start, start + self._samples)
-            with torch.no_grad(), autocast(self._device, stage.handing.precision):
+            with torch.no_grad(), autocast(self._device, stage.output_format.precision):
                 frames = on_device(windows.frames, self._device, samples)
                 passed, first, length = module.window(frames, windows.firsts[samples], windows.lengths[samples])
                 del frames

@@ -10,17 +10,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from layerwise.cache import ActivationCache, CacheWriter
 from layerwise.cache.inventory import publish
 from layerwise.data.source import DataSet
-from layerwise.errors import BudgetError, ConfigError, Interrupted, RunError, UnusableCache
-from layerwise.memory.device import release, why_out_of_memory
+from layerwise.errors import ConfigError, Interrupted, RunError, UnusableCache
+from layerwise.memory.device import halve_until_it_fits
 from layerwise.training.cache_plan import cache_layout
 from layerwise.training.checkpoint import load_stage, load_weights
 from layerwise.training.context import RunContext
-from layerwise.training.forward import cache_outputs, shortest_piece
+from layerwise.training.forward import InferenceStage, OutputFormat, cache_outputs, shortest_piece
 from layerwise.training.loader import Loader
 from layerwise.training.run import Round
 from layerwise.training.spec import StageSpec, frame_labels
@@ -34,9 +33,11 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
     if written != path:
         _discard_others(written, record.fingerprint)
     if not _is_sealed(path, record.fingerprint) and not _is_sealed(written, record.fingerprint):
+        options, ranks, trained_with = run.config.cache, run.ranks, round.trained_with(spec.stage)
         module = spec.build_module(run.config.training.seed, run.device)
         load_weights(module, load_stage(round.store, spec.stage))
         meter.label("parameters", module.state_dict().values())
+        stage = InferenceStage(spec.stage, module.eval(), OutputFormat.of(trained_with), resident=True)
         started, seconds = time.monotonic(), record.seconds
 
         def record_progress() -> None:
@@ -44,7 +45,6 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
             record.seconds = seconds + time.monotonic() - started
             round.save()
 
-        options, ranks, trained_with = run.config.cache, run.ranks, round.trained_with(spec.stage)
         layout = cache_layout(spec, run.data, trained_with.cache.dtype, run.split, str(record.fingerprint))
 
         def open_writer() -> CacheWriter:
@@ -53,8 +53,7 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
         def write(piece: int) -> None:
             with open_writer() as writer:
                 try:
-                    precision = trained_with.training.precision
-                    cache_outputs(module, loader, writer, piece, precision, context)
+                    cache_outputs(stage, loader, writer, piece, context)
                 finally:
                     record_progress()
                 if ranks.count == 1:
@@ -67,9 +66,8 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
             writer.seal(lambda: context.stop.raise_if_set(f"while the cache of stage {spec.stage} was packed"))
 
         def write_in_pieces() -> None:
-            _in_pieces_that_fit(
-                write, run.memory_plans[spec.stage - 1].piece, shortest_piece(spec, run.config), run.device
-            )
+            piece, shortest = run.memory_plans[spec.stage - 1].piece, shortest_piece(spec, run.config)
+            halve_until_it_fits(write, piece, shortest, run.device)
 
         if ranks.count == 1:
             write_in_pieces()
@@ -128,20 +126,6 @@ def _write_together(
         write()
     context.raise_if_stopped(where)
     context.ranks.wait_for_first(complete)
-
-
-def _in_pieces_that_fit(write: Callable[[int], None], piece: int, shortest: int, device: torch.device) -> None:
-    """Writes in pieces of `piece` frames, and goes on in shorter ones where the device runs out of memory."""
-    while True:
-        try:
-            write(piece)
-            return
-        except (BudgetError, RuntimeError) as error:
-            reason = why_out_of_memory(error)
-        if piece == shortest:
-            raise BudgetError(reason)
-        piece = max(piece // 2, shortest)
-        release(device)
 
 
 def _is_sealed(path: Path, expected: str | None) -> bool:

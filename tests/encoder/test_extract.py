@@ -212,15 +212,15 @@ def test_what_is_held_at_a_time_does_not_grow_with_the_recording(
         return read(self, sample, start, stop, view)
 
     handed: list[int] = []
-    passing = extracting.pass_through
+    forward_all = extracting.forward_all
 
     def noted_rows(*arguments: Any) -> Iterator[Any]:
-        for passed in passing(*arguments):
-            handed.append(len(passed.rows))
-            yield passed
+        for sample, rows, last in forward_all(*arguments):
+            handed.append(len(rows))
+            yield sample, rows, last
 
     monkeypatch.setattr(SampleSet, "read", noted)
-    monkeypatch.setattr(extracting, "pass_through", noted_rows)
+    monkeypatch.setattr(extracting, "forward_all", noted_rows)
     layerwise.extract(speech_run.paths.out, tmp_path / "long.wav", tmp_path / "features.npy")
     assert max(asked) == 4 * 1600 // 2
     assert max(handed) <= 4 * 1600 // 2 // 40 + 2

@@ -59,8 +59,8 @@ def both_feeds(
         data = replace(data, lengths=np.array([6400, 1300, 5001, 700, 1600, 6399]))
         plans = [replace(plan, **lengths_of(plan, plans, data)) for plan in plans]
     modules = [plan.build_module(0, CPU).eval() for plan in plans[:stages]]
-    handing = OutputFormat.of(config)
-    frozen = [InferenceStage(plan.stage, module, handing) for plan, module in zip(plans, modules, strict=False)]
+    output_format = OutputFormat.of(config)
+    frozen = [InferenceStage(plan.stage, module, output_format) for plan, module in zip(plans, modules, strict=False)]
     recomputed = RecomputingLoader(data, plans[:stages], frozen, windows, CPU)
     return recomputed, SourceLoader(Outputs(data, modules), CPU), plans[stages].window, config
 
