@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from layerwise.config.options import Config, Scope, Section
@@ -46,7 +47,4 @@ def changed_options(old: Config, new: Config, scopes: set[Scope]) -> list[tuple[
 
 def value_of(config: Config, key: str) -> Any:
     """The value of a dotted key."""
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+    return attrgetter(key)(config)

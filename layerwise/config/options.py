@@ -8,11 +8,12 @@ An option's scope says what follows when it changes between two starts of a run:
 
 import datetime
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
@@ -215,10 +216,13 @@ def _size(value: Any) -> Any:
     return size
 
 
+Budget = Annotated[ByteSize | None, BeforeValidator(_size)]
+
+
 class MemoryOptions(Section):
     """The device budget."""
 
-    gpu_mem: ByteSize | None = _option(
+    gpu_mem: Budget = _option(
         None, "place", "most device memory of the run, such as 4GB; default: no limit", "--gpu-mem"
     )
     micro_batch: int | None = _option(
@@ -230,11 +234,6 @@ class MemoryOptions(Section):
     optimizer: Literal["auto", "device", "host"] = _option(
         "auto", "place", "where the optimizer's state lies; auto: on the host where the budget needs it"
     )
-
-    @field_validator("gpu_mem", mode="before")
-    @classmethod
-    def _a_size(cls, value: Any) -> Any:
-        return _size(value)
 
 
 class CacheOptions(Section):
@@ -255,7 +254,7 @@ class CacheOptions(Section):
     block: ByteSize = _option(
         "32MiB", "place", "bytes that are written and synced at once; a kill costs no more", ge=512
     )
-    disk: ByteSize | None = _option(
+    disk: Budget = _option(
         None, "place", "most disk that the caches may take, such as 200GB; default: what is free", "--disk"
     )
     keep: Literal["needed", "all", "last"] = _option(
@@ -270,11 +269,6 @@ class CacheOptions(Section):
         "cache the outputs of a stage, or recompute them for the next one; auto: where they fit",
         "--cache",
     )
-
-    @field_validator("disk", mode="before")
-    @classmethod
-    def _a_size(cls, value: Any) -> Any:
-        return _size(value)
 
 
 class EngineOptions(Section):
