@@ -59,17 +59,17 @@ def resolve(
     given = _merge(_read_toml(config_file) if config_file else {}, flags)
     kind, frames = data_kind(str(_in(given, "data", "source") or "demo")), _frames(given)
     recipe = recipe or _recipe_for(kind, frames)
-    tree = _merge(tomllib.loads(recipe_text(recipe)), given)
-    follows: dict[str, Any] = {"data": {"frames": frames or _frames(tree) or "steps"}}
-    if follows["data"]["frames"] == "whole":
-        follows["objective"] = {"name": "ntxent"}
-    tree = _merge(follows, tree)
+    defaults = tomllib.loads(recipe_text(recipe))
+    frames = frames or _frames(_merge(defaults, given)) or "steps"
+    follows = {"data": {"frames": frames}} | ({"objective": {"name": "ntxent"}} if frames == "whole" else {})
+    defaults = _merge(follows, defaults)
+    tree = _merge(defaults, given)
     if not tree.get("out"):
         tree["out"] = default_out.format(recipe=recipe)
     try:
         return validated(tree)
     except ConfigError as error:
-        if config_file is None or not _is_valid(_merge(follows, _merge(tomllib.loads(recipe_text(recipe)), flags))):
+        if config_file is None or not _is_valid(_merge(defaults, flags)):
             raise
         raise ConfigError(f"In {config_file}: {error}") from None
 

@@ -67,7 +67,11 @@ class Epoch:
     first_columns: np.ndarray
     window: Window
     batch_size: int
-    steps: int
+
+    @property
+    def steps(self) -> int:
+        """Number of batches."""
+        return -(-len(self.samples) // self.batch_size)
 
     def samples_of(self, step: int) -> np.ndarray:
         """int64 [B], the samples of one step."""
@@ -75,9 +79,7 @@ class Epoch:
 
     def lengths_of(self, extent: Extent, step: int) -> np.ndarray:
         """int64 [B], real frames of the windows of one step, which are not read for it."""
-        samples, rows = self.samples_of(step), self.rows_of(step)
-        start = self.first_rows[rows] * extent.columns
-        stop = np.minimum(start + self.window.rows * extent.columns, extent.lengths[samples])
+        _, start, stop, _ = np.array(list(self._places(extent, step))).T
         return (stop - start) // extent.columns * min(self.window.columns, extent.columns)
 
     def rows_of(self, step: int, share: slice = slice(None)) -> slice:
@@ -104,7 +106,7 @@ class Epoch:
         if isinstance(source, Expecting):
             source.expect(self._places(source, step, share))
 
-    def _places(self, extent: Extent, step: int, share: slice) -> Iterator[Place]:
+    def _places(self, extent: Extent, step: int, share: slice = slice(None)) -> Iterator[Place]:
         rows = self.rows_of(step, share)
         samples = self.samples[rows]
         starts = self.first_rows[rows] * extent.columns
@@ -124,12 +126,12 @@ def training_epoch(
 
     renderings: neighbouring windows that show each sample, in views that differ; divides the batch size, which counts windows.
     """
-    order = np.repeat(rng.permutation(samples), renderings)
-    steps = max(len(order) // batch_size, 1)
-    return _place_windows(extent, order[: steps * batch_size], window, batch_size, steps, rng, renderings)
+    whole_batches = max(len(samples) * renderings // batch_size, 1)
+    order = rng.permutation(samples)[: whole_batches * batch_size // renderings]
+    return ordered_epoch(extent, order, window, batch_size, rng, renderings)
 
 
-def held_out_epoch(
+def ordered_epoch(
     extent: Extent,
     samples: np.ndarray,
     window: Window,
@@ -137,9 +139,18 @@ def held_out_epoch(
     rng: np.random.Generator,
     renderings: int = 1,
 ) -> Epoch:
-    """Every sample once, in order, at a place that `rng` fixes; the last batch may be smaller. Otherwise as in training."""
-    order = np.repeat(samples, renderings)
-    return _place_windows(extent, order, window, batch_size, -(-len(order) // batch_size), rng, renderings)
+    """Every sample once, in this order; the last batch may be smaller. Otherwise as in training."""
+    windows = np.repeat(samples, renderings)
+    spare_rows = np.maximum(extent.lengths[windows] // extent.columns - window.rows, 0)
+    spare_columns = max(extent.columns - window.columns, 0)
+    return Epoch(
+        windows,
+        views=_draw_views(extent.views, len(windows), renderings, rng),
+        first_rows=rng.integers(0, spare_rows + 1),
+        first_columns=rng.integers(0, spare_columns + 1, size=len(windows)),
+        window=window,
+        batch_size=batch_size,
+    )
 
 
 def read_windows(source: Readable, places: list[Place]) -> Batch:
@@ -186,28 +197,6 @@ def read_ahead(jobs: Iterable[Callable[[], T]], threads: int = 1) -> Iterator[T]
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def _place_windows(
-    extent: Extent,
-    samples: np.ndarray,
-    window: Window,
-    batch_size: int,
-    steps: int,
-    rng: np.random.Generator,
-    renderings: int,
-) -> Epoch:
-    spare_rows = np.maximum(extent.lengths[samples] // extent.columns - window.rows, 0)
-    spare_columns = max(extent.columns - window.columns, 0)
-    return Epoch(
-        samples,
-        views=_draw_views(extent.views, len(samples), renderings, rng),
-        first_rows=rng.integers(0, spare_rows + 1),
-        first_columns=rng.integers(0, spare_columns + 1, size=len(samples)),
-        window=window,
-        batch_size=batch_size,
-        steps=steps,
-    )
 
 
 def _draw_views(views: int, windows: int, renderings: int, rng: np.random.Generator) -> np.ndarray:

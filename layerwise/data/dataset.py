@@ -18,13 +18,14 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import ConcatDataset
 
 from layerwise.config import DataOptions
 from layerwise.data.arrays import measure_level
@@ -277,20 +278,12 @@ def _open_published(
     class_names = np.array([*parts["train"].classes, ""])  # the last one, so -1, stands for no label
     numbers = np.concatenate([np.asarray(getattr(part, targets), dtype=np.int64) for part in parts.values()])
     sizes = [(file, (root / kind.base_folder / file).stat().st_size) for file in files]
+    pictures: ConcatDataset[Any] = ConcatDataset(parts.values())
     return picture_set(
-        pixels=partial(_read_part, list(parts.values()), options),
+        pixels=lambda sample: square_pixels(pictures[sample][0], options),
         options=options,
         ids=ids,
         identity=picture_identity(kind.__name__.lower(), options, sizes),
         labels={"class": class_names[numbers]},
         test=np.array([name.startswith("test/") for name in ids]),
     )
-
-
-def _read_part(parts: list[Any], options: PatchOptions, sample: int) -> torch.Tensor:
-    """The picture number `sample` of all splits, one after another."""
-    for part in parts:
-        if sample < len(part):
-            return square_pixels(part[sample][0], options)
-        sample -= len(part)
-    raise IndexError(f"no picture {sample} beyond the last")

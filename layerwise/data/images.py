@@ -50,10 +50,6 @@ class PatchOptions:
     """Offer the horizontal mirror as view 1."""
 
     def __post_init__(self) -> None:
-        if self.patch < 1 or self.patch_stride < 1:
-            raise ConfigError(
-                f"A patch of {self.patch} pixels every {self.patch_stride} is impossible; both must be at least 1."
-            )
         steps = (self.picture - self.patch) / self.patch_stride
         if steps < 0 or steps != int(steps):
             nearest = self.patch + self.patch_stride * max(0, round(steps))

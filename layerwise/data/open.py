@@ -104,10 +104,10 @@ def open_input(
 
 def _open_place(place: Path, options: DataOptions, takes: str, shortest: int) -> DataSet:
     """A file or a folder of waveforms or pictures, or a file of arrays."""
-    from layerwise.data.speech import recordings_at
-
     if takes == "waveforms":
-        return recordings_at(place, options.sample_rate, shortest)
+        from layerwise.data.speech import open_recordings
+
+        return open_recordings(place, options.sample_rate, shortest=shortest, fewest=0)
     if takes == "pictures":
         return pictures_at(place, patch_options(options))
     return open_npy(place, options.frames) if place.suffix == ".npy" else open_h5(place, None, options.frames)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from layerwise.config import resolve
 from layerwise.data.images import PatchOptions, cut_patches, normalise, open_image_folder
 from layerwise.errors import ConfigError, DataError
 
@@ -265,8 +266,8 @@ def test_an_impossible_picture_size_names_the_nearest_possible(picture: int, nea
 
 @pytest.mark.parametrize(("patch", "patch_stride"), [(0, 8), (16, 0), (16, -8)])
 def test_impossible_patches_are_refused(patch: int, patch_stride: int):
-    with pytest.raises(ConfigError):
-        PatchOptions(picture=64, patch=patch, patch_stride=patch_stride, gray=False, flip=False)
+    with pytest.raises(ConfigError, match="greater than or equal to 1"):
+        resolve(overrides={"data.picture": 64, "data.patch": patch, "data.patch_stride": patch_stride})
 
 
 def test_real_pictures(tmp_path: Path):
