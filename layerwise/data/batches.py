@@ -13,12 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
 import torch
 
-from layerwise.data.source import Batched, Expecting, Extent, FrameSource, Place, Readable
+from layerwise.data.source import Extent, OnDisk, Place, Readable
 
 T = TypeVar("T")
 
@@ -88,7 +89,7 @@ class Epoch:
         start, stop, _ = share.indices(min(self.batch_size, len(self.samples) - first))
         return slice(first + start, first + stop)
 
-    def read(self, source: FrameSource, step: int, share: slice = slice(None)) -> Batch:
+    def read(self, source: Readable, step: int, share: slice = slice(None)) -> Batch:
         """The batch of one step, or a share of its windows alone."""
         places = list(self._places(source, step, share))
         if self.window.columns >= source.columns:
@@ -103,7 +104,7 @@ class Epoch:
 
     def expect(self, source: Readable, step: int, share: slice = slice(None)) -> None:
         """Tells a source that lies on a disk what `read` will want of it."""
-        if isinstance(source, Expecting):
+        if isinstance(source, OnDisk):
             source.expect(self._places(source, step, share))
 
     def _places(self, extent: Extent, step: int, share: slice = slice(None)) -> Iterator[Place]:
@@ -155,7 +156,7 @@ def ordered_epoch(
 
 def read_windows(source: Readable, places: list[Place]) -> Batch:
     """Windows of a source, padded with zeros to the longest."""
-    if not isinstance(source, Batched):
+    if not isinstance(source, OnDisk):
         return collate(_each(source, places))
     return Batch(source.read_batch(places), np.array([stop - start for _, start, stop, _ in places], dtype=np.int64))
 
@@ -209,7 +210,7 @@ def _draw_views(views: int, windows: int, renderings: int, rng: np.random.Genera
 
 def _each(source: Readable, places: list[Place]) -> list[torch.Tensor]:
     """Windows [l, *frame shape], each by itself."""
-    if not isinstance(source, Batched):
+    if not isinstance(source, OnDisk):
         return [source.read(*place) for place in places]
     batch = source.read_batch(places)
     return [frames[: stop - start] for frames, (_, start, stop, _) in zip(batch, places, strict=True)]
@@ -250,21 +251,14 @@ class Group:
 
 def group_renderings(lengths: np.ndarray, piece: int) -> list[Group]:
     """Neighbouring renderings whose padded batch has at most `piece` frames. lengths: int64 [renderings]."""
-    groups: list[Group] = []
-    first, longest = 0, 0
+    firsts, longest = [0], 0
     for rendering, length in enumerate(lengths.tolist()):
-        if rendering > first and max(longest, length) * (rendering - first + 1) > piece:
-            groups.append(_group(lengths, first, rendering, piece))
-            first, longest = rendering, 0
+        if rendering > firsts[-1] and max(longest, length) * (rendering - firsts[-1] + 1) > piece:
+            firsts.append(rendering)
+            longest = 0
         longest = max(longest, length)
-    if len(lengths):
-        groups.append(_group(lengths, first, len(lengths), piece))
-    return groups
-
-
-def _group(lengths: np.ndarray, first: int, stop: int, piece: int) -> Group:
-    within = lengths[first:stop]
-    return Group(first, stop, int(within.max()), piece, bool(within.min() < within.max()))
+    parts = [(first, stop, lengths[first:stop]) for first, stop in pairwise([*firsts, len(lengths)]) if first < stop]
+    return [Group(first, stop, int(part.max()), piece, bool(part.min() < part.max())) for first, stop, part in parts]
 
 
 def read_piece(source: Readable, group: Group, start: int) -> Batch:

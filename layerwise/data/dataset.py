@@ -32,6 +32,7 @@ from layerwise.data.arrays import measure_level
 from layerwise.data.images import PatchOptions, patch_options, picture_identity, picture_set, square_pixels
 from layerwise.data.source import SampleSet, digest
 from layerwise.errors import DataError
+from layerwise.importing import import_torchvision
 
 READ_TWICE = 3
 """Items that are read a second time."""
@@ -221,7 +222,7 @@ def open_stl10(folder: Path, options: PatchOptions) -> SampleSet:
 
     `folder` holds stl10_binary, or is it. Raises DataError where files are missing or damaged.
     """
-    kind = _torchvision_datasets().STL10
+    kind = import_torchvision(DataError).datasets.STL10
     # One split at a time: "train+unlabeled" would copy 3 GB to join them.
     splits = {name: {"split": name} for name in ("train", "unlabeled", "test")}
     return _open_published(kind, kind.class_names_file, splits, "labels", folder, options)
@@ -232,21 +233,9 @@ def open_cifar10(folder: Path, options: PatchOptions) -> SampleSet:
 
     `folder` holds cifar-10-batches-py, or is it. Raises DataError where files are missing or damaged.
     """
-    kind = _torchvision_datasets().CIFAR10
+    kind = import_torchvision(DataError).datasets.CIFAR10
     splits = {"train": {"train": True}, "test": {"train": False}}
     return _open_published(kind, kind.meta["filename"], splits, "targets", folder, options)
-
-
-def _torchvision_datasets() -> Any:
-    """The module torchvision.datasets."""
-    try:
-        from torchvision import datasets
-    except (ImportError, OSError, RuntimeError) as error:
-        raise DataError(
-            f"torchvision cannot be imported beside torch {torch.__version__} ({error}); install versions that match: "
-            "pip install -c constraints.txt torch torchvision"
-        ) from error
-    return datasets
 
 
 def _open_published(

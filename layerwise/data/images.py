@@ -111,15 +111,12 @@ def _read_patches(
 
     Raises IndexError outside the grid or the views, DataError where the file has become unreadable.
     """
-    columns = options.columns
-    if not (0 <= start <= stop <= columns**2 and 0 <= view < (2 if options.flip else 1)):
+    if not (0 <= start <= stop <= options.columns**2 and 0 <= view < (2 if options.flip else 1)):
         raise IndexError(f"no patches {start} to {stop} of view {view} of sample {sample}")
     picture = normalise(pixels(sample))
     if view == 1:
         picture = picture.flip(-1)
-    first_row, last_row = start // columns, -(-stop // columns)
-    patches = cut_patches(picture, options.patch, options.patch_stride, first_row, last_row)
-    return patches[start - first_row * columns : stop - first_row * columns].numpy()
+    return cut_patches(picture, options.patch, options.patch_stride)[start:stop].numpy()
 
 
 def open_image_folder(folder: Path, options: PatchOptions) -> SampleSet:
@@ -179,14 +176,9 @@ def square_pixels(image: Image.Image, options: PatchOptions) -> torch.Tensor:
     return torch.from_numpy(pixels).reshape(options.picture, options.picture, options.channels).permute(2, 0, 1)
 
 
-def cut_patches(
-    picture: torch.Tensor, patch: int, patch_stride: int, first_row: int = 0, last_row: int | None = None
-) -> torch.Tensor:
-    """Rows first_row to last_row (excluded; None: to the end) of the grid of patches of pictures [..., C, H, W].
-
-    Returns [..., rows * columns, C, patch, patch] in the dtype of the pictures, row after row.
-    """
-    rows = picture.unfold(-2, patch, patch_stride)[..., first_row:last_row, :, :]
+def cut_patches(picture: torch.Tensor, patch: int, patch_stride: int) -> torch.Tensor:
+    """Pictures [..., C, H, W] to their patches [..., rows * columns, C, patch, patch] of the same dtype, row after row."""
+    rows = picture.unfold(-2, patch, patch_stride)
     return rows.unfold(-2, patch, patch_stride).movedim(-5, -3).flatten(-5, -4)
 
 
