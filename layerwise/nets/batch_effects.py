@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerwise.nets.layer import Layer
 from layerwise.nets.module import Module
 from layerwise.nets.network import Network, memoised_per, with_first_weights
 
@@ -66,7 +65,11 @@ def _shortest_input(module: Module) -> int:
 @memoised_per(Network)
 def _layer_effects(network: Network, index: int, frame_shape: tuple[int, ...]) -> BatchEffects:
     """What a layer does, whatever the cut."""
-    build = partial(_single_layer, network.layers[index], index)
+
+    def build(device: str) -> Module:
+        """The layer alone, in training mode."""
+        return Module({index: with_first_weights(network.layers[index], 0, device)}).train()
+
     without_values = build("meta")
     shape = (_shortest_input(without_values), *frame_shape)
     try:
@@ -86,11 +89,6 @@ def _layer_effects(network: Network, index: int, frame_shape: tuple[int, ...]) -
     except Exception:  # on noise, which it may not be made for
         return effects
     return BatchEffects(effects.uses_randomness or on_samples.uses_randomness, on_samples.why_unsliceable)
-
-
-def _single_layer(build: Callable[[], Layer], index: int, device: str) -> Module:
-    """The layer alone, in training mode."""
-    return Module({index: with_first_weights(build, 0, device)}).train()
 
 
 def _outputs(module: Module, x: torch.Tensor) -> torch.Tensor:
