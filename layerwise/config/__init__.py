@@ -2,14 +2,7 @@
 
 from layerwise.config.commented import commented
 from layerwise.config.listing import Option, changed_options, options, value_of
-from layerwise.config.options import (
-    CacheOptions,
-    Config,
-    DataOptions,
-    NetOptions,
-    ObjectiveOptions,
-    TrainingOptions,
-)
+from layerwise.config.options import CacheOptions, Config, DataOptions, NetOptions, ObjectiveOptions, TrainingOptions
 from layerwise.config.resolving import (
     ARRAYS,
     DATA_KINDS,

@@ -116,12 +116,7 @@ class Epoch:
 
 
 def training_epoch(
-    extent: Extent,
-    samples: np.ndarray,
-    window: Window,
-    batch_size: int,
-    rng: np.random.Generator,
-    renderings: int = 1,
+    extent: Extent, samples: np.ndarray, window: Window, batch_size: int, rng: np.random.Generator, renderings: int = 1
 ) -> Epoch:
     """Every sample once, in random order, at a random view and place; a last batch that is not full is left out.
 
@@ -133,12 +128,7 @@ def training_epoch(
 
 
 def ordered_epoch(
-    extent: Extent,
-    samples: np.ndarray,
-    window: Window,
-    batch_size: int,
-    rng: np.random.Generator,
-    renderings: int = 1,
+    extent: Extent, samples: np.ndarray, window: Window, batch_size: int, rng: np.random.Generator, renderings: int = 1
 ) -> Epoch:
     """Every sample once, in this order; the last batch may be smaller. Otherwise as in training."""
     windows = np.repeat(samples, renderings)
