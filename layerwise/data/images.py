@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from layerwise.config import DataOptions
-from layerwise.data.files import UsableFiles, usable_files
+from layerwise.data.files import usable_files
 from layerwise.data.source import SampleSet, Skipped, digest
 from layerwise.errors import ConfigError, DataError
 
@@ -119,32 +119,19 @@ def _read_patches(
     return cut_patches(picture, options.patch, options.patch_stride)[start:stop].numpy()
 
 
-def open_image_folder(folder: Path, options: PatchOptions) -> SampleSet:
+def open_images(place: Path, options: PatchOptions, fewest: int = 2) -> SampleSet:
     """The pictures anywhere below a folder, sorted by id, which is the path below the folder, with '/'.
 
     Each sub-folder is a class, found in the label "class"; without sub-folders there is no such label. Where
     `train` and `test` both hold pictures, those are the customary split, and the classes lie one level further down.
     Names that start with a dot are ignored, linked folders are not entered. What cannot be decoded is in `skipped`.
 
-    Raises DataError where the folder is missing or holds fewer than two usable pictures.
+    fewest: pictures that must be usable; where one is enough, `place` may be a picture.
+    Raises DataError where the folder is missing or too few can be used.
     """
-    files = usable_files(folder, EXTENSIONS, "pictures", partial(_inspect, options))
+    files = usable_files(place, EXTENSIONS, "pictures", partial(_inspect, options), fewest)
     names = [*files.ids, *(file.path for file in files.skipped)]
     split = {"train", "test"} <= {name.split("/")[0] for name in names if "/" in name}
-    return _file_set(files, split, options)
-
-
-def pictures_at(place: Path, options: PatchOptions) -> SampleSet:
-    """One picture, or every one below a folder, where nothing is too few; the label "class" is the sub-folder's name.
-
-    Raises DataError where nothing is there.
-    """
-    files = usable_files(place, EXTENSIONS, "pictures", partial(_inspect, options), fewest=0)
-    return _file_set(files, False, options)
-
-
-def _file_set(files: UsableFiles[int], split: bool, options: PatchOptions) -> SampleSet:
-    """Picture files of known sizes; `split` says whether the sub-folders are train and test."""
     classes = np.array([_class_of(name, split) for name in files.ids])
     return picture_set(
         pixels=partial(_read_file, files.folder, options, files.ids),
