@@ -4,7 +4,7 @@ from layerwise.config import OWN, Config, NetOptions
 from layerwise.errors import ConfigError
 from layerwise.nets.named import named_network
 from layerwise.nets.network import Network
-from layerwise.nets.speech import shortest_input, speech_network
+from layerwise.nets.speech import speech_network
 from layerwise.nets.vision import vision_network
 
 
@@ -27,8 +27,12 @@ PAPER = {"speech": speech_network, "vision": vision_network}
 
 
 def shortest_window(net: NetOptions, rows: int) -> int:
-    """Fewest input frames that give so many rows of output."""
-    return shortest_input(net, rows) if net.name == "speech" else rows
+    """Fewest rows of input that give so many rows of output."""
+    if net.name == "speech":
+        geometry = zip(net.kernels, net.strides, net.paddings, strict=True)
+        for kernel, stride, padding in reversed(list(geometry)):
+            rows = max((rows - 1) * stride + kernel - 2 * padding, 1)
+    return rows
 
 
 def shortest_sample(config: Config) -> int:
