@@ -1,4 +1,4 @@
-"""An object of the user's own that an option names as package.module:function."""
+"""Imports that may fail: a function of the user's own, which an option names as package.module:function; torchvision."""
 
 import importlib
 import inspect
@@ -7,7 +7,21 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from layerwise.errors import ConfigError, did_you_mean
+from layerwise.errors import ConfigError, LayerwiseError, did_you_mean
+
+
+def import_torchvision(raises: type[LayerwiseError]) -> Any:
+    """The module. Raises an error of this type where it does not load beside torch."""
+    import torch
+
+    try:
+        import torchvision
+    except (ImportError, OSError, RuntimeError) as error:
+        raise raises(
+            f"torchvision cannot be imported beside torch {torch.__version__} ({error}); install versions that match: "
+            "pip install -c constraints.txt torch torchvision"
+        ) from error
+    return torchvision
 
 
 def named_function(text: str, flag: str, others: Iterable[str]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from layerwise.config.options import Config, Scope, Section
@@ -32,7 +33,7 @@ def options() -> Iterator[Option]:
 
 def _as_option(key: str, field: Any) -> Option:
     extra = field.json_schema_extra
-    return Option(key, extra["flag"], extra["scope"], field.description, field.default)
+    return Option(key, extra["flag"], extra["scope"], field.description.replace("\n", " "), field.default)
 
 
 def changed_options(old: Config, new: Config, scopes: set[Scope]) -> list[tuple[Option, Any, Any]]:
@@ -46,7 +47,4 @@ def changed_options(old: Config, new: Config, scopes: set[Scope]) -> list[tuple[
 
 def value_of(config: Config, key: str) -> Any:
     """The value of a dotted key."""
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+    return attrgetter(key)(config)

@@ -8,11 +8,12 @@ An option's scope says what follows when it changes between two starts of a run:
 
 import datetime
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
@@ -27,77 +28,74 @@ from layerwise.units import seconds
 Scope = Literal["shape", "training", "place"]
 
 
-def _option(default: Any, scope: Scope, help: str, flag: str | None = None, **checks: Any) -> Any:
-    return Field(default, description=help, json_schema_extra={"scope": scope, "flag": flag}, **checks)
+def _option(default: Any, scope: Scope, flag: str | None = None, **checks: Any) -> Any:
+    """flag: its own one on the command line, if any. What stands below an option is its help text."""
+    return Field(default, json_schema_extra={"scope": scope, "flag": flag}, **checks)
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class DataOptions(Section):
     """Where samples come from and how they are cut into frames."""
 
-    source: str = _option(
-        "demo",
-        "place",
-        "demo, KIND:PATH (speech, fsdd, librispeech, images, stl10, cifar10, npy, h5), or package.module:function",
-        "--data",
-    )
-    frames: Literal["steps", "patches", "whole"] = _option(
-        "steps",
-        "shape",
-        "what a frame is: steps of a recording, a stream or an array; patches of a picture; or whole samples; default: what "
-        "--net reads, steps for recordings, whole samples for a network of your own",
-        "--frames",
-    )
-    frame_length: int = _option(1, "shape", "steps: steps in a frame", ge=1)
-    frame_step: int | None = _option(
-        None, "shape", "steps: from one frame to the next, steps; default: data.frame_length", ge=1
-    )
-    sample_rate: int = _option(16_000, "shape", "speech: rate that recordings are resampled to, Hz", ge=1)
-    window: int = _option(20_480, "shape", "steps: length of a training window, frames (of speech: samples)", ge=1)
-    pattern: str = _option(
-        "", "shape", "speech: regular expression on the path whose named groups become labels; empty: speaker = folder"
-    )
-    picture: int = _option(96, "shape", "images: side that pictures are resized and centre-cropped to, pixels", ge=1)
-    crop: int = _option(64, "shape", "images: side of the random crop, pixels", ge=1)
-    patch: int = _option(16, "shape", "images: side of a patch, pixels", ge=1)
-    patch_stride: int = _option(8, "shape", "images: distance between patches, pixels", ge=1)
-    gray: bool = _option(True, "shape", "images: convert to one grey channel")
-    flip: bool = _option(True, "shape", "images: train on mirrored pictures too (a second view in the cache)")
-    views: int | None = _option(
-        None,
-        "shape",
-        "renderings of each sample that are cached side by side; default: what the data have, 2 for patches with flip",
-        "--views",
-        ge=1,
-    )
-    held_out: float = _option(0.1, "shape", "part of the training samples kept for the held-out loss", gt=0, lt=1)
-    test: float = _option(
-        0.2, "shape", "part of the samples kept for probes, where there is no customary test split", gt=0, lt=1
-    )
+    source: str = _option("demo", "place", "--data")
+    """demo, KIND:PATH (speech, fsdd, librispeech, images, stl10, cifar10, npy, h5), or package.module:function"""
+    frames: Literal["steps", "patches", "whole"] = _option("steps", "shape", "--frames")
+    """what a frame is: steps of a recording, a stream or an array; patches of a picture; or whole samples; default: what
+    --net reads, steps for recordings, whole samples for a network of your own"""
+    frame_length: int = _option(1, "shape", ge=1)
+    """steps: steps in a frame"""
+    frame_step: int | None = _option(None, "shape", ge=1)
+    """steps: from one frame to the next, steps; default: data.frame_length"""
+    sample_rate: int = _option(16_000, "shape", ge=1)
+    """speech: rate that recordings are resampled to, Hz"""
+    window: int = _option(20_480, "shape", ge=1)
+    """steps: length of a training window, frames (of speech: samples)"""
+    pattern: str = _option("", "shape")
+    """speech: regular expression on the path whose named groups become labels; empty: speaker = folder"""
+    picture: int = _option(96, "shape", ge=1)
+    """images: side that pictures are resized and centre-cropped to, pixels"""
+    crop: int = _option(64, "shape", ge=1)
+    """images: side of the random crop, pixels"""
+    patch: int = _option(16, "shape", ge=1)
+    """images: side of a patch, pixels"""
+    patch_stride: int = _option(8, "shape", ge=1)
+    """images: distance between patches, pixels"""
+    gray: bool = _option(True, "shape")
+    """images: convert to one grey channel"""
+    flip: bool = _option(True, "shape")
+    """images: train on mirrored pictures too (a second view in the cache)"""
+    views: int | None = _option(None, "shape", "--views", ge=1)
+    """renderings of each sample that are cached side by side; default: what the data have, 2 for patches with flip"""
+    held_out: float = _option(0.1, "shape", gt=0, lt=1)
+    """part of the training samples kept for the held-out loss"""
+    test: float = _option(0.2, "shape", gt=0, lt=1)
+    """part of the samples kept for probes, where there is no customary test split"""
 
 
 class NetOptions(Section):
     """The network. Defaults: the speech network of Löwe et al. 2019, appendix A.2."""
 
-    name: str = _option(
-        "speech",
-        "shape",
-        "network: speech, vision, torchvision:NAME (without its classifier), or package.module:function",
-        "--net",
-        pattern=r"^(speech|vision|own|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
-    )
-    width: int = _option(
-        512, "shape", "channels of the speech layers; of the first vision module before its expansion by 4", ge=1
-    )
-    kernels: tuple[int, ...] = _option((10, 8, 4, 4, 4), "shape", "speech: kernel of each convolution, frames")
-    strides: tuple[int, ...] = _option((5, 4, 2, 2, 2), "shape", "speech: stride of each convolution, frames")
-    paddings: tuple[int, ...] = _option((2, 2, 2, 2, 1), "shape", "speech: zero padding of each convolution, frames")
-    context: int = _option(256, "shape", "speech: width of the recurrent layer; 0: none", ge=0)
-    blocks: tuple[int, ...] = _option((3, 4, 6), "shape", "vision: residual blocks of each module")
-    stem_stride: int = _option(1, "shape", "vision: stride of the 5x5 stem inside a patch", ge=1)
+    name: str = _option("speech", "shape", "--net", pattern=r"^(speech|vision|own|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
+    """network: speech, vision, torchvision:NAME (without its classifier), or package.module:function"""
+    width: int = _option(512, "shape", ge=1)
+    """channels of the speech layers; of the first vision module before its expansion by 4"""
+    kernels: tuple[int, ...] = _option((10, 8, 4, 4, 4), "shape")
+    """speech: kernel of each convolution, frames"""
+    strides: tuple[int, ...] = _option((5, 4, 2, 2, 2), "shape")
+    """speech: stride of each convolution, frames"""
+    paddings: tuple[int, ...] = _option((2, 2, 2, 2, 1), "shape")
+    """speech: zero padding of each convolution, frames"""
+    context: int = _option(256, "shape", ge=0)
+    """speech: width of the recurrent layer; 0: none"""
+    blocks: tuple[int, ...] = _option((3, 4, 6), "shape")
+    """vision: residual blocks of each module"""
+    stem_stride: int = _option(1, "shape", ge=1)
+    """vision: stride of the 5x5 stem inside a patch"""
 
     @model_validator(mode="after")
     def _one_geometry_per_convolution(self) -> "NetOptions":
@@ -117,82 +115,69 @@ class NetOptions(Section):
 class ObjectiveOptions(Section):
     """What each stage is trained for. Defaults: speech, Löwe et al. 2019, appendix A.2."""
 
-    name: str = _option(
-        "infonce", "training", "local objective of each stage: infonce, hinge, ntxent or supervised", "--objective"
-    )
-    label: str = _option("", "training", "supervised: the label that is learnt", "--label")
-    steps: int = _option(12, "training", "rows ahead that are predicted", ge=1)
-    skip: int = _option(0, "training", "rows left out between context and first target", ge=0)
-    negatives: int = _option(10, "training", "negatives of each target, drawn from the whole batch", ge=1)
-    anchors: int = _option(128, "training", "rows of a window that serve as contexts and targets", ge=2)
-    temperature: float = _option(0.5, "training", "ntxent: what similarities are divided by", gt=0)
-    projection: int = _option(128, "training", "ntxent: width of the vectors that are compared", ge=1)
+    name: str = _option("infonce", "training", "--objective")
+    """local objective of each stage: infonce, hinge, ntxent or supervised"""
+    label: str = _option("", "training", "--label")
+    """supervised: the label that is learnt"""
+    steps: int = _option(12, "training", ge=1)
+    """rows ahead that are predicted"""
+    skip: int = _option(0, "training", ge=0)
+    """rows left out between context and first target"""
+    negatives: int = _option(10, "training", ge=1)
+    """negatives of each target, drawn from the whole batch"""
+    anchors: int = _option(128, "training", ge=2)
+    """rows of a window that serve as contexts and targets"""
+    temperature: float = _option(0.5, "training", gt=0)
+    """ntxent: what similarities are divided by"""
+    projection: int = _option(128, "training", ge=1)
+    """ntxent: width of the vectors that are compared"""
 
 
 class TrainingOptions(Section):
     """The stage loop."""
 
-    stages: int | None = _option(
-        None,
-        "shape",
-        "number of stages; default: the fewest that --gpu-mem holds, without it the network's own",
-        "--stages",
-        ge=1,
-    )
-    schedule: Literal["sequential", "simultaneous"] = _option(
-        "sequential",
-        "shape",
-        "sequential: one module after another, each from the cache of the one below; simultaneous: all of them at once, "
-        "gradients isolated, all on the device (to compare with)",
-    )
-    max_epochs: int = _option(100, "training", "most epochs that a stage is trained", "--max-epochs", ge=1)
-    rounds: int = _option(
-        1,
-        "shape",
-        "parts of the epochs of each stage; after each the next stage goes on from what it has put out, so that stages can "
-        "train at the same time (see --devices)",
-        "--rounds",
-        ge=1,
-    )
-    patience: int = _option(
-        3, "training", "epochs without improvement before a stage has converged", "--patience", ge=1
-    )
-    min_delta: float = _option(1e-3, "training", "smallest relative improvement of the held-out loss that counts", ge=0)
-    batch_size: int = _option(8, "training", "windows in a batch", "--batch-size", ge=1)
-    lr: float = _option(2e-4, "training", "learning rate of Adam", "--lr", gt=0)
-    adam_eps: float = _option(
-        1e-6, "training", "Adam's epsilon; at 1e-8 rounding moves the weights of channels that hardly learn", gt=0
-    )
-    input_noise: float = _option(
-        0.0,
-        "training",
-        "noise on the inputs of stages above the first, as a part of their level (root mean square)",
-        ge=0,
-    )
-    frame_dropout: float = _option(
-        0.0, "training", "part of the input frames of stages above the first that is dropped in each step", ge=0, lt=1
-    )
-    precision: Literal["float32", "bfloat16", "float16"] = _option(
-        "float32", "training", "float32, or autocast to bfloat16 or float16", "--precision"
-    )
-    seed: int = _option(0, "shape", "seed of weights, splits, windows and negatives", "--seed", ge=0)
-    device: str = _option("auto", "place", "auto, cpu, cuda or cuda:N", "--device", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    checkpoint_seconds: float = _option(60, "place", "time between checkpoints inside an epoch, seconds", ge=0)
-    log: Literal["none", "tensorboard", "wandb", "mlflow"] = _option(
-        "none", "place", "show curves in tensorboard, wandb or mlflow too; none: in metrics.jsonl alone", "--log"
-    )
+    stages: int | None = _option(None, "shape", "--stages", ge=1)
+    """number of stages; default: the fewest that --gpu-mem holds, without it the network's own"""
+    schedule: Literal["sequential", "simultaneous"] = _option("sequential", "shape")
+    """sequential: one module after another, each from the cache of the one below; simultaneous: all of them at once,
+    gradients isolated, all on the device (to compare with)"""
+    max_epochs: int = _option(100, "training", "--max-epochs", ge=1)
+    """most epochs that a stage is trained"""
+    rounds: int = _option(1, "shape", "--rounds", ge=1)
+    """parts of the epochs of each stage; after each the next stage goes on from what it has put out, so that stages can
+    train at the same time (see --devices)"""
+    patience: int = _option(3, "training", "--patience", ge=1)
+    """epochs without improvement before a stage has converged"""
+    min_delta: float = _option(1e-3, "training", ge=0)
+    """smallest relative improvement of the held-out loss that counts"""
+    batch_size: int = _option(8, "training", "--batch-size", ge=1)
+    """windows in a batch"""
+    lr: float = _option(2e-4, "training", "--lr", gt=0)
+    """learning rate of Adam"""
+    adam_eps: float = _option(1e-6, "training", gt=0)
+    """Adam's epsilon; at 1e-8 rounding moves the weights of channels that hardly learn"""
+    input_noise: float = _option(0.0, "training", ge=0)
+    """noise on the inputs of stages above the first, as a part of their level (root mean square)"""
+    frame_dropout: float = _option(0.0, "training", ge=0, lt=1)
+    """part of the input frames of stages above the first that is dropped in each step"""
+    precision: Literal["float32", "bfloat16", "float16"] = _option("float32", "training", "--precision")
+    """float32, or autocast to bfloat16 or float16"""
+    seed: int = _option(0, "shape", "--seed", ge=0)
+    """seed of weights, splits, windows and negatives"""
+    device: str = _option("auto", "place", "--device", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """auto, cpu, cuda or cuda:N"""
+    checkpoint_seconds: float = _option(60, "place", ge=0)
+    """time between checkpoints inside an epoch, seconds"""
+    log: Literal["none", "tensorboard", "wandb", "mlflow"] = _option("none", "place", "--log")
+    """show curves in tensorboard, wandb or mlflow too; none: in metrics.jsonl alone"""
 
     @model_validator(mode="after")
-    def _inputs_that_never_change(self) -> "TrainingOptions":
+    def _what_the_schedule_and_the_epochs_allow(self) -> "TrainingOptions":
         if self.schedule == "simultaneous" and (self.input_noise or self.frame_dropout):
             raise ValueError(
                 "input_noise and frame_dropout are for inputs that never change; with schedule simultaneous they do, so "
                 "leave them out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _rounds_of_an_epoch_or_more(self) -> "TrainingOptions":
         if self.rounds > self.max_epochs:
             raise ValueError(
                 f"--rounds {self.rounds} share out --max-epochs {self.max_epochs}: give at least one epoch to each round"
@@ -215,95 +200,61 @@ def _size(value: Any) -> Any:
     return size
 
 
+Budget = Annotated[ByteSize | None, BeforeValidator(_size)]
+
+
 class MemoryOptions(Section):
     """The device budget."""
 
-    gpu_mem: ByteSize | None = _option(
-        None, "place", "most device memory of the run, such as 4GB; default: no limit", "--gpu-mem"
-    )
-    micro_batch: int | None = _option(
-        None, "place", "samples that are on the device at once; default: as many as the budget holds", ge=1
-    )
-    recompute: Literal["auto", "always", "never"] = _option(
-        "auto", "place", "keep only the inputs of layers and run these again in the backward pass; auto: where it helps"
-    )
-    optimizer: Literal["auto", "device", "host"] = _option(
-        "auto", "place", "where the optimizer's state lies; auto: on the host where the budget needs it"
-    )
-
-    @field_validator("gpu_mem", mode="before")
-    @classmethod
-    def _a_size(cls, value: Any) -> Any:
-        return _size(value)
+    gpu_mem: Budget = _option(None, "place", "--gpu-mem")
+    """most device memory of the run, such as 4GB; default: no limit"""
+    micro_batch: int | None = _option(None, "place", ge=1)
+    """samples that are on the device at once; default: as many as the budget holds"""
+    recompute: Literal["auto", "always", "never"] = _option("auto", "place")
+    """keep only the inputs of layers and run these again in the backward pass; auto: where it helps"""
+    optimizer: Literal["auto", "device", "host"] = _option("auto", "place")
+    """where the optimizer's state lies; auto: on the host where the budget needs it"""
 
 
 class CacheOptions(Section):
     """The activation caches."""
 
-    dir: str = _option("cache", "place", "folder of the activation caches", "--cache-dir")
-    dtype: Literal["float16", "bfloat16", "float32", "int8"] = _option(
-        "float16", "training", "dtype of cached activations; int8: with a scale per channel", "--cache-dtype"
-    )
-    scratch: str | None = _option(
-        None,
-        "place",
-        "folder on a fast disk of this machine, such as $TMPDIR, in which a cache is written before it is copied to its place",
-    )
-    compression: Literal["none", "zstd"] = _option(
-        "none", "place", "zstd: pack each cache once it is whole; less room, slower reads", "--cache-compression"
-    )
-    block: ByteSize = _option(
-        "32MiB", "place", "bytes that are written and synced at once; a kill costs no more", ge=512
-    )
-    disk: ByteSize | None = _option(
-        None, "place", "most disk that the caches may take, such as 200GB; default: what is free", "--disk"
-    )
-    keep: Literal["needed", "all", "last"] = _option(
-        "needed",
-        "place",
-        "which caches stay: needed: the newest, and the one that it could be made again from; all; last: the newest",
-        "--keep",
-    )
-    policy: Literal["auto", "always", "never"] = _option(
-        "auto",
-        "place",
-        "cache the outputs of a stage, or recompute them for the next one; auto: where they fit",
-        "--cache",
-    )
-
-    @field_validator("disk", mode="before")
-    @classmethod
-    def _a_size(cls, value: Any) -> Any:
-        return _size(value)
+    dir: str = _option("cache", "place", "--cache-dir")
+    """folder of the activation caches"""
+    dtype: Literal["float16", "bfloat16", "float32", "int8"] = _option("float16", "training", "--cache-dtype")
+    """dtype of cached activations; int8: with a scale per channel"""
+    scratch: str | None = _option(None, "place")
+    """folder on a fast disk of this machine, such as $TMPDIR, in which a cache is written before it is copied to its place"""
+    compression: Literal["none", "zstd"] = _option("none", "place", "--cache-compression")
+    """zstd: pack each cache once it is whole; less room, slower reads"""
+    block: ByteSize = _option("32MiB", "place", ge=512)
+    """bytes that are written and synced at once; a kill costs no more"""
+    disk: Budget = _option(None, "place", "--disk")
+    """most disk that the caches may take, such as 200GB; default: what is free"""
+    keep: Literal["needed", "all", "last"] = _option("needed", "place", "--keep")
+    """which caches stay: needed: the newest, and the one that it could be made again from; all; last: the newest"""
+    policy: Literal["auto", "always", "never"] = _option("auto", "place", "--cache")
+    """cache the outputs of a stage, or recompute them for the next one; auto: where they fit"""
 
 
 class EngineOptions(Section):
     """Who performs the tasks of a run."""
 
-    name: Literal["local", "dask", "slurm"] = _option(
-        "local",
-        "place",
-        "local: this machine; dask: the workers of a Dask cluster; slurm: a batch job for each task",
-        "--engine",
-    )
-    devices: tuple[str, ...] = _option(
-        (), "place", "a worker process for each of these devices: 0,1,2 or cpu,cpu; default: this process", "--devices"
-    )
-    scheduler: str | None = _option(
-        None, "place", "dask: address of the scheduler; default: a cluster on this machine", "--scheduler"
-    )
-    partition: str | None = _option(
-        None, "place", "slurm: partition of the jobs; default: the cluster's", "--partition"
-    )
-    gpus: int = _option(1, "place", "slurm: GPUs of a job, where the device is not cpu", ge=0)
-    sbatch: tuple[str, ...] = _option((), "place", "slurm: more options of sbatch, such as ['--account=physics']")
-    time: str | None = _option(
-        None,
-        "place",
-        "stop by oneself, resumable, a little before so much time is over, such as 2h or 1:30:00; of a Slurm job: its limit; "
-        "default: none",
-        "--time",
-    )
+    name: Literal["local", "dask", "slurm"] = _option("local", "place", "--engine")
+    """local: this machine; dask: the workers of a Dask cluster; slurm: a batch job for each task"""
+    devices: tuple[str, ...] = _option((), "place", "--devices")
+    """a worker process for each of these devices: 0,1,2 or cpu,cpu; default: this process"""
+    scheduler: str | None = _option(None, "place", "--scheduler")
+    """dask: address of the scheduler; default: a cluster on this machine"""
+    partition: str | None = _option(None, "place", "--partition")
+    """slurm: partition of the jobs; default: the cluster's"""
+    gpus: int = _option(1, "place", ge=0)
+    """slurm: GPUs of a job, where the device is not cpu"""
+    sbatch: tuple[str, ...] = _option((), "place")
+    """slurm: more options of sbatch, such as ['--account=physics']"""
+    time: str | None = _option(None, "place", "--time")
+    """stop by oneself, resumable, a little before so much time is over, such as 2h or 1:30:00; of a Slurm job: its limit;
+    default: none"""
 
     @field_validator("devices", mode="before")
     @classmethod
@@ -332,7 +283,8 @@ class EngineOptions(Section):
 class Config(Section):
     """All options of one run, resolved."""
 
-    out: str = _option("", "place", "run directory; default: runs/RECIPE", "--out")
+    out: str = _option("", "place", "--out")
+    """run directory; default: runs/RECIPE"""
     data: DataOptions = DataOptions()
     net: NetOptions = NetOptions()
     objective: ObjectiveOptions = ObjectiveOptions()

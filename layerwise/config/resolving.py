@@ -55,25 +55,21 @@ def resolve(
     `overrides` maps dotted keys to values; default_out: `out` where nothing says it. Raises ConfigError with the option, the
     value and what would be right.
     """
-    overrides = dict(overrides or {})
-    file_tree = _read_toml(config_file) if config_file else {}
-    flags: dict[str, Any] = {}
-    for key, value in overrides.items():
-        flags = _merge(flags, _nested(key, value))
-    given = _merge(file_tree, flags)
+    flags = _nested(overrides or {})
+    given = _merge(_read_toml(config_file) if config_file else {}, flags)
     kind, frames = data_kind(str(_in(given, "data", "source") or "demo")), _frames(given)
-    recipe = recipe or _recipe_for(kind, frames, _in(given, "net", "name"))
-    tree = _merge(tomllib.loads(recipe_text(recipe)), given)
-    follows: dict[str, Any] = {"data": {"frames": frames or _frames(tree) or "steps"}}
-    if follows["data"]["frames"] == "whole":
-        follows["objective"] = {"name": "ntxent"}
-    tree = _merge(follows, tree)
+    recipe = recipe or _recipe_for(kind, frames)
+    defaults = tomllib.loads(recipe_text(recipe))
+    frames = frames or _frames(_merge(defaults, given)) or "steps"
+    follows = {"data": {"frames": frames}} | ({"objective": {"name": "ntxent"}} if frames == "whole" else {})
+    defaults = _merge(follows, defaults)
+    tree = _merge(defaults, given)
     if not tree.get("out"):
         tree["out"] = default_out.format(recipe=recipe)
     try:
         return validated(tree)
     except ConfigError as error:
-        if config_file is None or not _is_valid(_merge(follows, _merge(tomllib.loads(recipe_text(recipe)), flags))):
+        if config_file is None or not _is_valid(_merge(defaults, flags)):
             raise
         raise ConfigError(f"In {config_file}: {error}") from None
 
@@ -101,7 +97,7 @@ def _frames(tree: Mapping[str, Any]) -> str | None:
     return net and ("steps" if data_kind(source) in RECORDINGS else "whole")
 
 
-def _recipe_for(kind: str, frames: str | None, net: Any) -> str:
+def _recipe_for(kind: str, frames: str | None) -> str:
     if frames == "whole":
         return "whole"
     if kind in RECORDINGS or kind in PICTURES:
@@ -130,10 +126,7 @@ def parsed(text: str) -> Config:
 
 def with_options(config: Config, changes: Mapping[str, Any]) -> Config:
     """The Config with these options in place of its own; `changes` maps dotted keys to values. Raises ConfigError."""
-    tree = config.model_dump(mode="json", exclude_none=True)
-    for key, value in changes.items():
-        tree = _merge(tree, _nested(key, value))
-    return validated(tree)
+    return validated(_merge(config.model_dump(mode="json", exclude_none=True), _nested(changes)))
 
 
 def validated(tree: Mapping[str, Any]) -> Config:
@@ -173,10 +166,14 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"The configuration {path} is not valid TOML: {error}.") from None
 
 
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
+def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys as nested dicts."""
+    tree: dict[str, Any] = {}
+    for key, value in options.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = _merge(tree, value)
+    return tree
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

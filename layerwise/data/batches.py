@@ -13,12 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
 import torch
 
-from layerwise.data.source import Batched, Expecting, Extent, Place, Readable
+from layerwise.data.source import Extent, OnDisk, Place, Readable
 
 T = TypeVar("T")
 
@@ -67,7 +68,11 @@ class Epoch:
     first_columns: np.ndarray
     window: Window
     batch_size: int
-    steps: int
+
+    @property
+    def steps(self) -> int:
+        """Number of batches."""
+        return -(-len(self.samples) // self.batch_size)
 
     def samples_of(self, step: int) -> np.ndarray:
         """int64 [B], the samples of one step."""
@@ -75,9 +80,7 @@ class Epoch:
 
     def lengths_of(self, extent: Extent, step: int) -> np.ndarray:
         """int64 [B], real frames of the windows of one step, which are not read for it."""
-        samples, rows = self.samples_of(step), self.rows_of(step)
-        start = self.first_rows[rows] * extent.columns
-        stop = np.minimum(start + self.window.rows * extent.columns, extent.lengths[samples])
+        _, start, stop, _ = np.array(list(self._places(extent, step))).T
         return (stop - start) // extent.columns * min(self.window.columns, extent.columns)
 
     def rows_of(self, step: int, share: slice = slice(None)) -> slice:
@@ -101,10 +104,10 @@ class Epoch:
 
     def expect(self, source: Readable, step: int, share: slice = slice(None)) -> None:
         """Tells a source that lies on a disk what `read` will want of it."""
-        if isinstance(source, Expecting):
+        if isinstance(source, OnDisk):
             source.expect(self._places(source, step, share))
 
-    def _places(self, extent: Extent, step: int, share: slice) -> Iterator[Place]:
+    def _places(self, extent: Extent, step: int, share: slice = slice(None)) -> Iterator[Place]:
         rows = self.rows_of(step, share)
         samples = self.samples[rows]
         starts = self.first_rows[rows] * extent.columns
@@ -113,38 +116,37 @@ class Epoch:
 
 
 def training_epoch(
-    extent: Extent,
-    samples: np.ndarray,
-    window: Window,
-    batch_size: int,
-    rng: np.random.Generator,
-    renderings: int = 1,
+    extent: Extent, samples: np.ndarray, window: Window, batch_size: int, rng: np.random.Generator, renderings: int = 1
 ) -> Epoch:
     """Every sample once, in random order, at a random view and place; a last batch that is not full is left out.
 
     renderings: neighbouring windows that show each sample, in views that differ; divides the batch size, which counts windows.
     """
-    order = np.repeat(rng.permutation(samples), renderings)
-    steps = max(len(order) // batch_size, 1)
-    return _place_windows(extent, order[: steps * batch_size], window, batch_size, steps, rng, renderings)
+    whole_batches = max(len(samples) * renderings // batch_size, 1)
+    order = rng.permutation(samples)[: whole_batches * batch_size // renderings]
+    return ordered_epoch(extent, order, window, batch_size, rng, renderings)
 
 
-def held_out_epoch(
-    extent: Extent,
-    samples: np.ndarray,
-    window: Window,
-    batch_size: int,
-    rng: np.random.Generator,
-    renderings: int = 1,
+def ordered_epoch(
+    extent: Extent, samples: np.ndarray, window: Window, batch_size: int, rng: np.random.Generator, renderings: int = 1
 ) -> Epoch:
-    """Every sample once, in order, at a place that `rng` fixes; the last batch may be smaller. Otherwise as in training."""
-    order = np.repeat(samples, renderings)
-    return _place_windows(extent, order, window, batch_size, -(-len(order) // batch_size), rng, renderings)
+    """Every sample once, in this order; the last batch may be smaller. Otherwise as in training."""
+    windows = np.repeat(samples, renderings)
+    spare_rows = np.maximum(extent.lengths[windows] // extent.columns - window.rows, 0)
+    spare_columns = max(extent.columns - window.columns, 0)
+    return Epoch(
+        windows,
+        views=_draw_views(extent.views, len(windows), renderings, rng),
+        first_rows=rng.integers(0, spare_rows + 1),
+        first_columns=rng.integers(0, spare_columns + 1, size=len(windows)),
+        window=window,
+        batch_size=batch_size,
+    )
 
 
 def read_windows(source: Readable, places: list[Place]) -> Batch:
     """Windows of a source, padded with zeros to the longest."""
-    if not isinstance(source, Batched):
+    if not isinstance(source, OnDisk):
         return collate(_each(source, places))
     return Batch(source.read_batch(places), np.array([stop - start for _, start, stop, _ in places], dtype=np.int64))
 
@@ -188,28 +190,6 @@ def read_ahead(jobs: Iterable[Callable[[], T]], threads: int = 1) -> Iterator[T]
                 future.cancel()
 
 
-def _place_windows(
-    extent: Extent,
-    samples: np.ndarray,
-    window: Window,
-    batch_size: int,
-    steps: int,
-    rng: np.random.Generator,
-    renderings: int,
-) -> Epoch:
-    spare_rows = np.maximum(extent.lengths[samples] // extent.columns - window.rows, 0)
-    spare_columns = max(extent.columns - window.columns, 0)
-    return Epoch(
-        samples,
-        views=_draw_views(extent.views, len(samples), renderings, rng),
-        first_rows=rng.integers(0, spare_rows + 1),
-        first_columns=rng.integers(0, spare_columns + 1, size=len(samples)),
-        window=window,
-        batch_size=batch_size,
-        steps=steps,
-    )
-
-
 def _draw_views(views: int, windows: int, renderings: int, rng: np.random.Generator) -> np.ndarray:
     """int64 [windows]; among neighbouring renderings of a sample no view occurs twice."""
     if renderings == 1:
@@ -220,7 +200,7 @@ def _draw_views(views: int, windows: int, renderings: int, rng: np.random.Genera
 
 def _each(source: Readable, places: list[Place]) -> list[torch.Tensor]:
     """Windows [l, *frame shape], each by itself."""
-    if not isinstance(source, Batched):
+    if not isinstance(source, OnDisk):
         return [source.read(*place) for place in places]
     batch = source.read_batch(places)
     return [frames[: stop - start] for frames, (_, start, stop, _) in zip(batch, places, strict=True)]
@@ -261,21 +241,14 @@ class Group:
 
 def group_renderings(lengths: np.ndarray, piece: int) -> list[Group]:
     """Neighbouring renderings whose padded batch has at most `piece` frames. lengths: int64 [renderings]."""
-    groups: list[Group] = []
-    first, longest = 0, 0
+    firsts, longest = [0], 0
     for rendering, length in enumerate(lengths.tolist()):
-        if rendering > first and max(longest, length) * (rendering - first + 1) > piece:
-            groups.append(_group(lengths, first, rendering, piece))
-            first, longest = rendering, 0
+        if rendering > firsts[-1] and max(longest, length) * (rendering - firsts[-1] + 1) > piece:
+            firsts.append(rendering)
+            longest = 0
         longest = max(longest, length)
-    if len(lengths):
-        groups.append(_group(lengths, first, len(lengths), piece))
-    return groups
-
-
-def _group(lengths: np.ndarray, first: int, stop: int, piece: int) -> Group:
-    within = lengths[first:stop]
-    return Group(first, stop, int(within.max()), piece, bool(within.min() < within.max()))
+    parts = [(first, stop, lengths[first:stop]) for first, stop in pairwise([*firsts, len(lengths)]) if first < stop]
+    return [Group(first, stop, int(part.max()), piece, bool(part.min() < part.max())) for first, stop, part in parts]
 
 
 def read_piece(source: Readable, group: Group, start: int) -> Batch:

@@ -18,19 +18,21 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import ConcatDataset
 
 from layerwise.config import DataOptions
 from layerwise.data.arrays import measure_level
 from layerwise.data.images import PatchOptions, patch_options, picture_identity, picture_set, square_pixels
 from layerwise.data.source import SampleSet, digest
 from layerwise.errors import DataError
+from layerwise.importing import import_torchvision
 
 READ_TWICE = 3
 """Items that are read a second time."""
@@ -220,7 +222,7 @@ def open_stl10(folder: Path, options: PatchOptions) -> SampleSet:
 
     `folder` holds stl10_binary, or is it. Raises DataError where files are missing or damaged.
     """
-    kind = _torchvision_datasets().STL10
+    kind = import_torchvision(DataError).datasets.STL10
     # One split at a time: "train+unlabeled" would copy 3 GB to join them.
     splits = {name: {"split": name} for name in ("train", "unlabeled", "test")}
     return _open_published(kind, kind.class_names_file, splits, "labels", folder, options)
@@ -231,21 +233,9 @@ def open_cifar10(folder: Path, options: PatchOptions) -> SampleSet:
 
     `folder` holds cifar-10-batches-py, or is it. Raises DataError where files are missing or damaged.
     """
-    kind = _torchvision_datasets().CIFAR10
+    kind = import_torchvision(DataError).datasets.CIFAR10
     splits = {"train": {"train": True}, "test": {"train": False}}
     return _open_published(kind, kind.meta["filename"], splits, "targets", folder, options)
-
-
-def _torchvision_datasets() -> Any:
-    """The module torchvision.datasets."""
-    try:
-        from torchvision import datasets
-    except (ImportError, OSError, RuntimeError) as error:
-        raise DataError(
-            f"torchvision cannot be imported beside torch {torch.__version__} ({error}); install versions that match: "
-            "pip install -c constraints.txt torch torchvision"
-        ) from error
-    return datasets
 
 
 def _open_published(
@@ -277,20 +267,12 @@ def _open_published(
     class_names = np.array([*parts["train"].classes, ""])  # the last one, so -1, stands for no label
     numbers = np.concatenate([np.asarray(getattr(part, targets), dtype=np.int64) for part in parts.values()])
     sizes = [(file, (root / kind.base_folder / file).stat().st_size) for file in files]
+    pictures: ConcatDataset[Any] = ConcatDataset(parts.values())
     return picture_set(
-        pixels=partial(_read_part, list(parts.values()), options),
+        pixels=lambda sample: square_pixels(pictures[sample][0], options),
         options=options,
         ids=ids,
         identity=picture_identity(kind.__name__.lower(), options, sizes),
         labels={"class": class_names[numbers]},
         test=np.array([name.startswith("test/") for name in ids]),
     )
-
-
-def _read_part(parts: list[Any], options: PatchOptions, sample: int) -> torch.Tensor:
-    """The picture number `sample` of all splits, one after another."""
-    for part in parts:
-        if sample < len(part):
-            return square_pixels(part[sample][0], options)
-        sample -= len(part)
-    raise IndexError(f"no picture {sample} beyond the last")

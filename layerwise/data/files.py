@@ -67,8 +67,9 @@ def _list_files(folder: Path, extensions: set[str], what: str) -> tuple[list[str
             if path.suffix.lower() not in extensions or path.name.startswith("."):
                 continue
             name = path.relative_to(folder).as_posix()
-            if not _is_utf8(name):
-                skipped.append(Skipped(os.fsencode(name).decode(errors="replace"), "its name is not valid UTF-8"))
+            as_utf8 = os.fsencode(name).decode(errors="replace")  # in which names are stored in caches and reports
+            if name != as_utf8:
+                skipped.append(Skipped(as_utf8, "its name is not valid UTF-8"))
             elif not path.is_file():  # a broken link, or a pipe that would block for ever
                 skipped.append(Skipped(name, "not a regular file"))
             else:
@@ -77,12 +78,3 @@ def _list_files(folder: Path, extensions: set[str], what: str) -> tuple[list[str
     if not found and not skipped:
         raise DataError(f"{folder} holds no {what} ({', '.join(sorted(extensions))}); name the folder that does.")
     return sorted(found), skipped
-
-
-def _is_utf8(name: str) -> bool:
-    """Names are stored as UTF-8 in caches and reports; others cannot be written there."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

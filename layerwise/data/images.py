@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from layerwise.config import DataOptions
-from layerwise.data.files import UsableFiles, usable_files
+from layerwise.data.files import usable_files
 from layerwise.data.source import SampleSet, Skipped, digest
 from layerwise.errors import ConfigError, DataError
 
@@ -50,10 +50,6 @@ class PatchOptions:
     """Offer the horizontal mirror as view 1."""
 
     def __post_init__(self) -> None:
-        if self.patch < 1 or self.patch_stride < 1:
-            raise ConfigError(
-                f"A patch of {self.patch} pixels every {self.patch_stride} is impossible; both must be at least 1."
-            )
         steps = (self.picture - self.patch) / self.patch_stride
         if steps < 0 or steps != int(steps):
             nearest = self.patch + self.patch_stride * max(0, round(steps))
@@ -115,43 +111,27 @@ def _read_patches(
 
     Raises IndexError outside the grid or the views, DataError where the file has become unreadable.
     """
-    columns = options.columns
-    if not (0 <= start <= stop <= columns**2 and 0 <= view < (2 if options.flip else 1)):
+    if not (0 <= start <= stop <= options.columns**2 and 0 <= view < (2 if options.flip else 1)):
         raise IndexError(f"no patches {start} to {stop} of view {view} of sample {sample}")
     picture = normalise(pixels(sample))
     if view == 1:
         picture = picture.flip(-1)
-    first_row, last_row = start // columns, -(-stop // columns)
-    patches = cut_patches(picture, options.patch, options.patch_stride, first_row, last_row)
-    return patches[start - first_row * columns : stop - first_row * columns].numpy()
+    return cut_patches(picture, options.patch, options.patch_stride)[start:stop].numpy()
 
 
-def open_image_folder(folder: Path, options: PatchOptions) -> SampleSet:
+def open_images(place: Path, options: PatchOptions, fewest: int = 2) -> SampleSet:
     """The pictures anywhere below a folder, sorted by id, which is the path below the folder, with '/'.
 
     Each sub-folder is a class, found in the label "class"; without sub-folders there is no such label. Where
     `train` and `test` both hold pictures, those are the customary split, and the classes lie one level further down.
     Names that start with a dot are ignored, linked folders are not entered. What cannot be decoded is in `skipped`.
 
-    Raises DataError where the folder is missing or holds fewer than two usable pictures.
+    fewest: pictures that must be usable; where one is enough, `place` may be a picture.
+    Raises DataError where the folder is missing or too few can be used.
     """
-    files = usable_files(folder, EXTENSIONS, "pictures", partial(_inspect, options))
+    files = usable_files(place, EXTENSIONS, "pictures", partial(_inspect, options), fewest)
     names = [*files.ids, *(file.path for file in files.skipped)]
     split = {"train", "test"} <= {name.split("/")[0] for name in names if "/" in name}
-    return _file_set(files, split, options)
-
-
-def pictures_at(place: Path, options: PatchOptions) -> SampleSet:
-    """One picture, or every one below a folder, where nothing is too few; the label "class" is the sub-folder's name.
-
-    Raises DataError where nothing is there.
-    """
-    files = usable_files(place, EXTENSIONS, "pictures", partial(_inspect, options), fewest=0)
-    return _file_set(files, False, options)
-
-
-def _file_set(files: UsableFiles[int], split: bool, options: PatchOptions) -> SampleSet:
-    """Picture files of known sizes; `split` says whether the sub-folders are train and test."""
     classes = np.array([_class_of(name, split) for name in files.ids])
     return picture_set(
         pixels=partial(_read_file, files.folder, options, files.ids),
@@ -183,14 +163,9 @@ def square_pixels(image: Image.Image, options: PatchOptions) -> torch.Tensor:
     return torch.from_numpy(pixels).reshape(options.picture, options.picture, options.channels).permute(2, 0, 1)
 
 
-def cut_patches(
-    picture: torch.Tensor, patch: int, patch_stride: int, first_row: int = 0, last_row: int | None = None
-) -> torch.Tensor:
-    """Rows first_row to last_row (excluded; None: to the end) of the grid of patches of pictures [..., C, H, W].
-
-    Returns [..., rows * columns, C, patch, patch] in the dtype of the pictures, row after row.
-    """
-    rows = picture.unfold(-2, patch, patch_stride)[..., first_row:last_row, :, :]
+def cut_patches(picture: torch.Tensor, patch: int, patch_stride: int) -> torch.Tensor:
+    """Pictures [..., C, H, W] to their patches [..., rows * columns, C, patch, patch] of the same dtype, row after row."""
+    rows = picture.unfold(-2, patch, patch_stride)
     return rows.unfold(-2, patch, patch_stride).movedim(-5, -3).flatten(-5, -4)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from layerwise.config import ARRAYS, DATA_KINDS, FUNCTION, OWN, PICTURES, Config, DataOptions
 from layerwise.data.arrays import open_h5, open_npy
 from layerwise.data.dataset import open_cifar10, open_dataset, open_stl10
-from layerwise.data.images import open_image_folder, patch_options, pictures_at
+from layerwise.data.images import open_images, patch_options
 from layerwise.data.source import DataSet, SampleSet, digest
 from layerwise.data.synthesis import Utterance, synthesise_corpus
 from layerwise.data.views import Framed, WithViews
@@ -72,19 +72,15 @@ def open_input(
     takes, frame_shape, level: of the run's data. What cannot be used is in `skipped`. Raises DataError where nothing is left
     or the encoder does not read such data.
     """
-    options = config.data.model_copy(update={"source": source, "views": None, "flip": False})
-    kind, colon, place = source.partition(":")
-    named = source == "demo" or (colon and kind in DATA_KINDS)
-    plain = not named and Path(source).expanduser().exists()
-    if not named and not plain and not re.fullmatch(FUNCTION, source):
+    named = source == "demo" or source.startswith(tuple(f"{kind}:" for kind in DATA_KINDS))
+    path, read_as = Path(source).expanduser(), source
+    if not named and path.exists():
+        kind = {"waveforms": "speech", "pictures": "images"}.get(takes, "npy" if path.suffix == ".npy" else "h5")
+        read_as = f"{kind}:{path}"
+    elif not named and not re.fullmatch(FUNCTION, source):
         raise DataError(f"There is no file or folder {source}; name one, or KIND:PATH as --data takes it.")
-    if plain:
-        data = _open_place(Path(source).expanduser(), options, takes, shortest)
-    elif kind in ("speech", "images"):
-        what = "waveforms" if kind == "speech" else "pictures"
-        data = _open_place(_path(source, place), options, what, shortest)
-    else:
-        data = _open(options, shortest)
+    options = config.data.model_copy(update={"source": read_as, "views": None, "flip": False, "pattern": ""})
+    data = _open(options, shortest, fewest=0)
     data.level = level  # of the run, not their own
     if data.takes != takes:
         given, taken = (kind.replace("waveforms", "recordings") for kind in (data.takes, takes))
@@ -102,18 +98,8 @@ def open_input(
     return data
 
 
-def _open_place(place: Path, options: DataOptions, takes: str, shortest: int) -> DataSet:
-    """A file or a folder of waveforms or pictures, or a file of arrays."""
-    from layerwise.data.speech import recordings_at
-
-    if takes == "waveforms":
-        return recordings_at(place, options.sample_rate, shortest)
-    if takes == "pictures":
-        return pictures_at(place, patch_options(options))
-    return open_npy(place, options.frames) if place.suffix == ".npy" else open_h5(place, None, options.frames)
-
-
-def _open(options: DataOptions, shortest: int) -> DataSet:
+def _open(options: DataOptions, shortest: int, fewest: int = 2) -> DataSet:
+    """fewest: recordings and pictures of speech: and images: that must be usable."""
     kind, _, place = options.source.partition(":")
     if kind == "demo":
         return open_demo()
@@ -132,20 +118,15 @@ def _open(options: DataOptions, shortest: int) -> DataSet:
         file, colon, name = str(path).rpartition(":")  # FILE, or FILE:NAME
         named = colon and not path.exists()
         return open_h5(Path(file) if named else path, name if named else None, options.frames)
+    if kind == "images":
+        return open_images(path, patch_options(options), fewest)
     if kind in PICTURES:
-        opener = {"images": open_image_folder, "stl10": open_stl10, "cifar10": open_cifar10}[kind]
-        return opener(path, patch_options(options))
-    return _open_speech(kind, path, options, shortest)
-
-
-def _open_speech(kind: str, folder: Path, options: DataOptions, shortest: int) -> DataSet:
+        return {"stl10": open_stl10, "cifar10": open_cifar10}[kind](path, patch_options(options))
     from layerwise.data.speech import open_fsdd, open_librispeech, open_recordings
 
-    if kind == "fsdd":
-        return open_fsdd(folder, options.sample_rate, shortest)
-    if kind == "librispeech":
-        return open_librispeech(folder, options.sample_rate, shortest)
-    return open_recordings(folder, options.sample_rate, options.pattern, shortest)
+    if kind == "speech":
+        return open_recordings(path, options.sample_rate, options.pattern, shortest, fewest=fewest)
+    return {"fsdd": open_fsdd, "librispeech": open_librispeech}[kind](path, options.sample_rate, shortest)
 
 
 def _path(source: str, place: str) -> Path:

@@ -37,8 +37,11 @@ class Readable(Extent, Protocol):
 
 
 @runtime_checkable
-class Expecting(Protocol):
-    """A source that lies on a disk, and can be told what is read soon."""
+class OnDisk(Protocol):
+    """A source that lies on a disk, as a cache does: it prefetches, and reads a batch for less than its windows one by one."""
+
+    reading_threads: int
+    """Threads that reading gains from; 1 where Python's lock lets one read at a time."""
 
     def expect(self, windows: Iterable[Place]) -> None:
         """Windows that `read` is asked for soon: the system may fetch them meanwhile.
@@ -46,14 +49,6 @@ class Expecting(Protocol):
         Returns at once, and may leave the windows unread.
         """
         ...
-
-
-@runtime_checkable
-class Batched(Protocol):
-    """A source that reads the windows of a batch together, for less than it takes one by one."""
-
-    reading_threads: int
-    """Threads that reading gains from; 1 where Python's lock lets one read at a time."""
 
     def read_batch(self, windows: Sequence[Place]) -> torch.Tensor:
         """Windows as one CPU tensor [B, longest, *frame shape], zero behind the shorter ones.

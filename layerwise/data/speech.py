@@ -21,7 +21,7 @@ import numpy as np
 import soundfile
 import torch
 
-from layerwise.data.files import UsableFiles, usable_files
+from layerwise.data.files import usable_files
 from layerwise.data.source import SampleSet, digest
 from layerwise.errors import ConfigError, DataError
 
@@ -48,33 +48,29 @@ class Recording:
 
 
 def open_recordings(
-    folder: Path, rate: int, pattern: str = "", shortest: int = 1, mismatch: str = "data.pattern matches no path"
+    place: Path,
+    rate: int,
+    pattern: str = "",
+    shortest: int = 1,
+    mismatch: str = "data.pattern matches no path",
+    fewest: int = 2,
 ) -> SampleSet:
-    """Every audio file below the folder, in the order of its path; a frame is one audio sample, of shape (1,).
+    """Every audio file below a folder, in the order of its path; a frame is one audio sample, of shape (1,).
 
     pattern: a regular expression searched in each path relative to the folder, with / between its parts; its named
     groups become labels. Empty: the label `speaker` is the name of the folder that holds the file.
     shortest: recordings with fewer samples at `rate` are skipped. mismatch: what is said where no path matches.
-    Raises DataError where the folder is missing or fewer than two recordings can be used, ConfigError for the pattern.
+    fewest: recordings that must be usable; where one is enough, `place` may be a file.
+    Raises DataError where the folder is missing or too few recordings can be used, ConfigError for the pattern.
     """
     expression = _compiled(pattern)
-    files = usable_files(folder, EXTENSIONS, "recordings", partial(_inspect, rate, shortest))
-    labels = _labels(files.ids, expression, mismatch) if expression else _folder_labels(files.ids)
-    return _recording_set(files, rate, labels)
-
-
-def recordings_at(place: Path, rate: int, shortest: int = 1) -> SampleSet:
-    """One audio file, or every one below a folder; nothing is too few.
-
-    The label `speaker` is the name of the folder that holds the file. Raises DataError where nothing is there.
-    """
-    files = usable_files(place, EXTENSIONS, "recordings", partial(_inspect, rate, shortest), fewest=0)
-    return _recording_set(files, rate, _folder_labels(files.ids))
-
-
-def _recording_set(files: UsableFiles[Recording], rate: int, labels: dict[str, np.ndarray]) -> SampleSet:
-    """Its identity covers names, rates, lengths and labels, not contents: hashing those would read the whole set."""
+    files = usable_files(place, EXTENSIONS, "recordings", partial(_inspect, rate, shortest), fewest)
     recordings = files.details
+    if expression:
+        labels = _labels(files.ids, expression, mismatch)
+    else:
+        labels = {"speaker": np.array([Path(name).parent.name for name in files.ids], dtype=str)}
+    # Not of the contents: to hash those would read the whole set.
     described = {
         "rate": rate,
         "files": [(name, each.rate, each.frames) for name, each in zip(files.ids, recordings, strict=True)],
@@ -141,10 +137,6 @@ def _wav_is_cut_off(path: Path) -> bool:
                 return not streamed and file.tell() + size > os.fstat(file.fileno()).st_size
             file.seek(size + size % 2, os.SEEK_CUR)
     return False
-
-
-def _folder_labels(ids: Sequence[str]) -> dict[str, np.ndarray]:
-    return {"speaker": np.array([Path(name).parent.name for name in ids], dtype=str)}
 
 
 def _labels(ids: Sequence[str], expression: re.Pattern[str], mismatch: str) -> dict[str, np.ndarray]:

@@ -146,10 +146,9 @@ def draw_phones(rng: np.random.Generator, seconds: float) -> tuple[tuple[str, ..
     phones: list[str] = []
     lengths: list[int] = []
 
-    def say(*names: str) -> None:
-        for name in names:
-            phones.append(name)
-            lengths.append(round(RATE * slowness * rng.uniform(*INVENTORY[name].duration)))
+    def say(name: str) -> None:
+        phones.append(name)
+        lengths.append(round(RATE * slowness * rng.uniform(*INVENTORY[name].duration)))
 
     say("sil")
     while len(phones) == 1 or sum(lengths) < RATE * seconds:

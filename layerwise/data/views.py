@@ -141,7 +141,8 @@ def cropped(sample: torch.Tensor, flip: bool, rng: np.random.Generator) -> torch
     """
     x, space = sample.float(), sample.shape[1:]
     if 1 <= len(space) <= 3:
-        x = _resized(x[_crop(space, rng)], space)
+        mode = INTERPOLATION[len(space)]
+        x = F.interpolate(x[_crop(space, rng)][None], size=tuple(space), mode=mode, align_corners=False)[0]
     if space and flip and rng.random() < 0.5:
         x = x.flip(-1)
     return _recoloured(x, rng)
@@ -153,10 +154,6 @@ def _crop(space: tuple[int, ...], rng: np.random.Generator) -> tuple[slice, ...]
     sizes = [max(min(round(size * part * float(by)), size), 1) for size, by in zip(space, stretches, strict=True)]
     firsts = [int(rng.integers(0, size - length + 1)) for size, length in zip(space, sizes, strict=True)]
     return (slice(None), *(slice(first, first + length) for first, length in zip(firsts, sizes, strict=True)))
-
-
-def _resized(x: torch.Tensor, space: tuple[int, ...]) -> torch.Tensor:
-    return F.interpolate(x[None], size=tuple(space), mode=INTERPOLATION[len(space)], align_corners=False)[0]
 
 
 def _recoloured(x: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:

@@ -4,7 +4,7 @@ from layerwise.config import OWN, Config, NetOptions
 from layerwise.errors import ConfigError
 from layerwise.nets.named import named_network
 from layerwise.nets.network import Network
-from layerwise.nets.speech import shortest_input, speech_network
+from layerwise.nets.speech import speech_network
 from layerwise.nets.vision import vision_network
 
 
@@ -26,18 +26,21 @@ PAPER = {"speech": speech_network, "vision": vision_network}
 """Networks of Löwe et al. 2019, whose layers are options; all others are applied to each frame by itself."""
 
 
-def rows_needed(config: Config) -> int:
-    """Rows of output that give the objective something to score.
-
-    The same for all objectives over rows, so that they train on the same samples and can be compared.
-    """
-    return 1 if config.data.frames == "whole" else config.objective.skip + 2
+def shortest_window(net: NetOptions, rows: int) -> int:
+    """Fewest rows of input that give so many rows of output."""
+    if net.name == "speech":
+        geometry = zip(net.kernels, net.strides, net.paddings, strict=True)
+        for kernel, stride, padding in reversed(list(geometry)):
+            rows = max((rows - 1) * stride + kernel - 2 * padding, 1)
+    return rows
 
 
 def shortest_sample(config: Config) -> int:
-    """Fewest steps of a sample that give the objective something to score at the last stage."""
+    """Fewest steps of a sample that give the objective something to score at the last stage.
+
+    The same for all objectives over rows, so that they train on the same samples and can be compared.
+    """
     if config.data.frames != "steps":
         return 1
-    rows, data = rows_needed(config), config.data
-    frames = shortest_input(config.net, rows) if config.net.name == "speech" else rows
+    data, frames = config.data, shortest_window(config.net, config.objective.skip + 2)
     return (frames - 1) * (data.frame_step or data.frame_length) + data.frame_length

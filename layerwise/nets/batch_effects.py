@@ -1,8 +1,7 @@
 """What a layer does in training that matters when a batch is sliced into micro-batches, or goes through the layer twice.
 
-It is found in three ways. The names of the parts of a layer need no forward pass. A forward pass of fake tensors takes as
-long for a huge layer as for a small one, but does not show which samples an output depends on. Forward passes of two
-samples show that too, and are made where they are cheap.
+It is found in two ways. A forward pass of fake tensors takes as long for a huge layer as for a small one, but does not show
+which samples an output depends on. Forward passes of two samples show that too, and are made where they are cheap.
 """
 
 import itertools
@@ -21,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerwise.nets.layer import Layer
 from layerwise.nets.module import Module
 from layerwise.nets.network import Network, memoised_per, with_first_weights
 
@@ -67,13 +65,19 @@ def _shortest_input(module: Module) -> int:
 @memoised_per(Network)
 def _layer_effects(network: Network, index: int, frame_shape: tuple[int, ...]) -> BatchEffects:
     """What a layer does, whatever the cut."""
-    build = partial(_single_layer, network.layers[index], index)
+
+    def build(device: str) -> Module:
+        """The layer alone, in training mode."""
+        return Module({index: with_first_weights(network.layers[index], 0, device)}).train()
+
     without_values = build("meta")
     shape = (_shortest_input(without_values), *frame_shape)
     try:
         effects, operations = _effects_on_fake_tensors(build, shape)
-    except Exception:  # a layer of anybody's, without values: whatever goes wrong, its names are left
-        effects, operations = _effects_by_name(without_values), 0
+    except (
+        Exception
+    ):  # a layer of anybody's, without values: it is assumed to draw random numbers, which is always safe
+        effects, operations = BatchEffects(uses_randomness=True, why_unsliceable=None), 0
     batch_norm = find_batch_norm(without_values)
     if batch_norm:
         return BatchEffects(effects.uses_randomness, _ties_samples(batch_norm))
@@ -85,11 +89,6 @@ def _layer_effects(network: Network, index: int, frame_shape: tuple[int, ...]) -
     except Exception:  # on noise, which it may not be made for
         return effects
     return BatchEffects(effects.uses_randomness or on_samples.uses_randomness, on_samples.why_unsliceable)
-
-
-def _single_layer(build: Callable[[], Layer], index: int, device: str) -> Module:
-    """The layer alone, in training mode."""
-    return Module({index: with_first_weights(build, 0, device)}).train()
 
 
 def _outputs(module: Module, x: torch.Tensor) -> torch.Tensor:
@@ -112,20 +111,6 @@ def _path_and_class(path: str, part: nn.Module) -> str:
     return f"{path} ({type(part).__name__})".lstrip()
 
 
-RANDOM = ("dropout", "rand", "bernoulli", "normal_", "rrelu", "fractional_max_pool", "dot_product_attention")
-"""Parts of the names of functions that may draw random numbers."""
-
-
-def _effects_by_name(module: nn.Module) -> BatchEffects:
-    batch_norm, spectral_norm = find_batch_norm(module), _find_spectral_norm(module)
-    why = None
-    if batch_norm:
-        why = _ties_samples(batch_norm)
-    elif spectral_norm:
-        why = f"{spectral_norm} changes itself at every forward pass"
-    return BatchEffects(_may_use_randomness(module), why)
-
-
 def find_batch_norm(module: nn.Module) -> str | None:
     """Path and class of the first submodule with statistics of the batch, as in "layer1.0.bn1 (BatchNorm2d)".
 
@@ -139,27 +124,6 @@ def find_batch_norm(module: nn.Module) -> str | None:
         if isinstance(part, _BatchNorm) or (isinstance(part, _InstanceNorm) and part.track_running_stats):
             return _path_and_class(path, part)
     return None
-
-
-def _find_spectral_norm(module: nn.Module) -> str | None:
-    """Path and class of the first part with a spectral norm, of either kind."""
-    for path, part in module.named_modules():
-        if any("SpectralNorm" in type(by).__name__ for by in (part, *part._forward_pre_hooks.values())):
-            return _path_and_class(path, part)
-    return None
-
-
-def _may_use_randomness(module: nn.Module) -> bool:
-    """Whether some part has a dropout rate, or calls for random numbers."""
-    for part in module.modules():
-        rates = (getattr(part, name, None) for name in ("p", "dropout"))
-        if any(isinstance(rate, int | float) and rate > 0 for rate in rates):
-            return True
-        if isinstance(part, nn.RReLU | nn.FractionalMaxPool2d | nn.FractionalMaxPool3d):
-            return True
-        if any(word in function for function in _called_functions(part) for word in RANDOM):
-            return True
-    return False
 
 
 def _called_functions(part: nn.Module) -> list[str]:

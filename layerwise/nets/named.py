@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from layerwise.errors import ConfigError, did_you_mean
-from layerwise.importing import called
+from layerwise.importing import called, import_torchvision
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 
@@ -35,13 +35,7 @@ def named_network(name: str, frame_shape: tuple[int, ...], seed: int) -> Network
 
 def _torchvision_model(name: str, frame_shape: tuple[int, ...]) -> nn.Module:
     """With random weights, and without the linear layer that would name the classes of ImageNet."""
-    try:
-        from torchvision import models
-    except (ImportError, OSError, RuntimeError) as error:
-        raise ConfigError(
-            f"torchvision cannot be imported beside torch {torch.__version__} ({error}); install versions that match: "
-            "pip install -c constraints.txt torch torchvision"
-        ) from error
+    models = import_torchvision(ConfigError).models
     wanted, known = name.removeprefix(TORCHVISION), models.list_models(module=models)
     if wanted not in known:
         raise ConfigError(f"--net {name}: torchvision has no such model.{did_you_mean(wanted, known)}")

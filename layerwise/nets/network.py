@@ -50,12 +50,13 @@ class Network:
     def build(self, layers: range, seed: int, device: torch.device | str) -> Module:
         """The module of these layers on the device, with its first weights."""
         return Module(
-            {index: with_first_weights(self.layers[index], _layer_seed(seed, index), device) for index in layers}
+            {index: with_first_weights(self.layers[index], weight_seed(seed, index), device) for index in layers}
         )
 
 
-def _layer_seed(seed: int, index: int) -> int:
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
+def weight_seed(*key: int) -> int:
+    """The seed of first weights, from the seed of the run and what they are for."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 def ranges(sizes: Sequence[int]) -> list[range]:
@@ -99,7 +100,8 @@ def with_first_weights(build: Callable[[], AnyModule], seed: int, device: torch.
 def copied(module: AnyModule, device: torch.device | None = None) -> AnyModule:
     """A copy whose tensors are made anew on the device (torch's default one where there is none given), and nothing else
     there."""
-    twin = copy.deepcopy(module, {id(tensor): _tensor_copy(tensor, device) for tensor in _tensors(module)})
+    tensors = {id(tensor): tensor for _, tensor in named_tensors(module)}
+    twin = copy.deepcopy(module, {key: _tensor_copy(tensor, device) for key, tensor in tensors.items()})
     originals = dict(module.named_modules(remove_duplicate=False))
     for path, part in twin.named_modules():
         # torch.fx forgets which buffers are not saved.
@@ -109,11 +111,16 @@ def copied(module: AnyModule, device: torch.device | None = None) -> AnyModule:
     return twin
 
 
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters, buffers, and tensors that are plain attributes."""
-    attributes = chain.from_iterable(vars(part).values() for part in module.modules())
-    plain = (value for value in attributes if isinstance(value, torch.Tensor))
-    return chain(module.parameters(), module.buffers(), plain)
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, buffers, and tensors that are plain attributes, by each of their names."""
+    attributes = (
+        (f"{path}.{name}", value)
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if isinstance(value, torch.Tensor)
+    )
+    parameters = module.named_parameters(remove_duplicate=False)
+    return chain(parameters, module.named_buffers(remove_duplicate=False), attributes)
 
 
 @torch.no_grad()

@@ -26,14 +26,6 @@ def speech_network(net: NetOptions, channels_in: int = 1) -> Network:
     return Network(layers, natural_cut=(1,) * len(layers))
 
 
-def shortest_input(net: NetOptions, frames: int) -> int:
-    """Fewest samples of audio that give `frames` frames of output."""
-    geometry = zip(net.kernels, net.strides, net.paddings, strict=True)
-    for kernel, stride, padding in reversed(list(geometry)):
-        frames = max((frames - 1) * stride + kernel - 2 * padding, 1)
-    return frames
-
-
 class Convolution(Layer):
     """Conv1d and ReLU, without normalisation.
 

@@ -8,14 +8,13 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Set
 from enum import Enum
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from layerwise.nets.layer import Layer
-from layerwise.nets.network import Network, copied
+from layerwise.nets.network import Network, copied, named_tensors
 from layerwise.nets.tracing import trace, why_uncut
 
 
@@ -88,20 +87,17 @@ def _digest(units: Iterable[fx.GraphModule], without_values: Set[str]) -> str:
         total.update(unit.code.encode())
         for name, part in unit.named_modules():
             total.update(f"{name} {_named(type(part))} {_settings(part)}".encode())
-        for name, tensor in _tensors(unit):
-            total.update(name.encode())
-            plain = name.partition(" is ")[0]
-            total.update(_about(tensor) if plain in without_values else _about(tensor) + _values(tensor))
+        first: dict[int, str] = {}  # a tensor of two names says so
+        for name, tensor in named_tensors(unit):
+            total.update(f"{name} is {first.setdefault(id(tensor), name)}".encode())
+            total.update(_about(tensor) if name in without_values else _about(tensor) + _values(tensor))
     return total.hexdigest()
 
 
 def _settings(part: nn.Module) -> str:
     """The public attributes that are plain values; the mode is none, since units have their own."""
-    return str({name: _written(value) for name, value in sorted(vars(part).items()) if _is_setting(name)})
-
-
-def _is_setting(name: str) -> bool:
-    return not name.startswith("_") and name != "training"
+    public = (item for item in sorted(vars(part).items()) if not item[0].startswith("_") and item[0] != "training")
+    return str({name: _written(value) for name, value in public})
 
 
 def _written(value: Any) -> str:
@@ -122,21 +118,6 @@ def _written(value: Any) -> str:
 def _named(thing: Any) -> str:
     """Of a function or a class."""
     return f"{getattr(thing, '__module__', '')}.{thing.__qualname__}"
-
-
-def _tensors(unit: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters, buffers, saved or not, and plain tensor attributes; those of two names say so."""
-    constants = (
-        (f"{path}.{name}", value)
-        for path, part in unit.named_modules()
-        for name, value in vars(part).items()
-        if isinstance(value, torch.Tensor)
-    )
-    first: dict[int, str] = {}
-    for name, tensor in chain(
-        unit.named_parameters(remove_duplicate=False), unit.named_buffers(remove_duplicate=False), constants
-    ):
-        yield f"{name} is {first.setdefault(id(tensor), name)}", tensor
 
 
 def _about(tensor: torch.Tensor) -> bytes:

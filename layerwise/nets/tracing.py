@@ -5,6 +5,7 @@ one unit hands on to the next, and what is cached between them.
 """
 
 import operator
+from collections import defaultdict
 from itertools import chain, pairwise
 
 import torch
@@ -88,7 +89,8 @@ def _unit_stops(root: nn.Module, nodes: list[fx.Node]) -> list[int]:
     What has no parameters goes with the unit before it, or the first; what has frozen ones alone with the unit behind it,
     whose gradients then need not run through it, or the last.
     """
-    holds, trained = _hold_parameters(root, nodes), _are_trained(root, nodes)
+    holds = [any(isinstance(tensor, nn.Parameter) for tensor in _tensors(root, node)) for node in nodes]
+    trained = _are_trained(root, nodes)
     if not any(trained):
         raise ConfigError(
             "The network has nothing to train: it has no parameters, or all of them are frozen; give one that has some with "
@@ -103,11 +105,6 @@ def _unit_stops(root: nn.Module, nodes: list[fx.Node]) -> list[int]:
             stops.append(stop)
             start = stop + 1
     return [*stops, last]
-
-
-def _hold_parameters(root: nn.Module, nodes: list[fx.Node]) -> list[bool]:
-    """Whether each operation has parameters."""
-    return [any(isinstance(tensor, nn.Parameter) for tensor in _tensors(root, node)) for node in nodes]
 
 
 def _are_trained(root: nn.Module, nodes: list[fx.Node]) -> list[bool]:
@@ -145,13 +142,11 @@ def _lifetimes(nodes: list[fx.Node]) -> dict[fx.Node, range]:
 
 def _tied(root: nn.Module, nodes: list[fx.Node]) -> dict[int, range]:
     """By the id of each parameter and buffer: indices of the operations after which it is used again."""
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
+    uses: dict[int, list[int]] = defaultdict(list)
     for index, node in enumerate(nodes):
         for tensor in _tensors(root, node):
-            first.setdefault(id(tensor), index)
-            last[id(tensor)] = index
-    return {tensor: range(first[tensor], last[tensor]) for tensor in first}
+            uses[id(tensor)].append(index)
+    return {tensor: range(indices[0], indices[-1]) for tensor, indices in uses.items()}
 
 
 def _tensors(root: nn.Module, node: fx.Node) -> list[torch.Tensor]:

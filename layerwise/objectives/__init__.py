@@ -45,7 +45,7 @@ _BUILD: dict[str, Build] = {
     "supervised": lambda _, scored: Supervised(scored.context_channels, scored.classes),
 }
 
-_RENDERINGS: dict[str, int] = {"ntxent": 2}
+_RENDERINGS = {"ntxent": 2}
 
 
 def register_objective(name: str, build: Build, renderings: int = 1) -> None:

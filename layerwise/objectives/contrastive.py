@@ -183,7 +183,9 @@ def _score(
     weights = torch.as_tensor(draw.weights, device=targets.device, dtype=targets.dtype)
     windows = contexts.index_select(0, anchors)
 
-    size = min(len(anchors), _slice_length(room, targets.element_size() * channels, candidates.shape[1], steps))
+    # A slice of so many targets has candidates, predictions and gradients of predictions.
+    vector_bytes = targets.element_size() * channels
+    size = min(len(anchors), max(room // (vector_bytes * (candidates.shape[1] + 2 * steps)), 1))
     z_room = targets.new_empty(size, candidates.shape[1], channels)
     prediction_room = targets.new_empty(size, steps, channels)
     if gradients is not None:
@@ -226,11 +228,6 @@ def _pairs(
     for step, offset in enumerate(offsets):
         first = min(max(offset, start), stop)
         yield at_targets[first - start :, step], windows[first - offset : stop - offset]
-
-
-def _slice_length(room: int, vector_bytes: int, candidates: int, steps: int) -> int:
-    """Targets whose candidates, predictions and gradients of predictions fit the room; at least one."""
-    return max(room // (vector_bytes * (candidates + 2 * steps)), 1)
 
 
 class InfoNCE(Contrastive):

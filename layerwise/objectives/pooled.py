@@ -14,24 +14,15 @@ UNLABELLED = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
-    """B neighbouring samples of a padded batch, whose real frames are averaged."""
-
-    frames: int
-    """L of the padded batch."""
-    first: int
-    """The first of the samples."""
-    lengths: np.ndarray
-    """float32 [B], real frames of each, at least 1."""
-
-
-@dataclass(frozen=True, slots=True)
 class Draw:
     """What is scored in one pass. Nothing about it is random: two renderings of a sample are drawn with the batch."""
 
     rows: np.ndarray
-    """int64 [R], sorted: all real frames that are pooled, numbered b * L + t over the padded batch."""
-    pool: Pool
+    """int64 [R], sorted: all real frames of B neighbouring samples, numbered b * L + t over the padded batch."""
+    samples: np.ndarray
+    """int64 [R], which of the B samples each row is of, from 0 on."""
+    lengths: np.ndarray
+    """float32 [B], real frames of each, at least 1."""
     scored: np.ndarray
     """int64 [S], the samples that are scored."""
     classes: np.ndarray
@@ -40,20 +31,28 @@ class Draw:
     """float32 [S], 0 where there is no right answer. Over all passes of a batch they sum to 1, or to 0 where none has one."""
 
 
-def _pool(lengths: np.ndarray, frames: int, samples: np.ndarray) -> tuple[np.ndarray, Pool]:
-    """The rows, and the pool, of neighbouring samples, int64 [B], in a batch with int64 lengths."""
-    first, lengths = int(samples[0]), lengths[samples]
-    sample, frame = np.nonzero(np.arange(frames) < lengths[:, None])
-    return (first + sample) * frames + frame, Pool(frames, first, np.maximum(lengths, 1).astype(np.float32))
+def _pooled(lengths: np.ndarray, frames: int, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`rows`, `samples` and `lengths` of a draw of these neighbouring samples, int64 [B], of a batch."""
+    lengths = lengths[batch]
+    samples, frame = np.nonzero(np.arange(frames) < lengths[:, None])
+    return (batch[0] + samples) * frames + frame, samples, np.maximum(lengths, 1).astype(np.float32)
 
 
 def _means(vectors: torch.Tensor, draw: Draw) -> torch.Tensor:
     """vectors (R, C) at the rows of the draw to means (B, C), in float32 at least."""
     device, dtype = vectors.device, torch.promote_types(vectors.dtype, torch.float32)
-    pool = draw.pool
-    sample = torch.as_tensor(draw.rows // pool.frames - pool.first, device=device)
-    total = torch.zeros(len(pool.lengths), vectors.shape[1], dtype=dtype, device=device)
-    return total.index_add(0, sample, vectors.to(dtype)) / torch.as_tensor(pool.lengths, device=device)[:, None]
+    samples, lengths = (torch.as_tensor(each, device=device) for each in (draw.samples, draw.lengths))
+    total = torch.zeros(len(lengths), vectors.shape[1], dtype=dtype, device=device)
+    return total.index_add(0, samples, vectors.to(dtype)) / lengths[:, None]
+
+
+def _cross_entropy(logits: torch.Tensor, draw: Draw) -> Score:
+    """Of logits (S, classes) of the samples that are scored."""
+    classes, weights = (torch.as_tensor(each, device=logits.device) for each in (draw.classes, draw.weights))
+    # NT-Xent would compare a window without a partner with itself, at an infinite loss.
+    losses = torch.where(weights > 0, F.cross_entropy(logits, classes, reduction="none"), 0)
+    hits = weights * (logits.detach().argmax(1) == classes)
+    return Score((weights * losses).sum(), hits.sum())
 
 
 class NTXent(nn.Module):
@@ -89,22 +88,16 @@ class NTXent(nn.Module):
         has_partner = partners < len(windows)
         weights = (has_partner / max(has_partner.sum(), 1)).astype(np.float32)
         partners = np.minimum(partners, len(windows) - 1)  # of one without a partner any will do: its weight is 0
-        rows, pool = _pool(lengths, frames, windows)
-        return [Draw(rows, pool, part, partners[part], weights[part]) for part in np.array_split(windows, passes)]
+        pooled = _pooled(lengths, frames, windows)
+        return [Draw(*pooled, part, partners[part], weights[part]) for part in np.array_split(windows, passes)]
 
     def forward(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int) -> Score:
         """contexts (R, D) at the rows of the draw; computed in float32 at least. Targets and room are not needed."""
-        device = contexts.device
         compared = F.normalize(self.project(_means(contexts, draw)), dim=1)
-        scored, partners = (torch.as_tensor(each, device=device) for each in (draw.scored, draw.classes))
+        scored = torch.as_tensor(draw.scored, device=contexts.device)
         similarity = compared[scored] @ compared.T / self.temperature
-        itself = scored[:, None] == torch.arange(len(compared), device=device)
-        similarity = similarity.masked_fill(itself, -torch.inf)
-        weights = torch.as_tensor(draw.weights, device=device)
-        # A window without a partner would be compared with itself, at an infinite loss.
-        losses = torch.where(weights > 0, F.cross_entropy(similarity, partners, reduction="none"), 0)
-        hits = weights * (similarity.detach().argmax(1) == partners)
-        return Score((weights * losses).sum(), hits.sum())
+        itself = scored[:, None] == torch.arange(len(compared), device=contexts.device)
+        return _cross_entropy(similarity.masked_fill(itself, -torch.inf), draw)
 
 
 class Supervised(nn.Module):
@@ -134,14 +127,9 @@ class Supervised(nn.Module):
         weights = (labelled / max(labelled.sum(), 1)).astype(np.float32)
         parts = np.array_split(np.arange(len(lengths)), passes)
         return [
-            Draw(*_pool(lengths, frames, part), part, np.maximum(classes[part], 0), weights[part]) for part in parts
+            Draw(*_pooled(lengths, frames, part), part, np.maximum(classes[part], 0), weights[part]) for part in parts
         ]
 
     def forward(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int) -> Score:
         """contexts (R, D) at the rows of the draw; computed in float32 at least. Targets and room are not needed."""
-        device = contexts.device
-        logits = self.classifier(_means(contexts, draw))
-        classes, weights = (torch.as_tensor(each, device=device) for each in (draw.classes, draw.weights))
-        loss = (weights * F.cross_entropy(logits, classes, reduction="none")).sum()
-        hits = (weights * (logits.detach().argmax(1) == classes)).sum()
-        return Score(loss, hits)
+        return _cross_entropy(self.classifier(_means(contexts, draw)), draw)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from layerwise.config import TrainingOptions
-from layerwise.data.batches import Batch, Epoch, held_out_epoch, stream, training_epoch
+from layerwise.data.batches import Batch, Epoch, ordered_epoch, stream, training_epoch
 from layerwise.errors import RunError, TrainingError
 from layerwise.events import EpochDone, StageStarted, StepDone
 from layerwise.files import write_atomically
@@ -158,7 +158,7 @@ def evaluate(
     """
     options, spec = trainer.config.training, trainer.spec
     windows = stream(options.seed, "held-out windows", spec.stage)
-    epoch = held_out_epoch(loader, samples.held_out, spec.window, options.batch_size, windows, spec.renderings)
+    epoch = ordered_epoch(loader, samples.held_out, spec.window, options.batch_size, windows, spec.renderings)
     loss = accuracy = 0.0
     for step, batch in _batches(epoch, loader, samples.classes, trainer, first=0):
         negatives = partial(stream, options.seed, "held-out negatives", spec.stage, step)

@@ -16,7 +16,7 @@ import torch
 
 from layerwise.config import TrainingOptions
 from layerwise.data.batches import Batch, Epoch, Group, among_others, read_ahead, read_piece
-from layerwise.data.source import Batched, Extent, Readable
+from layerwise.data.source import Extent, OnDisk, Readable
 from layerwise.memory.meter import uncounted
 from layerwise.memory.ranks import ALONE, Ranks
 
@@ -42,7 +42,7 @@ class SourceLoader:
     def __init__(self, source: Readable, device: torch.device, ranks: Ranks = ALONE) -> None:
         """ranks: who shares the batches; the windows of the others are zeros, and not read."""
         self._source, self._ranks = source, ranks
-        self._threads = source.reading_threads if isinstance(source, Batched) else 1
+        self._threads = source.reading_threads if isinstance(source, OnDisk) else 1
         self._finished = _pinned if device.type == "cuda" else _as_it_is
         self.lengths, self.columns, self.views = source.lengths, source.columns, source.views
 

@@ -12,9 +12,9 @@ from layerwise.config import Config
 from layerwise.data.batches import Window
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, DataError
+from layerwise.nets import shortest_window
 from layerwise.nets.module import Geometry, Module
-from layerwise.nets.network import Network, with_first_weights
-from layerwise.nets.speech import shortest_input
+from layerwise.nets.network import Network, weight_seed, with_first_weights
 from layerwise.objectives import Scored, build_objective, check_objective, renderings_compared
 from layerwise.objectives.protocol import ObjectiveModule
 from layerwise.training.optimizer import Optimization
@@ -63,7 +63,7 @@ class StageSpec:
         """The objective with its first weights, on the device."""
         scored = Scored(self.target_channels, self.context_channels, self.classes)
         build = partial(build_objective, config.objective, scored)
-        return with_first_weights(build, _objective_seed(config.training.seed, self.stage), device)
+        return with_first_weights(build, weight_seed(config.training.seed, self.stage, 1), device)
 
 
 def stage_specs(
@@ -198,7 +198,7 @@ def _check_rows(config: Config, rows: int) -> None:
     needed = config.objective.skip + 2 if predicts else 1
     if rows < needed:
         ways = {
-            "steps": f"data.window {config.data.window} is too small; give at least {_shortest_window(config, needed)}",
+            "steps": f"data.window {config.data.window} is too small; give at least {shortest_window(config.net, needed)}",
             "patches": "data.crop is too small for the steps of the objective; give a larger one, or a smaller "
             "data.patch_stride",
             "whole": f"--objective {config.objective.name} predicts frames from others, and --frames whole makes one of each "
@@ -207,14 +207,6 @@ def _check_rows(config: Config, rows: int) -> None:
         raise ConfigError(
             f"{ways[config.data.frames]}: the last stage sees {rows} rows of a window, and the objective needs {needed}."
         )
-
-
-def _shortest_window(config: Config, rows: int) -> int:
-    return shortest_input(config.net, rows) if config.net.name == "speech" else rows
-
-
-def _objective_seed(seed: int, stage: int) -> int:
-    return int(np.random.SeedSequence([seed, stage, 1]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def frame_labels(name: str, spec: StageSpec, data: DataSet, sample: int, frames: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerwise.data.batches import Window, held_out_epoch, stream, training_epoch
+from layerwise.data.batches import Window, ordered_epoch, stream, training_epoch
 from layerwise.data.views import cropped
 
 
@@ -19,7 +19,7 @@ class Extent:
 
 @given(st.integers(2, 5), st.integers(1, 4), st.booleans())
 def test_neighbouring_windows_show_one_sample_in_two_views(views: int, pairs: int, training: bool) -> None:
-    make = training_epoch if training else held_out_epoch
+    make = training_epoch if training else ordered_epoch
     epoch = make(Extent(views), np.arange(9), Window(1, 1), 2 * pairs, np.random.default_rng(0), renderings=2)
     assert (epoch.samples[::2] == epoch.samples[1::2]).all()
     assert (epoch.views[::2] != epoch.views[1::2]).all()

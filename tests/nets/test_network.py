@@ -9,10 +9,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from layerwise.config import NetOptions
-from layerwise.nets import build_network
+from layerwise.nets import build_network, shortest_window
 from layerwise.nets.module import Geometry
 from layerwise.nets.network import ranges
-from layerwise.nets.speech import shortest_input
 
 SPEECH = NetOptions()
 VISION = NetOptions(name="vision", width=64)
@@ -129,9 +128,9 @@ def test_a_seed_gives_the_same_first_weights_on_a_gpu_and_leaves_its_generator_a
 
 
 @pytest.mark.parametrize("frames", [1, 2, 14])
-def test_shortest_input_is_the_shortest_that_gives_so_many_frames(frames: int) -> None:
+def test_the_shortest_window_is_the_shortest_that_gives_so_many_frames(frames: int) -> None:
     module = build_network(SPEECH, (1,)).build(range(6), 0, "meta")
-    shortest = shortest_input(SPEECH, frames)
+    shortest = shortest_window(SPEECH, frames)
     assert module.out_length(shortest) >= frames > module.out_length(shortest - 1)
 
 

@@ -224,7 +224,7 @@ def test_samples_of_both_signs_are_run(stage: Callable[..., StageSpec]) -> None:
     assert batch_effects(stage(Rectified)).uses_randomness
 
 
-def test_where_a_layer_cannot_be_run_its_names_decide(stage: Callable[..., StageSpec]) -> None:
+def test_a_layer_that_cannot_be_run_is_assumed_to_draw(stage: Callable[..., StageSpec]) -> None:
     assert batch_effects(stage(Moody)).uses_randomness
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from layerwise.config import Config, resolve
-from layerwise.data.batches import Batch, Window, held_out_epoch
+from layerwise.data.batches import Batch, Window, ordered_epoch
 from layerwise.errors import BudgetError, ConfigError, LayerwiseError
 from layerwise.memory.meter import Meter
 from layerwise.memory.plan import MemoryPlan
@@ -220,7 +220,7 @@ def test_a_rank_reads_its_own_windows_alone(columns: int) -> None:
     lengths = np.array([20, 35, 50, 10, 40])
     window = Window(4, min(columns, 3))
     source = Counted(lengths=lengths, columns=columns, views=1, seen=[])
-    epoch = held_out_epoch(source, np.arange(5), window, 4, np.random.default_rng(0))
+    epoch = ordered_epoch(source, np.arange(5), window, 4, np.random.default_rng(0))
     whole = list(SourceLoader(source, CPU).batches(epoch, 0, nullcontext))
     for rank, own in enumerate(([[0, 1], [4]], [[2, 3], []])):
         source.seen.clear()
