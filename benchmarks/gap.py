@@ -17,7 +17,8 @@ from pathlib import Path
 
 from layerwise.config import resolve
 from layerwise.data.open import open_data
-from layerwise.evaluate.compare import GREEDY, compare
+from layerwise.evaluate.compare import compare
+from layerwise.evaluate.results import GREEDY
 from layerwise.nets import shortest_sample
 
 SIMULTANEOUS = "greedy-infomax-simultaneous"

@@ -15,7 +15,8 @@ import torch
 
 from layerwise.config import load, resolve
 from layerwise.engines.machine import machine
-from layerwise.evaluate.compare import GREEDY, UNTRAINED, Comparison, compare, load_comparison
+from layerwise.evaluate.compare import compare
+from layerwise.evaluate.results import GREEDY, UNTRAINED, Comparison, load_comparison
 from layerwise.report.html import write_report
 from layerwise.units import duration, size
 

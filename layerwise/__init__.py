@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from layerwise.encoder.model import Encoder
     from layerwise.engines.run import RunResult
     from layerwise.errors import BudgetError, ConfigError, DataError, Interrupted, LayerwiseError
-    from layerwise.evaluate.compare import Comparison, compare
-    from layerwise.evaluate.probe import ProbeResult
+    from layerwise.evaluate.compare import compare
+    from layerwise.evaluate.results import Comparison, ProbeResult
     from layerwise.events import EpochDone, Event, StageDone
     from layerwise.forecast import Forecast
     from layerwise.nets.network import Network
@@ -97,10 +97,10 @@ _HOME = {
     "DataError": "layerwise.errors",
     "Interrupted": "layerwise.errors",
     "LayerwiseError": "layerwise.errors",
-    "Comparison": "layerwise.evaluate.compare",
+    "Comparison": "layerwise.evaluate.results",
     "compare": "layerwise.evaluate.compare",
     "register_objective": "layerwise.objectives",
-    "ProbeResult": "layerwise.evaluate.probe",
+    "ProbeResult": "layerwise.evaluate.results",
     "probe": "layerwise.api",
     "RunState": "layerwise.run_store",
     "open_run": "layerwise.run_store",

@@ -5,11 +5,9 @@ those without a flag, as --set does.
 """
 
 import contextlib
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +18,19 @@ from torch import nn
 
 from layerwise.config import OWN, Config, resolve
 from layerwise.config import options as all_options
-from layerwise.data.open import as_data
-from layerwise.data.source import DataSet, Skipped
+from layerwise.data.open import as_data, open_data
 from layerwise.engines.plan import plan as plan_config
 from layerwise.engines.run import RunResult, UserObjects
 from layerwise.engines.run import run as run_config
 from layerwise.errors import ConfigError, did_you_mean
-from layerwise.evaluate.probe import ProbeResult
 from layerwise.evaluate.probe import probe as probe_run
-from layerwise.events import EpochDone, Event, Message, Notify, StageDone, silent
+from layerwise.evaluate.results import ProbeResult
+from layerwise.events import EpochDone, Event, Message, Notify, StageDone
 from layerwise.forecast import Forecast
+from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
-from layerwise.report.progress import LiveTable, LogFile, PlainLines
+from layerwise.report.progress import LogFile, display
 from layerwise.report.tables import stages_at_chance
 from layerwise.run_store import RunStore, open_run
 from layerwise.stop import StopFlag, stop_on_signals
@@ -53,13 +51,15 @@ def cut(model: nn.Module, example: torch.Tensor, stages: int | None = None) -> N
     computed, and the model keeps its weights, from which training starts. Raises ConfigError, naming the operation, where the
     model cannot be recorded or cut so.
     """
-    network = traced_network(model, tuple(example.shape[1:]))
+    shape = tuple(example.shape[1:])
+    network = traced_network(model, shape)
     if stages is None:
         return network
     given = {"training.stages": stages, "training.batch_size": max(len(example) // 2 * 2, 4)}
     config = resolve("whole", overrides={"data.source": OWN, "net.name": OWN, **given})
-    plans = cut_network(config, _Example(tuple(example.shape[1:])), torch.device("cpu"), network)
-    return replace(network, natural_cut=tuple(len(plan.layers) for plan in plans))
+    data = as_data(np.ones((4, *shape), dtype=np.float32), config.data)
+    specs = cut_network(config, data, torch.device("cpu"), network)
+    return replace(network, natural_cut=tuple(len(spec.layers) for spec in specs))
 
 
 def plan(
@@ -75,9 +75,8 @@ def plan(
 
     Parameters as in `run`. Raises LayerwiseErrors where a run could not even be begun.
     """
-    asked = _asked(network, data, options, flags)
-    optimization = _optimization(optimizer, schedule, asked.config)
-    return plan_config(asked.config, network=asked.network, data=asked.data, optimization=optimization)
+    config, given = _request(network, data, optimizer, schedule, options, flags)
+    return plan_config(config, network=given.network, data=given.data, optimization=given.optimization)
 
 
 def run(
@@ -106,10 +105,10 @@ def run(
     Raises Interrupted after saving, where Ctrl-C or a signal asked for it, and other LayerwiseErrors where the request cannot
     be met. It never ends the process.
     """
-    asked = _asked(network, data, options, flags)
-    optimization = _optimization(optimizer, schedule, asked.config)
-    log = LogFile(RunStore.of(asked.config.out, asked.config.cache.dir).log)
-    with _shown(notify) as show, _stoppable(stop) as flag:
+    config, given = _request(network, data, optimizer, schedule, options, flags)
+    log = LogFile(RunStore.of(config.out, config.cache.dir).log)
+    shown = display(Console()) if notify is None else contextlib.nullcontext(notify)
+    with shown as show, _stoppable(stop) as flag:
 
         def tell(event: Event) -> None:
             show(event)
@@ -119,14 +118,7 @@ def run(
             if on_stage is not None and isinstance(event, StageDone):
                 on_stage(event)
 
-        result = run_config(
-            asked.config,
-            UserObjects(asked.network, None, asked.data, optimization),
-            from_stage=from_stage,
-            overwrite=overwrite,
-            stop=flag,
-            notify=tell,
-        )
+        result = run_config(config, given, from_stage=from_stage, overwrite=overwrite, stop=flag, notify=tell)
         if warning := stages_at_chance(result.state, result.config.objective):
             tell(Message(warning))
         return result
@@ -143,38 +135,36 @@ def probe(
     if isinstance(data, str) or isinstance(network, str | Config):
         raise ConfigError("A probe knows what its run was given by name; give it objects alone, or leave them out.")
     samples = None if data is None else as_data(data, config.data)
-    given = network if isinstance(network, Network) else None
     if isinstance(network, nn.Module):
         if samples is None:
             raise ConfigError("A probe needs the data of the run beside its network: give data= too.")
-        given = traced_network(network, tuple(samples.frame_shape))
-    return probe_run(run_directory, label, classifier=classifier, network=given, data=samples)
+        network = traced_network(network, tuple(samples.frame_shape))
+    return probe_run(run_directory, label, classifier=classifier, network=network, data=samples)
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A request as the engines take it."""
-
-    config: Config
-    network: Network | None
-    data: DataSet | None
-
-
-def _asked(network: Model, data: Data, options: Mapping[str, Any] | None, flags: Mapping[str, Any]) -> _Asked:
+def _request(
+    network: Model,
+    data: Data,
+    optimizer: Make | None,
+    schedule: Schedule | None,
+    options: Mapping[str, Any] | None,
+    flags: Mapping[str, Any],
+) -> tuple[Config, UserObjects]:
+    """What the engines take."""
     if isinstance(network, Config):
         if data is not None or options or flags:
             raise ConfigError(
                 "A Config holds all options already: change it with layerwise.resolve, and give it alone."
             )
-        return _Asked(network, None, None)
+        return network, UserObjects(optimization=_optimization(optimizer, schedule, network))
     if not isinstance(network, nn.Module | Network | str | None):
         what = f"the class {network.__name__}" if isinstance(network, type) else f"a {type(network).__name__}"
         raise ConfigError(
             f"The network is {what}; give an nn.Module, called where it is a class, or a name as --net takes it."
         )
-    asked = dict(flags)
-    recipe, config_file = asked.pop("recipe", None), asked.pop("config", None)
-    overrides = {_key(name): value for name, value in asked.items() if value is not None} | dict(options or {})
+    flags = dict(flags)
+    recipe, config_file = flags.pop("recipe", None), flags.pop("config", None)
+    overrides = {_key(name): value for name, value in flags.items() if value is not None} | dict(options or {})
     if data is not None:
         overrides["data.source"] = data if isinstance(data, str) else OWN
     if network is not None:
@@ -183,7 +173,11 @@ def _asked(network: Model, data: Data, options: Mapping[str, Any] | None, flags:
         overrides.setdefault("training.stages", len(network.natural_cut))
     config = resolve(recipe, None if config_file is None else Path(config_file), overrides)
     samples = None if data is None or isinstance(data, str) else as_data(data, config.data)
-    return _Asked(config, _network(network, config, samples), samples)
+    if isinstance(network, nn.Module):
+        reading = samples or open_data(config.data, shortest_sample(config))
+        network = traced_network(network, tuple(reading.frame_shape))
+    optimization = _optimization(optimizer, schedule, config)
+    return config, UserObjects(None if isinstance(network, str) else network, None, samples, optimization)
 
 
 def _optimization(optimizer: Make | None, schedule: Schedule | None, config: Config) -> Optimization | None:
@@ -192,17 +186,6 @@ def _optimization(optimizer: Make | None, schedule: Schedule | None, config: Con
     if schedule is not None:
         raise ConfigError("A schedule goes with an optimizer of your own: give optimizer= too.")
     return None
-
-
-def _network(network: Model, config: Config, samples: DataSet | None) -> Network | None:
-    if not isinstance(network, nn.Module):
-        return network if isinstance(network, Network) else None
-    if samples is None:
-        from layerwise.data.open import open_data
-        from layerwise.nets import shortest_sample
-
-        samples = open_data(config.data, shortest_sample(config))
-    return traced_network(network, tuple(samples.frame_shape))
 
 
 def _key(name: str) -> str:
@@ -218,20 +201,6 @@ def _key(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _shown(notify: Notify | None) -> Iterator[Notify]:
-    """Progress: a live table on a terminal, and in a notebook that has widgets to redraw it; lines elsewhere."""
-    console = Console()
-    redrawn = find_spec("ipywidgets") is not None if console.is_jupyter else console.is_terminal
-    if notify is not None:
-        yield notify
-    elif redrawn:
-        with LiveTable(console) as show:
-            yield show
-    else:
-        yield PlainLines(sys.stdout)
-
-
-@contextlib.contextmanager
 def _stoppable(stop: StopFlag | None) -> Iterator[StopFlag]:
     """Ctrl-C and signals save first; outside of the main thread Python does not hand them out."""
     if stop is not None or threading.current_thread() is not threading.main_thread():
@@ -239,31 +208,3 @@ def _stoppable(stop: StopFlag | None) -> Iterator[StopFlag]:
     else:
         with stop_on_signals() as flag:
             yield flag
-
-
-class _Example:
-    """Whole samples of a shape, which are never read."""
-
-    takes = "arrays"
-    columns, views, level = 1, 2, 1.0
-    lengths = np.ones(4, dtype=np.int64)
-    ids: Sequence[str] = ("0", "1", "2", "3")
-    identity = ""
-    test: np.ndarray | None = None
-    skipped: Sequence[Skipped] = ()
-    frame_label_names: tuple[str, ...] = ()
-
-    def __init__(self, frame_shape: tuple[int, ...]) -> None:
-        self.frame_shape = frame_shape
-        self.labels: dict[str, np.ndarray] = {}
-
-    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
-        """Zeros."""
-        return torch.zeros(stop - start, *self.frame_shape)
-
-    def frame_labels(self, name: str, sample: int, positions: np.ndarray) -> np.ndarray:
-        """There are none."""
-        raise KeyError(name)
-
-
-__all__ = ["Data", "Model", "cut", "plan", "probe", "run", "silent"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib import import_module
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from layerwise.config import Config, options, value_of
 from layerwise.errors import ConfigError
@@ -19,40 +19,29 @@ MLFLOW_EXPERIMENT = "layerwise"
 MLFLOW_TAG = "layerwise.run_id"
 
 
-class Tracker(Protocol):
-    """One run at a service. A method may raise whatever the service's own package raises."""
+class Tracker:
+    """One run at a service; this one, at none. A method may raise whatever the service's own package raises."""
+
+    modules: tuple[str, ...] = ()
+    """What must be there to import."""
+
+    def __init__(self, *run: object) -> None:
+        """run: its files, id and options. The run of this id is opened at the service, or gone on with."""
 
     def log(self, stage: int, step: int, values: Mapping[str, float]) -> None:
         """Numbers of a stage by name; `step` counts epochs of this stage from 1 and never falls, over all starts."""
-        ...
 
     def close(self, done: bool) -> None:
         """After the last numbers of this start; done: the run is finished, not stopped and not failed."""
-        ...
 
 
-Open = Callable[[RunStore, str, Config], Tracker]
-"""Opens the run of this id at a service, or goes on with it."""
-
-
-class NoTracker:
-    """The tracker of a run that names no service."""
-
-    def __init__(self, *run: object) -> None:
-        """Takes what the others take."""
-
-    def log(self, stage: int, step: int, values: Mapping[str, float]) -> None:
-        """Nothing."""
-
-    def close(self, done: bool) -> None:
-        """Nothing."""
-
-
-class TensorBoard:
+class TensorBoard(Tracker):
     """Event files in stages/S/tensorboard/, so that the stages lie in one chart, each a line of its own.
 
     Retraining a stage deletes them with the rest of its folder.
     """
+
+    modules = ("torch.utils.tensorboard",)
 
     def __init__(self, store: RunStore, run_id: str, config: Config) -> None:
         self._store = store
@@ -72,11 +61,13 @@ class TensorBoard:
             writer.close()
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Tracker):
     """One run there for each run here, gone on with by its id. WANDB_MODE=offline keeps it on this disk.
 
     Charts are called stage-S/NAME, over the epochs of that stage.
     """
+
+    modules = ("wandb",)
 
     def __init__(self, store: RunStore, run_id: str, config: Config) -> None:
         import wandb
@@ -102,11 +93,13 @@ class WeightsAndBiases:
         self._run.finish(0 if done else 75)  # as the command itself exits
 
 
-class MLflow:
+class MLflow(Tracker):
     """A run in the experiment `layerwise`, found again by a tag. MLFLOW_TRACKING_URI says at which server or file.
 
     Metrics are called stage-S/NAME, over the epochs of that stage.
     """
+
+    modules = ("mlflow", "mlflow.entities")
 
     def __init__(self, store: RunStore, run_id: str, config: Config) -> None:
         from mlflow import MlflowClient
@@ -135,29 +128,28 @@ class MLflow:
         self._client.set_terminated(self._id, "FINISHED" if done else "KILLED")
 
 
-_SERVICES: dict[str, tuple[Open, tuple[str, ...]]] = {
-    "none": (NoTracker, ()),
-    "tensorboard": (TensorBoard, ("torch.utils.tensorboard",)),
-    "wandb": (WeightsAndBiases, ("wandb",)),
-    "mlflow": (MLflow, ("mlflow", "mlflow.entities")),
+_SERVICES: dict[str, type[Tracker]] = {
+    "none": Tracker,
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "mlflow": MLflow,
 }
-"""Value of `--log` to its tracker, and the modules that this one imports."""
+"""Value of `--log` to its tracker."""
 
 
-def find_service(name: str) -> Open:
+def find_service(name: str) -> type[Tracker]:
     """The service that `--log` names. Raises ConfigError where its package is not installed."""
-    open_tracker, modules = _SERVICES[name]
     try:
-        for module in modules:
+        for module in _SERVICES[name].modules:
             import_module(module)
     except ImportError as error:
         raise ConfigError(
             f"--log {name}: the package for it is missing ({error}); pip install 'layerwise[{name}]'."
         ) from None
-    return open_tracker
+    return _SERVICES[name]
 
 
-def open_service(name: str, open_tracker: Open, store: RunStore, run_id: str, config: Config) -> Tracker:
+def open_service(name: str, open_tracker: type[Tracker], store: RunStore, run_id: str, config: Config) -> Tracker:
     """The run at the service. Raises ConfigError where the service refuses it."""
     try:
         return open_tracker(store, run_id, config)
@@ -193,7 +185,7 @@ class TrackingCallback:
         try:
             work()
         except Exception as error:  # whatever becomes of a service, days of training must not end with it
-            self._tracker = NoTracker()
+            self._tracker = Tracker()
             self._notify(Message(f"--log takes no more, metrics.jsonl goes on: {error}"))
 
 

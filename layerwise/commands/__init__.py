@@ -92,7 +92,5 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
 
 
 def _say(sentence: str) -> None:
-    in_one_line = " ".join(
-        line.strip() for line in sentence.splitlines()
-    )  # click lists what it would take below each other
-    click.echo(f"layerwise: {in_one_line}", err=True)
+    # click lists what it would take below each other.
+    click.echo(f"layerwise: {' '.join(map(str.strip, sentence.splitlines()))}", err=True)

@@ -82,7 +82,7 @@ def verify(place: Path) -> None:
     from layerwise.cache import ActivationCache
     from layerwise.cache.inventory import UNSEALED
 
-    damaged = others = 0
+    errors = []
     for path in _some_files(place):
         if path.suffix in UNSEALED:
             click.echo(f"{path}: {UNSEALED[path.suffix]}; its run goes on with it")
@@ -92,13 +92,12 @@ def verify(place: Path) -> None:
                 opened.verify()
             click.echo(f"{path}: whole")
         except CacheError as error:
-            damaged += isinstance(error, DamagedCache)
-            others += not isinstance(error, DamagedCache)
+            errors.append(error)
             click.echo(str(error))
-    if damaged:
+    if damaged := sum(isinstance(error, DamagedCache) for error in errors):
         raise CacheError(f"Damaged caches: {damaged}. Delete them, and a run makes what it needs again.")
-    if others:
-        raise CacheError(f"{others} of these files could not be read as caches.")
+    if errors:
+        raise CacheError(f"{len(errors)} of these files could not be read as caches.")
 
 
 @cache.command(short_help="Free the room of caches.")

@@ -10,8 +10,9 @@ from rich.console import Console
 from layerwise.commands.options import configured, json_option
 from layerwise.config import Config
 from layerwise.errors import ConfigError
+from layerwise.evaluate.results import METHODS
 from layerwise.events import EpochDone, Event
-from layerwise.report.tables import comparison_table, console_for_results, print_lines
+from layerwise.report.tables import comparison_table, console_for_results
 from layerwise.stop import stop_in_time, stop_on_signals
 
 
@@ -31,7 +32,6 @@ def compare(config: Config, seeds: int, methods: str | None, as_json: bool) -> N
     if not config.objective.label:
         raise ConfigError("compare needs --label NAME: what the probes tell apart.")
 
-    from layerwise.evaluate.compare import METHODS
     from layerwise.evaluate.compare import compare as compare_library  # imports torch, which --help need not wait for
 
     first = config.training.seed
@@ -67,4 +67,4 @@ def compare(config: Config, seeds: int, methods: str | None, as_json: bool) -> N
     console = console_for_results()
     console.print(f"test error of a linear probe for {found.label} after each module, {found.epochs} epochs a module")
     console.print(comparison_table(found))
-    print_lines(console, f"kept in {config.out}/compare.json")
+    click.echo(f"kept in {config.out}/compare.json")

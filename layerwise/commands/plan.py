@@ -8,7 +8,7 @@ from rich.console import Console
 
 from layerwise.commands.options import configured, json_option
 from layerwise.config import Config
-from layerwise.report.tables import console_for_results, forecast_lines, forecast_table, print_lines
+from layerwise.report.tables import console_for_results, forecast_lines, forecast_table
 
 
 @click.command(short_help="Predict what a run would take; runs nothing.")
@@ -26,6 +26,5 @@ def plan(config: Config, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(forecast)))
         return
-    console = console_for_results()
-    console.print(forecast_table(forecast))
-    print_lines(console, *forecast_lines(forecast))
+    console_for_results().print(forecast_table(forecast))
+    click.echo("\n".join(forecast_lines(forecast)))

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from layerwise.commands.options import directory_argument, json_option
-from layerwise.report.tables import console_for_results, few_test_samples, print_lines, probe_table
+from layerwise.report.tables import console_for_results, few_test_samples, probe_table
 from layerwise.stop import stop_on_signals
 from layerwise.units import size
 
@@ -38,13 +38,12 @@ def probe(directory: Path, label: str, classifier: str, as_json: bool) -> None:
             classifier=classifier,
             stop=stop,
             notify=lambda line: shown.update(f"probing: {line}"),
-            warn=partial(print_lines, console),
+            warn=partial(console.print, highlight=False, markup=False, soft_wrap=True),
         )
     if as_json:
         click.echo(json.dumps(asdict(result)))
-    else:
-        console = console_for_results()
-        console.print(probe_table(result))
-        console.print(f"device peak {size(result.peak_bytes)}", highlight=False)
-        if warning := few_test_samples(result):
-            console.print(warning, highlight=False)
+        return
+    console_for_results().print(probe_table(result))
+    click.echo(f"device peak {size(result.peak_bytes)}")
+    if warning := few_test_samples(result):
+        click.echo(warning)

@@ -17,7 +17,6 @@ from layerwise.events import broadcast, silent
 from layerwise.report.progress import LogFile, PlainLines, display
 from layerwise.report.tables import (
     console_for_results,
-    print_lines,
     stage_table,
     stages_at_chance,
     totals,
@@ -87,10 +86,7 @@ def task(directory: Path, round: int, stage: int) -> None:
                 f"--round {round} --stage {stage}: {directory} has {rounds} rounds of {len(state.stages)} stages."
             )
         log = LogFile(store.log)
-        with (
-            stop_in_time(stop, run.config.engine.time),
-            _logging_errors(log, stop, store.round(round, rounds)),
-        ):
+        with stop_in_time(stop, run.config.engine.time), _logging_errors(log, stop, store.round(round, rounds)):
             perform_task(Task(round, stage), run, stop, broadcast(PlainLines(sys.stdout), log))
         if (round, stage) == (rounds, len(state.stages)):
             write_encoder(run)
@@ -144,11 +140,11 @@ def _print_summary(console: Console, result: "RunResult") -> None:
     console.print()
     console.print(stage_table(result.state))
     warning = stages_at_chance(result.state, result.config.objective)
-    print_lines(
-        console,
+    lines = [
         f"\ndone: {totals(result.state)}",
         *([warning] if warning else []),
         *where_things_lie(result.paths, result.state),
         "next:",
         *(f"  {command}" for command in what_next(result.paths, result.labels)),
-    )
+    ]
+    click.echo("\n".join(lines))

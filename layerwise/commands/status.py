@@ -11,7 +11,8 @@ from rich.live import Live
 
 from layerwise.commands.options import directory_argument, json_option
 from layerwise.errors import RunError
-from layerwise.report.records import COMPARISON, RoundState, round_states
+from layerwise.evaluate.results import COMPARISON
+from layerwise.report.records import progress, round_states
 from layerwise.report.tables import console_for_results, rounds_table, stage_table, totals
 from layerwise.run_store import RunState, RunStore, open_run
 from layerwise.stop import stop_on_signals
@@ -50,21 +51,14 @@ def status(directory: Path, as_json: bool, watch: bool) -> None:
 def _shown(store: RunStore, state: RunState, rounds: int) -> Group:
     states = round_states(store, rounds) if rounds > 1 else []
     table = rounds_table(states, rounds) if states and not state.done else stage_table(state)
-    return Group(table, f"{_overall(store, state, states)}: {totals(state)}")
-
-
-def _overall(store: RunStore, state: RunState, states: list[RoundState]) -> str:
-    if state.done:
-        return "done"
-    at_work = store.is_running or store.worker() is not None or any(each.worker for each in states)
-    return "running" if at_work else "stopped"
+    return Group(table, f"{progress(store, state, states)}: {totals(state)}")
 
 
 def _as_json(store: RunStore, state: RunState, rounds: int) -> dict[str, object]:
     """The contract's object; `rounds` in it is for runs that have several."""
     states = round_states(store, rounds) if rounds > 1 else []
     tree: dict[str, object] = {
-        "state": _overall(store, state, states),
+        "state": progress(store, state, states),
         "budget_bytes": state.budget_bytes,
         "device": state.device,
         "stages": [asdict(record) for record in state.stages],

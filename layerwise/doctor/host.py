@@ -42,13 +42,10 @@ CONTAINER_VARIABLES = {
 
 
 def memory() -> Finding:
-    machine = psutil.virtual_memory()
-    limit = memory_limit(CGROUPS, _own_cgroup())
-    limited = limit is not None and limit < machine.total
-    total = limit if limited and limit else machine.total
-    found = f"{size(total)}" + (
-        f", which the container allows; the machine has {size(machine.total)}" if limited else ""
-    )
+    machine = psutil.virtual_memory().total
+    total = min(machine, memory_limit(CGROUPS, _own_cgroup()) or machine)
+    allowed = f", which the container allows; the machine has {size(machine)}" if total < machine else ""
+    found = f"{size(total)}{allowed}"
     if total < LITTLE:
         return Finding("memory", "note", found, "give fewer --batch-size or a smaller network; see `layerwise plan`")
     return Finding("memory", "ok", found)

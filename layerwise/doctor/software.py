@@ -56,11 +56,10 @@ def cache_reads(folder: Path = Path(__file__).parents[1] / "cache") -> Finding:
 
 
 def extras() -> list[Finding]:
-    return [_extra(name, modules) for name, modules in EXTRAS.items()]
-
-
-def _extra(name: str, modules: tuple[str, ...]) -> Finding:
-    missing = [module for module in modules if find_spec(module) is None]
-    if not missing:
-        return Finding(f"extra {name}", "ok", f"{', '.join(modules)}")
-    return Finding(f"extra {name}", "note", f"not installed: pip install 'layerwise[{name}]'")
+    findings = []
+    for name, modules in EXTRAS.items():
+        if all(find_spec(module) for module in modules):
+            findings.append(Finding(f"extra {name}", "ok", ", ".join(modules)))
+        else:
+            findings.append(Finding(f"extra {name}", "note", f"not installed: pip install 'layerwise[{name}]'"))
+    return findings

@@ -41,7 +41,7 @@ class TorchReport:
     """The others, and what they say."""
     cuda: str | None = None
     """The CUDA that torch was built for, such as 13.0; None where it was built without."""
-    gpus: list[dict[str, object]] = field(default_factory=list)
+    gpus: list[dict[str, Any]] = field(default_factory=list)
     """name, free and total (bytes) of each GPU that torch can use."""
     gpu_error: str = ""
     """Why it can use none, where it knows."""
@@ -175,11 +175,10 @@ def _nvml_cuda() -> str | None:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-def _usable(number: int, gpu: dict[str, object], driver: str | None) -> Finding:
-    free, total = int(str(gpu["free"])), int(str(gpu["total"]))
+def _usable(number: int, gpu: dict[str, Any], driver: str | None) -> Finding:
     offered = f", driver for CUDA {driver}" if driver else ""
-    found = f"{gpu['name']}, {size(free)} of {size(total)} free{offered}"
-    if free < total / 2:
+    found = f"{gpu['name']}, {size(gpu['free'])} of {size(gpu['total'])} free{offered}"
+    if gpu["free"] < gpu["total"] / 2:
         return Finding(f"GPU {number}", "note", found, "others hold the rest: give --gpu-mem less than what is free")
     return Finding(f"GPU {number}", "ok", found)
 
@@ -189,10 +188,9 @@ def _unusable(report: TorchReport, driver: str) -> Finding:
         found = f"the driver offers CUDA {driver}, but torch {report.versions['torch']} was built without CUDA"
         return Finding("GPU", "fix", found, "install a torch with CUDA, see pytorch.org; or give --device cpu")
     # Within a major version any driver runs what was built for any minor one.
-    if int(driver.partition(".")[0]) < int(report.cuda.partition(".")[0]):
-        advice = (
-            f"update the driver, or install a torch that was built for CUDA {driver.partition('.')[0]}, see pytorch.org"
-        )
+    major = driver.partition(".")[0]
+    if int(major) < int(report.cuda.partition(".")[0]):
+        advice = f"update the driver, or install a torch that was built for CUDA {major}, see pytorch.org"
         return Finding("GPU", "fix", f"the driver offers CUDA {driver}, torch was built for {report.cuda}", advice)
     why = report.gpu_error.rstrip(".") or "it does not say why"
     return Finding("GPU", "fix", f"the driver offers CUDA {driver}, but torch finds no GPU: {why}", "see nvidia-smi")

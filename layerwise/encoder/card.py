@@ -3,12 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from layerwise.encoder.model import Encoder
 from layerwise.nets.network import ranges
-from layerwise.run_store import RunState, RunStore, StageRecord
+from layerwise.run_store import RunState, RunStore
 from layerwise.training.encoder import Origin
 from layerwise.units import percent, size
 
@@ -23,15 +24,6 @@ class Exported:
     """The largest one found between its output and the encoder's own, in units of the largest feature."""
     fixed: str
     """Sizes of the input that cannot be changed; empty where all can."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    """A row of the table of stages."""
-
-    layers: int
-    parameters: int
-    record: StageRecord
 
 
 def model_card(encoder: Encoder, origin: Origin, store: RunStore, state: RunState, exported: Exported) -> str:
@@ -57,11 +49,16 @@ def model_card(encoder: Encoder, origin: Origin, store: RunStore, state: RunStat
     )
 
 
-def _stages(encoder: Encoder, origin: Origin, state: RunState) -> list[_Stage]:
+def _stages(encoder: Encoder, origin: Origin, state: RunState) -> list[dict[str, Any]]:
+    """Rows of the table of stages."""
     layers = list(encoder.layers.values())
     # Trained all at once, the stages share one record.
     records = state.stages if len(state.stages) == len(origin.cut) else state.stages * len(origin.cut)
     return [
-        _Stage(len(cut), sum(weight.numel() for index in cut for weight in layers[index].parameters()), record)
+        {
+            "layers": len(cut),
+            "parameters": sum(weight.numel() for index in cut for weight in layers[index].parameters()),
+            "record": record,
+        }
         for cut, record in zip(ranges(origin.cut), records, strict=True)
     ]

@@ -42,9 +42,10 @@ def write_safetensors(encoder: Encoder, origin: Origin, network: Given, folder: 
 
 def write_pt2(encoder: Encoder, origin: Origin, network: Given, folder: Path) -> Written:
     """encoder.pt2, a program for torch.export.load."""
-    program, path = record(encoder), folder / "encoder.pt2"
-    torch.export.save(program.exported, path)
-    return Written(torch.export.load(path).module(), program.inputs, program.fixed)
+    path = folder / "encoder.pt2"
+    program, inputs, fixed = record(encoder)
+    torch.export.save(program, path)
+    return Written(torch.export.load(path).module(), inputs, fixed)
 
 
 def write_onnx(encoder: Encoder, origin: Origin, network: Given, folder: Path) -> Written:
@@ -52,14 +53,12 @@ def write_onnx(encoder: Encoder, origin: Origin, network: Given, folder: Path) -
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise ExportError(f"--format onnx needs {' and '.join(missing)}: pip install 'layerwise[onnx]'")
-    program, path = record(encoder), folder / "encoder.onnx"
-    takes = encoder.entry.takes
-    graph = torch.onnx.export(
-        program.exported, dynamo=True, input_names=[takes], output_names=["features"], verbose=False
-    )
+    path, takes = folder / "encoder.onnx", encoder.entry.takes
+    program, inputs, fixed = record(encoder)
+    graph = torch.onnx.export(program, dynamo=True, input_names=[takes], output_names=["features"], verbose=False)
     assert graph is not None  # as it is where the exporter is torch.export's
     graph.save(path)
-    return Written(_onnx_session(path, takes), program.inputs, program.fixed)
+    return Written(_onnx_session(path, takes), inputs, fixed)
 
 
 def _onnx_session(path: Path, takes: str) -> Computes:

@@ -34,13 +34,13 @@ class Encoder(nn.Module):
         sequence in a padded batch; its features are then those that it has alone, and zero from `out_length` on. Raises
         DataError where x or lengths do not fit.
         """
-        for frames in self._passed(x, lengths):
+        for frames in self._stages(x, lengths):
             features = frames
         return vectors(features)
 
     def stages(self, x: torch.Tensor, lengths: Any = None) -> list[torch.Tensor]:
         """What each stage puts out, as it is cached: `(B, L, *frame)`. Where frames are pictures, `forward` averages them."""
-        return list(self._passed(x, lengths))
+        return list(self._stages(x, lengths))
 
     def out_length(self, length: Any) -> Any:
         """Frames of features that come of so many samples of a waveform, steps, or patches (an int or an int64 array)."""
@@ -57,14 +57,20 @@ class Encoder(nn.Module):
             geometry = geometry.after(layer)
         return geometry
 
-    def frames_of_stages(self, frames: torch.Tensor) -> Iterator[torch.Tensor]:
-        """What each stage puts out, one at a time, for frames `(B, L, *frame shape)` behind the entry."""
+    def frames_of_stages(self, frames: torch.Tensor, lengths: np.ndarray | None = None) -> Iterator[torch.Tensor]:
+        """What each stage puts out, one at a time, for frames `(B, L, *frame shape)` behind the entry.
+
+        lengths: int64 [B], frames of each sample where others are padding.
+        """
         for number, layer in enumerate(self.layers.values(), start=1):
             frames = layer(frames)
+            if lengths is not None:
+                lengths = layer.out_length(lengths)
+                frames = mask_padding(frames, lengths)
             if number in self._stage_ends:
                 yield frames
 
-    def _passed(self, x: torch.Tensor, lengths: Any) -> Iterator[torch.Tensor]:
+    def _stages(self, x: torch.Tensor, lengths: Any) -> Iterator[torch.Tensor]:
         if not isinstance(x, torch.Tensor):
             raise DataError(f"The encoder got a {type(x).__name__}; give a tensor: torch.from_numpy(array).")
         self.entry.check(x)
@@ -73,16 +79,8 @@ class Encoder(nn.Module):
             raise DataError(f"{what} of {x.shape[1]} samples are too short; the encoder needs {self.shortest}.")
         if lengths is None:
             return self.frames_of_stages(self.entry(x))
-        return self._padded(x, self._checked(lengths, x))
-
-    def _padded(self, x: torch.Tensor, lengths: np.ndarray) -> Iterator[torch.Tensor]:
-        lengths = self.entry.frames_of(lengths)
-        frames = mask_padding(self.entry(x), lengths)
-        for number, layer in enumerate(self.layers.values(), start=1):
-            lengths = layer.out_length(lengths)
-            frames = mask_padding(layer(frames), lengths)
-            if number in self._stage_ends:
-                yield frames
+        lengths = self.entry.frames_of(self._checked(lengths, x))
+        return self.frames_of_stages(mask_padding(self.entry(x), lengths), lengths)
 
     def _checked(self, lengths: Any, x: torch.Tensor) -> np.ndarray:
         """Lengths as int64 [B]."""

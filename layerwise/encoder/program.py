@@ -4,7 +4,6 @@ And whether a program computes what the encoder does: on inputs of the run's sha
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -87,19 +86,12 @@ class StepwiseRecurrence(nn.Module):
         return outputs.transpose(0, 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Program:
-    """The encoder in tensor operations alone, without its checks."""
+def record(encoder: Encoder) -> tuple[ExportedProgram, list[torch.Tensor], str]:
+    """The encoder in tensor operations alone, without its checks, and with as few sizes fixed as can be.
 
-    exported: ExportedProgram
-    inputs: list[torch.Tensor]
-    """Batches that it takes, as different as it allows."""
-    fixed: str
-    """What must be as in the first of them; empty where nothing must."""
-
-
-def record(encoder: Encoder) -> Program:
-    """The program with as few sizes fixed as can be. Raises ExportError where torch.export cannot record it at all."""
+    Also gives batches that the program takes, as different as it allows, and what must be as in the first of them (empty
+    where nothing must). Raises ExportError where torch.export cannot record the encoder at all.
+    """
     tried = trial_inputs(encoder)
     sizes = tuple(axis for axis in range(1, tried[0].dim()) if len({x.shape[axis] for x in tried}) > 1)
     plain, reason = _Plain(encoder), ""
@@ -114,7 +106,7 @@ def record(encoder: Encoder) -> Program:
             reason = str(error).splitlines()[0]
             continue
         _forget_places(exported)
-        return Program(exported, inputs, _fixed(encoder, inputs[0], may_vary))
+        return exported, inputs, _fixed(encoder, inputs[0], may_vary)
     raise ExportError(f"torch.export cannot record the encoder ({reason}); export it as safetensors.")
 
 

@@ -8,19 +8,19 @@ held-out rows choose k.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from layerwise.evaluate.examples import Examples, FeatureRows, Poll, unasked
+from layerwise.evaluate.examples import Examples, FeatureRows, Poll
+from layerwise.evaluate.results import Confusion
 from layerwise.evaluate.targets import ProbeTargets
 
 NEIGHBOURS = (1, 5, 20, 100)
 TEMPERATURE = 0.07
 
-ASKED = 1024
+QUERY_ROWS = 1024
 """Rows whose neighbours are looked for at once."""
 
 
@@ -33,24 +33,24 @@ def nearest_predictions(examples: Examples) -> np.ndarray:
     return _votes(examples, parts.test, parts.fitted)[k]
 
 
-def _votes(examples: Examples, asked: range, known: range) -> dict[int, np.ndarray]:
-    """For each k, the class that the neighbours of each asked row vote for."""
-    found: dict[int, list[torch.Tensor]] = {k: [] for k in NEIGHBOURS}
-    for whole, _ in examples.pieces(asked):
-        for x in whole.split(ASKED):
+def _votes(examples: Examples, queries: range, known: range) -> dict[int, np.ndarray]:
+    """For each k, the class that the neighbours of each query row vote for."""
+    predicted: dict[int, list[torch.Tensor]] = {k: [] for k in NEIGHBOURS}
+    for whole, _ in examples.pieces(queries):
+        for x in whole.split(QUERY_ROWS):
             cosines, classes = _neighbours(examples, F.normalize(x), known)
-            for k, votes in found.items():
+            for k, of_k in predicted.items():
                 weights = (cosines[:, :k] / TEMPERATURE).exp()
                 per_class = torch.zeros(len(x), examples.count).scatter_add_(1, classes[:, :k], weights)
-                votes.append(per_class.argmax(1))
-    return {k: torch.cat(votes).numpy() for k, votes in found.items()}
+                of_k.append(per_class.argmax(1))
+    return {k: torch.cat(of_k).numpy() for k, of_k in predicted.items()}
 
 
 def _neighbours(examples: Examples, x: torch.Tensor, known: range) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and classes [n, k] of the nearest known rows, nearest first; at most the largest k."""
     cosines, classes = torch.empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64)
     for candidates, of_candidates in examples.pieces(known):
-        for some, of_some in zip(candidates.split(ASKED), of_candidates.split(ASKED), strict=True):
+        for some, of_some in zip(candidates.split(QUERY_ROWS), of_candidates.split(QUERY_ROWS), strict=True):
             cosines = torch.cat([cosines, x @ F.normalize(some).T], dim=1)
             classes = torch.cat([classes, of_some.expand(len(x), -1)], dim=1)
             cosines, order = cosines.topk(min(max(NEIGHBOURS), cosines.shape[1]))
@@ -127,31 +127,18 @@ MOST_CONFUSED = 100
 """Classes beyond which a confusion matrix is not kept: nobody could read it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Confusion:
-    """Test rows of each class, by the class that was predicted."""
+def fit_and_test(
+    features: FeatureRows, targets: ProbeTargets, classifier: str, poll: Poll = lambda: None
+) -> tuple[float, Confusion | None]:
+    """Fits the classifier; gives its error on the test rows, from 0 to 1, and which classes it took for which.
 
-    classes: tuple[str, ...]
-    counts: list[list[int]]
-    """[true class][predicted class]"""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """On the test rows."""
-
-    error: float
-    """From 0 to 1."""
-    confusion: Confusion | None
-
-
-def answer(features: FeatureRows, truth: ProbeTargets, classifier: str, poll: Poll = unasked) -> Answer:
-    """Fits the classifier and tests it. `poll` is called before each piece of the features and may raise."""
-    predicted = CLASSIFIERS[classifier](Examples(features, truth.classes, truth.parts, poll))
-    right = truth.classes[truth.parts.test.start :]
-    confusion = None
-    if len(truth.names) <= MOST_CONFUSED:
-        counts = np.zeros((len(truth.names), len(truth.names)), dtype=np.int64)
-        np.add.at(counts, (right, predicted), 1)
-        confusion = Confusion(truth.names, counts.tolist())
-    return Answer(float((predicted != right).mean()), confusion)
+    poll: is called before each piece of the features and may raise.
+    """
+    predicted = CLASSIFIERS[classifier](Examples(features, targets.classes, targets.parts, poll))
+    correct, count = targets.classes[targets.parts.test.start :], len(targets.names)
+    error = float((predicted != correct).mean())
+    if count > MOST_CONFUSED:
+        return error, None
+    counts = np.zeros((count, count), dtype=np.int64)
+    np.add.at(counts, (correct, predicted), 1)
+    return error, Confusion(targets.names, counts.tolist())

@@ -24,38 +24,31 @@ class FeatureRows:
         """Raises RunError where the folder does not take it."""
         self.channels = self.rows = 0
         self._folder = folder
-        with self._sentences():
+        with self._run_errors():
             folder.mkdir(parents=True, exist_ok=True)
             self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - it is open for as long as this object lives
 
     def append(self, rows: np.ndarray) -> None:
         """More rows float32 [n, C]. Raises RunError where the disk is full."""
         self.channels = rows.shape[1]
-        with self._sentences():
+        with self._run_errors():
             self._file.write(np.ascontiguousarray(rows, dtype=np.float32).tobytes())
         self.rows += len(rows)
 
     def read(self, first: int, stop: int) -> np.ndarray:
         """float32 [stop - first, C]"""
-        with self._sentences():
+        with self._run_errors():
             self._file.flush()
-            content = os.pread(self._file.fileno(), (stop - first) * self._row_bytes, first * self._row_bytes)
+            row_bytes = 4 * self.channels
+            content = os.pread(self._file.fileno(), (stop - first) * row_bytes, first * row_bytes)
         return np.frombuffer(content, dtype=np.float32).reshape(stop - first, self.channels)
 
     def close(self) -> None:
         """Frees its room on the disk."""
         self._file.close()
 
-    @property
-    def bytes(self) -> int:
-        return self.rows * self._row_bytes
-
-    @property
-    def _row_bytes(self) -> int:
-        return 4 * self.channels
-
     @contextmanager
-    def _sentences(self) -> Iterator[None]:
+    def _run_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -64,11 +57,6 @@ class FeatureRows:
 
 Poll = Callable[[], None]
 """Is called between two pieces and may raise."""
-
-
-def unasked() -> None:
-    """The poll of nobody."""
-
 
 PIECE_BYTES = 64 * 2**20
 """Features in memory at once; fewer are kept there."""
@@ -97,7 +85,7 @@ class Parts:
 class Examples:
     """Rows in their order; each channel has mean 0 and spread 1 over the training rows."""
 
-    def __init__(self, features: FeatureRows, classes: np.ndarray, parts: Parts, poll: Poll = unasked) -> None:
+    def __init__(self, features: FeatureRows, classes: np.ndarray, parts: Parts, poll: Poll = lambda: None) -> None:
         """classes: int64 [N] from 0."""
         self.parts, self.channels = parts, features.channels
         self.count = int(classes.max()) + 1
@@ -108,15 +96,18 @@ class Examples:
 
     def pieces(self, rows: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """float32 [n, C] and int64 [n] of these rows, piece after piece."""
-        for first in range(rows.start, rows.stop, self._step):
-            self._poll()
-            stop = min(first + self._step, rows.stop)
-            x = self._read(range(first, stop)) if self._kept is None else self._kept[first:stop]
-            yield x, torch.from_numpy(self._classes[first:stop])
+        for piece in self._pieces(rows):
+            x = self._read(piece) if self._kept is None else self._kept[piece.start : piece.stop]
+            yield x, torch.from_numpy(self.classes(piece))
 
     def classes(self, rows: range) -> np.ndarray:
         """int64 [n]"""
         return self._classes[rows.start : rows.stop]
+
+    def _pieces(self, rows: range) -> Iterator[range]:
+        for first in range(rows.start, rows.stop, self._step):
+            self._poll()
+            yield range(first, min(first + self._step, rows.stop))
 
     def _read(self, rows: range) -> torch.Tensor:
         centred = self._features.read(rows.start, rows.stop) - self._mean
@@ -125,14 +116,10 @@ class Examples:
         return torch.from_numpy(np.where(varies, centred / np.maximum(self._spread, 1e-12), 0).astype(np.float32))
 
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and spread float32 [C]."""
-        count = len(self.parts.train)
-        mean = sum(rows.sum(0, dtype=np.float64) for rows in self._raw(self.parts.train)) / count
-        squares = sum(np.square(rows - mean).sum(0, dtype=np.float64) for rows in self._raw(self.parts.train))
-        return mean.astype(np.float32), np.sqrt(squares / count).astype(np.float32)
-
-    def _raw(self, rows: range) -> Iterator[np.ndarray]:
-        """float32 [n, C], as they were stored."""
-        for first in range(rows.start, rows.stop, self._step):
-            self._poll()
-            yield self._features.read(first, min(first + self._step, rows.stop))
+        """Mean and spread float32 [C] of the training rows."""
+        train, read = self.parts.train, self._features.read
+        mean = sum(read(piece.start, piece.stop).sum(0, dtype=np.float64) for piece in self._pieces(train)) / len(train)
+        squares = sum(
+            np.square(read(piece.start, piece.stop) - mean).sum(0, dtype=np.float64) for piece in self._pieces(train)
+        )
+        return mean.astype(np.float32), np.sqrt(squares / len(train)).astype(np.float32)

@@ -1,6 +1,5 @@
 """What a probe sees of a sample: the mean over its frames, or single frames where the label is per frame."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch
 
 from layerwise.cache import ActivationCache
 from layerwise.data.batches import stream
-from layerwise.evaluate.examples import FeatureRows
+from layerwise.evaluate.examples import FeatureRows, Poll
 from layerwise.memory.meter import host_tensor, uncounted
 from layerwise.nets.layer import vectors
 
@@ -66,11 +65,7 @@ def choose_frames(sample: int, length: int, per_frame: bool) -> np.ndarray:
 
 
 def cached_features(
-    cache: ActivationCache,
-    samples: np.ndarray,
-    per_frame: bool,
-    into: FeatureRows,
-    poll: Callable[[], None] = lambda: None,
+    cache: ActivationCache, samples: np.ndarray, per_frame: bool, into: FeatureRows, poll: Poll = lambda: None
 ) -> None:
     """Features of the samples from a cache, in their order: a row each, or one per chosen frame where per_frame.
 

@@ -5,7 +5,7 @@ are there; those of other stages are made again from the data.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +14,12 @@ from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.errors import CacheError, ConfigError, DataError, RunError, did_you_mean
-from layerwise.evaluate.classifiers import CLASSIFIERS, Confusion, answer
+from layerwise.evaluate.classifiers import CLASSIFIERS, fit_and_test
 from layerwise.evaluate.examples import FeatureRows
 from layerwise.evaluate.features import cached_features
 from layerwise.evaluate.forward import features_under_budget
-from layerwise.evaluate.targets import ProbeTask, ask, truth
+from layerwise.evaluate.results import ProbeResult, StageError
+from layerwise.evaluate.targets import ProbeTask, probe_targets, probe_task
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network, ranges
 from layerwise.run_store import RunState, RunStore, open_run
@@ -26,31 +27,6 @@ from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import load_stages
 from layerwise.training.forward import OutputFormat, random_stages, trained_stages
 from layerwise.training.spec import stage_specs
-
-
-@dataclass(frozen=True, slots=True)
-class StageError:
-    """Error rates from 0 to 1; train and test count samples, or frames where the label is per frame."""
-
-    stage: int
-    error: float
-    untrained_error: float
-    train: int
-    test: int
-    confusion: Confusion | None
-    """Of the trained stage; None where there are too many classes."""
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeResult:
-    """One probe of every finished stage."""
-
-    label: str
-    stages: list[StageError]
-    peak_bytes: int
-    """Most that the probe held on the device."""
-    classifier: str
-    """linear or knn."""
 
 
 def probe(
@@ -87,29 +63,29 @@ def probe(
             f"The network given is not the one that {run_directory} was trained with; give that one, as it was."
         )
     specs = stage_specs(config, data, network, ranges(state.cut))[: max(done)]
-    question = ask(label, data, config)
+    task = probe_task(label, data, config)
     handings = [OutputFormat.of(store.read_stage_config(spec.stage)) for spec in specs]
 
     notify("features of the same network with random weights")
     random = random_stages(specs, handings, config.training.seed)
-    untrained, peak = features_under_budget(config, question, random, store.probes, stop)
-    passed: list[FeatureRows] = []
-    cached = {stage: _cached_features(store, state, stage, question, stop, warn) for stage in done}
+    untrained, peak = features_under_budget(config, task, random, store.probes, stop)
+    recomputed: list[FeatureRows] = []
+    cached = {stage: _cached_features(store, state, stage, task, stop, warn) for stage in done}
     if any(features is None for features in cached.values()):
         notify("features of stages that are not cached")
         stages = trained_stages(specs, handings, load_stages(store, [spec.stage for spec in specs]))
-        passed, more = features_under_budget(config, question, stages, store.probes, stop)
+        recomputed, more = features_under_budget(config, task, stages, store.probes, stop)
         peak = max(peak, more)
-    trained = {stage: passed[stage - 1] if kept is None else kept for stage, kept in cached.items()}
     results = []
-    for stage, features in trained.items():
+    for stage, features in cached.items():
         poll = partial(stop.raise_if_set, f"in the probe of stage {stage}")
         notify(f"stage {stage}")
-        right = truth(question, specs[stage - 1])
-        found = answer(features, right, classifier, poll)
-        baseline = answer(untrained[stage - 1], right, classifier, poll)
-        train, test = len(right.parts.fitted), len(right.parts.test)
-        results.append(StageError(stage, found.error, baseline.error, train, test, found.confusion))
+        targets = probe_targets(task, specs[stage - 1])
+        trained = recomputed[stage - 1] if features is None else features
+        error, confusion = fit_and_test(trained, targets, classifier, poll)
+        untrained_error, _ = fit_and_test(untrained[stage - 1], targets, classifier, poll)
+        train, test = len(targets.parts.fitted), len(targets.parts.test)
+        results.append(StageError(stage, error, untrained_error, train, test, confusion))
     result = ProbeResult(label, results, peak, classifier)
     store.write_probe(label if classifier == "linear" else f"{label}-{classifier}", asdict(result))
     return result
@@ -126,12 +102,7 @@ def _data_of_the_run(config: Config, state: RunState, given: DataSet | None) -> 
 
 
 def _cached_features(
-    store: RunStore,
-    state: RunState,
-    stage: int,
-    question: ProbeTask,
-    stop: StopFlag,
-    warn: Callable[[str], None],
+    store: RunStore, state: RunState, stage: int, task: ProbeTask, stop: StopFlag, warn: Callable[[str], None]
 ) -> FeatureRows | None:
     """From the stage's cache, or None where it is not there or cannot be used."""
     if not store.cache(stage).exists():
@@ -141,8 +112,8 @@ def _cached_features(
             if cache.layout.fingerprint != state.record(stage).fingerprint:
                 raise RunError(f"{cache.path} was not made by this run; move it away.")
             features = FeatureRows(store.probes)
-            poll = stop.raise_if_set
-            cached_features(cache, question.samples, question.per_frame, features, lambda: poll("while probing"))
+            poll = partial(stop.raise_if_set, "while probing")
+            cached_features(cache, task.samples, task.per_frame, features, poll)
             return features
     except CacheError as error:
         warn(f"{error} Until then probes recompute the features of stage {stage}.")

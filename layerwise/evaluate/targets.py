@@ -1,4 +1,4 @@
-"""What a probe asks: a label, of the samples or of their frames, split as in the run."""
+"""What a probe is to predict: a label, of the samples or of their frames, split as in the run."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from layerwise.training.spec import StageSpec, frame_labels
 
 @dataclass(frozen=True, slots=True)
 class ProbeTask:
-    """Asked of features whose rows come sample by sample in the order of `samples`."""
+    """A label, and the samples that carry it; rows of features come sample by sample in this order."""
 
     label: str
     data: DataSet
@@ -29,7 +29,7 @@ class ProbeTask:
 
 @dataclass(frozen=True, slots=True)
 class ProbeTargets:
-    """What is right for each row of a stage's features."""
+    """The class of each row of a stage's features."""
 
     names: tuple[str, ...]
     """Of the classes."""
@@ -38,8 +38,8 @@ class ProbeTargets:
     parts: Parts
 
 
-def ask(label: str, data: DataSet, config: Config) -> ProbeTask:
-    """The question for a label. Raises DataError where the data do not have it, or it has one value only."""
+def probe_task(label: str, data: DataSet, config: Config) -> ProbeTask:
+    """The task of telling a label. Raises DataError where the data do not have it, or it has one value only."""
     per_frame = label in data.frame_label_names
     split = split_samples(data, config)
     samples = np.arange(len(data.ids)) if per_frame else _labelled(label, data, split)
@@ -47,13 +47,12 @@ def ask(label: str, data: DataSet, config: Config) -> ProbeTask:
     return ProbeTask(label, data, per_frame, samples, split[samples])
 
 
-def truth(question: ProbeTask, spec: StageSpec) -> ProbeTargets:
-    """Of the features of one stage."""
-    values, split = question.data.labels.get(question.label, np.zeros(0)), question.split
-    if question.per_frame:
-        values, split = _frame_values(question, spec)
+def probe_targets(task: ProbeTask, spec: StageSpec) -> ProbeTargets:
+    """The targets for the features of one stage."""
+    if task.per_frame:
+        values, split = _frame_values(task, spec)
     else:
-        values = values[question.samples]
+        values, split = task.data.labels[task.label][task.samples], task.split
     names, classes = np.unique(values, return_inverse=True)
     counts = np.bincount(split, minlength=len(SPLITS)).tolist()
     return ProbeTargets(tuple(names.tolist()), classes.astype(np.int64), Parts.of(*counts))
@@ -78,12 +77,12 @@ def _labelled(label: str, data: DataSet, split: np.ndarray) -> np.ndarray:
     return samples
 
 
-def _frame_values(question: ProbeTask, spec: StageSpec) -> tuple[np.ndarray, np.ndarray]:
+def _frame_values(task: ProbeTask, spec: StageSpec) -> tuple[np.ndarray, np.ndarray]:
     """Label and split of each chosen frame."""
-    numbers = question.samples.tolist()
+    numbers = task.samples.tolist()
     chosen = [choose_frames(sample, int(spec.output_lengths[sample]), per_frame=True) for sample in numbers]
     values = [
-        frame_labels(question.label, spec, question.data, sample, frames)
+        frame_labels(task.label, spec, task.data, sample, frames)
         for sample, frames in zip(numbers, chosen, strict=True)
     ]
-    return np.concatenate(values), np.repeat(question.split, [len(frames) for frames in chosen])
+    return np.concatenate(values), np.repeat(task.split, [len(frames) for frames in chosen])

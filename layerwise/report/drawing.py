@@ -25,8 +25,6 @@ INK = "#1f2328"
 BLUE, ORANGE, GREEN, PINK, OCHRE, GRAY = PALETTE = ("#0069aa", "#c24e00", "#00775a", "#b0407f", "#8a6300", "#6b6f76")
 """Told apart by hue or lightness with any kind of colour blindness; on a dark page the template has lighter ones."""
 
-MARKERS = ("o", "s", "^", "D", "v", "X")
-
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": INK,
@@ -46,7 +44,6 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.5,
     "lines.markersize": 4.5,
-    "path.simplify": True,
     "savefig.facecolor": "white",
     "svg.fonttype": "none",  # text stays text: the page gives it its colour, and a reader can select it
     "svg.hashsalt": "layerwise",  # the same figure is the same bytes

@@ -13,22 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from layerwise.report.drawing import (
-    BLUE,
-    BYTES,
-    GRAY,
-    GREEN,
-    INK,
-    MARKERS,
-    OCHRE,
-    ORANGE,
-    PALETTE,
-    PERCENT,
-    PINK,
-    Plot,
-    new_figure,
-)
-from layerwise.report.records import Confusion, Epoch, GatheredRun, MemorySample, Method, Probe
+from layerwise.evaluate.results import Comparison, Confusion, MethodResult, ModuleError, ProbeResult
+from layerwise.report.drawing import BLUE, BYTES, GRAY, GREEN, INK, OCHRE, ORANGE, PERCENT, PINK, Plot, new_figure
+from layerwise.report.records import Epoch, GatheredRun, MemorySample
 from layerwise.units import size
 
 STYLES = {
@@ -51,7 +38,7 @@ NUMBERED_CLASSES = 12
 """Up to so many, the cells of a confusion matrix have room for numbers."""
 
 FAR = 3.0
-"""A budget of more than so many times what was used is not drawn: it would press all else to the ground."""
+"""A budget above this many times the bytes in use is not drawn: the other curves would be flat."""
 
 BUDGET: dict[str, Any] = {"color": INK, "linestyle": "--", "linewidth": 1.2}
 """The line of a budget."""
@@ -94,28 +81,27 @@ def draw_losses(epochs: dict[int, list[Epoch]], chance: float | None) -> Plot | 
 
 def draw_memory(memory: dict[int, list[MemorySample]], budget: int | None) -> Plot | None:
     """All stages one behind the other, in the time that they were worked on."""
-    if not any(memory.values()):
+    memory = {stage: samples for stage, samples in memory.items() if samples}
+    if not memory:
         return None
     figure = new_figure(3.1)
     axes = figure.subplots()
-    total = sum(samples[-1].seconds for samples in memory.values() if samples)
+    total = sum(samples[-1].seconds for samples in memory.values())
     unit, seconds_per_unit = _time_unit(total)
     begin = 0.0
     for stage, samples in memory.items():
-        if not samples:
-            continue
-        last = (begin, samples[0].live_bytes, samples[0].peak_bytes)
+        begin_of_pass = begin
         for caching, of_pass in groupby(samples, key=lambda sample: sample.phase == "caching"):
             thinned = _thinned([(begin + s.seconds, s.live_bytes, s.peak_bytes) for s in of_pass])
             color = ORANGE if caching else BLUE
             # The peak begins anew with a pass, so the line does too.
-            times = [time / seconds_per_unit for time in (last[0], *(sample[0] for sample in thinned))]
+            times = [time / seconds_per_unit for time in (begin_of_pass, *(sample[0] for sample in thinned))]
             live = [thinned[0][1], *(sample[1] for sample in thinned)]
             peak = [thinned[0][2], *(sample[2] for sample in thinned)]
             axes.fill_between(times, peak, step="pre", color=color, alpha=0.18, linewidth=0)
             axes.step(times, peak, where="pre", color=color)
             axes.fill_between(times, live, step="pre", color=color, alpha=0.55, linewidth=0)
-            last = thinned[-1]
+            begin_of_pass = thinned[-1][0]
         middle = begin + samples[-1].seconds / 2
         begin += samples[-1].seconds
         if samples[-1].seconds > 0.04 * total:
@@ -172,24 +158,21 @@ def draw_caches(run: GatheredRun) -> Plot | None:
     return Plot("caches", "Activation caches", caption, figure)
 
 
-def draw_probe(probe: Probe) -> Plot:
+def draw_probe(probe: ProbeResult) -> Plot:
     """Error of each stage, trained and with random weights."""
-    trained = [(entry.stage, entry.error, 0.0) for entry in probe.stages]
-    untrained = [(entry.stage, entry.untrained_error, 0.0) for entry in probe.stages]
+    trained = [ModuleError(entry.stage, entry.error, 0.0) for entry in probe.stages]
+    untrained = [ModuleError(entry.stage, entry.untrained_error, 0.0) for entry in probe.stages]
     curves = [_Curve("trained", BLUE, "o", trained), _Curve("random weights", GRAY, "X", untrained)]
     caption = f"Error of a {probe.classifier} probe on each frozen stage, on test samples; the axis is logarithmic."
     return _draw_errors(f"errors-{probe.label}", f"Error: {probe.label}", caption, curves)
 
 
-def draw_comparison(label: str, methods: Sequence[Method]) -> Plot | None:
+def draw_comparison(comparison: Comparison) -> Plot | None:
     """The figure of the paper: error of each module, a line for each method."""
-    curves = [
-        _Curve(method.name, *style, [(entry.stage, entry.error_mean, entry.error_std or 0) for entry in method.stages])
-        for method, style in zip(methods, _styles(methods), strict=True)
-        if method.stages
-    ]
-    if not curves:
+    label, methods = comparison.label, comparison.methods
+    if not methods:
         return None
+    curves = [_Curve(method.method, *STYLES[method.method], method.stages) for method in methods]
     seeds_of_each = [len(method.seeds) for method in methods]
     fewest, most = min(seeds_of_each), max(seeds_of_each)
     seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
@@ -200,24 +183,24 @@ def draw_comparison(label: str, methods: Sequence[Method]) -> Plot | None:
     return _draw_errors("errors", f"Error per module: {label}", caption, curves)
 
 
-def draw_costs(methods: Sequence[Method]) -> Plot | None:
+def draw_costs(methods: Sequence[MethodResult]) -> Plot | None:
     """Device peak, time and disk of each method."""
-    kinds: dict[str, dict[str, float | None]] = {
-        "device peak": {method.name: method.peak_bytes for method in methods},
-        "time": {method.name: method.seconds for method in methods},
-        "disk": {method.name: method.disk_bytes for method in methods},
+    kinds: dict[str, list[float]] = {
+        "device peak": [method.peak_bytes for method in methods],
+        "time": [method.seconds for method in methods],
+        "disk": [method.disk_bytes for method in methods],
     }
-    kinds = {kind: costs for kind, costs in kinds.items() if any(costs.values())}
+    kinds = {kind: costs for kind, costs in kinds.items() if any(costs)}
     if not kinds:
         return None
-    unit, seconds_per_unit = _time_unit(max((method.seconds or 0 for method in methods), default=0))
+    names = [method.method for method in methods]
+    colors = [STYLES[name][0] for name in names]
+    unit, seconds_per_unit = _time_unit(max(method.seconds for method in methods))
     figure = new_figure(0.8 + 0.3 * len(methods))
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)
-    colors = [color for color, _ in _styles(methods)]
     for axes, (kind, costs) in zip(panels.flat, kinds.items(), strict=True):
-        scale = seconds_per_unit if kind == "time" else 1
-        values = [(cost or 0) / scale for cost in costs.values()]
-        bars = axes.barh(list(costs), values, color=colors, height=0.65)
+        values = [cost / seconds_per_unit for cost in costs] if kind == "time" else costs
+        bars = axes.barh(names, values, color=colors, height=0.65)
         shown = [f"{value:.3g} {unit}" if kind == "time" else size(round(value)) for value in values]
         axes.bar_label(bars, ["" if not value else text for value, text in zip(values, shown, strict=True)], padding=2)
         axes.set_xlim(0, 2 * max(values))  # room for the numbers
@@ -229,7 +212,7 @@ def draw_costs(methods: Sequence[Method]) -> Plot | None:
     return Plot("costs", "Cost", "What each method took: device peak, time, and disk for caches.", figure)
 
 
-def draw_confusion(probe: Probe) -> Plot | None:
+def draw_confusion(probe: ProbeResult) -> Plot | None:
     """The classes that the last stage takes for one another; of many classes, those with the most errors."""
     confusion = probe.stages[-1].confusion
     if confusion is None:
@@ -273,20 +256,19 @@ class _Curve:
     label: str
     color: str
     marker: str
-    points: list[tuple[int, float, float]]
-    """Stage, mean, standard deviation."""
+    stages: Sequence[ModuleError]
 
 
 def _draw_errors(name: str, title: str, caption: str, curves: Sequence[_Curve]) -> Plot:
-    means = [mean for curve in curves for _, mean, _ in curve.points]
+    means = [stage.error_mean for curve in curves for stage in curve.stages]
     floor = min((mean for mean in means if mean > 0), default=0.01) / 2
     zero = any(mean <= 0 for mean in means)
     figure = new_figure(3.3)
     axes = figure.subplots()
     for curve in curves:
-        stages = [stage for stage, _, _ in curve.points]
+        stages = [stage.stage for stage in curve.stages]
         low, line, high = (
-            [max(mean + side * deviation, floor) for _, mean, deviation in curve.points] for side in (-1, 0, 1)
+            [max(stage.error_mean + side * stage.error_std, floor) for stage in curve.stages] for side in (-1, 0, 1)
         )
         axes.fill_between(stages, low, high, color=curve.color, alpha=0.15, linewidth=0)
         axes.plot(stages, line, color=curve.color, marker=curve.marker, label=curve.label)
@@ -321,12 +303,6 @@ def _against(budget: int | None, drawn: bool) -> str:
     if budget is None:
         return "; no budget was set"
     return f" of a budget of {size(budget)}{'' if drawn else ', which is far above the figure'}"
-
-
-def _styles(methods: Sequence[Method]) -> list[tuple[str, str]]:
-    """Colour and marker of each method; of those that nobody knows, the next ones in turn."""
-    in_turn = [(PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]) for i in range(len(methods))]
-    return [STYLES.get(method.name, style) for method, style in zip(methods, in_turn, strict=True)]
 
 
 def _thinned(samples: list[tuple[float, int, int]]) -> list[tuple[float, int, int]]:

@@ -4,21 +4,17 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from layerwise.config import ObjectiveOptions
+from layerwise.evaluate.results import Comparison, ProbeResult
 from layerwise.forecast import Forecast
 from layerwise.report.progress import outcome
 from layerwise.report.records import RoundState, published_version
 from layerwise.run_store import RunState, RunStore, StageRecord
 from layerwise.units import duration, percent, size
-
-if TYPE_CHECKING:
-    from layerwise.evaluate.compare import Comparison
-    from layerwise.evaluate.probe import ProbeResult
 
 FEW_TEST_SAMPLES = 50
 
@@ -30,12 +26,6 @@ def console_for_results() -> Console:
     """Standard output, wide enough for the tables where it is no terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=WIDTH_OF_FILES)
-
-
-def print_lines(console: Console, *lines: str) -> None:
-    """Prints text as it stands: long lines whole, nothing in them taken for markup."""
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def table(rows: Iterable[Mapping[str, str]]) -> Table:
@@ -101,10 +91,16 @@ def stage_status(record: StageRecord) -> str:
     return f"{record.status} ({record.epochs})" if record.epochs else record.status
 
 
+def chance_loss(objective: ObjectiveOptions) -> float | None:
+    """The loss of a guess, with all scores 0; None for an objective of which it is not known here."""
+    return {"infonce": math.log(1 + objective.negatives), "hinge": 2.0}.get(objective.name)
+
+
 def stages_at_chance(state: RunState, objective: ObjectiveOptions) -> str | None:
     """A sentence where a stage tells its target from the negatives no better than a guess does."""
-    # The loss where all scores are 0; that of other objectives is not known here.
-    chance = {"infonce": math.log(1 + objective.negatives), "hinge": 2.0}.get(objective.name, math.inf)
+    chance = chance_loss(objective)
+    if chance is None:
+        return None
     stages = [str(r.stage) for r in state.stages if r.best_loss is not None and r.best_loss > 0.995 * chance]
     if not stages:
         return None
@@ -203,7 +199,7 @@ def _rounded_up(count: int) -> str:
     return f"{count}B"
 
 
-def probe_table(result: "ProbeResult") -> Table:
+def probe_table(result: ProbeResult) -> Table:
     """Error of each stage beside its untrained twin."""
     return table(
         {
@@ -217,21 +213,20 @@ def probe_table(result: "ProbeResult") -> Table:
     )
 
 
-def few_test_samples(result: "ProbeResult") -> str | None:
+def few_test_samples(result: ProbeResult) -> str | None:
     """A sentence where the errors are too coarse to be compared."""
     test = min(stage.test for stage in result.stages)
     return f"Only {test} test samples: one of them is {percent(1 / test)}." if test < FEW_TEST_SAMPLES else None
 
 
-def comparison_table(comparison: "Comparison") -> Table:
+def comparison_table(comparison: Comparison) -> Table:
     """Test error after each module, mean and spread over the seeds, and what each method took."""
-    modules = max((len(method.stages) for method in comparison.methods), default=0)
     rows = []
     for method in comparison.methods:
-        row = {"method": method.method, **dict.fromkeys(map(str, range(1, modules + 1)), "")}
-        for number, stage in enumerate(method.stages, start=1):
+        row = {"method": method.method}
+        for stage in method.stages:
             spread = f" ±{100 * stage.error_std:.1f}" if len(method.seeds) > 1 else ""
-            row[str(number)] = f"{percent(stage.error_mean)}{spread}"
+            row[str(stage.stage)] = f"{percent(stage.error_mean)}{spread}"
         took = [size(method.peak_bytes), size(method.disk_bytes), duration(method.seconds)]
         rows.append(row | dict(zip(("peak", "disk", "time"), took if method.peak_bytes else [""] * 3, strict=True)))
     return table(rows)

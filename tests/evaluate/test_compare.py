@@ -9,8 +9,9 @@ import pytest
 
 from layerwise.config import Config, with_options
 from layerwise.errors import ConfigError, DataError, Interrupted, RunError
-from layerwise.evaluate.compare import METHODS, UNTRAINED, compare, load_comparison
+from layerwise.evaluate.compare import compare
 from layerwise.evaluate.probe import probe
+from layerwise.evaluate.results import METHODS, UNTRAINED, load_comparison
 from layerwise.events import Event, StepDone
 from layerwise.run_store import RunState
 from layerwise.stop import StopFlag

@@ -15,12 +15,11 @@ from layerwise.errors import Interrupted
 from layerwise.evaluate import classifiers as linear
 from layerwise.evaluate import classifiers as nearest
 from layerwise.evaluate import examples as examples_file
-from layerwise.evaluate.classifiers import answer
+from layerwise.evaluate.classifiers import fit_and_test
 from layerwise.evaluate.examples import Examples, FeatureRows, Parts
 from layerwise.evaluate.features import FRAMES_PER_SAMPLE, SampleSummary, choose_frames
 from layerwise.evaluate.forward import features_under_budget
-from layerwise.evaluate.targets import ProbeTargets, truth
-from layerwise.evaluate.targets import ask as ask_data
+from layerwise.evaluate.targets import ProbeTargets, probe_targets, probe_task
 from layerwise.memory.meter import Meter
 from layerwise.nets import build_network, shortest_sample
 from layerwise.stop import StopFlag
@@ -33,7 +32,7 @@ def ask(tmp_path: Path) -> Callable[..., float]:
     """The error of a classifier; half of the rows train, a quarter is held out."""
 
     def ask(features: np.ndarray, classes: np.ndarray, classifier: str = "linear") -> float:
-        return answer(stored(features, tmp_path), truth_of(classes), classifier).error
+        return fit_and_test(stored(features, tmp_path), targets_of(classes), classifier)[0]
 
     return ask
 
@@ -45,7 +44,7 @@ def stored(features: np.ndarray, folder: Path) -> FeatureRows:
     return file
 
 
-def truth_of(classes: np.ndarray) -> ProbeTargets:
+def targets_of(classes: np.ndarray) -> ProbeTargets:
     count = len(classes)
     names = tuple(f"class {number}" for number in range(int(classes.max()) + 1))
     return ProbeTargets(names, classes, Parts.of(count // 2, count // 4, count - count // 2 - count // 4))
@@ -107,7 +106,7 @@ def test_neighbours_tell_what_no_line_can(ask: Callable[..., float]) -> None:
 
 def test_scikit_learn_is_of_the_same_opinion(tmp_path: Path) -> None:
     features, classes = blobs(6000)
-    examples = Examples(stored(features, tmp_path), classes, truth_of(classes).parts)
+    examples = Examples(stored(features, tmp_path), classes, targets_of(classes).parts)
     ours = linear.linear_predictions(examples)
     x = torch.cat([x for x, _ in examples.pieces(range(6000))]).numpy()
     train, test = slice(0, 4500), slice(4500, 6000)
@@ -121,10 +120,10 @@ def test_scikit_learn_is_of_the_same_opinion_on_spoken_digits(fsdd: Path, tmp_pa
     data = open_data(config.data, shortest_sample(config))
     network = build_network(config.net, data.frame_shape)
     plans = stage_specs(config, data, network, network.natural_ranges)[:2]
-    question = ask_data("digit", data, config)
+    task = probe_task("digit", data, config)
     stages = random_stages(plans, [OutputFormat.of(config)] * 2, 0)
-    (_, features), _ = features_under_budget(config, question, stages, tmp_path, StopFlag())
-    right = truth(question, plans[1])
+    (_, features), _ = features_under_budget(config, task, stages, tmp_path, StopFlag())
+    right = probe_targets(task, plans[1])
     examples = Examples(features, right.classes, right.parts)
     ours = linear.linear_predictions(examples)
     x = torch.cat([x for x, _ in examples.pieces(range(features.rows))]).numpy()
@@ -149,12 +148,12 @@ def test_pieces_of_the_features_give_what_all_at_once_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifier: str
 ) -> None:
     features, classes = blobs(2000)
-    whole = answer(stored(features, tmp_path), truth_of(classes), classifier)
+    whole, of_whole = fit_and_test(stored(features, tmp_path), targets_of(classes), classifier)
     monkeypatch.setattr(examples_file, "PIECE_BYTES", 4 * 12 * 300)
-    monkeypatch.setattr(nearest, "ASKED", 70)
-    pieces = answer(stored(features, tmp_path), truth_of(classes), classifier)
-    assert pieces.error == pytest.approx(whole.error, abs=0.004)
-    assert np.abs(np.array(pieces.confusion.counts) - np.array(whole.confusion.counts)).sum() <= 4
+    monkeypatch.setattr(nearest, "QUERY_ROWS", 70)
+    pieces, of_pieces = fit_and_test(stored(features, tmp_path), targets_of(classes), classifier)
+    assert pieces == pytest.approx(whole, abs=0.004)
+    assert np.abs(np.array(of_pieces.counts) - np.array(of_whole.counts)).sum() <= 4
 
 
 @pytest.mark.parametrize("classifier", ["linear", "knn"])
@@ -168,11 +167,11 @@ def test_many_times_the_rows_take_no_more_memory(
         """Bytes of arrays and of tensors at their highest points, beside the classes."""
         features, classes = blobs(count, channels=64)
         file = stored(features, tmp_path)
-        truth = truth_of(classes)
+        targets = targets_of(classes)
         del features
         tracemalloc.start()
         with Meter(torch.device("cpu")) as meter:
-            answer(file, truth, classifier)
+            fit_and_test(file, targets, classifier)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak + meter.peak - 16 * count  # the classes are an array, and a tensor that shares it
@@ -194,24 +193,26 @@ def test_a_probe_can_be_stopped_while_it_fits(classifier: str, tmp_path: Path) -
         stop.raise_if_set("in the probe")
 
     with pytest.raises(Interrupted, match="in the probe"):
-        answer(stored(features, tmp_path), truth_of(classes), classifier, poll)
+        fit_and_test(stored(features, tmp_path), targets_of(classes), classifier, poll)
     assert asked == 4
 
 
 def test_a_confusion_matrix_counts_what_was_taken_for_what(tmp_path: Path) -> None:
     features, classes = blobs(4000)
-    found = answer(stored(features, tmp_path), truth_of(classes), "linear")
-    counts = np.array(found.confusion.counts)
+    error, confusion = fit_and_test(stored(features, tmp_path), targets_of(classes), "linear")
+    counts = np.array(confusion.counts)
     assert counts.sum(1).tolist() == np.bincount(classes[3000:]).tolist()
-    assert 1 - np.trace(counts) / 1000 == pytest.approx(found.error)
-    assert found.confusion.classes[0] == "class 0"
+    assert 1 - np.trace(counts) / 1000 == pytest.approx(error)
+    assert confusion.classes[0] == "class 0"
 
 
 def test_a_matrix_that_nobody_could_read_is_left_out(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     classes = np.concatenate([np.arange(200)] * 8)
-    found = answer(stored(rng.standard_normal((1600, 4)).astype(np.float32), tmp_path), truth_of(classes), "knn")
-    assert found.confusion is None
+    _, confusion = fit_and_test(
+        stored(rng.standard_normal((1600, 4)).astype(np.float32), tmp_path), targets_of(classes), "knn"
+    )
+    assert confusion is None
 
 
 def test_a_summary_does_not_depend_on_the_pieces() -> None:

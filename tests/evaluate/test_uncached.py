@@ -18,7 +18,7 @@ from layerwise.evaluate.examples import FeatureRows
 from layerwise.evaluate.features import cached_features
 from layerwise.evaluate.forward import features_under_budget
 from layerwise.evaluate.probe import probe
-from layerwise.evaluate.targets import ask
+from layerwise.evaluate.targets import probe_task
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import ranges
 from layerwise.nets.traced import traced_network
@@ -42,17 +42,17 @@ def features_without_caches(result: RunResult, handings: list[OutputFormat], fol
     data = open_data(config.data, shortest_sample(config))
     plans = stage_specs(config, data, build_network(config.net, data.frame_shape), ranges(origin.cut))
     stages = trained_stages(plans, handings, weights)
-    question = ask("digit", data, config)
-    files, _ = features_under_budget(config, question, stages, folder, StopFlag())
+    task = probe_task("digit", data, config)
+    files, _ = features_under_budget(config, task, stages, folder, StopFlag())
     return [everything(file) for file in files]
 
 
 def features_of_the_cache(result: RunResult, stage: int, folder: Path) -> np.ndarray:
     config = result.config
-    question = ask("digit", open_data(config.data, shortest_sample(config)), config)
+    task = probe_task("digit", open_data(config.data, shortest_sample(config)), config)
     file = FeatureRows(folder)
     with ActivationCache(result.paths.cache(stage)) as cache:
-        cached_features(cache, question.samples, False, file)
+        cached_features(cache, task.samples, False, file)
     return everything(file)
 
 
@@ -120,6 +120,6 @@ def test_a_probe_of_whole_samples_takes_no_more_at_once_than_their_caching(
         return groups
 
     monkeypatch.setattr("layerwise.evaluate.forward.group_renderings", note_sizes)
-    features_under_budget(config, ask("label", data, config), stages, tmp_path, StopFlag())
+    features_under_budget(config, probe_task("label", data, config), stages, tmp_path, StopFlag())
     assert sum(sizes) == 64
     assert max(sizes) <= longest_piece(specs[0], config) == 4

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_report import HOSTILE, METHODS, add_confusion
+from small_report import HOSTILE, METHODS, add_confusion, outcome
 
 
 @pytest.fixture
@@ -24,20 +24,20 @@ def comparison_directory(small_run: Path, tmp_path: Path) -> Callable[..., Path]
     def make(**changes: object) -> Path:
         folder = tmp_path / "comparison"
         folder.mkdir()
-        methods = [
-            {
-                "method": name,
-                "seeds": [0, 1, 2],
-                "peak_bytes": 1_000_000 * (place + 1),
-                "seconds": 10.5 * place,
-                "disk_bytes": 4_000_000 if place == 0 else 0,
-                "stages": [
-                    {"stage": stage, "error_mean": 0.4 / (stage + place), "error_std": 0.01} for stage in (1, 2, 3, 4)
-                ],
-            }
+        outcomes = [
+            outcome(
+                name,
+                seed,
+                [0.4 / (stage + place) + 0.01 * (seed - 1) for stage in (1, 2, 3, 4)],
+                peak_bytes=1_000_000 * (place + 1),
+                seconds=10.5 * place,
+                disk_bytes=4_000_000 if place == 0 else 0,
+            )
             for place, name in enumerate(METHODS)
+            for seed in (0, 1, 2)
         ]
-        tree = {"label": "digit", "epochs": 2, "finished": True, "methods": methods, **changes}
+        about = {"label": "digit", "epochs": 2, "data_identity": "", "cut": [1, 1, 1, 1], "finished": True}
+        tree = {**about, "outcomes": outcomes, **changes}
         (folder / "compare.json").write_text(json.dumps(tree))
         for name in METHODS[:2]:
             shutil.copytree(small_run, folder / "runs" / name / "seed-0")

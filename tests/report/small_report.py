@@ -15,3 +15,16 @@ def add_confusion(path: Path, classes: list[str]) -> None:
     counts = [[5 if i == j else i * (i == j + 1) for j in range(len(classes))] for i in range(len(classes))]
     tree["stages"][-1]["confusion"] = {"classes": classes, "counts": counts}
     path.write_text(json.dumps(tree))
+
+
+def outcome(method: str, seed: int, errors: list[float], **changes: float) -> dict[str, object]:
+    """What compare.json says of a method with one seed."""
+    return {
+        "method": method,
+        "seed": seed,
+        "errors": errors,
+        "peak_bytes": 1,
+        "disk_bytes": 0,
+        "seconds": 1.0,
+        **changes,
+    }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from small_report import HOSTILE, METHODS, add_confusion
+from small_report import HOSTILE, METHODS, add_confusion, outcome
 
 from layerwise.errors import RunError
 from layerwise.report.drawing import PALETTE
@@ -79,20 +79,15 @@ def test_a_report_of_a_comparison_shows_every_method(comparison_directory: Calla
 
 
 def test_one_seed_has_no_spread(comparison_directory: Callable[..., Path]) -> None:
-    stages = [{"stage": 1, "error_mean": 0.4, "error_std": 0.0}]
-    only = {"method": "cpc", "seeds": [3], "peak_bytes": 1, "seconds": 1, "stages": stages}
-    page = write_report(comparison_directory(methods=[only])).read_text()
+    page = write_report(comparison_directory(cut=[4], outcomes=[outcome("cpc", 3, [0.4])])).read_text()
     assert "1 method on the same" in page
     assert '<td class="n">40.0</td>' in page
 
 
 def test_seeds_that_not_every_method_has_are_not_claimed(comparison_directory: Callable[..., Path]) -> None:
-    stages = [{"stage": 1, "error_mean": 0.4, "error_std": 0.01}]
-    both = [
-        {"method": name, "seeds": seeds, "peak_bytes": 1, "seconds": 1, "stages": stages}
-        for name, seeds in (("cpc", [0, 1, 2]), ("untrained", [0]))
-    ]
-    assert "line: mean of 1 to 3 seeds" in write_report(comparison_directory(methods=both)).read_text()
+    both = [outcome(name, seed, [0.4]) for name, seeds in (("cpc", (0, 1, 2)), ("untrained", (0,))) for seed in seeds]
+    page = write_report(comparison_directory(cut=[4], outcomes=both)).read_text()
+    assert "line: mean of 1 to 3 seeds" in page
 
 
 def test_the_error_of_nearest_neighbours_is_called_theirs(run_directory: Path) -> None:
@@ -111,10 +106,15 @@ def test_a_cache_that_was_deleted_by_hand_is_not_drawn(run_directory: Path) -> N
 
 
 def test_an_unfinished_comparison_says_so(comparison_directory: Callable[..., Path]) -> None:
-    begun = {"method": "cpc", "seeds": [], "peak_bytes": None, "seconds": None, "stages": []}
-    page = write_report(comparison_directory(finished=False, methods=[begun])).read_text()
+    folder = comparison_directory(finished=False, cut=[4], outcomes=[outcome("cpc", 0, [0.4])])
+    page = write_report(folder).read_text()
     assert "This comparison is not finished" in page
     assert "<td>cpc</td>" in page
+    tree = json.loads((folder / "compare.json").read_text())
+    (folder / "compare.json").write_text(json.dumps(tree | {"outcomes": []}))
+    page = write_report(folder).read_text()
+    assert "This comparison is not finished" in page
+    assert titles(page) == []
 
 
 def test_an_unfinished_run_says_how_far_it_is(run_directory: Path) -> None:
@@ -178,7 +178,7 @@ def test_of_many_classes_the_most_confused_are_shown(run_directory: Path) -> Non
         ("stages/1/memory.jsonl", '{"seconds": "long"}\n'),
         ("machine.json", "[]"),
         ("compare.json", "{}"),
-        ("compare.json", '{"label": "digit", "methods": ["cpc"]}'),
+        ("compare.json", '{"label": "digit", "epochs": 2, "data_identity": "", "cut": [1], "outcomes": ["cpc"]}'),
         ("run.json", "{"),
     ],
 )
