@@ -5,7 +5,6 @@ the stretch takes one computation, from the checksum before it to that of its la
 was compared, and the checksums stay in the file, so a cache of 1 TB takes 31 MB of memory.
 """
 
-import struct
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from layerwise.cache.dtypes import STORED
-from layerwise.cache.file_io import CRC32_ADDRESS, crc32, fetch, in_memory, read_few, read_into
+from layerwise.cache.file_io import CRC32_ADDRESS, crc32, fetch, in_memory, read_into, read_table
 from layerwise.cache.layout import Layout, Places
 from layerwise.errors import DamagedCache
 
@@ -107,8 +106,8 @@ class Blocks:
         """Blocks first to last, which lie wholly in the content; that begins at `start`."""
         size, chain, view = self._block_bytes, self._chain, memoryview(content)
         before = max(first - 1, 0)
-        table, count = self._places.checksums + 4 * before, last + 1 - before
-        checksums = struct.unpack(f"<{count}I", read_few(self._path, self._descriptor, table, 4 * count))
+        table = read_table(self._path, self._descriptor, "<u4", self._places.checksums, before, last + 1)
+        checksums = table.tolist()
         block = first
         while block <= last:
             stop = min(block - block % chain + chain, last + 1)
@@ -121,7 +120,7 @@ class Blocks:
         compared = int.from_bytes(self._compared[low:high], "little") | ((1 << last + 1 - first) - 1) << (first & 7)
         self._compared[low:high] = compared.to_bytes(high - low, "little")
 
-    def _damaged(self, block: int, checksum: int, content: memoryview, checksums: tuple[int, ...]) -> DamagedCache:
+    def _damaged(self, block: int, checksum: int, content: memoryview, checksums: list[int]) -> DamagedCache:
         """Names the first block, from `block` on, that leads from the checksum before it to another one than it should."""
         size = self._block_bytes
         for number, expected in enumerate(checksums):

@@ -134,15 +134,11 @@ def _read(path: Path, file: h5py.File) -> Layout:
         "activations": file["activations"].chunks == _chunk_shape(layout),
         "attribute block_bytes": layout.compression == "none" or layout.block_bytes % layout.row_bytes == 0,
         "attribute chain_blocks": layout.compression == "none" or layout.chain_blocks == 1,
-        "places": file["places"].shape == _places_shape(layout),
-        "checksums": file["checksums"].shape == (layout.blocks,),
-        "scales": file["scales"].shape == layout.scales_shape,
+        **{name: file[name].shape == shape for name, (_, shape) in _tables(layout).items()},
     }
     for name, codes in labels.items():
         known = len(layout.labels_classes[name])
         as_it_should_be[f"labels/{name}"] = codes.shape == (len(ids),) and bool(((codes >= 0) & (codes < known)).all())
-    for name in layout.frame_labels_classes:
-        as_it_should_be[f"frame_labels/{name}"] = file[f"frame_labels/{name}"].shape == (layout.frames[-1],)
     for name, good in as_it_should_be.items():
         if not good:
             raise unusual(path, name)
@@ -193,7 +189,7 @@ def _tables(layout: Layout) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {
         "checksums": ("<u4", (layout.blocks,)),
         "scales": ("<f4", layout.scales_shape),
-        "places": ("<i8", _places_shape(layout)),
+        "places": ("<i8", (0,) if layout.compression == "none" else (layout.blocks + 1,)),
         **{f"frame_labels/{name}": ("<i4", (int(layout.frames[-1]),)) for name in layout.frame_labels_classes},
     }
 
@@ -232,10 +228,6 @@ def _create_unfilled(
 def _chunk_shape(layout: Layout) -> tuple[int, ...] | None:
     """None where the activations are contiguous."""
     return None if layout.compression == "none" else (layout.block_bytes // layout.row_bytes, *layout.frame_shape)
-
-
-def _places_shape(layout: Layout) -> tuple[int]:
-    return (0,) if layout.compression == "none" else (layout.blocks + 1,)
 
 
 def _as_bytes(names: tuple[str, ...] | np.ndarray) -> np.ndarray:

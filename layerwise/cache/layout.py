@@ -136,12 +136,8 @@ class Span:
     stop: int
 
     @property
-    def start_byte(self) -> int:
-        """Of the activations."""
-        return min(self.first * self.layout.block_bytes, self.layout.activation_bytes)
-
-    @property
     def stop_byte(self) -> int:
+        """Of the activations."""
         return min(self.stop * self.layout.block_bytes, self.layout.activation_bytes)
 
     @property

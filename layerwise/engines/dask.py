@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerwise.engines.task_runner import open_prepared_run, perform_task
-from layerwise.engines.worker import Answer, error_message, error_of, event_message, event_of
+from layerwise.engines.worker import DONE, Answer, error_message, error_of, event_message, event_of
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, RunError
 from layerwise.events import CachingProgress, Event, Message, Notify, StageStarted, StepDone
 from layerwise.stop import StopFlag
@@ -120,8 +120,7 @@ def _follow(
             pulse.set(felt)
         _pass_on(told, tell)
         _check_starts(starts, client)
-        if stop.reason:
-            raise Interrupted(f"Stopped by {stop.reason}; start the same command again to go on.")
+        stop.raise_if_set()
         for task in [task for task, future in undone.items() if future.done()]:
             _check(task, undone.pop(task), client)
         time.sleep(POLL_SECONDS)
@@ -156,7 +155,7 @@ def _check(task: Task, future: "Future", client: "Client") -> None:
     if future.status != "finished":
         raise RunError(_failed(task, _end_of_log(future, client)))
     answer = future.result()
-    if answer["ended"] != "done":
+    if answer != DONE:
         raise error_of(answer)
 
 
@@ -223,7 +222,7 @@ def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
     from distributed import Variable, get_client, get_worker
 
     worker, stop = get_worker(), StopFlag()
-    if any(answer["ended"] != "done" for answer in needed):
+    if any(answer != DONE for answer in needed):
         return error_message(Interrupted("What it needs was not done."))
     client, done = get_client(), threading.Event()  # only the thread of a task can find the client
     halt, pulse = Signal(order.topic, client=client), Variable(order.topic, client=client)
@@ -255,7 +254,7 @@ def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
             return error_message(error)
         finally:
             done.set()
-    return {"ended": "done"}
+    return DONE
 
 
 @lru_cache(maxsize=1)

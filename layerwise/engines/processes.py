@@ -19,7 +19,7 @@ from queue import Empty, SimpleQueue
 
 import torch
 
-from layerwise.engines.worker import STOP, Answer, error_of, event_of
+from layerwise.engines.worker import DONE, Answer, error_of, event_of
 from layerwise.errors import Interrupted, RunError
 from layerwise.events import Message, Notify
 from layerwise.stop import StopFlag
@@ -67,7 +67,7 @@ def execute(tasks: Sequence[Task], run: Run, devices: Sequence[str], stop: StopF
     workers = [_start(device, number, run, inbox) for number, device in enumerate(devices)]
     try:
         while work.undone:
-            stop.raise_if_set("")
+            stop.raise_if_set()
             _hand_out(work, workers)
             try:
                 worker, message = inbox.get(timeout=POLL_SECONDS)
@@ -79,7 +79,7 @@ def execute(tasks: Sequence[Task], run: Run, devices: Sequence[str], stop: StopF
                 _replace(worker, work, workers, run, inbox, notify)
             elif "event" in message:
                 notify(event_of(message))
-            elif message["ended"] == "done":
+            elif message == DONE:
                 work.undone.discard(worker.task)
                 worker.task = None
             else:
@@ -134,43 +134,36 @@ def _listen(worker: _Worker, inbox: Inbox) -> None:
 
 def _send(worker: _Worker, line: str) -> None:
     assert worker.process.stdin is not None
-    try:
+    with suppress(OSError):  # it has died, which the inbox will say
         worker.process.stdin.write(line + "\n")
         worker.process.stdin.flush()
-    except OSError:
-        pass  # it has died, which the inbox will say
 
 
 def _replace(worker: _Worker, work: _Work, workers: list[_Worker], run: Run, inbox: Inbox, notify: Notify) -> None:
     """Another worker in the place of one that has died. Raises RunError where its task has had enough of them."""
-    how, task = _how_it_ended(worker.process.returncode), worker.task
+    code, task = worker.process.returncode, worker.task
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     work.deaths[task] += 1
     if task is not None:
         work.waiting.insert(0, task)
     if work.deaths[task] >= ATTEMPTS:
+        log = "\n".join(worker.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
         what = f"Stage {task.stage} in round {task.round}" if task else "A worker without a task"
         raise RunError(
             f"{what} has failed {ATTEMPTS} times; the last worker {how}. The same command goes on once that is mended. "
-            f"The end of its log, {worker.log}:\n{end_of_log(worker.log)}"
+            f"The end of its log, {worker.log}:\n{log}"
         )
     notify(Message(f"the worker on {worker.device} {how}; another takes its place"))
     number = workers.index(worker)
     workers[number] = _start(worker.device, number, run, inbox)
 
 
-def _how_it_ended(code: int) -> str:
-    return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-
-
-def end_of_log(path: Path, lines: int = LOG_LINES) -> str:
-    """The last lines of a log."""
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
-
-
 def _end(workers: list[_Worker], inbox: Inbox, notify: Notify) -> None:
-    """Every worker saves and ends; what they still tell is passed on."""
+    """Every worker saves and ends, as its input does; what they still tell is passed on."""
     for worker in workers:
-        _send(worker, STOP)
+        assert worker.process.stdin is not None
+        with suppress(OSError):  # it has died
+            worker.process.stdin.close()
     running = [worker for worker in workers if worker.process.poll() is None]
     deadline = time.monotonic() + PATIENCE_SECONDS
     while running:

@@ -80,26 +80,15 @@ def run(
     stop = stop or StopFlag()
     if not ranks.first:
         return _result(torchrun.follow(ranks, stop))
-    with prepared_run(config, objects, from_stage, overwrite, stop, notify, ranks) as prepared:
-        _execute(prepared, stop)
-        write_encoder(prepared.run)
-        return _result(prepared.run)
+    with prepared_run(config, objects, from_stage, overwrite, stop, notify, ranks) as (prepared, tasks, notify_all):
+        _execute(tasks, prepared, stop, notify_all)
+        write_encoder(prepared)
+        return _result(prepared)
 
 
 def _result(run: Run) -> RunResult:
     labels = (*run.data.labels, *run.data.frame_label_names)
     return RunResult(run.store, run.store.load_state(), run.config, labels)
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedRun:
-    """A run that is prepared on the disk, for an engine."""
-
-    run: Run
-    tasks: list[Task]
-    """What is to be done, each behind those that it needs."""
-    notify: Notify
-    """Passes events on to whoever started the run, and to the tracking service."""
 
 
 @contextmanager
@@ -111,8 +100,12 @@ def prepared_run(
     stop: StopFlag,
     notify: Notify,
     ranks: Ranks = ALONE,
-) -> Iterator[PreparedRun]:
-    """Holds a run while its tasks are performed, or submitted. Parameters and errors as those of `run`."""
+) -> Iterator[tuple[Run, list[Task], Notify]]:
+    """Holds a run while its tasks are performed, or submitted. Parameters and errors as those of `run`.
+
+    Gives the run, prepared on the disk; what is to be done, each task behind those that it needs; and who is to be notified:
+    whoever started the run, and the tracking service.
+    """
     share_one_heap()
     service = find_service(config.training.log)
     _refuse_objects_elsewhere(config, objects, ranks)
@@ -159,7 +152,7 @@ def prepared_run(
             notify_all(RunStarted(len(specs), done, config.training.max_epochs, state.budget_bytes, rounds))
             with store.lock_all_tasks(rounds):
                 tasks = _tasks_left([run.round(number) for number in states], notify_all)
-            yield PreparedRun(run, tasks, notify_all)
+            yield run, tasks, notify_all
 
 
 def _refuse_objects_elsewhere(config: Config, objects: UserObjects, ranks: Ranks) -> None:
@@ -177,9 +170,8 @@ def _refuse_objects_elsewhere(config: Config, objects: UserObjects, ranks: Ranks
         )
 
 
-def _execute(prepared: PreparedRun, stop: StopFlag) -> None:
+def _execute(tasks: list[Task], run: Run, stop: StopFlag, notify: Notify) -> None:
     """Has the engine of the options perform the tasks."""
-    run, tasks, notify = prepared.run, prepared.tasks, prepared.notify
     options = run.config.engine
     if run.ranks.count > 1:
         torchrun.execute(tasks, run, stop, notify)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from layerwise.config import Config
 from layerwise.engines.run import UserObjects, prepared_run, tasks_left
-from layerwise.engines.sbatch import QUEUE, SbatchOptions, script, submit
+from layerwise.engines.sbatch import QUEUE, script, submit
 from layerwise.engines.task_runner import write_encoder
 from layerwise.errors import ConfigError
 from layerwise.events import Notify, silent
@@ -40,19 +40,19 @@ def submit_run(
     """
     _check(config)
     folder = _folder(config)
-    with prepared_run(config, UserObjects(), from_stage, overwrite, stop, notify) as prepared:
+    with prepared_run(config, UserObjects(), from_stage, overwrite, stop, notify) as (run, tasks, _):
         folder.mkdir(exist_ok=True)
         numbers: dict[Task, str] = {}
         jobs = []
-        for task in prepared.tasks:
+        for task in tasks:
             stop.raise_if_set(f"before round {task.round}, stage {task.stage} was handed in")
             path = folder / f"{_name(task)}.sbatch"
             write_atomically(path, task_script(config, task).encode())
             numbers[task] = submit(path, [numbers[need] for need in task.needs if need in numbers])
             jobs.append(Job(task, numbers[task], path, _log(config, task)))
             write_atomically(folder / QUEUE, json.dumps([job.number for job in jobs]).encode())
-        if not prepared.tasks:
-            write_encoder(prepared.run)
+        if not tasks:
+            write_encoder(run)
     return jobs
 
 
@@ -64,12 +64,10 @@ def scripts(config: Config, *, overwrite: bool, from_stage: int | None) -> list[
 
 def task_script(config: Config, task: Task) -> str:
     """The batch script of a task."""
-    engine = config.engine
-    gpus = 0 if config.training.device == "cpu" else engine.gpus
     out = str(Path(config.out).expanduser().resolve())
     command = [sys.executable, "-m", "layerwise", "task", out]
     command += ["--round", str(task.round), "--stage", str(task.stage)]
-    options = SbatchOptions(engine.partition, engine.time, gpus, engine.sbatch)
+    options = config.engine.model_copy(update={"gpus": 0} if config.training.device == "cpu" else {})
     return script(f"{Path(out).name}-{_name(task)}", command, _log(config, task), options)
 
 

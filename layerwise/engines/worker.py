@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -17,18 +16,18 @@ from typing import Any, TextIO
 
 from layerwise import errors, events
 from layerwise.engines.task_runner import open_prepared_run, perform_task
-from layerwise.errors import Interrupted, LayerwiseError, RunError
+from layerwise.errors import LayerwiseError, RunError
 from layerwise.events import Event
 from layerwise.stop import StopFlag, stop_on_signals
 from layerwise.training.schedule import Task
 
 Answer = dict[str, Any]
-STOP = "stop"
+DONE: Answer = {"ended": "done"}
 
 
 def main(out: str, device: str) -> None:
-    """Until the input ends or says stop."""
-    tell = _teller(_own_output())
+    """Until the input ends."""
+    output = _own_output()
     with stop_on_signals() as stop:
         lines: SimpleQueue[str] = SimpleQueue()
         threading.Thread(target=_listen, args=(sys.stdin, lines, stop), daemon=True).start()
@@ -36,10 +35,10 @@ def main(out: str, device: str) -> None:
         while line := lines.get():
             try:
                 run = run or open_prepared_run(Path(out), device)
-                perform_task(Task(*json.loads(line)), run, stop, lambda event: tell(event_message(event)))
-                tell({"ended": "done"})
+                perform_task(Task(*json.loads(line)), run, stop, lambda event: _tell(output, event_message(event)))
+                _tell(output, DONE)
             except LayerwiseError as error:
-                tell(error_message(error))
+                _tell(output, error_message(error))
 
 
 def _own_output() -> TextIO:
@@ -49,20 +48,15 @@ def _own_output() -> TextIO:
     return own
 
 
-def _teller(stream: TextIO) -> Callable[[Answer], None]:
-    def tell(message: Answer) -> None:
-        with suppress(BrokenPipeError):  # whoever sent the task is gone, and the task is about to save
-            print(json.dumps(message), file=stream, flush=True)
-
-    return tell
+def _tell(output: TextIO, message: Answer) -> None:
+    with suppress(BrokenPipeError):  # whoever sent the task is gone, and the task is about to save
+        print(json.dumps(message), file=output, flush=True)
 
 
 def _listen(stream: TextIO, lines: "SimpleQueue[str]", stop: StopFlag) -> None:
     for line in stream:
-        if line.strip() == STOP:
-            break
         lines.put(line)
-    stop.reason = stop.reason or "the process that sent it tasks"
+    stop.ask("the process that sent it tasks")
     lines.put("")
 
 
@@ -79,13 +73,12 @@ def event_of(message: Answer) -> Event:
 
 def error_message(error: LayerwiseError) -> Answer:
     """How a task ended that was stopped, or that cannot be done however often it is tried."""
-    ended = "stopped" if isinstance(error, Interrupted) else "refused"
-    return {"ended": ended, "error": type(error).__name__, "sentence": str(error)}
+    return {"ended": type(error).__name__, "sentence": str(error)}
 
 
 def error_of(message: Answer) -> LayerwiseError:
     """The error of a message."""
-    kind = getattr(errors, message["error"])
+    kind = getattr(errors, message["ended"])
     return kind(message["sentence"]) if not issubclass(kind, errors.UnusableCache) else RunError(message["sentence"])
 
 

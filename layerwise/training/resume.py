@@ -18,7 +18,7 @@ from layerwise.config import Config, Option, changed_options
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, RunError
 from layerwise.run_store import RunState, RunStore, StageRecord, cache_files
-from layerwise.training.cache_plan import keep_of_round, retained_caches
+from layerwise.training.cache_plan import CachePlan, keep_of_round, retained_caches
 from layerwise.training.spec import StageSpec
 
 Change = tuple[Option, object, object]
@@ -94,7 +94,7 @@ def _find_lost_ends(number: int, store: RunStore, rounds: int, states: dict[int,
                 of_round = store.round(later, rounds)
                 states[later].reset_from(record.stage)
                 of_round.save_state(states[later])
-                delete_pending(states[later], of_round)
+                of_round.delete_pending_stages(states[later])
             return
 
 
@@ -115,25 +115,27 @@ def prepare(
     old = store.load_state() if store.exists else None
     # Killed before its options were written, a run has nothing to go on with.
     if old is None or request.overwrite or not store.config.exists():
-        _check_cache_owner(store, old)
+        store.refuse_foreign_caches(old)
         if old is not None:
             store.delete_run(old)
-        state = _new_state(store, data, specs, device)
+        state = _new_state(store, data, specs, device, cached)
     else:
         check_going_on(old, config, store, data, specs, request.from_stage)
         state = old
         _go_on(state, config, store, request.from_stage, cached, keep)
-    _assign(state, cached)
     state.budget_bytes, state.device = config.memory.gpu_mem, str(device)
     store.save_state(state)
+    store.delete_pending_stages(state)
     store.write_caches_owner(state.run_id)
     store.write_config(config)
     return state
 
 
-def _new_state(store: RunStore, data: DataSet, specs: list[StageSpec], device: torch.device) -> RunState:
+def _new_state(
+    store: RunStore, data: DataSet, specs: list[StageSpec], device: torch.device, cached: Sequence[bool]
+) -> RunState:
     return RunState(
-        stages=[StageRecord(spec.stage) for spec in specs],
+        stages=[StageRecord(spec.stage, cached=to_be) for spec, to_be in zip(specs, cached, strict=True)],
         data_identity=data.identity,
         budget_bytes=None,
         device=str(device),
@@ -147,7 +149,7 @@ def _new_state(store: RunStore, data: DataSet, specs: list[StageSpec], device: t
 def _go_on(
     state: RunState, config: Config, store: RunStore, from_stage: int | None, cached: Sequence[bool], keep: str
 ) -> None:
-    """Makes the state, and then the disk, what this start goes on from."""
+    """Makes the state what this start goes on from."""
     if from_stage is not None and not _is_in_hand(state, store, config, from_stage):
         # The stages below keep their options from now on.
         state.from_stage, state.kept_stages = from_stage, from_stage - 1
@@ -156,10 +158,10 @@ def _go_on(
         state.caches = str(store.caches)
         for record in state.stages:
             record.cache = str(store.cache(record.stage)) if record.cache else None
-    _assign(state, cached)
+    for record, to_be in zip(state.stages, cached, strict=True):
+        if not record.is_trained:
+            record.cached = to_be
     find_what_is_missing(state, store, keep)
-    store.save_state(state)
-    delete_pending(state, store)
 
 
 def check_going_on(
@@ -176,7 +178,7 @@ def check_going_on(
             f"--cache-dir: the caches of {store.out} lie in {state.caches}, not in {store.caches}. Give the old place, or "
             "move the folder there first."
         )
-    _check_cache_owner(store, state)
+    store.refuse_foreign_caches(state)
     _check_shape(state, store, config)
     _check_same_objects(state, store, data, specs)
     if from_stage is None or _is_in_hand(state, store, config, from_stage):
@@ -185,20 +187,6 @@ def check_going_on(
     unfinished = [record.stage for record in state.stages[: from_stage - 1] if record.status != "done"]
     if unfinished:
         raise RunError(f"--from-stage {from_stage}: stage {unfinished[0]} is not done yet; leave --from-stage out.")
-
-
-def _check_cache_owner(store: RunStore, state: RunState | None) -> None:
-    """Raises RunError where the folder for the caches holds another run's; `state` is None for a new run."""
-    owner = store.caches_owner()
-    if owner is None:
-        foreign = state is None and any(store.caches.glob("stage-*.h5*"))
-    else:
-        foreign = state is None or owner != state.run_id
-    if foreign:
-        raise RunError(
-            f"{store.caches} holds caches of another run of the same name; give another --out name or --cache-dir, or "
-            "delete that folder if its run is gone."
-        )
 
 
 def _check_shape(state: RunState, store: RunStore, config: Config) -> None:
@@ -300,13 +288,6 @@ def intended(records: Sequence[StageRecord], store: RunStore, config: Config) ->
     return [record.cached for record in records] if same_options else []
 
 
-def _assign(state: RunState, cached: Sequence[bool]) -> None:
-    """Says of every stage that is not trained whether its outputs are to be cached."""
-    for record, to_be in zip(state.stages, cached, strict=True):
-        if not record.is_trained:
-            record.cached = to_be
-
-
 def find_what_is_missing(state: RunState, store: RunStore, keep: str) -> None:
     """Where weights were deleted, the stage and those above it are trained again: on a GPU it may not end with the same bits.
 
@@ -314,17 +295,11 @@ def find_what_is_missing(state: RunState, store: RunStore, keep: str) -> None:
     finished and keeps them. Only the state is changed.
     """
     kept = retained_caches(state, keep) if state.is_trained else set()
+    plan = CachePlan.of(state.stages)
     for record in reversed(state.stages):
-        inputs = {state.source(above.stage) for above in state.stages if above.status != "done"}
+        inputs = {plan.source(above.stage) for above in state.stages if above.status != "done"}
         needed = record.stage in kept | inputs
         if record.is_trained and not store.weights(record.stage).exists():
             state.reset_from(record.stage)
         elif needed and record.status == "done" and not store.cache(record.stage).exists():
             record.status = "caching"
-
-
-def delete_pending(state: RunState, store: RunStore) -> None:
-    """Of stages that are not begun: a stage leaves "pending" before it writes its first file, so these are left over."""
-    for record in state.stages:
-        if record.status == "pending":
-            store.delete_stage(record.stage)
