@@ -73,13 +73,9 @@ class Appends:
         self.blocks += len(checksums)
         self._failed = False
 
-    def put_scales(self, group: int, scales: np.ndarray) -> None:
-        """Stores scales float32 [C] of one group of rows; durable with the next append. Raises OSError."""
-        write_all(self._descriptor, scales.astype("<f4").tobytes(), self._places.scales + group * scales.nbytes)
-
-    def put_frame_labels(self, name: str, first: int, codes: np.ndarray) -> None:
-        """Stores codes int32 [n] of frames `first` on; durable once the file is sealed. Raises OSError."""
-        write_all(self._descriptor, codes.astype("<i4").tobytes(), self._places.frame_labels[name] + 4 * first)
+    def put(self, place: int, values: np.ndarray) -> None:
+        """Stores scales or labels of frames; durable with the next append, or once the file is sealed. Raises OSError."""
+        write_all(self._descriptor, values.tobytes(), place)
 
     def done_in(self, journal: Path, first: int) -> int:
         """The block up to which a journal has all done, from `first` on; cuts off records that are torn or of other blocks."""

@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 
 from layerwise.cache.file_io import as_cache_errors
+from layerwise.cache.layout import as_bytes
 from layerwise.cache.reader import ActivationCache
 from layerwise.errors import CacheError
 
@@ -186,9 +187,9 @@ class _HDF5Array:
     ) -> None:
         self._rows.resize(rows, axis=0)
         self._file["offsets"] = offsets
-        self._file["ids"] = np.array([name.encode() for name in ids], dtype=bytes)
+        self._file["ids"] = as_bytes(ids)
         for name, values in labels.items():
-            self._file[f"labels/{name}"] = np.array([value.encode() for value in values], dtype=bytes)
+            self._file[f"labels/{name}"] = as_bytes(values)
         self._file.close()
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from layerwise.cache import zstd
 from layerwise.cache.dtypes import STORED
-from layerwise.cache.layout import SPLITS, Layout, Places
+from layerwise.cache.layout import SPLITS, Layout, Places, as_bytes
 from layerwise.cache.seal import NAME, USER_BLOCK, VERSION, of_another_version
 from layerwise.cache.structure import NUMBERS, STRINGS, UNREADABLE, byte_range, check_structure, unusual
 from layerwise.errors import UnusableCache
@@ -173,14 +173,14 @@ def _index(layout: Layout) -> dict[str, np.ndarray]:
     """Every data set that is small, by name."""
     index = {
         "offsets": layout.offsets,
-        "ids": _as_bytes(layout.ids),
+        "ids": as_bytes(layout.ids),
         "split": layout.split.astype(np.uint8),
     }
     for name, codes in layout.labels.items():
         index[f"labels/{name}"] = codes.astype(np.int32)
-        index[f"labels_classes/{name}"] = _as_bytes(layout.labels_classes[name])
+        index[f"labels_classes/{name}"] = as_bytes(layout.labels_classes[name])
     for name, classes in layout.frame_labels_classes.items():
-        index[f"frame_labels_classes/{name}"] = _as_bytes(classes)
+        index[f"frame_labels_classes/{name}"] = as_bytes(classes)
     return index
 
 
@@ -228,7 +228,3 @@ def _create_unfilled(
 def _chunk_shape(layout: Layout) -> tuple[int, ...] | None:
     """None where the activations are contiguous."""
     return None if layout.compression == "none" else (layout.block_bytes // layout.row_bytes, *layout.frame_shape)
-
-
-def _as_bytes(names: tuple[str, ...] | np.ndarray) -> np.ndarray:
-    return np.array([name.encode() for name in names], dtype=bytes)

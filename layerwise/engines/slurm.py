@@ -17,6 +17,7 @@ from layerwise.events import Notify, silent
 from layerwise.files import write_atomically
 from layerwise.run_store import RunStore
 from layerwise.stop import StopFlag
+from layerwise.training.resume import StartRequest
 from layerwise.training.schedule import Task
 
 
@@ -27,20 +28,17 @@ class Job:
     task: Task
     number: str
     """Of the job."""
-    script: Path
     log: Path
 
 
-def submit_run(
-    config: Config, *, from_stage: int | None, overwrite: bool, stop: StopFlag, notify: Notify = silent
-) -> list[Job]:
+def submit_run(config: Config, request: StartRequest, stop: StopFlag, notify: Notify = silent) -> list[Job]:
     """Prepares the run and hands in a job for every task that is not done.
 
     Raises SlurmError where Slurm does not take one, RunError where jobs of an earlier start are still in its queue.
     """
     _check(config)
     folder = _folder(config)
-    with prepared_run(config, UserObjects(), from_stage, overwrite, stop, notify) as (run, tasks, _):
+    with prepared_run(config, UserObjects(), request, stop, notify) as (run, tasks, _):
         folder.mkdir(exist_ok=True)
         numbers: dict[Task, str] = {}
         jobs = []
@@ -49,17 +47,17 @@ def submit_run(
             path = folder / f"{_name(task)}.sbatch"
             write_atomically(path, task_script(config, task).encode())
             numbers[task] = submit(path, [numbers[need] for need in task.needs if need in numbers])
-            jobs.append(Job(task, numbers[task], path, _log(config, task)))
+            jobs.append(Job(task, numbers[task], _log(config, task)))
             write_atomically(folder / QUEUE, json.dumps([job.number for job in jobs]).encode())
         if not tasks:
             write_encoder(run)
     return jobs
 
 
-def scripts(config: Config, *, overwrite: bool, from_stage: int | None) -> list[tuple[Task, str]]:
+def scripts(config: Config, request: StartRequest) -> list[tuple[Task, str]]:
     """The batch scripts that `submit_run` would hand in; nothing is written."""
     _check(config)
-    return [(task, task_script(config, task)) for task in tasks_left(config, overwrite, from_stage)]
+    return [(task, task_script(config, task)) for task in tasks_left(config, request)]
 
 
 def task_script(config: Config, task: Task) -> str:

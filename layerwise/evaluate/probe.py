@@ -19,6 +19,7 @@ from layerwise.evaluate.examples import FeatureRows
 from layerwise.evaluate.features import cached_features
 from layerwise.evaluate.forward import features_under_budget
 from layerwise.evaluate.targets import ProbeTask, ask, truth
+from layerwise.files import write_json
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network, ranges
 from layerwise.run_store import RunState, RunStore, open_run
@@ -111,7 +112,8 @@ def probe(
         train, test = len(right.parts.fitted), len(right.parts.test)
         results.append(StageError(stage, found.error, baseline.error, train, test, found.confusion))
     result = ProbeResult(label, results, peak, classifier)
-    store.write_probe(label if classifier == "linear" else f"{label}-{classifier}", asdict(result))
+    name = label if classifier == "linear" else f"{label}-{classifier}"
+    write_json(store.probes / f"{name}.json", asdict(result))
     return result
 
 

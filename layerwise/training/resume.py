@@ -34,6 +34,10 @@ class StartRequest:
     overwrite: bool = False
     """Delete the run and begin anew."""
 
+    def goes_on(self, store: RunStore) -> bool:
+        """Whether there is a run to go on with; killed before its options were written, it has nothing."""
+        return not self.overwrite and store.exists and store.config.exists()
+
     def check(self, store: RunStore, stages: int) -> None:
         """Raises ConfigError or RunError where a run of so many stages has no such stage, or none below it to go on from."""
         stage = self.from_stage
@@ -58,11 +62,10 @@ def prepare_rounds(
     changed.
     """
     rounds, states = config.training.rounds, {}
-    if not request.overwrite:
-        for number in _to_be_prepared(store, rounds, request.from_stage):
-            of_round = store.round(number, rounds)
-            if of_round.exists and of_round.config.exists():
-                check_going_on(of_round.load_state(), config, of_round, data, specs, request.from_stage)
+    for number in _to_be_prepared(store, rounds, request):
+        of_round = store.round(number, rounds)
+        if request.goes_on(of_round):
+            check_going_on(of_round.load_state(), config, of_round, data, specs, request.from_stage)
     for number in range(rounds, 0, -1):
         of_round, keep = store.round(number, rounds), keep_of_round(config, number)
         if number < rounds and not of_round.exists:
@@ -78,9 +81,9 @@ def prepare_rounds(
     return dict(sorted(states.items()))
 
 
-def _to_be_prepared(store: RunStore, rounds: int, from_stage: int | None) -> list[int]:
+def _to_be_prepared(store: RunStore, rounds: int, request: StartRequest) -> list[int]:
     """The last round; and those before it, unless it is trained and is to stay so."""
-    stays_trained = from_stage is None and store.exists and store.load_state().is_trained
+    stays_trained = request.goes_on(store) and request.from_stage is None and store.load_state().is_trained
     return [rounds] if stays_trained else list(range(rounds, 0, -1))
 
 
@@ -113,16 +116,15 @@ def prepare(
     cached: for each stage, whether its outputs are to be cached; keep: which caches stay at the end, see `CachePlan.kept`.
     """
     old = store.load_state() if store.exists else None
-    # Killed before its options were written, a run has nothing to go on with.
-    if old is None or request.overwrite or not store.config.exists():
+    if old is not None and request.goes_on(store):
+        check_going_on(old, config, store, data, specs, request.from_stage)
+        state = old
+        _go_on(state, config, store, request.from_stage, cached, keep)
+    else:
         store.refuse_foreign_caches(old)
         if old is not None:
             store.delete_run(old)
         state = _new_state(store, data, specs, device, cached)
-    else:
-        check_going_on(old, config, store, data, specs, request.from_stage)
-        state = old
-        _go_on(state, config, store, request.from_stage, cached, keep)
     state.budget_bytes, state.device = config.memory.gpu_mem, str(device)
     store.save_state(state)
     store.delete_pending_stages(state)
@@ -269,7 +271,7 @@ def _shown(value: object) -> str:
 
 def earlier_records(store: RunStore, config: Config, request: StartRequest) -> list[StageRecord]:
     """What run.json says of the stages that this start keeps or goes on with, from stage 1 on."""
-    if request.overwrite or not store.exists or not store.config.exists():
+    if not request.goes_on(store):
         return []
     state = store.load_state()
     if request.from_stage is None or _is_in_hand(state, store, config, request.from_stage):
