@@ -46,16 +46,12 @@ class _Order:
     """What a worker must know to perform a task."""
 
     out: str
-    start: str
-    """Names this start of the run: what an earlier one has opened may be out of date."""
+    topic: str
+    """Names this start of the run, and where its processes meet: what an earlier start has opened may be out of date."""
     threads: int
     """Of each worker: on a CPU the last bits of sums depend on it."""
     devices: tuple[str, ...]
     """Of workers named 0, 1, …; where it is empty, each takes the one of the options."""
-
-    @property
-    def topic(self) -> str:
-        return f"layerwise-{self.start}"
 
 
 def execute(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> None:
@@ -66,7 +62,7 @@ def execute(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> 
     """
     options = run.config.engine
     own = () if options.scheduler else options.devices or (str(run.device),)
-    order = _Order(str(run.store.out.resolve()), uuid.uuid4().hex, torch.get_num_threads(), own)
+    order = _Order(str(run.store.out.resolve()), f"layerwise-{uuid.uuid4().hex}", torch.get_num_threads(), own)
     with _client(options.scheduler, len(own)) as client:
         from distributed import Event as Signal
         from distributed import Variable
@@ -249,7 +245,7 @@ def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
         torch.set_num_threads(order.threads)
         try:
             device = order.devices[int(worker.name)] if order.devices else None
-            perform_task(task, _run(order.out, device, order.start), stop, tell)
+            perform_task(task, _run(order.out, device, order.topic), stop, tell)
         except LayerwiseError as error:
             return error
         finally:
@@ -258,5 +254,5 @@ def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
 
 
 @lru_cache(maxsize=1)
-def _run(out: str, device: str | None, start: str) -> Run:
+def _run(out: str, device: str | None, topic: str) -> Run:
     return open_prepared_run(Path(out), device)

@@ -95,7 +95,9 @@ def _hand_out(waiting: list[Task], undone: set[Task], workers: Sequence[_Worker]
         if worker.task is None and task is not None:
             waiting.remove(task)
             worker.task = task
-            _send(worker, json.dumps([task.round, task.stage]))
+            assert worker.process.stdin is not None
+            with suppress(OSError):  # it has died, which the inbox will say
+                print(json.dumps([task.round, task.stage]), file=worker.process.stdin, flush=True)
 
 
 def _start(device: str, log: Path, run: Run, inbox: Inbox) -> _Worker:
@@ -126,13 +128,6 @@ def _listen(worker: _Worker, inbox: Inbox) -> None:
             inbox.put((worker, worker.output.recv()))
     worker.process.wait()
     inbox.put((worker, EOFError()))
-
-
-def _send(worker: _Worker, line: str) -> None:
-    assert worker.process.stdin is not None
-    with suppress(OSError):  # it has died, which the inbox will say
-        worker.process.stdin.write(line + "\n")
-        worker.process.stdin.flush()
 
 
 def _replacement(worker: _Worker, deaths: int, run: Run, inbox: Inbox, notify: Notify) -> _Worker:

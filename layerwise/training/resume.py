@@ -127,7 +127,8 @@ def prepare(
         state = _new_state(store, data, specs, device, cached)
     state.budget_bytes, state.device = config.memory.gpu_mem, str(device)
     store.save_state(state)
-    store.delete_pending_stages(state)
+    if state is old:
+        store.delete_pending_stages(state)
     store.write_caches_owner(state.run_id)
     store.write_config(config)
     return state
