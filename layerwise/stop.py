@@ -22,10 +22,15 @@ class StopFlag:
 
     reason: str | None = None
 
-    def raise_if_set(self, where: str) -> None:
-        """Raises Interrupted; call it where everything is saved. `where` ends the sentence."""
+    def ask(self, reason: str) -> None:
+        """Sets the flag; the first reason stands."""
+        self.reason = self.reason or reason
+
+    def raise_if_set(self, where: str = "") -> None:
+        """Raises Interrupted; call it where everything is saved. where: says what was going on."""
         if self.reason:
-            raise Interrupted(f"Stopped by {self.reason} {where}; start the same command again to go on.")
+            stopped = f"Stopped by {self.reason} {where}".rstrip()
+            raise Interrupted(f"{stopped}; start the same command again to go on.")
 
 
 @contextmanager
@@ -65,14 +70,10 @@ def stop_in_time(flag: StopFlag, time: str | None) -> Iterator[None]:
         return
     whole = seconds(time)
     until = min(whole - min(LONGEST_MARGIN, whole / 10), threading.TIMEOUT_MAX)
-    timer = threading.Timer(until, _ask_in_time, (flag, f"--time {time}"))
+    timer = threading.Timer(until, flag.ask, (f"--time {time}",))
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
-
-
-def _ask_in_time(flag: StopFlag, reason: str) -> None:
-    flag.reason = flag.reason or reason

@@ -12,7 +12,6 @@ end does not count.
 import errno
 import os
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +44,7 @@ class Appends:
         self._descriptor = os.open(part, os.O_RDWR)
         self._direct = _open_direct(part)
         self._failed = False
-        self.blocks = _replay(journal_path, self._stored, first)
+        self.blocks = self.done_in(journal_path, first)
         """Blocks that are durable, counted from the beginning of the file."""
         self._summed, self._checksum = self.blocks, 0
         if self.blocks > first:
@@ -74,17 +73,24 @@ class Appends:
         self.blocks += len(checksums)
         self._failed = False
 
-    def put_scales(self, group: int, scales: np.ndarray) -> None:
-        """Stores scales float32 [C] of one group of rows; durable with the next append. Raises OSError."""
-        write_all(self._descriptor, scales.astype("<f4").tobytes(), self._places.scales + group * scales.nbytes)
+    def put(self, place: int, values: np.ndarray) -> None:
+        """Stores scales or labels of frames; durable with the next append, or once the file is sealed. Raises OSError."""
+        write_all(self._descriptor, values.tobytes(), place)
 
-    def put_frame_labels(self, name: str, first: int, codes: np.ndarray) -> None:
-        """Stores codes int32 [n] of frames `first` on; durable once the file is sealed. Raises OSError."""
-        write_all(self._descriptor, codes.astype("<i4").tobytes(), self._places.frame_labels[name] + 4 * first)
-
-    def done_in(self, journal_path: Path, first: int) -> int:
-        """The block up to which another's journal says that all are durable, from its first one on."""
-        return _replay(journal_path, self._stored, first)
+    def done_in(self, journal: Path, first: int) -> int:
+        """The block up to which a journal has all done, from `first` on; cuts off records that are torn or of other blocks."""
+        if not journal.exists():
+            return first
+        content = journal.read_bytes()
+        done, records = first, 0
+        for start in range(0, len(content) - _SIZE + 1, _SIZE):
+            record, check = content[start : start + _RECORD.size], content[start + _RECORD.size : start + _SIZE]
+            blocks, checksum = _RECORD.unpack(record)
+            if check != _CHECK.pack(crc32(record)) or blocks <= done or crc32(self._stored(done, blocks)) != checksum:
+                break
+            done, records = blocks, records + 1
+        os.truncate(journal, records * _SIZE)
+        return done
 
     def close(self) -> None:
         """Gives the descriptors back."""
@@ -125,22 +131,3 @@ def _record(path: Path, blocks: int, checksums: bytes) -> None:
         os.fdatasync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _replay(path: Path, checksums: Callable[[int, int], bytes], first: int = 0) -> int:
-    """The block up to which the journal has all done, from `first` on; cuts off records that are torn or of other blocks.
-
-    `checksums(first, stop)` gives the bytes of the checksums in the file.
-    """
-    if not path.exists():
-        return first
-    content = path.read_bytes()
-    done, records = first, 0
-    for start in range(0, len(content) - _SIZE + 1, _SIZE):
-        record, check = content[start : start + _RECORD.size], content[start + _RECORD.size : start + _SIZE]
-        blocks, checksum = _RECORD.unpack(record)
-        if check != _CHECK.pack(crc32(record)) or blocks <= done or crc32(checksums(done, blocks)) != checksum:
-            break
-        done, records = blocks, records + 1
-    os.truncate(path, records * _SIZE)
-    return done

@@ -5,7 +5,6 @@ the stretch takes one computation, from the checksum before it to that of its la
 was compared, and the checksums stay in the file, so a cache of 1 TB takes 31 MB of memory.
 """
 
-import struct
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from layerwise.cache.dtypes import STORED
-from layerwise.cache.file_io import CRC32_ADDRESS, crc32, fetch, in_memory, read_few, read_into
+from layerwise.cache.file_io import CRC32_ADDRESS, crc32, fetch, in_memory, read_into, read_table
 from layerwise.cache.layout import Layout, Places
 from layerwise.errors import DamagedCache
 
@@ -49,14 +48,11 @@ class Blocks:
         shape = (stop_row - first_row, *self._frame_shape)
         position, stop = first_row * self._row_bytes, stop_row * self._row_bytes
         first, last = position // self._block_bytes, (stop - 1) // self._block_bytes
-        new = self._not_compared(first, last) if position < stop else 0
-        if not new:
+        if position == stop or self._are_compared(first, last):
             return self._read(position, np.empty(shape, self._on_disk))
-        first_new, last_new = first + (new & -new).bit_length() - 1, first + new.bit_length() - 1
-        start = first * self._block_bytes if first_new == first else position
-        end = self._end(last) if last_new == last else stop
-        content = self._read(start, np.empty(end - start, np.uint8))
-        self._compare(first_new, last_new, content, start)
+        start = first * self._block_bytes
+        content = self._read(start, np.empty(self._end(last) - start, np.uint8))
+        self._compare(first, last, content, start)
         return np.ndarray(shape, self._on_disk, content, position - start)
 
     def read_together(self, stretches: Sequence[tuple[int, int]], into: np.ndarray) -> int:
@@ -92,13 +88,12 @@ class Blocks:
             last, start = min(first + step, self._count) - 1, first * self._block_bytes
             self._compare(first, last, self._read(start, np.empty(self._end(last) - start, np.uint8)), start)
 
-    def _not_compared(self, first: int, last: int) -> int:
-        """One bit for each of blocks first to last, the lowest for the first."""
+    def _are_compared(self, first: int, last: int) -> bool:
         low, high = first >> 3, (last >> 3) + 1
         if self._compared.count(_ALL_EIGHT, low, high) == high - low:  # twice as fast as what follows
-            return 0
-        compared = int.from_bytes(self._compared[low:high], "little") >> (first & 7)
-        return ~compared & ((1 << last + 1 - first) - 1)
+            return True
+        compared, all_ones = int.from_bytes(self._compared[low:high], "little"), (1 << last + 1 - first) - 1
+        return compared >> (first & 7) & all_ones == all_ones
 
     def _end(self, block: int) -> int:
         return min((block + 1) * self._block_bytes, self._size)
@@ -107,8 +102,8 @@ class Blocks:
         """Blocks first to last, which lie wholly in the content; that begins at `start`."""
         size, chain, view = self._block_bytes, self._chain, memoryview(content)
         before = max(first - 1, 0)
-        table, count = self._places.checksums + 4 * before, last + 1 - before
-        checksums = struct.unpack(f"<{count}I", read_few(self._path, self._descriptor, table, 4 * count))
+        table = read_table(self._path, self._descriptor, "<u4", self._places.checksums, before, last + 1)
+        checksums = table.tolist()
         block = first
         while block <= last:
             stop = min(block - block % chain + chain, last + 1)
@@ -121,7 +116,7 @@ class Blocks:
         compared = int.from_bytes(self._compared[low:high], "little") | ((1 << last + 1 - first) - 1) << (first & 7)
         self._compared[low:high] = compared.to_bytes(high - low, "little")
 
-    def _damaged(self, block: int, checksum: int, content: memoryview, checksums: tuple[int, ...]) -> DamagedCache:
+    def _damaged(self, block: int, checksum: int, content: memoryview, checksums: list[int]) -> DamagedCache:
         """Names the first block, from `block` on, that leads from the checksum before it to another one than it should."""
         size = self._block_bytes
         for number, expected in enumerate(checksums):

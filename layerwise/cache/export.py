@@ -10,13 +10,13 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import h5py
 import numpy as np
 
 from layerwise.cache.file_io import as_cache_errors
+from layerwise.cache.layout import as_bytes
 from layerwise.cache.reader import ActivationCache
 from layerwise.errors import CacheError
 
@@ -102,9 +102,7 @@ class FeatureFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._array.close()
         self._temporary.unlink(missing_ok=True)
 
@@ -114,16 +112,16 @@ class MeanFile(FeatureFile):
 
     def __init__(self, path: Path, frame_shape: tuple[int, ...], dtype: np.dtype, stage: int) -> None:
         super().__init__(path, frame_shape, np.dtype(np.float32), stage)
-        self._none = np.full(frame_shape, np.nan)
-        self._sum: Any = 0.0
-        self._count = 0
+        self._shape = frame_shape
+        self._forget()
 
     def append(self, rows: np.ndarray) -> None:
-        self._sum = self._sum + rows.sum(0, dtype=np.float64)
+        self._sum += rows.sum(0, dtype=np.float64)
         self._count += len(rows)
 
     def keep(self, name: str) -> None:
-        super().append((self._sum / self._count if self._count else self._none)[None])
+        with np.errstate(invalid="ignore"):
+            super().append((self._sum / self._count)[None])
         self._forget()
         super().keep(name)
 
@@ -132,7 +130,7 @@ class MeanFile(FeatureFile):
         super().drop()
 
     def _forget(self) -> None:
-        self._sum, self._count = 0.0, 0
+        self._sum, self._count = np.zeros(self._shape), 0
 
 
 class _NpyArray:
@@ -189,9 +187,9 @@ class _HDF5Array:
     ) -> None:
         self._rows.resize(rows, axis=0)
         self._file["offsets"] = offsets
-        self._file["ids"] = np.array([name.encode() for name in ids], dtype=bytes)
+        self._file["ids"] = as_bytes(ids)
         for name, values in labels.items():
-            self._file[f"labels/{name}"] = np.array([value.encode() for value in values], dtype=bytes)
+            self._file[f"labels/{name}"] = as_bytes(values)
         self._file.close()
 
     def close(self) -> None:

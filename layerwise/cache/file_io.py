@@ -62,16 +62,6 @@ def read_into(path: Path, descriptor: int, position: int, array: np.ndarray) -> 
         filled += count
 
 
-def read_few(path: Path, descriptor: int, position: int, size: int) -> bytes:
-    """What read_stored gives, of a few bytes, in a third of the time."""
-    try:
-        content = os.pread(descriptor, size, position)
-    except OSError as error:
-        raise _unread(path, error) from None
-    # Network file systems may give fewer at once, though the file goes on.
-    return content if len(content) == size else read_stored(path, descriptor, position, size).tobytes()
-
-
 def in_memory(descriptor: int, position: int) -> bool:
     """Whether that byte could be read without waiting for the disk. No where this system cannot tell."""
     try:

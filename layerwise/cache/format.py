@@ -16,7 +16,7 @@ import numpy as np
 
 from layerwise.cache import zstd
 from layerwise.cache.dtypes import STORED
-from layerwise.cache.layout import SPLITS, Layout, Places
+from layerwise.cache.layout import SPLITS, Layout, Places, as_bytes
 from layerwise.cache.seal import NAME, USER_BLOCK, VERSION, of_another_version
 from layerwise.cache.structure import NUMBERS, STRINGS, UNREADABLE, byte_range, check_structure, unusual
 from layerwise.errors import UnusableCache
@@ -134,15 +134,11 @@ def _read(path: Path, file: h5py.File) -> Layout:
         "activations": file["activations"].chunks == _chunk_shape(layout),
         "attribute block_bytes": layout.compression == "none" or layout.block_bytes % layout.row_bytes == 0,
         "attribute chain_blocks": layout.compression == "none" or layout.chain_blocks == 1,
-        "places": file["places"].shape == _places_shape(layout),
-        "checksums": file["checksums"].shape == (layout.blocks,),
-        "scales": file["scales"].shape == layout.scales_shape,
+        **{name: file[name].shape == shape for name, (_, shape) in _tables(layout).items()},
     }
     for name, codes in labels.items():
         known = len(layout.labels_classes[name])
         as_it_should_be[f"labels/{name}"] = codes.shape == (len(ids),) and bool(((codes >= 0) & (codes < known)).all())
-    for name in layout.frame_labels_classes:
-        as_it_should_be[f"frame_labels/{name}"] = file[f"frame_labels/{name}"].shape == (layout.frames[-1],)
     for name, good in as_it_should_be.items():
         if not good:
             raise unusual(path, name)
@@ -177,14 +173,14 @@ def _index(layout: Layout) -> dict[str, np.ndarray]:
     """Every data set that is small, by name."""
     index = {
         "offsets": layout.offsets,
-        "ids": _as_bytes(layout.ids),
+        "ids": as_bytes(layout.ids),
         "split": layout.split.astype(np.uint8),
     }
     for name, codes in layout.labels.items():
         index[f"labels/{name}"] = codes.astype(np.int32)
-        index[f"labels_classes/{name}"] = _as_bytes(layout.labels_classes[name])
+        index[f"labels_classes/{name}"] = as_bytes(layout.labels_classes[name])
     for name, classes in layout.frame_labels_classes.items():
-        index[f"frame_labels_classes/{name}"] = _as_bytes(classes)
+        index[f"frame_labels_classes/{name}"] = as_bytes(classes)
     return index
 
 
@@ -193,7 +189,7 @@ def _tables(layout: Layout) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {
         "checksums": ("<u4", (layout.blocks,)),
         "scales": ("<f4", layout.scales_shape),
-        "places": ("<i8", _places_shape(layout)),
+        "places": ("<i8", (0,) if layout.compression == "none" else (layout.blocks + 1,)),
         **{f"frame_labels/{name}": ("<i4", (int(layout.frames[-1]),)) for name in layout.frame_labels_classes},
     }
 
@@ -232,11 +228,3 @@ def _create_unfilled(
 def _chunk_shape(layout: Layout) -> tuple[int, ...] | None:
     """None where the activations are contiguous."""
     return None if layout.compression == "none" else (layout.block_bytes // layout.row_bytes, *layout.frame_shape)
-
-
-def _places_shape(layout: Layout) -> tuple[int]:
-    return (0,) if layout.compression == "none" else (layout.blocks + 1,)
-
-
-def _as_bytes(names: tuple[str, ...] | np.ndarray) -> np.ndarray:
-    return np.array([name.encode() for name in names], dtype=bytes)

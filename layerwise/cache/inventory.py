@@ -88,14 +88,9 @@ def journals(path: Path) -> list[Path]:
     return [journal, *path.parent.glob(f"{journal.name}-*")]
 
 
-def _all_unsealed(path: Path) -> list[Path]:
-    """Everything that may lie beside the cache until it is sealed."""
-    return [beside(path, ".part"), *journals(path), beside(path, ".packing"), beside(path, ".copying")]
-
-
 def remove_unsealed(path: Path) -> None:
-    """Deletes those that are there. Raises OSError."""
-    for file in _all_unsealed(path):
+    """Deletes what lies beside the cache until it is sealed. Raises OSError."""
+    for file in (beside(path, ".part"), *journals(path), beside(path, ".packing"), beside(path, ".copying")):
         file.unlink(missing_ok=True)
 
 

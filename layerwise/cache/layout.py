@@ -1,6 +1,7 @@
 """What a cache holds besides its activations, fixed before the first row is written; and the blocks of each of its writers."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
@@ -27,6 +28,11 @@ def as_codes(values: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels str [n] as int32 [n], indices into their classes."""
     classes, codes = np.unique(values, return_inverse=True)
     return codes.astype(np.int32), tuple(classes.tolist())
+
+
+def as_bytes(names: Iterable[str]) -> np.ndarray:
+    """Names as HDF5 stores them: UTF-8, padded to the longest."""
+    return np.array([name.encode() for name in names], dtype=bytes)
 
 
 def in_chains(layout: "Layout") -> "Layout":
@@ -136,12 +142,8 @@ class Span:
     stop: int
 
     @property
-    def start_byte(self) -> int:
-        """Of the activations."""
-        return min(self.first * self.layout.block_bytes, self.layout.activation_bytes)
-
-    @property
     def stop_byte(self) -> int:
+        """Of the activations."""
         return min(self.stop * self.layout.block_bytes, self.layout.activation_bytes)
 
     @property

@@ -21,7 +21,6 @@ from layerwise.cache.blocks import Blocks
 from layerwise.cache.dtypes import STORED, as_tensor, dequantise
 from layerwise.cache.file_io import read_table
 from layerwise.cache.format import read_layout
-from layerwise.cache.layout import Layout, Places
 from layerwise.cache.seal import check_seal
 from layerwise.cache.structure import unusual
 from layerwise.cache.zstd import PackedBlocks
@@ -45,7 +44,10 @@ class ActivationCache:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for a writer
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
                 raise UnusableCache(path, f"{path} is no file", "move it away and start the run again")
-            self.layout, self._places = self._open()
+            sealed = check_seal(path, self._descriptor)
+            self.layout, self._places = read_layout(path, self._descriptor)
+            if sealed != (self._places.activations, self._places.stored_bytes):
+                raise unusual(path, "activations")
             kind = Blocks if self.layout.compression == "none" else PackedBlocks
             self._blocks = kind(path, self._descriptor, self.layout, self._places)
         except FileNotFoundError:
@@ -153,13 +155,6 @@ class ActivationCache:
         if not (known and 0 <= start <= stop <= self._offsets[place + 1] - self._offsets[place]):
             raise IndexError(f"frames {start} to {stop} of view {view} of sample {sample} are not in {self.path}")
         return index(self._offsets[place] + start), index(self._offsets[place] + stop)
-
-    def _open(self) -> tuple[Layout, Places]:
-        sealed = check_seal(self.path, self._descriptor)
-        layout, places = read_layout(self.path, self._descriptor)
-        if sealed != (places.activations, places.stored_bytes):
-            raise unusual(self.path, "activations")
-        return layout, places
 
     def _scales(self, first: int, stop: int) -> np.ndarray:
         """float32 [groups, C] of the groups that rows first to stop lie in."""

@@ -129,7 +129,7 @@ class CacheWriter:
             return
         for stored, scales in self._quantiser.push(rows):
             with as_cache_errors(self._part):
-                self._appends.put_scales(self._group, scales)
+                self._appends.put(self._places.scales + self._group * scales.nbytes, scales.astype("<f4"))
             self._group += 1
             self._fill(stored)
 
@@ -140,7 +140,7 @@ class CacheWriter:
         codes = np.array([known.index(label) for label in classes], dtype="<i4")[codes]
         self._frames_labelled += len(values)
         with as_cache_errors(self._part):
-            self._appends.put_frame_labels(name, int(self.layout.frames[sample]), codes)
+            self._appends.put(self._places.frame_labels[name] + 4 * int(self.layout.frames[sample]), codes)
 
     def finish(self) -> None:
         """Waits until all rows of this writer's span are durable. Raises CacheError where some are missing."""

@@ -39,14 +39,14 @@ def init(config: Config, output: Path) -> None:
         raise RunError(f"{output} exists; delete it, or name another file with -o.")
     from layerwise.engines.plan import look  # imports torch, which --help need not wait for
 
-    seen = look(config)
+    data = look(config)
     try:
         with output.open("x") as file:
             file.write(commented(config))
     except OSError as error:
         raise RunError(unwritable(output, error)) from None
-    skipped = f", {seen.skipped} files skipped" if seen.skipped else ""
-    click.echo(f"{output}: for {seen.samples} samples from {config.data.source}{skipped}")
-    click.echo(f"labels for probes: {', '.join(seen.labels) or 'none'}")
+    skipped = f", {len(data.skipped)} files skipped" if data.skipped else ""
+    click.echo(f"{output}: for {len(data.ids)} samples from {config.data.source}{skipped}")
+    click.echo(f"labels for probes: {', '.join((*data.labels, *data.frame_label_names)) or 'none'}")
     named = shlex.quote(str(output))
     click.echo(f"next:\n  layerwise plan --config {named}\n  layerwise run --config {named}")

@@ -122,14 +122,16 @@ def _logging_errors(log: LogFile, stop: StopFlag, store: RunStore) -> Iterator[N
 def _submit(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) -> None:
     """The run as batch jobs of Slurm."""
     from layerwise.engines.slurm import scripts, submit_run
+    from layerwise.training.resume import StartRequest
 
+    request = StartRequest(from_stage, overwrite)
     if dry_run:
-        for task, text in scripts(config, from_stage=from_stage, overwrite=overwrite):
+        for task, text in scripts(config, request):
             needs = ", ".join(f"round {need.round} stage {need.stage}" for need in task.needs)
             click.echo(f"# round {task.round}, stage {task.stage}; after {needs or 'nothing'}\n{text}")
         return
     with stop_on_signals() as stop:
-        jobs = submit_run(config, from_stage=from_stage, overwrite=overwrite, stop=stop, notify=PlainLines(sys.stdout))
+        jobs = submit_run(config, request, stop, PlainLines(sys.stdout))
     for job in jobs:
         click.echo(f"job {job.number}: round {job.task.round}, stage {job.task.stage}; log {job.log}")
     out = RunStore.of(config.out, config.cache.dir).out

@@ -4,6 +4,7 @@ A worker performs one task at a time. Where one dies, Dask gives its task to ano
 """
 
 import contextlib
+import pickle
 import threading
 import time
 import traceback
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerwise.engines.task_runner import open_prepared_run, perform_task
-from layerwise.engines.worker import Answer, error_message, error_of, event_message, event_of
+from layerwise.engines.worker import Answer
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, RunError
 from layerwise.events import CachingProgress, Event, Message, Notify, StageStarted, StepDone
 from layerwise.stop import StopFlag
@@ -45,16 +46,12 @@ class _Order:
     """What a worker must know to perform a task."""
 
     out: str
-    start: str
-    """Names this start of the run: what an earlier one has opened may be out of date."""
+    topic: str
+    """Names this start of the run, and where its processes meet: what an earlier start has opened may be out of date."""
     threads: int
     """Of each worker: on a CPU the last bits of sums depend on it."""
     devices: tuple[str, ...]
     """Of workers named 0, 1, …; where it is empty, each takes the one of the options."""
-
-    @property
-    def topic(self) -> str:
-        return f"layerwise-{self.start}"
 
 
 def execute(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> None:
@@ -65,13 +62,13 @@ def execute(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> 
     """
     options = run.config.engine
     own = () if options.scheduler else options.devices or (str(run.device),)
-    order = _Order(str(run.store.out.resolve()), uuid.uuid4().hex, torch.get_num_threads(), own)
+    order = _Order(str(run.store.out.resolve()), f"layerwise-{uuid.uuid4().hex}", torch.get_num_threads(), own)
     with _client(options.scheduler, len(own)) as client:
         from distributed import Event as Signal
         from distributed import Variable
 
-        told: SimpleQueue[Answer] = SimpleQueue()
-        client.subscribe_topic(order.topic, lambda event: told.put(event[1]["told"]))
+        told: SimpleQueue[Event] = SimpleQueue()
+        client.subscribe_topic(order.topic, lambda event: told.put(pickle.loads(event[1]["told"])))
         halt, pulse = Signal(order.topic, client=client), Variable(order.topic, client=client)
         pulse.set(0)
         resources = {"GPU": 1} if options.scheduler and _offers_gpus(client, notify) else None
@@ -101,7 +98,7 @@ def _offers_gpus(client: "Client", notify: Notify) -> bool:
 def _follow(
     futures: dict[Task, "Future"],
     client: "Client",
-    told: "SimpleQueue[Answer]",
+    told: "SimpleQueue[Event]",
     pulse: "Variable",
     stop: StopFlag,
     notify: Notify,
@@ -120,8 +117,7 @@ def _follow(
             pulse.set(felt)
         _pass_on(told, tell)
         _check_starts(starts, client)
-        if stop.reason:
-            raise Interrupted(f"Stopped by {stop.reason}; start the same command again to go on.")
+        stop.raise_if_set()
         for task in [task for task, future in undone.items() if future.done()]:
             _check(task, undone.pop(task), client)
         time.sleep(POLL_SECONDS)
@@ -155,9 +151,8 @@ def _check(task: Task, future: "Future", client: "Client") -> None:
         raise RunError("The Dask scheduler is gone; start it again, and then the same command.")
     if future.status != "finished":
         raise RunError(_failed(task, _end_of_log(future, client)))
-    answer = future.result()
-    if answer["ended"] != "done":
-        raise error_of(answer)
+    if error := future.result():
+        raise error
 
 
 def _end_of_log(future: "Future", client: "Client") -> str:
@@ -172,13 +167,13 @@ def _end_of_log(future: "Future", client: "Client") -> str:
     return "\n".join(["The end of the last worker's log:", *lines[-LOG_LINES:]])
 
 
-def _pass_on(told: "SimpleQueue[Answer]", notify: Notify) -> None:
+def _pass_on(told: "SimpleQueue[Event]", notify: Notify) -> None:
     with contextlib.suppress(Empty):
         while True:
-            notify(event_of(told.get_nowait()))
+            notify(told.get_nowait())
 
 
-def _settle(futures: dict[Task, "Future"], told: "SimpleQueue[Answer]", notify: Notify) -> None:
+def _settle(futures: dict[Task, "Future"], told: "SimpleQueue[Event]", notify: Notify) -> None:
     """Until every task has ended: those in hand save, and those behind them see the signal at once."""
     while any(not future.done() for future in futures.values()):
         _pass_on(told, notify)
@@ -223,8 +218,8 @@ def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
     from distributed import Variable, get_client, get_worker
 
     worker, stop = get_worker(), StopFlag()
-    if any(answer["ended"] != "done" for answer in needed):
-        return error_message(Interrupted("What it needs was not done."))
+    if any(needed):
+        return Interrupted("What it needs was not done.")
     client, done = get_client(), threading.Event()  # only the thread of a task can find the client
     halt, pulse = Signal(order.topic, client=client), Variable(order.topic, client=client)
 
@@ -243,21 +238,21 @@ def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
 
     def tell(event: Event) -> None:
         if not isinstance(event, StepDone | CachingProgress):
-            worker.log_event(order.topic, {"told": event_message(event)})  # Dask adds to the dict
+            worker.log_event(order.topic, {"told": pickle.dumps(event)})  # Dask adds to the dict
 
     with _one_at_a_time:
         threading.Thread(target=listen, daemon=True).start()
         torch.set_num_threads(order.threads)
         try:
             device = order.devices[int(worker.name)] if order.devices else None
-            perform_task(task, _run(order.out, device, order.start), stop, tell)
+            perform_task(task, _run(order.out, device, order.topic), stop, tell)
         except LayerwiseError as error:
-            return error_message(error)
+            return error
         finally:
             done.set()
-    return {"ended": "done"}
+    return None
 
 
 @lru_cache(maxsize=1)
-def _run(out: str, device: str | None, start: str) -> Run:
+def _run(out: str, device: str | None, topic: str) -> Run:
     return open_prepared_run(Path(out), device)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import psutil
 import torch
@@ -119,17 +118,6 @@ def _host_bytes(config: Config, spec: StageSpec, memory_plan: MemoryPlan) -> int
     return itself + recomputing + (READ_AHEAD + 2) * batch + 2 * int(config.cache.block) + checkpoint + on_host
 
 
-@dataclass(frozen=True, slots=True)
-class DataSummary:
-    """What a run would find."""
-
-    samples: int
-    skipped: int
-    """Files that could not be used."""
-    labels: tuple[str, ...]
-
-
-def look(config: Config) -> DataSummary:
-    """Opens the data as a run does. Raises DataError where it could not."""
-    data = open_data(config.data, shortest_sample(config))
-    return DataSummary(len(data.ids), len(data.skipped), (*data.labels, *data.frame_label_names))
+def look(config: Config) -> DataSet:
+    """The data as a run would find them. Raises DataError where it could not use them."""
+    return open_data(config.data, shortest_sample(config))

@@ -13,15 +13,17 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
 import torch
 
-from layerwise.engines.worker import STOP, Answer, error_of, event_of
-from layerwise.errors import Interrupted, RunError
-from layerwise.events import Message, Notify
+from layerwise.engines.worker import Answer
+from layerwise.errors import Interrupted, LayerwiseError, RunError
+from layerwise.events import Event, Message, Notify
 from layerwise.stop import StopFlag
 from layerwise.training.run import Run
 from layerwise.training.schedule import Task, ready
@@ -39,22 +41,13 @@ LOG_LINES = 15
 class _Worker:
     device: str
     process: subprocess.Popen[str]
+    output: Connection
     log: Path
     task: Task | None = None
 
 
-Inbox = SimpleQueue[tuple[_Worker, Answer | None]]
-"""What workers tell; None once one has ended."""
-
-
-@dataclass(slots=True)
-class _Work:
-    """What is left of a run, and who is at it."""
-
-    waiting: list[Task]
-    """Neither done nor in hand, in the order of the schedule."""
-    undone: set[Task]
-    deaths: Counter[Task | None] = field(default_factory=Counter)
+Inbox = SimpleQueue[tuple[_Worker, Event | Answer | EOFError]]
+"""What workers tell; EOFError once one has ended."""
 
 
 def execute(tasks: Sequence[Task], run: Run, devices: Sequence[str], stop: StopFlag, notify: Notify) -> None:
@@ -63,12 +56,14 @@ def execute(tasks: Sequence[Task], run: Run, devices: Sequence[str], stop: StopF
     Raises Interrupted after all workers have saved, RunError where a task's workers have died three times, and what a task
     raises that cannot be done.
     """
-    work, inbox = _Work(list(tasks), set(tasks)), Inbox()
-    workers = [_start(device, number, run, inbox) for number, device in enumerate(devices)]
+    waiting, deaths, inbox = list(tasks), Counter[Task | None](), Inbox()
+    logs = run.store.out / "workers"
+    logs.mkdir(exist_ok=True)
+    workers = [_start(device, logs / f"{number}.txt", run, inbox) for number, device in enumerate(devices)]
     try:
-        while work.undone:
-            stop.raise_if_set("")
-            _hand_out(work, workers)
+        while undone := {*waiting, *(worker.task for worker in workers if worker.task)}:
+            stop.raise_if_set()
+            _hand_out(waiting, undone, workers)
             try:
                 worker, message = inbox.get(timeout=POLL_SECONDS)
             except Empty:
@@ -76,14 +71,16 @@ def execute(tasks: Sequence[Task], run: Run, devices: Sequence[str], stop: StopF
             if worker not in workers:
                 continue  # a worker that was replaced has nothing more to say
             if message is None:
-                _replace(worker, work, workers, run, inbox, notify)
-            elif "event" in message:
-                notify(event_of(message))
-            elif message["ended"] == "done":
-                work.undone.discard(worker.task)
                 worker.task = None
+            elif isinstance(message, LayerwiseError):
+                raise message
+            elif isinstance(message, EOFError):
+                if worker.task:
+                    waiting.insert(0, worker.task)
+                deaths[worker.task] += 1
+                workers[workers.index(worker)] = _replacement(worker, deaths[worker.task], run, inbox, notify)
             else:
-                raise error_of(message)
+                notify(message)
     except Interrupted as interrupted:
         reason = stop.reason or f"a worker ({interrupted})"
         raise Interrupted(f"Stopped by {reason}; start the same command again to go on.") from None
@@ -91,86 +88,69 @@ def execute(tasks: Sequence[Task], run: Run, devices: Sequence[str], stop: StopF
         _end(workers, inbox, notify)
 
 
-def _hand_out(work: _Work, workers: Sequence[_Worker]) -> None:
+def _hand_out(waiting: list[Task], undone: set[Task], workers: Sequence[_Worker]) -> None:
+    """waiting: neither done nor in hand, in the order of the schedule."""
     for worker in workers:
-        task = ready(work.waiting, work.undone)
+        task = ready(waiting, undone)
         if worker.task is None and task is not None:
-            work.waiting.remove(task)
+            waiting.remove(task)
             worker.task = task
-            _send(worker, json.dumps([task.round, task.stage]))
+            assert worker.process.stdin is not None
+            with suppress(OSError):  # it has died, which the inbox will say
+                print(json.dumps([task.round, task.stage]), file=worker.process.stdin, flush=True)
 
 
-def _start(device: str, number: int, run: Run, inbox: Inbox) -> _Worker:
-    log = run.store.out / "workers" / f"{number}.txt"
-    log.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "layerwise.engines.worker", str(run.store.out), device]
+def _start(device: str, log: Path, run: Run, inbox: Inbox) -> _Worker:
+    output, workers_end = Pipe(duplex=False)
+    descriptor = workers_end.fileno()
+    command = [sys.executable, "-m", "layerwise.engines.worker", str(run.store.out), device, str(descriptor)]
     # The last bits of sums on a CPU depend on the number of threads.
     threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with log.open("a") as errors:
+    with log.open("a") as printed, workers_end:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
+            stdout=printed,
+            stderr=printed,
+            pass_fds=[descriptor],
             text=True,
             env=threads,
             start_new_session=True,  # Ctrl-C is for this process, which tells them
         )
-    worker = _Worker(device, process, log)
+    worker = _Worker(device, process, output, log)
     threading.Thread(target=_listen, args=(worker, inbox), daemon=True).start()
     return worker
 
 
 def _listen(worker: _Worker, inbox: Inbox) -> None:
-    assert worker.process.stdout is not None
-    try:
-        for line in worker.process.stdout:
-            with suppress(ValueError):  # torn by a kill, or printed by a library before the worker could prevent it
-                inbox.put((worker, json.loads(line)))
-    finally:
-        worker.process.wait()
-        inbox.put((worker, None))
+    with worker.output, suppress(EOFError, OSError):  # it has ended, perhaps within a message
+        while True:
+            inbox.put((worker, worker.output.recv()))
+    worker.process.wait()
+    inbox.put((worker, EOFError()))
 
 
-def _send(worker: _Worker, line: str) -> None:
-    assert worker.process.stdin is not None
-    try:
-        worker.process.stdin.write(line + "\n")
-        worker.process.stdin.flush()
-    except OSError:
-        pass  # it has died, which the inbox will say
-
-
-def _replace(worker: _Worker, work: _Work, workers: list[_Worker], run: Run, inbox: Inbox, notify: Notify) -> None:
+def _replacement(worker: _Worker, deaths: int, run: Run, inbox: Inbox, notify: Notify) -> _Worker:
     """Another worker in the place of one that has died. Raises RunError where its task has had enough of them."""
-    how, task = _how_it_ended(worker.process.returncode), worker.task
-    work.deaths[task] += 1
-    if task is not None:
-        work.waiting.insert(0, task)
-    if work.deaths[task] >= ATTEMPTS:
+    code, task = worker.process.returncode, worker.task
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    if deaths >= ATTEMPTS:
         what = f"Stage {task.stage} in round {task.round}" if task else "A worker without a task"
+        log = "\n".join(worker.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
         raise RunError(
             f"{what} has failed {ATTEMPTS} times; the last worker {how}. The same command goes on once that is mended. "
-            f"The end of its log, {worker.log}:\n{end_of_log(worker.log)}"
+            f"The end of its log, {worker.log}:\n{log}"
         )
     notify(Message(f"the worker on {worker.device} {how}; another takes its place"))
-    number = workers.index(worker)
-    workers[number] = _start(worker.device, number, run, inbox)
-
-
-def _how_it_ended(code: int) -> str:
-    return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-
-
-def end_of_log(path: Path, lines: int = LOG_LINES) -> str:
-    """The last lines of a log."""
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+    return _start(worker.device, worker.log, run, inbox)
 
 
 def _end(workers: list[_Worker], inbox: Inbox, notify: Notify) -> None:
-    """Every worker saves and ends; what they still tell is passed on."""
+    """Every worker saves and ends, as its input does; what they still tell is passed on."""
     for worker in workers:
-        _send(worker, STOP)
+        assert worker.process.stdin is not None
+        with suppress(OSError):  # it has died
+            worker.process.stdin.close()
     running = [worker for worker in workers if worker.process.poll() is None]
     deadline = time.monotonic() + PATIENCE_SECONDS
     while running:
@@ -180,8 +160,8 @@ def _end(workers: list[_Worker], inbox: Inbox, notify: Notify) -> None:
             for worker in running:
                 worker.process.kill()
             break
-        if message is None:
+        if isinstance(message, EOFError):
             running = [each for each in running if each is not worker]
-        elif "event" in message:
-            notify(event_of(message))
+        elif message is not None and not isinstance(message, LayerwiseError):
+            notify(message)
     workers.clear()

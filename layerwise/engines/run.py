@@ -17,7 +17,7 @@ from layerwise.engines.task_runner import perform_tasks, write_encoder
 from layerwise.engines.torchrun import device_of
 from layerwise.errors import ConfigError, RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
-from layerwise.files import refuse_unwritable
+from layerwise.files import refuse_unwritable, write_json
 from layerwise.memory.device import share_one_heap
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets import shortest_sample
@@ -80,10 +80,14 @@ def run(
     stop = stop or StopFlag()
     if not ranks.first:
         return _result(torchrun.follow(ranks, stop))
-    with prepared_run(config, objects, from_stage, overwrite, stop, notify, ranks) as prepared:
-        _execute(prepared, stop)
-        write_encoder(prepared.run)
-        return _result(prepared.run)
+    with prepared_run(config, objects, StartRequest(from_stage, overwrite), stop, notify, ranks) as (
+        prepared,
+        tasks,
+        notify_all,
+    ):
+        _execute(tasks, prepared, stop, notify_all)
+        write_encoder(prepared)
+        return _result(prepared)
 
 
 def _result(run: Run) -> RunResult:
@@ -91,37 +95,28 @@ def _result(run: Run) -> RunResult:
     return RunResult(run.store, run.store.load_state(), run.config, labels)
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedRun:
-    """A run that is prepared on the disk, for an engine."""
-
-    run: Run
-    tasks: list[Task]
-    """What is to be done, each behind those that it needs."""
-    notify: Notify
-    """Passes events on to whoever started the run, and to the tracking service."""
-
-
 @contextmanager
 def prepared_run(
     config: Config,
     objects: UserObjects,
-    from_stage: int | None,
-    overwrite: bool,
+    request: StartRequest,
     stop: StopFlag,
     notify: Notify,
     ranks: Ranks = ALONE,
-) -> Iterator[PreparedRun]:
-    """Holds a run while its tasks are performed, or submitted. Parameters and errors as those of `run`."""
+) -> Iterator[tuple[Run, list[Task], Notify]]:
+    """Holds a run while its tasks are performed, or submitted. Parameters and errors as those of `run`.
+
+    Gives the run, prepared on the disk; what is to be done, each task behind those that it needs; and who is to be notified:
+    whoever started the run, and the tracking service.
+    """
     share_one_heap()
     service = find_service(config.training.log)
     _refuse_objects_elsewhere(config, objects, ranks)
-    request = StartRequest(from_stage, overwrite)
     device = device_of(config.engine.devices[0] if config.engine.devices else config.training.device, ranks)
     store, rounds = RunStore.of(config.out, config.cache.dir), config.training.rounds
     data = objects.data or open_data(config.data, shortest_sample(config))
     planned_for = store.state_bytes()
-    sizes = objects.cut or (None if overwrite else _earlier_cut(store, config))
+    sizes = objects.cut or (None if request.overwrite else _earlier_cut(store, config))
     specs = cut_network(config, data, device, objects.network, sizes, objects.optimization)
     check_shareable(specs, ranks)
     split = split_samples(data, config)
@@ -150,7 +145,7 @@ def prepared_run(
                 raise RunError(f"Another process has gone on with {store.out} meanwhile; start the same command again.")
             states = prepare_rounds(config, store, data, specs, device, request, cache_plan.cached)
             state, run = states[rounds], Run(config, store, data, split, specs, memory_plans, cache_plan, device, ranks)
-            store.write_machine(machine(device))
+            write_json(store.machine, machine(device))
             tracker = open_service(config.training.log, service, store, state.run_id, config)
         with TrackingCallback(tracker, notify) as notify_all:
             for line in _described(run):
@@ -159,7 +154,7 @@ def prepared_run(
             notify_all(RunStarted(len(specs), done, config.training.max_epochs, state.budget_bytes, rounds))
             with store.lock_all_tasks(rounds):
                 tasks = _tasks_left([run.round(number) for number in states], notify_all)
-            yield PreparedRun(run, tasks, notify_all)
+            yield run, tasks, notify_all
 
 
 def _refuse_objects_elsewhere(config: Config, objects: UserObjects, ranks: Ranks) -> None:
@@ -177,9 +172,8 @@ def _refuse_objects_elsewhere(config: Config, objects: UserObjects, ranks: Ranks
         )
 
 
-def _execute(prepared: PreparedRun, stop: StopFlag) -> None:
+def _execute(tasks: list[Task], run: Run, stop: StopFlag, notify: Notify) -> None:
     """Has the engine of the options perform the tasks."""
-    run, tasks, notify = prepared.run, prepared.tasks, prepared.notify
     options = run.config.engine
     if run.ranks.count > 1:
         torchrun.execute(tasks, run, stop, notify)
@@ -191,12 +185,11 @@ def _execute(prepared: PreparedRun, stop: StopFlag) -> None:
         perform_tasks(tasks, run, stop, notify)
 
 
-def tasks_left(config: Config, overwrite: bool, from_stage: int | None) -> list[Task]:
+def tasks_left(config: Config, request: StartRequest) -> list[Task]:
     """What `prepared_run` would find to do, were nothing damaged; nothing is written."""
     store, rounds = RunStore.of(config.out, config.cache.dir), config.training.rounds
-    request = StartRequest(from_stage, overwrite)
     data = open_data(config.data, shortest_sample(config))
-    device, cut = device_of(config.training.device, ALONE), None if overwrite else _earlier_cut(store, config)
+    device, cut = device_of(config.training.device, ALONE), None if request.overwrite else _earlier_cut(store, config)
     stages = len(cut_network(config, data, device, None, cut))
     done = {
         Task(number, record.stage)

@@ -7,9 +7,9 @@ import json
 import shlex
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from layerwise.config import EngineOptions
 from layerwise.errors import RunError, SlurmError
 from layerwise.units import seconds
 
@@ -17,24 +17,12 @@ WARNING_SECONDS = 120
 """How long before the end of its time a job is told, so that it saves and is queued again."""
 
 
-@dataclass(frozen=True, slots=True)
-class SbatchOptions:
-    """What a job asks of the cluster; the cluster's own default where nothing is said."""
-
-    partition: str | None = None
-    time: str | None = None
-    """Longest time of one start, as `units.seconds` reads it: 2h, 1:30:00."""
-    gpus: int = 0
-    """On one node."""
-    extra: tuple[str, ...] = ()
-    """More options of sbatch, such as --account=physics; they come last, so they win."""
-
-
-def script(name: str, command: Sequence[str], log: Path, options: SbatchOptions) -> str:
+def script(name: str, command: Sequence[str], log: Path, options: EngineOptions) -> str:
     """The text of a batch script that runs the command as one task, and may be started again at any time.
 
     name: of the job. log: takes the output of all starts, one after the other; its folder must exist, for without it Slurm
-    fails the job and says nothing. Raises ValueError where the time is none, SlurmError where an option has several lines.
+    fails the job and says nothing. options: what the job asks of the cluster; the cluster's own default where nothing is said.
+    Raises SlurmError where an option has several lines.
     """
     asked = [
         f"--job-name={name}",
@@ -51,7 +39,7 @@ def script(name: str, command: Sequence[str], log: Path, options: SbatchOptions)
         asked.append(f"--time={_slurm_time(seconds(options.time))}")
     if options.gpus:
         asked.append(f"--gres=gpu:{options.gpus}")
-    asked += options.extra
+    asked += options.sbatch  # last, so that they win
     broken = next((each for each in asked if "\n" in each), None)
     if broken:
         raise SlurmError(

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from layerwise.config import Config
 from layerwise.engines.run import UserObjects, prepared_run, tasks_left
-from layerwise.engines.sbatch import QUEUE, SbatchOptions, script, submit
+from layerwise.engines.sbatch import QUEUE, script, submit
 from layerwise.engines.task_runner import write_encoder
 from layerwise.errors import ConfigError
 from layerwise.events import Notify, silent
 from layerwise.files import write_atomically
 from layerwise.run_store import RunStore
 from layerwise.stop import StopFlag
+from layerwise.training.resume import StartRequest
 from layerwise.training.schedule import Task
 
 
@@ -27,49 +28,44 @@ class Job:
     task: Task
     number: str
     """Of the job."""
-    script: Path
     log: Path
 
 
-def submit_run(
-    config: Config, *, from_stage: int | None, overwrite: bool, stop: StopFlag, notify: Notify = silent
-) -> list[Job]:
+def submit_run(config: Config, request: StartRequest, stop: StopFlag, notify: Notify = silent) -> list[Job]:
     """Prepares the run and hands in a job for every task that is not done.
 
     Raises SlurmError where Slurm does not take one, RunError where jobs of an earlier start are still in its queue.
     """
     _check(config)
     folder = _folder(config)
-    with prepared_run(config, UserObjects(), from_stage, overwrite, stop, notify) as prepared:
+    with prepared_run(config, UserObjects(), request, stop, notify) as (run, tasks, _):
         folder.mkdir(exist_ok=True)
         numbers: dict[Task, str] = {}
         jobs = []
-        for task in prepared.tasks:
+        for task in tasks:
             stop.raise_if_set(f"before round {task.round}, stage {task.stage} was handed in")
             path = folder / f"{_name(task)}.sbatch"
             write_atomically(path, task_script(config, task).encode())
             numbers[task] = submit(path, [numbers[need] for need in task.needs if need in numbers])
-            jobs.append(Job(task, numbers[task], path, _log(config, task)))
+            jobs.append(Job(task, numbers[task], _log(config, task)))
             write_atomically(folder / QUEUE, json.dumps([job.number for job in jobs]).encode())
-        if not prepared.tasks:
-            write_encoder(prepared.run)
+        if not tasks:
+            write_encoder(run)
     return jobs
 
 
-def scripts(config: Config, *, overwrite: bool, from_stage: int | None) -> list[tuple[Task, str]]:
+def scripts(config: Config, request: StartRequest) -> list[tuple[Task, str]]:
     """The batch scripts that `submit_run` would hand in; nothing is written."""
     _check(config)
-    return [(task, task_script(config, task)) for task in tasks_left(config, overwrite, from_stage)]
+    return [(task, task_script(config, task)) for task in tasks_left(config, request)]
 
 
 def task_script(config: Config, task: Task) -> str:
     """The batch script of a task."""
-    engine = config.engine
-    gpus = 0 if config.training.device == "cpu" else engine.gpus
     out = str(Path(config.out).expanduser().resolve())
     command = [sys.executable, "-m", "layerwise", "task", out]
     command += ["--round", str(task.round), "--stage", str(task.stage)]
-    options = SbatchOptions(engine.partition, engine.time, gpus, engine.sbatch)
+    options = config.engine.model_copy(update={"gpus": 0} if config.training.device == "cpu" else {})
     return script(f"{Path(out).name}-{_name(task)}", command, _log(config, task), options)
 
 

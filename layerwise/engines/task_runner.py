@@ -80,8 +80,7 @@ def open_prepared_run(out: Path, device: str | None = None) -> Run:
     data = open_data(config.data, shortest_sample(config))
     if data.identity != main.data_identity:
         raise RunError(f"The data of {out} have changed since it was prepared; bring the old ones back.")
-    furthest = store.furthest_round(config.training.rounds).load_state()
-    cache_plan = CachePlan(tuple(bool(record.cached) for record in furthest.stages))
+    cache_plan = CachePlan.of(store.furthest_round(config.training.rounds).load_state().stages)
     specs = cut_network(config, data, on, None, main.cut)
     if specs[0].network.identity != main.network:
         raise RunError(

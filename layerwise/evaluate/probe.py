@@ -20,6 +20,7 @@ from layerwise.evaluate.features import cached_features
 from layerwise.evaluate.forward import features_under_budget
 from layerwise.evaluate.results import ProbeResult, StageError
 from layerwise.evaluate.targets import ProbeTask, probe_targets, probe_task
+from layerwise.files import write_json
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network, ranges
 from layerwise.run_store import RunState, RunStore, open_run
@@ -87,7 +88,8 @@ def probe(
         train, test = len(targets.parts.fitted), len(targets.parts.test)
         results.append(StageError(stage, error, untrained_error, train, test, confusion))
     result = ProbeResult(label, results, peak, classifier)
-    store.write_probe(label if classifier == "linear" else f"{label}-{classifier}", asdict(result))
+    name = label if classifier == "linear" else f"{label}-{classifier}"
+    write_json(store.probes / f"{name}.json", asdict(result))
     return result
 
 

@@ -85,10 +85,6 @@ class RunState:
     def record(self, stage: int) -> StageRecord:
         return self.stages[stage - 1]
 
-    def source(self, stage: int) -> int:
-        """The stage whose cache is the nearest below `stage`; 0 for the data."""
-        return next((below for below in range(stage - 1, 0, -1) if self.record(below).cached), 0)
-
     def reset_from(self, stage: int) -> None:
         """Sets this stage and those above it back to the beginning; whether they are to be cached stays decided."""
         for record in self.stages[stage - 1 :]:

@@ -44,14 +44,33 @@ def cache_files(folder: Path) -> list[CacheFile]:
     return files
 
 
-@dataclass(frozen=True, slots=True)
 class RunStore:
     """All files of one run, or of one of its rounds: their paths, locks and contents."""
 
-    out: Path
-    """The run directory."""
-    caches: Path
-    """The folder of its activation caches."""
+    def __init__(self, out: Path, caches: Path) -> None:
+        """out: the run directory; caches: the folder of its activation caches."""
+        self.out, self.caches = out, caches
+        self.state = out / "run.json"
+        self.config = out / "config.toml"
+        self.log = out / "log.txt"
+        self.machine = out / "machine.json"
+        """The machine of the newest start."""
+        self.restarts = out / "restarts.json"
+        """Where the run stood when it was last queued again, see engines.requeue."""
+        self.report = out / "report.html"
+        self.plots = out / "plots"
+        """The figures of the report, each as .svg and .png."""
+        self.jobs = out / "jobs"
+        """Batch scripts and logs of a run on Slurm."""
+        self.encoder = out / "encoder.safetensors"
+        self.probes = out / "probes"
+        self.lock = out / "lock"
+        self.caches_lock = caches / "lock"
+        """Held as well: runs of the same name in other folders have this folder of caches, too."""
+        self.task_lock = out / "task.lock"
+        """Held by the process that performs a task of this round."""
+        self.cache_owner = caches / "run-id"
+        """Holds the id of the run that the caches belong to."""
 
     @classmethod
     def of(cls, out: str | Path, cache_dir: str | Path) -> "RunStore":
@@ -72,72 +91,6 @@ class RunStore:
         """The round that is ahead of all others: the first, or the last one where those before it were deleted."""
         first = self.round(1, rounds)
         return first if first.exists else self
-
-    @property
-    def state(self) -> Path:
-        return self.out / "run.json"
-
-    @property
-    def config(self) -> Path:
-        return self.out / "config.toml"
-
-    @property
-    def log(self) -> Path:
-        return self.out / "log.txt"
-
-    @property
-    def machine(self) -> Path:
-        """The machine of the newest start."""
-        return self.out / "machine.json"
-
-    @property
-    def restarts(self) -> Path:
-        """Where the run stood when it was last queued again, see engines.requeue."""
-        return self.out / "restarts.json"
-
-    @property
-    def report(self) -> Path:
-        return self.out / "report.html"
-
-    @property
-    def plots(self) -> Path:
-        """The figures of the report, each as .svg and .png."""
-        return self.out / "plots"
-
-    @property
-    def lock(self) -> Path:
-        return self.out / "lock"
-
-    @property
-    def caches_lock(self) -> Path:
-        """Held as well: runs of the same name in other folders have this folder of caches, too."""
-        return self.caches / "lock"
-
-    @property
-    def jobs(self) -> Path:
-        """Batch scripts and logs of a run on Slurm."""
-        return self.out / "jobs"
-
-    @property
-    def task_lock(self) -> Path:
-        """Held by the process that performs a task of this round."""
-        return self.out / "task.lock"
-
-    @property
-    def encoder(self) -> Path:
-        return self.out / "encoder.safetensors"
-
-    @property
-    def cache_owner(self) -> Path:
-        """Holds the id of the run that the caches belong to."""
-        return self.caches / "run-id"
-
-    @property
-    def probes(self) -> Path:
-        return self.out / "probes"
-
-    def probe(self, label: str) -> Path:
-        return self.probes / f"{label}.json"
 
     def stage(self, stage: int) -> Path:
         return self.out / "stages" / str(stage)
@@ -194,14 +147,6 @@ class RunStore:
         """Replaces the file atomically. Raises RunError."""
         write_atomically(self.stage_config(stage), config.to_toml().encode())
 
-    def write_machine(self, machine: dict[str, Any]) -> None:
-        """Replaces machine.json atomically. Raises RunError."""
-        write_json(self.machine, machine)
-
-    def write_probe(self, name: str, result: dict[str, Any]) -> None:
-        """Replaces probes/NAME.json atomically. Raises RunError."""
-        write_json(self.probe(name), result)
-
     def read_restarts(self) -> dict[str, Any]:
         """What was noted last: where the run stood, and how many starts in a row ended there. Empty where it is unreadable."""
         try:
@@ -213,10 +158,6 @@ class RunStore:
     def write_restarts(self, stands: list[Any], in_vain: int) -> None:
         """Replaces restarts.json atomically. Raises RunError."""
         write_json(self.restarts, {"stands": stands, "in_vain": in_vain})
-
-    def caches_owner(self) -> str | None:
-        """Id of the run that the caches belong to; None where the folder does not say."""
-        return self.cache_owner.read_text() if self.cache_owner.exists() else None
 
     def write_caches_owner(self, run_id: str) -> None:
         """Raises RunError."""
@@ -231,6 +172,23 @@ class RunStore:
             others = sorted(entry.name for entry in self.out.iterdir() if entry.name not in ours)
             if others:
                 raise RunError(f"--out {self.out} holds something else ({others[0]}); name a new or empty folder.")
+
+    def refuse_foreign_caches(self, state: RunState | None) -> None:
+        """Raises RunError where the folder for the caches holds another run's; `state` is None for a new run."""
+        owner = self._caches_owner()
+        if owner is None:
+            foreign = state is None and any(self.caches.glob("stage-*.h5*"))
+        else:
+            foreign = state is None or owner != state.run_id
+        if foreign:
+            raise RunError(
+                f"{self.caches} holds caches of another run of the same name; give another --out name or --cache-dir, or "
+                "delete that folder if its run is gone."
+            )
+
+    def _caches_owner(self) -> str | None:
+        """Id of the run that the caches belong to; None where the folder does not say."""
+        return self.cache_owner.read_text() if self.cache_owner.exists() else None
 
     @property
     def is_running(self) -> bool:
@@ -311,6 +269,12 @@ class RunStore:
         for folder in (self.stage(stage), self.probes):
             shutil.rmtree(folder, ignore_errors=True)
 
+    def delete_pending_stages(self, state: RunState) -> None:
+        """Of stages that are not begun: a stage leaves "pending" before it writes its first file, so these are left over."""
+        for record in state.stages:
+            if record.status == "pending":
+                self.delete_stage(record.stage)
+
     def delete_run(self, state: RunState) -> None:
         """Deletes what a run of this state writes, and nothing else: a user's own notes stay. run.json stays to the end.
 
@@ -319,7 +283,7 @@ class RunStore:
         state.stages = [StageRecord(record.stage) for record in state.stages]
         self.save_state(state)
         old = RunStore(self.out, Path(state.caches))
-        if old.caches_owner() == state.run_id:
+        if old._caches_owner() == state.run_id:
             for record in state.stages:
                 old.delete_stage(record.stage)
             old.delete_caches_owner()

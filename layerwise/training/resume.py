@@ -18,7 +18,7 @@ from layerwise.config import Config, Option, changed_options
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, RunError
 from layerwise.run_store import RunState, RunStore, StageRecord, cache_files
-from layerwise.training.cache_plan import keep_of_round, retained_caches
+from layerwise.training.cache_plan import CachePlan, keep_of_round, retained_caches
 from layerwise.training.spec import StageSpec
 
 Change = tuple[Option, object, object]
@@ -33,6 +33,10 @@ class StartRequest:
     """Retrain this stage and those above it; None to go on."""
     overwrite: bool = False
     """Delete the run and begin anew."""
+
+    def goes_on(self, store: RunStore) -> bool:
+        """Whether there is a run to go on with; killed before its options were written, it has nothing."""
+        return not self.overwrite and store.exists and store.config.exists()
 
     def check(self, store: RunStore, stages: int) -> None:
         """Raises ConfigError or RunError where a run of so many stages has no such stage, or none below it to go on from."""
@@ -58,11 +62,10 @@ def prepare_rounds(
     changed.
     """
     rounds, states = config.training.rounds, {}
-    if not request.overwrite:
-        for number in _to_be_prepared(store, rounds, request.from_stage):
-            of_round = store.round(number, rounds)
-            if of_round.exists and of_round.config.exists():
-                check_going_on(of_round.load_state(), config, of_round, data, specs, request.from_stage)
+    for number in _to_be_prepared(store, rounds, request):
+        of_round = store.round(number, rounds)
+        if request.goes_on(of_round):
+            check_going_on(of_round.load_state(), config, of_round, data, specs, request.from_stage)
     for number in range(rounds, 0, -1):
         of_round, keep = store.round(number, rounds), keep_of_round(config, number)
         if number < rounds and not of_round.exists:
@@ -78,9 +81,9 @@ def prepare_rounds(
     return dict(sorted(states.items()))
 
 
-def _to_be_prepared(store: RunStore, rounds: int, from_stage: int | None) -> list[int]:
+def _to_be_prepared(store: RunStore, rounds: int, request: StartRequest) -> list[int]:
     """The last round; and those before it, unless it is trained and is to stay so."""
-    stays_trained = from_stage is None and store.exists and store.load_state().is_trained
+    stays_trained = request.goes_on(store) and request.from_stage is None and store.load_state().is_trained
     return [rounds] if stays_trained else list(range(rounds, 0, -1))
 
 
@@ -94,7 +97,7 @@ def _find_lost_ends(number: int, store: RunStore, rounds: int, states: dict[int,
                 of_round = store.round(later, rounds)
                 states[later].reset_from(record.stage)
                 of_round.save_state(states[later])
-                delete_pending(states[later], of_round)
+                of_round.delete_pending_stages(states[later])
             return
 
 
@@ -113,27 +116,29 @@ def prepare(
     cached: for each stage, whether its outputs are to be cached; keep: which caches stay at the end, see `CachePlan.kept`.
     """
     old = store.load_state() if store.exists else None
-    # Killed before its options were written, a run has nothing to go on with.
-    if old is None or request.overwrite or not store.config.exists():
-        _check_cache_owner(store, old)
-        if old is not None:
-            store.delete_run(old)
-        state = _new_state(store, data, specs, device)
-    else:
+    if old is not None and request.goes_on(store):
         check_going_on(old, config, store, data, specs, request.from_stage)
         state = old
         _go_on(state, config, store, request.from_stage, cached, keep)
-    _assign(state, cached)
+    else:
+        store.refuse_foreign_caches(old)
+        if old is not None:
+            store.delete_run(old)
+        state = _new_state(store, data, specs, device, cached)
     state.budget_bytes, state.device = config.memory.gpu_mem, str(device)
     store.save_state(state)
+    if state is old:
+        store.delete_pending_stages(state)
     store.write_caches_owner(state.run_id)
     store.write_config(config)
     return state
 
 
-def _new_state(store: RunStore, data: DataSet, specs: list[StageSpec], device: torch.device) -> RunState:
+def _new_state(
+    store: RunStore, data: DataSet, specs: list[StageSpec], device: torch.device, cached: Sequence[bool]
+) -> RunState:
     return RunState(
-        stages=[StageRecord(spec.stage) for spec in specs],
+        stages=[StageRecord(spec.stage, cached=to_be) for spec, to_be in zip(specs, cached, strict=True)],
         data_identity=data.identity,
         budget_bytes=None,
         device=str(device),
@@ -147,7 +152,7 @@ def _new_state(store: RunStore, data: DataSet, specs: list[StageSpec], device: t
 def _go_on(
     state: RunState, config: Config, store: RunStore, from_stage: int | None, cached: Sequence[bool], keep: str
 ) -> None:
-    """Makes the state, and then the disk, what this start goes on from."""
+    """Makes the state what this start goes on from."""
     if from_stage is not None and not _is_in_hand(state, store, config, from_stage):
         # The stages below keep their options from now on.
         state.from_stage, state.kept_stages = from_stage, from_stage - 1
@@ -156,10 +161,10 @@ def _go_on(
         state.caches = str(store.caches)
         for record in state.stages:
             record.cache = str(store.cache(record.stage)) if record.cache else None
-    _assign(state, cached)
+    for record, to_be in zip(state.stages, cached, strict=True):
+        if not record.is_trained:
+            record.cached = to_be
     find_what_is_missing(state, store, keep)
-    store.save_state(state)
-    delete_pending(state, store)
 
 
 def check_going_on(
@@ -176,7 +181,7 @@ def check_going_on(
             f"--cache-dir: the caches of {store.out} lie in {state.caches}, not in {store.caches}. Give the old place, or "
             "move the folder there first."
         )
-    _check_cache_owner(store, state)
+    store.refuse_foreign_caches(state)
     _check_shape(state, store, config)
     _check_same_objects(state, store, data, specs)
     if from_stage is None or _is_in_hand(state, store, config, from_stage):
@@ -185,20 +190,6 @@ def check_going_on(
     unfinished = [record.stage for record in state.stages[: from_stage - 1] if record.status != "done"]
     if unfinished:
         raise RunError(f"--from-stage {from_stage}: stage {unfinished[0]} is not done yet; leave --from-stage out.")
-
-
-def _check_cache_owner(store: RunStore, state: RunState | None) -> None:
-    """Raises RunError where the folder for the caches holds another run's; `state` is None for a new run."""
-    owner = store.caches_owner()
-    if owner is None:
-        foreign = state is None and any(store.caches.glob("stage-*.h5*"))
-    else:
-        foreign = state is None or owner != state.run_id
-    if foreign:
-        raise RunError(
-            f"{store.caches} holds caches of another run of the same name; give another --out name or --cache-dir, or "
-            "delete that folder if its run is gone."
-        )
 
 
 def _check_shape(state: RunState, store: RunStore, config: Config) -> None:
@@ -281,7 +272,7 @@ def _shown(value: object) -> str:
 
 def earlier_records(store: RunStore, config: Config, request: StartRequest) -> list[StageRecord]:
     """What run.json says of the stages that this start keeps or goes on with, from stage 1 on."""
-    if request.overwrite or not store.exists or not store.config.exists():
+    if not request.goes_on(store):
         return []
     state = store.load_state()
     if request.from_stage is None or _is_in_hand(state, store, config, request.from_stage):
@@ -300,13 +291,6 @@ def intended(records: Sequence[StageRecord], store: RunStore, config: Config) ->
     return [record.cached for record in records] if same_options else []
 
 
-def _assign(state: RunState, cached: Sequence[bool]) -> None:
-    """Says of every stage that is not trained whether its outputs are to be cached."""
-    for record, to_be in zip(state.stages, cached, strict=True):
-        if not record.is_trained:
-            record.cached = to_be
-
-
 def find_what_is_missing(state: RunState, store: RunStore, keep: str) -> None:
     """Where weights were deleted, the stage and those above it are trained again: on a GPU it may not end with the same bits.
 
@@ -314,17 +298,11 @@ def find_what_is_missing(state: RunState, store: RunStore, keep: str) -> None:
     finished and keeps them. Only the state is changed.
     """
     kept = retained_caches(state, keep) if state.is_trained else set()
+    plan = CachePlan.of(state.stages)
     for record in reversed(state.stages):
-        inputs = {state.source(above.stage) for above in state.stages if above.status != "done"}
+        inputs = {plan.source(above.stage) for above in state.stages if above.status != "done"}
         needed = record.stage in kept | inputs
         if record.is_trained and not store.weights(record.stage).exists():
             state.reset_from(record.stage)
         elif needed and record.status == "done" and not store.cache(record.stage).exists():
             record.status = "caching"
-
-
-def delete_pending(state: RunState, store: RunStore) -> None:
-    """Of stages that are not begun: a stage leaves "pending" before it writes its first file, so these are left over."""
-    for record in state.stages:
-        if record.status == "pending":
-            store.delete_stage(record.stage)

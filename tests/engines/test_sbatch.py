@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.engines.sbatch import SbatchOptions, script, submit
+from layerwise.config import EngineOptions
+from layerwise.engines.sbatch import script, submit
 from layerwise.errors import SlurmError
 
 
@@ -14,7 +15,7 @@ def asked(text: str) -> list[str]:
 
 
 def test_a_script_may_be_started_again_and_is_warned() -> None:
-    text = script("run-stage-1", ["layerwise", "run"], Path("logs/1.txt"), SbatchOptions())
+    text = script("run-stage-1", ["layerwise", "run"], Path("logs/1.txt"), EngineOptions(gpus=0))
     assert text.startswith("#!/bin/bash\n#SBATCH ")
     assert asked(text) == [
         *("--job-name=run-stage-1", "--output=logs/1.txt", "--open-mode=append", "--requeue", "--signal=USR1@120"),
@@ -24,7 +25,7 @@ def test_a_script_may_be_started_again_and_is_warned() -> None:
 
 
 def test_options_of_the_cluster_are_asked_for_and_extra_ones_come_last() -> None:
-    options = SbatchOptions("small", "36h", 2, ("--account=physics", "--signal=USR1@300"))
+    options = EngineOptions(partition="small", time="36h", gpus=2, sbatch=("--account=physics", "--signal=USR1@300"))
     assert asked(script("x", ["true"], Path("log"), options))[7:] == [
         *("--partition=small", "--time=1-12:00:00", "--gres=gpu:2", "--account=physics", "--signal=USR1@300")
     ]
@@ -32,17 +33,17 @@ def test_options_of_the_cluster_are_asked_for_and_extra_ones_come_last() -> None
 
 def test_words_reach_the_command_as_they_are() -> None:
     command = ["python", "-m", "layerwise", "--set", "data.pattern=(?P<mood>[a-z]+) $HOME 'x'", "a\nb"]
-    text = script("x", command, Path("log"), SbatchOptions())
+    text = script("x", command, Path("log"), EngineOptions(gpus=0))
     assert shlex.split(text.partition("exec srun ")[2]) == command
 
 
 def test_a_path_with_a_percent_sign_is_no_pattern() -> None:
-    assert "--output=my logs/50%%.txt" in asked(script("x", ["true"], Path("my logs/50%.txt"), SbatchOptions()))
+    assert "--output=my logs/50%%.txt" in asked(script("x", ["true"], Path("my logs/50%.txt"), EngineOptions(gpus=0)))
 
 
 def test_an_option_of_two_lines_is_refused() -> None:
     with pytest.raises(SlurmError, match=r"'--comment=a\\nb' has more than one line"):
-        script("x", ["true"], Path("log"), SbatchOptions(extra=("--comment=a\nb",)))
+        script("x", ["true"], Path("log"), EngineOptions(gpus=0, sbatch=("--comment=a\nb",)))
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 
-from layerwise.engines.sbatch import SbatchOptions, script, submit
+from layerwise.config import EngineOptions
+from layerwise.engines.sbatch import script, submit
 from layerwise.errors import SlurmError
 
 
@@ -18,14 +19,14 @@ def of_the_cluster(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
 
 
-def write(name: str, command: list[str], options: SbatchOptions) -> Path:
+def write(name: str, command: list[str], options: EngineOptions) -> Path:
     path = Path(f"{name}.sh").resolve()
     path.write_text(script(name, command, path.with_suffix(".txt"), options))
     return path
 
 
 def test_jobs_follow_each_other_and_log_where_they_were_told(slurm: Cluster) -> None:
-    options = SbatchOptions("small", "0:30:00", extra=("--comment=it's mine",))
+    options = EngineOptions(partition="small", time="0:30:00", gpus=0, sbatch=("--comment=it's mine",))
     first = submit(write("stage 1", ["python3", "-c", "print('one $HOME')"], options))
     second = submit(write("stage 2", ["cat", "stage 1.txt"], options), [first])
     assert slurm.job(second)["Dependency"].startswith(f"afterok:{first}") or slurm.job(first)["JobState"] == "COMPLETED"
@@ -35,11 +36,11 @@ def test_jobs_follow_each_other_and_log_where_they_were_told(slurm: Cluster) -> 
 
 
 def test_a_job_whose_predecessor_fails_is_cancelled(slurm: Cluster) -> None:
-    first = submit(write("first", ["false"], SbatchOptions()))
-    second = submit(write("second", ["true"], SbatchOptions()), [first])
+    first = submit(write("first", ["false"], EngineOptions(gpus=0)))
+    second = submit(write("second", ["true"], EngineOptions(gpus=0)), [first])
     assert slurm.wait(second, ["CANCELLED"])
 
 
 def test_what_sbatch_refuses_is_a_sentence() -> None:
     with pytest.raises(SlurmError, match=r"does not take .*invalid partition specified: nowhere"):
-        submit(write("job", ["true"], SbatchOptions("nowhere")))
+        submit(write("job", ["true"], EngineOptions(partition="nowhere", gpus=0)))
