@@ -17,7 +17,7 @@ from layerwise.engines.task_runner import perform_tasks, write_encoder
 from layerwise.engines.torchrun import device_of
 from layerwise.errors import ConfigError, RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
-from layerwise.files import refuse_unwritable, write_json
+from layerwise.files import refuse_unwritable
 from layerwise.memory.device import share_one_heap
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets import shortest_sample
@@ -145,7 +145,7 @@ def prepared_run(
                 raise RunError(f"Another process has gone on with {store.out} meanwhile; start the same command again.")
             states = prepare_rounds(config, store, data, specs, device, request, cache_plan.cached)
             state, run = states[rounds], Run(config, store, data, split, specs, memory_plans, cache_plan, device, ranks)
-            write_json(store.machine, machine(device))
+            store.write_machine(machine(device))
             tracker = open_service(config.training.log, service, store, state.run_id, config)
         with TrackingCallback(tracker, notify) as notify_all:
             for line in _described(run):

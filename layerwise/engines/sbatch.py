@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from layerwise.config import EngineOptions
+from layerwise.config.options import EngineOptions
 from layerwise.errors import RunError, SlurmError
 from layerwise.units import seconds
 

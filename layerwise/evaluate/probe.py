@@ -20,7 +20,6 @@ from layerwise.evaluate.features import cached_features
 from layerwise.evaluate.forward import features_under_budget
 from layerwise.evaluate.results import ProbeResult, StageError
 from layerwise.evaluate.targets import ProbeTask, probe_targets, probe_task
-from layerwise.files import write_json
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network, ranges
 from layerwise.run_store import RunState, RunStore, open_run
@@ -89,7 +88,7 @@ def probe(
         results.append(StageError(stage, error, untrained_error, train, test, confusion))
     result = ProbeResult(label, results, peak, classifier)
     name = label if classifier == "linear" else f"{label}-{classifier}"
-    write_json(store.probes / f"{name}.json", asdict(result))
+    store.write_probe(name, asdict(result))
     return result
 
 

@@ -147,6 +147,14 @@ class RunStore:
         """Replaces the file atomically. Raises RunError."""
         write_atomically(self.stage_config(stage), config.to_toml().encode())
 
+    def write_machine(self, machine: dict[str, Any]) -> None:
+        """Replaces machine.json atomically. Raises RunError."""
+        write_json(self.machine, machine)
+
+    def write_probe(self, name: str, result: dict[str, Any]) -> None:
+        """Replaces probes/NAME.json atomically. Raises RunError."""
+        write_json(self.probes / f"{name}.json", result)
+
     def read_restarts(self) -> dict[str, Any]:
         """What was noted last: where the run stood, and how many starts in a row ended there. Empty where it is unreadable."""
         try:
