@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,31 +24,10 @@ from layerwise.files import write_atomically
 from layerwise.training.checkpoint import Arrays, Progress, load_checkpoint, save_checkpoint, to_host
 from layerwise.training.context import RunContext
 from layerwise.training.loader import Loader, augmented
+from layerwise.training.run import Round
+from layerwise.training.samples import HELD_OUT, TRAIN, sample_classes
 from layerwise.training.simultaneous import AnyTrainer
 from layerwise.training.trainer import StepRandomness
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingSamples:
-    """Which samples a stage trains on, and which ones stop it."""
-
-    train: np.ndarray
-    """int64, sample numbers."""
-    held_out: np.ndarray
-    classes: np.ndarray | None = None
-    """int64 [N] of all samples, for objectives that learn a label."""
-
-
-@dataclass(frozen=True, slots=True)
-class StageFiles:
-    """Where the training of a stage is saved."""
-
-    checkpoint: Path
-    metrics: Path
-    training_key: str
-    """Names the stage's input and options; a checkpoint of another key is refused."""
-    begin_from: tuple[Path, str] | None = None
-    """The last checkpoint of the round before, and its training key; None in the first round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +46,18 @@ class Trained:
     """At the end: smaller than planned where a step ran out of memory."""
 
 
-def fit(
-    trainer: AnyTrainer, loader: Loader, samples: TrainingSamples, files: StageFiles, round: int, context: RunContext
-) -> Trained:
+def fit(trainer: AnyTrainer, loader: Loader, round: Round, context: RunContext) -> Trained:
     """Trains to convergence or to the round's share of max_epochs, from the checkpoint where there is one.
 
-    round: from 1. Raises Interrupted after saving, TrainingError where the loss is not a number.
+    Raises Interrupted after saving, TrainingError where the loss is not a number.
     """
-    options, stage, meter = trainer.config.training, trainer.spec.stage, context.meter
-    progress, best = _resume(files, trainer)
-    epochs = epochs_of_round(options, round)
-    context.notify(StageStarted(stage, progress.epoch, progress.step, round))
+    options, spec, meter = trainer.config.training, trainer.spec, context.meter
+    stage, store, training_key = spec.stage, round.store, round.training_key(spec.stage)
+    train, held_out = (np.flatnonzero(round.run.split == part) for part in (TRAIN, HELD_OUT))
+    classes = sample_classes(trainer.config, round.run.data)
+    progress, best = _resume(round, trainer)
+    epochs = epochs_of_round(options, round.number)
+    context.notify(StageStarted(stage, progress.epoch, progress.step, round.number))
     started = time.monotonic() - progress.seconds
     last_save = time.monotonic()
 
@@ -86,7 +65,7 @@ def fit(
         nonlocal last_save
         progress.seconds = time.monotonic() - started
         if context.ranks.first:
-            save_checkpoint(files.checkpoint, files.training_key, progress, trainer, best)
+            save_checkpoint(store.checkpoint(stage), training_key, progress, trainer, best)
         last_save = time.monotonic()
 
     def stop_if_asked() -> None:
@@ -99,9 +78,8 @@ def fit(
         epoch_started = time.monotonic()
         trainer.begin_epoch(progress.epoch)
         rng = stream(options.seed, "epoch", stage, progress.epoch)
-        spec = trainer.spec
-        epoch = training_epoch(loader, samples.train, spec.window, options.batch_size, rng, spec.renderings)
-        for step, batch in _batches(epoch, loader, samples.classes, trainer, first=progress.step):
+        epoch = training_epoch(loader, train, spec.window, options.batch_size, rng, spec.renderings)
+        for step, batch in _batches(epoch, loader, classes, trainer, first=progress.step):
             key = (stage, progress.epoch, step)
             if stage > 1:
                 batch = augmented(batch, options, stream(options.seed, "augmentation", *key))
@@ -117,7 +95,7 @@ def fit(
                 save()
             stop_if_asked()
 
-        held_out_loss, held_out_accuracy = evaluate(trainer, loader, samples, stop_if_asked)
+        held_out_loss, held_out_accuracy = evaluate(trainer, loader, held_out, classes, stop_if_asked)
         _check_finite(held_out_loss, stage, progress.epoch, options.lr)
         entry: dict[str, Any] = {
             "epoch": progress.epoch + 1,
@@ -132,7 +110,7 @@ def fit(
             best = to_host(trainer.module.state_dict())
         if context.ranks.first:
             lines = "".join(json.dumps(entry) + "\n" for entry in progress.history)
-            write_atomically(files.metrics, lines.encode())
+            write_atomically(store.metrics(stage), lines.encode())
         save()
         context.notify(EpochDone(stage, **entry))
         stop_if_asked()
@@ -150,17 +128,22 @@ def fit(
 
 
 def evaluate(
-    trainer: AnyTrainer, loader: Loader, samples: TrainingSamples, after_batch: Callable[[], None]
+    trainer: AnyTrainer,
+    loader: Loader,
+    held_out: np.ndarray,
+    classes: np.ndarray | None,
+    after_batch: Callable[[], None],
 ) -> tuple[float, float]:
     """Loss and accuracy on the held-out samples, at windows and negatives that are the same at every call.
 
+    held_out: int64, sample numbers; classes: int64 [N] of all samples, for objectives that learn a label;
     after_batch: is called after each batch and may raise.
     """
     options, spec = trainer.config.training, trainer.spec
     windows = stream(options.seed, "held-out windows", spec.stage)
-    epoch = ordered_epoch(loader, samples.held_out, spec.window, options.batch_size, windows, spec.renderings)
+    epoch = ordered_epoch(loader, held_out, spec.window, options.batch_size, windows, spec.renderings)
     loss = accuracy = 0.0
-    for step, batch in _batches(epoch, loader, samples.classes, trainer, first=0):
+    for step, batch in _batches(epoch, loader, classes, trainer, first=0):
         negatives = partial(stream, options.seed, "held-out negatives", spec.stage, step)
         score = trainer.evaluate(batch, StepRandomness(negatives))
         after_batch()
@@ -190,12 +173,13 @@ def _check_finite(loss: float, stage: int, epoch: int, lr: float) -> None:
         )
 
 
-def _resume(files: StageFiles, trainer: AnyTrainer) -> tuple[Progress, Arrays | None]:
+def _resume(round: Round, trainer: AnyTrainer) -> tuple[Progress, Arrays | None]:
     """The checkpoint of this round, else the last one of the round before, else the beginning."""
-    saved = load_checkpoint(files.checkpoint, files.training_key, trainer)
-    if saved is None and files.begin_from is not None:
-        path, training_key = files.begin_from
-        before = load_checkpoint(path, training_key, trainer)
+    stage, earlier = trainer.spec.stage, round.earlier
+    saved = load_checkpoint(round.store.checkpoint(stage), round.training_key(stage), trainer)
+    if saved is None and earlier is not None:
+        path = earlier.store.checkpoint(stage)
+        before = load_checkpoint(path, earlier.training_key(stage), trainer)
         if before is None:
             raise RunError(f"{path} is gone, with which the next round begins; start the same command again.")
         saved = before[0].in_next_round(), None

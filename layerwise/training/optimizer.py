@@ -22,8 +22,8 @@ State = dict[str, torch.Tensor]
 """The optimizer's tensors of one parameter, by their names."""
 
 
-class Stepping(Protocol):
-    """What a step needs of an optimizer."""
+class Optimizer(Protocol):
+    """Steps some parameters, by name, and can be saved."""
 
     def step(self) -> None:
         """Takes a step, and the gradients off the device."""
@@ -32,10 +32,6 @@ class Stepping(Protocol):
     def on_device(self) -> Iterable[torch.Tensor]:
         """The tensors of the state that lie on the device."""
         ...
-
-
-class Optimizer(Stepping, Protocol):
-    """Steps some parameters, by name, and can be saved."""
 
     def state(self) -> dict[str, State]:
         """Parameter name to state."""
@@ -50,41 +46,6 @@ class Optimizer(Stepping, Protocol):
         ...
 
 
-class DeviceAdam:
-    """State beside the parameters."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], lr: float, eps: float) -> None:
-        self._parameters = dict(parameters)
-        self._adam = torch.optim.Adam(self._parameters.values(), lr=lr, eps=eps, fused=True)
-        for parameter in self._parameters.values():
-            # As Adam itself would at its first step: made here, a step never asks for memory.
-            self._adam.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-
-    def step(self) -> None:
-        self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
-
-    def state(self) -> dict[str, State]:
-        return {name: dict(self._adam.state[parameter]) for name, parameter in self._parameters.items()}
-
-    def load(self, state: Mapping[str, State]) -> None:
-        # Into the tensors that are there: two sets of moments may not fit.
-        with torch.no_grad():
-            for name, tensors in state.items():
-                for key, value in tensors.items():
-                    self._adam.state[self._parameters[name]][key].copy_(value)
-
-    def on_device(self) -> Iterable[torch.Tensor]:
-        return [tensor for state in self._adam.state.values() for tensor in state.values()]
-
-    def begin_epoch(self, epoch: int) -> None:
-        """The learning rate stays as it is."""
-
-
 Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Schedule = Callable[[torch.optim.Optimizer], LRScheduler]
 
@@ -94,9 +55,9 @@ class Optimization:
     """An optimizer and a schedule of the user's, by the functions that make them anew for each stage."""
 
     make: Make
-    schedule: Schedule | None
-    identity: str
-    """What it does: the kind, its settings, and the learning rate of each epoch."""
+    schedule: Schedule | None = None
+    identity: str = ""
+    """What it does: the kind, its settings, and the learning rate of each epoch; empty for Adam as the options say."""
 
     @classmethod
     def of(cls, make: Make, schedule: Schedule | None, max_epochs: int) -> "Optimization":
@@ -133,8 +94,24 @@ def _plain(group: dict[str, Any]) -> list[tuple[str, str]]:
     return sorted((name, repr(value)) for name, value in group.items() if name != "params")
 
 
-class OwnOptimizer:
-    """The user's, beside the parameters; its state is made at the first step."""
+def adam(lr: float, eps: float) -> Optimization:
+    """Adam in its fused form, with the state that it would make itself at its first step: so a step never asks for memory."""
+
+    def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = torch.optim.Adam(parameters, lr=lr, eps=eps, fused=True)
+        for parameter in optimizer.param_groups[0]["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        return optimizer
+
+    return Optimization(make)
+
+
+class DeviceOptimizer:
+    """State beside the parameters."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], how: Optimization) -> None:
         self._parameters = dict(parameters)
@@ -161,6 +138,8 @@ class OwnOptimizer:
                         self._optimizer.state[parameter][key] = value.clone()
                     elif kind:
                         self._optimizer.state[parameter][key] = KINDS[kind](value.item())
+                    elif key in self._optimizer.state[parameter]:
+                        self._optimizer.state[parameter][key].copy_(value)  # two sets of moments may not fit
                     else:
                         self._optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from layerwise.cache import ActivationCache
@@ -24,13 +23,12 @@ from layerwise.run_store import StageRecord
 from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend, open_cache
 from layerwise.training.checkpoint import digest, load_stages, save_arrays
 from layerwise.training.context import RunContext
-from layerwise.training.fit import StageFiles, TrainingSamples, fit
+from layerwise.training.fit import fit
 from layerwise.training.forward import OutputFormat, trained_stages
 from layerwise.training.loader import Loader, SourceLoader
 from layerwise.training.memory_log import MemoryLog
 from layerwise.training.recompute import RecomputingLoader
 from layerwise.training.run import Round, fingerprint
-from layerwise.training.samples import HELD_OUT, TRAIN, sample_classes
 from layerwise.training.schedule import Task
 from layerwise.training.simultaneous import load_trainer
 from layerwise.training.spec import StageSpec
@@ -174,17 +172,10 @@ def _train(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -
             round.save()
         context.notify(event)
 
-    samples = TrainingSamples(
-        np.flatnonzero(run.split == TRAIN),
-        np.flatnonzero(run.split == HELD_OUT),
-        sample_classes(run.config, run.data),
-    )
-    key, earlier = round.training_key(stage), round.earlier
-    begin_from = (earlier.store.checkpoint(stage), earlier.training_key(stage)) if earlier else None
-    files = StageFiles(round.store.checkpoint(stage), round.store.metrics(stage), key, begin_from)
+    key = round.training_key(stage)
     in_training = replace(context, notify=record_epoch)
     trainer = load_trainer(spec, run.config, run.memory_plans[stage - 1], in_training)
-    trained = fit(trainer, loader, samples, files, round.number, in_training)
+    trained = fit(trainer, loader, round, in_training)
     if context.ranks.first:
         save_arrays(round.store.weights(stage), trained.weights, {"stage": str(stage), "made_for": key})
     weights_digest = digest(trained.weights)

@@ -8,7 +8,7 @@ smaller before the predictors have stepped: the other ranks would wait for somet
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,13 +22,13 @@ from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
 from layerwise.memory import microbatch
 from layerwise.memory.device import autocast, offloaded, on_device, pack_recurrent_weights, release, why_out_of_memory
-from layerwise.memory.meter import AnyMeter, metered
+from layerwise.memory.meter import metered
 from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.plan import MemoryPlan
 from layerwise.objectives.protocol import Draw, Score
 from layerwise.training.batch_effects import batch_effects
 from layerwise.training.context import RunContext
-from layerwise.training.optimizer import DeviceAdam, HostOptimizer, LossScale, Optimizer, OwnOptimizer
+from layerwise.training.optimizer import DeviceOptimizer, HostOptimizer, LossScale, Optimizer, adam
 from layerwise.training.spec import StageSpec
 
 
@@ -250,9 +250,8 @@ class StageTrainer:
         )
 
     def _optimizer(self, trained: nn.Module, options: TrainingOptions) -> Optimizer:
-        own = self.spec.optimization
-        make: Callable[[Mapping[str, nn.Parameter]], Optimizer]
-        make = partial(OwnOptimizer, how=own) if own else partial(DeviceAdam, lr=options.lr, eps=options.adam_eps)
+        how = self.spec.optimization or adam(options.lr, options.adam_eps)
+        make = partial(DeviceOptimizer, how=how)
         parameters = {name: value for name, value in trained.named_parameters() if value.requires_grad}
         return HostOptimizer(parameters, make) if self.memory_plan.optimizer_on_host else make(parameters)
 
@@ -263,14 +262,10 @@ class StageTrainer:
         self.context.meter.label("optimizer", [*self.optimizer.on_device(), *self.predictor_optimizer.on_device()])
 
     def _label_gradients(self) -> None:
+        meter = self.context.meter  # the hooks know it alone: a way back to a parameter would be a cycle
         for parameter in filter(lambda parameter: parameter.requires_grad, self.module.parameters()):
-            # The hook knows the meter alone: a way back to the parameter would be a cycle that nobody collects.
-            parameter.register_post_accumulate_grad_hook(partial(_label_gradient, self.context.meter))
+            parameter.register_post_accumulate_grad_hook(lambda parameter: meter.label("gradients", [parameter.grad]))
 
     def _forget_gradients(self) -> None:
         self.module.zero_grad()
         self.objective.zero_grad()
-
-
-def _label_gradient(meter: AnyMeter, parameter: torch.Tensor) -> None:
-    meter.label("gradients", [parameter.grad])
