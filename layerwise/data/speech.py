@@ -70,7 +70,7 @@ def open_recordings(
         labels = _labels(files.ids, expression, mismatch)
     else:
         labels = {"speaker": np.array([Path(name).parent.name for name in files.ids], dtype=str)}
-    # Not of the contents: to hash those would read the whole set.
+    # Without the contents: to hash those would read the whole set.
     described = {
         "rate": rate,
         "files": [(name, each.rate, each.frames) for name, each in zip(files.ids, recordings, strict=True)],

@@ -74,9 +74,7 @@ def _layer_effects(network: Network, index: int, frame_shape: tuple[int, ...]) -
     shape = (_shortest_input(without_values), *frame_shape)
     try:
         effects, operations = _effects_on_fake_tensors(build, shape)
-    except (
-        Exception
-    ):  # a layer of anybody's, without values: it is assumed to draw random numbers, which is always safe
+    except Exception:  # a layer of anybody's, without values: to assume random numbers is always safe
         effects, operations = BatchEffects(uses_randomness=True, why_unsliceable=None), 0
     batch_norm = find_batch_norm(without_values)
     if batch_norm:
