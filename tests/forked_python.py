@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch._dynamo  # torch itself imports this at the first step
 
+# A process whose first backward pass is one on fake tensors cannot be forked any more: torch prepares for GPUs then.
+torch.zeros(1, requires_grad=True).sum().backward()
+
 
 class ForkedPython(subprocess.Popen):
     """A Popen that forks this process where it is to start `python -m module` or `python script.py`.
@@ -26,6 +29,7 @@ class ForkedPython(subprocess.Popen):
         arguments = _without_unbuffered(words[1:])
         if words[:1] == [sys.executable] and _is_program(arguments) and not torch.cuda.is_available():
             options["preexec_fn"] = lambda: _become(arguments, dict(os.environ if env is None else env))
+            options["restore_signals"] = False  # an interpreter that starts would ignore SIGPIPE again
         super().__init__(command, env=env, **options)
 
 
@@ -44,7 +48,8 @@ def _become(arguments: list[str], environment: dict[str, str]) -> None:
     gc.enable()  # subprocess switches it off around a fork
     os.environ.clear()
     os.environ.update(environment)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
+    sys.stdin = open(0, closefd=False)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     code: object = 1
     try:
         if arguments[0] == "-m":

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked_python import ForkedPython
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -35,8 +36,9 @@ Call = Callable[..., subprocess.CompletedProcess]
 
 
 @pytest.fixture
-def call(tmp_path: Path) -> Call:
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     """call(*arguments): the command line in a folder that holds mine.py."""
+    monkeypatch.setattr(subprocess, "Popen", ForkedPython)
     (tmp_path / "mine.py").write_text(MINE)
 
     def run(*arguments: object) -> subprocess.CompletedProcess:

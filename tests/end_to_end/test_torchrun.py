@@ -12,6 +12,8 @@ from pathlib import Path
 
 import h5py
 import pytest
+import torch.distributed.run  # noqa: F401  (so that forks need not)
+from forked_python import ForkedPython
 from safetensors.numpy import load_file
 
 SECONDS = 200
@@ -47,15 +49,21 @@ Launch = Callable[..., subprocess.Popen]
 
 @pytest.fixture(scope="module")
 def launch(command: Callable[..., list[str]], place: Path) -> Launch:
-    """launch(folder, *more options, ranks=2, restarts=0) starts the command in as many processes."""
+    """launch(folder, *more options, ranks=2, restarts=0, python=ForkedPython) starts the command in as many processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
-    def begin(folder: str, *more: str, ranks: int = 2, restarts: int = 0) -> subprocess.Popen:
+    def begin(
+        folder: str,
+        *more: str,
+        ranks: int = 2,
+        restarts: int = 0,
+        python: type[subprocess.Popen] = ForkedPython,
+    ) -> subprocess.Popen:
         start = [sys.executable]
         if ranks > 1:
             torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
             start += [*torchrun, "--max-restarts", str(restarts), "--monitor-interval", "0.2"]
-        return subprocess.Popen(
+        return python(
             [*start, *command(folder, *more)],
             cwd=place,
             env=environment,
