@@ -24,13 +24,13 @@ class ForkedPython(subprocess.Popen):
     torch has of it does not survive a fork.
     """
 
-    def __init__(self, command: Sequence[str], *, env: dict[str, str] | None = None, **options: Any) -> None:
-        words = [str(word) for word in command] if not isinstance(command, str) else []
+    def __init__(self, args: Sequence[str], *, env: dict[str, str] | None = None, **options: Any) -> None:
+        words = [str(word) for word in args] if not isinstance(args, str) else []
         arguments = _without_unbuffered(words[1:])
         if words[:1] == [sys.executable] and _is_program(arguments) and not torch.cuda.is_available():
             options["preexec_fn"] = lambda: _become(arguments, dict(os.environ if env is None else env))
             options["restore_signals"] = False  # an interpreter that starts would ignore SIGPIPE again
-        super().__init__(command, env=env, **options)
+        super().__init__(args, env=env, **options)
 
 
 def _without_unbuffered(arguments: list[str]) -> list[str]:

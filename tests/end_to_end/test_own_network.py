@@ -94,9 +94,9 @@ def test_layers_that_do_not_know_their_size_yet_are_named(call: Call, tmp_path: 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Forty pictures of two classes."""
+    """Sixteen pictures of two classes."""
     rng = np.random.default_rng(0)
-    for number in range(40):
+    for number in range(16):
         path = tmp_path / "pictures" / ("dark" if number % 2 else "light") / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 120, (40, 48, 3)) + (0 if number % 2 else 120)
