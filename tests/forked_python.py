@@ -48,8 +48,8 @@ def _become(arguments: list[str], environment: dict[str, str]) -> None:
     gc.enable()  # subprocess switches it off around a fork
     os.environ.clear()
     os.environ.update(environment)
-    sys.stdin = open(0, closefd=False)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     code: object = 1
     try:
         if arguments[0] == "-m":
