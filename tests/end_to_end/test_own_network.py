@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked_python import ForkedPython
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -35,8 +36,9 @@ Call = Callable[..., subprocess.CompletedProcess]
 
 
 @pytest.fixture
-def call(tmp_path: Path) -> Call:
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
     """call(*arguments): the command line in a folder that holds mine.py."""
+    monkeypatch.setattr(subprocess, "Popen", ForkedPython)
     (tmp_path / "mine.py").write_text(MINE)
 
     def run(*arguments: object) -> subprocess.CompletedProcess:
@@ -92,9 +94,9 @@ def test_layers_that_do_not_know_their_size_yet_are_named(call: Call, tmp_path: 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Forty pictures of two classes."""
+    """Sixteen pictures of two classes."""
     rng = np.random.default_rng(0)
-    for number in range(40):
+    for number in range(16):
         path = tmp_path / "pictures" / ("dark" if number % 2 else "light") / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 120, (40, 48, 3)) + (0 if number % 2 else 120)

@@ -127,10 +127,11 @@ def test_a_changed_option_is_named_with_the_ways_on(
 
 def test_options_of_place_may_change(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> None:
     stop, notify = stop_at(StepDone, 7)
+    stages = {"training.stages": 4}
     with pytest.raises(Interrupted):
-        run(tiny_speech(f"fsdd:{digits}"), stop=stop, notify=notify)
+        run(tiny_speech(f"fsdd:{digits}", **stages), stop=stop, notify=notify)
     (tmp_path / "elsewhere").symlink_to(digits)
-    changed = {"memory.gpu_mem": "1GB", "training.checkpoint_seconds": 0}
+    changed = {"memory.gpu_mem": "1GB", "training.checkpoint_seconds": 0, **stages}
     assert run(tiny_speech(f"fsdd:{tmp_path / 'elsewhere'}", **changed)).state.done
 
 

@@ -3,6 +3,7 @@
 import json
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file
 
 from layerwise.cache import ActivationCache
 from layerwise.config import Config, resolve
+from layerwise.data import open as demo
 from layerwise.data.open import open_data
 from layerwise.engines.run import run
 from layerwise.evaluate.probe import probe
@@ -154,7 +156,9 @@ def test_the_run_can_be_moved_and_read_elsewhere(tiny_speech: Tiny, digits: Path
     assert RunState.load(tmp_path / "moved" / "run.json").done
 
 
-def test_the_demo_needs_no_files(tmp_path: Path) -> None:
+def test_the_demo_needs_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = partial(demo.synthesise_corpus, speakers=4, utterances=6, seconds=1.0)
+    monkeypatch.setattr(demo, "synthesise_corpus", few)
     small = {"net.width": 4, "net.context": 4, "training.max_epochs": 1, "training.batch_size": 64}
     places = {"out": str(tmp_path / "demo"), "cache.dir": str(tmp_path / "cache")}
     result = run(resolve(overrides={**small, **places}))

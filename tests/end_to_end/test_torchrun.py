@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h5py
 import pytest
+from forked_python import ForkedPython
 from safetensors.numpy import load_file
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler as starts_ranks
 
 SECONDS = 200
 """Each launch must end by then; two interpreters that import torch take most of it on a busy machine."""
@@ -46,16 +48,22 @@ Launch = Callable[..., subprocess.Popen]
 
 
 @pytest.fixture(scope="module")
-def launch(command: Callable[..., list[str]], place: Path) -> Launch:
-    """launch(folder, *more options, ranks=2, restarts=0) starts the command in as many processes."""
+def launch(command: Callable[..., list[str]], place: Path) -> Iterator[Launch]:
+    """launch(folder, *more options, ranks=2, restarts=0, python=ForkedPython) starts the command in as many processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
-    def begin(folder: str, *more: str, ranks: int = 2, restarts: int = 0) -> subprocess.Popen:
+    def begin(
+        folder: str,
+        *more: str,
+        ranks: int = 2,
+        restarts: int = 0,
+        python: type[subprocess.Popen] = ForkedPython,
+    ) -> subprocess.Popen:
         start = [sys.executable]
         if ranks > 1:
             torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
             start += [*torchrun, "--max-restarts", str(restarts), "--monitor-interval", "0.2"]
-        return subprocess.Popen(
+        return python(
             [*start, *command(folder, *more)],
             cwd=place,
             env=environment,
@@ -65,7 +73,9 @@ def launch(command: Callable[..., list[str]], place: Path) -> Launch:
             start_new_session=True,
         )
 
-    return begin
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(starts_ranks, "Popen", ForkedPython)  # in forks of this process
+        yield begin
 
 
 def finish(process: subprocess.Popen) -> tuple[str, str]:
@@ -108,17 +118,11 @@ def losses(folder: Path, stage: int) -> list[float]:
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
     """Process ids of the ranks that torchrun has started, by their rank."""
-    found = {}
-    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        rank = [entry.partition(b"=")[2] for entry in environment if entry.startswith(b"RANK=")]
-        if rank:
-            found[int(rank[0])] = int(pid)
-    return [found[rank] for rank in sorted(found)]
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def test_two_ranks_end_where_one_process_does_and_always_with_the_same_bits(launch: Launch, place: Path) -> None:
-    started = [launch("alone", ranks=1), launch("first")]
+    started = [launch("alone", ranks=1), launch("first", python=subprocess.Popen)]
     printed = [finished(process) for process in started][1]
     finished(launch("second"))
     assert printed.count("stage 1: training") == 1  # one of them tells

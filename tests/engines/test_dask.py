@@ -29,14 +29,21 @@ def bits(out: str | Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a scheduler with three worker processes, each with a nanny that replaces it."""
+    """The address of a scheduler with two worker processes, each with a nanny that replaces it.
+
+    The nannies import torch, and fork their workers: a new interpreter for each takes seconds.
+    """
     folder = tmp_path_factory.mktemp("dask")
-    file, quiet = folder / "scheduler.json", os.environ | {"OMP_NUM_THREADS": "1"}
+    forking = {
+        "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "fork",
+        "DASK_DISTRIBUTED__NANNY__PRELOAD": "['layerwise.engines.dask', 'torch._dynamo']",
+    }
+    file, quiet = folder / "scheduler.json", os.environ | forking | {"OMP_NUM_THREADS": "1"}
     scheduler = ["scheduler", "--scheduler-file", str(file), "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
     worker = ["worker", "--scheduler-file", str(file), "--nthreads", "1", "--memory-limit", "0", "--no-dashboard"]
     processes = []
     with (folder / "log.txt").open("w") as log:
-        for command in (scheduler, worker, worker, worker):
+        for command in (scheduler, worker, worker):
             command = [sys.executable, "-m", "distributed.cli.dask_" + command[0], *command[1:]]
             processes.append(psutil.Popen(command, cwd=folder, env=quiet, stdout=log, stderr=log))
         from distributed import Client
@@ -45,7 +52,7 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         while not file.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         with Client(scheduler_file=str(file)) as client:
-            client.wait_for_workers(3, timeout=60)
+            client.wait_for_workers(2, timeout=60)
             address = client.scheduler.address
         yield address
         for process in reversed(processes):
@@ -66,7 +73,6 @@ def workers() -> list[psutil.Process]:
         for process in psutil.process_iter(["cmdline"])
         if "dask_worker" in " ".join(process.info["cmdline"] or [])
         for process in process.children()
-        if "spawn_main" in " ".join(process.cmdline())
     ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from forked_python import ForkedPython
 from safetensors.numpy import load_file
 
 from layerwise.config import Config, with_options
@@ -28,8 +29,16 @@ def bits(out: str | Path) -> dict[str, bytes]:
     return {name: value.tobytes() for name, value in load_file(Path(out) / "encoder.safetensors").items()}
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are forks of this process."""
+    monkeypatch.setattr(subprocess, "Popen", ForkedPython)
+
+
 def workers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "layerwise.engines.worker" in child.cmdline()]
+    """Fresh interpreters, or forks of this one."""
+    ours, fresh = psutil.Process().cmdline(), "layerwise.engines.worker"
+    return [child for child in psutil.Process().children() if child.cmdline() == ours or fresh in child.cmdline()]
 
 
 @pytest.fixture
@@ -54,6 +63,7 @@ def test_two_processes_end_with_the_bits_of_one_and_tell_what_they_do(config: Co
     assert not workers()
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_worker_that_is_killed_is_replaced(config: Config, alone: dict[str, bytes]) -> None:
     events: list[Event] = []
 
@@ -68,6 +78,7 @@ def test_a_worker_that_is_killed_is_replaced(config: Config, alone: dict[str, by
     assert any("was killed by signal 9; another takes its place" in text for text in told)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_stop_reaches_the_workers_and_the_same_command_goes_on(config: Config, alone: dict[str, bytes]) -> None:
     stop = StopFlag()
 
@@ -82,6 +93,7 @@ def test_a_stop_reaches_the_workers_and_the_same_command_goes_on(config: Config,
     assert bits(config.out) == alone
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_run_that_is_killed_leaves_no_workers(config: Config, alone: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text(config.to_toml())
     command = [sys.executable, "-m", "layerwise", "run", "--config", str(tmp_path / "own.toml")]
@@ -101,6 +113,7 @@ def test_a_run_that_is_killed_leaves_no_workers(config: Config, alone: dict[str,
     assert bits(config.out) == alone
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_task_whose_workers_die_three_times_ends_the_run(config: Config) -> None:
     def kill(event: Event) -> None:
         if isinstance(event, StageStarted):
@@ -113,6 +126,7 @@ def test_a_task_whose_workers_die_three_times_ends_the_run(config: Config) -> No
     assert not workers()
 
 
+@pytest.mark.usefixtures("forked")
 def test_what_cannot_be_done_is_not_tried_again(config: Config) -> None:
     events: list[Event] = []
     with pytest.raises(TrainingError, match="lower --lr"):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked_python import ForkedPython
 from safetensors.numpy import load_file
 
 OPTIONS = [
@@ -20,14 +21,14 @@ OPTIONS = [
 
 
 @pytest.fixture
-def start(tmp_path: Path, digits: Path) -> Callable[[str], subprocess.Popen]:
-    """start(folder) begins or resumes a run there, in a process of its own."""
+def start(tmp_path: Path, digits: Path) -> Callable[..., subprocess.Popen]:
+    """start(folder, python=ForkedPython) begins or resumes a run there, in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    def begin(folder: str) -> subprocess.Popen:
+    def begin(folder: str, python: type[subprocess.Popen] = ForkedPython) -> subprocess.Popen:
         (tmp_path / folder).mkdir(exist_ok=True)
         command = [sys.executable, "-m", "layerwise", "run", "--data", f"fsdd:{digits}", *OPTIONS]
-        return subprocess.Popen(
+        return python(
             command, cwd=tmp_path / folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
@@ -54,7 +55,7 @@ def bits(folder: Path) -> dict[str, bytes]:
 
 
 def test_killed_in_a_stage_and_in_a_cache_a_run_ends_with_the_same_bits(
-    start: Callable[[str], subprocess.Popen], tmp_path: Path
+    start: Callable[..., subprocess.Popen], tmp_path: Path
 ) -> None:
     finish(start("undisturbed"))
     run, caches = tmp_path / "killed" / "run", tmp_path / "killed" / "cache" / "run"
@@ -81,11 +82,14 @@ def test_killed_in_a_stage_and_in_a_cache_a_run_ends_with_the_same_bits(
     assert bits(tmp_path / "killed") == bits(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "python"),
+    [(signal.SIGTERM, subprocess.Popen), (signal.SIGUSR1, ForkedPython), (signal.SIGINT, ForkedPython)],
+)
 def test_a_signal_saves_exits_75_and_the_same_command_goes_on(
-    start: Callable[[str], subprocess.Popen], tmp_path: Path, number: signal.Signals
+    start: Callable[..., subprocess.Popen], tmp_path: Path, number: signal.Signals, python: type[subprocess.Popen]
 ) -> None:
-    process = start("stopped")
+    process = start("stopped", python=python)
     wait_for((tmp_path / "stopped" / "run" / "stages" / "1" / "checkpoint.safetensors").exists, process)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
