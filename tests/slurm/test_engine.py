@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
+from forked_python import ForkedPython
 from safetensors.numpy import load_file
 
 import layerwise
@@ -35,9 +36,10 @@ def hand_in(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> Callable[..., su
 
     def hand_in(environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "layerwise", "run", "--config", "own.toml", "--engine", "slurm", *options]
-        return subprocess.run(
-            command, cwd=tmp_path, env=os.environ | environment | package, capture_output=True, text=True, timeout=120
-        )
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = ForkedPython(command, cwd=tmp_path, env=os.environ | environment | package, **streams)
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     return hand_in
 

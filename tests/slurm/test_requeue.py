@@ -1,4 +1,7 @@
-"""Runs as real batch jobs: what becomes of them when they are signalled, preempted and cancelled."""
+"""Runs as real batch jobs: what becomes of them when they are signalled, preempted and cancelled.
+
+One of them trains. In the others the command is the real one, and in place of the training it waits to be stopped.
+"""
 
 import shlex
 import sys
@@ -17,26 +20,65 @@ from layerwise.engines.run import run
 OPTIONS = {"training.max_epochs": 8, "training.patience": 8, "training.checkpoint_seconds": 0}
 
 
-@pytest.fixture
-def submit(
-    slurm: Cluster, tmp_path: Path, digits: Path, tiny_options: dict[str, dict[str, object]]
-) -> Callable[..., str]:
-    """submit(*options) gives the number of a job that trains a tiny network in tmp_path/run."""
+WAITING = """\
+import contextlib, os, sys, time, types
+from pathlib import Path
 
-    def submit_run(*options: str) -> str:
-        assigned = [f"{key}={value}" for key, value in (tiny_options["speech"] | OPTIONS).items()]
-        command = [sys.executable, "-m", "layerwise", "run", "--data", f"fsdd:{digits}", "--out", "run"]
-        command += [word for each in assigned for word in ("--set", each)] + list(options)
+from layerwise.run_store import RunState
+
+def wait_to_be_stopped(config, *, stop, **_):
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        sys.exit(0)
+    Path(config.out).mkdir()
+    RunState([], "data", None, "cpu", "cache", []).save(Path(config.out) / "run.json")
+    Path("begun").touch()
+    while not stop.reason:
+        time.sleep(0.02)
+    stop.raise_if_set("while it waited")
+
+ranks = types.SimpleNamespace(first=True)
+sys.modules["layerwise.engines.run"] = types.SimpleNamespace(run=wait_to_be_stopped)
+sys.modules["layerwise.engines.torchrun"] = types.SimpleNamespace(
+    join_ranks=lambda _: contextlib.nullcontext(ranks), is_restart=lambda: False, leave=lambda _: None
+)
+
+from layerwise.commands import main
+
+main(sys.argv[1:])
+"""
+"""`layerwise` without torch: a run that waits, and is done when Slurm starts it again."""
+
+
+@pytest.fixture
+def submit(slurm: Cluster, tmp_path: Path) -> Callable[..., str]:
+    """submit(*program) gives the number of a job that starts `program run` in tmp_path, and may be queued again."""
+
+    def submit_run(*program: str) -> str:
         script = tmp_path / "job.sh"
         script.write_text(
             "#!/bin/sh\n"
             "#SBATCH --requeue --open-mode=append --signal=USR1@120\n"
             f"export OMP_NUM_THREADS=1 PYTHONPATH={shlex.quote(str(Path(layerwise.__file__).parents[1]))}\n"
-            f"srun {shlex.join(command)}\n"
+            f"srun {shlex.join([sys.executable, *program])}\n"
         )
         return slurm.submit(script)
 
     return submit_run
+
+
+@pytest.fixture
+def waiting(slurm: Cluster, submit: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
+    """waiting() gives the number of a job whose run in tmp_path/run waits to be stopped; waiting(KEY=value) updates it."""
+    (tmp_path / "waiting.py").write_text(WAITING)
+
+    def start(**updates: str) -> str:
+        job = submit("waiting.py", "run", "--out", "run")
+        if updates:
+            slurm.call("scontrol", "update", f"JobId={job}", *(f"{key}={value}" for key, value in updates.items()))
+        wait_for(tmp_path / "begun", slurm, job)
+        return job
+
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -61,30 +103,48 @@ def wait_for(path: Path, slurm: Cluster, job: str) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(
-    "disturb",
-    [["scancel", "--signal=TERM"], ["scancel", "--signal=USR1"], ["scontrol", "requeue"]],
-    ids=["terminated", "at its time limit", "preempted"],
-)
 def test_a_job_that_is_stopped_goes_on_by_itself_to_the_same_bits(
-    slurm: Cluster, submit: Callable[..., str], tmp_path: Path, undisturbed: dict[str, bytes], disturb: list[str]
+    slurm: Cluster,
+    submit: Callable[..., str],
+    tmp_path: Path,
+    digits: Path,
+    tiny_options: dict[str, dict[str, object]],
+    undisturbed: dict[str, bytes],
 ) -> None:
-    job = submit()
+    assigned = [f"{key}={value}" for key, value in (tiny_options["speech"] | OPTIONS).items()]
+    options = [word for each in assigned for word in ("--set", each)]
+    job = submit("-m", "layerwise", "run", "--data", f"fsdd:{digits}", "--out", "run", *options)
     wait_for(tmp_path / "run" / "stages" / "2" / "checkpoint.safetensors", slurm, job)
-    slurm.call(*disturb, job)
+    slurm.call("scancel", "--signal=TERM", job)
     slurm.start_again(job)
     ended = slurm.wait(job, ["COMPLETED"], seconds=100)
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "Stopped by SIG" in log
+    assert "Stopped by SIGTERM" in log
     assert f"Slurm has queued job {job} again" in log
     assert "stage 2: going on in epoch" in log
     assert ended["Restarts"] == "1"
     assert bits(tmp_path / "run" / "encoder.safetensors") == undisturbed
 
 
-def test_a_cancelled_job_stays_cancelled(slurm: Cluster, submit: Callable[..., str], tmp_path: Path) -> None:
-    job = submit()
-    wait_for(tmp_path / "run" / "stages" / "1" / "checkpoint.safetensors", slurm, job)
+@pytest.mark.parametrize(
+    ("disturb", "said"),
+    [(["scancel", "--signal=USR1"], "SIGUSR1"), (["scontrol", "requeue"], "SIGTERM")],
+    ids=["at its time limit", "preempted"],
+)
+def test_a_job_that_is_stopped_is_queued_again_once(
+    slurm: Cluster, waiting: Callable[..., str], tmp_path: Path, disturb: list[str], said: str
+) -> None:
+    job = waiting()
+    slurm.call(*disturb, job)
+    slurm.start_again(job)
+    assert slurm.wait(job, ["COMPLETED"])["Restarts"] == "1"
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert f"Stopped by {said}" in log
+    assert f"Slurm has queued job {job} again" in log
+
+
+def test_a_cancelled_job_stays_cancelled(slurm: Cluster, waiting: Callable[..., str], tmp_path: Path) -> None:
+    job = waiting()
     slurm.call("scancel", job)
     assert slurm.wait(job, ["CANCELLED"])["Restarts"] == "0"
     log = (tmp_path / "run" / "log.txt").read_text()
@@ -92,10 +152,8 @@ def test_a_cancelled_job_stays_cancelled(slurm: Cluster, submit: Callable[..., s
     assert f"Slurm is ending job {job} for good" in log
 
 
-def test_a_job_that_may_not_be_requeued_says_so(slurm: Cluster, submit: Callable[..., str], tmp_path: Path) -> None:
-    job = submit()
-    slurm.call("scontrol", "update", f"JobId={job}", "Requeue=0")
-    wait_for(tmp_path / "run" / "stages" / "1" / "checkpoint.safetensors", slurm, job)
+def test_a_job_that_may_not_be_requeued_says_so(slurm: Cluster, waiting: Callable[..., str], tmp_path: Path) -> None:
+    job = waiting(Requeue="0")
     slurm.call("scancel", "--signal=TERM", job)
     assert slurm.wait(job, ["FAILED"])["ExitCode"] == "75:0"
     assert (
@@ -104,10 +162,7 @@ def test_a_job_that_may_not_be_requeued_says_so(slurm: Cluster, submit: Callable
     )
 
 
-def test_a_person_who_stops_a_job_with_sigusr2_is_not_outvoted(
-    slurm: Cluster, submit: Callable[..., str], tmp_path: Path
-) -> None:
-    job = submit()
-    wait_for(tmp_path / "run" / "stages" / "1" / "checkpoint.safetensors", slurm, job)
+def test_a_person_who_stops_a_job_with_sigusr2_is_not_outvoted(slurm: Cluster, waiting: Callable[..., str]) -> None:
+    job = waiting()
     slurm.call("scancel", "--signal=USR2", job)
     assert slurm.wait(job, ["FAILED"])["Restarts"] == "0"
