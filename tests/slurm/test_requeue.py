@@ -17,7 +17,7 @@ import layerwise
 from layerwise.config import resolve
 from layerwise.engines.run import run
 
-OPTIONS = {"training.max_epochs": 8, "training.patience": 8, "training.checkpoint_seconds": 0}
+OPTIONS = {"net.context": 0, "training.max_epochs": 8, "training.patience": 8, "training.checkpoint_seconds": 0}
 
 
 WAITING = """\
