@@ -81,6 +81,16 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def few_digits(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve of them: two digits of three speakers, each said twice."""
+    folder = tmp_path_factory.mktemp("few-digits")
+    for path in digits.iterdir():
+        if path.name[0] in "01" and path.name.split("_")[1] in ("george", "jackson", "lucas"):
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
 @pytest.fixture
 def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo corpus has four short utterances of each of three speakers: the whole of it takes nine seconds to make."""

@@ -29,11 +29,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_tiny(tiny_options: Options, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunResult]:
     """run_tiny("speech" or "vision", source, UserObjects(), **{"dotted.key": value}): a finished run in its own folder."""
 
-    def start(kind: str, source: str, given: UserObjects = UserObjects(), **changes: object) -> RunResult:
+    def start(kind: str, source: str, objects: UserObjects | None = None, **changes: object) -> RunResult:
         folder = tmp_path_factory.mktemp(kind)
         places = {"data.source": source, "out": str(folder / "run"), "cache.dir": str(folder / "cache")}
         short = {"training.max_epochs": 1, "cache.dtype": "float32"}
-        return run(resolve(overrides={**tiny_options[kind], **places, **short, **changes}), given)
+        return run(resolve(overrides={**tiny_options[kind], **places, **short, **changes}), objects or UserObjects())
 
     return start
 

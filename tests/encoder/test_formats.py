@@ -140,9 +140,7 @@ def test_no_paths_of_the_machine_are_handed_over(
     speech_run: RunResult, digits: Path, exported: Callable[[str, str], Exported], format: str
 ) -> None:
     folder = exported("speech_run", format).folder
-    places = [
-        str(place).encode() for place in (digits, speech_run.paths.out, folder, Path(layerwise.__file__).parent)
-    ]
+    places = [str(place).encode() for place in (digits, speech_run.paths.out, folder, Path(layerwise.__file__).parent)]
     for path in folder.iterdir():
         content = path.read_bytes()  # pt2 archives store their members as they are
         assert not [place for place in places if place in content], path.name
