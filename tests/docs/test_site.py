@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from forked_python import ForkedPython
+
 import layerwise
 from layerwise.commands import layerwise as group
 from layerwise.config import options
@@ -13,10 +15,9 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 def test_the_site_builds_and_its_references_are_whole(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "-b", "html"]
-    done = subprocess.run(
-        [*command, "-d", tmp_path / "read", DOCS, tmp_path / "site"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = ForkedPython([*command, "-d", tmp_path / "read", DOCS, tmp_path / "site"], stderr=subprocess.PIPE, text=True)
+    err = done.communicate()[1]
+    assert done.returncode == 0, err
 
     pages = {path.stem: path.read_text() for path in (tmp_path / "site").glob("*.html")}
     assert {path.stem for path in DOCS.glob("*.md")} <= set(pages)

@@ -4,6 +4,8 @@ What is run and what is only parsed, and how small: see snippets.py. The blocks 
 the page's own with recordings and pictures.
 """
 
+import contextlib
+import io
 import re
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ import pytest
 import soundfile
 from PIL import Image
 from snippets import PAGES, SMALL, Snippet, small, snippets
+from torchvision.models import resnet
 
 import layerwise
 from layerwise import config as configuration
@@ -22,6 +25,7 @@ from layerwise import objectives
 from layerwise.commands import layerwise as group
 from layerwise.commands import main
 from layerwise.data import open as demo
+from layerwise.doctor import examine, host, torch_checks
 
 TAKEN_FOR_GRANTED = {
     "docs/cache-and-disk.md": ["run", "--data", "speech:recordings"],
@@ -61,7 +65,14 @@ def write_recording(path: Path, rng: np.random.Generator) -> None:
 
 @pytest.fixture
 def small_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A demo of four speakers; small options in Python too; objectives that a page registers are forgotten after it."""
+    """A demo of four speakers; small options in Python too; objectives that a page registers are forgotten after it.
+
+    A ResNet-18 has half its blocks; doctor writes little to the disk, and asks the torch of this process.
+    """
+    build = resnet._resnet
+    monkeypatch.setattr(resnet, "_resnet", lambda block, _, *rest, **named: build(block, [1, 1, 1, 1], *rest, **named))
+    monkeypatch.setattr(host, "WRITTEN", 10**6)
+    monkeypatch.setattr(examine, "ask_torch", ask_torch_here)
     few = partial(demo.synthesise_corpus, speakers=4, utterances=6, seconds=1.0)
     monkeypatch.setattr(demo, "synthesise_corpus", few)
     monkeypatch.setattr(objectives, "_BUILD", dict(objectives._BUILD))
@@ -73,6 +84,13 @@ def small_everything(monkeypatch: pytest.MonkeyPatch) -> None:
             recipe, config_file, {**(overrides or {}), **SMALL}
         ),
     )
+
+
+def ask_torch_here() -> torch_checks.TorchReport:
+    """What another process would say (tests/doctor starts one)."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        torch_checks.describe()
+    return torch_checks._report(said.getvalue(), "")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(not each.parsed_only for each in snippets(page))])

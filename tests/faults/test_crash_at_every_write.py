@@ -1,7 +1,9 @@
 """A crash at the n-th write, rename, sync or deletion of a run, for many n; the next start must end with the same bits."""
 
+import itertools
 import os
 import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+import layerwise
 from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.engines.run import run
@@ -29,36 +32,66 @@ SMALLEST = {
 DANGEROUS = ("replace", "fsync", "fdatasync", "pwrite", "unlink", "posix_fallocate")
 
 
+SYNCS = ("fsync", "fdatasync")
+"""A crash at one of these leaves the files that a crash at the call after it leaves."""
+
+Place = tuple[str, tuple[tuple[str, int], ...]]
+"""A function, and the lines of the package that have called it."""
+
+
 class Crash(BaseException):
     """Nothing of the package catches it; what Python still does on the way out, a real kill would not do (test_kills)."""
 
 
 CPU = torch.device("cpu")
+PACKAGE = str(Path(layerwise.__file__).parent)
 
 
-def crash_at_call(number: int, work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Runs work, and raises Crash at its number-th dangerous call and at each one after it. Returns their number."""
-    calls = 0
+def watch_calls(note: Callable[[str], None], work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs work; note is given the name of each dangerous function before it is called."""
 
-    def counted(function: Callable) -> Callable:
+    def noted(name: str, function: Callable) -> Callable:
         def call(*arguments: object, **named: object) -> object:
-            nonlocal calls
-            calls += 1
-            if 0 < number <= calls:
-                raise Crash
+            note(name)
             return function(*arguments, **named)
 
         return call
 
     with monkeypatch.context() as patched:
         for name in DANGEROUS:
-            patched.setattr(os, name, counted(getattr(os, name)))
-        if number:
-            with pytest.raises(Crash):
-                work()
-        else:
-            work()
-    return calls
+            patched.setattr(os, name, noted(name, getattr(os, name)))
+        work()
+
+
+def places_of_calls(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[Place]:
+    """Where each dangerous call of the work stands, in their order."""
+    places: list[Place] = []
+
+    def note(name: str) -> None:
+        lines = ((frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(None))
+        places.append((name, tuple(line for line in lines if line[0].startswith(PACKAGE))))
+
+    watch_calls(note, work, monkeypatch)
+    return places
+
+
+def crash_at_call(number: int, work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs work, and raises Crash at its number-th dangerous call and at each one after it."""
+    calls = itertools.count(1)
+
+    def crash(_: str) -> None:
+        if next(calls) >= number:
+            raise Crash
+
+    with pytest.raises(Crash):
+        watch_calls(crash, work, monkeypatch)
+
+
+def moments(calls: list[Place], known: list[Place]) -> list[int]:
+    """Numbers of calls to crash at: the first at each place that is not known, every eighth of all, and the last."""
+    places = dict.fromkeys(calls)
+    first = {calls.index(place) + 1 for place in places if place not in known and place[0] not in SYNCS}
+    return sorted(first | {*range(1, len(calls), 8)} | {len(calls)})
 
 
 def bits(config: Config) -> dict[str, bytes]:
@@ -73,34 +106,37 @@ def test_a_crash_at_any_call_leaves_what_the_next_start_can_use(
 ) -> None:
     few = tmp_path / "recordings"
     few.mkdir()
-    for path in sorted(digits.iterdir())[:8]:
+    for path in sorted(digits.iterdir())[:4]:
         (few / path.name).symlink_to(path)
 
-    def config(name: str) -> Config:
-        compression = {"cache.compression": "zstd"} if kind == "compressed" else {}
-        return tiny_speech(f"fsdd:{few}", out=str(tmp_path / name), **SMALLEST, **compression)
+    def config(name: str, **changes: object) -> Config:
+        return tiny_speech(f"fsdd:{few}", out=str(tmp_path / name), **SMALLEST, **changes)
 
     # Every start would make the same plans again; made once, what is known of them is remembered.
     plans = cut_network(config("planned"), open_data(config("planned").data, shortest_sample(config("planned"))), CPU)
     monkeypatch.setattr("layerwise.engines.run.cut_network", lambda *_: plans)
+    for name in SYNCS:
+        monkeypatch.setattr(os, name, lambda descriptor: None)  # a process crashes here, not the machine
+    compression = {"cache.compression": "zstd"} if kind == "compressed" else {}
     arguments = {"from stage": {"from_stage": 2}, "overwrite": {"overwrite": True}}.get(kind, {})
     begun = kind in ("from stage", "overwrite")
-    run(config("undisturbed"))
+    fresh = places_of_calls(lambda: run(config("fresh")), monkeypatch)
+    run(config("undisturbed", **compression))
     expected = bits(config("undisturbed"))
     if begun:
         run(config("counted"))
-    total = crash_at_call(0, lambda: run(config("counted"), **arguments), monkeypatch)
-    assert total > 20
-    # Every call at first and last, where runs are set up and ended; every fifth between, or every third where it packs.
-    step = 3 if kind == "compressed" else 5
-    for number in sorted({*range(1, 12), *range(12, total - 6, step), *range(total - 6, total + 1)}):
+    calls = places_of_calls(lambda: run(config("counted", **compression), **arguments), monkeypatch)
+    total = len(calls)
+    numbers = moments(calls, known=[] if kind == "run" else fresh)
+    assert len(numbers) > 10
+    for number in numbers:
         name = f"crashed-{number}"
         if begun:
             shutil.copytree(tmp_path / "undisturbed", tmp_path / name)
             shutil.copytree(tmp_path / "cache" / "undisturbed", tmp_path / "cache" / name)
             adopt(tmp_path, name)
-        crash_at_call(number, lambda name=name: run(config(name), **arguments), monkeypatch)
-        run(config(name), **arguments)
+        crash_at_call(number, lambda name=name: run(config(name, **compression), **arguments), monkeypatch)
+        run(config(name, **compression), **arguments)
         assert bits(config(name)) == expected, f"after a crash at call {number} of {total}"
         left = [path.name for path in RunStore.of(config(name).out, config(name).cache.dir).caches.glob("stage-*.h5.*")]
         assert left == [], f"after a crash at call {number} of {total}"
