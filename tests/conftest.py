@@ -6,6 +6,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from layerwise.config import Config, resolve
 from layerwise.data.source import DataSet
+from layerwise.data.synthesis import synthesise_corpus
 from layerwise.engines.run import RunResult, run
 from layerwise.evaluate.probe import probe
 from layerwise.nets.network import Network
@@ -77,6 +79,22 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     rng = np.random.default_rng(zlib.crc32(name.encode()))
                     soundfile.write(folder / name, 0.1 * rng.standard_normal(rng.integers(2000, 5000)), 8000)
     return folder
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve of them: two digits of three speakers, each said twice."""
+    folder = tmp_path_factory.mktemp("few-digits")
+    for path in digits.iterdir():
+        if path.name[0] in "01" and path.name.split("_")[1] in ("george", "jackson", "lucas"):
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo corpus has four short utterances of each of three speakers: the whole of it takes nine seconds to make."""
+    monkeypatch.setattr("layerwise.data.open.synthesise_corpus", partial(synthesise_corpus, 3, 4, 0.5))
 
 
 @pytest.fixture

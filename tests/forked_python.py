@@ -28,7 +28,8 @@ class ForkedPython(subprocess.Popen):
         words = [str(word) for word in args] if not isinstance(args, str) else []
         arguments = _without_unbuffered(words[1:])
         if words[:1] == [sys.executable] and _is_program(arguments) and not torch.cuda.is_available():
-            options["preexec_fn"] = lambda: _become(arguments, dict(os.environ if env is None else env))
+            environment = dict(os.environ if env is None else env)
+            options["preexec_fn"] = lambda: _become(arguments, environment, options.get("pass_fds", ()))
             options["restore_signals"] = False  # an interpreter that starts would ignore SIGPIPE again
         super().__init__(args, env=env, **options)
 
@@ -41,9 +42,9 @@ def _is_program(arguments: list[str]) -> bool:
     return arguments[:1] == ["-m"] or (len(arguments) > 0 and arguments[0].endswith(".py"))
 
 
-def _become(arguments: list[str], environment: dict[str, str]) -> None:
+def _become(arguments: list[str], environment: dict[str, str], passed: Sequence[int]) -> None:
     """In the child, whose standard streams and folder are set: runs the program, and never returns."""
-    _let_go_of_other_files()
+    _let_go_of_other_files(passed)
     subprocess.Popen = ForkedPython  # type: ignore[misc]
     gc.enable()  # subprocess switches it off around a fork
     os.environ.clear()
@@ -69,12 +70,12 @@ def _become(arguments: list[str], environment: dict[str, str]) -> None:
         os._exit(code if isinstance(code, int) else 1)
 
 
-def _let_go_of_other_files() -> None:
+def _let_go_of_other_files(passed: Sequence[int]) -> None:
     """Whoever waits for the end of a pipe must not wait for this process.
 
     The numbers stay taken: objects that came along with the fork may still close theirs.
     """
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in map(int, os.listdir("/proc/self/fd")):
-        if descriptor > 2 and descriptor != nowhere:
+        if descriptor > 2 and descriptor not in (nowhere, *passed):
             os.dup2(nowhere, descriptor, inheritable=False)

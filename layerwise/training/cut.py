@@ -90,6 +90,8 @@ def cut_network(
             f"--stages {count}: this network can be cut into at most {most} stages; give a number from 1 to {most} "
             f"(its natural number is {len(natural)}). {network.why_no_finer()}".rstrip()
         )
+    if count in (1, most):  # there is one such cut
+        return stages_of(ranges([most // count] * count))
     costs = layer_costs(config, data, network)
     if count is not None:
         return _best(stages_of, costs, count)

@@ -1,6 +1,7 @@
 """A compressed cache holds what an uncompressed one does; whatever stops the packing, a later writer makes the same bytes."""
 
 import errno
+import multiprocessing
 import os
 import re
 import signal
@@ -184,23 +185,19 @@ def test_a_stop_between_two_steps_of_packing_ends_with_the_same_bytes(
 def test_killed_again_and_again_while_it_packs_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     a_layout = layout([300_000], block_bytes=4096)
     write(tmp_path / "whole.h5", a_layout, noise(a_layout), append_bytes=10**6, compression="zstd")
-    script = """
-import sys, pathlib
-from small_cache import layout, write
-from test_packed import noise
-a_layout = layout([300_000], block_bytes=4096)
-write(pathlib.Path(sys.argv[1]), a_layout, noise(a_layout), append_bytes=10**6, compression="zstd")
-"""
+    rows, options = noise(a_layout), {"append_bytes": 10**6, "compression": "zstd"}
     path, packing = tmp_path / "c.h5", tmp_path / "c.h5.packing"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    context = multiprocessing.get_context("fork")
     kills = 0
     for pause in (0, 0.02, 0.05, 0.1):
-        process = subprocess.Popen([sys.executable, "-c", script, path], env=environment)
-        while process.poll() is None and not (packing.exists() and packing.stat().st_size > 10**6):
+        process = context.Process(target=write, args=(path, a_layout, rows), kwargs=options)
+        process.start()
+        while process.is_alive() and not (packing.exists() and packing.stat().st_size > 10**6):
             time.sleep(0.0005)
         time.sleep(pause)
         process.kill()
-        kills += process.wait() == -signal.SIGKILL
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
         if path.exists():
             break
         assert (tmp_path / "c.h5.part").exists()

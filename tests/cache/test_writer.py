@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import multiprocessing
 import os
 import resource
 import signal
@@ -341,21 +342,17 @@ def test_a_file_system_without_direct_writes_gets_the_same_bytes(
 def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     a_layout = layout([60000], block_bytes=4096)
     write(tmp_path / "whole.h5", a_layout, rows_of(a_layout))
-    script = """
-import sys, pathlib
-from small_cache import layout, rows_of, write
-a_layout = layout([60000], block_bytes=4096)
-write(pathlib.Path(sys.argv[1]), a_layout, rows_of(a_layout), pieces=1000)
-"""
     path, journal = tmp_path / "c.h5", tmp_path / "c.h5.journal"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    context = multiprocessing.get_context("fork")
     kills = 0
     for records in (1, 20, 40, 60):
-        process = subprocess.Popen([sys.executable, "-c", script, path], env=environment)
-        while process.poll() is None and not (journal.exists() and journal.stat().st_size >= 16 * records):
+        process = context.Process(target=write, args=(path, a_layout, rows_of(a_layout)), kwargs={"pieces": 1000})
+        process.start()
+        while process.is_alive() and not (journal.exists() and journal.stat().st_size >= 16 * records):
             time.sleep(0.0005)
         process.kill()
-        kills += process.wait() == -signal.SIGKILL
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
     assert kills > 0
     if not path.exists():
         write(path, a_layout, rows_of(a_layout))

@@ -1,7 +1,7 @@
 """`layerwise cache`: what is there, whether it is whole, freeing room, handing features over."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -32,8 +32,8 @@ def call(capfd: pytest.CaptureFixture[str]) -> Call:
 
 
 @pytest.fixture
-def finished(tiny_speech: Callable[..., Config], digits: Path) -> Iterator[RunResult]:
-    yield run(tiny_speech(f"fsdd:{digits}", **{"training.max_epochs": 1}))
+def finished(finished: Callable[[Config], RunResult], tiny_speech: Callable[..., Config], digits: Path) -> RunResult:
+    return finished(tiny_speech(f"fsdd:{digits}", **{"training.max_epochs": 1}))
 
 
 def test_what_is_there_is_listed(finished: RunResult, call: Call) -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from layerwise.config import resolve
-from layerwise.engines.run import RunResult, run
+from layerwise.engines.run import RunResult, UserObjects, run
 
 Options = dict[str, dict[str, object]]
 
@@ -27,13 +27,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_tiny(tiny_options: Options, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunResult]:
-    """run_tiny("speech" or "vision", source, **{"dotted.key": value}): a finished run in a folder of its own."""
+    """run_tiny("speech" or "vision", source, UserObjects(), **{"dotted.key": value}): a finished run in its own folder."""
 
-    def start(kind: str, source: str, **changes: object) -> RunResult:
+    def start(kind: str, source: str, objects: UserObjects | None = None, **changes: object) -> RunResult:
         folder = tmp_path_factory.mktemp(kind)
         places = {"data.source": source, "out": str(folder / "run"), "cache.dir": str(folder / "cache")}
         short = {"training.max_epochs": 1, "cache.dtype": "float32"}
-        return run(resolve(overrides={**tiny_options[kind], **places, **short, **changes}))
+        return run(resolve(overrides={**tiny_options[kind], **places, **short, **changes}), objects or UserObjects())
 
     return start
 

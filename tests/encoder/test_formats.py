@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,10 @@ from torch import nn
 
 import layerwise
 from layerwise.encoder import export as formats
+from layerwise.encoder.card import Exported
 from layerwise.encoder.load import load
 from layerwise.encoder.program import StepwiseRecurrence
-from layerwise.engines.run import RunResult, UserObjects, run
+from layerwise.engines.run import RunResult, UserObjects
 from layerwise.errors import ExportError, RunError
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
@@ -46,21 +47,31 @@ def computes(folder: Path, format: str) -> Callable[[torch.Tensor], torch.Tensor
     return lambda x: torch.from_numpy(session.run(None, {given.name: x.numpy()})[0])
 
 
-def code_of(card: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
+@pytest.fixture(scope="module")
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Exported]:
+    """exported("speech_run" or "vision_run", format): what that run was exported to, for all tests to read."""
+
+    @cache
+    def export(kind: str, format: str) -> Exported:
+        needs(format)
+        result: RunResult = request.getfixturevalue(kind)
+        return layerwise.export(result.paths.out, tmp_path_factory.mktemp("exported") / "encoder", format)
+
+    return export
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", ["speech_run", "vision_run"])
 def test_every_format_computes_what_the_encoder_does_at_other_sizes_too(
-    request: pytest.FixtureRequest, tmp_path: Path, kind: str, format: str
+    request: pytest.FixtureRequest, exported: Callable[[str, str], Exported], kind: str, format: str
 ) -> None:
-    needs(format)
+    written = exported(kind, format)
+    assert written.difference < 1e-5
+    assert written.fixed == ""
     result: RunResult = request.getfixturevalue(kind)
-    exported = layerwise.export(result.paths.out, tmp_path / "encoder", format)
-    assert exported.difference < 1e-5
-    assert exported.fixed == ""
-    encoder, found = layerwise.load(result.paths.out), computes(tmp_path / "encoder", format)
+    encoder, found = layerwise.load(result.paths.out), computes(written.folder, format)
     speech = [torch.randn(size) * 0.1 for size in ((1, 700), (5, 1600), (2, 9001))]
     pictures = [torch.rand(size) for size in ((1, 3, 32, 32), (4, 3, 60, 44))]
     for x in speech if kind == "speech_run" else pictures:
@@ -71,22 +82,35 @@ def test_every_format_computes_what_the_encoder_does_at_other_sizes_too(
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", ["speech_run", "vision_run"])
 def test_the_code_of_the_card_runs_as_it_stands(
-    request: pytest.FixtureRequest, tmp_path: Path, kind: str, format: str
+    request: pytest.FixtureRequest,
+    exported: Callable[[str, str], Exported],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    format: str,
 ) -> None:
-    needs(format)
-    result: RunResult = request.getfixturevalue(kind)
-    layerwise.export(result.paths.out, tmp_path / "encoder", format)
-    (code,) = code_of(tmp_path / "encoder" / "README.md")
+    folder = exported(kind, format).folder
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    if (kind, format) == ("speech_run", "pt2"):  # a program of torch.export needs what layerwise has imported here
+        printed = printed_by_a_new_process(code, folder)
+    else:
+        monkeypatch.chdir(folder)
+        exec(code, {})
+        printed = capsys.readouterr().out
+    frames = layerwise.load(request.getfixturevalue(kind).paths.out).out_length(1600)
+    assert (f"2, {frames}, 8" if kind == "speech_run" else "2, 49, 64") in printed
+
+
+def printed_by_a_new_process(code: str, folder: Path) -> str:
     ran = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=tmp_path / "encoder",
+        cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert ran.returncode == 0, ran.stderr
-    frames = layerwise.load(result.paths.out).out_length(1600)
-    assert f"2, {frames}, 8" in ran.stdout if kind == "speech_run" else "2, 49, 64" in ran.stdout
+    return ran.stdout
 
 
 def test_the_card_says_what_the_run_has_recorded(speech_run: RunResult, tmp_path: Path, digits: Path) -> None:
@@ -113,14 +137,11 @@ def test_the_card_says_what_the_run_has_recorded(speech_run: RunResult, tmp_path
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_no_paths_of_the_machine_are_handed_over(
-    speech_run: RunResult, digits: Path, tmp_path: Path, format: str
+    speech_run: RunResult, digits: Path, exported: Callable[[str, str], Exported], format: str
 ) -> None:
-    needs(format)
-    layerwise.export(speech_run.paths.out, tmp_path / "encoder", format)
-    places = [
-        str(place).encode() for place in (digits, speech_run.paths.out, tmp_path, Path(layerwise.__file__).parent)
-    ]
-    for path in (tmp_path / "encoder").iterdir():
+    folder = exported("speech_run", format).folder
+    places = [str(place).encode() for place in (digits, speech_run.paths.out, folder, Path(layerwise.__file__).parent)]
+    for path in folder.iterdir():
         content = path.read_bytes()  # pt2 archives store their members as they are
         assert not [place for place in places if place in content], path.name
 
@@ -188,19 +209,19 @@ class FixedLength(Layer):
 
 
 def test_where_a_layer_ties_the_length_down_the_card_says_so(
-    run_tiny: Callable[..., RunResult], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_tiny: Callable[..., RunResult], write_tone: Callable[..., Path], tmp_path: Path
 ) -> None:
+    for number in range(6):
+        folder = write_tone(f"recordings/{number}.wav", 0.02).parent
     network = Network([partial(FixedLength, None)], natural_cut=(1,), identity="fixed")
-    config = run_tiny("speech", f"fsdd:{digits}", **{"data.window": 100}).config
-    config = config.model_copy(update={"out": f"{config.out}-fixed"})
-    config = config.model_copy(update={"training": config.training.model_copy(update={"stages": 1})})
-    result = run(config, UserObjects(network))
-    exported = layerwise.export(result.paths.out, tmp_path / "encoder", "pt2", network=network)
-    assert exported.fixed == "100 samples of each waveform"
+    options = {"data.window": 40, "training.stages": 1}
+    result = run_tiny("speech", f"speech:{folder}", UserObjects(network), **options)
+    written = layerwise.export(result.paths.out, tmp_path / "encoder", "pt2", network=network)
+    assert written.fixed == "40 samples of each waveform"
     card = (tmp_path / "encoder" / "README.md").read_text()
-    assert "In this file the size of the input is fixed: 100 samples of each waveform." in card
+    assert "In this file the size of the input is fixed: 40 samples of each waveform." in card
     found, encoder = computes(tmp_path / "encoder", "pt2"), load(result.paths.out, network=network)
-    x = torch.randn(5, 100)
+    x = torch.randn(5, 40)
     torch.testing.assert_close(found(x), encoder(x), rtol=1e-4, atol=1e-5)
 
 

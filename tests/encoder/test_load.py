@@ -92,6 +92,7 @@ def test_neither_data_nor_caches_nor_stages_are_needed(run_tiny: Callable[..., R
         torch.testing.assert_close(layerwise.load(place)(x)[0].detach(), cached, **CLOSE)
 
 
+@pytest.mark.usefixtures("small_demo")
 def test_the_demo_is_read_at_its_level(tiny_options: dict, tmp_path: Path) -> None:
     places = {"out": str(tmp_path / "run"), "cache.dir": str(tmp_path / "cache")}
     small = {"training.max_epochs": 1, "data.sample_rate": 16000, "cache.dtype": "float32"}
@@ -116,9 +117,7 @@ def test_a_network_of_the_users_own_is_given_again(run_tiny: Callable[..., RunRe
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1))
     network = traced_network(model, (3, 8, 8))
-    config = run_tiny("vision", f"images:{pictures}").config
-    config = config.model_copy(update={"out": f"{config.out}-own"})
-    result = run(config, UserObjects(network))
+    result = run_tiny("vision", f"images:{pictures}", UserObjects(network))
     x = torch.rand(2, 3, 32, 32)
     assert layerwise.load(result.paths.out, network=network)(x).shape == (2, 49, 8)
     with pytest.raises(ConfigError, match="give it as network="):

@@ -1,7 +1,8 @@
 """Stages without a cache are probed on the frames that their cache would hold."""
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from layerwise.cache import ActivationCache
-from layerwise.config import OWN, Config, resolve
+from layerwise.config import OWN, resolve
 from layerwise.data.batches import Group, group_renderings
 from layerwise.data.open import as_data, open_data
 from layerwise.engines.run import RunResult, run
@@ -18,6 +19,7 @@ from layerwise.evaluate.examples import FeatureRows
 from layerwise.evaluate.features import cached_features
 from layerwise.evaluate.forward import features_under_budget
 from layerwise.evaluate.probe import probe
+from layerwise.evaluate.results import ProbeResult
 from layerwise.evaluate.targets import probe_task
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import ranges
@@ -28,12 +30,34 @@ from layerwise.training.forward import OutputFormat, longest_piece, random_stage
 from layerwise.training.spec import stage_specs
 
 
-@pytest.fixture
-def mixed(tiny_speech: Callable[..., Config], digits: Path) -> RunResult:
+@pytest.fixture(scope="module")
+def trained(
+    digits: Path, tiny_options: dict[str, dict[str, object]], tmp_path_factory: pytest.TempPathFactory
+) -> RunResult:
     """Stage 1 is cached as bfloat16, and those above, which were trained again later, as float32."""
-    options = {"training.stages": 4, "training.max_epochs": 1}
-    run(tiny_speech(f"fsdd:{digits}", **options, **{"cache.dtype": "bfloat16"}))
-    return run(tiny_speech(f"fsdd:{digits}", **options, **{"cache.dtype": "float32"}), from_stage=2)
+    folder = tmp_path_factory.mktemp("mixed")
+    places = {"data.source": f"fsdd:{digits}", "out": str(folder / "run"), "cache.dir": str(folder / "cache")}
+    options = {**tiny_options["speech"], **places, "training.stages": 4, "training.max_epochs": 1}
+    run(resolve(overrides={**options, "cache.dtype": "bfloat16"}))
+    return run(resolve(overrides={**options, "cache.dtype": "float32"}), from_stage=2)
+
+
+@pytest.fixture(scope="module")
+def with_caches(trained: RunResult) -> ProbeResult:
+    """The probe of that run."""
+    return probe(trained.paths.out, "digit")
+
+
+@pytest.fixture
+def mixed(trained: RunResult, with_caches: ProbeResult, tmp_path: Path) -> Iterator[RunResult]:
+    """That run, which a test may spoil: it is put back afterwards."""
+    places = {trained.paths.out: tmp_path / "kept", trained.paths.caches: tmp_path / "kept caches"}
+    for place, kept in places.items():
+        shutil.copytree(place, kept)
+    yield trained
+    for place, kept in places.items():
+        shutil.rmtree(place)
+        shutil.copytree(kept, place)
 
 
 def features_without_caches(result: RunResult, handings: list[OutputFormat], folder: Path) -> list[np.ndarray]:
@@ -60,19 +84,18 @@ def everything(file: FeatureRows) -> np.ndarray:
     return file.read(0, file.rows)
 
 
-def test_each_stage_hands_over_in_the_dtype_that_it_was_cached_in(mixed: RunResult, tmp_path: Path) -> None:
-    handings = load_encoder(mixed.paths.encoder)[1].handings
+def test_each_stage_hands_over_in_the_dtype_that_it_was_cached_in(trained: RunResult, tmp_path: Path) -> None:
+    handings = load_encoder(trained.paths.encoder)[1].handings
     assert [handing.dtype for handing in handings] == ["bfloat16", "float32", "float32", "float32"]
-    passed = features_without_caches(mixed, handings, tmp_path)
-    unrounded = features_without_caches(mixed, [OutputFormat("float32", None)] * 4, tmp_path)
+    passed = features_without_caches(trained, handings, tmp_path)
+    unrounded = features_without_caches(trained, [OutputFormat("float32", None)] * 4, tmp_path)
     for stage in (2, 3, 4):
-        cached = features_of_the_cache(mixed, stage, tmp_path)
+        cached = features_of_the_cache(trained, stage, tmp_path)
         far = np.abs(unrounded[stage - 1] - cached).max()
         assert np.abs(passed[stage - 1] - cached).max() < far / 20
 
 
-def test_a_probe_finds_the_same_with_and_without_caches(mixed: RunResult) -> None:
-    with_caches = probe(mixed.paths.out, "digit")
+def test_a_probe_finds_the_same_with_and_without_caches(mixed: RunResult, with_caches: ProbeResult) -> None:
     for stage in (1, 2, 4):
         mixed.paths.cache(stage).unlink()
     without = probe(mixed.paths.out, "digit")
@@ -81,8 +104,9 @@ def test_a_probe_finds_the_same_with_and_without_caches(mixed: RunResult) -> Non
     )
 
 
-def test_a_stage_below_that_is_being_cached_again_does_not_shift_the_others(mixed: RunResult) -> None:
-    whole = probe(mixed.paths.out, "digit")
+def test_a_stage_below_that_is_being_cached_again_does_not_shift_the_others(
+    mixed: RunResult, with_caches: ProbeResult
+) -> None:
     state = json.loads(mixed.paths.state.read_text())
     state["stages"][1]["status"] = "caching"
     mixed.paths.state.write_text(json.dumps(state))
@@ -90,7 +114,7 @@ def test_a_stage_below_that_is_being_cached_again_does_not_shift_the_others(mixe
         mixed.paths.cache(stage).unlink()
     found = probe(mixed.paths.out, "digit")
     assert [each.stage for each in found.stages] == [1, 3, 4]
-    kept = [each for each in whole.stages if each.stage != 2]
+    kept = [each for each in with_caches.stages if each.stage != 2]
     assert [each.error for each in found.stages] == pytest.approx([each.error for each in kept], abs=0.05)
     assert [each.untrained_error for each in found.stages] == [each.untrained_error for each in kept]
 

@@ -1,5 +1,6 @@
 """The examples, run as a reader would, on small input."""
 
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,20 +16,23 @@ Show = Callable[..., str]
 
 
 @pytest.fixture
-def show(tmp_path: Path) -> Show:
-    """show(name, *arguments): what the example prints, run in an empty folder."""
+def show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Show:
+    """show(name, *arguments): what the example prints, run as the main program of this process in an empty folder."""
+    monkeypatch.chdir(tmp_path)
 
     def run(name: str, *arguments: object) -> str:
-        command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
 
     return run
 
 
-def test_a_sensor_stream(show: Show) -> None:
-    assert "features (1, 39, 64)" in show("sensor_stream.py", "--seconds", 20, "--epochs", 1)
+def test_a_sensor_stream_in_a_process_of_its_own(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "sensor_stream.py"), "--seconds", "20", "--epochs", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "features (1, 39, 64)" in done.stdout
 
 
 def test_volumes(show: Show) -> None:

@@ -1,6 +1,7 @@
 """A run whose caches are compressed trains to the same bits as any other."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,11 @@ import torch
 from safetensors.numpy import load_file
 
 from layerwise.cache import ActivationCache
-from layerwise.config import Config
+from layerwise.config import Config, resolve
 from layerwise.engines.run import RunResult, run
 from layerwise.errors import Interrupted
 from layerwise.events import CachingProgress, Event, StageDone, StepDone
 from layerwise.stop import StopFlag
-
-Tiny = Callable[..., Config]
 
 
 def weights(result: RunResult) -> dict[str, bytes]:
@@ -31,10 +30,27 @@ def in_folder(config: Config, folder: Path, compression: str) -> Config:
     return config.model_copy(update={"out": str(folder / "run"), "cache": cache})
 
 
+@pytest.fixture(scope="module")
+def undisturbed(
+    few_digits: Path, tiny_options: dict[str, dict[str, object]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], RunResult]:
+    """undisturbed(dtype, compression): a finished run with such caches, to be read and not changed."""
+
+    @cache
+    def finish(dtype: str, compression: str) -> RunResult:
+        options = {"data.source": f"fsdd:{few_digits}", "training.max_epochs": 1, "cache.dtype": dtype}
+        config = resolve(overrides={**tiny_options["speech"], **options})
+        return run(in_folder(config, tmp_path_factory.mktemp("undisturbed"), compression))
+
+    return finish
+
+
+Undisturbed = Callable[[str, str], RunResult]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_a_compressed_run_ends_with_the_same_bits(tiny_speech: Tiny, digits: Path, tmp_path: Path, dtype: str) -> None:
-    config = tiny_speech(f"fsdd:{digits}", **{"cache.dtype": dtype})
-    raw, packed = (run(in_folder(config, tmp_path / name, name)) for name in ("none", "zstd"))
+def test_a_compressed_run_ends_with_the_same_bits(undisturbed: Undisturbed, dtype: str) -> None:
+    raw, packed = (undisturbed(dtype, compression) for compression in ("none", "zstd"))
     assert weights(packed) == weights(raw)
     for stage in (1, 2, 3, 4):
         assert torch.equal(activations(packed, stage), activations(raw, stage))
@@ -42,18 +58,15 @@ def test_a_compressed_run_ends_with_the_same_bits(tiny_speech: Tiny, digits: Pat
 
 
 @pytest.mark.parametrize("kind", [StepDone, CachingProgress, StageDone])
-def test_a_compressed_run_that_was_stopped_goes_on(
-    tiny_speech: Tiny, digits: Path, tmp_path: Path, kind: type[Event]
-) -> None:
-    config = tiny_speech(f"fsdd:{digits}")
-    expected = run(in_folder(config, tmp_path / "undisturbed", "zstd"))
+def test_a_compressed_run_that_was_stopped_goes_on(undisturbed: Undisturbed, tmp_path: Path, kind: type[Event]) -> None:
+    expected = undisturbed("float16", "zstd")
     stop = StopFlag()
 
     def stop_in_stage_2(event: Event) -> None:
         if isinstance(event, kind) and event.stage == 2:
             stop.reason = "a test"
 
-    here = in_folder(config, tmp_path, "zstd")
+    here = in_folder(expected.config, tmp_path, "zstd")
     with pytest.raises(Interrupted):
         run(here, stop=stop, notify=stop_in_stage_2)
     again = run(here)
@@ -62,9 +75,9 @@ def test_a_compressed_run_that_was_stopped_goes_on(
         assert again.paths.cache(stage).read_bytes() == expected.paths.cache(stage).read_bytes()
 
 
-def test_compression_may_change_between_two_starts(tiny_speech: Tiny, digits: Path, tmp_path: Path) -> None:
-    config = tiny_speech(f"fsdd:{digits}")
-    expected = run(in_folder(config, tmp_path / "undisturbed", "none"))
+def test_compression_may_change_between_two_starts(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    expected = undisturbed("float16", "none")
+    config = expected.config
     stop = StopFlag()
 
     def stop_after_stage_2(event: Event) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from layerwise.nets.traced import traced_network
 from layerwise.run_store import RunState
 from layerwise.stop import StopFlag
 from layerwise.training.budget import allowed_plans, fit_stage
-from layerwise.training.cut import cut_network, layer_costs, partition, stage_cost
+from layerwise.training.cut import LayerCost, cut_network, layer_costs, partition, stage_cost
 from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec, stage_specs
 
@@ -44,6 +44,11 @@ class Case:
     data: DataSet
     network: Network
 
+    @cached_property
+    def costs(self) -> list[LayerCost]:
+        """They depend neither on the number of stages nor on the budget."""
+        return layer_costs(self.config, self.data, self.network)
+
     @property
     def layers(self) -> int:
         return len(self.network.layers)
@@ -54,7 +59,9 @@ class Case:
         return self.config.model_copy(update={"training": training, "memory": memory})
 
     def cut(self, stages: int | None = None, budget: int | None = None) -> list[StageSpec]:
-        return cut_network(self.with_options(stages, budget), self.data, CPU, self.network)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("layerwise.training.cut.layer_costs", lambda *_: self.costs)
+            return cut_network(self.with_options(stages, budget), self.data, CPU, self.network)
 
     def stage(self, layers: range) -> StageSpec:
         """The stage of these layers, whatever the cut around it."""
@@ -137,10 +144,9 @@ def test_no_cut_has_a_smaller_largest_estimate(
     case: Callable[..., Case], recipe: str, changes: dict[str, object]
 ) -> None:
     made = case(recipe, **changes)
-    costs = layer_costs(made.config, made.data, made.network)
 
     def largest(cut: list[range]) -> int:
-        return max(stage_cost(costs[layers.start : layers.stop]) for layers in cut)
+        return max(stage_cost(made.costs[layers.start : layers.stop]) for layers in cut)
 
     natural = len(made.network.natural_cut)
     for stages in range(1, made.layers + 1):
@@ -189,8 +195,7 @@ def test_the_estimate_of_a_single_layer_is_within_25_percent_of_its_predicted_pe
 ) -> None:
     recipe, changes = ESTIMATED[name]
     made = case(recipe, **changes)
-    costs = layer_costs(made.config, made.data, made.network)
-    ratios = [stage_cost([cost]) / cheapest_peak(made, range(i, i + 1)) for i, cost in enumerate(costs)]
+    ratios = [stage_cost([cost]) / cheapest_peak(made, range(i, i + 1)) for i, cost in enumerate(made.costs)]
     assert all(0.75 <= ratio <= 1.25 for ratio in ratios), [round(ratio, 2) for ratio in ratios]
 
 

@@ -37,9 +37,10 @@ def step(live: int = 10, peak: int = 20) -> StepDone:
     return StepDone(1, 0, 0, 5, 2.0, 0.1, live, peak)
 
 
-def test_a_run_records_what_each_pass_holds_on_the_device(tiny_speech: Tiny, digits: Path) -> None:
+def test_a_run_records_what_each_pass_holds_on_the_device(tiny_speech: Tiny, few_digits: Path) -> None:
     events: list[Event] = []
-    result = run(tiny_speech(f"fsdd:{digits}", **{"memory.gpu_mem": "50MB"}), notify=events.append)
+    options = {"memory.gpu_mem": "50MB", "net.context": 0}  # to rehearse a recurrent layer takes seconds
+    result = run(tiny_speech(f"fsdd:{few_digits}", **options), notify=events.append)
     for record in result.state.stages:
         lines = json_lines(result.paths.memory(record.stage))
         assert all(line.keys() == {"seconds", "pass", "live_bytes", "peak_bytes"} for line in lines)
@@ -83,8 +84,8 @@ def test_a_record_goes_on_after_a_line_that_a_kill_has_torn(tmp_path: Path) -> N
     assert path.read_text().startswith(whole)
 
 
-def test_a_stopped_run_goes_on_in_the_same_record(tiny_speech: Tiny, digits: Path) -> None:
-    config, stop = tiny_speech(f"fsdd:{digits}"), StopFlag()
+def test_a_stopped_run_goes_on_in_the_same_record(tiny_speech: Tiny, few_digits: Path) -> None:
+    config, stop = tiny_speech(f"fsdd:{few_digits}"), StopFlag()
 
     def stop_in_the_second_epoch(event: Event) -> None:
         if isinstance(event, StepDone) and event.epoch == 1:
@@ -100,8 +101,8 @@ def test_a_stopped_run_goes_on_in_the_same_record(tiny_speech: Tiny, digits: Pat
     assert seconds == sorted(seconds)
 
 
-def test_retraining_a_stage_records_anew(tiny_speech: Tiny, digits: Path) -> None:
-    config = tiny_speech(f"fsdd:{digits}")
+def test_retraining_a_stage_records_anew(tiny_speech: Tiny, few_digits: Path) -> None:
+    config = tiny_speech(f"fsdd:{few_digits}")
     paths = run(config).paths
     kept, replaced = paths.memory(1).read_text(), paths.memory(2).read_text()
     run(config, from_stage=2)

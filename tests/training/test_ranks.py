@@ -161,7 +161,7 @@ def in_a_rank(work: Callable[..., object], rank: int, folder: Path, *arguments: 
 
 def in_ranks(work: Callable[..., object], folder: Path, *arguments: object) -> list[object]:
     """What each rank's work gives, in processes of their own."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # torch is imported already; tests/end_to_end starts torchrun
     processes = [context.Process(target=in_a_rank, args=(work, rank, folder, *arguments)) for rank in range(COUNT)]
     for process in processes:
         process.start()
