@@ -51,7 +51,7 @@ class Progress:
     """Micro-batch and passes, where a step ran out of memory and made them smaller."""
     loss_scale: float = 1.0
     good_steps: int = 0
-    """See training.scaling."""
+    """See `LossScale`."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry per finished epoch."""
 
@@ -142,9 +142,9 @@ def save_checkpoint(path: Path, made_for: str, progress: Progress, trainer: AnyT
     progress.shrunk = (trainer.memory_plan.micro_batch, trainer.memory_plan.passes) if trainer.shrunk else None
     arrays = to_host(_named("module", trainer.module.state_dict()))
     arrays |= to_host(_named("objective", trainer.objective.state_dict()))
-    for part, optimizer in (("module", trainer.optimizer), ("objective", trainer.predictor_optimizer)):
+    for prefix, optimizer in trainer.optimizers():
         for name, state in optimizer.state().items():
-            arrays |= to_host(_named(f"optimizer/{part}/{name}", state))
+            arrays |= to_host(_named(f"optimizer/{prefix}{name}", state))
     arrays |= {f"best/{name}": value for name, value in (best or {}).items()}
     save_arrays(path, arrays, {"made_for": made_for, "progress": json.dumps(asdict(progress))})
 
@@ -168,12 +168,8 @@ def load_checkpoint(path: Path, made_for: str, trainer: AnyTrainer) -> tuple[Pro
         raise RunError(f"{path} was saved by another version of layerwise; {begin_anew}") from None
     load_weights(trainer.module, _under("module/", arrays))
     load_weights(trainer.objective, _under("objective/", arrays))
-    for part, optimizer, trained in (
-        ("module", trainer.optimizer, trainer.module),
-        ("objective", trainer.predictor_optimizer, trainer.objective),
-    ):
-        names = [name for name, parameter in trained.named_parameters() if parameter.requires_grad]
-        states = {name: _under(f"optimizer/{part}/{name}/", arrays) for name in names}
+    for prefix, optimizer in trainer.optimizers():
+        states = {name: _under(f"optimizer/{prefix}{name}/", arrays) for name in optimizer.parameters}
         optimizer.load({n: {key: host_tensor(value) for key, value in state.items()} for n, state in states.items()})
     trainer.scale.factor, trainer.scale.good_steps = progress.loss_scale, progress.good_steps
     if progress.shrunk and isinstance(trainer, StageTrainer):

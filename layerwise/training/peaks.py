@@ -4,7 +4,7 @@ A prediction is not a model of the code but the code itself: its very steps are 
 slices and pieces only the first are rehearsed, for the others need the same room."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from layerwise.cache.dtypes import STORED
-from layerwise.config import Config, TrainingOptions
+from layerwise.config import Config
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError, ConfigError
 from layerwise.memory import microbatch
@@ -26,7 +26,7 @@ from layerwise.nets.module import Module
 from layerwise.nets.network import memoised_per
 from layerwise.objectives.protocol import Draw
 from layerwise.training.context import RunContext
-from layerwise.training.optimizer import Optimizer, State
+from layerwise.training.optimizer import HostOptimizer, Optimizer
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
 
@@ -233,10 +233,10 @@ class _RehearsedTrainer(StageTrainer):
     def _run_back(self, pending: Pending, encoded: microbatch.SlicedBatch) -> None:
         microbatch.run_back(pending, encoded, self.memory_plan.micro_batch)
 
-    def _optimizer(self, trained: nn.Module, options: TrainingOptions) -> Optimizer:
+    def _optimizer(self, trained: nn.Module) -> Optimizer:
         if self.memory_plan.optimizer_on_host:
             return _HostOptimizerSeenFromDevice(trained)
-        optimizer = super()._optimizer(trained, options)
+        optimizer = super()._optimizer(trained)
         if self.spec.optimization:
             # It makes its state at the first step; the rehearsed step is to be like all later ones.
             for parameter in trained.parameters():
@@ -255,7 +255,7 @@ class _RehearsedTrainer(StageTrainer):
         return min(len(batch.lengths), REHEARSED_SLICES * self.memory_plan.micro_batch)
 
 
-class _HostOptimizerSeenFromDevice:
+class _HostOptimizerSeenFromDevice(HostOptimizer):
     """Of a step on the host, the device sees that the gradients go."""
 
     def __init__(self, trained: nn.Module) -> None:
@@ -263,18 +263,6 @@ class _HostOptimizerSeenFromDevice:
 
     def step(self) -> None:
         self._trained.zero_grad()
-
-    def begin_epoch(self, epoch: int) -> None:
-        """The learning rate is the host's."""
-
-    def on_device(self) -> list[torch.Tensor]:
-        return []
-
-    def state(self) -> dict[str, State]:
-        return {}
-
-    def load(self, state: Mapping[str, State]) -> None:
-        """There is nothing to take over."""
 
 
 def _most_hit(rows: int, frames: int) -> int:

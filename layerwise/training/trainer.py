@@ -10,14 +10,13 @@ smaller before the predictors have stepped: the other ranks would wait for somet
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from layerwise.config import Config, TrainingOptions
+from layerwise.config import Config
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
 from layerwise.memory import microbatch
@@ -28,7 +27,7 @@ from layerwise.memory.plan import MemoryPlan
 from layerwise.objectives.protocol import Draw, Score
 from layerwise.training.batch_effects import batch_effects
 from layerwise.training.context import RunContext
-from layerwise.training.optimizer import DeviceOptimizer, HostOptimizer, LossScale, Optimizer, adam
+from layerwise.training.optimizer import HostOptimizer, LossScale, Optimizer, adam
 from layerwise.training.spec import StageSpec
 
 
@@ -52,8 +51,8 @@ class StageTrainer:
         self.effects = batch_effects(spec)
         self.module = spec.build_module(config.training.seed, context.device)
         self.objective = spec.build_objective(config, context.device)
-        self.optimizer = self._optimizer(self.module, config.training)
-        self.predictor_optimizer = self._optimizer(self.objective, config.training)
+        self.optimizer = self._optimizer(self.module)
+        self.predictor_optimizer = self._optimizer(self.objective)
         self.shrunk = False
         """Whether a step ran out of memory, so that the plan is smaller than it was."""
         self.scale = LossScale.of(config.training.precision)
@@ -65,6 +64,10 @@ class StageTrainer:
         """Takes slices at least as small as an earlier start had to: with these it got where it stopped."""
         micro_batch, passes = min(micro_batch, self.memory_plan.micro_batch), max(passes, self.memory_plan.passes)
         self.memory_plan, self.shrunk = replace(self.memory_plan, micro_batch=micro_batch, passes=passes), True
+
+    def optimizers(self) -> list[tuple[str, Optimizer]]:
+        """Each with what a checkpoint writes before the names of its parameters."""
+        return [("module/", self.optimizer), ("objective/", self.predictor_optimizer)]
 
     def begin_epoch(self, epoch: int) -> None:
         """Sets the learning rates of an epoch, from 0."""
@@ -249,11 +252,11 @@ class StageTrainer:
             f"{name}, stage {self.spec.stage}", batch.frames.shape[1], max(len(draw.rows) for draw in draws), padded
         )
 
-    def _optimizer(self, trained: nn.Module, options: TrainingOptions) -> Optimizer:
+    def _optimizer(self, trained: nn.Module) -> Optimizer:
+        options = self.config.training
         how = self.spec.optimization or adam(options.lr, options.adam_eps)
-        make = partial(DeviceOptimizer, how=how)
         parameters = {name: value for name, value in trained.named_parameters() if value.requires_grad}
-        return HostOptimizer(parameters, make) if self.memory_plan.optimizer_on_host else make(parameters)
+        return (HostOptimizer if self.memory_plan.optimizer_on_host else Optimizer)(parameters, how)
 
     def _label(self) -> None:
         """Tells the meter what is what."""
