@@ -143,8 +143,9 @@ def prepared_run(
         with store.lock_all_tasks(rounds):
             if store.state_bytes() != planned_for:
                 raise RunError(f"Another process has gone on with {store.out} meanwhile; start the same command again.")
-            states = prepare_rounds(config, store, data, specs, device, request, cache_plan.cached)
-            state, run = states[rounds], Run(config, store, data, split, specs, memory_plans, cache_plan, device, ranks)
+            run = Run(config, store, data, split, specs, memory_plans, cache_plan, device, ranks)
+            states = prepare_rounds(run, request)
+            state = states[rounds]
             store.write_machine(machine(device))
             tracker = open_service(config.training.log, service, store, state.run_id, config)
         with TrackingCallback(tracker, notify) as notify_all:

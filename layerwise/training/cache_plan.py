@@ -67,11 +67,6 @@ def rounds_under_way(config: Config, stages: int) -> int:
     return min(config.training.rounds, stages)
 
 
-def keep_of_round(config: Config, round: int) -> str:
-    """What --keep says, in the last round; of an earlier one nothing stays that no stage is to read."""
-    return config.cache.keep if round == config.training.rounds else "nothing"
-
-
 def retained_caches(state: RunState, keep: str) -> set[int]:
     """The stages whose caches stay: those that --keep names, those that are being written, and the inputs of all others."""
     plan = CachePlan.of(state.stages)

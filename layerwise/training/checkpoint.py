@@ -55,6 +55,11 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry per finished epoch."""
 
+    @property
+    def peak_bytes(self) -> int:
+        """Highest of all epochs of this round, those before a resume included."""
+        return max(entry["peak_bytes"] for entry in self.history[self.first_epoch :])
+
     def in_next_round(self) -> "Progress":
         """At the beginning of the next round, whose input is another and whose losses are measured anew."""
         return replace(self, first_epoch=self.epoch, best_loss=None, plateau_loss=None, plateau_epochs=0)

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,25 +30,10 @@ from layerwise.training.simultaneous import AnyTrainer
 from layerwise.training.trainer import StepRandomness
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """The outcome of a stage's training."""
-
-    weights: Arrays
-    """Of the epoch with the lowest held-out loss."""
-    epochs: int
-    converged: bool
-    best_loss: float
-    seconds: float
-    peak_bytes: int
-    """Highest of all epochs, those before a resume included."""
-    micro_batch: int
-    """At the end: smaller than planned where a step ran out of memory."""
-
-
-def fit(trainer: AnyTrainer, loader: Loader, round: Round, context: RunContext) -> Trained:
+def fit(trainer: AnyTrainer, loader: Loader, round: Round, context: RunContext) -> tuple[Arrays, Progress]:
     """Trains to convergence or to the round's share of max_epochs, from the checkpoint where there is one.
 
+    Gives the weights of the epoch with the lowest held-out loss, and where the training has ended.
     Raises Interrupted after saving, TrainingError where the loss is not a number.
     """
     options, spec, meter = trainer.config.training, trainer.spec, context.meter
@@ -115,16 +100,8 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round, context: RunContext) 
         context.notify(EpochDone(stage, **entry))
         stop_if_asked()
 
-    assert best is not None and progress.best_loss is not None
-    return Trained(
-        weights=best,
-        epochs=progress.epoch,
-        converged=progress.plateau_epochs >= options.patience,
-        best_loss=progress.best_loss,
-        seconds=time.monotonic() - started,
-        peak_bytes=max(entry["peak_bytes"] for entry in progress.history[progress.first_epoch :]),
-        micro_batch=trainer.memory_plan.micro_batch,
-    )
+    assert best is not None
+    return best, progress
 
 
 def evaluate(

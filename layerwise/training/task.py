@@ -175,18 +175,18 @@ def _train(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -
     key = round.training_key(stage)
     in_training = replace(context, notify=record_epoch)
     trainer = load_trainer(spec, run.config, run.memory_plans[stage - 1], in_training)
-    trained = fit(trainer, loader, round, in_training)
+    weights, progress = fit(trainer, loader, round, in_training)
     if context.ranks.first:
-        save_arrays(round.store.weights(stage), trained.weights, {"stage": str(stage), "made_for": key})
-    weights_digest = digest(trained.weights)
+        save_arrays(round.store.weights(stage), weights, {"stage": str(stage), "made_for": key})
+    weights_digest = digest(weights)
     if len(set(context.ranks.all_gather(weights_digest))) > 1:
         raise AssertionError(f"the ranks have trained different weights of stage {stage}")
     record.status = "caching"
-    record.epochs, record.converged, record.best_loss = trained.epochs, trained.converged, trained.best_loss
-    record.train_peak_bytes = max(context.meter.peak, trained.peak_bytes)
+    record.epochs, record.best_loss, record.seconds = progress.epoch, progress.best_loss, progress.seconds
+    record.converged = progress.plateau_epochs >= run.config.training.patience
+    record.train_peak_bytes = max(context.meter.peak, progress.peak_bytes)
     record.train_peak_by_kind = {str(kind): most for kind, most in context.meter.peak_by_kind.items()}
-    record.micro_batch = trained.micro_batch
-    record.seconds = trained.seconds
+    record.micro_batch = trainer.memory_plan.micro_batch  # smaller than planned where a step ran out of memory
     record.fingerprint = fingerprint(key, weights_digest)
     round.save()
 
