@@ -25,7 +25,6 @@ from layerwise.nets.network import Network
 from layerwise.run_store import RunState, RunStore
 from layerwise.stop import StopFlag
 from layerwise.tracking import TrackingCallback, find_service, open_service
-from layerwise.training.batch_effects import check_shareable
 from layerwise.training.budget import fit_to_budget
 from layerwise.training.cache_plan import free_for_caches, plan_caches, sealed_bytes
 from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend
@@ -35,6 +34,7 @@ from layerwise.training.resume import StartRequest, decided, earlier_records, in
 from layerwise.training.run import Round, Run
 from layerwise.training.samples import split_samples
 from layerwise.training.schedule import Task, tasks_of_run
+from layerwise.training.spec import check_shareable
 
 
 @dataclass(frozen=True, slots=True)

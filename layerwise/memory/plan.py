@@ -2,6 +2,7 @@
 
 A plan does not change the result beyond rounding: a smaller budget costs time, never accuracy."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -82,7 +83,7 @@ def cheapest(families: Iterable[list[MemoryPlan]], fits: Callable[[MemoryPlan], 
             if fits(family[0]):
                 return family[0]
             if len(family) > 1 and fits(family[-1]):
-                return _largest(family[1:], fits)
+                return family[bisect_left(family, True, lo=1, hi=len(family) - 1, key=fits)]
     return None
 
 
@@ -101,7 +102,8 @@ def families(
     back; every further pass runs the module twice more, so passes come last. None leaves a choice open; a number or a
     truth value makes it. sliceable: False where the module ties the samples of a batch together.
     """
-    micro_batches, all_passes = [micro_batch] if micro_batch else _halves(batch_size), _passes(batch_size)
+    halves = [batch_size >> power for power in range(batch_size.bit_length())]
+    micro_batches, all_passes = [micro_batch] if micro_batch else halves, _passes(batch_size)
     recomputes = ([False, True] if layers > 1 else [False]) if recompute is None else [recompute]
     if not sliceable:
         # Recomputing is out too: running statistics would count every batch twice.
@@ -113,25 +115,6 @@ def families(
                 yield [MemoryPlan(batch_size, micro, passes, again, host) for micro in micro_batches]
 
 
-def _halves(batch_size: int) -> list[int]:
-    sizes = [batch_size]
-    while sizes[-1] > 1:
-        sizes.append(sizes[-1] // 2)
-    return sizes
-
-
 def _passes(batch_size: int) -> list[int]:
     """1, 2, 4 and so on, up to one sample's targets a pass."""
     return sorted({min(2**power, batch_size) for power in range(batch_size.bit_length() + 1)})
-
-
-def _largest(family: list[MemoryPlan], fits: Callable[[MemoryPlan], bool]) -> MemoryPlan:
-    """The first that fits, by bisection; the last one is known to fit."""
-    low, high = 0, len(family) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if fits(family[middle]):
-            high = middle
-        else:
-            low = middle + 1
-    return family[high]

@@ -11,11 +11,10 @@ from layerwise.errors import BudgetError
 from layerwise.memory.device import context_bytes, workspace_bytes
 from layerwise.memory.plan import MemoryPlan, cheapest, families
 from layerwise.stop import StopFlag
-from layerwise.training.batch_effects import batch_effects
 from layerwise.training.cache_plan import CachePlan
 from layerwise.training.forward import longest_piece, shortest_piece
 from layerwise.training.peaks import Below, caching_peak, recomputing_peak, training_fits, training_peak
-from layerwise.training.spec import StageSpec
+from layerwise.training.spec import StageSpec, batch_effects
 
 
 def fit_to_budget(

@@ -114,16 +114,11 @@ def load_arrays(path: Path, way_out: str) -> tuple[Arrays, dict[str, str]]:
     return arrays, metadata
 
 
-def load_stage(store: RunStore, stage: int) -> Arrays:
-    """The weights of a trained stage. Raises RunError where they are missing or damaged."""
-    return load_arrays(store.weights(stage), f"train the stage again with --from-stage {stage}.")[0]
-
-
 def load_stages(store: RunStore, stages: Iterable[int]) -> Arrays:
-    """The weights of several, by the names that they have in the whole network. Raises RunError as `load_stage` does."""
+    """The weights of trained stages, by their names in the whole network. Raises RunError where some are missing or damaged."""
     weights: Arrays = {}
     for stage in stages:
-        weights |= load_stage(store, stage)
+        weights |= load_arrays(store.weights(stage), f"train the stage again with --from-stage {stage}.")[0]
     return weights
 
 

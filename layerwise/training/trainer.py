@@ -24,11 +24,10 @@ from layerwise.memory.device import autocast, offloaded, on_device, pack_recurre
 from layerwise.memory.meter import metered
 from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.plan import MemoryPlan
-from layerwise.objectives.protocol import Draw, Score
-from layerwise.training.batch_effects import batch_effects
+from layerwise.objectives.protocol import Draw
 from layerwise.training.context import RunContext
 from layerwise.training.optimizer import HostOptimizer, LossScale, Optimizer, adam
-from layerwise.training.spec import StageSpec
+from layerwise.training.spec import StageSpec, batch_effects
 
 
 class NoSmallerSlices(BudgetError):
@@ -56,7 +55,6 @@ class StageTrainer:
         self.shrunk = False
         """Whether a step ran out of memory, so that the plan is smaller than it was."""
         self.scale = LossScale.of(config.training.precision)
-        self._precision = config.training.precision
         self._label()
         self._label_gradients()
 
@@ -222,19 +220,20 @@ class StageTrainer:
             # Checkpoints end a layer's second pass as soon as all tensors are there that its backward pass needs, and torch
             # (2.12) takes the noise of RReLU for there before it is drawn.
             to_the_end = set_checkpoint_early_stop(not self.effects.uses_randomness)
-            with self._seeded(seed, samples.start), autocast(self.context.device, self._precision), to_the_end:
+            with self._seeded(seed, samples.start), autocast(device, self.config.training.precision), to_the_end:
                 return self.module.representations(
-                    on_device(batch.frames, self.context.device, samples),
+                    on_device(batch.frames, device, samples),
                     batch.lengths[samples],
-                    torch.as_tensor(rows, device=self.context.device),
+                    torch.as_tensor(rows, device=device),
                     self.memory_plan.recompute,
                 )
 
-        frames = int(self.module.out_length(batch.frames.shape[1]))
+        device, frames = self.context.device, int(self.module.out_length(batch.frames.shape[1]))
         return microbatch.SlicedBatch(encode, self._samples(batch), frames, self.context.ranks)
 
-    def _loss(self, representations: tuple[torch.Tensor, ...], draw: Draw) -> Score:
-        return self.objective(representations[0], representations[-1], draw, self.memory_plan.loss_room)
+    def _loss(self, representations: tuple[torch.Tensor, ...], draw: Draw) -> Total:
+        score = self.objective(representations[0], representations[-1], draw, self.memory_plan.loss_room)
+        return Total(score.loss, score.accuracy)
 
     @contextlib.contextmanager
     def _seeded(self, seed: int, first_sample: int) -> Iterator[None]:
