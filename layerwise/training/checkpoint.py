@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.numpy
@@ -24,6 +24,7 @@ from layerwise.run_store import RunStore
 from layerwise.training.simultaneous import AnyTrainer
 from layerwise.training.trainer import StageTrainer
 
+T = TypeVar("T")
 Arrays = dict[str, np.ndarray]
 
 
@@ -140,13 +141,15 @@ def save_checkpoint(path: Path, made_for: str, progress: Progress, trainer: AnyT
     """Everything that the next step needs. `made_for` names the stage's input and options."""
     progress.loss_scale, progress.good_steps = trainer.scale.factor, trainer.scale.good_steps
     progress.shrunk = (trainer.memory_plan.micro_batch, trainer.memory_plan.passes) if trainer.shrunk else None
-    arrays = to_host(_named("module", trainer.module.state_dict()))
-    arrays |= to_host(_named("objective", trainer.objective.state_dict()))
+    tensors = _named("module", trainer.module.state_dict()) | _named("objective", trainer.objective.state_dict())
     for prefix, optimizer in trainer.optimizers():
         for name, state in optimizer.state().items():
-            arrays |= to_host(_named(f"optimizer/{prefix}{name}", state))
-    arrays |= {f"best/{name}": value for name, value in (best or {}).items()}
-    save_arrays(path, arrays, {"made_for": made_for, "progress": json.dumps(asdict(progress))})
+            tensors |= _named(f"optimizer/{prefix}{name}", state)
+    save_arrays(
+        path,
+        to_host(tensors) | _named("best", best or {}),
+        {"made_for": made_for, "progress": json.dumps(asdict(progress))},
+    )
 
 
 def load_checkpoint(path: Path, made_for: str, trainer: AnyTrainer) -> tuple[Progress, Arrays | None] | None:
@@ -177,7 +180,7 @@ def load_checkpoint(path: Path, made_for: str, trainer: AnyTrainer) -> tuple[Pro
     return progress, _under("best/", arrays) or None
 
 
-def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _named(prefix: str, tensors: Mapping[str, T]) -> dict[str, T]:
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 

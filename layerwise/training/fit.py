@@ -38,6 +38,7 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round, context: RunContext) 
     """
     options, spec, meter = trainer.config.training, trainer.spec, context.meter
     stage, store, training_key = spec.stage, round.store, round.training_key(spec.stage)
+    record = round.state.record(stage)
     train, held_out = (np.flatnonzero(round.run.split == part) for part in (TRAIN, HELD_OUT))
     classes = sample_classes(trainer.config, round.run.data)
     progress, best = _resume(round, trainer)
@@ -61,7 +62,8 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round, context: RunContext) 
 
     while progress.epoch - progress.first_epoch < epochs and progress.plateau_epochs < options.patience:
         epoch_started = time.monotonic()
-        trainer.begin_epoch(progress.epoch)
+        for _, optimizer in trainer.optimizers():
+            optimizer.begin_epoch(progress.epoch)
         rng = stream(options.seed, "epoch", stage, progress.epoch)
         epoch = training_epoch(loader, train, spec.window, options.batch_size, rng, spec.renderings)
         for step, batch in _batches(epoch, loader, classes, trainer, first=progress.step):
@@ -97,6 +99,9 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round, context: RunContext) 
             lines = "".join(json.dumps(entry) + "\n" for entry in progress.history)
             write_atomically(store.metrics(stage), lines.encode())
         save()
+        record.epochs, record.best_loss, record.seconds = progress.epoch, progress.best_loss, progress.seconds
+        record.train_peak_bytes = meter.peak
+        round.save()
         context.notify(EpochDone(stage, **entry))
         stop_if_asked()
 

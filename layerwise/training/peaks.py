@@ -4,7 +4,7 @@ A prediction is not a model of the code but the code itself: its very steps are 
 slices and pieces only the first are rehearsed, for the others need the same room."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from layerwise.errors import BudgetError, ConfigError
 from layerwise.memory import microbatch
 from layerwise.memory.device import autocast, on_device
 from layerwise.memory.meter import REHEARSED_ON, Kind, rehearsal
-from layerwise.memory.microbatch import Pending, Total
+from layerwise.memory.microbatch import Pending
 from layerwise.memory.plan import MemoryPlan
 from layerwise.nets.module import Module
 from layerwise.nets.network import memoised_per
@@ -213,14 +213,8 @@ class _RehearsedTrainer(StageTrainer):
         rows = _spread_out(most, min(in_slice, most), samples, frames, self.memory_plan.micro_batch)
         return [replace(cast(Any, draw), rows=rows) for draw in draws[:REHEARSED_PASSES]]
 
-    def _repeat_in_smaller_slices(
-        self,
-        work: Callable[[microbatch.SlicedBatch, Sequence[Draw]], Total],
-        draws: Sequence[Draw],
-        batch: Batch,
-        randomness: StepRandomness,
-    ) -> Total:
-        return work(self._encoded(batch, randomness.seed), draws)
+    def _shrink(self, reason: str) -> None:
+        raise BudgetError(reason)
 
     def _run_back(self, pending: Pending, encoded: microbatch.SlicedBatch) -> None:
         microbatch.run_back(pending, encoded, self.memory_plan.micro_batch)

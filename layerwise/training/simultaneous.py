@@ -47,11 +47,6 @@ class SimultaneousTrainer:
         modules = [("module/", part.optimizer) for part in self._parts]
         return modules + [(f"objective/{part.spec.stage}.", part.predictor_optimizer) for part in self._parts]
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Sets the learning rates of an epoch, from 0."""
-        for part in self._parts:
-            part.begin_epoch(epoch)
-
     def train(self, batch: Batch, randomness: StepRandomness) -> Total:
         """One step of every module. Means over the modules."""
         return self._up(batch, randomness, StageTrainer.train)

@@ -4,7 +4,6 @@ What an earlier start has finished is found on the disk and used: the best weigh
 sealed cache.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -15,7 +14,7 @@ import torch
 from layerwise.cache import ActivationCache
 from layerwise.data.source import FrameSource
 from layerwise.errors import BudgetError, UnusableCache
-from layerwise.events import EpochDone, Event, Notify, StageDone
+from layerwise.events import Notify, StageDone
 from layerwise.memory.device import cap, process_bytes, release, return_free_blocks, why_out_of_memory
 from layerwise.memory.meter import meter_for
 from layerwise.memory.ranks import ALONE
@@ -163,19 +162,9 @@ def _train(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -
     round.save()
     if context.ranks.first:
         round.store.write_stage_config(stage, run.config)
-
-    def record_epoch(event: Event) -> None:
-        if isinstance(event, EpochDone):
-            record.epochs, record.train_peak_bytes = event.epoch, event.peak_bytes
-            record.seconds += event.seconds
-            record.best_loss = min(event.held_out_loss, math.inf if record.best_loss is None else record.best_loss)
-            round.save()
-        context.notify(event)
-
     key = round.training_key(stage)
-    in_training = replace(context, notify=record_epoch)
-    trainer = load_trainer(spec, run.config, run.memory_plans[stage - 1], in_training)
-    weights, progress = fit(trainer, loader, round, in_training)
+    trainer = load_trainer(spec, run.config, run.memory_plans[stage - 1], context)
+    weights, progress = fit(trainer, loader, round, context)
     if context.ranks.first:
         save_arrays(round.store.weights(stage), weights, {"stage": str(stage), "made_for": key})
     weights_digest = digest(weights)

@@ -67,11 +67,6 @@ class StageTrainer:
         """Each with what a checkpoint writes before the names of its parameters."""
         return [("module/", self.optimizer), ("objective/", self.predictor_optimizer)]
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Sets the learning rates of an epoch, from 0."""
-        self.optimizer.begin_epoch(epoch)
-        self.predictor_optimizer.begin_epoch(epoch)
-
     def train(self, batch: Batch, randomness: StepRandomness) -> Total:
         """One optimizer step; leaves no gradients behind. Raises BudgetError where not even the smallest slices fit."""
         self.module.train()
