@@ -128,7 +128,7 @@ def prepared_run(
         data,
         free_for_caches(store.caches),
         decided(earlier),
-        sealed_bytes(furthest, len(specs)),
+        sealed_bytes(furthest),
         intended(earlier, furthest, config),
     )
     finished = {each.stage for each in earlier_records(store, config, request) if each.status == "done"}

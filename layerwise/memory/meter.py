@@ -7,7 +7,6 @@ Only tensors that are made inside the `with` block, by this thread, count; numpy
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -168,9 +167,7 @@ class AllocatorMeter:
         self.reset_peak()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """The allocator counts on."""
 
     @property

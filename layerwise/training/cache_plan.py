@@ -107,9 +107,9 @@ def free_for_caches(folder: Path) -> int:
     return shutil.disk_usage(there).free + ours
 
 
-def sealed_bytes(paths: RunStore, stages: int) -> dict[int, int]:
-    """Those of stages 1 to `stages` that have a sealed cache, to the bytes that it takes on the disk."""
-    return {file.stage: file.bytes for file in cache_files(paths.caches) if file.is_sealed and file.stage <= stages}
+def sealed_bytes(paths: RunStore) -> dict[int, int]:
+    """Stages that have a sealed cache, to the bytes that it takes on the disk."""
+    return {file.stage: file.bytes for file in cache_files(paths.caches) if file.is_sealed}
 
 
 def plan_caches(

@@ -105,10 +105,6 @@ class Round:
             ]
         )
 
-    def trained_with(self, stage: int) -> Config:
-        """The options that a stage was trained with; `--from-stage` may have changed them for the stages above only."""
-        return self.store.read_stage_config(stage)
-
 
 def fingerprint(training_key: str, weights_digest: str) -> str:
     """SHA-256 of a stage's training key and of its trained weights: names what its cache was made from."""

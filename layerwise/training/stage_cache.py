@@ -33,7 +33,8 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
     if written != path:
         _discard_others(written, record.fingerprint)
     if not _is_sealed(path, record.fingerprint) and not _is_sealed(written, record.fingerprint):
-        options, ranks, trained_with = run.config.cache, run.ranks, round.trained_with(spec.stage)
+        # --from-stage may have changed the options since, for the stages above.
+        options, ranks, trained_with = run.config.cache, run.ranks, round.store.read_stage_config(spec.stage)
         module = spec.build_module(run.config.training.seed, run.device)
         load_weights(module, load_stages(round.store, [spec.stage]))
         meter.label("parameters", module.state_dict().values())

@@ -149,7 +149,7 @@ def _loader(stage: int, source: FrameSource, round: Round, context: RunContext) 
     if not specs:
         return SourceLoader(source, context.device, ranks)
     numbers = [spec.stage for spec in specs]
-    formats = [OutputFormat.of(round.trained_with(number)) for number in numbers]
+    formats = [OutputFormat.of(round.store.read_stage_config(number)) for number in numbers]
     stages = trained_stages(specs, formats, load_stages(round.store, numbers))
     return RecomputingLoader(source, specs, stages, run.memory_plans[stage - 1].windows, context.device, ranks)
 
