@@ -22,7 +22,6 @@ from layerwise.errors import RunError, TrainingError
 from layerwise.events import EpochDone, StageStarted, StepDone
 from layerwise.files import write_atomically
 from layerwise.training.checkpoint import Arrays, Progress, load_checkpoint, save_checkpoint, to_host
-from layerwise.training.context import RunContext
 from layerwise.training.loader import Loader, augmented
 from layerwise.training.run import Round
 from layerwise.training.samples import HELD_OUT, TRAIN, sample_classes
@@ -30,13 +29,14 @@ from layerwise.training.simultaneous import AnyTrainer
 from layerwise.training.trainer import StepRandomness
 
 
-def fit(trainer: AnyTrainer, loader: Loader, round: Round, context: RunContext) -> tuple[Arrays, Progress]:
+def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Progress]:
     """Trains to convergence or to the round's share of max_epochs, from the checkpoint where there is one.
 
     Gives the weights of the epoch with the lowest held-out loss, and where the training has ended.
     Raises Interrupted after saving, TrainingError where the loss is not a number.
     """
-    options, spec, meter = trainer.config.training, trainer.spec, context.meter
+    options, spec, context = trainer.config.training, trainer.spec, trainer.context
+    meter = context.meter
     stage, store, training_key = spec.stage, round.store, round.training_key(spec.stage)
     record = round.state.record(stage)
     train, held_out = (np.flatnonzero(round.run.split == part) for part in (TRAIN, HELD_OUT))

@@ -34,7 +34,7 @@ class SimultaneousTrainer:
     shrunk = False
 
     def __init__(self, spec: StageSpec, config: Config, memory_plan: MemoryPlan, context: RunContext) -> None:
-        self.spec, self.config, self.memory_plan, self._context = spec, config, memory_plan, context
+        self.spec, self.config, self.memory_plan, self.context = spec, config, memory_plan, context
         self._parts = [StageTrainer(part, config, memory_plan, context) for part in spec.parts]
         self.module = Module({int(i): layer for part in self._parts for i, layer in part.module.layers.items()})
         self.objective = nn.ModuleDict({str(part.spec.stage): part.objective for part in self._parts})
@@ -72,7 +72,7 @@ class SimultaneousTrainer:
 
     def _outputs(self, part: StageTrainer, batch: Batch) -> Batch:
         """The input of the next part, on the device."""
-        device, meter = self._context.device, self._context.meter
+        device, meter = self.context.device, self.context.meter
         look = meter.should_meter(f"outputs, stage {part.spec.stage}", batch.frames.shape[1])
         with torch.no_grad(), metered(look), autocast(device, self.config.training.precision):
             part.module.eval()

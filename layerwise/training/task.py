@@ -164,7 +164,7 @@ def _train(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -
         round.store.write_stage_config(stage, run.config)
     key = round.training_key(stage)
     trainer = load_trainer(spec, run.config, run.memory_plans[stage - 1], context)
-    weights, progress = fit(trainer, loader, round, context)
+    weights, progress = fit(trainer, loader, round)
     if context.ranks.first:
         save_arrays(round.store.weights(stage), weights, {"stage": str(stage), "made_for": key})
     weights_digest = digest(weights)
