@@ -97,7 +97,9 @@ def families(batch_size: int, options: MemoryOptions, *, sliceable: bool, layers
     samples of a batch together; layers: of the module.
     """
     halves = [batch_size >> power for power in range(batch_size.bit_length())]
-    micro_batches, all_passes = [options.micro_batch] if options.micro_batch else halves, _passes(batch_size)
+    micro_batches = [options.micro_batch] if options.micro_batch else halves
+    # 1, 2, 4 and so on, up to one sample's targets a pass.
+    all_passes = sorted({min(2**power, batch_size) for power in range(batch_size.bit_length() + 1)})
     where_it_helps = [False, True] if layers > 1 else [False]
     recomputes = {"auto": where_it_helps, "always": [True], "never": [False]}[options.recompute]
     hosts = {"auto": [False, True], "device": [False], "host": [True]}[options.optimizer]
@@ -106,8 +108,3 @@ def families(batch_size: int, options: MemoryOptions, *, sliceable: bool, layers
         micro_batches, all_passes, recomputes = [batch_size], [1], [False]
     for passes, host, again in product(all_passes, hosts, recomputes):
         yield [MemoryPlan(batch_size, micro, passes, again, host) for micro in micro_batches]
-
-
-def _passes(batch_size: int) -> list[int]:
-    """1, 2, 4 and so on, up to one sample's targets a pass."""
-    return sorted({min(2**power, batch_size) for power in range(batch_size.bit_length() + 1)})

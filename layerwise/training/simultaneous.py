@@ -90,9 +90,3 @@ def _of_part(randomness: StepRandomness, number: int) -> StepRandomness:
 
 AnyTrainer = StageTrainer | SimultaneousTrainer
 """What the training loop steps and a checkpoint saves."""
-
-
-def load_trainer(spec: StageSpec, config: Config, memory_plan: MemoryPlan, context: RunContext) -> AnyTrainer:
-    """The trainer of a stage, on the device."""
-    kind = SimultaneousTrainer if spec.parts else StageTrainer
-    return kind(spec, config, memory_plan, context)

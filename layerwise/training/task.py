@@ -29,9 +29,10 @@ from layerwise.training.memory_log import MemoryLog
 from layerwise.training.recompute import RecomputingLoader
 from layerwise.training.run import Round, fingerprint
 from layerwise.training.schedule import Task
-from layerwise.training.simultaneous import load_trainer
+from layerwise.training.simultaneous import SimultaneousTrainer
 from layerwise.training.spec import StageSpec
 from layerwise.training.stage_cache import write_stage_cache, written_at
+from layerwise.training.trainer import StageTrainer
 
 
 def perform(task: Task, round: Round, context: RunContext) -> None:
@@ -61,7 +62,8 @@ def _perform_stage(stage: int, round: Round, context: RunContext) -> None:
         return
     spec, device, budget = round.run.specs[stage - 1], context.device, round.state.budget_bytes
     written_at(round.store.cache(stage), round)  # an impossible cache.scratch is refused before the training
-    source = _open_source(stage, round)
+    cached_stage = round.run.cache_plan.source(stage)
+    source = open_cache(cached_stage, round) if cached_stage else round.run.data
     cap(device, budget)  # again for each stage: the driver's own memory grows as kernels are loaded
     allocated_before = _allocated(device)
     meter = meter_for(device, budget)
@@ -134,12 +136,6 @@ def _record_driver_bytes(device: torch.device, record: StageRecord) -> None:
         record.driver_bytes = max(process_bytes(device), record.driver_bytes or 0)
 
 
-def _open_source(stage: int, round: Round) -> FrameSource:
-    """The data, or the nearest cache below."""
-    cached_stage = round.run.cache_plan.source(stage)
-    return round.run.data if cached_stage == 0 else open_cache(cached_stage, round)
-
-
 def _loader(stage: int, source: FrameSource, round: Round, context: RunContext) -> Loader:
     """Reads the source, and passes it through the stages in between where these are not cached."""
     run = round.run
@@ -163,7 +159,8 @@ def _train(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -
     if context.ranks.first:
         round.store.write_stage_config(stage, run.config)
     key = round.training_key(stage)
-    trainer = load_trainer(spec, run.config, run.memory_plans[stage - 1], context)
+    kind = SimultaneousTrainer if spec.parts else StageTrainer
+    trainer = kind(spec, run.config, run.memory_plans[stage - 1], context)
     weights, progress = fit(trainer, loader, round)
     if context.ranks.first:
         save_arrays(round.store.weights(stage), weights, {"stage": str(stage), "made_for": key})
