@@ -16,7 +16,7 @@ from steps import machine
 from layerwise.config import resolve
 from layerwise.engines.plan import plan
 from layerwise.engines.run import RunResult, run
-from layerwise.training.checkpoint import Arrays, load_stage
+from layerwise.training.checkpoint import Arrays, load_stages
 
 FACTORS = (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 8.0)
 """Budgets, as multiples of the smallest."""
@@ -81,7 +81,7 @@ def totals(result: RunResult) -> tuple[int, float]:
 def distances(one: RunResult, other: RunResult) -> list[float]:
     """For each stage: norm of the difference of its weights, over their norm."""
     return [
-        _distance(load_stage(one.paths, record.stage), load_stage(other.paths, record.stage))
+        _distance(load_stages(one.paths, [record.stage]), load_stages(other.paths, [record.stage]))
         for record in one.state.stages
     ]
 

@@ -19,97 +19,65 @@ The paper's networks on folders, as the command line does it:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from layerwise.version import __version__
+from layerwise.version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from layerwise.api import cut, plan, probe, run
-    from layerwise.config import Config, resolve
-    from layerwise.encoder.card import Exported
-    from layerwise.encoder.export import export
-    from layerwise.encoder.extract import Extracted, extract
-    from layerwise.encoder.load import load
-    from layerwise.encoder.model import Encoder
-    from layerwise.engines.run import RunResult
-    from layerwise.errors import BudgetError, ConfigError, DataError, Interrupted, LayerwiseError
-    from layerwise.evaluate.compare import compare
-    from layerwise.evaluate.results import Comparison, ProbeResult
-    from layerwise.events import EpochDone, Event, StageDone
-    from layerwise.forecast import Forecast
-    from layerwise.nets.network import Network
-    from layerwise.objectives import register_objective
-    from layerwise.report.html import write_report
-    from layerwise.run_store import RunState, open_run
+if TYPE_CHECKING:  # for type checkers and editors; "as" says that the name is public here
+    from layerwise.api import cut as cut
+    from layerwise.api import plan as plan
+    from layerwise.api import probe as probe
+    from layerwise.api import run as run
+    from layerwise.config import Config as Config
+    from layerwise.config import resolve as resolve
+    from layerwise.encoder.card import Exported as Exported
+    from layerwise.encoder.export import export as export
+    from layerwise.encoder.extract import Extracted as Extracted
+    from layerwise.encoder.extract import extract as extract
+    from layerwise.encoder.load import load as load
+    from layerwise.encoder.model import Encoder as Encoder
+    from layerwise.engines.run import RunResult as RunResult
+    from layerwise.errors import BudgetError as BudgetError
+    from layerwise.errors import ConfigError as ConfigError
+    from layerwise.errors import DataError as DataError
+    from layerwise.errors import Interrupted as Interrupted
+    from layerwise.errors import LayerwiseError as LayerwiseError
+    from layerwise.evaluate.compare import compare as compare
+    from layerwise.evaluate.results import Comparison as Comparison
+    from layerwise.evaluate.results import ProbeResult as ProbeResult
+    from layerwise.events import EpochDone as EpochDone
+    from layerwise.events import Event as Event
+    from layerwise.events import StageDone as StageDone
+    from layerwise.forecast import Forecast as Forecast
+    from layerwise.nets.network import Network as Network
+    from layerwise.objectives import register_objective as register_objective
+    from layerwise.report.html import write_report as write_report
+    from layerwise.run_store import RunState as RunState
+    from layerwise.run_store import open_run as open_run
 
-__all__ = [
-    "BudgetError",
-    "Comparison",
-    "Config",
-    "ConfigError",
-    "DataError",
-    "Encoder",
-    "EpochDone",
-    "Event",
-    "Exported",
-    "Extracted",
-    "Forecast",
-    "Interrupted",
-    "LayerwiseError",
-    "Network",
-    "ProbeResult",
-    "RunResult",
-    "RunState",
-    "StageDone",
-    "__version__",
-    "compare",
-    "cut",
-    "export",
-    "extract",
-    "load",
-    "open_run",
-    "plan",
-    "probe",
-    "register_objective",
-    "resolve",
-    "run",
-    "write_report",
-]
-
-_HOME = {
-    "Config": "layerwise.config",
-    "resolve": "layerwise.config",
-    "Encoder": "layerwise.encoder.model",
-    "Exported": "layerwise.encoder.card",
-    "export": "layerwise.encoder.export",
-    "Extracted": "layerwise.encoder.extract",
-    "extract": "layerwise.encoder.extract",
-    "load": "layerwise.encoder.load",
-    "Forecast": "layerwise.forecast",
-    "cut": "layerwise.api",
-    "plan": "layerwise.api",
-    "RunResult": "layerwise.engines.run",
-    "run": "layerwise.api",
-    "EpochDone": "layerwise.events",
-    "Event": "layerwise.events",
-    "StageDone": "layerwise.events",
-    "Network": "layerwise.nets.network",
-    "BudgetError": "layerwise.errors",
-    "ConfigError": "layerwise.errors",
-    "DataError": "layerwise.errors",
-    "Interrupted": "layerwise.errors",
-    "LayerwiseError": "layerwise.errors",
-    "Comparison": "layerwise.evaluate.results",
-    "compare": "layerwise.evaluate.compare",
-    "register_objective": "layerwise.objectives",
-    "ProbeResult": "layerwise.evaluate.results",
-    "probe": "layerwise.api",
-    "RunState": "layerwise.run_store",
-    "open_run": "layerwise.run_store",
-    "write_report": "layerwise.report.html",
+_PUBLIC = {
+    "layerwise.api": ("cut", "plan", "probe", "run"),
+    "layerwise.config": ("Config", "resolve"),
+    "layerwise.encoder.card": ("Exported",),
+    "layerwise.encoder.export": ("export",),
+    "layerwise.encoder.extract": ("Extracted", "extract"),
+    "layerwise.encoder.load": ("load",),
+    "layerwise.encoder.model": ("Encoder",),
+    "layerwise.engines.run": ("RunResult",),
+    "layerwise.errors": ("BudgetError", "ConfigError", "DataError", "Interrupted", "LayerwiseError"),
+    "layerwise.evaluate.compare": ("compare",),
+    "layerwise.evaluate.results": ("Comparison", "ProbeResult"),
+    "layerwise.events": ("EpochDone", "Event", "StageDone"),
+    "layerwise.forecast": ("Forecast",),
+    "layerwise.nets.network": ("Network",),
+    "layerwise.objectives": ("register_objective",),
+    "layerwise.report.html": ("write_report",),
+    "layerwise.run_store": ("RunState", "open_run"),
 }
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(["__version__", *_MODULE_OF])
 
 
 def __getattr__(name: str) -> Any:
     # Looked up when first used: importing torch takes seconds, and `layerwise status` does without it.
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'layerwise' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)

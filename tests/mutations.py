@@ -72,8 +72,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a step on the host is not brought back",
-        "parameter.copy_(self._copies[name])",
-        "parameter.copy_(parameter)",
+        "original.copy_(self.parameters[name])",
+        "original.copy_(original)",
         "training/test_loaded.py",
     ),
     Mutation(
@@ -90,8 +90,8 @@ MUTATIONS = [
     ),
     Mutation(
         "extract ignores its budget",
-        "meter, reason = meter_for(device, budget), None",
-        "meter, reason = meter_for(device, None), None",
+        "nonlocal peak\n        meter = meter_for(device, budget)",
+        "nonlocal peak\n        meter = meter_for(device, None)",
         "encoder/test_extract.py",
     ),
     Mutation(

@@ -25,7 +25,6 @@ from layerwise.nets.network import Network
 from layerwise.run_store import RunState, RunStore
 from layerwise.stop import StopFlag
 from layerwise.tracking import TrackingCallback, find_service, open_service
-from layerwise.training.batch_effects import check_shareable
 from layerwise.training.budget import fit_to_budget
 from layerwise.training.cache_plan import free_for_caches, plan_caches, sealed_bytes
 from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend
@@ -35,6 +34,7 @@ from layerwise.training.resume import StartRequest, decided, earlier_records, in
 from layerwise.training.run import Round, Run
 from layerwise.training.samples import split_samples
 from layerwise.training.schedule import Task, tasks_of_run
+from layerwise.training.spec import check_shareable
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def prepared_run(
         data,
         free_for_caches(store.caches),
         decided(earlier),
-        sealed_bytes(furthest, len(specs)),
+        sealed_bytes(furthest),
         intended(earlier, furthest, config),
     )
     finished = {each.stage for each in earlier_records(store, config, request) if each.status == "done"}
@@ -143,8 +143,9 @@ def prepared_run(
         with store.lock_all_tasks(rounds):
             if store.state_bytes() != planned_for:
                 raise RunError(f"Another process has gone on with {store.out} meanwhile; start the same command again.")
-            states = prepare_rounds(config, store, data, specs, device, request, cache_plan.cached)
-            state, run = states[rounds], Run(config, store, data, split, specs, memory_plans, cache_plan, device, ranks)
+            run = Run(config, store, data, split, specs, memory_plans, cache_plan, device, ranks)
+            states = prepare_rounds(run, request)
+            state = states[rounds]
             store.write_machine(machine(device))
             tracker = open_service(config.training.log, service, store, state.run_id, config)
         with TrackingCallback(tracker, notify) as notify_all:

@@ -54,7 +54,7 @@ def perform_task(task: Task, run: Run, stop: StopFlag, notify: Notify) -> None:
 def write_encoder(run: Run) -> None:
     """Stitches the trained stages into encoder.safetensors; every task must be done."""
     with run.store.lock_task(_busy(Task(run.rounds, len(run.specs))), lambda: None):
-        stitch(run.config, run.store, run.specs, run.data)
+        stitch(run)
         for store in (run.store.round(number, run.rounds) for number in range(1, run.rounds + 1)):
             if store.exists:
                 state = store.load_state()

@@ -146,7 +146,9 @@ def release(device: torch.device) -> None:
 
 def return_free_blocks(device: torch.device) -> None:
     """Gives free blocks back to the driver and the system."""
-    return_freed()
+    heap = _glibc()
+    if heap is not None:
+        heap.malloc_trim(0)
     if device.type == "cuda":
         torch._C._cuda_clearCublasWorkspaces()  # they come from the allocator, and would count as tensors of ours
         torch.cuda.empty_cache()
@@ -205,13 +207,6 @@ def share_one_heap() -> None:
     heap = _glibc()
     if heap is not None:
         heap.mallopt(ARENA_MAX, 1)
-
-
-def return_freed() -> None:
-    """Gives the system back the host memory that nothing uses any more."""
-    heap = _glibc()
-    if heap is not None:
-        heap.malloc_trim(0)
 
 
 @cache

@@ -6,8 +6,7 @@ Only tensors that are made inside the `with` block, by this thread, count; numpy
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable
-from types import TracebackType
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -168,9 +167,7 @@ class AllocatorMeter:
         self.reset_peak()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """The allocator counts on."""
 
     @property
@@ -220,13 +217,12 @@ REHEARSED_ON = torch.device("cpu")
 for real. A GPU's own workspaces come on top (`memory.device.workspace_bytes`)."""
 
 
-def rehearse(work: Callable[[Meter], None], limit: int | None = None) -> Meter:
-    """The meter after `work`, which builds all its tensors itself, on REHEARSED_ON.
+@contextlib.contextmanager
+def rehearsal(limit: int | None = None) -> Iterator[Meter]:
+    """What is built inside, on REHEARSED_ON, has no values; the meter that the block is given counts it.
 
-    The tensors are torch's fake ones, with shapes and no values: a step of a large network takes a fraction of a second, and
-    the meter counts the very storages that it would count on the device. Raises BudgetError with the first byte beyond the
-    limit.
+    The tensors are torch's fake ones, with shapes alone: a step of a large network takes a fraction of a second, and the meter
+    counts the very storages that it would count on the device. Raises BudgetError with the first byte beyond the limit.
     """
     with FakeTensorMode(allow_fallback_kernels=False), Meter(REHEARSED_ON, limit) as meter:
-        work(meter)
-    return meter
+        yield meter

@@ -23,16 +23,6 @@ from layerwise.memory.meter import uncounted
 from layerwise.memory.ranks import ALONE, Ranks
 
 
-class Scored(Protocol):
-    """What an objective gives: two scalars."""
-
-    @property
-    def loss(self) -> torch.Tensor: ...
-
-    @property
-    def accuracy(self) -> torch.Tensor: ...
-
-
 class Part(Protocol):
     """What one pass scores."""
 
@@ -46,16 +36,17 @@ Encode = Callable[[slice, np.ndarray], tuple[torch.Tensor, ...]]
 """Representations (R, ...) of some samples of the batch, at rows that are numbered from the first frame of these samples;
 one or more tensors. The same call gives the same bits, with or without gradients."""
 
-Loss = Callable[[tuple[torch.Tensor, ...], Part], Scored]
-"""The score of one part at all its representations."""
-
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """The score of a part or of a batch; scalars on the device, without a graph."""
+    """The score of a part or of a batch; scalars on the device."""
 
     loss: torch.Tensor
     accuracy: torch.Tensor
+
+
+Loss = Callable[[tuple[torch.Tensor, ...], Part], Total]
+"""The score of one part at all its representations."""
 
 
 @dataclass(slots=True)
@@ -142,7 +133,7 @@ def run_back(pending: Pending, batch: SlicedBatch, micro_batch: int) -> None:
             del encoded
 
 
-def total(scores: Sequence[Scored]) -> Total:
+def total(scores: Sequence[Total]) -> Total:
     """The sum over parts."""
     first, *others = scores
     loss, accuracy = first.loss, first.accuracy

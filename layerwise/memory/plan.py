@@ -2,10 +2,13 @@
 
 A plan does not change the result beyond rounding: a smaller budget costs time, never accuracy."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import groupby
+from itertools import groupby, product
+
+from layerwise.config.options import MemoryOptions
 
 WIDE_ROOM = 12 * 2**20
 NARROW_ROOM = 4 * 2**20
@@ -82,56 +85,26 @@ def cheapest(families: Iterable[list[MemoryPlan]], fits: Callable[[MemoryPlan], 
             if fits(family[0]):
                 return family[0]
             if len(family) > 1 and fits(family[-1]):
-                return _largest(family[1:], fits)
+                return family[bisect_left(family, True, lo=1, hi=len(family) - 1, key=fits)]
     return None
 
 
-def families(
-    batch_size: int,
-    *,
-    sliceable: bool,
-    layers: int,
-    micro_batch: int | None,
-    recompute: bool | None,
-    on_host: bool | None,
-) -> Iterator[list[MemoryPlan]]:
+def families(batch_size: int, options: MemoryOptions, *, sliceable: bool, layers: int) -> Iterator[list[MemoryPlan]]:
     """Plans in the order of their time, in lists that differ in the micro-batch alone.
 
     Recomputing runs the module once more, as micro-batches do; an optimizer on the host moves the parameters over and
-    back; every further pass runs the module twice more, so passes come last. None leaves a choice open; a number or a
-    truth value makes it. sliceable: False where the module ties the samples of a batch together.
+    back; every further pass runs the module twice more, so passes come last. sliceable: False where the module ties the
+    samples of a batch together; layers: of the module.
     """
-    micro_batches, all_passes = [micro_batch] if micro_batch else _halves(batch_size), _passes(batch_size)
-    recomputes = ([False, True] if layers > 1 else [False]) if recompute is None else [recompute]
+    halves = [batch_size >> power for power in range(batch_size.bit_length())]
+    micro_batches = [options.micro_batch] if options.micro_batch else halves
+    # 1, 2, 4 and so on, up to one sample's targets a pass.
+    all_passes = sorted({min(2**power, batch_size) for power in range(batch_size.bit_length() + 1)})
+    where_it_helps = [False, True] if layers > 1 else [False]
+    recomputes = {"auto": where_it_helps, "always": [True], "never": [False]}[options.recompute]
+    hosts = {"auto": [False, True], "device": [False], "host": [True]}[options.optimizer]
     if not sliceable:
         # Recomputing is out too: running statistics would count every batch twice.
         micro_batches, all_passes, recomputes = [batch_size], [1], [False]
-    hosts = [False, True] if on_host is None else [on_host]
-    for passes in all_passes:
-        for host in hosts:
-            for again in recomputes:
-                yield [MemoryPlan(batch_size, micro, passes, again, host) for micro in micro_batches]
-
-
-def _halves(batch_size: int) -> list[int]:
-    sizes = [batch_size]
-    while sizes[-1] > 1:
-        sizes.append(sizes[-1] // 2)
-    return sizes
-
-
-def _passes(batch_size: int) -> list[int]:
-    """1, 2, 4 and so on, up to one sample's targets a pass."""
-    return sorted({min(2**power, batch_size) for power in range(batch_size.bit_length() + 1)})
-
-
-def _largest(family: list[MemoryPlan], fits: Callable[[MemoryPlan], bool]) -> MemoryPlan:
-    """The first that fits, by bisection; the last one is known to fit."""
-    low, high = 0, len(family) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if fits(family[middle]):
-            high = middle
-        else:
-            low = middle + 1
-    return family[high]
+    for passes, host, again in product(all_passes, hosts, recomputes):
+        yield [MemoryPlan(batch_size, micro, passes, again, host) for micro in micro_batches]

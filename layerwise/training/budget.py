@@ -11,11 +11,10 @@ from layerwise.errors import BudgetError
 from layerwise.memory.device import context_bytes, workspace_bytes
 from layerwise.memory.plan import MemoryPlan, cheapest, families
 from layerwise.stop import StopFlag
-from layerwise.training.batch_effects import batch_effects
 from layerwise.training.cache_plan import CachePlan
 from layerwise.training.forward import longest_piece, shortest_piece
 from layerwise.training.peaks import Below, caching_peak, recomputing_peak, training_fits, training_peak
-from layerwise.training.spec import StageSpec
+from layerwise.training.spec import StageSpec, batch_effects
 
 
 def fit_to_budget(
@@ -111,17 +110,8 @@ def _smallest_plans(config: Config, spec: StageSpec) -> list[MemoryPlan]:
 def allowed_plans(config: Config, spec: StageSpec) -> list[list[MemoryPlan]]:
     """All plans of a stage that the options allow, cheapest first; see `memory.plan.families`."""
     module = spec.build_module(config.training.seed, torch.device("meta"))
-    memory = config.memory
-    return list(
-        families(
-            config.training.batch_size,
-            sliceable=batch_effects(spec).why_unsliceable is None,
-            layers=len(module.layers),
-            micro_batch=memory.micro_batch,
-            recompute=None if memory.recompute == "auto" else memory.recompute == "always",
-            on_host=None if memory.optimizer == "auto" else memory.optimizer == "host",
-        )
-    )
+    sliceable = batch_effects(spec).why_unsliceable is None
+    return list(families(config.training.batch_size, config.memory, sliceable=sliceable, layers=len(module.layers)))
 
 
 def peaks_of_plan(

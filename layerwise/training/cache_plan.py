@@ -67,11 +67,6 @@ def rounds_under_way(config: Config, stages: int) -> int:
     return min(config.training.rounds, stages)
 
 
-def keep_of_round(config: Config, round: int) -> str:
-    """What --keep says, in the last round; of an earlier one nothing stays that no stage is to read."""
-    return config.cache.keep if round == config.training.rounds else "nothing"
-
-
 def retained_caches(state: RunState, keep: str) -> set[int]:
     """The stages whose caches stay: those that --keep names, those that are being written, and the inputs of all others."""
     plan = CachePlan.of(state.stages)
@@ -112,9 +107,9 @@ def free_for_caches(folder: Path) -> int:
     return shutil.disk_usage(there).free + ours
 
 
-def sealed_bytes(paths: RunStore, stages: int) -> dict[int, int]:
-    """Those of stages 1 to `stages` that have a sealed cache, to the bytes that it takes on the disk."""
-    return {file.stage: file.bytes for file in cache_files(paths.caches) if file.is_sealed and file.stage <= stages}
+def sealed_bytes(paths: RunStore) -> dict[int, int]:
+    """Stages that have a sealed cache, to the bytes that it takes on the disk."""
+    return {file.stage: file.bytes for file in cache_files(paths.caches) if file.is_sealed}
 
 
 def plan_caches(
@@ -141,11 +136,14 @@ def plan_caches(
     known = {stage: taken for stage, taken in (sealed or {}).items() if stage <= len(decided)}
     room = (free if options.disk is None else min(options.disk, free)) // under_way
     cached, notes = list(decided), []
-    sizes = cache_sizes(specs, data, options)
+    sizes = [
+        replace(each, file=known.get(stage, each.file))
+        for stage, each in enumerate(cache_sizes(specs, data, options), start=1)
+    ]
     _check_decided(options, sizes, CachePlan(tuple(cached)), known)
     for spec in specs[len(decided) :]:
         so_far, needed = CachePlan(tuple(cached)), sizes[spec.stage - 1].written
-        beside = _beside(options, sizes, so_far, spec.stage, known)
+        beside = _beside(options, sizes, so_far, spec.stage)
         fits = beside + needed <= room
         before = intended[spec.stage - 1] if spec.stage <= len(intended) else None
         wanted = options.policy != "never" and fits and before is not False
@@ -176,7 +174,7 @@ def _check_decided(
     if options.disk is None or not stage:
         return
     if decided.cached[-1] and stage not in sealed:
-        taken = _beside(options, sizes, decided, stage, sealed) + sizes[stage - 1].written
+        taken = _beside(options, sizes, decided, stage) + sizes[stage - 1].written
     else:
         taken = sum(sealed.get(kept, 0) for kept in decided.kept(stage, options.keep))
     if taken > options.disk:
@@ -205,16 +203,14 @@ def _check_recomputable(spec: StageSpec, options: CacheOptions, no_room: str, mo
 def disk_peak(options: CacheOptions, sizes: Sequence[CacheSize], plan: CachePlan) -> int:
     """Most bytes that the caches take at once."""
     stages = (stage for stage, cached in enumerate(plan.cached, start=1) if cached)
-    return max((_beside(options, sizes, plan, stage, {}) + sizes[stage - 1].written for stage in stages), default=0)
+    return max((_beside(options, sizes, plan, stage) + sizes[stage - 1].written for stage in stages), default=0)
 
 
-def _beside(
-    options: CacheOptions, sizes: Sequence[CacheSize], plan: CachePlan, stage: int, sealed: Mapping[int, int]
-) -> int:
+def _beside(options: CacheOptions, sizes: Sequence[CacheSize], plan: CachePlan, stage: int) -> int:
     """Bytes of the caches that must be there while that of `stage` is written."""
     source = plan.source(stage)
     there = range(1, stage) if options.keep == "all" else [source] if source else []
-    return sum(sealed.get(below, sizes[below - 1].file) for below in there if plan.cached[below - 1])
+    return sum(sizes[below - 1].file for below in there if plan.cached[below - 1])
 
 
 def _no_room(spec: StageSpec, needed: int, beside: int, room: int, options: CacheOptions, under_way: int) -> str:
@@ -241,12 +237,11 @@ def _more_room(options: CacheOptions, beside: int) -> str:
 
 def _cost(specs: Sequence[StageSpec], stage: int, lower: CachePlan, why: str) -> str:
     """What it costs that a stage is not cached. lower: the plan of the stages below it."""
-    plan = CachePlan((*lower.cached, False))
-    source, above = plan.source(stage + 1), specs[stage]
+    source, above = lower.source(stage), specs[stage]
     origin = f"the cache of stage {source}" if source else "the data"
     frames, extra = above.window.frames, 0
     stop, start = frames, 0
-    for spec in reversed(plan.below(stage + 1, specs)):
+    for spec in reversed(specs[source:stage]):
         start, stop = spec.build_module(0, torch.device("meta")).inputs_of(start, stop)
         extra += _forward_flops(spec, stop - start)
     # A backward pass costs about twice the forward pass.

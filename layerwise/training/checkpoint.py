@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.numpy
@@ -24,6 +24,7 @@ from layerwise.run_store import RunStore
 from layerwise.training.simultaneous import AnyTrainer
 from layerwise.training.trainer import StageTrainer
 
+T = TypeVar("T")
 Arrays = dict[str, np.ndarray]
 
 
@@ -51,9 +52,14 @@ class Progress:
     """Micro-batch and passes, where a step ran out of memory and made them smaller."""
     loss_scale: float = 1.0
     good_steps: int = 0
-    """See training.scaling."""
+    """See `LossScale`."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry per finished epoch."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Highest of all epochs of this round, those before a resume included."""
+        return max(entry["peak_bytes"] for entry in self.history[self.first_epoch :])
 
     def in_next_round(self) -> "Progress":
         """At the beginning of the next round, whose input is another and whose losses are measured anew."""
@@ -109,16 +115,11 @@ def load_arrays(path: Path, way_out: str) -> tuple[Arrays, dict[str, str]]:
     return arrays, metadata
 
 
-def load_stage(store: RunStore, stage: int) -> Arrays:
-    """The weights of a trained stage. Raises RunError where they are missing or damaged."""
-    return load_arrays(store.weights(stage), f"train the stage again with --from-stage {stage}.")[0]
-
-
 def load_stages(store: RunStore, stages: Iterable[int]) -> Arrays:
-    """The weights of several, by the names that they have in the whole network. Raises RunError as `load_stage` does."""
+    """The weights of trained stages, by their names in the whole network. Raises RunError where some are missing or damaged."""
     weights: Arrays = {}
     for stage in stages:
-        weights |= load_stage(store, stage)
+        weights |= load_arrays(store.weights(stage), f"train the stage again with --from-stage {stage}.")[0]
     return weights
 
 
@@ -140,13 +141,15 @@ def save_checkpoint(path: Path, made_for: str, progress: Progress, trainer: AnyT
     """Everything that the next step needs. `made_for` names the stage's input and options."""
     progress.loss_scale, progress.good_steps = trainer.scale.factor, trainer.scale.good_steps
     progress.shrunk = (trainer.memory_plan.micro_batch, trainer.memory_plan.passes) if trainer.shrunk else None
-    arrays = to_host(_named("module", trainer.module.state_dict()))
-    arrays |= to_host(_named("objective", trainer.objective.state_dict()))
-    for part, optimizer in (("module", trainer.optimizer), ("objective", trainer.predictor_optimizer)):
+    tensors = _named("module", trainer.module.state_dict()) | _named("objective", trainer.objective.state_dict())
+    for prefix, optimizer in trainer.optimizers():
         for name, state in optimizer.state().items():
-            arrays |= to_host(_named(f"optimizer/{part}/{name}", state))
-    arrays |= {f"best/{name}": value for name, value in (best or {}).items()}
-    save_arrays(path, arrays, {"made_for": made_for, "progress": json.dumps(asdict(progress))})
+            tensors |= _named(f"optimizer/{prefix}{name}", state)
+    save_arrays(
+        path,
+        to_host(tensors) | _named("best", best or {}),
+        {"made_for": made_for, "progress": json.dumps(asdict(progress))},
+    )
 
 
 def load_checkpoint(path: Path, made_for: str, trainer: AnyTrainer) -> tuple[Progress, Arrays | None] | None:
@@ -168,12 +171,8 @@ def load_checkpoint(path: Path, made_for: str, trainer: AnyTrainer) -> tuple[Pro
         raise RunError(f"{path} was saved by another version of layerwise; {begin_anew}") from None
     load_weights(trainer.module, _under("module/", arrays))
     load_weights(trainer.objective, _under("objective/", arrays))
-    for part, optimizer, trained in (
-        ("module", trainer.optimizer, trainer.module),
-        ("objective", trainer.predictor_optimizer, trainer.objective),
-    ):
-        names = [name for name, parameter in trained.named_parameters() if parameter.requires_grad]
-        states = {name: _under(f"optimizer/{part}/{name}/", arrays) for name in names}
+    for prefix, optimizer in trainer.optimizers():
+        states = {name: _under(f"optimizer/{prefix}{name}/", arrays) for name in optimizer.parameters}
         optimizer.load({n: {key: host_tensor(value) for key, value in state.items()} for n, state in states.items()})
     trainer.scale.factor, trainer.scale.good_steps = progress.loss_scale, progress.good_steps
     if progress.shrunk and isinstance(trainer, StageTrainer):
@@ -181,7 +180,7 @@ def load_checkpoint(path: Path, made_for: str, trainer: AnyTrainer) -> tuple[Pro
     return progress, _under("best/", arrays) or None
 
 
-def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _named(prefix: str, tensors: Mapping[str, T]) -> dict[str, T]:
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 

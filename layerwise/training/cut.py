@@ -15,7 +15,7 @@ import torch
 from layerwise.config import Config
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError
-from layerwise.memory.meter import REHEARSED_ON, Meter, rehearse
+from layerwise.memory.meter import REHEARSED_ON, rehearsal
 from layerwise.memory.plan import MemoryPlan
 from layerwise.nets import build_network
 from layerwise.nets.network import Network, ranges
@@ -185,9 +185,7 @@ class _LayerPeak:
 def _without_objective(config: Config, spec: StageSpec, input_gradient: bool) -> _LayerPeak:
     """input_gradient: whether the inputs need a gradient, for a layer below them in the same stage."""
     size, frames = config.training.batch_size, spec.window.frames
-    found: list[_LayerPeak] = []
-
-    def forward_and_backward(meter: Meter) -> None:
+    with rehearsal() as meter:
         module = spec.build_module(config.training.seed, REHEARSED_ON)
         parameters = meter.live
         x = torch.zeros(size, frames, *spec.frame_shape, device=REHEARSED_ON, requires_grad=input_gradient)
@@ -196,10 +194,7 @@ def _without_objective(config: Config, spec: StageSpec, input_gradient: bool) ->
         _, outputs = module(x, np.full(size, frames))
         kept = meter.live - before
         outputs.backward(torch.zeros_like(outputs))
-        found.append(_LayerPeak(parameters, before - parameters, kept, meter.peak - before))
-
-    rehearse(forward_and_backward)
-    return found[0]
+    return _LayerPeak(parameters, before - parameters, kept, meter.peak - before)
 
 
 def partition(cost: Callable[[int, int], int], units: int, parts: int) -> list[range]:

@@ -9,12 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from layerwise.config import Config, parsed
-from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, RunError
-from layerwise.run_store import RunStore
 from layerwise.training.checkpoint import Arrays, load_arrays, load_stages, save_arrays
 from layerwise.training.forward import OutputFormat
-from layerwise.training.spec import StageSpec
+from layerwise.training.run import Run
 from layerwise.version import __version__
 
 
@@ -42,18 +40,18 @@ class Origin:
     """Of the layerwise that trained it."""
 
 
-def stitch(config: Config, store: RunStore, specs: list[StageSpec], data: DataSet) -> None:
+def stitch(run: Run) -> None:
     """Writes encoder.safetensors, on the host: the weights of all layers under their names in the whole network."""
-    cut, handings = [], []
+    data, specs, cut, handings = run.data, run.specs, [], []
     for spec in specs:
-        trained_with = store.read_stage_config(spec.stage)
+        trained_with = run.store.read_stage_config(spec.stage)
         for _ in spec.parts[:-1]:  # which nothing lay between
             handings.append(OutputFormat(trained_with.training.precision, None))
         handings.append(OutputFormat.of(trained_with))
         cut += [len(part.layers) for part in spec.parts or (spec,)]
     structure, shape = specs[0].network.structure, list(data.frame_shape)
-    origin = Origin(config, cut, handings, data.level, data.takes, shape, len(data.ids), structure)
-    save_encoder(store.encoder, load_stages(store, [spec.stage for spec in specs]), origin)
+    origin = Origin(run.config, cut, handings, data.level, data.takes, shape, len(data.ids), structure)
+    save_encoder(run.store.encoder, load_stages(run.store, [spec.stage for spec in specs]), origin)
 
 
 def save_encoder(path: Path, weights: Arrays, origin: Origin) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,6 @@ from layerwise.errors import RunError, TrainingError
 from layerwise.events import EpochDone, StageStarted, StepDone
 from layerwise.files import write_atomically
 from layerwise.training.checkpoint import Arrays, Progress, load_checkpoint, save_checkpoint, to_host
-from layerwise.training.context import RunContext
 from layerwise.training.loader import Loader, augmented
 from layerwise.training.run import Round
 from layerwise.training.samples import HELD_OUT, TRAIN, sample_classes
@@ -30,29 +29,16 @@ from layerwise.training.simultaneous import AnyTrainer
 from layerwise.training.trainer import StepRandomness
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """The outcome of a stage's training."""
-
-    weights: Arrays
-    """Of the epoch with the lowest held-out loss."""
-    epochs: int
-    converged: bool
-    best_loss: float
-    seconds: float
-    peak_bytes: int
-    """Highest of all epochs, those before a resume included."""
-    micro_batch: int
-    """At the end: smaller than planned where a step ran out of memory."""
-
-
-def fit(trainer: AnyTrainer, loader: Loader, round: Round, context: RunContext) -> Trained:
+def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Progress]:
     """Trains to convergence or to the round's share of max_epochs, from the checkpoint where there is one.
 
+    Gives the weights of the epoch with the lowest held-out loss, and where the training has ended.
     Raises Interrupted after saving, TrainingError where the loss is not a number.
     """
-    options, spec, meter = trainer.config.training, trainer.spec, context.meter
+    options, spec, context = trainer.config.training, trainer.spec, trainer.context
+    meter = context.meter
     stage, store, training_key = spec.stage, round.store, round.training_key(spec.stage)
+    record = round.state.record(stage)
     train, held_out = (np.flatnonzero(round.run.split == part) for part in (TRAIN, HELD_OUT))
     classes = sample_classes(trainer.config, round.run.data)
     progress, best = _resume(round, trainer)
@@ -76,7 +62,8 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round, context: RunContext) 
 
     while progress.epoch - progress.first_epoch < epochs and progress.plateau_epochs < options.patience:
         epoch_started = time.monotonic()
-        trainer.begin_epoch(progress.epoch)
+        for _, optimizer in trainer.optimizers():
+            optimizer.begin_epoch(progress.epoch)
         rng = stream(options.seed, "epoch", stage, progress.epoch)
         epoch = training_epoch(loader, train, spec.window, options.batch_size, rng, spec.renderings)
         for step, batch in _batches(epoch, loader, classes, trainer, first=progress.step):
@@ -112,19 +99,14 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round, context: RunContext) 
             lines = "".join(json.dumps(entry) + "\n" for entry in progress.history)
             write_atomically(store.metrics(stage), lines.encode())
         save()
+        record.epochs, record.best_loss, record.seconds = progress.epoch, progress.best_loss, progress.seconds
+        record.train_peak_bytes = meter.peak
+        round.save()
         context.notify(EpochDone(stage, **entry))
         stop_if_asked()
 
-    assert best is not None and progress.best_loss is not None
-    return Trained(
-        weights=best,
-        epochs=progress.epoch,
-        converged=progress.plateau_epochs >= options.patience,
-        best_loss=progress.best_loss,
-        seconds=time.monotonic() - started,
-        peak_bytes=max(entry["peak_bytes"] for entry in progress.history[progress.first_epoch :]),
-        micro_batch=trainer.memory_plan.micro_batch,
-    )
+    assert best is not None
+    return best, progress
 
 
 def evaluate(

@@ -43,7 +43,7 @@ class SourceLoader:
         """ranks: who shares the batches; the windows of the others are zeros, and not read."""
         self._source, self._ranks = source, ranks
         self._threads = source.reading_threads if isinstance(source, OnDisk) else 1
-        self._finished = _pinned if device.type == "cuda" else _as_it_is
+        self._pins = device.type == "cuda"
         self.lengths, self.columns, self.views = source.lengths, source.columns, source.views
 
     def batches(self, epoch: Epoch, first: int, offloaded: Offload) -> Iterator[Batch]:
@@ -56,7 +56,9 @@ class SourceLoader:
 
     def _read(self, epoch: Epoch, step: int) -> Batch:
         share = share_of(epoch, step, self._ranks)
-        return self._finished(in_whole_batch(epoch.read(self._source, step, share), epoch, step, self, self._ranks))
+        batch = in_whole_batch(epoch.read(self._source, step, share), epoch, step, self, self._ranks)
+        # The GPU fetches pinned memory by itself.
+        return Batch(batch.frames.pin_memory(), batch.lengths) if self._pins else batch
 
     def pieces(self, groups: Sequence[Group], offloaded: Offload) -> Iterator[Batch]:
         return read_ahead(partial(read_piece, self._source, group, start) for group in groups for start in group.starts)
@@ -73,15 +75,6 @@ def in_whole_batch(batch: Batch, epoch: Epoch, step: int, extent: Extent, ranks:
     if ranks.count == 1:
         return batch
     return among_others(batch, epoch.lengths_of(extent, step), share_of(epoch, step, ranks).start)
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
-
-
-def _pinned(batch: Batch) -> Batch:
-    """The GPU then fetches it by itself."""
-    return Batch(batch.frames.pin_memory(), batch.lengths)
 
 
 def augmented(batch: Batch, options: TrainingOptions, rng: np.random.Generator) -> Batch:

@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from layerwise.events import CachingProgress, EpochDone, Event, Notify, StageStarted, StepDone
@@ -43,9 +42,7 @@ class MemoryLog:
         self._started = self._clock() - (earlier[-1].get("seconds", 0) if earlier else 0)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._write(self._waiting)
 
     def __call__(self, event: Event) -> None:

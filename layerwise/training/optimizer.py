@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,30 +20,6 @@ from layerwise.memory.meter import uncounted
 
 State = dict[str, torch.Tensor]
 """The optimizer's tensors of one parameter, by their names."""
-
-
-class Optimizer(Protocol):
-    """Steps some parameters, by name, and can be saved."""
-
-    def step(self) -> None:
-        """Takes a step, and the gradients off the device."""
-        ...
-
-    def on_device(self) -> Iterable[torch.Tensor]:
-        """The tensors of the state that lie on the device."""
-        ...
-
-    def state(self) -> dict[str, State]:
-        """Parameter name to state."""
-        ...
-
-    def load(self, state: Mapping[str, State]) -> None:
-        """Takes over a state: tensors on the host."""
-        ...
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Sets the learning rate of an epoch, from 0."""
-        ...
 
 
 Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -110,25 +86,28 @@ def adam(lr: float, eps: float) -> Optimization:
     return Optimization(make)
 
 
-class DeviceOptimizer:
-    """State beside the parameters."""
+class Optimizer:
+    """Steps some parameters, by name, and can be saved. Its state lies beside the parameters."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], how: Optimization) -> None:
-        self._parameters = dict(parameters)
-        self._optimizer = how.make(list(self._parameters.values()))
+        self.parameters = dict(parameters)
+        self._optimizer = how.make(list(self.parameters.values()))
         self._scheduler = how.schedule(self._optimizer) if how.schedule else None
 
     def step(self) -> None:
+        """Takes a step, and the gradients off the device."""
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, State]:
-        return _state_of(self._optimizer, self._parameters, scheduled={"lr"} if self._scheduler else set())
+        """Parameter name to state."""
+        return _state_of(self._optimizer, self.parameters, scheduled={"lr"} if self._scheduler else set())
 
     def load(self, state: Mapping[str, State]) -> None:
+        """Takes over a state: tensors on the host."""
         with torch.no_grad():
             for name, values in state.items():
-                parameter = self._parameters[name]
+                parameter = self.parameters[name]
                 for written, value in values.items():
                     key, _, kind = written.partition(SEPARATOR)
                     if key.startswith(GROUP):
@@ -144,10 +123,12 @@ class DeviceOptimizer:
                         self._optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 
     def begin_epoch(self, epoch: int) -> None:
+        """Sets the learning rate of an epoch, from 0."""
         while self._scheduler is not None and self._scheduler.last_epoch < epoch:
             _step_unwarned(self._scheduler)
 
     def on_device(self) -> Iterable[torch.Tensor]:
+        """The tensors of the state that lie on the device."""
         values = ((value, parameter) for parameter, state in self._optimizer.state.items() for value in state.values())
         return [v for v, parameter in values if isinstance(v, torch.Tensor) and v.device == parameter.device]
 
@@ -194,42 +175,34 @@ def _step_unwarned(scheduler: LRScheduler) -> None:
         scheduler.step()
 
 
-class HostOptimizer:
+class HostOptimizer(Optimizer):
     """State and a second copy of the parameters in host memory; gradients go there, new values come back."""
 
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], make: Callable[[Mapping[str, nn.Parameter]], Optimizer]
-    ) -> None:
-        """make: the optimizer of the copies."""
-        self._parameters = dict(parameters)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], how: Optimization) -> None:
+        self._originals = dict(parameters)
         with uncounted():
             copies = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
-            self._copies = {name: nn.Parameter(copy) for name, copy in copies.items()}
-            self._optimizer = make(self._copies)
+            super().__init__({name: nn.Parameter(copy) for name, copy in copies.items()}, how)
 
     def step(self) -> None:
+        """Takes a step, and the gradients off the device."""
         with torch.no_grad(), uncounted():
-            for name, parameter in self._parameters.items():
-                self._copies[name].grad = None if parameter.grad is None else parameter.grad.cpu()
-                parameter.grad = None
-            self._optimizer.step()
-            for name, parameter in self._parameters.items():
-                parameter.copy_(self._copies[name])
-
-    def state(self) -> dict[str, State]:
-        return self._optimizer.state()
+            for name, original in self._originals.items():
+                self.parameters[name].grad = None if original.grad is None else original.grad.cpu()
+                original.grad = None
+            super().step()
+            for name, original in self._originals.items():
+                original.copy_(self.parameters[name])
 
     def load(self, state: Mapping[str, State]) -> None:
-        """The parameters must have their values already: the copies take them over."""
+        """The parameters on the device must have their values already: the copies take them over."""
         with torch.no_grad(), uncounted():
-            self._optimizer.load(state)
-            for name, parameter in self._parameters.items():
-                self._copies[name].copy_(parameter)
-
-    def begin_epoch(self, epoch: int) -> None:
-        self._optimizer.begin_epoch(epoch)
+            super().load(state)
+            for name, original in self._originals.items():
+                self.parameters[name].copy_(original)
 
     def on_device(self) -> Iterable[torch.Tensor]:
+        """None of it."""
         return []
 
 

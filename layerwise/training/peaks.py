@@ -4,7 +4,7 @@ A prediction is not a model of the code but the code itself: its very steps are 
 slices and pieces only the first are rehearsed, for the others need the same room."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -14,19 +14,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from layerwise.cache.dtypes import STORED
-from layerwise.config import Config, TrainingOptions
+from layerwise.config import Config
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError, ConfigError
 from layerwise.memory import microbatch
 from layerwise.memory.device import autocast, on_device
-from layerwise.memory.meter import REHEARSED_ON, Kind, Meter, rehearse
-from layerwise.memory.microbatch import Pending, Total
+from layerwise.memory.meter import REHEARSED_ON, Kind, rehearsal
+from layerwise.memory.microbatch import Pending
 from layerwise.memory.plan import MemoryPlan
 from layerwise.nets.module import Module
 from layerwise.nets.network import memoised_per
 from layerwise.objectives.protocol import Draw
 from layerwise.training.context import RunContext
-from layerwise.training.optimizer import Optimizer, State
+from layerwise.training.optimizer import HostOptimizer, Optimizer
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
 
@@ -66,7 +66,7 @@ def _rehearsed_caching(config: Config, spec: StageSpec, piece: int, layers: int)
         module = spec.build_module(config.training.seed, REHEARSED_ON).eval()
         return Module({int(name): layer for name, layer in list(module.layers.items())[:layers]})
 
-    def stream(_: Meter) -> None:
+    with rehearsal() as streaming:
         module, states = build(), None
         with torch.no_grad(), autocast(REHEARSED_ON, precision):
             # How much input a layer carries over depends on where a piece ends within its stride: every place once.
@@ -77,19 +77,16 @@ def _rehearsed_caching(config: Config, spec: StageSpec, piece: int, layers: int)
                 del frames
                 outputs.to(cached).isfinite().all()
                 del outputs
-
-    def pad(_: Meter) -> None:
+    with rehearsal() as padding:
         module = build()
         lengths = np.array([piece - piece // 2, max(piece // 2 - 1, 0)])
-        if module.out_length(lengths[0]) < 1:
-            return  # no two samples are that short
-        with torch.no_grad(), autocast(REHEARSED_ON, precision):
-            frames = on_device(_stored_input(config, spec, 2, int(lengths[0])), REHEARSED_ON)
-            outputs = module(frames, lengths)[1]
-            del frames
-            outputs.to(cached).isfinite().all()
-
-    return max(rehearse(stream).peak + _carried_more(spec, layers), rehearse(pad).peak)
+        if module.out_length(lengths[0]) >= 1:  # otherwise no two samples are that short
+            with torch.no_grad(), autocast(REHEARSED_ON, precision):
+                frames = on_device(_stored_input(config, spec, 2, int(lengths[0])), REHEARSED_ON)
+                outputs = module(frames, lengths)[1]
+                del frames
+                outputs.to(cached).isfinite().all()
+    return max(streaming.peak + _carried_more(spec, layers), padding.peak)
 
 
 def _carried_more(spec: StageSpec, layers: int) -> int:
@@ -126,8 +123,7 @@ def recomputing_peak(config: Config, below: Below, windows: int, frames: int) ->
 @memoised_per(StageSpec)
 def _passing_peak(config: Config, spec: StageSpec, windows: int, frames: int) -> int:
     """Of windows of `frames` input frames through one stage, at the beginning of their samples, where they are masked."""
-
-    def work(_: Meter) -> None:
+    with rehearsal() as meter:
         module = spec.build_module(config.training.seed, REHEARSED_ON).eval()
         firsts, lengths = np.full(windows, -module.inputs_of(0, 1)[1]), np.full(windows, 2 * frames)
         with torch.no_grad(), autocast(REHEARSED_ON, config.training.precision):
@@ -135,8 +131,7 @@ def _passing_peak(config: Config, spec: StageSpec, windows: int, frames: int) ->
             outputs = module.window(x, firsts, lengths)[0]
             del x
             outputs.to(STORED[config.cache.dtype].tensor).isfinite().all()
-
-    return rehearse(work).peak
+    return meter.peak
 
 
 REHEARSED_SLICES = 2
@@ -192,9 +187,8 @@ def training_fits(config: Config, spec: StageSpec, plan: MemoryPlan, room: int) 
 def _rehearsed_training(config: Config, spec: StageSpec, plan: MemoryPlan, limit: int | None = None) -> Peak:
     """Raises BudgetError where the peak passes the limit."""
     size, window = config.training.batch_size, spec.window.frames
-
-    def step(meter: Meter) -> None:
-        rehearsal = _RehearsedTrainer(spec, config, plan, RunContext(REHEARSED_ON, meter))
+    with rehearsal(limit) as meter:
+        trainer = _RehearsedTrainer(spec, config, plan, RunContext(REHEARSED_ON, meter))
         # As in training, loss and accuracy of a step live until those of the next one take their place.
         before = torch.zeros((), device=REHEARSED_ON), torch.zeros((), device=REHEARSED_ON)
         frames = _stored_input(config, spec, size, window)
@@ -202,10 +196,8 @@ def _rehearsed_training(config: Config, spec: StageSpec, plan: MemoryPlan, limit
         # Padding is masked, and masks take room, in whichever slice it comes.
         lengths[:: plan.micro_batch] = min(window, spec.lengths.min())
         classes = np.zeros(size, dtype=np.int64)
-        rehearsal.train(Batch(frames, lengths, classes), StepRandomness(lambda: np.random.default_rng(0)))
+        trainer.train(Batch(frames, lengths, classes), StepRandomness(lambda: np.random.default_rng(0)))
         del before
-
-    meter = rehearse(step, limit)
     return Peak(meter.peak, meter.peak_by_kind)
 
 
@@ -221,22 +213,16 @@ class _RehearsedTrainer(StageTrainer):
         rows = _spread_out(most, min(in_slice, most), samples, frames, self.memory_plan.micro_batch)
         return [replace(cast(Any, draw), rows=rows) for draw in draws[:REHEARSED_PASSES]]
 
-    def _repeat_in_smaller_slices(
-        self,
-        work: Callable[[microbatch.SlicedBatch, Sequence[Draw]], Total],
-        draws: Sequence[Draw],
-        batch: Batch,
-        randomness: StepRandomness,
-    ) -> Total:
-        return work(self._encoded(batch, randomness.seed), draws)
+    def _shrink(self, reason: str) -> None:
+        raise BudgetError(reason)
 
     def _run_back(self, pending: Pending, encoded: microbatch.SlicedBatch) -> None:
         microbatch.run_back(pending, encoded, self.memory_plan.micro_batch)
 
-    def _optimizer(self, trained: nn.Module, options: TrainingOptions) -> Optimizer:
+    def _optimizer(self, trained: nn.Module) -> Optimizer:
         if self.memory_plan.optimizer_on_host:
             return _HostOptimizerSeenFromDevice(trained)
-        optimizer = super()._optimizer(trained, options)
+        optimizer = super()._optimizer(trained)
         if self.spec.optimization:
             # It makes its state at the first step; the rehearsed step is to be like all later ones.
             for parameter in trained.parameters():
@@ -255,7 +241,7 @@ class _RehearsedTrainer(StageTrainer):
         return min(len(batch.lengths), REHEARSED_SLICES * self.memory_plan.micro_batch)
 
 
-class _HostOptimizerSeenFromDevice:
+class _HostOptimizerSeenFromDevice(HostOptimizer):
     """Of a step on the host, the device sees that the gradients go."""
 
     def __init__(self, trained: nn.Module) -> None:
@@ -263,18 +249,6 @@ class _HostOptimizerSeenFromDevice:
 
     def step(self) -> None:
         self._trained.zero_grad()
-
-    def begin_epoch(self, epoch: int) -> None:
-        """The learning rate is the host's."""
-
-    def on_device(self) -> list[torch.Tensor]:
-        return []
-
-    def state(self) -> dict[str, State]:
-        return {}
-
-    def load(self, state: Mapping[str, State]) -> None:
-        """There is nothing to take over."""
 
 
 def _most_hit(rows: int, frames: int) -> int:

@@ -52,10 +52,10 @@ class RecomputingLoader:
         device: torch.device,
         ranks: Ranks = ALONE,
     ) -> None:
-        """stages: those of `plans`, trained, lowest first; samples: windows on the device at once; ranks: who shares the
+        """stages: those of `specs`, trained, lowest first; samples: windows on the device at once; ranks: who shares the
         batches; the windows of the others are zeros, and not worked out."""
         self.lengths, self.columns, self.views = specs[-1].output_lengths, source.columns, source.views
-        self._source, self._plans, self._stages = source, specs, stages
+        self._source, self._specs, self._stages = source, specs, stages
         self._samples, self._device, self._ranks = samples, device, ranks
 
     def batches(self, epoch: Epoch, first: int, offloaded: Offload) -> Iterator[Batch]:
@@ -154,9 +154,9 @@ class RecomputingLoader:
     def _bytes(self, samples: int, frames: int) -> int:
         """Host memory of windows at the two levels next to each other that take most."""
         sizes = []
-        for spec, stage in zip(reversed(self._plans), reversed(self._stages), strict=True):
+        for spec, stage in zip(reversed(self._specs), reversed(self._stages), strict=True):
             sizes.append(frames * math.prod(spec.output_shape))
             start, stop = stage.module.inputs_of(0, frames)
             frames = stop - start
-        sizes.append(frames * math.prod(self._plans[0].frame_shape))
+        sizes.append(frames * math.prod(self._specs[0].frame_shape))
         return samples * 4 * max(map(sum, pairwise(sizes)))

@@ -12,14 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from layerwise.config import Config, Option, changed_options
-from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, RunError
 from layerwise.run_store import RunState, RunStore, StageRecord, cache_files
-from layerwise.training.cache_plan import CachePlan, keep_of_round, retained_caches
-from layerwise.training.spec import StageSpec
+from layerwise.training.cache_plan import CachePlan, retained_caches
+from layerwise.training.run import Run
 
 Change = tuple[Option, object, object]
 """An option, its old value and its new one."""
@@ -47,113 +44,93 @@ class StartRequest:
             raise RunError(f"--from-stage {stage}: {store.out} would begin anew and has no stage below; leave it out.")
 
 
-def prepare_rounds(
-    config: Config,
-    store: RunStore,
-    data: DataSet,
-    specs: list[StageSpec],
-    device: torch.device,
-    request: StartRequest,
-    cached: Sequence[bool],
-) -> dict[int, RunState]:
+def prepare_rounds(run: Run, request: StartRequest) -> dict[int, RunState]:
     """States of the rounds that there is still something to do in, by number; of the last one in any case.
 
-    Everything else as in `prepare`, which does the same for one round. What one of them refuses is refused before the first is
-    changed.
+    run.json and config.toml of each are written. Raises RunError or ConfigError; what one round refuses is refused before the
+    first is changed.
     """
-    rounds, states = config.training.rounds, {}
-    for number in _to_be_prepared(store, rounds, request):
-        of_round = store.round(number, rounds)
+    rounds, states = run.rounds, {}
+    for number in _to_be_prepared(run, request):
+        of_round = run.store.round(number, rounds)
         if request.goes_on(of_round):
-            check_going_on(of_round.load_state(), config, of_round, data, specs, request.from_stage)
+            _check_going_on(of_round.load_state(), of_round, run, request.from_stage)
     for number in range(rounds, 0, -1):
-        of_round, keep = store.round(number, rounds), keep_of_round(config, number)
+        of_round = run.store.round(number, rounds)
         if number < rounds and not of_round.exists:
             # Its folder was deleted, and nothing says any more what its caches are. They are this run's, as those of the last
             # round are, which is prepared by now.
             of_round.delete_cache_files(cache_files(of_round.caches))
             of_round.delete_caches_owner()
-        states[number] = prepare(config, of_round, data, specs, device, request, cached, keep)
+        states[number] = _prepare(of_round, run, request, run.keep(number))
         if number < rounds:
-            _find_lost_ends(number, store, rounds, states)
+            _find_lost_ends(number, run, states)
         if number == rounds and states[number].is_trained:
             break  # what came before has served its purpose, and may have been deleted
     return dict(sorted(states.items()))
 
 
-def _to_be_prepared(store: RunStore, rounds: int, request: StartRequest) -> list[int]:
+def _to_be_prepared(run: Run, request: StartRequest) -> list[int]:
     """The last round; and those before it, unless it is trained and is to stay so."""
-    stays_trained = request.goes_on(store) and request.from_stage is None and store.load_state().is_trained
-    return [rounds] if stays_trained else list(range(rounds, 0, -1))
+    stays_trained = request.goes_on(run.store) and request.from_stage is None and run.store.load_state().is_trained
+    return [run.rounds] if stays_trained else list(range(run.rounds, 0, -1))
 
 
-def _find_lost_ends(number: int, store: RunStore, rounds: int, states: dict[int, RunState]) -> None:
+def _find_lost_ends(number: int, run: Run, states: dict[int, RunState]) -> None:
     """Where the next round cannot begin for want of what this one ended with, this one trains the stage again."""
-    here, above = store.round(number, rounds), store.round(number + 1, rounds)
+    here, above = run.store.round(number, run.rounds), run.store.round(number + 1, run.rounds)
     for record, following in zip(states[number].stages, states[number + 1].stages, strict=True):
         to_begin = not following.is_trained and not above.checkpoint(record.stage).exists()
         if record.is_trained and to_begin and not here.checkpoint(record.stage).exists():
-            for later in range(number, rounds + 1):
-                of_round = store.round(later, rounds)
+            for later in range(number, run.rounds + 1):
+                of_round = run.store.round(later, run.rounds)
                 states[later].reset_from(record.stage)
                 of_round.save_state(states[later])
                 of_round.delete_pending_stages(states[later])
             return
 
 
-def prepare(
-    config: Config,
-    store: RunStore,
-    data: DataSet,
-    specs: list[StageSpec],
-    device: torch.device,
-    request: StartRequest,
-    cached: Sequence[bool],
-    keep: str,
-) -> RunState:
-    """The state to go on from; run.json and config.toml are written. Raises RunError or ConfigError.
+def _prepare(store: RunStore, run: Run, request: StartRequest, keep: str) -> RunState:
+    """The state of a round to go on from; its run.json and config.toml are written. Raises RunError or ConfigError.
 
-    cached: for each stage, whether its outputs are to be cached; keep: which caches stay at the end, see `CachePlan.kept`.
+    store: of the round; keep: which caches stay at the end, see `CachePlan.kept`.
     """
     old = store.load_state() if store.exists else None
     if old is not None and request.goes_on(store):
-        check_going_on(old, config, store, data, specs, request.from_stage)
+        _check_going_on(old, store, run, request.from_stage)
         state = old
-        _go_on(state, config, store, request.from_stage, cached, keep)
+        _go_on(state, store, run, request.from_stage, keep)
     else:
         store.refuse_foreign_caches(old)
         if old is not None:
             store.delete_run(old)
-        state = _new_state(store, data, specs, device, cached)
-    state.budget_bytes, state.device = config.memory.gpu_mem, str(device)
+        state = _new_state(store, run)
+    state.budget_bytes, state.device = run.config.memory.gpu_mem, str(run.device)
     store.save_state(state)
     if state is old:
         store.delete_pending_stages(state)
     store.write_caches_owner(state.run_id)
-    store.write_config(config)
+    store.write_config(run.config)
     return state
 
 
-def _new_state(
-    store: RunStore, data: DataSet, specs: list[StageSpec], device: torch.device, cached: Sequence[bool]
-) -> RunState:
+def _new_state(store: RunStore, run: Run) -> RunState:
+    cached = zip(run.specs, run.cache_plan.cached, strict=True)
     return RunState(
-        stages=[StageRecord(spec.stage, cached=to_be) for spec, to_be in zip(specs, cached, strict=True)],
-        data_identity=data.identity,
+        stages=[StageRecord(spec.stage, cached=to_be) for spec, to_be in cached],
+        data_identity=run.data.identity,
         budget_bytes=None,
-        device=str(device),
+        device=str(run.device),
         caches=str(store.caches),
-        cut=[len(spec.layers) for spec in specs],
-        network=specs[0].network.identity,
-        optimization=_optimization(specs),
+        cut=[len(spec.layers) for spec in run.specs],
+        network=run.specs[0].network.identity,
+        optimization=_optimization(run),
     )
 
 
-def _go_on(
-    state: RunState, config: Config, store: RunStore, from_stage: int | None, cached: Sequence[bool], keep: str
-) -> None:
+def _go_on(state: RunState, store: RunStore, run: Run, from_stage: int | None, keep: str) -> None:
     """Makes the state what this start goes on from."""
-    if from_stage is not None and not _is_in_hand(state, store, config, from_stage):
+    if from_stage is not None and not _is_in_hand(state, store, run.config, from_stage):
         # The stages below keep their options from now on.
         state.from_stage, state.kept_stages = from_stage, from_stage - 1
         state.reset_from(from_stage)
@@ -161,31 +138,24 @@ def _go_on(
         state.caches = str(store.caches)
         for record in state.stages:
             record.cache = str(store.cache(record.stage)) if record.cache else None
-    for record, to_be in zip(state.stages, cached, strict=True):
+    for record, to_be in zip(state.stages, run.cache_plan.cached, strict=True):
         if not record.is_trained:
             record.cached = to_be
     find_what_is_missing(state, store, keep)
 
 
-def check_going_on(
-    state: RunState,
-    config: Config,
-    store: RunStore,
-    data: DataSet,
-    specs: list[StageSpec],
-    from_stage: int | None,
-) -> None:
-    """Raises ConfigError or RunError where a run of this state cannot be gone on with as asked; nothing is changed."""
+def _check_going_on(state: RunState, store: RunStore, run: Run, from_stage: int | None) -> None:
+    """Raises ConfigError or RunError where a round of this state cannot be gone on with as asked; nothing is changed."""
     if Path(state.caches) != store.caches and Path(state.caches).exists():
         raise ConfigError(
             f"--cache-dir: the caches of {store.out} lie in {state.caches}, not in {store.caches}. Give the old place, or "
             "move the folder there first."
         )
     store.refuse_foreign_caches(state)
-    _check_shape(state, store, config)
-    _check_same_objects(state, store, data, specs)
-    if from_stage is None or _is_in_hand(state, store, config, from_stage):
-        _check_training(state, store, config)
+    _check_shape(state, store, run.config)
+    _check_same_objects(state, store, run)
+    if from_stage is None or _is_in_hand(state, store, run.config, from_stage):
+        _check_training(state, store, run.config)
         return
     unfinished = [record.stage for record in state.stages[: from_stage - 1] if record.status != "done"]
     if unfinished:
@@ -207,27 +177,27 @@ def _check_shape(state: RunState, store: RunStore, config: Config) -> None:
         )
 
 
-def _check_same_objects(state: RunState, store: RunStore, data: DataSet, specs: list[StageSpec]) -> None:
+def _check_same_objects(state: RunState, store: RunStore, run: Run) -> None:
     """Raises RunError where the data set, the network or the optimizer is not the run's."""
-    if state.data_identity != data.identity:
+    if state.data_identity != run.data.identity:
         raise RunError(
             f"The data set is not the one that {store.out} was trained on: files or their sizes have changed. Bring the "
             "old ones back, or start anew with --overwrite or another --out."
         )
-    if state.network != specs[0].network.identity:
+    if state.network != run.specs[0].network.identity:
         raise RunError(
             f"The network is not the one that {store.out} was begun with, its first weights included; give that one (seed "
             "torch before it is made), or start anew with --overwrite or another --out."
         )
-    if state.optimization != _optimization(specs):
+    if state.optimization != _optimization(run):
         raise RunError(
             f"The optimizer or its schedule is not the one that {store.out} was begun with; give that one, or start anew with "
             "--overwrite or another --out."
         )
 
 
-def _optimization(specs: list[StageSpec]) -> str:
-    own = specs[0].optimization
+def _optimization(run: Run) -> str:
+    own = run.specs[0].optimization
     return own.identity if own else ""
 
 

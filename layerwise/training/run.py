@@ -13,7 +13,7 @@ from layerwise.errors import RunError
 from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.run_store import RunState, RunStore
-from layerwise.training.cache_plan import CachePlan, keep_of_round
+from layerwise.training.cache_plan import CachePlan
 from layerwise.training.spec import StageSpec
 
 
@@ -37,6 +37,10 @@ class Run:
     def rounds(self) -> int:
         """Number of rounds; 1 for a sequential run."""
         return self.config.training.rounds
+
+    def keep(self, number: int) -> str:
+        """What --keep says, in the last round; of an earlier one nothing stays that no stage is to read."""
+        return self.config.cache.keep if number == self.rounds else "nothing"
 
     def round(self, number: int) -> "Round":
         """A round as run.json describes it now, with the rounds before it."""
@@ -69,8 +73,8 @@ class Round:
 
     @property
     def keep(self) -> str:
-        """Which caches stay once all stages are done; nobody reads those of an earlier round any more."""
-        return keep_of_round(self.run.config, self.number)
+        """Which caches stay once all stages are done."""
+        return self.run.keep(self.number)
 
     def save(self) -> None:
         """Replaces run.json. Raises RunError."""
@@ -100,10 +104,6 @@ class Round:
                 spec.optimization.identity if spec.optimization else None,
             ]
         )
-
-    def trained_with(self, stage: int) -> Config:
-        """The options that a stage was trained with; `--from-stage` may have changed them for the stages above only."""
-        return self.store.read_stage_config(stage)
 
 
 def fingerprint(training_key: str, weights_digest: str) -> str:

@@ -46,7 +46,8 @@ def sample_classes(config: Config, data: DataSet) -> np.ndarray | None:
     label = config.objective.label
     if not label:
         if config.objective.name == "supervised":
-            raise ConfigError(f"--objective supervised learns a label; name one: --label {_example(data)}.")
+            labels = " or ".join(data.labels) or "NAME (the data have none at all)"
+            raise ConfigError(f"--objective supervised learns a label; name one: --label {labels}.")
         return None
     if label not in data.labels:
         raise DataError(
@@ -64,7 +65,3 @@ def count_classes(config: Config, data: DataSet) -> int:
     """Classes of the label that is learnt; 0 where none is. Raises as `sample_classes`."""
     classes = sample_classes(config, data)
     return 0 if classes is None else int(classes.max()) + 1
-
-
-def _example(data: DataSet) -> str:
-    return " or ".join(data.labels) or "NAME (the data have none at all)"

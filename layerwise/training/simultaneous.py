@@ -6,7 +6,7 @@ is what that is compared with.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from layerwise.memory.microbatch import Total
 from layerwise.memory.plan import MemoryPlan
 from layerwise.nets.module import Module
 from layerwise.training.context import RunContext
-from layerwise.training.optimizer import Optimizer, State
+from layerwise.training.optimizer import Optimizer
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
 
@@ -34,20 +34,18 @@ class SimultaneousTrainer:
     shrunk = False
 
     def __init__(self, spec: StageSpec, config: Config, memory_plan: MemoryPlan, context: RunContext) -> None:
-        self.spec, self.config, self.memory_plan, self._context = spec, config, memory_plan, context
+        self.spec, self.config, self.memory_plan, self.context = spec, config, memory_plan, context
         self._parts = [StageTrainer(part, config, memory_plan, context) for part in spec.parts]
         self.module = Module({int(i): layer for part in self._parts for i, layer in part.module.layers.items()})
         self.objective = nn.ModuleDict({str(part.spec.stage): part.objective for part in self._parts})
-        self.optimizer = _Optimizers([("", part.optimizer) for part in self._parts])
-        self.predictor_optimizer = _Optimizers([(f"{p.spec.stage}.", p.predictor_optimizer) for p in self._parts])
         self.scale = self._parts[0].scale
         for part in self._parts:
             part.scale = self.scale
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Sets the learning rates of an epoch, from 0."""
-        for part in self._parts:
-            part.begin_epoch(epoch)
+    def optimizers(self) -> list[tuple[str, Optimizer]]:
+        """Each with what a checkpoint writes before the names of its parameters."""
+        modules = [("module/", part.optimizer) for part in self._parts]
+        return modules + [(f"objective/{part.spec.stage}.", part.predictor_optimizer) for part in self._parts]
 
     def train(self, batch: Batch, randomness: StepRandomness) -> Total:
         """One step of every module. Means over the modules."""
@@ -74,7 +72,7 @@ class SimultaneousTrainer:
 
     def _outputs(self, part: StageTrainer, batch: Batch) -> Batch:
         """The input of the next part, on the device."""
-        device, meter = self._context.device, self._context.meter
+        device, meter = self.context.device, self.context.meter
         look = meter.should_meter(f"outputs, stage {part.spec.stage}", batch.frames.shape[1])
         with torch.no_grad(), metered(look), autocast(device, self.config.training.precision):
             part.module.eval()
@@ -92,34 +90,3 @@ def _of_part(randomness: StepRandomness, number: int) -> StepRandomness:
 
 AnyTrainer = StageTrainer | SimultaneousTrainer
 """What the training loop steps and a checkpoint saves."""
-
-
-def load_trainer(spec: StageSpec, config: Config, memory_plan: MemoryPlan, context: RunContext) -> AnyTrainer:
-    """The trainer of a stage, on the device."""
-    kind = SimultaneousTrainer if spec.parts else StageTrainer
-    return kind(spec, config, memory_plan, context)
-
-
-class _Optimizers:
-    """Several optimizers as one, with a prefix for the names of each."""
-
-    def __init__(self, parts: Sequence[tuple[str, Optimizer]]) -> None:
-        self._parts = parts
-
-    def step(self) -> None:
-        for _, optimizer in self._parts:
-            optimizer.step()
-
-    def begin_epoch(self, epoch: int) -> None:
-        for _, optimizer in self._parts:
-            optimizer.begin_epoch(epoch)
-
-    def on_device(self) -> Iterable[torch.Tensor]:
-        return [tensor for _, optimizer in self._parts for tensor in optimizer.on_device()]
-
-    def state(self) -> dict[str, State]:
-        return {prefix + name: state for prefix, part in self._parts for name, state in part.state().items()}
-
-    def load(self, state: Mapping[str, State]) -> None:
-        for prefix, optimizer in self._parts:
-            optimizer.load({name: state[prefix + name] for name in optimizer.state()})

@@ -12,7 +12,10 @@ from layerwise.config import Config
 from layerwise.data.batches import Window
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, DataError
+from layerwise.memory.meter import uncounted
+from layerwise.memory.ranks import Ranks
 from layerwise.nets import shortest_window
+from layerwise.nets.batch_effects import BatchEffects, module_effects
 from layerwise.nets.module import Geometry, Module
 from layerwise.nets.network import Network, weight_seed, with_first_weights
 from layerwise.objectives import Scored, build_objective, check_objective, renderings_compared
@@ -32,10 +35,9 @@ class StageSpec:
     frame_shape: tuple[int, ...]
     """Of its input."""
     target_channels: int
-    """Channels of the vectors that the objective scores."""
-    context_channels: int
+    """Channels of the vectors that the objective scores against the outputs."""
     output_shape: tuple[int, ...]
-    """Frame shape of its output."""
+    """Frame shape of its output, channels first."""
     classes: int
     """Of the label that the objective learns; 0 where it learns none."""
     parameters: int
@@ -61,7 +63,7 @@ class StageSpec:
 
     def build_objective(self, config: Config, device: torch.device) -> ObjectiveModule:
         """The objective with its first weights, on the device."""
-        scored = Scored(self.target_channels, self.context_channels, self.classes)
+        scored = Scored(self.target_channels, self.output_shape[0], self.classes)
         build = partial(build_objective, config.objective, scored)
         return with_first_weights(build, weight_seed(config.training.seed, self.stage, 1), device)
 
@@ -96,7 +98,6 @@ def stage_specs(
                 network=network,
                 frame_shape=frame_shape,
                 target_channels=targets.shape[2],
-                context_channels=outputs.shape[2],
                 output_shape=tuple(outputs.shape[2:]),
                 classes=classes,
                 parameters=sum(parameter.numel() for parameter in module.parameters()),
@@ -212,3 +213,20 @@ def _check_rows(config: Config, rows: int) -> None:
 def frame_labels(name: str, spec: StageSpec, data: DataSet, sample: int, frames: np.ndarray) -> np.ndarray:
     """str [F]: the label `name` at output frames (int64 [F]) of one sample."""
     return data.frame_labels(name, sample, frames * spec.geometry.hop + spec.geometry.offset)
+
+
+def batch_effects(spec: StageSpec) -> BatchEffects:
+    """What the module of a stage does with a batch in training. Found in host memory, which no meter counts."""
+    with uncounted():
+        return module_effects(spec.network, spec.layers, spec.frame_shape)
+
+
+def check_shareable(specs: Sequence[StageSpec], ranks: Ranks) -> None:
+    """Raises ConfigError that names the first module whose samples act on each other, where there are several ranks."""
+    for spec in specs if ranks.count > 1 else ():
+        why = batch_effects(spec).why_unsliceable
+        if why:
+            raise ConfigError(
+                f"Stage {spec.stage}: {why}, so {ranks.count} processes cannot share its batches; train it in one, without "
+                "torchrun."
+            )

@@ -17,7 +17,7 @@ from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, Interrupted, RunError, UnusableCache
 from layerwise.memory.device import halve_until_it_fits
 from layerwise.training.cache_plan import cache_layout
-from layerwise.training.checkpoint import load_stage, load_weights
+from layerwise.training.checkpoint import load_stages, load_weights
 from layerwise.training.context import RunContext
 from layerwise.training.forward import InferenceStage, OutputFormat, cache_outputs, shortest_piece
 from layerwise.training.loader import Loader
@@ -33,9 +33,10 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
     if written != path:
         _discard_others(written, record.fingerprint)
     if not _is_sealed(path, record.fingerprint) and not _is_sealed(written, record.fingerprint):
-        options, ranks, trained_with = run.config.cache, run.ranks, round.trained_with(spec.stage)
+        # --from-stage may have changed the options since, for the stages above.
+        options, ranks, trained_with = run.config.cache, run.ranks, round.store.read_stage_config(spec.stage)
         module = spec.build_module(run.config.training.seed, run.device)
-        load_weights(module, load_stage(round.store, spec.stage))
+        load_weights(module, load_stages(round.store, [spec.stage]))
         meter.label("parameters", module.state_dict().values())
         stage = InferenceStage(spec.stage, module.eval(), OutputFormat.of(trained_with), resident=True)
         started, seconds = time.monotonic(), record.seconds

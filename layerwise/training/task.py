@@ -4,7 +4,6 @@ What an earlier start has finished is found on the disk and used: the best weigh
 sealed cache.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -15,7 +14,7 @@ import torch
 from layerwise.cache import ActivationCache
 from layerwise.data.source import FrameSource
 from layerwise.errors import BudgetError, UnusableCache
-from layerwise.events import EpochDone, Event, Notify, StageDone
+from layerwise.events import Notify, StageDone
 from layerwise.memory.device import cap, process_bytes, release, return_free_blocks, why_out_of_memory
 from layerwise.memory.meter import meter_for
 from layerwise.memory.ranks import ALONE
@@ -30,9 +29,10 @@ from layerwise.training.memory_log import MemoryLog
 from layerwise.training.recompute import RecomputingLoader
 from layerwise.training.run import Round, fingerprint
 from layerwise.training.schedule import Task
-from layerwise.training.simultaneous import load_trainer
+from layerwise.training.simultaneous import SimultaneousTrainer
 from layerwise.training.spec import StageSpec
 from layerwise.training.stage_cache import write_stage_cache, written_at
+from layerwise.training.trainer import StageTrainer
 
 
 def perform(task: Task, round: Round, context: RunContext) -> None:
@@ -62,7 +62,8 @@ def _perform_stage(stage: int, round: Round, context: RunContext) -> None:
         return
     spec, device, budget = round.run.specs[stage - 1], context.device, round.state.budget_bytes
     written_at(round.store.cache(stage), round)  # an impossible cache.scratch is refused before the training
-    source = _open_source(stage, round)
+    cached_stage = round.run.cache_plan.source(stage)
+    source = open_cache(cached_stage, round) if cached_stage else round.run.data
     cap(device, budget)  # again for each stage: the driver's own memory grows as kernels are loaded
     allocated_before = _allocated(device)
     meter = meter_for(device, budget)
@@ -135,12 +136,6 @@ def _record_driver_bytes(device: torch.device, record: StageRecord) -> None:
         record.driver_bytes = max(process_bytes(device), record.driver_bytes or 0)
 
 
-def _open_source(stage: int, round: Round) -> FrameSource:
-    """The data, or the nearest cache below."""
-    cached_stage = round.run.cache_plan.source(stage)
-    return round.run.data if cached_stage == 0 else open_cache(cached_stage, round)
-
-
 def _loader(stage: int, source: FrameSource, round: Round, context: RunContext) -> Loader:
     """Reads the source, and passes it through the stages in between where these are not cached."""
     run = round.run
@@ -150,7 +145,7 @@ def _loader(stage: int, source: FrameSource, round: Round, context: RunContext) 
     if not specs:
         return SourceLoader(source, context.device, ranks)
     numbers = [spec.stage for spec in specs]
-    formats = [OutputFormat.of(round.trained_with(number)) for number in numbers]
+    formats = [OutputFormat.of(round.store.read_stage_config(number)) for number in numbers]
     stages = trained_stages(specs, formats, load_stages(round.store, numbers))
     return RecomputingLoader(source, specs, stages, run.memory_plans[stage - 1].windows, context.device, ranks)
 
@@ -163,30 +158,21 @@ def _train(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -
     round.save()
     if context.ranks.first:
         round.store.write_stage_config(stage, run.config)
-
-    def record_epoch(event: Event) -> None:
-        if isinstance(event, EpochDone):
-            record.epochs, record.train_peak_bytes = event.epoch, event.peak_bytes
-            record.seconds += event.seconds
-            record.best_loss = min(event.held_out_loss, math.inf if record.best_loss is None else record.best_loss)
-            round.save()
-        context.notify(event)
-
     key = round.training_key(stage)
-    in_training = replace(context, notify=record_epoch)
-    trainer = load_trainer(spec, run.config, run.memory_plans[stage - 1], in_training)
-    trained = fit(trainer, loader, round, in_training)
+    kind = SimultaneousTrainer if spec.parts else StageTrainer
+    trainer = kind(spec, run.config, run.memory_plans[stage - 1], context)
+    weights, progress = fit(trainer, loader, round)
     if context.ranks.first:
-        save_arrays(round.store.weights(stage), trained.weights, {"stage": str(stage), "made_for": key})
-    weights_digest = digest(trained.weights)
+        save_arrays(round.store.weights(stage), weights, {"stage": str(stage), "made_for": key})
+    weights_digest = digest(weights)
     if len(set(context.ranks.all_gather(weights_digest))) > 1:
         raise AssertionError(f"the ranks have trained different weights of stage {stage}")
     record.status = "caching"
-    record.epochs, record.converged, record.best_loss = trained.epochs, trained.converged, trained.best_loss
-    record.train_peak_bytes = max(context.meter.peak, trained.peak_bytes)
+    record.epochs, record.best_loss, record.seconds = progress.epoch, progress.best_loss, progress.seconds
+    record.converged = progress.plateau_epochs >= run.config.training.patience
+    record.train_peak_bytes = max(context.meter.peak, progress.peak_bytes)
     record.train_peak_by_kind = {str(kind): most for kind, most in context.meter.peak_by_kind.items()}
-    record.micro_batch = trained.micro_batch
-    record.seconds = trained.seconds
+    record.micro_batch = trainer.memory_plan.micro_batch  # smaller than planned where a step ran out of memory
     record.fingerprint = fingerprint(key, weights_digest)
     round.save()
 

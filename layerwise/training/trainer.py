@@ -10,14 +10,13 @@ smaller before the predictors have stepped: the other ranks would wait for somet
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from layerwise.config import Config, TrainingOptions
+from layerwise.config import Config
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
 from layerwise.memory import microbatch
@@ -25,11 +24,10 @@ from layerwise.memory.device import autocast, offloaded, on_device, pack_recurre
 from layerwise.memory.meter import metered
 from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.plan import MemoryPlan
-from layerwise.objectives.protocol import Draw, Score
-from layerwise.training.batch_effects import batch_effects
+from layerwise.objectives.protocol import Draw
 from layerwise.training.context import RunContext
-from layerwise.training.optimizer import DeviceOptimizer, HostOptimizer, LossScale, Optimizer, adam
-from layerwise.training.spec import StageSpec
+from layerwise.training.optimizer import HostOptimizer, LossScale, Optimizer, adam
+from layerwise.training.spec import StageSpec, batch_effects
 
 
 class NoSmallerSlices(BudgetError):
@@ -52,12 +50,11 @@ class StageTrainer:
         self.effects = batch_effects(spec)
         self.module = spec.build_module(config.training.seed, context.device)
         self.objective = spec.build_objective(config, context.device)
-        self.optimizer = self._optimizer(self.module, config.training)
-        self.predictor_optimizer = self._optimizer(self.objective, config.training)
+        self.optimizer = self._optimizer(self.module)
+        self.predictor_optimizer = self._optimizer(self.objective)
         self.shrunk = False
         """Whether a step ran out of memory, so that the plan is smaller than it was."""
         self.scale = LossScale.of(config.training.precision)
-        self._precision = config.training.precision
         self._label()
         self._label_gradients()
 
@@ -66,10 +63,9 @@ class StageTrainer:
         micro_batch, passes = min(micro_batch, self.memory_plan.micro_batch), max(passes, self.memory_plan.passes)
         self.memory_plan, self.shrunk = replace(self.memory_plan, micro_batch=micro_batch, passes=passes), True
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Sets the learning rates of an epoch, from 0."""
-        self.optimizer.begin_epoch(epoch)
-        self.predictor_optimizer.begin_epoch(epoch)
+    def optimizers(self) -> list[tuple[str, Optimizer]]:
+        """Each with what a checkpoint writes before the names of its parameters."""
+        return [("module/", self.optimizer), ("objective/", self.predictor_optimizer)]
 
     def train(self, batch: Batch, randomness: StepRandomness) -> Total:
         """One optimizer step; leaves no gradients behind. Raises BudgetError where not even the smallest slices fit."""
@@ -219,19 +215,20 @@ class StageTrainer:
             # Checkpoints end a layer's second pass as soon as all tensors are there that its backward pass needs, and torch
             # (2.12) takes the noise of RReLU for there before it is drawn.
             to_the_end = set_checkpoint_early_stop(not self.effects.uses_randomness)
-            with self._seeded(seed, samples.start), autocast(self.context.device, self._precision), to_the_end:
+            with self._seeded(seed, samples.start), autocast(device, self.config.training.precision), to_the_end:
                 return self.module.representations(
-                    on_device(batch.frames, self.context.device, samples),
+                    on_device(batch.frames, device, samples),
                     batch.lengths[samples],
-                    torch.as_tensor(rows, device=self.context.device),
+                    torch.as_tensor(rows, device=device),
                     self.memory_plan.recompute,
                 )
 
-        frames = int(self.module.out_length(batch.frames.shape[1]))
+        device, frames = self.context.device, int(self.module.out_length(batch.frames.shape[1]))
         return microbatch.SlicedBatch(encode, self._samples(batch), frames, self.context.ranks)
 
-    def _loss(self, representations: tuple[torch.Tensor, ...], draw: Draw) -> Score:
-        return self.objective(representations[0], representations[-1], draw, self.memory_plan.loss_room)
+    def _loss(self, representations: tuple[torch.Tensor, ...], draw: Draw) -> Total:
+        score = self.objective(representations[0], representations[-1], draw, self.memory_plan.loss_room)
+        return Total(score.loss, score.accuracy)
 
     @contextlib.contextmanager
     def _seeded(self, seed: int, first_sample: int) -> Iterator[None]:
@@ -249,11 +246,11 @@ class StageTrainer:
             f"{name}, stage {self.spec.stage}", batch.frames.shape[1], max(len(draw.rows) for draw in draws), padded
         )
 
-    def _optimizer(self, trained: nn.Module, options: TrainingOptions) -> Optimizer:
+    def _optimizer(self, trained: nn.Module) -> Optimizer:
+        options = self.config.training
         how = self.spec.optimization or adam(options.lr, options.adam_eps)
-        make = partial(DeviceOptimizer, how=how)
         parameters = {name: value for name, value in trained.named_parameters() if value.requires_grad}
-        return HostOptimizer(parameters, make) if self.memory_plan.optimizer_on_host else make(parameters)
+        return (HostOptimizer if self.memory_plan.optimizer_on_host else Optimizer)(parameters, how)
 
     def _label(self) -> None:
         """Tells the meter what is what."""

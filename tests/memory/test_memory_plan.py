@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layerwise.config.options import MemoryOptions
 from layerwise.memory.plan import MemoryPlan, cheapest, families
 
 
 @st.composite
-def options(draw: st.DrawFn) -> dict[str, object]:
+def options(draw: st.DrawFn) -> dict[str, Any]:
     """What `families` is asked."""
     batch_size = draw(st.integers(1, 40))
     return {
@@ -44,12 +46,17 @@ def costs(draw: st.DrawFn) -> Callable[[MemoryPlan], int]:
     return cost
 
 
-def listed(asked: dict[str, object]) -> list[list[MemoryPlan]]:
-    return list(families(**asked))
+def listed(asked: dict[str, Any]) -> list[list[MemoryPlan]]:
+    memory = MemoryOptions(
+        micro_batch=asked["micro_batch"],
+        recompute={None: "auto", False: "never", True: "always"}[asked["recompute"]],
+        optimizer={None: "auto", False: "device", True: "host"}[asked["on_host"]],
+    )
+    return list(families(asked["batch_size"], memory, sliceable=asked["sliceable"], layers=asked["layers"]))
 
 
 @given(options())
-def test_families_differ_in_the_micro_batch_alone_and_fall(asked: dict[str, object]) -> None:
+def test_families_differ_in_the_micro_batch_alone_and_fall(asked: dict[str, Any]) -> None:
     for family in listed(asked):
         assert len({(p.batch_size, p.passes, p.recompute, p.optimizer_on_host) for p in family}) == 1
         sizes = [plan.micro_batch for plan in family]
@@ -59,7 +66,7 @@ def test_families_differ_in_the_micro_batch_alone_and_fall(asked: dict[str, obje
 
 
 @given(options())
-def test_no_plan_comes_twice_and_what_costs_most_comes_last(asked: dict[str, object]) -> None:
+def test_no_plan_comes_twice_and_what_costs_most_comes_last(asked: dict[str, Any]) -> None:
     found = listed(asked)
     every = [plan for family in found for plan in family]
     assert len(set(every)) == len(every)
@@ -69,7 +76,7 @@ def test_no_plan_comes_twice_and_what_costs_most_comes_last(asked: dict[str, obj
 
 
 @given(options())
-def test_what_the_options_fix_is_fixed(asked: dict[str, object]) -> None:
+def test_what_the_options_fix_is_fixed(asked: dict[str, Any]) -> None:
     every = [plan for family in listed(asked) for plan in family]
     if asked["on_host"] is not None:
         assert {plan.optimizer_on_host for plan in every} == {asked["on_host"]}
@@ -84,7 +91,7 @@ def test_what_the_options_fix_is_fixed(asked: dict[str, object]) -> None:
 
 
 @given(options())
-def test_open_choices_reach_from_the_whole_batch_to_one_sample_and_its_targets(asked: dict[str, object]) -> None:
+def test_open_choices_reach_from_the_whole_batch_to_one_sample_and_its_targets(asked: dict[str, Any]) -> None:
     every = [plan for family in listed(asked | {"micro_batch": None}) for plan in family]
     assert every[0].whole
     if asked["sliceable"]:
@@ -94,13 +101,13 @@ def test_open_choices_reach_from_the_whole_batch_to_one_sample_and_its_targets(a
 
 
 @given(options())
-def test_what_ties_samples_together_is_never_sliced(asked: dict[str, object]) -> None:
+def test_what_ties_samples_together_is_never_sliced(asked: dict[str, Any]) -> None:
     assert all(p.whole for family in listed(asked | {"sliceable": False}) for p in family)
 
 
 @given(options(), costs(), st.integers(0, 250))
 def test_the_chosen_one_is_the_largest_micro_batch_of_the_first_family_that_has_one_that_fits(
-    asked: dict[str, object], cost: Callable[[MemoryPlan], int], budget: int
+    asked: dict[str, Any], cost: Callable[[MemoryPlan], int], budget: int
 ) -> None:
     chosen = cheapest(iter(listed(asked)), lambda plan: cost(plan) <= budget)
     fitting = [plan for family in listed(asked) for plan in family if cost(plan) <= budget]
@@ -108,7 +115,7 @@ def test_the_chosen_one_is_the_largest_micro_batch_of_the_first_family_that_has_
 
 
 @given(options(), costs(), st.integers(0, 250))
-def test_nothing_is_tried_twice(asked: dict[str, object], cost: Callable[[MemoryPlan], int], budget: int) -> None:
+def test_nothing_is_tried_twice(asked: dict[str, Any], cost: Callable[[MemoryPlan], int], budget: int) -> None:
     tried = []
     cheapest(iter(listed(asked)), lambda plan: tried.append(plan) or cost(plan) <= budget)
     assert len(tried) == len(set(tried))

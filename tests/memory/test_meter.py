@@ -16,7 +16,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from layerwise.config import Config
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
-from layerwise.memory.meter import KINDS, METER_EVERY, Kind, Meter, host_tensor, metered, rehearse, uncounted
+from layerwise.memory.meter import KINDS, METER_EVERY, Kind, Meter, host_tensor, metered, rehearsal, uncounted
 from layerwise.memory.plan import MemoryPlan
 from layerwise.training.context import RunContext
 from layerwise.training.spec import StageSpec
@@ -116,7 +116,9 @@ class Steps:
 def test_a_prediction_equals_the_measurement_of_the_same_work(kind: str) -> None:
     with Meter(CPU) as meter:
         Steps(kind).take()
-    assert rehearse(lambda _: Steps(kind).take()).peak == meter.peak
+    with rehearsal() as rehearsed:
+        Steps(kind).take()
+    assert rehearsed.peak == meter.peak
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

@@ -80,8 +80,9 @@ class Work:
 
         return microbatch.SlicedBatch(encode, len(self.x), self.out_frames)
 
-    def loss(self, representations: tuple[torch.Tensor, ...], part: Draw) -> microbatch.Scored:
-        return self.objective(representations[0], representations[-1], part, ROOM)
+    def loss(self, representations: tuple[torch.Tensor, ...], part: Draw) -> microbatch.Total:
+        score = self.objective(representations[0], representations[-1], part, ROOM)
+        return microbatch.Total(score.loss, score.accuracy)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """And the parameters are left without any."""

@@ -16,9 +16,8 @@ from layerwise.nets import batch_effects as module_under_test
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
-from layerwise.training.batch_effects import batch_effects
 from layerwise.training.budget import fit_stage
-from layerwise.training.spec import StageSpec
+from layerwise.training.spec import StageSpec, batch_effects
 
 Planned = Callable[..., tuple[Config, list[StageSpec]]]
 

@@ -272,7 +272,7 @@ def test_a_prediction_is_split_into_kinds(planned_stages: Planned) -> None:
     for spec in specs:
         peak = training_peak(config, spec, allowed_plans(config, spec)[0][0])
         assert sum(peak.by_kind.values()) == peak.bytes
-        predictors = 3 * spec.target_channels * spec.context_channels
+        predictors = 3 * spec.target_channels * spec.output_shape[0]
         assert peak.by_kind["parameters"] == 4 * (spec.parameters + predictors)
         assert peak.by_kind["optimizer"] >= 2 * peak.by_kind["parameters"]
 

@@ -24,11 +24,10 @@ from layerwise.memory.ranks import ALONE, LostRank, Ranks
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.stop import StopFlag
-from layerwise.training.batch_effects import check_shareable
 from layerwise.training.context import RunContext
 from layerwise.training.cut import cut_network
 from layerwise.training.loader import SourceLoader
-from layerwise.training.spec import StageSpec
+from layerwise.training.spec import StageSpec, check_shareable
 from layerwise.training.trainer import NoSmallerSlices, StageTrainer, StepRandomness
 
 CPU = torch.device("cpu")
