@@ -1,10 +1,18 @@
-"""A disk that is soon full."""
+"""Folders on a disk, and a disk that is soon full."""
 
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder on the disk: what a cache asks of a file system is asked of a real one."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
