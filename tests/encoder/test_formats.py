@@ -124,7 +124,7 @@ def test_the_card_says_what_the_run_has_recorded(speech_run: RunResult, tmp_path
         "in 4 gradient-isolated stages",
         f"48 samples of `fsdd:{digits.name}`",
         "at 8000 Hz",
-        "one frame every 40 samples (5 ms)",
+        "one frame every 80 samples (10 ms)",
         "infonce (steps 3, skip 0, negatives 4, anchors 16)",
         "no device budget, on cpu",
         f"| 4 | {100 * probe.stages[3].error:.1f} % | {100 * probe.stages[3].untrained_error:.1f} % | 24 |",
@@ -212,16 +212,16 @@ def test_where_a_layer_ties_the_length_down_the_card_says_so(
     run_tiny: Callable[..., RunResult], write_tone: Callable[..., Path], tmp_path: Path
 ) -> None:
     for number in range(6):
-        folder = write_tone(f"recordings/{number}.wav", 0.02).parent
+        folder = write_tone(f"recordings/{number}.wav", 0.03).parent
     network = Network([partial(FixedLength, None)], natural_cut=(1,), identity="fixed")
-    options = {"data.window": 40, "training.stages": 1}
+    options = {"data.window": 80, "training.stages": 1}
     result = run_tiny("speech", f"speech:{folder}", UserObjects(network), **options)
     written = layerwise.export(result.paths.out, tmp_path / "encoder", "pt2", network=network)
-    assert written.fixed == "40 samples of each waveform"
+    assert written.fixed == "80 samples of each waveform"
     card = (tmp_path / "encoder" / "README.md").read_text()
-    assert "In this file the size of the input is fixed: 40 samples of each waveform." in card
+    assert "In this file the size of the input is fixed: 80 samples of each waveform." in card
     found, encoder = computes(tmp_path / "encoder", "pt2"), load(result.paths.out, network=network)
-    x = torch.randn(5, 40)
+    x = torch.randn(5, 80)
     torch.testing.assert_close(found(x), encoder(x), rtol=1e-4, atol=1e-5)
 
 

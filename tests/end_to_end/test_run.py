@@ -112,7 +112,7 @@ def test_one_stage_trains_the_network_end_to_end(tiny_speech: Tiny, digits: Path
     assert len(result.state.stages) == 1
     with ActivationCache(result.paths.cache(1)) as cache:
         assert cache.frame_shape == (8,)
-        assert cache.layout.hop == 40
+        assert cache.layout.hop == 80
 
 
 def test_the_held_out_and_test_recordings_are_never_trained_on(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.config import EngineOptions
+from layerwise.config.options import EngineOptions
 from layerwise.engines.sbatch import script, submit
 from layerwise.errors import SlurmError
 

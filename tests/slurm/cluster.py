@@ -107,6 +107,7 @@ class Cluster:
                     f"job {number} is {job['JobState']} after {job['Restarts']} restarts, not queued again"
                 )
             time.sleep(0.1)
+        time.sleep(1.1)  # what starts within the second in which the job was killed counts as killed, too
         self.call("scontrol", "update", f"JobId={number}", "StartTime=now")
 
 

@@ -131,7 +131,7 @@ def test_the_device_holds_what_is_predicted_and_in_the_end_nothing(
     planned_stages: Planned, noise_data: Callable[..., DataSet], kind: str, windows: int
 ) -> None:
     recomputed, _, window, config = both_feeds(kind, planned_stages, noise_data, 2, windows)
-    plans = tuple(recomputed._plans)
+    plans = tuple(recomputed._specs)
     epoch = training_epoch(recomputed, np.arange(6), window, 3, np.random.default_rng(0))
     with Meter(CPU) as meter:
         for _ in recomputed.batches(epoch, 0, not_parked):
@@ -147,7 +147,7 @@ def test_where_the_windows_do_not_fit_fewer_go_at_once(
     recomputed, _, window, config = both_feeds("speech", planned_stages, noise_data, 2, windows=4)
     epoch = training_epoch(recomputed, np.arange(6), window, 4, np.random.default_rng(0))
     expected = list(recomputed.batches(epoch, 0, not_parked))
-    limit, needed = (recomputing_peak(config, tuple(recomputed._plans), n, window.frames) for n in (1, 4))
+    limit, needed = (recomputing_peak(config, tuple(recomputed._specs), n, window.frames) for n in (1, 4))
     assert limit < needed
     with Meter(CPU, limit=limit):
         found = list(recomputed.batches(epoch, 0, not_parked))
