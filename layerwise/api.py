@@ -174,7 +174,7 @@ def _request(
     config = resolve(recipe, None if config_file is None else Path(config_file), overrides)
     samples = None if data is None or isinstance(data, str) else as_data(data, config.data)
     if isinstance(network, nn.Module):
-        reading = samples or open_data(config.data, shortest_sample(config))
+        reading = samples if samples is not None else open_data(config.data, shortest_sample(config))
         network = traced_network(network, tuple(reading.frame_shape))
     optimization = _optimization(optimizer, schedule, config)
     return config, UserObjects(None if isinstance(network, str) else network, None, samples, optimization)

@@ -137,7 +137,15 @@ TINY_SPEECH = {
     "cache.block": "4kB",
     "cache.keep": "all",
 }
-"""A speech network of four stages that trains in a second."""
+"""A speech network of three convolutions and a recurrent layer that trains in a second, one stage each."""
+
+CONVOLUTIONS = {
+    "net.context": 0,
+    "net.kernels": [10, 8, 4, 4],
+    "net.strides": [5, 4, 2, 2],
+    "net.paddings": [2, 2, 1, 1],
+}
+"""Four of them in its place train in half the time, which shows in many runs."""
 
 TINY_VISION = {
     "net.name": "vision",
@@ -169,7 +177,7 @@ def tiny_options() -> dict[str, dict[str, object]]:
 @pytest.fixture
 def tiny_speech(tmp_path: Path) -> Callable[..., Config]:
     """tiny_speech(source, **{"dotted.key": value}): a configuration whose run lies in the test's own folder."""
-    return lambda source, **changes: _tiny(TINY_SPEECH, tmp_path, source, changes)
+    return lambda source, **changes: _tiny(TINY_SPEECH | CONVOLUTIONS, tmp_path, source, changes)
 
 
 @pytest.fixture
@@ -219,7 +227,7 @@ def small_run(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a finished run of four stages, probed for digits and speakers; to be read, not changed."""
     folder = tmp_path_factory.mktemp("small")
     budgets = {"memory.gpu_mem": "5MB", "cache.disk": "20MB", "training.stages": 4}
-    out = run(_tiny(TINY_SPEECH, folder, f"fsdd:{digits}", budgets)).paths.out
+    out = run(_tiny(TINY_SPEECH | CONVOLUTIONS, folder, f"fsdd:{digits}", budgets)).paths.out
     for label in ("digit", "speaker"):
         probe(out, label)
     return out

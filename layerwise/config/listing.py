@@ -33,7 +33,7 @@ def options() -> Iterator[Option]:
 
 def _as_option(key: str, field: Any) -> Option:
     extra = field.json_schema_extra
-    return Option(key, extra["flag"], extra["scope"], field.description.replace("\n", " "), field.default)
+    return Option(key, extra["flag"], extra["scope"], (field.description or "").replace("\n", " "), field.default)
 
 
 def changed_options(old: Config, new: Config, scopes: set[Scope]) -> list[tuple[Option, Any, Any]]:

@@ -123,11 +123,13 @@ def _start(device: str, log: Path, run: Run, inbox: Inbox) -> _Worker:
 
 
 def _listen(worker: _Worker, inbox: Inbox) -> None:
-    with worker.output, suppress(EOFError, OSError):  # it has ended, perhaps within a message
-        while True:
-            inbox.put((worker, worker.output.recv()))
-    worker.process.wait()
-    inbox.put((worker, EOFError()))
+    try:
+        with worker.output, suppress(EOFError, OSError):  # it has ended, perhaps within a message
+            while True:
+                inbox.put((worker, worker.output.recv()))
+    finally:  # whatever it has sent: a run that is not told of its end would wait for it for ever
+        worker.process.wait()
+        inbox.put((worker, EOFError()))
 
 
 def _replacement(worker: _Worker, deaths: int, run: Run, inbox: Inbox, notify: Notify) -> _Worker:

@@ -74,8 +74,8 @@ def _layer_effects(network: Network, index: int, frame_shape: tuple[int, ...]) -
     shape = (_shortest_input(without_values), *frame_shape)
     try:
         effects, operations = _effects_on_fake_tensors(build, shape)
-    except Exception:  # a layer of anybody's, without values: to assume random numbers is always safe
-        effects, operations = BatchEffects(uses_randomness=True, why_unsliceable=None), 0
+    except Exception:  # a layer of anybody's, without values: unless two samples tell more, it may do anything
+        effects, operations = BatchEffects(True, f"layer {index} of the network cannot be tried without values"), 0
     batch_norm = find_batch_norm(without_values)
     if batch_norm:
         return BatchEffects(effects.uses_randomness, _ties_samples(batch_norm))

@@ -19,8 +19,10 @@ class Draw:
 
     rows: np.ndarray
     """int64 [R], sorted: all real frames of B neighbouring samples, numbered b * L + t over the padded batch."""
-    samples: np.ndarray
-    """int64 [R], which of the B samples each row is of, from 0 on."""
+    frames: int
+    """L of the padded batch."""
+    first: int
+    """The first of the B samples."""
     lengths: np.ndarray
     """float32 [B], real frames of each, at least 1."""
     scored: np.ndarray
@@ -31,17 +33,19 @@ class Draw:
     """float32 [S], 0 where there is no right answer. Over all passes of a batch they sum to 1, or to 0 where none has one."""
 
 
-def _pooled(lengths: np.ndarray, frames: int, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`rows`, `samples` and `lengths` of a draw of these neighbouring samples, int64 [B], of a batch."""
-    lengths = lengths[batch]
-    samples, frame = np.nonzero(np.arange(frames) < lengths[:, None])
-    return (batch[0] + samples) * frames + frame, samples, np.maximum(lengths, 1).astype(np.float32)
+def _pooled(lengths: np.ndarray, frames: int, samples: np.ndarray) -> tuple[np.ndarray, int, int, np.ndarray]:
+    """The first four fields of a draw of these neighbouring samples, int64 [B], of a batch."""
+    first, lengths = int(samples[0]), lengths[samples]
+    sample, frame = np.nonzero(np.arange(frames) < lengths[:, None])
+    return (first + sample) * frames + frame, frames, first, np.maximum(lengths, 1).astype(np.float32)
 
 
 def _means(vectors: torch.Tensor, draw: Draw) -> torch.Tensor:
     """vectors (R, C) at the rows of the draw to means (B, C), in float32 at least."""
     device, dtype = vectors.device, torch.promote_types(vectors.dtype, torch.float32)
-    samples, lengths = (torch.as_tensor(each, device=device) for each in (draw.samples, draw.lengths))
+    # Worked out from the rows, of which a rehearsal has more than are drawn.
+    samples = torch.as_tensor(draw.rows // draw.frames - draw.first, device=device)
+    lengths = torch.as_tensor(draw.lengths, device=device)
     total = torch.zeros(len(lengths), vectors.shape[1], dtype=dtype, device=device)
     return total.index_add(0, samples, vectors.to(dtype)) / lengths[:, None]
 
@@ -97,7 +101,8 @@ class NTXent(nn.Module):
         scored = torch.as_tensor(draw.scored, device=contexts.device)
         similarity = compared[scored] @ compared.T / self.temperature
         itself = scored[:, None] == torch.arange(len(compared), device=contexts.device)
-        return _cross_entropy(similarity.masked_fill(itself, -torch.inf), draw)
+        similarity = similarity.masked_fill(itself, -torch.inf)
+        return _cross_entropy(similarity, draw)
 
 
 class Supervised(nn.Module):

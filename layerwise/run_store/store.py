@@ -44,12 +44,17 @@ def cache_files(folder: Path) -> list[CacheFile]:
     return files
 
 
+@dataclass(unsafe_hash=True)
 class RunStore:
     """All files of one run, or of one of its rounds: their paths, locks and contents."""
 
-    def __init__(self, out: Path, caches: Path) -> None:
-        """out: the run directory; caches: the folder of its activation caches."""
-        self.out, self.caches = out, caches
+    out: Path
+    """The run directory."""
+    caches: Path
+    """The folder of its activation caches."""
+
+    def __post_init__(self) -> None:
+        out, caches = self.out, self.caches
         self.state = out / "run.json"
         self.config = out / "config.toml"
         self.log = out / "log.txt"
@@ -151,9 +156,12 @@ class RunStore:
         """Replaces machine.json atomically. Raises RunError."""
         write_json(self.machine, machine)
 
+    def probe(self, name: str) -> Path:
+        return self.probes / f"{name}.json"
+
     def write_probe(self, name: str, result: dict[str, Any]) -> None:
         """Replaces probes/NAME.json atomically. Raises RunError."""
-        write_json(self.probes / f"{name}.json", result)
+        write_json(self.probe(name), result)
 
     def read_restarts(self) -> dict[str, Any]:
         """What was noted last: where the run stood, and how many starts in a row ended there. Empty where it is unreadable."""

@@ -116,7 +116,7 @@ def forward_all(
             batch, last = next(pieces), group.is_last(start)
             kept: list[T] = []
             with metered(look), torch.no_grad():
-                for number, (frames, lengths) in enumerate(_forward(stages, batch, states, last, device)):
+                for number, frames, lengths in _forward(stages, batch, states, last, device):
                     kept = [
                         keep(number, rendering, outputs[:length])
                         for rendering, outputs, length in zip(renderings, frames, lengths.tolist(), strict=True)
@@ -151,8 +151,8 @@ def within_budget(work: Callable[[int, RunContext], T], config: Config, data: Da
 
 def _forward(
     stages: Sequence[InferenceStage], batch: Batch, states: list[Any] | None, last: bool, device: torch.device
-) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-    """What each stage hands over: frames (B, L, *frame shape) on the device, and int64 [B] real lengths.
+) -> Iterator[tuple[int, torch.Tensor, np.ndarray]]:
+    """Each stage's number, from 0, and what it hands over: frames (B, L, *frame shape) on the device, int64 [B] real lengths.
 
     states: one for each stage where the batch is the next piece of one sample, None before its first and brought up to
     date here; last: whether it ends the sample. None where samples lie side by side.
@@ -169,7 +169,7 @@ def _forward(
                 lengths = np.array([frames.shape[1]])
             del module
             frames = stage.as_stored(frames)
-        yield frames, lengths
+        yield number, frames, lengths
 
 
 def _should_meter(meter: AnyMeter, group: Group) -> bool:
