@@ -15,7 +15,7 @@ run: .venv/ready
 	$(BIN)/layerwise run
 
 test: .venv/ready lint
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 3 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -170,8 +170,8 @@ TINY_VISION = {
 
 @pytest.fixture(scope="session")
 def tiny_options() -> dict[str, dict[str, object]]:
-    """The two of them by the kind of data, for runs that several tests share."""
-    return {"speech": TINY_SPEECH, "vision": TINY_VISION}
+    """They by the kind of data, for runs that several tests share; without a recurrent layer: convolutions."""
+    return {"speech": TINY_SPEECH, "convolutions": TINY_SPEECH | CONVOLUTIONS, "vision": TINY_VISION}
 
 
 @pytest.fixture

@@ -30,6 +30,9 @@ from layerwise.training.schedule import Task
 if TYPE_CHECKING:
     from distributed import Client, Future, Variable
 
+ANSWER_SECONDS = 10
+"""How long a scheduler may take to answer."""
+
 POLL_SECONDS = 0.2
 ATTEMPTS = 3
 LOG_LINES = 15
@@ -202,7 +205,7 @@ def _client(scheduler: str | None, workers: int) -> "Iterator[Client]":
         else:
             address = scheduler
         try:
-            client = distributed.Client(address, timeout=10)
+            client = distributed.Client(address, timeout=ANSWER_SECONDS)
         except (OSError, ValueError) as error:
             raise ConfigError(f"--scheduler {scheduler}: no Dask scheduler answers there ({error}).") from None
         yield stack.enter_context(client)

@@ -228,7 +228,7 @@ BAD_REQUESTS = {
     "device that does not exist": (["--device", "tpu"], "--device: "),
     "missing configuration": (["--config", "none.toml"], "none.toml cannot be read"),
     "from a stage that is not there": (["--from-stage", "3"], "would begin anew"),
-    "window too small": (["--set", "data.window=60"], "data.window 60 is too small; give at least 81"),
+    "window too small": (["--set", "data.window=60"], "data.window 60 is too small; give at least 161"),
     "kernels without strides": (["--set", "net.kernels=[3]"], "one entry per convolution"),
     "pattern without a group": (["--set", "data.pattern=abc"], "names no label"),
     "unknown service": (["--log", "paper"], "--log: input should be 'none', 'tensorboard', 'wandb' or 'mlflow'"),

@@ -109,12 +109,6 @@ def test_a_torchvision_network_is_cut_by_the_budget_trained_resumed_exported_and
 ) -> None:
     size = ("--set", "data.picture=32", "--batch-size", 8, "--max-epochs", 1)
     asked = ("--net", "torchvision:resnet18", "--data", "images:pictures", "--gpu-mem", "120MB", *size)
-    plan = call("plan", *asked, "--json")
-    forecast = json.loads(plan.stdout)
-    assert forecast["fits"]
-    assert 1 < len(forecast["stages"]) < 10
-    assert max(stage["train_peak_bytes"] for stage in forecast["stages"]) <= 120e6
-
     stopped = call("run", *asked, "--out", "run", "--time", "4s")
     assert stopped.returncode in (0, 75), stopped.stderr
     resumed = call("run", *asked, "--out", "run")
@@ -128,4 +122,5 @@ def test_a_torchvision_network_is_cut_by_the_budget_trained_resumed_exported_and
     assert encoder(batch).shape == (2, 1, 512)
     assert torch.equal(encoder(batch), exported(batch))
     state = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert 1 < len(state["stages"]) < 10
     assert max(stage["peak_bytes"] for stage in state["stages"]) <= 120e6

@@ -145,7 +145,10 @@ def test_what_cannot_be_done_ends_the_run(config: Config) -> None:
         run(config.model_copy(update={"training": training}))
 
 
-def test_a_scheduler_that_is_not_there_is_named(tiny_speech: Tiny, digits: Path) -> None:
+def test_a_scheduler_that_is_not_there_is_named(
+    tiny_speech: Tiny, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layerwise.engines.dask.ANSWER_SECONDS", 1)
     nowhere = tiny_speech(f"fsdd:{digits}", **ROUNDS, **{"engine.scheduler": "tcp://127.0.0.1:9"})
     with pytest.raises(ConfigError, match=r"--scheduler tcp://127.0.0.1:9: no Dask scheduler answers"):
         run(nowhere)

@@ -43,7 +43,7 @@ def undisturbed(
     """All methods with seed 0; to be read, not changed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     places = {"data.source": f"fsdd:{few_digits}", "out": str(folder / "run"), "cache.dir": str(folder / "cache")}
-    config = resolve(overrides={**tiny_options["speech"], **places, **OPTIONS})
+    config = resolve(overrides={**tiny_options["convolutions"], **places, **OPTIONS})
     return Compared(config, compare(config, "digit", seeds=[0]))
 
 

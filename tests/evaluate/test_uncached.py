@@ -37,7 +37,7 @@ def trained(
     """Stage 1 is cached as bfloat16, and those above, which were trained again later, as float32."""
     folder = tmp_path_factory.mktemp("mixed")
     places = {"data.source": f"fsdd:{digits}", "out": str(folder / "run"), "cache.dir": str(folder / "cache")}
-    options = {**tiny_options["speech"], **places, "training.stages": 4, "training.max_epochs": 1}
+    options = {**tiny_options["convolutions"], **places, "training.stages": 4, "training.max_epochs": 1}
     run(resolve(overrides={**options, "cache.dtype": "bfloat16"}))
     return run(resolve(overrides={**options, "cache.dtype": "float32"}), from_stage=2)
 

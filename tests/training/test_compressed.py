@@ -39,7 +39,7 @@ def undisturbed(
     @cache
     def finish(dtype: str, compression: str) -> RunResult:
         options = {"data.source": f"fsdd:{few_digits}", "training.max_epochs": 1, "cache.dtype": dtype}
-        config = resolve(overrides={**tiny_options["speech"], **options})
+        config = resolve(overrides={**tiny_options["convolutions"], **options})
         return run(in_folder(config, tmp_path_factory.mktemp("undisturbed"), compression))
 
     return finish
