@@ -19,7 +19,9 @@ from layerwise.engines.run import run
 
 Tiny = Callable[..., Config]
 OPTIONS = {
-    **{"net.kernels": [10, 8, 4], "net.strides": [5, 4, 2], "net.paddings": [2, 2, 1]},  # three stages
+    "net.kernels": [10, 8, 4],
+    "net.strides": [5, 4, 2],
+    "net.paddings": [2, 2, 1],  # three stages
     "training.max_epochs": 24,
     "training.patience": 24,
     "training.checkpoint_seconds": 0,
