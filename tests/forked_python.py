@@ -7,6 +7,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ def _is_program(arguments: list[str]) -> bool:
 def _become(arguments: list[str], environment: dict[str, str], passed: Sequence[int]) -> None:
     """In the child, whose standard streams and folder are set: runs the program, and never returns."""
     _let_go_of_other_files(passed)
+    _forget_modules_of_tests()
     subprocess.Popen = ForkedPython  # type: ignore[misc]
     gc.enable()  # subprocess switches it off around a fork
     os.environ.clear()
@@ -68,6 +70,15 @@ def _become(arguments: list[str], environment: dict[str, str], passed: Sequence[
     finally:
         sys.stdout.flush()
         os._exit(code if isinstance(code, int) else 1)
+
+
+def _forget_modules_of_tests() -> None:
+    """A new interpreter finds those of its own folder, whatever an earlier test has imported under the same name."""
+    installed = (sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parents[1]))
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and not file.startswith(installed):
+            del sys.modules[name]
 
 
 def _let_go_of_other_files(passed: Sequence[int]) -> None:
