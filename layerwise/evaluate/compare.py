@@ -184,8 +184,8 @@ def _outcome(
     result = run(options, UserObjects(cut=cut, data=data), stop=stop, notify=notify)
     weights, origin = load_encoder(result.paths.encoder)
     together = OutputFormat(options.training.precision, None)
-    handings = origin.handings if len(result.state.stages) == len(specs) else [together] * len(specs)
-    stages = trained_stages(specs, handings, weights)
+    output_formats = origin.handings if len(result.state.stages) == len(specs) else [together] * len(specs)
+    stages = trained_stages(specs, output_formats, weights)
     errors = _errors(options, task, specs, stages, result.paths.probes, stop)
     records = result.state.stages
     disk = disk_peak(options.cache, cache_sizes(specs, data, options.cache), CachePlan.of(records))

@@ -64,16 +64,16 @@ def probe(
         )
     specs = stage_specs(config, data, network, ranges(state.cut))[: max(done)]
     task = probe_task(label, data, config)
-    handings = [OutputFormat.of(store.read_stage_config(spec.stage)) for spec in specs]
+    output_formats = [OutputFormat.of(store.read_stage_config(spec.stage)) for spec in specs]
 
     notify("features of the same network with random weights")
-    random = random_stages(specs, handings, config.training.seed)
+    random = random_stages(specs, output_formats, config.training.seed)
     untrained, peak = features_under_budget(config, task, random, store.probes, stop)
     recomputed: list[FeatureRows] = []
     cached = {stage: _cached_features(store, state, stage, task, stop, warn) for stage in done}
     if any(features is None for features in cached.values()):
         notify("features of stages that are not cached")
-        stages = trained_stages(specs, handings, load_stages(store, [spec.stage for spec in specs]))
+        stages = trained_stages(specs, output_formats, load_stages(store, [spec.stage for spec in specs]))
         recomputed, more = features_under_budget(config, task, stages, store.probes, stop)
         peak = max(peak, more)
     results = []

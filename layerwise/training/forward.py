@@ -1,4 +1,4 @@
-"""Runs trained stages forward over whole samples: one into its cache, or all of them for probes and extraction.
+"""Runs trained stages forward over whole samples: one for its cache, or all of them for probes and extraction.
 
 At most `piece` input frames are on the device at a time. A sample longer than that is streamed through the module, whose
 layers carry their state, and gives what one pass would give. Where several stages run, one module is on the device at a time.
@@ -13,13 +13,11 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_iter
 
-from layerwise.cache import CacheWriter
 from layerwise.cache.dtypes import STORED, as_array
 from layerwise.config import Config
-from layerwise.data.batches import Batch, Group, group_renderings
+from layerwise.data.batches import Batch, Group
 from layerwise.data.source import DataSet
 from layerwise.errors import TrainingError
-from layerwise.events import CachingProgress
 from layerwise.memory.device import (
     autocast,
     cap,
@@ -229,25 +227,3 @@ def longest_piece_of_samples(config: Config, data: DataSet) -> int:
     """The same for samples that pass through all stages from the data on: half a training batch of windows or samples."""
     per_sample = config.data.window if config.data.frames == "steps" else int(data.lengths[0])
     return max(config.training.batch_size * per_sample // 2, 1)
-
-
-def cache_outputs(stage: InferenceStage, loader: Loader, writer: CacheWriter, piece: int, context: RunContext) -> None:
-    """Writes what the writer lacks. Raises Interrupted between two pieces; what is written so far stays.
-
-    Writers that share a cache go through the groups of the whole of it, each through those that its rows are in: the values
-    are those of one writer to the bit.
-    """
-    layout, meter = writer.layout, context.meter
-    rows_done, rows_stop = writer.rows_done, writer.rows_stop
-    groups = group_renderings(np.repeat(loader.lengths, loader.views), piece) if rows_done < rows_stop else []
-    missing = [
-        group for group in groups if layout.offsets[group.stop] > rows_done and layout.offsets[group.first] < rows_stop
-    ]
-    row = int(layout.offsets[missing[0].first]) if missing else 0
-    for _, rows, _ in forward_all(
-        [stage], loader, missing, lambda number, rendering, outputs: to_host(outputs), context
-    ):
-        writer.write(rows[max(rows_done - row, 0) : max(rows_stop - row, 0)])
-        row += len(rows)
-        context.notify(CachingProgress(layout.stage, min(row, rows_stop), rows_stop, meter.live, meter.peak))
-        context.stop.raise_if_set(f"in the cache of stage {layout.stage}, after row {row}")

@@ -13,13 +13,15 @@ import numpy as np
 
 from layerwise.cache import ActivationCache, CacheWriter
 from layerwise.cache.inventory import publish
+from layerwise.data.batches import group_renderings
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, Interrupted, RunError, UnusableCache
+from layerwise.events import CachingProgress
 from layerwise.memory.device import halve_until_it_fits
 from layerwise.training.cache_plan import cache_layout
 from layerwise.training.checkpoint import load_stages, load_weights
 from layerwise.training.context import RunContext
-from layerwise.training.forward import InferenceStage, OutputFormat, cache_outputs, shortest_piece
+from layerwise.training.forward import InferenceStage, OutputFormat, forward_all, shortest_piece, to_host
 from layerwise.training.loader import Loader
 from layerwise.training.run import Round
 from layerwise.training.spec import StageSpec, frame_labels
@@ -54,7 +56,7 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
         def write(piece: int) -> None:
             with open_writer() as writer:
                 try:
-                    cache_outputs(stage, loader, writer, piece, context)
+                    _write_outputs(stage, loader, writer, piece, context)
                 finally:
                     record_progress()
                 if ranks.count == 1:
@@ -79,6 +81,28 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
         with suppress(OSError):
             written.parent.rmdir()  # unless another stage is written there
     record.cache, record.cache_bytes = str(path), path.stat().st_size
+
+
+def _write_outputs(stage: InferenceStage, loader: Loader, writer: CacheWriter, piece: int, context: RunContext) -> None:
+    """Writes what the writer lacks. Raises Interrupted between two pieces; what is written so far stays.
+
+    Writers that share a cache go through the groups of the whole of it, each through those that its rows are in: the values
+    are those of one writer to the bit.
+    """
+    layout, meter = writer.layout, context.meter
+    rows_done, rows_stop = writer.rows_done, writer.rows_stop
+    groups = group_renderings(np.repeat(loader.lengths, loader.views), piece) if rows_done < rows_stop else []
+    missing = [
+        group for group in groups if layout.offsets[group.stop] > rows_done and layout.offsets[group.first] < rows_stop
+    ]
+    row = int(layout.offsets[missing[0].first]) if missing else 0
+    for _, rows, _ in forward_all(
+        [stage], loader, missing, lambda number, rendering, outputs: to_host(outputs), context
+    ):
+        writer.write(rows[max(rows_done - row, 0) : max(rows_stop - row, 0)])
+        row += len(rows)
+        context.notify(CachingProgress(layout.stage, min(row, rows_stop), rows_stop, meter.live, meter.peak))
+        context.stop.raise_if_set(f"in the cache of stage {layout.stage}, after row {row}")
 
 
 def written_at(path: Path, round: Round) -> Path:
