@@ -44,7 +44,7 @@ MUTATIONS = [
         "a file is renamed before it is synced",
         "os.fsync(file.fileno())\n            os.replace",
         "os.replace",
-        "faults/test_crash_at_every_write.py",
+        "cache/test_durability.py",
     ),
     Mutation(
         "a lock is not taken",

@@ -1,13 +1,11 @@
 """The report in a real browser: Debian's Chromium, driven by playwright; skipped where either is missing."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from layerwise.report.html import write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -50,9 +48,9 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(params=["run", "comparison"])
-def report(request: pytest.FixtureRequest, run_directory: Path, comparison_directory: Callable[..., Path]) -> Path:
+def report(request: pytest.FixtureRequest, run_report: Path, comparison_report: Path) -> Path:
     """A report of each kind."""
-    return write_report(run_directory if request.param == "run" else comparison_directory(finished=False))
+    return run_report if request.param == "run" else comparison_report
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -88,12 +86,11 @@ def test_a_report_reads_well(browser: Any, report: Path, scheme: str, width: int
     page.close()
 
 
-def test_the_drawings_take_the_colours_of_the_page(browser: Any, run_directory: Path) -> None:
-    report = write_report(run_directory)
+def test_the_drawings_take_the_colours_of_the_page(browser: Any, run_report: Path) -> None:
     colors = {}
     for scheme in ("light", "dark"):
         page = browser.new_page(color_scheme=scheme)
-        page.goto(report.as_uri())
+        page.goto(run_report.as_uri())
         colors[scheme] = page.evaluate(
             "[...document.querySelectorAll('svg path')].map(path => getComputedStyle(path).stroke)"
         )

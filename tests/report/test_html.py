@@ -19,8 +19,8 @@ def titles(page: str) -> list[str]:
     return re.findall(r"<figure>\s*<h[23]>(.*?)</h[23]>", page)
 
 
-def test_a_report_of_a_run_shows_everything(run_directory: Path) -> None:
-    page = write_report(run_directory).read_text()
+def test_a_report_of_a_run_shows_everything(run_report: Path) -> None:
+    page = run_report.read_text()
     assert titles(page) == [
         "Loss",
         "Device memory",
@@ -37,13 +37,13 @@ def test_a_report_of_a_run_shows_everything(run_directory: Path) -> None:
     assert "<dt>torch</dt>" in page
     assert "not finished" not in page
     for name in ("losses", "memory", "errors-digit", "errors-speaker", "confusion-digit", "caches"):
-        assert (run_directory / "plots" / f"{name}.svg").read_text().startswith("<?xml")
-        with Image.open(run_directory / "plots" / f"{name}.png") as picture:
+        assert (run_report.parent / "plots" / f"{name}.svg").read_text().startswith("<?xml")
+        with Image.open(run_report.parent / "plots" / f"{name}.png") as picture:
             assert min(picture.size) > 300
 
 
-def test_a_report_needs_nothing_from_anywhere(run_directory: Path) -> None:
-    page = write_report(run_directory).read_text()
+def test_a_report_needs_nothing_from_anywhere(run_report: Path) -> None:
+    page = run_report.read_text()
     assert "default-src 'none'" in page
     assert not re.search(r"<(script|link[^>]+stylesheet|img|iframe|object)", page)
     assert set(re.findall(r'(?:src|href)="([^#"]+)', page)) == {"data:,"}
@@ -57,17 +57,16 @@ def test_the_same_run_gives_the_same_report(run_directory: Path) -> None:
     assert files() == files()
 
 
-def test_ids_are_used_once(comparison_directory: Callable[..., Path]) -> None:
-    page = write_report(comparison_directory()).read_text()
+def test_ids_are_used_once(comparison_report: Path) -> None:
+    page = comparison_report.read_text()
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page)) != set()
     assert {one or other for one, other in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page)} <= set(ids)
 
 
-def test_a_report_of_a_comparison_shows_every_method(comparison_directory: Callable[..., Path]) -> None:
-    folder = comparison_directory()
-    page = write_report(folder).read_text()
+def test_a_report_of_a_comparison_shows_every_method(comparison_report: Path) -> None:
+    folder, page = comparison_report.parent, comparison_report.read_text()
     assert titles(page)[:2] == ["Error per module: digit", "Cost"]
     for method in METHODS:
         assert f"<td>{method}</td>" in page
@@ -206,8 +205,8 @@ def contrast(one: str, other: str) -> float:
     return (lighter + 0.05) / (darker + 0.05)
 
 
-def test_lines_stand_out_in_light_and_dark(run_directory: Path) -> None:
-    page = write_report(run_directory).read_text()
+def test_lines_stand_out_in_light_and_dark(run_report: Path) -> None:
+    page = run_report.read_text()
     light, dark = re.findall(r":root \{(.*?)\}", page, flags=re.DOTALL)
     for theme in (light, dark):
         colors = dict(re.findall(r"--(\w+): (#\w{6});", theme))
