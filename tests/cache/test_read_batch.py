@@ -88,7 +88,7 @@ def test_a_batch_holds_its_windows_and_zeros(
             assert torch.equal(read, padded([one_by_one.read(*window) for window in batch]))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=ONE_READER)
+@settings(max_examples=75, deadline=None, suppress_health_check=ONE_READER)
 @given(
     block_bytes=st.integers(1, 200),
     chain_blocks=st.integers(1, 9),

@@ -1,5 +1,6 @@
 """Starting again: after a signal, a kill, a changed option, a wish to retrain."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -460,3 +461,14 @@ def test_on_a_gpu_a_run_stays_under_its_budget(tiny_speech: Tiny, digits: Path) 
     state = run(config).state
     assert state.device == "cuda:0"
     assert all(0 < (record.peak_bytes or 0) < 10**9 for record in state.stages)
+
+
+def test_a_cache_of_another_training_is_refused(
+    tiny_speech: Tiny, digits: Path, tmp_path: Path, finished: Finished
+) -> None:
+    config = tiny_speech(f"fsdd:{digits}")
+    ours = finished(config)
+    theirs = finished(tiny_speech(f"fsdd:{digits}", out=str(tmp_path / "theirs"), **{"training.seed": 1}))
+    shutil.copy(theirs.paths.cache(2), ours.paths.cache(2))
+    with pytest.raises(RunError, match=r"stage-2\.h5 was not made by this run"):
+        run(config)
