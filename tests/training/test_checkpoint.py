@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from layerwise.training.checkpoint import load_arrays, save_arrays
+from layerwise.training.checkpoint import Progress, load_arrays, save_arrays
 
 
 def test_the_same_arrays_and_metadata_make_the_same_bytes_and_come_back(tmp_path: Path) -> None:
@@ -21,3 +21,11 @@ def test_the_same_arrays_and_metadata_make_the_same_bytes_and_come_back(tmp_path
         name: (value.dtype, value.tolist()) for name, value in arrays.items()
     }
     assert int.from_bytes(content[:8], "little") % 8 == 0
+
+
+def test_the_next_round_counts_on_and_measures_its_losses_anew() -> None:
+    """Its input is another: what was lowest in this round may never be reached again."""
+    ended = Progress(epoch=4, first_epoch=2, best_loss=0.5, plateau_loss=0.6, plateau_epochs=1)
+    begun = ended.in_next_round()
+    assert (begun.epoch, begun.first_epoch) == (4, 4)
+    assert (begun.best_loss, begun.plateau_loss, begun.plateau_epochs) == (None, None, 0)
