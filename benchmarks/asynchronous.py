@@ -49,7 +49,7 @@ class Times:
     def __call__(self, event: Event) -> None:
         if isinstance(event, StageStarted):
             self._round[event.stage] = event.round
-            self.prepared_run[Task(event.round, event.stage)] = time.monotonic()
+            self.begun[Task(event.round, event.stage)] = time.monotonic()
         if isinstance(event, EpochDone):
             task = Task(self._round[event.stage], event.stage)
             self.training[task] = self.training.get(task, 0.0) + event.seconds
@@ -59,12 +59,12 @@ class Times:
     @property
     def makespan(self) -> float:
         """Seconds from the first task's beginning to the last one's end."""
-        return max(self.ended.values()) - min(self.prepared_run.values())
+        return max(self.ended.values()) - min(self.begun.values())
 
     @property
     def tasks(self) -> dict[Task, float]:
         """Seconds of each."""
-        return {task: self.ended[task] - self.prepared_run[task] for task in self.ended}
+        return {task: self.ended[task] - self.begun[task] for task in self.ended}
 
 
 def main() -> None:

@@ -175,7 +175,7 @@ def floor_of(config: Config, plan: StageSpec, device: torch.device) -> list[Step
     with torch.no_grad():
         ones = torch.ones_like(module(frames, lengths)[1])
     anchors = config.training.batch_size * min(config.objective.anchors * plan.window.columns, ones.shape[1])
-    contexts = torch.randn(anchors, plan.context_channels, device=device)
+    contexts = torch.randn(anchors, plan.output_shape[0], device=device)
 
     def forward_and_backward() -> None:
         module(frames, lengths)[1].backward(ones)
