@@ -56,6 +56,8 @@ class Batch:
     """int64 [B], real frames of each window."""
     classes: np.ndarray | None = None
     """int64 [B], for objectives that learn a label; -1 where a sample has none."""
+    renderings: np.ndarray | None = None
+    """int64 [B], which renderings of a group a piece is of, in order; None: all of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """New recordings or pictures through a trained encoder, under the device budget and in constant host memory."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from layerwise.cache.export import FeatureFile, MeanFile
 from layerwise.config import Config, with_options
-from layerwise.data.batches import group_renderings
+from layerwise.data.batches import Batch, Group, collate, group_renderings, read_ahead
 from layerwise.data.open import open_input
 from layerwise.data.source import DataSet, Skipped, Subset
 from layerwise.encoder.load import Given, entry_of, load_stages
@@ -18,7 +19,7 @@ from layerwise.errors import BudgetError, DataError
 from layerwise.stop import StopFlag
 from layerwise.training.context import RunContext
 from layerwise.training.forward import InferenceStage, forward_all, to_host, within_budget
-from layerwise.training.loader import SourceLoader
+from layerwise.training.loader import Offload, SourceLoader
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,21 +100,29 @@ def _fill(
     def pass_all(piece: int, context: RunContext) -> None:
         nonlocal done
         file.drop()  # what an earlier attempt has left of a sample
-        first, source = done, _Readable(data, done)
-        groups = group_renderings(source.lengths, piece)
-        for number, rows, last in forward_all(stages, SourceLoader(source, context.device), groups, keep, context):
+        first, source = done, Subset(data, np.arange(done, len(data.ids)))
+        loader, groups = _ReadableLoader(source, context.device), group_renderings(source.lengths, piece)
+
+        def skip_to(sample: int) -> None:
+            """Those that are passed over could not be read, or not to their end."""
+            nonlocal done
+            while done < sample:
+                file.drop()
+                skipped.append(Skipped(data.ids[done], loader.faults[done - first]))
+                done += 1
+                notify(f"{done} of {len(data.ids)}")
+
+        for number, rows, last in forward_all(stages, loader, groups, keep, context):
             stop.raise_if_set("before the features were whole, so none are left")
             sample = first + number
+            skip_to(sample)
             file.append(rows)
             if last:
+                file.keep(data.ids[sample])
+                kept.append(sample)
                 done = sample + 1
-                if number in source.faults:
-                    file.drop()
-                    skipped.append(Skipped(data.ids[sample], source.faults[number]))
-                else:
-                    file.keep(data.ids[sample])
-                    kept.append(sample)
                 notify(f"{done} of {len(data.ids)}")
+        skip_to(len(data.ids))
 
     try:
         _, peak = within_budget(pass_all, config, data, stop)
@@ -125,17 +134,26 @@ def _fill(
     return kept, skipped, peak
 
 
-class _Readable(Subset):
-    """Samples `first` on. One that cannot be read is zeros from where it fails, and `faults` says why."""
+class _ReadableLoader(SourceLoader):
+    """Leaves out what cannot be read; of a sample that is read in pieces, those behind it too."""
 
-    def __init__(self, data: DataSet, first: int) -> None:
-        super().__init__(data, np.arange(first, len(data.ids)))
+    def __init__(self, source: Subset, device: torch.device) -> None:
+        super().__init__(source, device)
         self.faults: dict[int, str] = {}
+        """Number of a sample to why it cannot be read."""
 
-    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
-        if sample not in self.faults:
+    def pieces(self, groups: Sequence[Group], offloaded: Offload) -> Iterator[Batch]:
+        return read_ahead(partial(self._read_piece, group, start) for group in groups for start in group.starts)
+
+    def _read_piece(self, group: Group, start: int) -> Batch:
+        samples, frames = [], []
+        for sample in range(group.first, group.stop):
+            if sample in self.faults:
+                continue
             try:
-                return super().read(sample, start, stop)
+                frames.append(self._source.read(sample, start, min(start + group.piece, int(self.lengths[sample]))))
+                samples.append(sample)
             except DataError as error:
                 self.faults[sample] = str(error)
-        return torch.zeros(stop - start, *self.frame_shape)
+        batch = collate(frames) if frames else Batch(torch.empty(0), np.empty(0, dtype=np.int64))
+        return replace(batch, renderings=np.array(samples, dtype=np.int64))

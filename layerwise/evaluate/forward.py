@@ -19,15 +19,15 @@ from layerwise.training.loader import SourceLoader
 
 
 def features_under_budget(
-    config: Config, question: ProbeTask, stages: Sequence[InferenceStage], folder: Path, stop: StopFlag
+    config: Config, task: ProbeTask, stages: Sequence[InferenceStage], folder: Path, stop: StopFlag
 ) -> tuple[list[FeatureRows], int]:
     """Features of each stage, in files in the folder, and the bytes on the device that they took.
 
-    Each file has a row for each sample of the question, or one per chosen frame where it asks per frame; of view 0, in the
+    Each file has a row for each sample of the task, or one per chosen frame where it asks per frame; of view 0, in the
     samples' order. stages: the first ones of the network. Raises BudgetError where --gpu-mem does not hold even short
     pieces, Interrupted between two pieces.
     """
-    data = Subset(question.data, question.samples)
+    data = Subset(task.data, task.samples)
 
     def pass_all(piece: int, context: RunContext) -> list[FeatureRows]:
         files = [FeatureRows(folder) for _ in stages]
@@ -40,7 +40,7 @@ def features_under_budget(
         def keep(number: int, sample: int, frames: torch.Tensor) -> None:
             if (number, sample) not in summaries:
                 length = int(of_stages[number][sample])
-                chosen = choose_frames(int(question.samples[sample]), length, question.per_frame)
+                chosen = choose_frames(int(task.samples[sample]), length, task.per_frame)
                 summaries[number, sample] = SampleSummary(chosen)
             summaries[number, sample].add(frames)
 
@@ -49,11 +49,11 @@ def features_under_budget(
             context.stop.raise_if_set("while probing")
             if last:
                 for number, file in enumerate(files):
-                    file.append(summaries.pop((number, sample)).features(question.per_frame))
+                    file.append(summaries.pop((number, sample)).features(task.per_frame))
         return files
 
     try:
-        return within_budget(pass_all, config, question.data, stop)
+        return within_budget(pass_all, config, task.data, stop)
     except BudgetError as error:
         raise BudgetError(
             f"The run's --gpu-mem of {config.memory.gpu_mem} bytes cannot hold the probe: {error} Start the run again with a "

@@ -109,9 +109,12 @@ def forward_all(
     pieces = loader.pieces(groups, away)
     for group in groups:
         states = [None] * len(stages) if group.streamed else None
-        renderings, look = range(group.first, group.stop), _should_meter(context.meter, group)
+        look = _should_meter(context.meter, group)
         for start in group.starts:
             batch, last = next(pieces), group.is_last(start)
+            renderings = range(group.first, group.stop) if batch.renderings is None else batch.renderings.tolist()
+            if not renderings:
+                continue
             kept: list[T] = []
             with metered(look), torch.no_grad():
                 for number, frames, lengths in _forward(stages, batch, states, last, device):

@@ -225,3 +225,25 @@ def test_what_is_held_at_a_time_does_not_grow_with_the_recording(
     assert max(asked) == 4 * 1600 // 2
     assert max(handed) <= 4 * 1600 // 2 // 40 + 2
     assert sum(asked) == 400_000
+
+
+def test_a_recording_that_breaks_off_is_named_and_leaves_the_others_as_they_are(
+    speech_run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, length in (("a", 2000), ("b", 40_000), ("c", 2000)):
+        tone = 0.1 * np.random.default_rng(length).standard_normal(length)
+        for folder in ("whole", "others") if name != "b" else ("whole",):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            soundfile.write(tmp_path / folder / f"{name}.wav", tone, 8000)
+    layerwise.extract(speech_run.paths.out, tmp_path / "others", tmp_path / "others.npy", mean=True)
+    read = SampleSet.read
+
+    def breaks_off(self: SampleSet, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+        if self.ids[sample] == "b.wav" and start > 0:
+            raise DataError("it ends here")
+        return read(self, sample, start, stop, view)
+
+    monkeypatch.setattr(SampleSet, "read", breaks_off)
+    extracted = layerwise.extract(speech_run.paths.out, tmp_path / "whole", tmp_path / "whole.npy", mean=True)
+    assert [(each.path, each.reason) for each in extracted.skipped] == [("b.wav", "it ends here")]
+    assert np.array_equal(np.load(tmp_path / "whole.npy"), np.load(tmp_path / "others.npy"))
