@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_iter, tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise.nets.module import Module
-from layerwise.nets.network import Network, memoised_per, with_first_weights
+from layerwise.nets.network import Network, memoised_per, with_first_weights, without_values
 
 MOST_OPERATIONS = 2**31
 """Floating point operations of a forward pass that is still cheap; a core takes about 50 ms for them, and up to five
@@ -45,7 +45,7 @@ class BatchEffects:
 @memoised_per(Network)
 def module_effects(network: Network, layers: range, frame_shape: tuple[int, ...]) -> BatchEffects:
     """What the module of these layers does, whatever the device. frame_shape: of its input. Runs on the CPU."""
-    module = network.build(layers, 0, "meta").eval()
+    module = without_values(network, layers)
     x = torch.empty(1, _shortest_input(module), *frame_shape, device="meta")
     effects = []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -70,16 +70,16 @@ def _layer_effects(network: Network, index: int, frame_shape: tuple[int, ...]) -
         """The layer alone, in training mode."""
         return Module({index: with_first_weights(network.layers[index], 0, device)}).train()
 
-    without_values = build("meta")
-    shape = (_shortest_input(without_values), *frame_shape)
+    unfilled = without_values(network, range(index, index + 1))
+    shape = (_shortest_input(unfilled), *frame_shape)
     try:
         effects, operations = _effects_on_fake_tensors(build, shape)
     except Exception:  # a layer of anybody's, without values: unless two samples tell more, it may do anything
         effects, operations = BatchEffects(True, f"layer {index} of the network cannot be tried without values"), 0
-    batch_norm = find_batch_norm(without_values)
+    batch_norm = find_batch_norm(unfilled)
     if batch_norm:
         return BatchEffects(effects.uses_randomness, _ties_samples(batch_norm))
-    parameters = sum(parameter.numel() for parameter in without_values.parameters())
+    parameters = sum(parameter.numel() for parameter in unfilled.parameters())
     if operations > MOST_OPERATIONS or parameters > MOST_PARAMETERS:
         return effects
     try:

@@ -27,6 +27,28 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def memoised_per(owner: type) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Makes a function work out each answer once, and remember it for as long as its argument of this type lives.
+
+    The function is called with positional arguments; the others must be hashable.
+    """
+
+    def memoised(function: Callable[P, T]) -> Callable[P, T]:
+        answers: WeakKeyDictionary[Any, dict[Any, T]] = WeakKeyDictionary()
+
+        @wraps(function)
+        def remembered(*args: P.args, **kwargs: P.kwargs) -> T:
+            key = tuple(arg for arg in args if not isinstance(arg, owner))
+            of_owner = answers.setdefault(next(arg for arg in args if isinstance(arg, owner)), {})
+            if key not in of_owner:
+                of_owner[key] = function(*args, **kwargs)
+            return of_owner[key]
+
+        return remembered
+
+    return memoised
+
+
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Network:
     """Layers from input to output, and the cut that the paper uses. Equal to itself alone: see `memoised_per`."""
@@ -54,6 +76,17 @@ class Network:
         )
 
 
+@memoised_per(Network)
+def without_values(network: Network, layers: range) -> Module:
+    """The module of these layers as shapes alone, in evaluation mode. All who ask for it are given the same one."""
+    return Module({index: _layer_without_values(network, index) for index in layers}).eval()
+
+
+@memoised_per(Network)
+def _layer_without_values(network: Network, index: int) -> Layer:
+    return with_first_weights(network.layers[index], 0, "meta")
+
+
 def weight_seed(*key: int) -> int:
     """The seed of first weights, from the seed of the run and what they are for."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
@@ -63,28 +96,6 @@ def ranges(sizes: Sequence[int]) -> list[range]:
     """Stages of so many layers each, as ranges of layers: [2, 1] to [range(0, 2), range(2, 3)]."""
     stops = np.cumsum(sizes).tolist()
     return [range(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
-
-
-def memoised_per(owner: type) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Makes a function work out each answer once, and remember it for as long as its argument of this type lives.
-
-    The function is called with positional arguments; the others must be hashable.
-    """
-
-    def memoised(function: Callable[P, T]) -> Callable[P, T]:
-        answers: WeakKeyDictionary[Any, dict[Any, T]] = WeakKeyDictionary()
-
-        @wraps(function)
-        def remembered(*args: P.args, **kwargs: P.kwargs) -> T:
-            key = tuple(arg for arg in args if not isinstance(arg, owner))
-            of_owner = answers.setdefault(next(arg for arg in args if isinstance(arg, owner)), {})
-            if key not in of_owner:
-                of_owner[key] = function(*args, **kwargs)
-            return of_owner[key]
-
-        return remembered
-
-    return memoised
 
 
 def with_first_weights(build: Callable[[], AnyModule], seed: int, device: torch.device | str) -> AnyModule:

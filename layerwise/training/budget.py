@@ -109,9 +109,8 @@ def _smallest_plans(config: Config, spec: StageSpec) -> list[MemoryPlan]:
 
 def allowed_plans(config: Config, spec: StageSpec) -> list[list[MemoryPlan]]:
     """All plans of a stage that the options allow, cheapest first; see `memory.plan.families`."""
-    module = spec.build_module(config.training.seed, torch.device("meta"))
     sliceable = batch_effects(spec).why_unsliceable is None
-    return list(families(config.training.batch_size, config.memory, sliceable=sliceable, layers=len(module.layers)))
+    return list(families(config.training.batch_size, config.memory, sliceable=sliceable, layers=len(spec.layers)))
 
 
 def peaks_of_plan(

@@ -187,7 +187,7 @@ def _check_decided(
 
 def _check_recomputable(spec: StageSpec, options: CacheOptions, no_room: str, more_room: str) -> None:
     """Raises ConfigError or BudgetError where what is not cached cannot be recomputed to the same values."""
-    if spec.build_module(0, torch.device("meta")).recurrent:
+    if spec.shapes.recurrent:
         why = f"stage {spec.stage} has a recurrent layer, so its outputs cannot be recomputed window by window"
         instead = "a cut in which it is in the last stage"
     elif options.dtype == "int8":
@@ -242,7 +242,7 @@ def _cost(specs: Sequence[StageSpec], stage: int, lower: CachePlan, why: str) ->
     frames, extra = above.window.frames, 0
     stop, start = frames, 0
     for spec in reversed(specs[source:stage]):
-        start, stop = spec.build_module(0, torch.device("meta")).inputs_of(start, stop)
+        start, stop = spec.shapes.inputs_of(start, stop)
         extra += _forward_flops(spec, stop - start)
     # A backward pass costs about twice the forward pass.
     more = extra / max(3 * _forward_flops(above, frames), 1)
@@ -254,9 +254,8 @@ def _cost(specs: Sequence[StageSpec], stage: int, lower: CachePlan, why: str) ->
 
 def _forward_flops(spec: StageSpec, frames: int) -> int:
     """Products of the forward pass of one window."""
-    module = spec.build_module(0, torch.device("meta")).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(torch.empty(1, frames, *spec.frame_shape, device="meta"), np.array([frames]))
+        spec.shapes(torch.empty(1, frames, *spec.frame_shape, device="meta"), np.array([frames]))
     return counter.get_total_flops()
 
 

@@ -164,7 +164,7 @@ def _layer_cost(config: Config, spec: StageSpec) -> LayerCost:
 def _scored_rows(config: Config, spec: StageSpec) -> int:
     """Rows of a batch that the objective scores."""
     size, meta = config.training.batch_size, torch.device("meta")
-    lengths = np.full(size, int(spec.build_module(0, meta).out_length(spec.window.frames)))
+    lengths = np.full(size, int(spec.shapes.out_length(spec.window.frames)))
     classes, rng = np.zeros(size, dtype=np.int64), np.random.default_rng(0)
     draws = spec.build_objective(config, meta).draw(lengths, int(lengths[0]), spec.window.columns, rng, 1, classes)
     return len(draws[0].rows)

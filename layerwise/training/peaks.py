@@ -46,7 +46,7 @@ def _stored_input(config: Config, spec: StageSpec, samples: int, frames: int) ->
 @memoised_per(StageSpec)
 def caching_peak(config: Config, spec: StageSpec, piece: int) -> int:
     """Predicted bytes of the caching pass of a stage: of a long sample that is streamed, or of short ones with padding."""
-    module = spec.build_module(config.training.seed, torch.device("meta"))
+    module = spec.shapes
     *below, last = module.layers.values()
     if not last.recurrent or module.out_length(piece) <= 2 * REHEARSED_STEPS:
         return _rehearsed_caching(config, spec, piece, len(module.layers))
@@ -95,8 +95,7 @@ def _carried_more(spec: StageSpec, layers: int) -> int:
     With strides above each other the places where pieces end repeat only after their product. A layer then has at most
     as many frames more as its stride, in its input and in the copy that is joined to it, and puts one more out.
     """
-    module = spec.build_module(0, torch.device("meta"))
-    built = list(module.layers.values())[:layers]
+    built = list(spec.shapes.layers.values())[:layers]
     if sum(layer.stride > 1 for layer in built) < 2:
         return 0
     x, more = torch.empty(1, spec.window.frames, *spec.frame_shape, device="meta"), 0
@@ -115,7 +114,7 @@ def recomputing_peak(config: Config, below: Below, windows: int, frames: int) ->
     peak = 0
     firsts, stops = 0, frames
     for spec in reversed(below):
-        firsts, stops = spec.build_module(0, torch.device("meta")).inputs_of(firsts, stops)
+        firsts, stops = spec.shapes.inputs_of(firsts, stops)
         peak = max(peak, _passing_peak(config, spec, windows, stops - firsts))
     return peak
 

@@ -17,7 +17,7 @@ from layerwise.memory.ranks import Ranks
 from layerwise.nets import shortest_window
 from layerwise.nets.batch_effects import BatchEffects, module_effects
 from layerwise.nets.module import Geometry, Module
-from layerwise.nets.network import Network, weight_seed, with_first_weights
+from layerwise.nets.network import Network, weight_seed, with_first_weights, without_values
 from layerwise.objectives import Scored, build_objective, check_objective, renderings_compared
 from layerwise.objectives.protocol import ObjectiveModule
 from layerwise.training.optimizer import Optimization
@@ -57,6 +57,11 @@ class StageSpec:
     optimization: Optimization | None = None
     """An optimizer of the user's in place of Adam."""
 
+    @property
+    def shapes(self) -> Module:
+        """The module without values, shared by all who ask."""
+        return without_values(self.network, self.layers)
+
     def build_module(self, seed: int, device: torch.device) -> Module:
         """The module with its first weights, on the device."""
         return self.network.build(self.layers, seed, device)
@@ -83,7 +88,7 @@ def stage_specs(
     frame_shape, lengths, geometry = data.frame_shape, data.lengths, Geometry()
     stages = []
     for stage, layers in enumerate(cut, start=1):
-        module = network.build(layers, 0, "meta").eval()
+        module = without_values(network, layers)
         # Shapes do not depend on the length, and a GRU takes its time on every frame even without values.
         frames = next(count for count in itertools.count(1) if module.out_length(count) >= 1)
         _check_trainable(stage, layers, module)
