@@ -42,7 +42,6 @@ if TYPE_CHECKING:  # for type checkers and editors; "as" says that the name is p
     from layerwise.errors import LayerwiseError as LayerwiseError
     from layerwise.evaluate.compare import compare as compare
     from layerwise.evaluate.results import Comparison as Comparison
-    from layerwise.evaluate.results import ProbeResult as ProbeResult
     from layerwise.events import EpochDone as EpochDone
     from layerwise.events import Event as Event
     from layerwise.events import StageDone as StageDone
@@ -52,6 +51,7 @@ if TYPE_CHECKING:  # for type checkers and editors; "as" says that the name is p
     from layerwise.report.html import write_report as write_report
     from layerwise.run_store import RunState as RunState
     from layerwise.run_store import open_run as open_run
+    from layerwise.run_store.probe_results import ProbeResult as ProbeResult
 
 _PUBLIC = {
     "layerwise.api": ("cut", "plan", "probe", "run"),
@@ -64,7 +64,8 @@ _PUBLIC = {
     "layerwise.engines.run": ("RunResult",),
     "layerwise.errors": ("BudgetError", "ConfigError", "DataError", "Interrupted", "LayerwiseError"),
     "layerwise.evaluate.compare": ("compare",),
-    "layerwise.evaluate.results": ("Comparison", "ProbeResult"),
+    "layerwise.evaluate.results": ("Comparison",),
+    "layerwise.run_store.probe_results": ("ProbeResult",),
     "layerwise.events": ("EpochDone", "Event", "StageDone"),
     "layerwise.forecast": ("Forecast",),
     "layerwise.nets.network": ("Network",),

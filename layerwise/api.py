@@ -24,7 +24,6 @@ from layerwise.engines.run import RunResult, UserObjects
 from layerwise.engines.run import run as run_config
 from layerwise.errors import ConfigError, did_you_mean
 from layerwise.evaluate.probe import probe as probe_run
-from layerwise.evaluate.results import ProbeResult
 from layerwise.events import EpochDone, Event, Message, Notify, StageDone
 from layerwise.forecast import Forecast
 from layerwise.nets import shortest_sample
@@ -33,6 +32,7 @@ from layerwise.nets.traced import traced_network
 from layerwise.report.progress import LogFile, display
 from layerwise.report.tables import stages_at_chance
 from layerwise.run_store import RunStore, open_run
+from layerwise.run_store.probe_results import ProbeResult
 from layerwise.stop import StopFlag, stop_on_signals
 from layerwise.training.cut import cut_network
 from layerwise.training.optimizer import Make, Optimization, Schedule
@@ -131,7 +131,7 @@ def probe(
 
     network, data: those of the run, where it was given objects. Also written to probes/LABEL.json. Raises LayerwiseErrors.
     """
-    config = open_run(Path(run_directory))[0].read_config()
+    config = open_run(Path(run_directory))[1].config
     if isinstance(data, str) or isinstance(network, str | Config):
         raise ConfigError("A probe knows what its run was given by name; give it objects alone, or leave them out.")
     samples = None if data is None else as_data(data, config.data)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -49,11 +50,30 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     Gives an empty list where there is no such file.
     """
     found = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in read_bytes(path).splitlines() if path.exists() else ():
         with suppress(ValueError):
             entry = json.loads(line)
             found += [entry] if isinstance(entry, dict) else []
     return found
+
+
+MOST_BYTES = 2**28
+"""Of a file that is read whole into memory."""
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """A regular file. Raises RunError where it is missing, something else (which may never end), or of more bytes."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would be waited for
+        with open(descriptor, "rb") as file:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise RunError(f"{path} is not a regular file; move it away.")
+            if found.st_size > most:
+                raise RunError(f"{path} has {found.st_size:,} bytes, and at most {most:,} are read; move it away.")
+            return file.read()
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def sync_folder(folder: Path) -> None:

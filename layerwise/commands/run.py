@@ -140,7 +140,7 @@ def _submit(config: Config, from_stage: int | None, overwrite: bool, dry_run: bo
 
 def _print_summary(console: Console, result: "RunResult") -> None:
     console.print()
-    console.print(stage_table(result.state))
+    console.print(stage_table(result.state, result.paths))
     warning = stages_at_chance(result.state, result.config.objective)
     lines = [
         f"\ndone: {totals(result.state)}",

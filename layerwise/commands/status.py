@@ -2,8 +2,9 @@
 
 import json
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Group
@@ -14,7 +15,7 @@ from layerwise.errors import RunError
 from layerwise.evaluate.results import COMPARISON
 from layerwise.report.records import progress, round_states
 from layerwise.report.tables import console_for_results, rounds_table, stage_table, totals
-from layerwise.run_store import RunState, RunStore, open_run
+from layerwise.run_store import RunState, RunStore, StageRecord, open_run
 from layerwise.stop import stop_on_signals
 
 WATCH_SECONDS = 1.0
@@ -31,7 +32,7 @@ def status(directory: Path, as_json: bool, watch: bool) -> None:
             f"{directory} is a comparison; see it with: layerwise report {directory}. Its runs lie in {directory}/runs."
         )
     store, state = open_run(directory)
-    rounds = store.read_config().training.rounds if store.config.exists() else 1
+    rounds = state.config.training.rounds
     if as_json:
         click.echo(json.dumps(_as_json(store, state, rounds)))
         return
@@ -50,7 +51,7 @@ def status(directory: Path, as_json: bool, watch: bool) -> None:
 
 def _shown(store: RunStore, state: RunState, rounds: int) -> Group:
     states = round_states(store, rounds) if rounds > 1 else []
-    table = rounds_table(states, rounds) if states and not state.done else stage_table(state)
+    table = rounds_table(states, rounds) if states and not state.done else stage_table(state, store)
     return Group(table, f"{progress(store, state, states)}: {totals(state)}")
 
 
@@ -61,14 +62,22 @@ def _as_json(store: RunStore, state: RunState, rounds: int) -> dict[str, object]
         "state": progress(store, state, states),
         "budget_bytes": state.budget_bytes,
         "device": state.device,
-        "stages": [asdict(record) for record in state.stages],
+        "stages": _stages(store, state.stages),
     }
     if states:
         tree["rounds"] = [
-            {"round": each.number, "worker": each.worker, "stages": [asdict(record) for record in each.stages]}
+            {
+                "round": each.number,
+                "worker": each.worker,
+                "stages": _stages(store.round(each.number, rounds), each.stages),
+            }
             for each in states
         ]
     return tree
+
+
+def _stages(store: RunStore, records: Sequence[StageRecord]) -> list[dict[str, Any]]:
+    return [record.as_json(store.cache(record.stage)) for record in records]
 
 
 @click.command(short_help="Write one page with tables and figures.")

@@ -1,6 +1,5 @@
 """The model card of an export: README.md, written from what the run has recorded of itself."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def model_card(encoder: Encoder, origin: Origin, store: RunStore, state: RunStat
         example=encoder.entry.sizes(encoder.shortest, encoder.geometry.hop)[0],
         parameters=sum(parameter.numel() for parameter in encoder.parameters()),
         stages=_stages(encoder, origin, state),
-        probes=[json.loads(path.read_text()) for path in sorted(store.probes.glob("*.json"))],
+        probes=store.read_probes(state),
     )
 
 

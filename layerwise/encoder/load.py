@@ -35,8 +35,8 @@ def load(place: str | Path, *, stage: int | None = None, network: Given = None) 
 
 def load_stages(place: Path, stage: int | None, network: Given) -> tuple[Origin, list[InferenceStage]]:
     """Stages 1 to `stage`, each by itself; see `load`."""
-    path = _encoder_file(place)
-    weights, origin = load_encoder(path)
+    path, expected = _encoder_file(place)
+    weights, origin = load_encoder(path, expected)
     network = _network(origin, network, path)
     stages = len(origin.cut)
     if stage is not None and not 1 <= stage <= stages:
@@ -61,19 +61,22 @@ def entry_of(origin: Origin) -> Entry:
     return Whole(origin.level, frame_shape) if data.frames == "whole" else Steps(data, origin.level, frame_shape)
 
 
-def _encoder_file(place: Path) -> Path:
-    if place.is_file():
-        return place
-    store = RunStore(place, place)
-    if not place.is_dir():
+def _encoder_file(place: Path) -> tuple[Path, str | None]:
+    """With the digest that a run has recorded of it."""
+    if not place.exists():
         raise RunError(f"There is no {place}; name a run directory, or a folder made by layerwise export.")
-    if store.encoder.exists():
-        return store.encoder
-    if not store.exists:
+    if not place.is_dir():
+        return place, None
+    store = RunStore(place, place)
+    state = store.load_state() if store.exists else None
+    recorded = state.encoder if state else None
+    if store.encoder.exists() and (recorded or state is None):
+        return store.encoder, recorded
+    if state is None:
         raise RunError(
             f"{place} holds no encoder.safetensors; name a run directory, or a folder made by layerwise export."
         )
-    unfinished = [record.stage for record in store.load_state().stages if record.status != "done"]
+    unfinished = [record.stage for record in state.stages if record.status != "done"]
     why = f": stage {unfinished[0]} is not done" if unfinished else ""
     raise RunError(f"{place} has no encoder yet{why}; go on with the run first.")
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from layerwise.engines.sbatch import NoAnswer, NoCommand, ask_slurm
 from layerwise.errors import RunError, SlurmError
-from layerwise.run_store import RunStore
+from layerwise.run_store import Restarts, RunStore
 from layerwise.stop import stop_on_signals
 
 BY_A_PERSON = ("SIGINT", "SIGUSR2")
@@ -147,8 +147,8 @@ def count_restart(store: RunStore, restarts: int) -> None:
         in_vain = restarts
     else:
         here, earlier = _where_it_stands(store), store.read_restarts()
-        in_vain = earlier["in_vain"] + 1 if restarts and earlier.get("stands") == here else 0
-        store.write_restarts(here, in_vain)
+        in_vain = earlier.in_vain + 1 if restarts and earlier and earlier.stands == here else 0
+        store.write_restarts(Restarts(here, in_vain))
     if in_vain >= MOST:
         raise RunError(
             f"This job was started {in_vain} times in a row and each time stopped before {store.out} had got any further, so "

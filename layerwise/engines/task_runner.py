@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from layerwise.config import load, with_options
+from layerwise.config import with_options
 from layerwise.data.open import open_data
 from layerwise.errors import RunError
 from layerwise.events import Notify
 from layerwise.memory.device import find_device, share_one_heap
 from layerwise.memory.meter import meter_for
 from layerwise.nets import shortest_sample
-from layerwise.run_store import RunState, RunStore
+from layerwise.run_store import open_run
 from layerwise.stop import StopFlag
 from layerwise.training.budget import fit_to_budget
 from layerwise.training.cache_plan import CachePlan
@@ -55,7 +55,7 @@ def write_encoder(run: Run) -> None:
     """Stitches the trained stages into encoder.safetensors; every task must be done."""
     with run.store.lock_task(_busy(Task(run.rounds, len(run.specs))), lambda: None):
         stitch(run)
-        for store in (run.store.round(number, run.rounds) for number in range(1, run.rounds + 1)):
+        for store in (run.store.round(number, run.rounds) for number in range(1, run.rounds)):
             if store.exists:
                 state = store.load_state()
                 state.from_stage = None
@@ -68,16 +68,13 @@ def open_prepared_run(out: Path, device: str | None = None) -> Run:
     Raises RunError where the run was given its network as an object, which no other process can know.
     """
     share_one_heap()
-    config = load(out / "config.toml")
-    if device is not None:
-        config = with_options(config, {"training.device": device})
-    main = RunState.load(out / "run.json")
+    store, main = open_run(out)
+    config = main.config if device is None else with_options(main.config, {"training.device": device})
     if main.network and ":" not in config.net.name:
         raise RunError(
             f"The network of {out} was given as an object, which only its own process knows; leave --devices and --engine out."
         )
-    store, on = RunStore(out, Path(main.caches)), find_device(config.training.device)
-    data = open_data(config.data, shortest_sample(config))
+    on, data = find_device(config.training.device), open_data(config.data, shortest_sample(config))
     if data.identity != main.data_identity:
         raise RunError(f"The data of {out} have changed since it was prepared; bring the old ones back.")
     cache_plan = CachePlan.of(store.furthest_round(config.training.rounds).load_state().stages)

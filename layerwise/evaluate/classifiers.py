@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from layerwise.evaluate.examples import Examples, FeatureRows, Poll
-from layerwise.evaluate.results import Confusion
 from layerwise.evaluate.targets import ProbeTargets
+from layerwise.run_store.probe_results import Confusion
 
 NEIGHBOURS = (1, 5, 20, 100)
 TEMPERATURE = 0.07

@@ -5,7 +5,6 @@ are there; those of other stages are made again from the data.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +17,11 @@ from layerwise.evaluate.classifiers import CLASSIFIERS, fit_and_test
 from layerwise.evaluate.examples import FeatureRows
 from layerwise.evaluate.features import cached_features
 from layerwise.evaluate.forward import features_under_budget
-from layerwise.evaluate.results import ProbeResult, StageError
 from layerwise.evaluate.targets import ProbeTask, probe_targets, probe_task
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network, ranges
 from layerwise.run_store import RunState, RunStore, open_run
+from layerwise.run_store.probe_results import ProbeResult, StageError
 from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import load_stages
 from layerwise.training.forward import OutputFormat, random_stages, trained_stages
@@ -55,7 +54,7 @@ def probe(
     done = [record.stage for record in state.stages if record.status == "done"]
     if not done:
         raise RunError(f"No stage of {run_directory} is done yet; go on with the run first.")
-    config = store.read_config()
+    config = state.config
     data = _data_of_the_run(config, state, data)
     network = network or build_network(config.net, data.frame_shape, config.training.seed)
     if network.identity != state.network:
@@ -64,7 +63,8 @@ def probe(
         )
     specs = stage_specs(config, data, network, ranges(state.cut))[: max(done)]
     task = probe_task(label, data, config)
-    output_formats = [OutputFormat.of(store.read_stage_config(spec.stage)) for spec in specs]
+    records = state.stages[: len(specs)]
+    output_formats = [OutputFormat.of(record.trained_with) for record in records]
 
     notify("features of the same network with random weights")
     random = random_stages(specs, output_formats, config.training.seed)
@@ -73,7 +73,7 @@ def probe(
     cached = {stage: _cached_features(store, state, stage, task, stop, warn) for stage in done}
     if any(features is None for features in cached.values()):
         notify("features of stages that are not cached")
-        stages = trained_stages(specs, output_formats, load_stages(store, [spec.stage for spec in specs]))
+        stages = trained_stages(specs, output_formats, load_stages(store, records))
         recomputed, more = features_under_budget(config, task, stages, store.probes, stop)
         peak = max(peak, more)
     results = []
@@ -86,9 +86,9 @@ def probe(
         untrained_error, _ = fit_and_test(untrained[stage - 1], targets, classifier, poll)
         train, test = len(targets.parts.fitted), len(targets.parts.test)
         results.append(StageError(stage, error, untrained_error, train, test, confusion))
-    result = ProbeResult(label, results, peak, classifier)
+    result = ProbeResult(label, results, peak, classifier, state.digest_of_weights())
     name = label if classifier == "linear" else f"{label}-{classifier}"
-    store.write_probe(name, asdict(result))
+    store.write_probe(name, result)
     return result
 
 

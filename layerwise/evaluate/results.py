@@ -1,58 +1,19 @@
-"""What probes and comparisons find, as probes/LABEL.json and compare.json hold it.
+"""What comparisons find, as compare.json holds it.
 
 Nothing here needs torch, so that a report can be written without it.
 """
 
-import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from layerwise.errors import RunError
-from layerwise.files import write_json
-
-
-@dataclass(frozen=True, slots=True)
-class Confusion:
-    """Test rows of each class, by the class that was predicted."""
-
-    classes: Annotated[tuple[str, ...], Field(min_length=1)]
-    counts: list[list[int]]
-    """[true class][predicted class]"""
-
-    def __post_init__(self) -> None:
-        if [len(row) for row in self.counts] != [len(self.classes)] * len(self.classes):
-            raise ValueError("counts is not a square of classes")
-
-
-@dataclass(frozen=True, slots=True)
-class StageError:
-    """Error rates from 0 to 1; train and test count samples, or frames where the label is per frame."""
-
-    stage: int
-    error: float
-    untrained_error: float
-    train: int
-    test: int
-    confusion: Confusion | None
-    """Of the trained stage; None where there are too many classes."""
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeResult:
-    """One probe of every finished stage."""
-
-    label: str
-    stages: Annotated[list[StageError], Field(min_length=1)]
-    peak_bytes: int
-    """Most that the probe held on the device."""
-    classifier: str
-    """linear or knn."""
-
+from layerwise.records import STRICT, Count, Share, read_record, write_record
+from layerwise.run_store.state import Number
 
 GREEDY = "greedy-infomax"
 UNTRAINED = "untrained"
@@ -77,15 +38,17 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 class Outcome:
     """One method with one seed."""
 
+    __pydantic_config__ = STRICT
+
     method: str
-    seed: int
-    errors: tuple[float, ...]
+    seed: Count
+    errors: tuple[Share, ...]
     """On the test samples, from 0 to 1, of the features after each module."""
-    peak_bytes: int
+    peak_bytes: Count
     """Highest of all stages, in training and in caching."""
-    disk_bytes: int
+    disk_bytes: Count
     """Most that its caches take at once; where they are compressed, before they are."""
-    seconds: float
+    seconds: Annotated[float, Field(ge=0)]
     """Of training and caching."""
 
 
@@ -131,12 +94,14 @@ COMPARISON = "compare.json"
 
 @dataclass(slots=True)
 class Comparison:
-    """compare.json."""
+    """compare.json, which also holds its `methods`."""
+
+    __pydantic_config__ = STRICT | {"extra": "ignore"}
 
     label: str
-    epochs: int
+    epochs: Count
     data_identity: str
-    cut: list[int]
+    cut: list[Number]
     """Layers in each module, of every method; decided at the first start."""
     finished: bool = False
     """Whether the newest start has done what it was asked, and every method has the same seeds."""
@@ -150,16 +115,11 @@ class Comparison:
 
     def save(self, out: Path) -> None:
         """Replaces the file in the folder atomically. Raises RunError."""
-        write_json(out / COMPARISON, asdict(self) | {"methods": [asdict(method) for method in self.methods]})
+        write_record(out / COMPARISON, self, methods=[asdict(method) for method in self.methods])
 
 
 def load_comparison(out: Path) -> Comparison:
     """What is known so far. Raises RunError where the folder holds no readable compare.json."""
-    try:
-        return TypeAdapter(Comparison).validate_python(json.loads((out / COMPARISON).read_text()))
-    except FileNotFoundError:
-        raise RunError(
-            f"{out} holds no comparison; make one with: layerwise compare --out {out} --label NAME."
-        ) from None
-    except ValueError:
-        raise RunError(f"{out / COMPARISON} is damaged; move it away and start the same command again.") from None
+    if not (out / COMPARISON).exists():
+        raise RunError(f"{out} holds no comparison; make one with: layerwise compare --out {out} --label NAME.")
+    return read_record(Comparison, out / COMPARISON)

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -13,9 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from layerwise.evaluate.results import Comparison, Confusion, MethodResult, ModuleError, ProbeResult
+from layerwise.evaluate.results import Comparison, MethodResult, ModuleError
 from layerwise.report.drawing import BLUE, BYTES, GRAY, GREEN, INK, OCHRE, ORANGE, PERCENT, PINK, Plot, new_figure
 from layerwise.report.records import Epoch, GatheredRun, MemorySample
+from layerwise.run_store.probe_results import Confusion, ProbeResult
 from layerwise.units import size
 
 STYLES = {
@@ -132,12 +132,13 @@ def draw_memory(memory: dict[int, list[MemorySample]], budget: int | None) -> Pl
 
 def draw_caches(run: GatheredRun) -> Plot | None:
     """A bar for each cache that is there, and one for all of them."""
-    there = [record for record in run.state.stages if record.cache and Path(record.cache).exists()]
+    there = [record for record in run.state.stages if record.cache and run.store.cache(record.stage).exists()]
     sizes = {str(record.stage): record.cache_bytes for record in there if record.cache_bytes}
     if not sizes:
         return None
     total = sum(sizes.values())
-    budget = None if run.config is None or run.config.cache.disk is None else int(run.config.cache.disk)
+    disk = run.state.config.cache.disk
+    budget = None if disk is None else int(disk)
     figure = new_figure(0.95 + 0.27 * (len(sizes) + 1))
     axes = figure.subplots()
     bars = axes.barh([*sizes, "all"], [*sizes.values(), total], color=[BLUE] * len(sizes) + [GRAY], height=0.65)

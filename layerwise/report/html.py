@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from layerwise.evaluate.results import COMPARISON
+from layerwise.evaluate.results import COMPARISON, load_comparison
 from layerwise.files import write_atomically
 from layerwise.report.drawing import Plot, inline, styled
 from layerwise.report.figures import (
@@ -19,7 +19,7 @@ from layerwise.report.figures import (
     draw_memory,
     draw_probe,
 )
-from layerwise.report.records import GatheredRun, first_runs, gather_run, read_comparison
+from layerwise.report.records import GatheredRun, first_runs, gather_run
 from layerwise.report.tables import chance_loss, stage_status, totals
 from layerwise.units import duration, percent, size
 
@@ -45,7 +45,7 @@ def _run_page(directory: Path) -> str:
 
 
 def _comparison_page(directory: Path) -> str:
-    comparison, numbers = read_comparison(directory), itertools.count()
+    comparison, numbers = load_comparison(directory), itertools.count()
     drawn = [draw_comparison(comparison), draw_costs(comparison.methods)]
     plots = _published(drawn, directory / "plots", numbers)
     runs = [
@@ -57,7 +57,7 @@ def _comparison_page(directory: Path) -> str:
 
 def _run_plots(run: GatheredRun) -> list[Plot | None]:
     return [
-        draw_losses(run.epochs, chance_loss(run.config.objective) if run.config else None),
+        draw_losses(run.epochs, chance_loss(run.state.config.objective)),
         draw_memory(run.memory, run.state.budget_bytes),
         *(draw_probe(probe) for probe in run.probes),
         *(draw_confusion(probe) for probe in run.probes),

@@ -1,18 +1,18 @@
 """What lies in a run directory, or in that of a comparison, as a report shows it. Only reads."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter
 
-from layerwise.config import Config, load
-from layerwise.errors import ConfigError, RunError
-from layerwise.evaluate.results import COMPARISON, Comparison, ProbeResult
+from layerwise.errors import RunError
+from layerwise.evaluate.results import COMPARISON, Comparison
 from layerwise.files import json_lines
+from layerwise.records import read_record
 from layerwise.run_store import RunState, RunStore, StageRecord, open_run
+from layerwise.run_store.probe_results import ProbeResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,6 @@ class GatheredRun:
     state: RunState
     progress: str
     """done, running or stopped."""
-    config: Config | None
-    """None where this layerwise cannot read it."""
-    options: str
-    """config.toml as it stands."""
     machine: dict[str, Any]
     """Empty where no machine was recorded."""
     epochs: dict[int, list[Epoch]]
@@ -71,25 +67,11 @@ def gather_run(directory: Path) -> GatheredRun:
         store=store,
         state=state,
         progress=progress(store, state),
-        config=_config(store.config),
-        options=store.config.read_text(errors="replace") if store.config.exists() else "",
-        machine=_read(dict[str, Any], store.machine) if store.machine.exists() else {},
-        epochs={stage: _read(list[Epoch], store.metrics(stage)) for stage in stages},
-        memory={stage: _read(list[MemorySample], store.memory(stage)) for stage in stages},
-        probes=[replace(_read(ProbeResult, path), label=path.stem) for path in sorted(store.probes.glob("*.json"))],
+        machine=read_record(dict[str, Any], store.machine) if store.machine.exists() else {},
+        epochs={stage: _read(Epoch, store.metrics(stage)) for stage in stages},
+        memory={stage: _read(MemorySample, store.memory(stage)) for stage in stages},
+        probes=store.read_probes(state),
     )
-
-
-def _config(path: Path) -> Config | None:
-    try:
-        return load(path)
-    except ConfigError:  # missing, or of another version: the report shows its text, or says that there is none
-        return None
-
-
-def read_comparison(directory: Path) -> Comparison:
-    """Raises RunError where compare.json is damaged."""
-    return _read(Comparison, directory / COMPARISON)
 
 
 def first_runs(directory: Path, comparison: Comparison) -> dict[str, GatheredRun]:
@@ -102,14 +84,13 @@ def first_runs(directory: Path, comparison: Comparison) -> dict[str, GatheredRun
     return runs
 
 
-Content = TypeVar("Content")
+Line = TypeVar("Line")
 
 
-def _read(kind: type[Content], path: Path) -> Content:
-    """A JSON file, or the objects of a file of JSON lines. Raises RunError where it is no `kind`."""
+def _read(kind: type[Line], path: Path) -> list[Line]:
+    """The objects of a file of JSON lines. Raises RunError where one is no `kind`."""
     try:
-        content = json_lines(path) if path.suffix == ".jsonl" else json.loads(path.read_text())
-        return TypeAdapter(kind).validate_python(content)
+        return TypeAdapter(list[kind]).validate_python(json_lines(path))  # type: ignore[valid-type]
     except ValueError:
         raise RunError(
             f"{path} is damaged; what wrote it writes it anew, or move it away and make the report again."

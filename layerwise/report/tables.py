@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from layerwise.config import ObjectiveOptions
-from layerwise.evaluate.results import Comparison, ProbeResult
+from layerwise.evaluate.results import Comparison
 from layerwise.forecast import Forecast
 from layerwise.report.progress import outcome
 from layerwise.report.records import RoundState, published_version
 from layerwise.run_store import RunState, RunStore, StageRecord
+from layerwise.run_store.probe_results import ProbeResult
 from layerwise.units import duration, percent, size
 
 FEW_TEST_SAMPLES = 50
@@ -40,7 +41,7 @@ def table(rows: Iterable[Mapping[str, str]]) -> Table:
     return shown
 
 
-def stage_table(state: RunState) -> Table:
+def stage_table(state: RunState, store: RunStore) -> Table:
     """One row per stage, within 80 columns; the loss is the lowest held-out one."""
     shown = table(
         {
@@ -49,7 +50,7 @@ def stage_table(state: RunState) -> Table:
             "loss": _loss(record),
             "train peak": size(record.train_peak_bytes),
             "cache peak": size(record.cache_peak_bytes),
-            "cache": "missing" if record.cache and not Path(record.cache).exists() else size(record.cache_bytes),
+            "cache": "missing" if record.cache and not store.cache(record.stage).exists() else size(record.cache_bytes),
             "time": duration(record.seconds) if record.seconds else "",
         }
         for record in state.stages

@@ -1,6 +1,6 @@
 """A run on disk: its files, its locks, and its state in run.json."""
 
 from layerwise.run_store.state import RunState, StageRecord
-from layerwise.run_store.store import RunStore, cache_files, open_run
+from layerwise.run_store.store import Restarts, RunStore, cache_files, open_run
 
-__all__ = ["RunState", "RunStore", "StageRecord", "cache_files", "open_run"]
+__all__ = ["Restarts", "RunState", "RunStore", "StageRecord", "cache_files", "open_run"]

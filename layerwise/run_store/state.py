@@ -1,76 +1,115 @@
-"""What run.json says: how far a run is, stage by stage."""
+"""What run.json says: how far a run is, stage by stage, and what its files were when it wrote them."""
 
+import hashlib
 import json
 import secrets
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, TypeAdapter
+
+from layerwise.config import Config
 from layerwise.errors import RunError
-from layerwise.files import write_json
+from layerwise.records import STRICT, Count, Digest, read_record, write_record
 
-VERSION = 3
+VERSION = 4
+
+MOST_STAGES = 10_000
 
 Status = Literal["pending", "training", "caching", "done"]
+Number = Annotated[int, Field(ge=1, le=MOST_STAGES)]
+"""Of a stage, from 1."""
+
+RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
 @dataclass(slots=True)
 class StageRecord:
     """What run.json says of a stage; sizes in bytes."""
 
-    stage: int
+    __pydantic_config__ = STRICT
+
+    stage: Number
     status: Status = "pending"
-    epochs: int = 0
+    epochs: Count = 0
     converged: bool | None = None
     best_loss: float | None = None
-    peak_bytes: int | None = None
+    peak_bytes: Count | None = None
     """The larger of the two peaks below."""
-    train_peak_bytes: int | None = None
-    train_peak_by_kind: dict[str, int] | None = None
+    train_peak_bytes: Count | None = None
+    train_peak_by_kind: dict[str, Count] | None = None
     """What the training peak of the newest start was made of: parameters, gradients, optimizer, activations."""
-    cache_peak_bytes: int | None = None
-    allocator_bytes: int | None = None
+    cache_peak_bytes: Count | None = None
+    allocator_bytes: Count | None = None
     """On CUDA: most that the allocator has held for the stage, in use or in reserve."""
-    driver_bytes: int | None = None
+    driver_bytes: Count | None = None
     """On CUDA: what the driver reported for the process, the context included, after training or after caching."""
-    micro_batch: int | None = None
-    input: str | None = None
+    micro_batch: Count | None = None
+    input: Literal["data", "cache", "recompute"] | None = None
     """Where its samples come from: data, cache, or recompute where the stage below is not cached."""
     cached: bool | None = None
     """Whether its outputs are to be cached; None until the stage is begun."""
-    cache: str | None = None
-    """Where its cache lies; None where there is none, or none any more."""
-    cache_bytes: int | None = None
-    fingerprint: str | None = None
-    seconds: float = 0.0
+    cache: Annotated[str, Field(pattern=r"^stage-[1-9]\d*\.h5$")] | None = None
+    """Name of its cache in the folder of the caches; None where there is none, or none any more."""
+    cache_bytes: Count | None = None
+    config: Config | None = None
+    """The options that it is trained with; None until it is begun."""
+    weights: Digest | None = None
+    """Digest of its trained weights."""
+    fingerprint: Digest | None = None
+    """Names its cache: a digest of its input, its options and its weights."""
+    seconds: Annotated[float, Field(ge=0)] = 0.0
 
     @property
     def is_trained(self) -> bool:
         """Whether its weights are final, its outputs cached or not."""
         return self.status in ("caching", "done")
 
+    @property
+    def trained_with(self) -> Config:
+        """Its options. Raises RunError where the stage is not begun."""
+        if self.config is None:
+            raise RunError(f"Stage {self.stage} is not begun; go on with the run first.")
+        return self.config
+
+    def as_json(self, cache: Path) -> dict[str, Any]:
+        """What other programs are told of the stage. cache: where it lies, if it is there."""
+        tree = TypeAdapter(StageRecord).dump_python(self, mode="json", exclude={"config"})
+        return tree | {"cache": str(cache) if self.cache else None}
+
 
 @dataclass(slots=True)
 class RunState:
     """run.json."""
 
-    stages: list[StageRecord]
+    __pydantic_config__ = STRICT
+
+    stages: Annotated[list[StageRecord], Field(min_length=1, max_length=MOST_STAGES)]
+    config: Config
+    """The options of the newest start."""
     data_identity: str
-    budget_bytes: int | None
+    budget_bytes: Count | None
     device: str
     caches: str
-    """Absolute path of the folder of the caches."""
-    cut: list[int]
+    """The folder of the caches, from the run's own folder."""
+    folder: str
+    """The run's own folder at the newest start: tells a copy of the run from one that was moved, and nothing else."""
+    cut: Annotated[list[Number], Field(min_length=1, max_length=MOST_STAGES)]
     """Layers in each stage."""
     network: str = ""
     """Identity of a network that is none of the paper's; empty where options say all about it."""
     optimization: str = ""
     """Identity of an optimizer that was given as an object."""
-    from_stage: int | None = None
+    from_stage: Number | None = None
     """The `--from-stage` that is being carried out; None where there is none or it is finished."""
-    kept_stages: int = 0
+    kept_stages: Count = 0
     """Stages 1 to this kept the training options of an earlier start when `--from-stage` retrained those above."""
-    run_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    encoder: Digest | None = None
+    """Digest of encoder.safetensors; None until it is written."""
+    copy_of: RunId | None = None
+    """The run that this one was copied from; caches that were copied along still bear its id."""
+    run_id: RunId = field(default_factory=lambda: secrets.token_hex(8))
     version: int = VERSION
 
     @property
@@ -82,6 +121,11 @@ class RunState:
         """Whether the weights of all stages are final."""
         return all(record.is_trained for record in self.stages)
 
+    def digest_of_weights(self) -> str:
+        """SHA-256 over the weights of all stages that are done: what was made of them names them by it."""
+        weights = [record.weights for record in self.stages if record.status == "done"]
+        return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+
     def record(self, stage: int) -> StageRecord:
         return self.stages[stage - 1]
 
@@ -92,29 +136,15 @@ class RunState:
 
     def save(self, path: Path) -> None:
         """Replaces run.json atomically. Raises RunError."""
-        write_json(path, asdict(self))
+        write_record(path, self)
 
     @classmethod
     def load(cls, path: Path) -> "RunState":
         """Raises RunError where there is no readable run.json of this version."""
-        try:
-            tree: dict[str, Any] = json.loads(path.read_text())
-            if tree["version"] != VERSION:
-                raise RunError(
-                    f"{path} is of version {tree['version']}; this layerwise reads version {VERSION}. Go on "
-                    "with the layerwise that began it, or start anew in another folder."
-                )
-            known = {entry.name for entry in fields(StageRecord)}
-            cut = tree["cut"]
-            if not all(isinstance(size, int) and size > 0 for size in cut) or len(cut) != len(tree["stages"]):
-                raise ValueError("cut")
-            records = [StageRecord(**{k: v for k, v in stage.items() if k in known}) for stage in tree.pop("stages")]
-            return cls(stages=records, **tree)
-        except FileNotFoundError:
-            raise RunError(
-                f"{path.parent} is not a run directory: it holds no run.json; name one, or start a run."
-            ) from None
-        except OSError as error:
-            raise RunError(f"{path} cannot be read: {error.strerror}.") from None
-        except (ValueError, KeyError, TypeError):
-            raise RunError(f"{path} is damaged; restore it, or move the folder away and start anew.") from None
+        if not path.exists():
+            raise RunError(f"{path.parent} is not a run directory: it holds no run.json; name one, or start a run.")
+        state = read_record(cls, path, VERSION)
+        stages = [record.stage for record in state.stages]
+        if stages != list(range(1, len(stages) + 1)) or len(state.cut) != len(stages):
+            raise RunError(f"{path} is damaged: its stages do not fit its cut; restore it, or move it away.")
+        return state

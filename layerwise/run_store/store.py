@@ -1,19 +1,20 @@
 """A run on disk: the name of every file of it, its locks, and all that is read, written and deleted there."""
 
 import contextlib
-import json
+import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from layerwise.config import Config, load
+from layerwise.config import Config
 from layerwise.errors import RunError
-from layerwise.files import exclusive, is_locked, write_atomically, write_json
-from layerwise.run_store.state import RunState, StageRecord
+from layerwise.files import exclusive, is_locked, read_bytes, write_atomically
+from layerwise.records import STRICT, Count, read_record, write_record
+from layerwise.run_store.probe_results import ProbeResult
+from layerwise.run_store.state import RunId, RunState, StageRecord
 
 HANDOVER_SECONDS = 120
 """How long a task waits for another process to let go of its round: one that was killed may still be on its way out,
@@ -38,10 +39,34 @@ def cache_files(folder: Path) -> list[CacheFile]:
     """All of them; files of other names are a user's own."""
     files = []
     for path in folder.glob("stage-*.h5*"):
-        if name := _CACHE_NAME.fullmatch(path.name):
+        name = _CACHE_NAME.fullmatch(path.name)
+        if name and (path.is_symlink() or not path.is_dir()):
             with contextlib.suppress(FileNotFoundError):  # gone by now
                 files.append(CacheFile(path, int(name[1]), name[2] is None, path.lstat().st_blocks * 512))
     return files
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOwner:
+    """Whose caches lie in a folder."""
+
+    __pydantic_config__ = STRICT
+
+    run_id: RunId
+    run: str
+    """The folder of the run, from the folder of the caches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restarts:
+    """What was noted when the job of a run was queued again."""
+
+    __pydantic_config__ = STRICT
+
+    stands: list[Any]
+    """Where the run stood."""
+    in_vain: Count
+    """Starts in a row that ended there."""
 
 
 @dataclass(unsafe_hash=True)
@@ -74,17 +99,19 @@ class RunStore:
         """Held as well: runs of the same name in other folders have this folder of caches, too."""
         self.task_lock = out / "task.lock"
         """Held by the process that performs a task of this round."""
-        self.cache_owner = caches / "run-id"
-        """Holds the id of the run that the caches belong to."""
+        self.cache_owner = caches / "owner.json"
+        """Says which run the caches belong to, see `CacheOwner`."""
 
     @classmethod
     def of(cls, out: str | Path, cache_dir: str | Path) -> "RunStore":
-        """The caches of runs/NAME lie in CACHE_DIR/NAME."""
+        """The caches of runs/NAME lie in CACHE_DIR/NAME; those of a run that was renamed keep their place there."""
         try:
             out = Path(out).expanduser()
-            return cls(out, (Path(cache_dir).expanduser() / out.resolve().name).resolve())
-        except RuntimeError as error:
+            store = cls(out, (Path(cache_dir).expanduser() / out.resolve().name).resolve())
+        except (RuntimeError, OSError) as error:
             raise RunError(f"--out {out} or --cache-dir {cache_dir} cannot be found: {error}.") from None
+        recorded = store.recorded_caches(store.load_state()) if store.exists else None
+        return cls(out, recorded) if recorded and recorded.parent == store.caches.parent else store
 
     def round(self, round: int, rounds: int) -> "RunStore":
         """The last round is the run itself; an earlier one is a run directory below it, with caches of its own."""
@@ -99,10 +126,6 @@ class RunStore:
 
     def stage(self, stage: int) -> Path:
         return self.out / "stages" / str(stage)
-
-    def stage_config(self, stage: int) -> Path:
-        """The resolved options that the stage was trained with."""
-        return self.stage(stage) / "config.toml"
 
     def weights(self, stage: int) -> Path:
         return self.stage(stage) / "weights.safetensors"
@@ -134,50 +157,68 @@ class RunStore:
 
     def state_bytes(self) -> bytes | None:
         """run.json as it is, to tell whether another process has changed it; None where there is none."""
-        return self.state.read_bytes() if self.exists else None
-
-    def read_config(self) -> Config:
-        """The options of the newest start. Raises ConfigError."""
-        return load(self.config)
+        return read_bytes(self.state) if self.exists else None
 
     def write_config(self, config: Config) -> None:
-        """Replaces config.toml atomically. Raises RunError."""
+        """Replaces config.toml, which is for people; what the run goes by stands in run.json. Raises RunError."""
         write_atomically(self.config, config.to_toml().encode())
-
-    def read_stage_config(self, stage: int) -> Config:
-        """The options that the stage was trained with. Raises ConfigError."""
-        return load(self.stage_config(stage))
-
-    def write_stage_config(self, stage: int, config: Config) -> None:
-        """Replaces the file atomically. Raises RunError."""
-        write_atomically(self.stage_config(stage), config.to_toml().encode())
 
     def write_machine(self, machine: dict[str, Any]) -> None:
         """Replaces machine.json atomically. Raises RunError."""
-        write_json(self.machine, machine)
+        write_record(self.machine, machine)
 
     def probe(self, name: str) -> Path:
         return self.probes / f"{name}.json"
 
-    def write_probe(self, name: str, result: dict[str, Any]) -> None:
+    def read_probes(self, state: RunState) -> list[ProbeResult]:
+        """In the order of their names, which they have as labels. Raises RunError where one is damaged, or not of this run."""
+        found = []
+        for path in sorted(self.probes.glob("*.json")):
+            probe = read_record(ProbeResult, path)
+            if probe.weights != state.digest_of_weights():
+                raise RunError(
+                    f"{path} tells of other weights than this run's; probe again with: layerwise probe {self.out} --label "
+                    f"{probe.label}, or move it away."
+                )
+            found.append(replace(probe, label=path.stem))
+        return found
+
+    def write_probe(self, name: str, result: ProbeResult) -> None:
         """Replaces probes/NAME.json atomically. Raises RunError."""
-        write_json(self.probe(name), result)
+        write_record(self.probe(name), result)
 
-    def read_restarts(self) -> dict[str, Any]:
-        """What was noted last: where the run stood, and how many starts in a row ended there. Empty where it is unreadable."""
+    def read_restarts(self) -> Restarts | None:
+        """None where nothing readable was noted."""
         try:
-            noted = json.loads(self.restarts.read_text())
-            return {"stands": noted["stands"], "in_vain": int(noted["in_vain"])}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
+            return read_record(Restarts, self.restarts)
+        except RunError:
+            return None
 
-    def write_restarts(self, stands: list[Any], in_vain: int) -> None:
+    def write_restarts(self, restarts: Restarts) -> None:
         """Replaces restarts.json atomically. Raises RunError."""
-        write_json(self.restarts, {"stands": stands, "in_vain": in_vain})
+        write_record(self.restarts, restarts)
 
     def write_caches_owner(self, run_id: str) -> None:
         """Raises RunError."""
-        write_atomically(self.cache_owner, run_id.encode())
+        write_record(self.cache_owner, CacheOwner(run_id, os.path.relpath(self.out.resolve(), self.caches)))
+
+    def recorded_caches(self, state: RunState) -> Path | None:
+        """The folder that run.json names, if it is there and says itself that it is this run's."""
+        folder = (self.out.resolve() / state.caches).resolve()
+        return folder if RunStore(self.out, folder).has_caches_of(state) else None
+
+    def has_caches_of(self, state: RunState) -> bool:
+        """Whether the folder of the caches says that it belongs to this run, and not to one that this is a copy of."""
+        owner = self._caches_owner()
+        if owner is None or owner.run_id not in (state.run_id, state.copy_of):
+            return False
+        named = self.caches / owner.run
+        return _is_same(named, self.out) or not _is_run(named, owner.run_id)
+
+    def is_copy(self, state: RunState) -> bool:
+        """Whether the run of this state still lies where it was at its newest start, and this is another folder."""
+        there = Path(state.folder)
+        return not _is_same(there, self.out) and _is_run(there, state.run_id)
 
     def refuse_foreign_folder(self) -> None:
         """Raises RunError where the run directory would mix with files that are not a run's."""
@@ -191,20 +232,29 @@ class RunStore:
 
     def refuse_foreign_caches(self, state: RunState | None) -> None:
         """Raises RunError where the folder for the caches holds another run's; `state` is None for a new run."""
-        owner = self._caches_owner()
-        if owner is None:
+        if self._caches_owner() is None:
             foreign = state is None and any(self.caches.glob("stage-*.h5*"))
         else:
-            foreign = state is None or owner != state.run_id
+            foreign = state is None or not self.has_caches_of(state)
         if foreign:
             raise RunError(
                 f"{self.caches} holds caches of another run of the same name; give another --out name or --cache-dir, or "
                 "delete that folder if its run is gone."
             )
 
-    def _caches_owner(self) -> str | None:
-        """Id of the run that the caches belong to; None where the folder does not say."""
-        return self.cache_owner.read_text() if self.cache_owner.exists() else None
+    def refuse_links(self) -> None:
+        """Raises RunError where a folder of the run is a link: nothing is written or deleted behind one."""
+        stages, rounds = self.out / "stages", self.out / "rounds"
+        folders = (stages, rounds, self.probes, self.plots, self.jobs, *_numbered(stages), *_numbered(rounds))
+        for folder in folders:
+            if folder.is_symlink():
+                raise RunError(
+                    f"{folder} is a link, and a run keeps its files in its own folder; replace the link by it."
+                )
+
+    def _caches_owner(self) -> CacheOwner | None:
+        """None where the folder does not say."""
+        return read_record(CacheOwner, self.cache_owner) if self.cache_owner.exists() else None
 
     @property
     def is_running(self) -> bool:
@@ -242,6 +292,11 @@ class RunStore:
                 held.enter_context(exclusive(lock, busy))
             yield
 
+    def _lock_caches(self) -> AbstractContextManager[None]:
+        """Keeps others from the folder of the caches, where there is one."""
+        busy = RunError(f"Another process is using {self.caches}; wait for it.")
+        return exclusive(self.caches_lock, busy) if self.caches.is_dir() else nullcontext()
+
     def lock_task(self, busy: RunError, poll: Callable[[], None]) -> AbstractContextManager[None]:
         """Within a round one task follows another, so whoever performs one has its files to itself.
 
@@ -260,6 +315,7 @@ class RunStore:
         with ExitStack() as held:
             for lock in (self.lock, self.task_lock, *(store.task_lock for store, _ in earlier)):
                 held.enter_context(exclusive(lock, busy))
+            held.enter_context(self._lock_caches())
             yield [(self, self.load_state()), *earlier]
 
     def delete_cache_files(self, files: Iterable[CacheFile]) -> int:
@@ -282,8 +338,8 @@ class RunStore:
         """Deletes what a stage has written, and what was made of it: the encoder and the probes."""
         self.encoder.unlink(missing_ok=True)
         self.delete_cache(stage)
-        for folder in (self.stage(stage), self.probes):
-            shutil.rmtree(folder, ignore_errors=True)
+        _delete_files(self.stage(stage), STAGE_FILES)
+        _delete_files(self.probes, PROBE_FILES)
 
     def delete_pending_stages(self, state: RunState) -> None:
         """Of stages that are not begun: a stage leaves "pending" before it writes its first file, so these are left over."""
@@ -294,35 +350,80 @@ class RunStore:
     def delete_run(self, state: RunState) -> None:
         """Deletes what a run of this state writes, and nothing else: a user's own notes stay. run.json stays to the end.
 
-        Its caches may lie elsewhere than this start's, and are deleted only where they are its own.
+        Its caches may lie elsewhere than this start's, and are deleted only where they are its own. Raises RunError where
+        another process uses them.
         """
         state.stages = [StageRecord(record.stage) for record in state.stages]
         self.save_state(state)
-        old = RunStore(self.out, Path(state.caches))
-        if old._caches_owner() == state.run_id:
-            for record in state.stages:
-                old.delete_stage(record.stage)
-            old.delete_caches_owner()
-        for folder in (old.out / "stages", old.probes, old.plots):
-            shutil.rmtree(folder, ignore_errors=True)
-        for path in (old.encoder, old.config, old.log, old.machine, old.report):
-            path.unlink(missing_ok=True)
-        for folder in old._round_folders():
+        if caches := self.recorded_caches(state):
+            old = RunStore(self.out, caches)
+            with nullcontext() if caches == self.caches else old._lock_caches():
+                old.delete_cache_files(cache_files(caches))
+                old.delete_caches_owner()
+        self._delete_files_of_stages()
+        for folder in self._round_folders():
             with contextlib.suppress(RunError):  # nothing readable is in it
                 earlier, state_of_earlier = open_run(folder)
                 earlier.delete_run(state_of_earlier)
-        for entry in (old.out / "rounds").glob("*/*"):
-            if entry.name != old.task_lock.name:  # whoever waits for it must meet the next to hold it
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            # The lock stays: whoever waits for it must meet the next to hold it.
+            _delete_files(folder, ("run.json", "run.json.tmp"))
+
+    def _delete_files_of_stages(self) -> None:
+        for folder in _numbered(self.out / "stages"):
+            _delete_files(folder, STAGE_FILES)
+        for folder, names in ((self.out / "stages", ()), (self.probes, PROBE_FILES), (self.plots, PLOT_FILES)):
+            _delete_files(folder, names)
+        for path in (self.encoder, self.config, self.log, self.machine, self.report):
+            path.unlink(missing_ok=True)
 
     def _round_folders(self) -> list[Path]:
         """Of rounds before the last one, those of an earlier start with more rounds included."""
-        return sorted((self.out / "rounds").glob("*"))
+        return _numbered(self.out / "rounds")
+
+
+STAGE_FILES = ("weights.safetensors*", "checkpoint.safetensors*", "metrics.jsonl*", "memory.jsonl")
+PROBE_FILES, PLOT_FILES = ("*.json", "*.json.tmp"), ("*.svg", "*.png")
+"""Patterns of the names that a run gives to its files."""
+
+
+def _delete_files(folder: Path, patterns: Iterable[str]) -> None:
+    """Deletes the files of these names, and the folder where nothing else is in it. A link is deleted, and not followed."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The folders, and links, in it whose names are numbers."""
+    children = sorted(folder.glob("*")) if folder.is_dir() and not folder.is_symlink() else []
+    return [child for child in children if child.name.isdecimal()]
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def _is_run(folder: Path, run_id: str) -> bool:
+    """Whether a readable run of this id lies there."""
+    try:
+        return RunState.load(folder / "run.json").run_id == run_id
+    except (RunError, OSError):
+        return False
 
 
 def open_run(out: Path) -> tuple[RunStore, RunState]:
-    """Paths and state of an existing run. Raises RunError."""
+    """Paths and state of an existing run; its caches are those that say that they are its own. Raises RunError."""
     if not out.is_dir():
         raise RunError(f"There is no run directory {out}; start one with: layerwise run --out {out}.")
-    state = RunState.load(out / "run.json")
-    return RunStore(out, Path(state.caches)), state
+    here = RunStore(out, out / "caches")  # where there never are any
+    here.refuse_links()
+    state = here.load_state()
+    return RunStore(out, here.recorded_caches(state) or here.caches), state

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ class CachePlan:
         """The stages that are recomputed for the input of `stage`, lowest first. specs: all stages of the run."""
         return tuple(specs[self.source(stage) : stage - 1])
 
-    def input_kind(self, stage: int) -> str:
+    def input_kind(self, stage: int) -> Literal["data", "cache", "recompute"]:
         """Where the samples of a stage come from: data, cache or recompute."""
         if stage == 1:
             return "data"

@@ -20,7 +20,7 @@ from torch import nn
 from layerwise.errors import RunError
 from layerwise.files import write_atomically
 from layerwise.memory.meter import host_tensor, uncounted
-from layerwise.run_store import RunStore
+from layerwise.run_store import RunStore, StageRecord
 from layerwise.training.simultaneous import AnyTrainer
 from layerwise.training.trainer import StageTrainer
 
@@ -87,7 +87,7 @@ def save_arrays(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:
 
     The same arrays and metadata make the same bytes.
     """
-    content = safetensors.numpy.save(arrays, metadata | {"digest": _digest_of_file(arrays, metadata)})
+    content = safetensors.numpy.save(arrays, metadata | {"digest": digest_of_file(arrays, metadata)})
     stop = 8 + int.from_bytes(content[:8], "little")
     header = _in_order(content[8:stop])
     write_atomically(path, len(header).to_bytes(8, "little"), header, memoryview(content)[stop:])
@@ -110,16 +110,23 @@ def load_arrays(path: Path, way_out: str) -> tuple[Arrays, dict[str, str]]:
             arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be read ({error}); {way_out}") from None
-    if metadata.pop("digest", None) != _digest_of_file(arrays, metadata):
+    if metadata.pop("digest", None) != digest_of_file(arrays, metadata):
         raise RunError(f"{path} is damaged: what it holds does not match its digest; {way_out}")
     return arrays, metadata
 
 
-def load_stages(store: RunStore, stages: Iterable[int]) -> Arrays:
-    """The weights of trained stages, by their names in the whole network. Raises RunError where some are missing or damaged."""
+def load_stages(store: RunStore, records: Iterable[StageRecord]) -> Arrays:
+    """The weights of trained stages, by their names in the whole network.
+
+    Raises RunError where some are missing, damaged, or not those that the run has trained.
+    """
     weights: Arrays = {}
-    for stage in stages:
-        weights |= load_arrays(store.weights(stage), f"train the stage again with --from-stage {stage}.")[0]
+    for record in records:
+        path, way_out = store.weights(record.stage), f"train the stage again with --from-stage {record.stage}."
+        found = load_arrays(path, way_out)[0]
+        if digest(found) != record.weights:
+            raise RunError(f"{path} does not hold the weights that this run has trained; restore it, or {way_out}")
+        weights |= found
     return weights
 
 
@@ -133,7 +140,8 @@ def digest(arrays: Arrays) -> str:
     return total.hexdigest()
 
 
-def _digest_of_file(arrays: Arrays, metadata: dict[str, str]) -> str:
+def digest_of_file(arrays: Arrays, metadata: dict[str, str]) -> str:
+    """SHA-256 over all that a file of arrays holds."""
     return hashlib.sha256(f"{digest(arrays)} {sorted(metadata.items())}".encode()).hexdigest()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from layerwise.config import Config, parsed
 from layerwise.errors import ConfigError, RunError
-from layerwise.training.checkpoint import Arrays, load_arrays, load_stages, save_arrays
+from layerwise.training.checkpoint import Arrays, digest_of_file, load_arrays, load_stages, save_arrays
 from layerwise.training.forward import OutputFormat
 from layerwise.training.run import Run
 from layerwise.version import __version__
@@ -43,27 +43,41 @@ class Origin:
 def stitch(run: Run) -> None:
     """Writes encoder.safetensors, on the host: the weights of all layers under their names in the whole network."""
     data, specs, cut, handings = run.data, run.specs, [], []
+    state = run.store.load_state()
     for spec in specs:
-        trained_with = run.store.read_stage_config(spec.stage)
+        trained_with = state.record(spec.stage).trained_with
         for _ in spec.parts[:-1]:  # which nothing lay between
             handings.append(OutputFormat(trained_with.training.precision, None))
         handings.append(OutputFormat.of(trained_with))
         cut += [len(part.layers) for part in spec.parts or (spec,)]
     structure, shape = specs[0].network.structure, list(data.frame_shape)
     origin = Origin(run.config, cut, handings, data.level, data.takes, shape, len(data.ids), structure)
-    save_encoder(run.store.encoder, load_stages(run.store, [spec.stage for spec in specs]), origin)
+    weights, header = load_stages(run.store, state.stages), encoder_header(origin)
+    state.encoder, state.from_stage = digest_of_file(weights, header), None
+    run.store.save_state(state)
+    save_arrays(run.store.encoder, weights, header)
 
 
 def save_encoder(path: Path, weights: Arrays, origin: Origin) -> None:
     """Replaces the file atomically. Raises RunError."""
+    save_arrays(path, weights, encoder_header(origin))
+
+
+def encoder_header(origin: Origin) -> dict[str, str]:
+    """What an encoder's file says beside its weights."""
     described = {name: value for name, value in asdict(origin).items() if name != "config"}
-    save_arrays(path, weights, {"config": origin.config.to_toml(), "origin": json.dumps(described)})
+    return {"config": origin.config.to_toml(), "origin": json.dumps(described)}
 
 
-def load_encoder(path: Path) -> tuple[Arrays, Origin]:
-    """Weights and origin. Raises RunError where the file is missing, damaged or of a layerwise that wrote no origin."""
+def load_encoder(path: Path, expected: str | None = None) -> tuple[Arrays, Origin]:
+    """Weights and origin. expected: the digest that a run has recorded of it.
+
+    Raises RunError where the file is missing, damaged, another run's, or of a layerwise that wrote no origin.
+    """
     way_out = "start its run again with the same command, which writes it anew and trains nothing."
     weights, header = load_arrays(path, way_out)
+    if expected not in (None, digest_of_file(weights, header)):
+        raise RunError(f"{path} is not the encoder that its run has written; {way_out}")
     try:
         described = json.loads(header["origin"])
         handings = [OutputFormat(**each) for each in described.pop("handings")]

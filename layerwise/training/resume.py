@@ -8,9 +8,10 @@ steps then finds nothing that it would wrongly believe in.
 """
 
 import itertools
+import os
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from layerwise.config import Config, Option, changed_options
 from layerwise.errors import ConfigError, RunError
@@ -32,8 +33,8 @@ class StartRequest:
     """Delete the run and begin anew."""
 
     def goes_on(self, store: RunStore) -> bool:
-        """Whether there is a run to go on with; killed before its options were written, it has nothing."""
-        return not self.overwrite and store.exists and store.config.exists()
+        """Whether there is a run to go on with."""
+        return not self.overwrite and store.exists
 
     def check(self, store: RunStore, stages: int) -> None:
         """Raises ConfigError or RunError where a run of so many stages has no such stage, or none below it to go on from."""
@@ -105,7 +106,11 @@ def _prepare(store: RunStore, run: Run, request: StartRequest, keep: str) -> Run
         if old is not None:
             store.delete_run(old)
         state = _new_state(store, run)
-    state.budget_bytes, state.device = run.config.memory.gpu_mem, str(run.device)
+    state.config, state.budget_bytes, state.device = run.config, run.config.memory.gpu_mem, str(run.device)
+    state.caches = os.path.relpath(store.caches, store.out.resolve())
+    if store.is_copy(state):
+        state.copy_of, state.run_id = state.run_id, secrets.token_hex(8)
+    state.folder = str(store.out.resolve())
     store.save_state(state)
     if state is old:
         store.delete_pending_stages(state)
@@ -118,10 +123,12 @@ def _new_state(store: RunStore, run: Run) -> RunState:
     cached = zip(run.specs, run.cache_plan.cached, strict=True)
     return RunState(
         stages=[StageRecord(spec.stage, cached=to_be) for spec, to_be in cached],
+        config=run.config,
         data_identity=run.data.identity,
         budget_bytes=None,
         device=str(run.device),
-        caches=str(store.caches),
+        caches="",
+        folder="",
         cut=[len(spec.layers) for spec in run.specs],
         network=run.specs[0].network.identity,
         optimization=_optimization(run),
@@ -130,14 +137,10 @@ def _new_state(store: RunStore, run: Run) -> RunState:
 
 def _go_on(state: RunState, store: RunStore, run: Run, from_stage: int | None, keep: str) -> None:
     """Makes the state what this start goes on from."""
-    if from_stage is not None and not _is_in_hand(state, store, run.config, from_stage):
+    if from_stage is not None and not _is_in_hand(state, run.config, from_stage):
         # The stages below keep their options from now on.
         state.from_stage, state.kept_stages = from_stage, from_stage - 1
         state.reset_from(from_stage)
-    if Path(state.caches) != store.caches:
-        state.caches = str(store.caches)
-        for record in state.stages:
-            record.cache = str(store.cache(record.stage)) if record.cache else None
     for record, to_be in zip(state.stages, run.cache_plan.cached, strict=True):
         if not record.is_trained:
             record.cached = to_be
@@ -146,15 +149,16 @@ def _go_on(state: RunState, store: RunStore, run: Run, from_stage: int | None, k
 
 def _check_going_on(state: RunState, store: RunStore, run: Run, from_stage: int | None) -> None:
     """Raises ConfigError or RunError where a round of this state cannot be gone on with as asked; nothing is changed."""
-    if Path(state.caches) != store.caches and Path(state.caches).exists():
+    recorded = store.recorded_caches(state)
+    if recorded and recorded != store.caches:
         raise ConfigError(
-            f"--cache-dir: the caches of {store.out} lie in {state.caches}, not in {store.caches}. Give the old place, or "
+            f"--cache-dir: the caches of {store.out} lie in {recorded}, not in {store.caches}. Give the old place, or "
             "move the folder there first."
         )
     store.refuse_foreign_caches(state)
     _check_shape(state, store, run.config)
     _check_same_objects(state, store, run)
-    if from_stage is None or _is_in_hand(state, store, run.config, from_stage):
+    if from_stage is None or _is_in_hand(state, run.config, from_stage):
         _check_training(state, store, run.config)
         return
     unfinished = [record.stage for record in state.stages[: from_stage - 1] if record.status != "done"]
@@ -166,7 +170,7 @@ def _check_shape(state: RunState, store: RunStore, config: Config) -> None:
     """Raises ConfigError where an option that shapes all stages differs from the run's."""
     changes = [
         change
-        for change in changed_options(store.read_config(), config, {"shape"})
+        for change in changed_options(state.config, config, {"shape"})
         # The number of stages that a run has chosen by itself may be said, and left out again.
         if not (change[0].key == "training.stages" and {change[1], change[2]} <= {None, len(state.stages)})
     ]
@@ -204,7 +208,7 @@ def _optimization(run: Run) -> str:
 def _check_training(state: RunState, store: RunStore, config: Config) -> None:
     """Raises ConfigError where a begun stage was trained with other options, unless an earlier start kept it so."""
     for stage in range(state.kept_stages + 1, len(state.stages) + 1):
-        changes = _training_changes(state, store, config, [stage])
+        changes = _training_changes(state, config, [stage])
         if changes:
             raise ConfigError(
                 f"{listed_changes(changes, f'when stage {stage} of {store.out} was trained')}. Give the old back, or retrain "
@@ -212,18 +216,18 @@ def _check_training(state: RunState, store: RunStore, config: Config) -> None:
             )
 
 
-def _is_in_hand(state: RunState, store: RunStore, config: Config, from_stage: int) -> bool:
+def _is_in_hand(state: RunState, config: Config, from_stage: int) -> bool:
     """Whether an earlier start was asked the same and did not end, so that this one goes on."""
     stages = range(from_stage, len(state.stages) + 1)
-    return state.from_stage == from_stage and not _training_changes(state, store, config, stages)
+    return state.from_stage == from_stage and not _training_changes(state, config, stages)
 
 
-def _training_changes(state: RunState, store: RunStore, config: Config, stages: Iterable[int]) -> list[Change]:
+def _training_changes(state: RunState, config: Config, stages: Iterable[int]) -> list[Change]:
     return [
         change
         for stage in stages
-        if state.record(stage).status != "pending" and store.stage_config(stage).exists()
-        for change in changed_options(store.read_stage_config(stage), config, {"training"})
+        if (trained_with := state.record(stage).config)
+        for change in changed_options(trained_with, config, {"training"})
     ]
 
 
@@ -245,7 +249,7 @@ def earlier_records(store: RunStore, config: Config, request: StartRequest) -> l
     if not request.goes_on(store):
         return []
     state = store.load_state()
-    if request.from_stage is None or _is_in_hand(state, store, config, request.from_stage):
+    if request.from_stage is None or _is_in_hand(state, config, request.from_stage):
         return state.stages
     return state.stages[: request.from_stage - 1]
 
@@ -257,7 +261,7 @@ def decided(records: Sequence[StageRecord]) -> list[bool]:
 
 def intended(records: Sequence[StageRecord], store: RunStore, config: Config) -> list[bool | None]:
     """For each stage, what an earlier start with the same options of the caches meant to do with its outputs."""
-    same_options = bool(records) and store.read_config().cache == config.cache
+    same_options = bool(records) and store.load_state().config.cache == config.cache
     return [record.cached for record in records] if same_options else []
 
 

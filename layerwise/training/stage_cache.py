@@ -36,9 +36,9 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
         _discard_others(written, record.fingerprint)
     if not _is_sealed(path, record.fingerprint) and not _is_sealed(written, record.fingerprint):
         # --from-stage may have changed the options since, for the stages above.
-        options, ranks, trained_with = run.config.cache, run.ranks, round.store.read_stage_config(spec.stage)
+        options, ranks, trained_with = run.config.cache, run.ranks, record.trained_with
         module = spec.build_module(run.config.training.seed, run.device)
-        load_weights(module, load_stages(round.store, [spec.stage]))
+        load_weights(module, load_stages(round.store, [record]))
         meter.label("parameters", module.state_dict().values())
         stage = InferenceStage(spec.stage, module.eval(), OutputFormat.of(trained_with), resident=True)
         started, seconds = time.monotonic(), record.seconds
@@ -80,7 +80,7 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
         publish(written, path, lambda: context.stop.raise_if_set(f"while the cache of stage {spec.stage} was copied"))
         with suppress(OSError):
             written.parent.rmdir()  # unless another stage is written there
-    record.cache, record.cache_bytes = str(path), path.stat().st_size
+    record.cache, record.cache_bytes = path.name, path.stat().st_size
 
 
 def _write_outputs(stage: InferenceStage, loader: Loader, writer: CacheWriter, piece: int, context: RunContext) -> None:

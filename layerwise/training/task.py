@@ -144,9 +144,9 @@ def _loader(stage: int, source: FrameSource, round: Round, context: RunContext) 
     ranks = ALONE if run.config.training.input_noise else context.ranks
     if not specs:
         return SourceLoader(source, context.device, ranks)
-    numbers = [spec.stage for spec in specs]
-    formats = [OutputFormat.of(round.store.read_stage_config(number)) for number in numbers]
-    stages = trained_stages(specs, formats, load_stages(round.store, numbers))
+    records = [round.state.record(spec.stage) for spec in specs]
+    formats = [OutputFormat.of(record.trained_with) for record in records]
+    stages = trained_stages(specs, formats, load_stages(round.store, records))
     return RecomputingLoader(source, specs, stages, run.memory_plans[stage - 1].windows, context.device, ranks)
 
 
@@ -154,10 +154,8 @@ def _train(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -
     """Leaves the best weights in the stage's folder and the outcome in its record."""
     stage, run, record = spec.stage, round.run, round.state.record(spec.stage)
     record.status = "training"
-    record.input = run.cache_plan.input_kind(stage)
+    record.input, record.config = run.cache_plan.input_kind(stage), run.config
     round.save()
-    if context.ranks.first:
-        round.store.write_stage_config(stage, run.config)
     key = round.training_key(stage)
     kind = SimultaneousTrainer if spec.parts else StageTrainer
     trainer = kind(spec, run.config, run.memory_plans[stage - 1], context)
@@ -173,7 +171,7 @@ def _train(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -
     record.train_peak_bytes = max(context.meter.peak, progress.peak_bytes)
     record.train_peak_by_kind = {str(kind): most for kind, most in context.meter.peak_by_kind.items()}
     record.micro_batch = trainer.memory_plan.micro_batch  # smaller than planned where a step ran out of memory
-    record.fingerprint = fingerprint(key, weights_digest)
+    record.weights, record.fingerprint = weights_digest, fingerprint(key, weights_digest)
     round.save()
 
 

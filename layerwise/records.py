@@ -1,0 +1,66 @@
+"""Records on the disk: JSON that is read through a strict model, and holds what was written.
+
+A record carries a digest of all else that it says, so a flipped bit never passes for another value.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from layerwise.errors import RunError
+from layerwise.files import read_bytes, write_atomically
+
+MOST_BYTES = 64 * 2**20
+"""Of a record; a comparison of many runs has some thousands."""
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""Of a dataclass that is read from a record, as its `__pydantic_config__`."""
+
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+T = TypeVar("T")
+
+
+def write_record(path: Path, record: object, **also: Any) -> None:
+    """Replaces the file by a dataclass, or a dict, as indented JSON, atomically. also: more for other programs.
+
+    Raises RunError.
+    """
+    tree = TypeAdapter(type(record)).dump_python(record, mode="json") | also
+    write_atomically(path, (json.dumps(tree | {"digest": _digest(tree)}, indent=2) + "\n").encode())
+
+
+def read_record(kind: type[T], path: Path, version: int | None = None) -> T:
+    """What `write_record` wrote. version: that the record must be of, where it names one.
+
+    Raises RunError where it is missing, of another version, or damaged.
+    """
+    content = read_bytes(path, MOST_BYTES)
+    try:
+        tree = json.loads(content)
+        if version is not None and tree["version"] != version:
+            raise RunError(
+                f"{path} is of version {tree['version']!r:.20}; this layerwise reads version {version}. Go on with the "
+                "layerwise that began it, or start anew in another folder."
+            )
+        if tree.pop("digest") != _digest(tree):
+            raise ValueError("it does not hold what was written")
+        return TypeAdapter(kind).validate_json(json.dumps(tree))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: {_finding(error)}; restore it, or move it away.") from None
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _finding(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return "it nests too deep" if isinstance(error, RecursionError) else str(error) or type(error).__name__
