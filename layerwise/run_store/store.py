@@ -244,13 +244,10 @@ class RunStore:
 
     def refuse_links(self) -> None:
         """Raises RunError where a folder of the run is a link: nothing is written or deleted behind one."""
-        stages, rounds = self.out / "stages", self.out / "rounds"
-        folders = (stages, rounds, self.probes, self.plots, self.jobs, *_numbered(stages), *_numbered(rounds))
-        for folder in folders:
-            if folder.is_symlink():
-                raise RunError(
-                    f"{folder} is a link, and a run keeps its files in its own folder; replace the link by it."
-                )
+        for link in self._links():
+            raise RunError(
+                f"{link} is a link, and a run keeps its files in its own folder; put the folder in its place."
+            )
 
     def _caches_owner(self) -> CacheOwner | None:
         """None where the folder does not say."""
@@ -367,6 +364,8 @@ class RunStore:
                 earlier.delete_run(state_of_earlier)
             # The lock stays: whoever waits for it must meet the next to hold it.
             _delete_files(folder, ("run.json", "run.json.tmp"))
+        for link in self._links():
+            link.unlink()
 
     def _delete_files_of_stages(self) -> None:
         for folder in _numbered(self.out / "stages"):
@@ -378,7 +377,13 @@ class RunStore:
 
     def _round_folders(self) -> list[Path]:
         """Of rounds before the last one, those of an earlier start with more rounds included."""
-        return _numbered(self.out / "rounds")
+        return [folder for folder in _numbered(self.out / "rounds") if not folder.is_symlink()]
+
+    def _links(self) -> list[Path]:
+        """The folders of the run that are links."""
+        stages, rounds = self.out / "stages", self.out / "rounds"
+        folders = (stages, rounds, self.probes, self.plots, self.jobs, *_numbered(stages), *_numbered(rounds))
+        return [folder for folder in folders if folder.is_symlink()]
 
 
 STAGE_FILES = ("weights.safetensors*", "checkpoint.safetensors*", "metrics.jsonl*", "memory.jsonl")
@@ -387,9 +392,8 @@ PROBE_FILES, PLOT_FILES = ("*.json", "*.json.tmp"), ("*.svg", "*.png")
 
 
 def _delete_files(folder: Path, patterns: Iterable[str]) -> None:
-    """Deletes the files of these names, and the folder where nothing else is in it. A link is deleted, and not followed."""
+    """Deletes the files of these names, and the folder where nothing else is in it. Links are not followed."""
     if folder.is_symlink():
-        folder.unlink()
         return
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
         if path.is_symlink() or not path.is_dir():

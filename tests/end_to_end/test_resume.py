@@ -352,7 +352,7 @@ def test_a_refused_overwrite_deletes_nothing(
     with pytest.raises(RunError, match="--from-stage 2"):
         run(tiny_speech(source), overwrite=True, from_stage=2)
     (tmp_path / "other" / "run").mkdir(parents=True)
-    (tmp_path / "other" / "run" / "run-id").write_text("somebody")
+    RunStore(tmp_path / "somebody", tmp_path / "other" / "run").write_caches_owner("0123456789abcdef")
     with pytest.raises(RunError, match="caches of another run"):
         run(tiny_speech(source, **{"cache.dir": str(tmp_path / "other")}), overwrite=True)
     assert bits(first.paths.encoder) == before
@@ -437,7 +437,7 @@ def test_a_checkpoint_of_another_version_is_a_sentence(tiny_speech: Tiny, digits
 def test_a_stage_whose_weights_are_gone_is_still_to_be_cached_as_decided(tmp_path: Path) -> None:
     store = RunStore.of(tmp_path / "run", tmp_path / "cache")
     records = [StageRecord(1, "done", cached=True), StageRecord(2, "done", cached=True), StageRecord(3, cached=False)]
-    state = RunState(records, "data", None, "cpu", str(store.caches), [1, 1, 1])
+    state = RunState(records, Config(), "data", None, "cpu", "../cache/run", str(store.out), [1, 1, 1])
     for path in (store.weights(1), store.cache(1)):
         path.parent.mkdir(parents=True)
         path.touch()

@@ -44,7 +44,7 @@ def test_a_run_leaves_what_its_contract_says(tiny_speech: Tiny, digits: Path) ->
         assert 0 < stage["train_peak_bytes"] < 50_000_000
         assert 0 < stage["cache_peak_bytes"] < stage["train_peak_bytes"]
         assert stage["peak_bytes"] == stage["train_peak_bytes"]
-        assert stage["cache_bytes"] == Path(stage["cache"]).stat().st_size
+        assert stage["cache_bytes"] == (out / state["caches"] / stage["cache"]).stat().st_size
         assert stage["epochs"] == 2
         assert stage["converged"] is False
         metrics = (out / "stages" / str(stage["stage"]) / "metrics.jsonl").read_text().splitlines()

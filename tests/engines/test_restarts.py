@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from layerwise.config import Config
 from layerwise.engines.requeue import count_restart
 from layerwise.errors import RunError
 from layerwise.run_store import RunState, RunStore, StageRecord
@@ -17,7 +18,7 @@ def store(tmp_path: Path) -> RunStore:
     """A run of two stages of which the first is trained."""
     store = RunStore.of(tmp_path / "run", tmp_path / "cache")
     records = [StageRecord(1, "done", epochs=2), StageRecord(2, "training")]
-    RunState(records, "data", None, "cpu", str(store.caches), [1, 1]).save(store.state)
+    RunState(records, Config(), "data", None, "cpu", "../cache/run", str(store.out), [1, 1]).save(store.state)
     save_checkpoint_of(store, 0, 5)
     store.caches.mkdir(parents=True)
     return store
