@@ -57,7 +57,7 @@ def execute(tasks: Sequence[Task], run: Run, devices: Sequence[str], stop: StopF
     raises that cannot be done.
     """
     waiting, deaths, inbox = list(tasks), Counter[Task | None](), Inbox()
-    logs = run.store.out / "workers"
+    logs = run.store.workers
     logs.mkdir(exist_ok=True)
     workers = [_start(device, logs / f"{number}.txt", run, inbox) for number, device in enumerate(devices)]
     try:

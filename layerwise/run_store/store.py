@@ -92,6 +92,8 @@ class RunStore:
         """The figures of the report, each as .svg and .png."""
         self.jobs = out / "jobs"
         """Batch scripts and logs of a run on Slurm."""
+        self.workers = out / "workers"
+        """Logs of worker processes."""
         self.encoder = out / "encoder.safetensors"
         self.probes = out / "probes"
         self.lock = out / "lock"
@@ -382,7 +384,7 @@ class RunStore:
     def _links(self) -> list[Path]:
         """The folders of the run that are links."""
         stages, rounds = self.out / "stages", self.out / "rounds"
-        folders = (stages, rounds, self.probes, self.plots, self.jobs, *_numbered(stages), *_numbered(rounds))
+        folders = (stages, rounds, self.probes, self.plots, self.jobs, self.workers, *_numbered(stages), *_numbered(rounds))
         return [folder for folder in folders if folder.is_symlink()]
 
 

@@ -80,6 +80,8 @@ def stage_specs(
 
     Raises ConfigError where the network, the cut or the window do not fit the data, DataError where a sample is too short.
     """
+    if sum(map(len, cut)) != len(network.layers):
+        raise ConfigError(f"A cut of {sum(map(len, cut))} layers does not fit this network of {len(network.layers)}.")
     window = input_window(config, data)
     check_objective(config.objective.name)
     renderings = renderings_compared(config.objective.name)
