@@ -372,8 +372,9 @@ def test_moved_caches_are_found_under_their_new_name(tiny_speech: Tiny, digits: 
     source = f"fsdd:{digits}"
     run(tiny_speech(source))
     (tmp_path / "cache").rename(tmp_path / "disk")
-    state = run(tiny_speech(source, **{"cache.dir": str(tmp_path / "disk")})).state
-    assert all(Path(record.cache or "").exists() for record in state.stages)
+    result = run(tiny_speech(source, **{"cache.dir": str(tmp_path / "disk")}))
+    assert result.paths.caches == tmp_path / "disk" / "run"
+    assert all(record.cache and result.paths.cache(record.stage).exists() for record in result.state.stages)
 
 
 def test_weights_that_were_deleted_are_trained_again_to_the_same_bits(tiny_speech: Tiny, digits: Path) -> None:
