@@ -39,11 +39,6 @@ def write_atomically(path: Path, *content: bytes | memoryview) -> None:
         raise RunError(unwritable(path, error)) from None
 
 
-def write_json(path: Path, tree: object) -> None:
-    """Replaces the file by the tree as indented JSON, atomically. Raises RunError."""
-    write_atomically(path, (json.dumps(tree, indent=2) + "\n").encode())
-
-
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file that holds one in each line; a line that a kill has torn is left out.
 

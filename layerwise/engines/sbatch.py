@@ -3,14 +3,18 @@
 Slurm's commands may be missing, and may not answer where its controller is down.
 """
 
-import json
 import shlex
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from layerwise.config.options import EngineOptions
 from layerwise.errors import RunError, SlurmError
+from layerwise.records import STRICT, read_record
 from layerwise.units import seconds
 
 WARNING_SECONDS = 120
@@ -108,7 +112,16 @@ def ask_slurm(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 QUEUE = "jobs.json"
-"""Beside the scripts: numbers of the jobs that were handed in last."""
+"""Beside the scripts: a `Queue`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """The jobs that were handed in last."""
+
+    __pydantic_config__ = STRICT
+
+    numbers: list[Annotated[str, Field(pattern=r"^\d+(_\d+)?$")]]
 
 
 def refuse_while_queued(folder: Path) -> None:
@@ -116,7 +129,7 @@ def refuse_while_queued(folder: Path) -> None:
 
     folder: of its batch scripts. Where there is no Slurm, as behind a copy to another machine, there are none.
     """
-    numbers: list[str] = json.loads((folder / QUEUE).read_text()) if (folder / QUEUE).exists() else []
+    numbers = read_record(Queue, folder / QUEUE).numbers if (folder / QUEUE).exists() else []
     if not numbers:
         return
     asked = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(numbers)}"]

@@ -3,18 +3,18 @@
 Nothing is left behind that waits: the jobs find all that they need in the run directory, the last one writes the encoder.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from layerwise.config import Config
 from layerwise.engines.run import UserObjects, prepared_run, tasks_left
-from layerwise.engines.sbatch import QUEUE, script, submit
+from layerwise.engines.sbatch import QUEUE, Queue, script, submit
 from layerwise.engines.task_runner import write_encoder
 from layerwise.errors import ConfigError
 from layerwise.events import Notify, silent
 from layerwise.files import write_atomically
+from layerwise.records import write_record
 from layerwise.run_store import RunStore
 from layerwise.stop import StopFlag
 from layerwise.training.resume import StartRequest
@@ -48,7 +48,7 @@ def submit_run(config: Config, request: StartRequest, stop: StopFlag, notify: No
             write_atomically(path, task_script(config, task).encode())
             numbers[task] = submit(path, [numbers[need] for need in task.needs if need in numbers])
             jobs.append(Job(task, numbers[task], _log(config, task)))
-            write_atomically(folder / QUEUE, json.dumps([job.number for job in jobs]).encode())
+            write_record(folder / QUEUE, Queue([job.number for job in jobs]))
         if not tasks:
             write_encoder(run)
     return jobs

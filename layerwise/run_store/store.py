@@ -384,7 +384,16 @@ class RunStore:
     def _links(self) -> list[Path]:
         """The folders of the run that are links."""
         stages, rounds = self.out / "stages", self.out / "rounds"
-        folders = (stages, rounds, self.probes, self.plots, self.jobs, self.workers, *_numbered(stages), *_numbered(rounds))
+        folders = (
+            stages,
+            rounds,
+            self.probes,
+            self.plots,
+            self.jobs,
+            self.workers,
+            *_numbered(stages),
+            *_numbered(rounds),
+        )
         return [folder for folder in folders if folder.is_symlink()]
 
 

@@ -66,7 +66,7 @@ def test_one_round_is_sequential_training(tiny_speech: Tiny, digits: Path, tmp_p
 
 def test_versions_go_when_nobody_needs_them(config: Config, finished: Finished) -> None:
     result = finished(config)
-    assert sorted(path.name for path in Path(result.state.caches).rglob("stage-*")) == ["stage-3.h5", "stage-4.h5"]
+    assert sorted(path.name for path in result.paths.caches.rglob("stage-*")) == ["stage-3.h5", "stage-4.h5"]
     assert not list(result.paths.out.rglob("checkpoint.safetensors"))
     state = RunState.load(result.paths.out / "rounds" / "1" / "run.json")
     assert state.done
