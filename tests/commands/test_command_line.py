@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import soundfile
+from records_edited import edited
 
 import layerwise
 from layerwise import config as configuration
@@ -317,15 +318,15 @@ def test_probe_does_not_use_a_damaged_cache(finished: Path, call: Callable, tmp_
 
 
 def test_status_tells_a_stopped_run_from_a_running_one_and_missing_caches(finished: Path, call: Callable) -> None:
-    state = json.loads((finished / "run" / "run.json").read_text())
-    changed = json.loads(json.dumps(state))
-    changed["stages"][3]["status"] = "training"
-    changed["stages"][2]["cache"] = "gone.h5"
-    (finished / "run" / "run.json").write_text(json.dumps(changed))
+    cache = finished / "cache" / "run" / "stage-3.h5"
+    hidden, content = cache.rename(cache.with_name("hidden")), (finished / "run" / "run.json").read_bytes()
+    with edited(finished / "run" / "run.json") as state:
+        state["stages"][3]["status"] = "training"
     stopped = call("status", finished / "run")[1]
     with exclusive(finished / "run" / "lock", RunError("busy")):
         running = call("status", finished / "run")[1]
-    (finished / "run" / "run.json").write_text(json.dumps(state))
+    (finished / "run" / "run.json").write_bytes(content)
+    hidden.rename(cache)
     assert "stopped: device peak" in stopped
     assert "training (1)" in stopped
     assert "missing" in stopped

@@ -1,6 +1,5 @@
 """`layerwise.load`: what the loaded encoder gives is what the run cached, without the data and without the caches."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +11,7 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
+from records_edited import edited
 from safetensors.numpy import load_file
 from torch import nn
 
@@ -160,9 +160,9 @@ def test_what_is_no_batch_of_pictures_is_a_sentence(vision_run: RunResult, x: to
 
 
 def test_a_run_that_is_not_finished_is_refused(speech_run: RunResult, tmp_path: Path) -> None:
-    state = json.loads(speech_run.paths.state.read_text())
-    state["stages"][2]["status"] = "training"
-    (tmp_path / "run.json").write_text(json.dumps(state))
+    shutil.copy(speech_run.paths.state, tmp_path / "run.json")
+    with edited(tmp_path / "run.json") as state:
+        state["stages"][2]["status"] = "training"
     with pytest.raises(RunError, match="no encoder yet: stage 3 is not done; go on with the run first"):
         layerwise.load(tmp_path)
     with pytest.raises(RunError, match=r"holds no encoder\.safetensors"):

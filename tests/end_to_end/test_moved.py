@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from records_edited import edited
 
 from layerwise.config import Config
 from layerwise.encoder.load import load
@@ -15,7 +16,6 @@ from layerwise.errors import RunError
 from layerwise.evaluate.probe import probe
 from layerwise.events import Event, StageStarted
 from layerwise.files import exclusive
-from layerwise.records import write_record
 from layerwise.report.records import gather_run
 from layerwise.run_store import RunState, RunStore, open_run
 from layerwise.training.cache_retention import remove_caches
@@ -184,9 +184,7 @@ def test_a_flipped_letter_in_run_json_is_named(config: Config) -> None:
     [("cut", [10**9]), ("run_id", "../../x"), ("budget_bytes", -1), ("device", 3), ("mood", 1), ("stages", [])],
 )
 def test_a_run_json_of_impossible_values_is_named(config: Config, key: str, value: object) -> None:
-    path = Path(config.out) / "run.json"
-    tree = json.loads(path.read_text())
-    del tree["digest"]
-    write_record(path, tree | {key: value})
-    with pytest.raises(RunError, match="run.json is damaged"):
+    with edited(Path(config.out) / "run.json") as tree:
+        tree[key] = value
+    with pytest.raises(RunError, match=r"run.json is damaged"):
         open_run(Path(config.out))

@@ -203,7 +203,7 @@ def test_overwriting_leaves_no_round_of_before(
     result = run(tiny_speech(f"fsdd:{digits}"), overwrite=True)
     # A lock file must outlive what it guards: whoever waits for it would hold another one than the next to come.
     assert {path.name for path in (result.paths.out / "rounds").rglob("*") if path.is_file()} == {"task.lock"}
-    assert not list(Path(result.state.caches).glob("round-*/*.h5"))
+    assert not list(result.paths.caches.glob("round-*/*.h5"))
 
 
 def test_rounds_that_cannot_be(tiny_speech: Tiny, digits: Path) -> None:

@@ -16,7 +16,7 @@ from layerwise.config import Config
 from layerwise.data.open import open_data
 from layerwise.engines.run import run
 from layerwise.nets import shortest_sample
-from layerwise.run_store import RunState, RunStore
+from layerwise.run_store import RunStore
 from layerwise.training.cut import cut_network
 
 SMALLEST = {
@@ -134,16 +134,8 @@ def test_a_crash_at_any_call_leaves_what_the_next_start_can_use(
         if begun:
             shutil.copytree(tmp_path / "undisturbed", tmp_path / name)
             shutil.copytree(tmp_path / "cache" / "undisturbed", tmp_path / "cache" / name)
-            adopt(tmp_path, name)
         crash_at_call(number, lambda name=name: run(config(name, **compression), **arguments), monkeypatch)
         run(config(name, **compression), **arguments)
         assert bits(config(name)) == expected, f"after a crash at call {number} of {total}"
         left = [path.name for path in RunStore.of(config(name).out, config(name).cache.dir).caches.glob("stage-*.h5.*")]
         assert left == [], f"after a crash at call {number} of {total}"
-
-
-def adopt(folder: Path, name: str) -> None:
-    """Makes a copied run know that it is a run of its own."""
-    state = RunState.load(folder / name / "run.json")
-    state.caches = str(folder / "cache" / name)
-    state.save(folder / name / "run.json")

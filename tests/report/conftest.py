@@ -1,6 +1,6 @@
 """What the tests of the report look at: a small run with everything, and comparisons made from it."""
 
-import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from small_report import HOSTILE, METHODS, add_confusion, outcome
 
+from layerwise.records import write_record
 from layerwise.report.html import write_report
+from layerwise.run_store import open_run
 
 
 @pytest.fixture
@@ -36,7 +38,10 @@ def comparison_report(small_run: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def _copied(run: Path, folder: Path) -> Path:
+    """With its caches beside it."""
+    store = open_run(run)[0]
     shutil.copytree(run, folder)
+    shutil.copytree(store.caches, folder / os.path.relpath(store.caches, run))
     add_confusion(folder / "probes" / "digit.json", ["0", "1", "2", HOSTILE])
     return folder
 
@@ -56,7 +61,7 @@ def _comparison(run: Path, folder: Path, changes: dict[str, object]) -> Path:
         for seed in (0, 1, 2)
     ]
     about = {"label": "digit", "epochs": 2, "data_identity": "", "cut": [1, 1, 1, 1], "finished": True}
-    (folder / "compare.json").write_text(json.dumps({**about, "outcomes": outcomes, **changes}))
+    write_record(folder / "compare.json", {**about, "outcomes": outcomes, **changes})
     for name in METHODS[:2]:
-        shutil.copytree(run, folder / "runs" / name / "seed-0")
+        _copied(run, folder / "runs" / name / "seed-0")
     return folder

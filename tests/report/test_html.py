@@ -1,18 +1,19 @@
 """The report as a file: what it holds, that it needs nothing else, and what it does with unfinished and hostile input."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from records_edited import edited
 from small_report import HOSTILE, METHODS, add_confusion, outcome
 
 from layerwise.errors import RunError
+from layerwise.records import write_record
 from layerwise.report.drawing import PALETTE
 from layerwise.report.html import write_report
-from layerwise.run_store import RunState
+from layerwise.run_store import RunState, open_run
 
 
 def titles(page: str) -> list[str]:
@@ -90,17 +91,15 @@ def test_seeds_that_not_every_method_has_are_not_claimed(comparison_directory: C
 
 
 def test_the_error_of_nearest_neighbours_is_called_theirs(run_directory: Path) -> None:
-    path = run_directory / "probes" / "digit.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"classifier": "knn"}))
+    with edited(run_directory / "probes" / "digit.json") as probe:
+        probe["classifier"] = "knn"
     page = write_report(run_directory).read_text()
     assert "Error of a knn probe" in page
     assert "Error of a linear probe" in page  # the speakers'
 
 
 def test_a_cache_that_was_deleted_by_hand_is_not_drawn(run_directory: Path) -> None:
-    state = RunState.load(run_directory / "run.json")
-    state.record(2).cache = str(run_directory / "gone.h5")
-    state.save(run_directory / "run.json")
+    open_run(run_directory)[0].cache(2).unlink()
     assert "Stages without a cache now: 2." in write_report(run_directory).read_text()
 
 
@@ -109,8 +108,8 @@ def test_an_unfinished_comparison_says_so(comparison_directory: Callable[..., Pa
     page = write_report(folder).read_text()
     assert "This comparison is not finished" in page
     assert "<td>cpc</td>" in page
-    tree = json.loads((folder / "compare.json").read_text())
-    (folder / "compare.json").write_text(json.dumps(tree | {"outcomes": []}))
+    with edited(folder / "compare.json") as tree:
+        tree["outcomes"] = []
     page = write_report(folder).read_text()
     assert "This comparison is not finished" in page
     assert titles(page) == []
@@ -130,20 +129,19 @@ def test_a_run_that_has_hardly_begun_has_a_report(run_directory: Path) -> None:
         path.unlink()
     for path in run_directory.glob("stages/*/*.jsonl"):
         path.unlink()
-    state = json.loads((run_directory / "run.json").read_text())
-    state["stages"] = [{"stage": stage["stage"]} for stage in state["stages"]]
-    (run_directory / "run.json").write_text(json.dumps(state))
+    with edited(run_directory / "run.json") as state:
+        state["stages"] = [{"stage": stage["stage"]} for stage in state["stages"]]
     page = write_report(run_directory).read_text()
     assert titles(page) == []
     assert "0 of 4 stages are done" in page
     assert "Unknown: the run did not record it." in page
-    assert "No config.toml was written." in page
     assert "No probe has been run yet" in page
 
 
 def test_what_comes_from_files_is_escaped(run_directory: Path) -> None:
-    (run_directory / "config.toml").write_text(f"out = {json.dumps(HOSTILE)}\n")
-    (run_directory / "machine.json").write_text(json.dumps({"cpu": HOSTILE, "memory_bytes": HOSTILE, "gpu": None}))
+    with edited(run_directory / "run.json") as state:
+        state["config"]["out"] = HOSTILE
+    write_record(run_directory / "machine.json", {"cpu": HOSTILE, "memory_bytes": HOSTILE, "gpu": None})
     (run_directory / "probes" / "digit.json").rename(run_directory / "probes" / "<b>$.json")
     page = write_report(run_directory).read_text()
     assert "<script" not in page
@@ -152,11 +150,9 @@ def test_what_comes_from_files_is_escaped(run_directory: Path) -> None:
 
 
 def test_an_error_of_nothing_lies_on_the_lower_edge(run_directory: Path) -> None:
-    path = run_directory / "probes" / "speaker.json"
-    tree = json.loads(path.read_text())
-    for stage in tree["stages"]:
-        stage["error"] = 0.0
-    path.write_text(json.dumps(tree))
+    with edited(run_directory / "probes" / "speaker.json") as probe:
+        for stage in probe["stages"]:
+            stage["error"] = 0.0
     assert "An error of 0 lies on the lower edge." in write_report(run_directory).read_text()
 
 
