@@ -1,7 +1,7 @@
 """Caches by their names, and in what state they are: stage-S.h5, and the files that lie beside it until it is sealed."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +51,9 @@ def find_caches(place: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path.parent, len(path.stem), path.name))
 
 
-def entries(paths: list[Path]) -> Iterator[Entry]:
-    """What each file is; activations are not read."""
-    for path in paths:
+def entries(paths: Mapping[Path, str | None]) -> Iterator[Entry]:
+    """What each file is; activations are not read. paths: to the fingerprint that a run has recorded, if one has."""
+    for path, fingerprint in paths.items():
         try:
             size = path.stat().st_blocks * 512
         except OSError as error:  # a link to nowhere, or a file that is gone by now
@@ -63,7 +63,7 @@ def entries(paths: list[Path]) -> Iterator[Entry]:
             yield Entry(path, size, None, UNSEALED[path.suffix])
             continue
         try:
-            with ActivationCache(path) as cache:
+            with ActivationCache(path, fingerprint) as cache:
                 yield Entry(path, size, cache.layout, "sealed")
         except CacheError as error:
             yield Entry(path, size, None, "damaged" if isinstance(error, DamagedCache) else "unusable", str(error))

@@ -33,11 +33,13 @@ _UNUSED_BATCHES = 4
 class ActivationCache:
     """A sealed cache, open for reading; a FrameSource for the next stage. Use as a context manager, or call `close`."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises DamagedCache where anything but activations is damaged; those are checked as they are read.
+    def __init__(self, path: Path, fingerprint: str | None = None) -> None:
+        """fingerprint: that its run has recorded of it; None where nobody has.
+
+        Raises DamagedCache where anything but activations is damaged; those are checked as they are read.
 
         Raises UnusableCache where the file is missing, of another version, or holds what layerwise never writes, CacheError
-        where it may not be read, or is compressed and zstandard is not installed.
+        where it has another fingerprint, may not be read, or is compressed and zstandard is not installed.
         """
         self.path, self._descriptor = path, -1
         try:
@@ -46,6 +48,11 @@ class ActivationCache:
                 raise UnusableCache(path, f"{path} is no file", "move it away and start the run again")
             sealed = check_seal(path, self._descriptor)
             self.layout, self._places = read_layout(path, self._descriptor)
+            if fingerprint not in (None, self.layout.fingerprint):
+                raise CacheError(
+                    f"{path} was not made by this run (its fingerprint is {self.layout.fingerprint[:12]}, expected "
+                    f"{str(fingerprint)[:12]}); move it away, and the run makes its own where it needs it."
+                )
             if sealed != (self._places.activations, self._places.stored_bytes):
                 raise unusual(path, "activations")
             kind = Blocks if self.layout.compression == "none" else PackedBlocks

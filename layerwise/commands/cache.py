@@ -83,12 +83,12 @@ def verify(place: Path) -> None:
     from layerwise.cache.inventory import UNSEALED
 
     errors = []
-    for path in _some_files(place):
+    for path, fingerprint in _some_files(place).items():
         if path.suffix in UNSEALED:
             click.echo(f"{path}: {UNSEALED[path.suffix]}; its run goes on with it")
             continue
         try:
-            with ActivationCache(path) as opened:
+            with ActivationCache(path, fingerprint) as opened:
                 opened.verify()
             click.echo(f"{path}: whole")
         except CacheError as error:
@@ -134,7 +134,8 @@ def export(place: Path, stage: int | None, output: Path, mean: bool) -> None:
         stages = len(open_run(place)[1].stages)
         if not 1 <= stage <= stages:
             raise CacheError(f"--stage {stage}: {place} has stages 1 to {stages}.")
-    files = [path for path in _some_files(place) if path.suffix not in UNSEALED]
+    recorded = _some_files(place)
+    files = [path for path in recorded if path.suffix not in UNSEALED]
     if stage is not None:
         files = [path for path in files if path.name == f"stage-{stage}.h5"]
     if not files:
@@ -144,7 +145,7 @@ def export(place: Path, stage: int | None, output: Path, mean: bool) -> None:
         )
     if len({path.parent for path in files}) > 1:
         raise CacheError(f"{place} holds the caches of several runs; name one of them.")
-    with ActivationCache(files[-1]) as opened:
+    with ActivationCache(files[-1], recorded[files[-1]]) as opened:
         export_cache(opened, output, mean)
     beside = f"; ids and labels: {output.with_suffix('.index.npz')}" if output.suffix == ".npy" else ""
     click.echo(
@@ -152,16 +153,18 @@ def export(place: Path, stage: int | None, output: Path, mean: bool) -> None:
     )
 
 
-def _files(place: Path) -> list[Path]:
-    """The cache files of a run directory, a folder of caches or one file."""
+def _files(place: Path) -> dict[Path, str | None]:
+    """The cache files of a run directory, a folder of caches or one file, to the fingerprint that the run has recorded."""
     from layerwise.cache.inventory import find_caches
 
-    is_run = (place / "run.json").exists()
-    folder = open_run(place)[0].caches if is_run else place
-    return [] if is_run and not folder.exists() else find_caches(folder)
+    if not (place / "run.json").exists():
+        return dict.fromkeys(find_caches(place))
+    store, state = open_run(place)
+    recorded = {store.cache(record.stage): record.fingerprint for record in state.stages}
+    return {path: recorded.get(path) for path in find_caches(store.caches)} if store.caches.exists() else {}
 
 
-def _some_files(place: Path) -> list[Path]:
+def _some_files(place: Path) -> dict[Path, str | None]:
     """The same; raises CacheError where there is none."""
     files = _files(place)
     if not files:

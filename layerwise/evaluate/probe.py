@@ -109,9 +109,7 @@ def _cached_features(
     if not store.cache(stage).exists():
         return None
     try:
-        with ActivationCache(store.cache(stage)) as cache:
-            if cache.layout.fingerprint != state.record(stage).fingerprint:
-                raise RunError(f"{cache.path} was not made by this run; move it away.")
+        with ActivationCache(store.cache(stage), state.record(stage).fingerprint) as cache:
             features = FeatureRows(store.probes)
             poll = partial(stop.raise_if_set, "while probing")
             cached_features(cache, task.samples, task.per_frame, features, poll)

@@ -12,7 +12,7 @@ from records_edited import edited
 from layerwise.config import Config
 from layerwise.encoder.load import load
 from layerwise.engines.run import RunResult, run
-from layerwise.errors import RunError
+from layerwise.errors import CacheError, RunError
 from layerwise.evaluate.probe import probe
 from layerwise.events import Event, StageStarted
 from layerwise.files import exclusive
@@ -154,6 +154,17 @@ def test_weights_of_another_run_are_refused_wherever_they_are_read(config: Confi
     for use in (lambda: probe(out, "digit"), lambda: run(config)):
         with pytest.raises(RunError, match=r"stages/2/weights.safetensors does not hold the weights that this run"):
             use()
+
+
+def test_a_cache_of_another_run_is_refused_and_no_probe_reads_it(config: Config, other: Path) -> None:
+    own, foreign = (RunStore.of(out, config.cache.dir).cache(4) for out in (config.out, other))
+    expected = probe(config.out, "digit")
+    shutil.copy(foreign, own)
+    told: list[str] = []
+    assert probe(config.out, "digit", warn=told.append) == expected
+    assert "stage-4.h5 was not made by this run" in told[0]
+    with pytest.raises(CacheError, match=r"stage-4\.h5 was not made by this run"):
+        run(config)
 
 
 def test_an_encoder_of_another_run_is_refused(config: Config, other: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 import layerwise.engines.run
 from layerwise.config import Config, load
 from layerwise.engines.run import RunResult, run
-from layerwise.errors import ConfigError, Interrupted, LayerwiseError, RunError
+from layerwise.errors import CacheError, ConfigError, Interrupted, LayerwiseError, RunError
 from layerwise.events import CachingProgress, Event, StageStarted, StepDone
 from layerwise.files import exclusive
 from layerwise.report.progress import LogFile
@@ -471,5 +471,5 @@ def test_a_cache_of_another_training_is_refused(
     ours = finished(config)
     theirs = finished(tiny_speech(f"fsdd:{digits}", out=str(tmp_path / "theirs"), **{"training.seed": 1}))
     shutil.copy(theirs.paths.cache(2), ours.paths.cache(2))
-    with pytest.raises(RunError, match=r"stage-2\.h5 was not made by this run"):
+    with pytest.raises(CacheError, match=r"stage-2\.h5 was not made by this run"):
         run(config)
