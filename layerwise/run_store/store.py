@@ -321,7 +321,7 @@ class RunStore:
         """Gives the bytes that are free now on the disk."""
         freed = 0
         for file in files:
-            file.path.unlink(missing_ok=True)
+            _delete(file.path)
             freed += file.bytes
         return freed
 
@@ -331,11 +331,11 @@ class RunStore:
 
     def delete_caches_owner(self) -> None:
         """To be called when no cache is left that could be taken for another run's."""
-        self.cache_owner.unlink(missing_ok=True)
+        _delete(self.cache_owner)
 
     def delete_stage(self, stage: int) -> None:
         """Deletes what a stage has written, and what was made of it: the encoder and the probes."""
-        self.encoder.unlink(missing_ok=True)
+        _delete(self.encoder)
         self.delete_cache(stage)
         _delete_files(self.stage(stage), STAGE_FILES)
         _delete_files(self.probes, PROBE_FILES)
@@ -375,7 +375,7 @@ class RunStore:
         for folder, names in ((self.out / "stages", ()), (self.probes, PROBE_FILES), (self.plots, PLOT_FILES)):
             _delete_files(folder, names)
         for path in (self.encoder, self.config, self.log, self.machine, self.report):
-            path.unlink(missing_ok=True)
+            _delete(path)
 
     def _round_folders(self) -> list[Path]:
         """Of rounds before the last one, those of an earlier start with more rounds included."""
@@ -407,10 +407,15 @@ def _delete_files(folder: Path, patterns: Iterable[str]) -> None:
     if folder.is_symlink():
         return
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
-        if path.is_symlink() or not path.is_dir():
-            path.unlink(missing_ok=True)
+        _delete(path)
     with contextlib.suppress(OSError):
         folder.rmdir()
+
+
+def _delete(path: Path) -> None:
+    """Deletes a file or a link. A folder of that name is not the run's, and stays."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
 
 
 def _numbered(folder: Path) -> list[Path]:
