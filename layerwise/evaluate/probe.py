@@ -85,8 +85,9 @@ def probe(
         error, confusion = fit_and_test(trained, targets, classifier, poll)
         untrained_error, _ = fit_and_test(untrained[stage - 1], targets, classifier, poll)
         train, test = len(targets.parts.fitted), len(targets.parts.test)
-        results.append(StageError(stage, error, untrained_error, train, test, confusion))
-    result = ProbeResult(label, results, peak, classifier, state.digest_of_weights())
+        weights = str(state.record(stage).weights)
+        results.append(StageError(stage, error, untrained_error, train, test, confusion, weights))
+    result = ProbeResult(label, results, peak, classifier)
     name = label if classifier == "linear" else f"{label}-{classifier}"
     store.write_probe(name, result)
     return result

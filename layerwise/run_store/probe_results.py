@@ -37,6 +37,8 @@ class StageError:
     test: Count
     confusion: Confusion | None
     """Of the trained stage; None where there are too many classes."""
+    weights: Digest
+    """Digest of the weights that were probed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,5 +53,3 @@ class ProbeResult:
     """Most that the probe held on the device."""
     classifier: str
     """linear or knn."""
-    weights: Digest
-    """Digest of the weights of all stages that it probes."""

@@ -1,7 +1,5 @@
 """What run.json says: how far a run is, stage by stage, and what its files were when it wrote them."""
 
-import hashlib
-import json
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,13 +119,12 @@ class RunState:
         """Whether the weights of all stages are final."""
         return all(record.is_trained for record in self.stages)
 
-    def digest_of_weights(self) -> str:
-        """SHA-256 over the weights of all stages that are done: what was made of them names them by it."""
-        weights = [record.weights for record in self.stages if record.status == "done"]
-        return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
-
     def record(self, stage: int) -> StageRecord:
         return self.stages[stage - 1]
+
+    def weights_of(self, stage: int) -> str | None:
+        """Digest of the trained weights of a stage; None where there is no such stage, or it is not trained."""
+        return self.record(stage).weights if stage <= len(self.stages) else None
 
     def reset_from(self, stage: int) -> None:
         """Sets this stage and those above it back to the beginning; whether they are to be cached stays decided."""

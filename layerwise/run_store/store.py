@@ -177,7 +177,7 @@ class RunStore:
         found = []
         for path in sorted(self.probes.glob("*.json")):
             probe = read_record(ProbeResult, path)
-            if probe.weights != state.digest_of_weights():
+            if [each.weights for each in probe.stages] != [state.weights_of(each.stage) for each in probe.stages]:
                 raise RunError(
                     f"{path} tells of other weights than this run's; probe again with: layerwise probe {self.out} --label "
                     f"{probe.label}, or move it away."
