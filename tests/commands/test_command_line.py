@@ -94,7 +94,7 @@ def test_probe_prints_the_contracts_json(finished: Path, call: Callable) -> None
     assert probe["label"] == "speaker"
     assert [stage["stage"] for stage in probe["stages"]] == [1, 2, 3, 4]
     for stage in probe["stages"]:
-        assert stage.keys() == {"stage", "error", "untrained_error", "train", "test", "confusion"}
+        assert stage.keys() == {"stage", "error", "untrained_error", "train", "test", "confusion", "weights"}
         assert 0 <= stage["error"] <= 1
         assert (stage["train"], stage["test"]) == (24, 24)
 
