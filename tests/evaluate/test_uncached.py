@@ -1,6 +1,5 @@
 """Stages without a cache are probed on the frames that their cache would hold."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from records_edited import edited
 from torch import nn
 
 from layerwise.cache import ActivationCache
@@ -107,9 +107,8 @@ def test_a_probe_finds_the_same_with_and_without_caches(mixed: RunResult, with_c
 def test_a_stage_below_that_is_being_cached_again_does_not_shift_the_others(
     mixed: RunResult, with_caches: ProbeResult
 ) -> None:
-    state = json.loads(mixed.paths.state.read_text())
-    state["stages"][1]["status"] = "caching"
-    mixed.paths.state.write_text(json.dumps(state))
+    with edited(mixed.paths.state) as state:
+        state["stages"][1]["status"] = "caching"
     for stage in (2, 3):
         mixed.paths.cache(stage).unlink()
     found = probe(mixed.paths.out, "digit")
