@@ -27,7 +27,7 @@ class StageRecord:
     """The larger of the two peaks below."""
     train_peak_bytes: int | None = None
     train_peak_by_kind: dict[str, int] | None = None
-    """What the training peak of the newest start was made of: parameters, gradients, optimizer, activations."""
+    """What the training peak was made of: parameters, gradients, optimizer, activations."""
     cache_peak_bytes: int | None = None
     allocator_bytes: int | None = None
     """On CUDA: most that the allocator has held for the stage, in use or in reserve."""
