@@ -20,3 +20,4 @@ from layerwise.config.resolving import (
     resolve,
     with_options,
 )
+from layerwise.config.result import result_toml, without_places
