@@ -16,6 +16,12 @@ The paper's networks on folders, as the command line does it:
     layerwise.export("runs/mine", "my_encoder", "onnx")
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and "layerwise" in {_.partition(".")[0] for _ in sys.orig_argv}:
+    # `python -m layerwise` searches the present folder first; a json.py there must not be taken for Python's own.
+    sys.path.append(sys.path.pop(0))
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

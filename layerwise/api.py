@@ -129,15 +129,16 @@ def probe(
 ) -> ProbeResult:
     """How well a classifier on the frozen features of each stage tells a label, beside the same stage with random weights.
 
-    network, data: those of the run, where it was given objects. Also written to probes/LABEL.json. Raises LayerwiseErrors.
+    network, data: those of the run, where it was given objects or a package.module:function, which is not called otherwise;
+    data may also say where they lie now. Also written to probes/LABEL.json. Raises LayerwiseErrors.
     """
     config = open_run(Path(run_directory))[1].config
-    if isinstance(data, str) or isinstance(network, str | Config):
-        raise ConfigError("A probe knows what its run was given by name; give it objects alone, or leave them out.")
-    samples = None if data is None else as_data(data, config.data)
+    if isinstance(network, Config):
+        raise ConfigError("A probe knows the options of its run; give it a network alone, or leave it out.")
+    samples = data if data is None or isinstance(data, str) else as_data(data, config.data)
     if isinstance(network, nn.Module):
-        if samples is None:
-            raise ConfigError("A probe needs the data of the run beside its network: give data= too.")
+        if samples is None or isinstance(samples, str):
+            raise ConfigError("A probe needs the data of the run beside its network: give data= too, as an object.")
         network = traced_network(network, tuple(samples.frame_shape))
     return probe_run(run_directory, label, classifier=classifier, network=network, data=samples)
 

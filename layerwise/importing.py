@@ -5,6 +5,8 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from layerwise.errors import ConfigError, LayerwiseError, did_you_mean
@@ -25,14 +27,14 @@ def import_torchvision(raises: type[LayerwiseError]) -> Any:
 
 
 def named_function(text: str, flag: str, others: Iterable[str]) -> Callable[..., Any]:
-    """What `package.module:function` names, with the present folder among those that are searched.
+    """What `package.module:function` names, with the present folder searched last.
 
     flag: the option that names it; others: what else may stand before its colon. Raises ConfigError where there is no such
     thing, or the module cannot be imported.
     """
     module_name, _, name = text.partition(":")
-    if os.getcwd() not in sys.path:  # `python -m` and notebooks search it, a command that was installed does not
-        sys.path.insert(0, os.getcwd())
+    if os.getcwd() not in sys.path:  # notebooks search it, a command that was installed does not
+        sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -49,8 +51,24 @@ def named_function(text: str, flag: str, others: Iterable[str]) -> Callable[...,
     found = getattr(module, name, None)
     if not callable(found):
         known = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
-        raise ConfigError(f"{flag} {text}: {module_name} has no function {name}.{did_you_mean(name, known)}")
+        raise ConfigError(
+            f"{flag} {text}: {module_name}{_place(module)} has no function {name}.{did_you_mean(name, known)}"
+        )
     return found
+
+
+def _place(module: ModuleType) -> str:
+    """A name may well be that of a file in the present folder and of an installed package, which is found first."""
+    return f", found at {module.__file__}," if getattr(module, "__file__", None) else ""
+
+
+def python_module(name: str) -> list[str]:
+    """`python -m NAME` for a module of this package, in a process that does not search the present folder first.
+
+    Where the package itself lies there, it is searched, but behind all others: see layerwise/__init__.py.
+    """
+    here = Path(__file__).resolve().parents[1] == Path.cwd()
+    return [sys.executable, *([] if here else ["-P"]), "-m", name]
 
 
 def called(text: str, flag: str, others: Iterable[str], *arguments: Any) -> Any:

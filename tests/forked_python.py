@@ -27,23 +27,25 @@ class ForkedPython(subprocess.Popen):
 
     def __init__(self, args: Sequence[str], *, env: dict[str, str] | None = None, **options: Any) -> None:
         words = [str(word) for word in args] if not isinstance(args, str) else []
-        arguments = _without_unbuffered(words[1:])
+        arguments = _without_flags(words[1:])
+        safe = words[1:2] == ["-P"]
         if words[:1] == [sys.executable] and _is_program(arguments) and not torch.cuda.is_available():
             environment = dict(os.environ if env is None else env)
-            options["preexec_fn"] = lambda: _become(arguments, environment, options.get("pass_fds", ()))
+            options["preexec_fn"] = lambda: _become(arguments, safe, environment, options.get("pass_fds", ()))
             options["restore_signals"] = False  # an interpreter that starts would ignore SIGPIPE again
         super().__init__(args, env=env, **options)
 
 
-def _without_unbuffered(arguments: list[str]) -> list[str]:
-    return arguments[1:] if arguments[:1] == ["-u"] else arguments
+def _without_flags(arguments: list[str]) -> list[str]:
+    """Without -u, for standard streams are unbuffered anyway, and -P, without which the present folder is searched first."""
+    return _without_flags(arguments[1:]) if arguments[:1] in (["-u"], ["-P"]) else arguments
 
 
 def _is_program(arguments: list[str]) -> bool:
     return arguments[:1] == ["-m"] or (len(arguments) > 0 and arguments[0].endswith(".py"))
 
 
-def _become(arguments: list[str], environment: dict[str, str], passed: Sequence[int]) -> None:
+def _become(arguments: list[str], safe: bool, environment: dict[str, str], passed: Sequence[int]) -> None:
     """In the child, whose standard streams and folder are set: runs the program, and never returns."""
     _let_go_of_other_files(passed)
     _forget_modules_of_tests()
@@ -57,7 +59,7 @@ def _become(arguments: list[str], environment: dict[str, str], passed: Sequence[
     try:
         if arguments[0] == "-m":
             _, module, *rest = arguments
-            sys.argv, sys.path[:0] = [module, *rest], [os.getcwd()]
+            sys.argv, sys.path[:0] = [module, *rest], [] if safe else [os.getcwd()]
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         else:
             sys.argv, sys.path[:0] = arguments, [os.path.dirname(arguments[0])]

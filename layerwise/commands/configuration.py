@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from layerwise.commands.options import configured
-from layerwise.config import Config, commented, recipe_names, recipe_text
+from layerwise.config import Config, commented, function_flags, recipe_names, recipe_text
 from layerwise.errors import RunError
 from layerwise.files import unwritable
 
@@ -48,5 +48,5 @@ def init(config: Config, output: Path) -> None:
     skipped = f", {len(data.skipped)} files skipped" if data.skipped else ""
     click.echo(f"{output}: for {len(data.ids)} samples from {config.data.source}{skipped}")
     click.echo(f"labels for probes: {', '.join((*data.labels, *data.frame_label_names)) or 'none'}")
-    named = shlex.quote(str(output))
-    click.echo(f"next:\n  layerwise plan --config {named}\n  layerwise run --config {named}")
+    options = shlex.join(["--config", str(output), *function_flags(config)])
+    click.echo(f"next:\n  layerwise plan {options}\n  layerwise run {options}")

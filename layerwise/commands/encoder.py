@@ -5,13 +5,9 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from layerwise.commands.options import directory_argument
+from layerwise.commands.options import directory_argument, network_option
 from layerwise.stop import stop_on_signals
 from layerwise.units import size
-
-network_option = click.option(
-    "--net", help="package.module:function of a network of your own, as the run was given it."
-)
 
 
 @click.command(short_help="Write features of new recordings or pictures.")

@@ -12,6 +12,14 @@ from layerwise import config as configuration
 directory_argument = click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 """A run directory; `status` and `report` take that of a comparison, too."""
 
+network_option = click.option(
+    "--net", help="package.module:function of a network of your own, as the run was given it."
+)
+
+data_option = click.option(
+    "--data", help="package.module:function of data of your own, as the run was given it; or where its data lie now."
+)
+
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for scripts.")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from layerwise.commands.options import directory_argument, json_option
+from layerwise.commands.options import data_option, directory_argument, json_option, network_option
 from layerwise.report.tables import console_for_results, few_test_samples, probe_table
 from layerwise.stop import stop_on_signals
 from layerwise.units import size
@@ -22,8 +22,10 @@ from layerwise.units import size
 @click.option(
     "--classifier", default="linear", metavar="NAME", help="linear, or knn: nearest neighbours. [default: linear]"
 )
+@network_option
+@data_option
 @json_option
-def probe(directory: Path, label: str, classifier: str, as_json: bool) -> None:
+def probe(directory: Path, label: str, classifier: str, net: str | None, data: str | None, as_json: bool) -> None:
     """Fit a classifier for a label on every frozen stage of the run in DIR.
 
     Prints the error on the test samples, beside that of the same network with random weights.
@@ -36,6 +38,8 @@ def probe(directory: Path, label: str, classifier: str, as_json: bool) -> None:
             directory,
             label,
             classifier=classifier,
+            network=net,
+            data=data,
             stop=stop,
             notify=lambda line: shown.update(f"probing: {line}"),
             warn=partial(console.print, highlight=False, markup=False, soft_wrap=True),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from layerwise.commands.options import configured, directory_argument
+from layerwise.commands.options import configured, data_option, directory_argument, network_option
 from layerwise.config import Config
 from layerwise.engines.requeue import queue_again
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, ToldElsewhere
@@ -71,7 +71,9 @@ def run(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) 
 @directory_argument
 @click.option("--round", "round", type=int, required=True, help="Round, from 1.")
 @click.option("--stage", type=int, required=True, help="Stage, from 1.")
-def task(directory: Path, round: int, stage: int) -> None:
+@network_option
+@data_option
+def task(directory: Path, round: int, stage: int, net: str | None, data: str | None) -> None:
     """Train and cache one stage in one round of the run in DIR, whose needs are done; the last task writes the encoder."""
     store, state = open_run(directory)
     with stop_on_signals() as stop:
@@ -79,7 +81,7 @@ def task(directory: Path, round: int, stage: int) -> None:
         from layerwise.engines.task_runner import open_prepared_run, perform_task, write_encoder
         from layerwise.training.schedule import Task
 
-        run = open_prepared_run(directory)
+        run = open_prepared_run(directory, {"net.name": net, "data.source": data})
         rounds = run.config.training.rounds
         if not (1 <= round <= rounds and 1 <= stage <= len(state.stages)):
             raise ConfigError(
@@ -147,6 +149,6 @@ def _print_summary(console: Console, result: "RunResult") -> None:
         *([warning] if warning else []),
         *where_things_lie(result.paths, result.state),
         "next:",
-        *(f"  {command}" for command in what_next(result.paths, result.labels)),
+        *(f"  {command}" for command in what_next(result.paths, result.labels, result.config)),
     ]
     click.echo("\n".join(lines))

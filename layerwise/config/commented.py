@@ -7,8 +7,9 @@ import tomli_w
 from pydantic import ByteSize
 
 from layerwise.config.listing import Option, options, value_of
+from layerwise.config.names import PICTURES
 from layerwise.config.options import Config
-from layerwise.config.resolving import PICTURES, data_kind, resolve
+from layerwise.config.resolving import data_kind, resolve
 
 _KINDS = {"speech", "steps", "images", "vision", "supervised", "ntxent", "dask", "slurm"}
 """Words before the colon of a help text that name what the option is for; it is read by no other."""

@@ -9,19 +9,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from layerwise.config.functions import named_here, refuse_scheduler
 from layerwise.config.listing import options
+from layerwise.config.names import DATA_KINDS, FUNCTION, OWN, PAPER_NETWORKS, PICTURES, RECORDINGS
 from layerwise.config.options import Config
 from layerwise.errors import ConfigError, did_you_mean, near
-
-RECORDINGS, PICTURES, ARRAYS = ("demo", "speech", "fsdd", "librispeech"), ("images", "stl10", "cifar10"), ("npy", "h5")
-DATA_KINDS = (*RECORDINGS, *PICTURES, *ARRAYS)
-"""What may stand before the colon of --data."""
-
-FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
-"""How a function of the user's is named: package.module:function."""
-
-OWN = "own"
-"""The name of data and networks that are given as objects, in Python."""
 
 RECIPE_OF_KIND = {"speech": "librispeech", "images": "stl10"}
 """The recipe that a kind of data is trained with when none is named; of other kinds the one of their own name, or else the one
@@ -53,7 +45,7 @@ def resolve(
     """One Config from a recipe, then a TOML file, then single options; later ones win.
 
     `overrides` maps dotted keys to values; default_out: `out` where nothing says it. Raises ConfigError with the option, the
-    value and what would be right.
+    value and what would be right; and where the file names a function that `overrides` do not.
     """
     flags = _nested(overrides or {})
     given = _merge(_read_toml(config_file) if config_file else {}, flags)
@@ -67,11 +59,17 @@ def resolve(
     if not tree.get("out"):
         tree["out"] = default_out.format(recipe=recipe)
     try:
-        return validated(tree)
+        config = validated(tree)
     except ConfigError as error:
         if config_file is None or not _is_valid(_merge(defaults, flags)):
             raise
         raise ConfigError(f"In {config_file}: {error}") from None
+    if config_file is not None:
+        here = {"net.name": _in(flags, "net", "name"), "data.source": _in(flags, "data", "source")}
+        config = named_here(config, here, config_file)
+        if _in(flags, "engine", "scheduler") is None:
+            refuse_scheduler(config, config_file)
+    return config
 
 
 def data_kind(source: str) -> str:
@@ -92,7 +90,7 @@ def _frames(tree: Mapping[str, Any]) -> str | None:
     net, source = _in(tree, "net", "name"), str(_in(tree, "data", "source") or "demo")
     if given := _in(tree, "data", "frames"):
         return str(given)
-    if net in ("speech", "vision"):
+    if net in PAPER_NETWORKS:
         return "steps" if net == "speech" else "patches"
     return net and ("steps" if data_kind(source) in RECORDINGS else "whole")
 

@@ -2,14 +2,14 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
-from layerwise.config import Config, options, with_options
+from layerwise.config import result_toml
 from layerwise.encoder.card import Exported, model_card
 from layerwise.encoder.load import Given, entry_of, load, load_stages
 from layerwise.encoder.model import Encoder
@@ -35,7 +35,7 @@ class Written:
 
 def write_safetensors(encoder: Encoder, origin: Origin, network: Given, folder: Path) -> Written:
     """encoder.safetensors and config.toml, for layerwise.load."""
-    write_atomically(folder / "config.toml", origin.config.to_toml().encode())
+    write_atomically(folder / "config.toml", result_toml(origin.config).encode())
     save_encoder(folder / "encoder.safetensors", to_host(encoder.state_dict()), origin)
     return Written(load(folder, network=network), trial_inputs(encoder))
 
@@ -76,13 +76,6 @@ FORMATS: dict[str, Callable[[Encoder, Origin, Given, Path], Written]] = {
 """Each writes its files into a folder and reads them back."""
 
 
-def without_places(config: Config) -> Config:
-    """The options without where things lay on the machine of the run; of the data source, its kind and last name."""
-    kind, colon, place = config.data.source.partition(":")
-    defaults = {option.key: option.default for option in options() if option.scope == "place"}
-    return with_options(config, defaults | {"data.source": f"{kind}{colon}{Path(place).name}"})
-
-
 def export(
     run_directory: str | Path, folder: str | Path, format: str = "safetensors", *, network: Given = None
 ) -> Exported:
@@ -98,7 +91,6 @@ def export(
         raise ExportError(f"{folder} exists; delete it, or name another folder.")
     store, state = open_run(run_directory)
     origin, stages = load_stages(run_directory, None, network)
-    origin = replace(origin, config=without_places(origin.config))
     encoder = Encoder(entry_of(origin), [stage.module for stage in stages]).eval()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from layerwise.data.source import DataSet, Skipped, Subset
 from layerwise.encoder.load import Given, entry_of, load_stages
 from layerwise.encoder.model import Encoder
 from layerwise.errors import BudgetError, DataError
+from layerwise.run_store import RunStore
 from layerwise.stop import StopFlag
 from layerwise.training.context import RunContext
 from layerwise.training.forward import InferenceStage, forward_all, to_host, within_budget
@@ -53,14 +55,15 @@ def extract(
     """Writes the features of new samples as .npy or .h5, by the name of `output`, laid out as `layerwise cache export` does.
 
     source: a file, a folder, or KIND:PATH as --data takes it. stage: whose outputs; default: the last. mean: one row per
-    sample instead of its frames. gpu_mem, device: in place of the run's. network: as in `load`. A file that cannot be used
-    is skipped and named. Raises RunError, ConfigError, DataError, BudgetError or CacheError where the request cannot be met,
-    and Interrupted between two pieces; then nothing is left of the output.
+    sample instead of its frames. gpu_mem, device: default: those of the run, where it is one. network: as in `load`. A file
+    that cannot be used is skipped and named. Raises RunError, ConfigError, DataError, BudgetError or CacheError where the
+    request cannot be met, and Interrupted between two pieces; then nothing is left of the output.
     """
     output, stop = Path(output), stop or StopFlag()
     origin, stages = load_stages(Path(run_directory), stage, network)
-    asked = {"memory.gpu_mem": gpu_mem, "training.device": device}
-    config = with_options(origin.config, {key: value for key, value in asked.items() if value is not None})
+    given = {"memory.gpu_mem": gpu_mem, "training.device": device}
+    asked = _of_the_run(Path(run_directory)) | {key: value for key, value in given.items() if value is not None}
+    config = with_options(origin.config, asked)
     encoder = Encoder(entry_of(origin), [each.module for each in stages])
     shape = tuple(origin.frame_shape)
     data = open_input(str(source), config, origin.takes, shape, origin.level, encoder.shortest)
@@ -76,6 +79,15 @@ def extract(
             raise DataError(f"Not one file of {source} could be read to its end; the first: {skipped[0].reason}")
         file.finish({name: values[kept] for name, values in data.labels.items()})
     return Extracted(output, len(stages), len(kept), file.rows, (*data.skipped, *skipped), peak)
+
+
+def _of_the_run(place: Path) -> dict[str, Any]:
+    """Its budget and its device; an encoder that was taken elsewhere knows none."""
+    store = RunStore(place, place)
+    if not store.exists:
+        return {}
+    config = store.load_state().config
+    return {"memory.gpu_mem": config.memory.gpu_mem, "training.device": config.training.device}
 
 
 def _fill(

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from torch import nn
 
+from layerwise.config import refuse_function, refuse_other_network
 from layerwise.encoder.entry import Entry, Pictures, Steps, Waveforms, Whole
 from layerwise.encoder.model import Encoder
 from layerwise.errors import ConfigError, RunError
 from layerwise.nets import build_network
 from layerwise.nets.module import Module
-from layerwise.nets.named import TORCHVISION
 from layerwise.nets.network import Network, ranges
 from layerwise.nets.traced import traced_network
 from layerwise.run_store import RunStore
@@ -82,23 +82,15 @@ def _encoder_file(place: Path) -> tuple[Path, str | None]:
 
 
 def _network(origin: Origin, given: Given, path: Path) -> Network:
-    """The network that the weights belong to.
-
-    Of a function that makes it the file has only the name, which whoever wrote the file may have chosen: it is called where
-    the caller names it, too.
-    """
+    """The network that the weights belong to."""
     name = origin.config.net.name
     if isinstance(given, nn.Module):
         given = traced_network(given, tuple(origin.frame_shape))
     if isinstance(given, str):
-        if given != name:
-            raise ConfigError(f"--net {given}: {path} was trained with {name}; name that one.")
+        refuse_other_network(origin.config, given, path)
         given = None
-    elif given is None and ":" in name and not name.startswith(TORCHVISION):
-        raise ConfigError(
-            f"{path} was trained with the network of {name}, a function that loading would call: give it too, as --net {name}, "
-            "or network= in Python."
-        )
+    elif given is None:
+        refuse_function(origin.config, "net.name", path)
     if origin.network and given is None and ":" not in name:
         raise ConfigError(
             f"{path} belongs to a network of the user's own, which no option names; give it as network= in Python."

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from layerwise.config import named_functions
 from layerwise.engines.task_runner import open_prepared_run, perform_task
 from layerwise.engines.worker import Answer
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, RunError
@@ -53,6 +54,8 @@ class _Order:
     """Names this start of the run, and where its processes meet: what an earlier start has opened may be out of date."""
     threads: int
     """Of each worker: on a CPU the last bits of sums depend on it."""
+    functions: tuple[tuple[str, str], ...]
+    """Those that the run may call, see `config.named_functions`."""
     devices: tuple[str, ...]
     """Of workers named 0, 1, …; where it is empty, each takes the one of the options."""
 
@@ -65,7 +68,9 @@ def execute(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> 
     """
     options = run.config.engine
     own = () if options.scheduler else options.devices or (str(run.device),)
-    order = _Order(str(run.store.out.resolve()), f"layerwise-{uuid.uuid4().hex}", torch.get_num_threads(), own)
+    functions = tuple(named_functions(run.config).items())
+    topic, threads = f"layerwise-{uuid.uuid4().hex}", torch.get_num_threads()
+    order = _Order(str(run.store.out.resolve()), topic, threads, functions, own)
     with _client(options.scheduler, len(own)) as client:
         from distributed import Event as Signal
         from distributed import Variable
@@ -194,7 +199,12 @@ def _client(scheduler: str | None, workers: int) -> "Iterator[Client]":
     import dask
 
     # A worker that dies is no fault of the task's until it has happened three times.
-    settings = {"distributed.scheduler.allowed-failures": ATTEMPTS - 1, "distributed.worker.daemon": True}
+    settings = {
+        "distributed.scheduler.allowed-failures": ATTEMPTS - 1,
+        "distributed.worker.daemon": True,
+        # A json.py in the present folder must not be taken for Python's own.
+        "distributed.nanny.pre-spawn-environ.PYTHONSAFEPATH": 1,
+    }
     with contextlib.ExitStack() as stack:
         stack.enter_context(dask.config.set(settings))
         if scheduler is None:
@@ -248,7 +258,7 @@ def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
         torch.set_num_threads(order.threads)
         try:
             device = order.devices[int(worker.name)] if order.devices else None
-            perform_task(task, _run(order.out, device, order.topic), stop, tell)
+            perform_task(task, _run(order.out, order.functions, device, order.topic), stop, tell)
         except LayerwiseError as error:
             return error
         finally:
@@ -257,5 +267,5 @@ def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
 
 
 @lru_cache(maxsize=1)
-def _run(out: str, device: str | None, topic: str) -> Run:
-    return open_prepared_run(Path(out), device)
+def _run(out: str, functions: tuple[tuple[str, str], ...], device: str | None, topic: str) -> Run:
+    return open_prepared_run(Path(out), dict(functions), device)

@@ -7,7 +7,6 @@ run, with the end of the last one's log.
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -21,9 +20,11 @@ from queue import Empty, SimpleQueue
 
 import torch
 
+from layerwise.config import named_functions
 from layerwise.engines.worker import Answer
 from layerwise.errors import Interrupted, LayerwiseError, RunError
 from layerwise.events import Event, Message, Notify
+from layerwise.importing import python_module
 from layerwise.stop import StopFlag
 from layerwise.training.run import Run
 from layerwise.training.schedule import Task, ready
@@ -103,7 +104,8 @@ def _hand_out(waiting: list[Task], undone: set[Task], workers: Sequence[_Worker]
 def _start(device: str, log: Path, run: Run, inbox: Inbox) -> _Worker:
     output, workers_end = Pipe(duplex=False)
     descriptor = workers_end.fileno()
-    command = [sys.executable, "-m", "layerwise.engines.worker", str(run.store.out), device, str(descriptor)]
+    functions = json.dumps(named_functions(run.config))
+    command = [*python_module("layerwise.engines.worker"), str(run.store.out), functions, device, str(descriptor)]
     # The last bits of sums on a CPU depend on the number of threads.
     threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with log.open("a") as printed, workers_end:

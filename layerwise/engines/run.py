@@ -79,7 +79,7 @@ def run(
     """
     stop = stop or StopFlag()
     if not ranks.first:
-        return _result(torchrun.follow(ranks, stop))
+        return _result(torchrun.follow(config, ranks, stop))
     with prepared_run(config, objects, StartRequest(from_stage, overwrite), stop, notify, ranks) as (
         prepared,
         tasks,

@@ -3,17 +3,17 @@
 Nothing is left behind that waits: the jobs find all that they need in the run directory, the last one writes the encoder.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from layerwise.config import Config
+from layerwise.config import Config, function_flags
 from layerwise.engines.run import UserObjects, prepared_run, tasks_left
 from layerwise.engines.sbatch import QUEUE, Queue, script, submit
 from layerwise.engines.task_runner import write_encoder
 from layerwise.errors import ConfigError
 from layerwise.events import Notify, silent
 from layerwise.files import write_atomically
+from layerwise.importing import python_module
 from layerwise.records import write_record
 from layerwise.run_store import RunStore
 from layerwise.stop import StopFlag
@@ -63,8 +63,8 @@ def scripts(config: Config, request: StartRequest) -> list[tuple[Task, str]]:
 def task_script(config: Config, task: Task) -> str:
     """The batch script of a task."""
     out = str(Path(config.out).expanduser().resolve())
-    command = [sys.executable, "-m", "layerwise", "task", out]
-    command += ["--round", str(task.round), "--stage", str(task.stage)]
+    command = [*python_module("layerwise"), "task", out, "--round", str(task.round), "--stage", str(task.stage)]
+    command += function_flags(config)
     options = config.engine.model_copy(update={"gpus": 0} if config.training.device == "cpu" else {})
     return script(f"{Path(out).name}-{_name(task)}", command, _log(config, task), options)
 

@@ -5,11 +5,11 @@ What is done is read from the disk before each task, so processes pass nothing o
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from layerwise.config import with_options
+from layerwise.config import named_here, with_options
 from layerwise.data.open import open_data
 from layerwise.errors import RunError
 from layerwise.events import Notify
@@ -62,14 +62,17 @@ def write_encoder(run: Run) -> None:
                 store.save_state(state)
 
 
-def open_prepared_run(out: Path, device: str | None = None) -> Run:
+def open_prepared_run(out: Path, functions: Mapping[str, str | None], device: str | None = None) -> Run:
     """A run that another process has prepared. device: in place of the one in its options.
 
-    Raises RunError where the run was given its network as an object, which no other process can know.
+    functions: those that it may call, by dotted keys, as `config.named_functions` gives them. Raises ConfigError where its
+    options name others, RunError where it was given its network as an object, which no other process can know.
     """
     share_one_heap()
     store, main = open_run(out)
-    config = main.config if device is None else with_options(main.config, {"training.device": device})
+    config = named_here(main.config, functions, store.state)
+    if device is not None:
+        config = with_options(config, {"training.device": device})
     if main.network and ":" not in config.net.name:
         raise RunError(
             f"The network of {out} was given as an object, which only its own process knows; leave --devices and --engine out."

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from layerwise.config import Config
+from layerwise.config import Config, named_functions
 from layerwise.engines.task_runner import open_prepared_run, perform_tasks
 from layerwise.errors import ConfigError, Interrupted, ToldElsewhere
 from layerwise.events import Notify, silent
@@ -154,8 +154,10 @@ def execute(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> 
     perform_tasks(tasks, run, stop, notify)
 
 
-def follow(ranks: Ranks, stop: StopFlag) -> Run:
+def follow(config: Config, ranks: Ranks, stop: StopFlag) -> Run:
     """In every other rank: waits until the run is prepared, and performs the tasks along with the first.
+
+    config: of this rank's own command, which names the functions that it may call.
 
     Raises ToldElsewhere where the first ends without having prepared it, and where all of them stop.
     """
@@ -163,7 +165,7 @@ def follow(ranks: Ranks, stop: StopFlag) -> Run:
         prepared: SharedRun = ranks.broadcast_object()
     except LostRank as lost:
         raise ToldElsewhere(str(lost), lost.exit_code) from None
-    run = open_prepared_run(prepared.out, str(device_of(prepared.device, ranks)))
+    run = open_prepared_run(prepared.out, named_functions(config), str(device_of(prepared.device, ranks)))
     run = replace(run, memory_plans=prepared.memory_plans, ranks=ranks)
     try:
         perform_tasks(prepared.tasks, run, stop, silent)

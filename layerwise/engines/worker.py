@@ -1,7 +1,8 @@
-"""A process that performs tasks of a run that another one has prepared: `python -m layerwise.engines.worker DIR DEVICE FD`.
+"""Performs tasks of a run that another process has prepared: `python -m layerwise.engines.worker DIR FUNCTIONS DEVICE FD`.
 
-It reads tasks from its standard input, one a line, and writes pickles to the file descriptor FD: events as they come, then how
-the task ended. Where the input ends, so does the worker, after saving: it does not outlive whoever sent it tasks.
+FUNCTIONS are those that the run may call, as JSON: `config.named_functions`. It reads tasks from its standard input, one a
+line, and writes pickles to the file descriptor FD: events as they come, then how the task ended. Where the input ends, so does
+the worker, after saving: it does not outlive whoever sent it tasks.
 """
 
 import json
@@ -23,7 +24,7 @@ Answer = LayerwiseError | None
 """How a task ended: what stopped it, or keeps it from being done however often it is tried; None where it is done."""
 
 
-def main(out: str, device: str, descriptor: str) -> None:
+def main(out: str, functions: str, device: str, descriptor: str) -> None:
     """Until the input ends."""
     with stop_on_signals() as stop, Connection(int(descriptor), readable=False) as output:
         lines: SimpleQueue[str] = SimpleQueue()
@@ -31,7 +32,7 @@ def main(out: str, device: str, descriptor: str) -> None:
         run = None
         while line := lines.get():
             try:
-                run = run or open_prepared_run(Path(out), device)
+                run = run or open_prepared_run(Path(out), json.loads(functions), device)
                 perform_task(Task(*json.loads(line)), run, stop, lambda event: _tell(output, event))
                 _tell(output, None)
             except LayerwiseError as error:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from layerwise.cache import ActivationCache
-from layerwise.config import Config
+from layerwise.config import Config, named_here
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.errors import CacheError, ConfigError, DataError, RunError, did_you_mean
@@ -33,17 +33,18 @@ def probe(
     label: str,
     *,
     classifier: str = "linear",
-    network: Network | None = None,
-    data: DataSet | None = None,
+    network: Network | str | None = None,
+    data: DataSet | str | None = None,
     stop: StopFlag | None = None,
     notify: Callable[[str], None] = lambda line: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> ProbeResult:
     """Fits a classifier for `label` on each finished stage; also written to probes/LABEL.json, or LABEL-knn.json.
 
-    classifier: linear, or knn (nearest neighbours). network, data: those that the run was given as objects. notify: is told
-    what it is at; warn: which caches cannot be used; their stages are passed through anew. Raises RunError where no stage is
-    done, DataError where the label does not exist or has one value only.
+    classifier: linear, or knn (nearest neighbours). network, data: those of the run, where it was given objects or a
+    package.module:function, which is not called otherwise; data may also say where they lie now. notify: is told what it is
+    at; warn: which caches cannot be used; their stages are passed through anew. Raises RunError where no stage is done,
+    ConfigError for network and data, DataError where the label does not exist or has one value only.
     """
     stop, run_directory = stop or StopFlag(), Path(run_directory)
     if classifier not in CLASSIFIERS:
@@ -54,9 +55,10 @@ def probe(
     done = [record.stage for record in state.stages if record.status == "done"]
     if not done:
         raise RunError(f"No stage of {run_directory} is done yet; go on with the run first.")
-    config = state.config
-    data = _data_of_the_run(config, state, data)
-    network = network or build_network(config.net, data.frame_shape, config.training.seed)
+    config = named_here(state.config, {"net.name": network, "data.source": data}, store.state)
+    data = _data_of_the_run(config, state, None if isinstance(data, str) else data)
+    if network is None or isinstance(network, str):
+        network = build_network(config.net, data.frame_shape, config.training.seed)
     if network.identity != state.network:
         raise RunError(
             f"The network given is not the one that {run_directory} was trained with; give that one, as it was."

@@ -5,12 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerwise.config import TORCHVISION
 from layerwise.errors import ConfigError, did_you_mean
 from layerwise.importing import called, import_torchvision
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
-
-TORCHVISION = "torchvision:"
 
 
 def named_network(name: str, frame_shape: tuple[int, ...], seed: int) -> Network:

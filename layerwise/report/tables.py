@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from layerwise.config import ObjectiveOptions
+from layerwise.config import Config, ObjectiveOptions, function_flags
 from layerwise.evaluate.results import Comparison
 from layerwise.forecast import Forecast
 from layerwise.report.progress import outcome
@@ -132,11 +132,14 @@ def where_things_lie(store: RunStore, state: RunState) -> list[str]:
     ]
 
 
-def what_next(store: RunStore, labels: Iterable[str]) -> list[str]:
+def what_next(store: RunStore, labels: Iterable[str], config: Config) -> list[str]:
     """Commands that make sense now."""
     out = shlex.quote(str(store.out))
     return [
-        *(f"layerwise probe {out} --label {shlex.quote(label)}" for label in labels),
+        *(
+            shlex.join(["layerwise", "probe", str(store.out), "--label", label, *function_flags(config)])
+            for label in labels
+        ),
         f"layerwise report {out}",
         f"layerwise status {out}",
         f"layerwise run --out {out} … --from-stage S   to retrain from stage S on",

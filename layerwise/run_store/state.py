@@ -37,7 +37,7 @@ class StageRecord:
     """The larger of the two peaks below."""
     train_peak_bytes: Count | None = None
     train_peak_by_kind: dict[str, Count] | None = None
-    """What the training peak of the newest start was made of: parameters, gradients, optimizer, activations."""
+    """What the training peak was made of: parameters, gradients, optimizer, activations."""
     cache_peak_bytes: Count | None = None
     allocator_bytes: Count | None = None
     """On CUDA: most that the allocator has held for the stage, in use or in reserve."""

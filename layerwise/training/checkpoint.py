@@ -19,7 +19,7 @@ from torch import nn
 
 from layerwise.errors import RunError
 from layerwise.files import write_atomically
-from layerwise.memory.meter import host_tensor, uncounted
+from layerwise.memory.meter import AnyMeter, host_tensor, uncounted
 from layerwise.run_store import RunStore, StageRecord
 from layerwise.training.simultaneous import AnyTrainer
 from layerwise.training.trainer import StageTrainer
@@ -55,15 +55,29 @@ class Progress:
     """See `LossScale`."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """One entry per finished epoch."""
+    peak_bytes: int = 0
+    """Highest of this round on the device, over all starts."""
+    peak_by_kind: dict[str, int] = field(default_factory=dict)
+    """Of what it was made, in bytes."""
 
-    @property
-    def peak_bytes(self) -> int:
-        """Highest of all epochs of this round, those before a resume included."""
-        return max(entry["peak_bytes"] for entry in self.history[self.first_epoch :])
+    def note_peak(self, meter: AnyMeter) -> None:
+        """Takes over the peak of this start where it is the highest so far."""
+        peak = meter.peak
+        if peak > self.peak_bytes:
+            self.peak_bytes = peak
+            self.peak_by_kind = {str(kind): most for kind, most in meter.peak_by_kind.items()}
 
     def in_next_round(self) -> "Progress":
-        """At the beginning of the next round, whose input is another and whose losses are measured anew."""
-        return replace(self, first_epoch=self.epoch, best_loss=None, plateau_loss=None, plateau_epochs=0)
+        """At the beginning of the next round, whose input is another and whose losses and peak are measured anew."""
+        return replace(
+            self,
+            first_epoch=self.epoch,
+            best_loss=None,
+            plateau_loss=None,
+            plateau_epochs=0,
+            peak_bytes=0,
+            peak_by_kind={},
+        )
 
 
 def to_host(tensors: dict[str, torch.Tensor]) -> Arrays:

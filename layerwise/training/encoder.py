@@ -1,6 +1,7 @@
 """The stitched encoder as one file: all weights, and in its header everything else that it takes to use them.
 
-No data set and no run directory are needed to load it, and loading runs no code: weights as safetensors, the rest as text.
+No data set and no run directory are needed to load it, and loading runs no code: weights as safetensors, the rest as text. It
+does not say where it was made: the same training gives the same bytes, whatever its folders, its engine and its device.
 """
 
 import json
@@ -8,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from layerwise.config import Config, parsed
+from layerwise.config import Config, parsed, result_toml, without_places
 from layerwise.errors import ConfigError, RunError
 from layerwise.training.checkpoint import Arrays, digest_of_file, load_arrays, load_stages, save_arrays
 from layerwise.training.forward import OutputFormat
@@ -21,7 +22,7 @@ class Origin:
     """What an encoder comes from."""
 
     config: Config
-    """Of the run."""
+    """Of the run, without places."""
     cut: list[int]
     """Layers in each stage."""
     handings: list[OutputFormat]
@@ -51,7 +52,7 @@ def stitch(run: Run) -> None:
         handings.append(OutputFormat.of(trained_with))
         cut += [len(part.layers) for part in spec.parts or (spec,)]
     structure, shape = specs[0].network.structure, list(data.frame_shape)
-    origin = Origin(run.config, cut, handings, data.level, data.takes, shape, len(data.ids), structure)
+    origin = Origin(without_places(run.config), cut, handings, data.level, data.takes, shape, len(data.ids), structure)
     weights, header = load_stages(run.store, state.stages), encoder_header(origin)
     state.encoder, state.from_stage = digest_of_file(weights, header), None
     run.store.save_state(state)
@@ -66,7 +67,7 @@ def save_encoder(path: Path, weights: Arrays, origin: Origin) -> None:
 def encoder_header(origin: Origin) -> dict[str, str]:
     """What an encoder's file says beside its weights."""
     described = {name: value for name, value in asdict(origin).items() if name != "config"}
-    return {"config": origin.config.to_toml(), "origin": json.dumps(described)}
+    return {"config": result_toml(origin.config), "origin": json.dumps(described)}
 
 
 def load_encoder(path: Path, expected: str | None = None) -> tuple[Arrays, Origin]:
@@ -86,7 +87,7 @@ def load_encoder(path: Path, expected: str | None = None) -> tuple[Arrays, Origi
             f"{path} does not say how it is to be used ({error!r}): it is damaged, or an earlier layerwise wrote it; {way_out}"
         ) from None
     try:
-        origin = Origin(parsed(header["config"]), handings=handings, **described)
+        origin = Origin(without_places(parsed(header["config"])), handings=handings, **described)
         sizes = [*origin.cut, *origin.frame_shape]
         if not (all(isinstance(size, int) and size > 0 for size in sizes) and 0 < origin.level < math.inf):
             raise ValueError("cut, frame shape or level")

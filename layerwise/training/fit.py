@@ -77,13 +77,16 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Prog
             progress.step = step + 1
             progress.loss_sum += loss
             progress.accuracy_sum += accuracy
-            context.notify(StepDone(stage, progress.epoch, step, epoch.steps, loss, accuracy, meter.live, meter.peak))
+            progress.note_peak(meter)
+            done = progress.epoch, step, epoch.steps
+            context.notify(StepDone(stage, *done, loss, accuracy, meter.live, progress.peak_bytes))
             if time.monotonic() - last_save > options.checkpoint_seconds:
                 save()
             stop_if_asked()
 
         held_out_loss, held_out_accuracy = evaluate(trainer, loader, held_out, classes, stop_if_asked)
         _check_finite(held_out_loss, stage, progress.epoch, options.lr)
+        progress.note_peak(meter)
         entry: dict[str, Any] = {
             "epoch": progress.epoch + 1,
             "loss": progress.loss_sum / epoch.steps,
@@ -91,7 +94,7 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Prog
             "held_out_loss": held_out_loss,
             "held_out_accuracy": held_out_accuracy,
             "seconds": time.monotonic() - epoch_started,
-            "peak_bytes": meter.peak,
+            "peak_bytes": progress.peak_bytes,
         }
         if _close_epoch(progress, entry, options):
             best = to_host(trainer.module.state_dict())
@@ -100,7 +103,7 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Prog
             write_atomically(store.metrics(stage), lines.encode())
         save()
         record.epochs, record.best_loss, record.seconds = progress.epoch, progress.best_loss, progress.seconds
-        record.train_peak_bytes = meter.peak
+        record.train_peak_bytes = progress.peak_bytes
         round.save()
         context.notify(EpochDone(stage, **entry))
         stop_if_asked()

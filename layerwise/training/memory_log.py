@@ -52,7 +52,7 @@ class MemoryLog:
             case StepDone():
                 self._add("training", event.live_bytes, event.peak_bytes)
             case EpochDone():
-                self._add("held-out", self._meter.live, self._meter.peak)
+                self._add("held-out", self._meter.live, event.peak_bytes)
             case CachingProgress():
                 self._add("caching", event.live_bytes, event.peak_bytes)
         self._notify(event)

@@ -168,8 +168,7 @@ def _train(spec: StageSpec, loader: Loader, round: Round, context: RunContext) -
     record.status = "caching"
     record.epochs, record.best_loss, record.seconds = progress.epoch, progress.best_loss, progress.seconds
     record.converged = progress.plateau_epochs >= run.config.training.patience
-    record.train_peak_bytes = max(context.meter.peak, progress.peak_bytes)
-    record.train_peak_by_kind = {str(kind): most for kind, most in context.meter.peak_by_kind.items()}
+    record.train_peak_bytes, record.train_peak_by_kind = progress.peak_bytes, progress.peak_by_kind
     record.micro_batch = trainer.memory_plan.micro_batch  # smaller than planned where a step ran out of memory
     record.weights, record.fingerprint = weights_digest, fingerprint(key, weights_digest)
     round.save()

@@ -64,7 +64,10 @@ def test_functions_of_the_users_own_give_the_same_bits_in_worker_processes(call:
     workers = call(*asked, "--out", "workers", "--devices", "cpu,cpu")
     assert workers.returncode == 0, workers.stderr
     assert bits(tmp_path / "alone") == bits(tmp_path / "workers")
-    assert call("probe", "alone", "--label", "label").returncode == 0
+    refused = call("probe", "alone", "--label", "label")
+    assert (refused.returncode, "--net mine:sized" in refused.stderr) == (2, True)
+    printed = next(line.split() for line in alone.stdout.splitlines() if line.startswith("  layerwise probe"))
+    assert call(*printed[1:]).returncode == 0
     refused = call("export", "alone", "-o", "exported")
     assert (refused.returncode, "--net mine:sized" in refused.stderr) == (2, True)
     assert call("export", "alone", "-o", "exported", "--net", "mine:sized").returncode == 0

@@ -13,7 +13,7 @@ from layerwise.config import Config, load
 from layerwise.engines.run import RunResult, run
 from layerwise.errors import CacheError, ConfigError, Interrupted, LayerwiseError, RunError
 from layerwise.events import CachingProgress, Event, StageStarted, StepDone
-from layerwise.files import exclusive
+from layerwise.files import exclusive, json_lines
 from layerwise.report.progress import LogFile
 from layerwise.run_store import RunState, RunStore, StageRecord
 from layerwise.stop import StopFlag
@@ -71,6 +71,24 @@ def test_a_run_that_is_stopped_after_every_few_steps_ends_with_the_same_bits(
         except Interrupted:
             continue
     assert bits(result.paths.encoder) == undisturbed
+
+
+@pytest.mark.parametrize("step", [9, 10])
+def test_a_stage_that_was_resumed_records_the_device_peaks_of_one_that_was_not(
+    tiny_speech: Tiny, digits: Path, tmp_path: Path, finished: Finished, step: int
+) -> None:
+    """What is left of its last epoch, a small batch or the held-out samples alone, takes less than a whole one."""
+
+    def peaks(result: RunResult) -> list[object]:
+        of_stages = [(each.train_peak_bytes, each.train_peak_by_kind, each.peak_bytes) for each in result.state.stages]
+        return [of_stages, json_lines(result.paths.metrics(1))[-1]["peak_bytes"]]
+
+    undisturbed = finished(tiny_speech(f"fsdd:{digits}", out=str(tmp_path / "undisturbed")))
+    config = tiny_speech(f"fsdd:{digits}")
+    stop, notify = stop_at(StepDone, step)
+    with pytest.raises(Interrupted, match="stage 1, epoch 2"):
+        run(config, stop=stop, notify=notify)
+    assert peaks(run(config)) == peaks(undisturbed)
 
 
 def test_a_resume_goes_on_in_the_middle_of_an_epoch(tiny_speech: Tiny, digits: Path) -> None:

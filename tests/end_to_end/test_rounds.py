@@ -156,7 +156,7 @@ def test_a_task_that_comes_too_early_is_refused(config: Config, undisturbed: dic
     with pytest.raises(Interrupted):
         run(config, stop=stop, notify=stop_in_the_first_stage)
     with pytest.raises(RunError, match="Stage 1 of round 2 needs round 1, where that stage is training"):
-        perform_task(Task(2, 1), open_prepared_run(Path(config.out)), StopFlag(), silent)
+        perform_task(Task(2, 1), open_prepared_run(Path(config.out), {}), StopFlag(), silent)
     run(config)
     assert bits(config.out) == undisturbed
 

@@ -1,0 +1,78 @@
+"""Code that a file names is run only where the command that reads the file names it, too.
+
+Whoever wrote the file may have chosen it. Nobody who looks at a folder or a configuration of somebody else's is to run code of
+theirs by that.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layerwise.config.names import DATA_KINDS, OWN, PAPER_NETWORKS, TORCHVISION
+from layerwise.config.options import Config
+from layerwise.errors import ConfigError
+
+FUNCTIONS = {"net.name": "--net", "data.source": "--data"}
+"""Options that may name a function of the user's, and their flags."""
+
+_KEYWORDS = {"net.name": "network", "data.source": "data", "engine.scheduler": "scheduler"}
+
+
+def named_functions(config: Config) -> dict[str, str]:
+    """The functions that the options name, package.module:function, by dotted keys."""
+    net, source = config.net.name, config.data.source
+    named = {}
+    if net not in (*PAPER_NETWORKS, OWN) and not net.startswith(TORCHVISION):
+        named["net.name"] = net
+    if source != OWN and source.partition(":")[0] not in DATA_KINDS:
+        named["data.source"] = source
+    return named
+
+
+def function_flags(config: Config) -> list[str]:
+    """What a command that goes on with a run of these options must say: --net and --data where they name a function."""
+    return [word for key, function in named_functions(config).items() for word in (FUNCTIONS[key], function)]
+
+
+def refuse_function(config: Config, key: str, path: Path) -> None:
+    """For an option that the command does not give itself: raises ConfigError where path, a file, names a function by it."""
+    if function := named_functions(config).get(key):
+        _refuse(f"a function that would be called, {function}", FUNCTIONS[key], key, function, path)
+
+
+def refuse_scheduler(config: Config, path: Path) -> None:
+    """For a command that names no scheduler: raises ConfigError where path, a file, does. One may have code run here."""
+    if address := config.engine.scheduler:
+        _refuse(
+            f"the scheduler {address}, which may have code run here", "--scheduler", "engine.scheduler", address, path
+        )
+
+
+def named_here(config: Config, given: Mapping[str, Any], path: Path) -> Config:
+    """The options that path, a file, holds; the data are where the command says, if it says so.
+
+    given: what the command gives for "net.name" and "data.source": text, an object, or None. Raises ConfigError where the
+    file names a function that the command does not, or the command names another network.
+    """
+    for key in FUNCTIONS:
+        if given.get(key) is None:
+            refuse_function(config, key, path)
+    network, source = given.get("net.name"), given.get("data.source")
+    if isinstance(network, str):
+        refuse_other_network(config, network, path)
+    if not isinstance(source, str):
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
+
+
+def refuse_other_network(config: Config, network: str, path: Path) -> None:
+    """Raises ConfigError where --net names another network than path, a file."""
+    if network != config.net.name:
+        raise ConfigError(f"--net {network}: {path} was trained with {config.net.name}; name that one.")
+
+
+def _refuse(what: str, flag: str, key: str, value: str, path: Path) -> None:
+    raise ConfigError(
+        f"{path} names {what}; if you trust whoever wrote the file, name it in the command, too: {flag} {value}, or "
+        f"{_KEYWORDS[key]}={value!r} in Python."
+    )
