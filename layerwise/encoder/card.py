@@ -45,7 +45,7 @@ def model_card(encoder: Encoder, origin: Origin, store: RunStore, state: RunStat
         example=encoder.entry.sizes(encoder.shortest, encoder.geometry.hop)[0],
         parameters=sum(parameter.numel() for parameter in encoder.parameters()),
         stages=_stages(encoder, origin, state),
-        probes=[json.loads(path.read_text()) for path in sorted(store.probes.glob("*.json"))],
+        probes=[json.loads(path.read_text(encoding="utf-8")) for path in sorted(store.probes.glob("*.json"))],
     )
 
 

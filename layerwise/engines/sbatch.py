@@ -100,7 +100,7 @@ class NoAnswer(SlurmError):
 def ask_slurm(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """The command when it has ended, well or not. Raises NoCommand, NoAnswer; callers say what follows from it."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=ANSWER_SECONDS)
     except FileNotFoundError:
         raise NoCommand(f"there is no {command[0]} on the PATH") from None
     except subprocess.TimeoutExpired:
@@ -116,7 +116,7 @@ def refuse_while_queued(folder: Path) -> None:
 
     folder: of its batch scripts. Where there is no Slurm, as behind a copy to another machine, there are none.
     """
-    numbers: list[str] = json.loads((folder / QUEUE).read_text()) if (folder / QUEUE).exists() else []
+    numbers: list[str] = json.loads((folder / QUEUE).read_text(encoding="utf-8")) if (folder / QUEUE).exists() else []
     if not numbers:
         return
     asked = ["squeue", "--noheader", "--format=%i", f"--jobs={','.join(numbers)}"]

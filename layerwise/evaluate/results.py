@@ -156,7 +156,7 @@ class Comparison:
 def load_comparison(out: Path) -> Comparison:
     """What is known so far. Raises RunError where the folder holds no readable compare.json."""
     try:
-        return TypeAdapter(Comparison).validate_python(json.loads((out / COMPARISON).read_text()))
+        return TypeAdapter(Comparison).validate_python(json.loads((out / COMPARISON).read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise RunError(
             f"{out} holds no comparison; make one with: layerwise compare --out {out} --label NAME."

@@ -72,7 +72,7 @@ def gather_run(directory: Path) -> GatheredRun:
         state=state,
         progress=progress(store, state),
         config=_config(store.config),
-        options=store.config.read_text(errors="replace") if store.config.exists() else "",
+        options=store.config.read_text(encoding="utf-8", errors="replace") if store.config.exists() else "",
         machine=_read(dict[str, Any], store.machine) if store.machine.exists() else {},
         epochs={stage: _read(list[Epoch], store.metrics(stage)) for stage in stages},
         memory={stage: _read(list[MemorySample], store.memory(stage)) for stage in stages},
@@ -108,7 +108,7 @@ Content = TypeVar("Content")
 def _read(kind: type[Content], path: Path) -> Content:
     """A JSON file, or the objects of a file of JSON lines. Raises RunError where it is no `kind`."""
     try:
-        content = json_lines(path) if path.suffix == ".jsonl" else json.loads(path.read_text())
+        content = json_lines(path) if path.suffix == ".jsonl" else json.loads(path.read_text(encoding="utf-8"))
         return TypeAdapter(kind).validate_python(content)
     except ValueError:
         raise RunError(

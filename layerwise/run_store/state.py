@@ -98,7 +98,7 @@ class RunState:
     def load(cls, path: Path) -> "RunState":
         """Raises RunError where there is no readable run.json of this version."""
         try:
-            tree: dict[str, Any] = json.loads(path.read_text())
+            tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if tree["version"] != VERSION:
                 raise RunError(
                     f"{path} is of version {tree['version']}; this layerwise reads version {VERSION}. Go on "

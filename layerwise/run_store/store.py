@@ -166,7 +166,7 @@ class RunStore:
     def read_restarts(self) -> dict[str, Any]:
         """What was noted last: where the run stood, and how many starts in a row ended there. Empty where it is unreadable."""
         try:
-            noted = json.loads(self.restarts.read_text())
+            noted = json.loads(self.restarts.read_text(encoding="utf-8"))
             return {"stands": noted["stands"], "in_vain": int(noted["in_vain"])}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
@@ -204,7 +204,7 @@ class RunStore:
 
     def _caches_owner(self) -> str | None:
         """Id of the run that the caches belong to; None where the folder does not say."""
-        return self.cache_owner.read_text() if self.cache_owner.exists() else None
+        return self.cache_owner.read_text(encoding="utf-8") if self.cache_owner.exists() else None
 
     @property
     def is_running(self) -> bool:
@@ -213,11 +213,11 @@ class RunStore:
 
     def worker(self) -> str | None:
         """Who performs a task of this round; None where nobody does."""
-        return self.task_lock.read_text().strip() if is_locked(self.task_lock) else None
+        return self.task_lock.read_text(encoding="utf-8").strip() if is_locked(self.task_lock) else None
 
     def write_worker(self, name: str) -> None:
         """Notes who holds the task lock, for `layerwise status`; to be called while it is held."""
-        self.task_lock.write_text(f"{name}\n")
+        self.task_lock.write_text(f"{name}\n", encoding="utf-8")
 
     @contextmanager
     def lock_run(self) -> Iterator[None]:
