@@ -28,7 +28,7 @@ class Screen(io.TextIOBase):
 
     def __init__(self, stream: IO[str] | None) -> None:
         self._stream = stream
-        self.lost = None if stream else OSError(errno.EBADF, os.strerror(errno.EBADF))
+        self.lost: OSError | None = None if stream else _error(errno.EBADF)
 
     def __getattr__(self, name: str) -> Any:  # what a TextIOBase has not: buffer, name, reconfigure
         return getattr(self._stream, name)
@@ -62,8 +62,12 @@ class Screen(io.TextIOBase):
                 self._give_up(error)
 
     def _give_up(self, error: OSError | ValueError) -> None:
-        # A ValueError is Python's word for a file that is closed.
-        self.lost = error if isinstance(error, OSError) else OSError(errno.EBADF, os.strerror(errno.EBADF))
+        # A ValueError is Python's word for a file that is closed. The error itself would hold on to the tensors of its callers.
+        self.lost = _error(error.errno or errno.EIO if isinstance(error, OSError) else errno.EBADF)
+
+
+def _error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
 
 
 @contextmanager
@@ -102,4 +106,4 @@ def refuse_loss(stream: IO[str] | None) -> None:
         return
     if lost.errno == errno.EPIPE:
         raise ReaderGone("Whoever read the output has gone.")
-    raise OutputLost(f"The output cannot be written: {lost.strerror or lost}.")
+    raise OutputLost(f"The output cannot be written: {lost.strerror}.")

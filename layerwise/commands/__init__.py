@@ -18,7 +18,7 @@ from layerwise.commands.plan import plan
 from layerwise.commands.probe import probe
 from layerwise.commands.run import run, task
 from layerwise.commands.status import report, status
-from layerwise.errors import Interrupted, LayerwiseError, ReaderGone, ToldElsewhere
+from layerwise.errors import ConfigError, Interrupted, LayerwiseError, ReaderGone, ToldElsewhere
 from layerwise.report.printing import answer_exactly, remark
 from layerwise.screen import refuse_loss, standard_streams_may_fail
 from layerwise.version import __version__
@@ -71,17 +71,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _start_again_in_utf8() -> None:
-    """In place of this process, where the locale has names of files in another encoding: they would be other names then.
+    """In place of this process, where the locale would have UTF-8 names of files read in another encoding, as other names.
 
-    The terminal still gets its own encoding.
+    The terminal still gets its own encoding; a command that names files in that one is left in it.
     """
-    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+    in_that_one = any(_undecoded(os.fsencode(word).decode(errors="surrogateescape")) for word in sys.argv)
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1" and not in_that_one:
         screen = {"PYTHONIOENCODING": sys.stdout.encoding} if sys.stdout else {}
-        os.execve(sys.executable, sys.orig_argv, {**screen, **os.environ, "PYTHONUTF8": "1"})
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**screen, **os.environ, "PYTHONUTF8": "1"})
+
+
+def _undecoded(argument: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in argument)
 
 
 def _exit_code(arguments: Sequence[str] | None) -> int:
     try:
+        if wrong := next(filter(_undecoded, sys.argv[1:] if arguments is None else arguments), None):
+            raise ConfigError(f"{wrong} is not UTF-8, as names must be here; rename it, or give a link that is.")
         # Without standalone mode click raises its errors, and returns the code of --help and --version.
         code = layerwise.main(arguments, prog_name="layerwise", standalone_mode=False)
         if code is not None:

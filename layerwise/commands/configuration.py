@@ -42,7 +42,7 @@ def init(config: Config, output: Path) -> None:
 
     data = look(config)
     try:
-        with output.open("x", encoding="utf-8", errors="surrogateescape") as file:
+        with output.open("x", encoding="utf-8") as file:
             file.write(commented(config))
     except OSError as error:
         raise RunError(unwritable(output, error)) from None
