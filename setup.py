@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 
 here = Path(__file__).parent
-version = re.search(r'__version__ = "(.+?)"', (here / "layerwise/version.py").read_text()).group(1)
+version = re.search(r'__version__ = "(.+?)"', (here / "layerwise/version.py").read_text(encoding="utf-8")).group(1)
 COMPRESSION = ["zstandard>=0.22", "hdf5plugin>=4.1"]  # of caches; hdf5plugin is for h5py, layerwise itself does without
 DOCS = ["sphinx>=8.2", "myst-parser>=4.0", "furo>=2024.8", "sphinx-click>=6.0"]  # the pages of docs/ as a site
 
@@ -14,7 +14,7 @@ setup(
     name="layerwise",
     version=version,
     description="Train deep networks that do not fit on the GPU, one gradient-isolated module at a time",
-    long_description=(here / "README.md").read_text(),
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="the layerwise maintainers",
     license="MIT",

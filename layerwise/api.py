@@ -5,6 +5,7 @@ those without a flag, as --set does.
 """
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import nn
 
 from layerwise.config import OWN, Config, resolve
@@ -29,10 +29,12 @@ from layerwise.forecast import Forecast
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
+from layerwise.report.printing import PlainConsole
 from layerwise.report.progress import LogFile, display
 from layerwise.report.tables import stages_at_chance
 from layerwise.run_store import RunStore, open_run
 from layerwise.run_store.probe_results import ProbeResult
+from layerwise.screen import Screen
 from layerwise.stop import StopFlag, stop_on_signals
 from layerwise.training.cut import cut_network
 from layerwise.training.optimizer import Make, Optimization, Schedule
@@ -107,7 +109,7 @@ def run(
     """
     config, given = _request(network, data, optimizer, schedule, options, flags)
     log = LogFile(RunStore.of(config.out, config.cache.dir).log)
-    shown = display(Console()) if notify is None else contextlib.nullcontext(notify)
+    shown = display(PlainConsole(file=Screen(sys.stdout))) if notify is None else contextlib.nullcontext(notify)
     with shown as show, _stoppable(stop) as flag:
 
         def tell(event: Event) -> None:

@@ -79,6 +79,16 @@ class Interrupted(LayerwiseError):
     exit_code = 75
 
 
+class OutputLost(LayerwiseError):
+    """What a command was to print, and nothing else, could not be written."""
+
+
+class ReaderGone(LayerwiseError):
+    """Whoever read what a command prints has gone, as in `| head`; it ends quietly, with the code of a death by SIGPIPE."""
+
+    exit_code = 141
+
+
 class ToldElsewhere(LayerwiseError):
     """Another process of the run tells the sentence; this one ends with the same exit code, and quietly."""
 

@@ -10,7 +10,7 @@ from types import FrameType
 from layerwise.errors import Interrupted
 from layerwise.units import seconds
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 LONGEST_MARGIN = 120
 """Seconds that are left of a time limit when the flag is set."""
@@ -35,21 +35,27 @@ class StopFlag:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C set the flag; the same signal a second time does what it did before."""
+    """SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and Ctrl-C set the flag; the same signal a second time does what it did before.
+
+    Those that are ignored stay so: whoever started this process with nohup, or in the background of a script, has asked for it.
+    A terminal that closes sends SIGHUP twice, itself and through the shell, so a second one is ignored.
+    """
     flag = StopFlag()
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    heeded = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    second_time = heeded | ({signal.SIGHUP: signal.SIG_IGN} if signal.SIGHUP in heeded else {})
 
     def ask(number: int, frame: FrameType | None) -> None:
         flag.reason = signal.Signals(number).name
-        signal.signal(number, before[signal.Signals(number)])
+        signal.signal(number, second_time[signal.Signals(number)])
 
-    for number in SIGNALS:
+    for number in heeded:
         signal.signal(number, ask)
     try:
         yield flag
     finally:
-        for number in SIGNALS:
-            signal.signal(number, before[number])
+        for number, handler in heeded.items():
+            signal.signal(number, handler)
 
 
 def too_late_to_stop() -> None:

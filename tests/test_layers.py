@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "layerwise"
 
 LEAVES = {
     *("errors", "version", "config", "events", "files", "forecast"),
-    *("importing", "records", "run_store", "stop", "units"),
+    *("importing", "records", "run_store", "screen", "stop", "units"),
 }
 ROOMS = {
     "cache": {"errors", "files"},

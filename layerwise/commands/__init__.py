@@ -1,5 +1,7 @@
 """The command line: options in, library calls, text out. Errors become one sentence and an exit code here."""
 
+import errno
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,7 +18,9 @@ from layerwise.commands.plan import plan
 from layerwise.commands.probe import probe
 from layerwise.commands.run import run, task
 from layerwise.commands.status import report, status
-from layerwise.errors import Interrupted, LayerwiseError, ToldElsewhere
+from layerwise.errors import ConfigError, Interrupted, LayerwiseError, ReaderGone, ToldElsewhere
+from layerwise.report.printing import answer_exactly, remark
+from layerwise.screen import refuse_loss, standard_streams_may_fail
 from layerwise.version import __version__
 
 
@@ -43,7 +47,7 @@ def completion(context: click.Context, shell: str) -> None:
     """
     complete = get_completion_class(shell)
     assert complete is not None  # click knows all three
-    click.echo(complete(context.find_root().command, {}, "layerwise", "_LAYERWISE_COMPLETE").source())
+    answer_exactly(complete(context.find_root().command, {}, "layerwise", "_LAYERWISE_COMPLETE").source())
 
 
 for command in (doctor, recipes, init, plan, run, task, status, probe, compare, report, extract, export, cache):
@@ -51,18 +55,46 @@ for command in (doctor, recipes, init, plan, run, task, status, probe, compare, 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0 done, 2 the request cannot be met, 75 stopped and resumable, 1 a defect of ours."""
-    exit_code = _exit_code(arguments)
-    if joining := sys.modules.get("layerwise.engines.torchrun"):  # imports torch, which most commands do without
-        joining.leave(exit_code)
+    """Runs a command and exits: 0 done, 2 the request cannot be met, 75 stopped and resumable, 1 a defect of ours.
+
+    141, as of other programs: whoever read what it was to print has gone.
+    """
+    if arguments is None:
+        _start_again_in_utf8()
+    with standard_streams_may_fail() as out:
+        exit_code = _exit_code(arguments)
+        if exit_code in (0, Interrupted.exit_code) and out.lost and out.lost.errno not in (errno.EPIPE, errno.EBADF):
+            _say(f"The standard output could not be written ({out.lost.strerror}); all else is as it would be.")
+        if joining := sys.modules.get("layerwise.engines.torchrun"):  # imports torch, which most commands do without
+            joining.leave(exit_code)
     sys.exit(exit_code)
+
+
+def _start_again_in_utf8() -> None:
+    """In place of this process, where the locale would have UTF-8 names of files read in another encoding, as other names.
+
+    The terminal still gets its own encoding; a command that names files in that one is left in it.
+    """
+    in_that_one = any(_undecoded(os.fsencode(word).decode(errors="surrogateescape")) for word in sys.argv)
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1" and not in_that_one:
+        screen = {"PYTHONIOENCODING": sys.stdout.encoding} if sys.stdout else {}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**screen, **os.environ, "PYTHONUTF8": "1"})
+
+
+def _undecoded(argument: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in argument)
 
 
 def _exit_code(arguments: Sequence[str] | None) -> int:
     try:
+        if wrong := next(filter(_undecoded, sys.argv[1:] if arguments is None else arguments), None):
+            raise ConfigError(f"{wrong} is not UTF-8, as names must be here; rename it, or give a link that is.")
         # Without standalone mode click raises its errors, and returns the code of --help and --version.
-        return layerwise.main(arguments, prog_name="layerwise", standalone_mode=False) or 0
-    except ToldElsewhere as error:
+        code = layerwise.main(arguments, prog_name="layerwise", standalone_mode=False)
+        if code is not None:
+            refuse_loss(sys.stdout)
+        return code or 0
+    except (ToldElsewhere, ReaderGone) as error:
         return error.exit_code
     except LayerwiseError as error:
         _say(str(error))
@@ -77,20 +109,20 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
     except (click.Abort, KeyboardInterrupt):
         _say("Stopped by Ctrl-C before anything had to be saved; start the same command again.")
         return Interrupted.exit_code
-    except SystemExit:
-        # click leaves so behind completions, and when the reader of our output has gone, as in `layerwise status | head`
-        return 0
+    except SystemExit as left:  # click leaves so behind completions
+        return left.code if isinstance(left.code, int) else int(bool(left.code))
     except OSError as error:
         _say(
             f"{error.filename or 'The system'}: {error.strerror or error}; mend that and start the same command again."
         )
         return LayerwiseError.exit_code
     except Exception:
-        traceback.print_exc()
+        for line in traceback.format_exc().splitlines():
+            remark(line)
         _say("This is a defect of layerwise, not of your request; please report it with the lines above.")
         return 1
 
 
 def _say(sentence: str) -> None:
     # click lists what it would take below each other.
-    click.echo(f"layerwise: {' '.join(map(str.strip, sentence.splitlines()))}", err=True)
+    remark(f"layerwise: {' '.join(map(str.strip, sentence.splitlines()))}")

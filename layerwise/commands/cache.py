@@ -8,7 +8,8 @@ import click
 
 from layerwise.commands.options import directory_argument
 from layerwise.errors import CacheError, ConfigError, DamagedCache
-from layerwise.report.tables import console_for_results, table
+from layerwise.report.printing import answer, answer_exactly, say
+from layerwise.report.tables import table
 from layerwise.run_store import open_run
 from layerwise.units import size
 
@@ -30,14 +31,14 @@ def list_caches(place: Path, as_json: bool) -> None:
 
     found = list(entries(_files(place)))
     if as_json:
-        click.echo(json.dumps([_as_json(entry) for entry in found]))
+        answer_exactly(json.dumps([_as_json(entry) for entry in found]))
         return
     if found:
-        console_for_results().print(table(map(_row, found)))
+        answer(table(map(_row, found)))
     for entry in found:
         if entry.finding:
-            click.echo(entry.finding)
-    click.echo(f"{size(sum(entry.bytes for entry in found))} in all" if found else f"{place} holds no caches.")
+            answer(entry.finding)
+    answer(f"{size(sum(entry.bytes for entry in found))} in all" if found else f"{place} holds no caches.")
 
 
 def _as_json(entry: "Entry") -> dict[str, Any]:
@@ -85,15 +86,15 @@ def verify(place: Path) -> None:
     errors = []
     for path, fingerprint in _some_files(place).items():
         if path.suffix in UNSEALED:
-            click.echo(f"{path}: {UNSEALED[path.suffix]}; its run goes on with it")
+            answer(f"{path}: {UNSEALED[path.suffix]}; its run goes on with it")
             continue
         try:
             with ActivationCache(path, fingerprint) as opened:
                 opened.verify()
-            click.echo(f"{path}: whole")
+            answer(f"{path}: whole")
         except CacheError as error:
             errors.append(error)
-            click.echo(str(error))
+            answer(str(error))
     if damaged := sum(isinstance(error, DamagedCache) for error in errors):
         raise CacheError(f"Damaged caches: {damaged}. Delete them, and a run makes what it needs again.")
     if errors:
@@ -112,7 +113,7 @@ def rm(directory: Path, stages: tuple[int, ...], everything: bool) -> None:
         raise ConfigError("Say which caches: either --stage S or --all.")
     if not (directory / "run.json").exists():
         raise ConfigError(f"{directory} is not a run directory; name the one of the run whose caches are to go.")
-    click.echo(f"{size(remove_caches(directory, None if everything else stages))} freed")
+    say(f"{size(remove_caches(directory, None if everything else stages))} freed")
 
 
 @cache.command(short_help="Hand features over as .npy or .h5.")
@@ -148,9 +149,7 @@ def export(place: Path, stage: int | None, output: Path, mean: bool) -> None:
     with ActivationCache(files[-1], recorded[files[-1]]) as opened:
         export_cache(opened, output, mean)
     beside = f"; ids and labels: {output.with_suffix('.index.npz')}" if output.suffix == ".npy" else ""
-    click.echo(
-        f"{output}: stage {opened.layout.stage}, {len(opened.ids)} samples, {size(output.stat().st_size)}{beside}"
-    )
+    say(f"{output}: stage {opened.layout.stage}, {len(opened.ids)} samples, {size(output.stat().st_size)}{beside}")
 
 
 def _files(place: Path) -> dict[Path, str | None]:

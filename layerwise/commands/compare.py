@@ -5,14 +5,14 @@ from dataclasses import asdict
 from functools import partial
 
 import click
-from rich.console import Console
 
 from layerwise.commands.options import configured, json_option
 from layerwise.config import Config
 from layerwise.errors import ConfigError
 from layerwise.evaluate.results import METHODS
 from layerwise.events import EpochDone, Event
-from layerwise.report.tables import comparison_table, console_for_results
+from layerwise.report.printing import answer_exactly, remark, say, working
+from layerwise.report.tables import comparison_table
 from layerwise.stop import stop_in_time, stop_on_signals
 
 
@@ -35,22 +35,18 @@ def compare(config: Config, seeds: int, methods: str | None, as_json: bool) -> N
     from layerwise.evaluate.compare import compare as compare_library  # imports torch, which --help need not wait for
 
     first = config.training.seed
-    console, doing = Console(stderr=True), ""
+    doing = ""
 
     def show(event: Event) -> None:
         if isinstance(event, EpochDone):
-            shown.update(f"{doing}: stage {event.stage}, epoch {event.epoch}")
+            spin(f"{doing}: stage {event.stage}, epoch {event.epoch}")
 
     def tell(line: str) -> None:
         nonlocal doing
         doing = line
-        console.print(line, highlight=False, markup=False)
+        remark(line)
 
-    with (
-        stop_on_signals() as stop,
-        stop_in_time(stop, config.engine.time),
-        console.status("comparing", spinner="dots") as shown,
-    ):
+    with stop_on_signals() as stop, stop_in_time(stop, config.engine.time), working("comparing") as spin:
         chosen = tuple(METHODS) if methods is None else tuple(name.strip() for name in methods.split(","))
         found = compare_library(
             config,
@@ -62,9 +58,8 @@ def compare(config: Config, seeds: int, methods: str | None, as_json: bool) -> N
             tell=tell,
         )
     if as_json:
-        click.echo(json.dumps({"label": found.label, "methods": [asdict(method) for method in found.methods]}))
+        answer_exactly(json.dumps({"label": found.label, "methods": [asdict(method) for method in found.methods]}))
         return
-    console = console_for_results()
-    console.print(f"test error of a linear probe for {found.label} after each module, {found.epochs} epochs a module")
-    console.print(comparison_table(found))
-    click.echo(f"kept in {config.out}/compare.json")
+    say(f"test error of a linear probe for {found.label} after each module, {found.epochs} epochs a module")
+    say(comparison_table(found))
+    say(f"kept in {config.out}/compare.json")

@@ -10,6 +10,7 @@ from layerwise.commands.options import configured
 from layerwise.config import Config, commented, function_flags, recipe_names, recipe_text
 from layerwise.errors import RunError
 from layerwise.files import unwritable
+from layerwise.report.printing import answer, answer_exactly, say
 
 
 @click.command(short_help="List the recipes, or print one.")
@@ -17,12 +18,12 @@ from layerwise.files import unwritable
 def recipes(name: str | None) -> None:
     """List the recipes with what each is for, or print the TOML of the one that is named."""
     if name is not None:
-        click.echo(recipe_text(name), nl=False)
+        answer_exactly(recipe_text(name).removesuffix("\n"))
         return
     width = max(map(len, recipe_names()))
     for each in recipe_names():
         purpose = recipe_text(each).partition("\n")[0].removeprefix("# ")
-        click.echo(f"{each:<{width}}  {purpose}")
+        answer(f"{each:<{width}}  {purpose}")
 
 
 @click.command(short_help="Write a commented config.toml for your data.")
@@ -41,12 +42,12 @@ def init(config: Config, output: Path) -> None:
 
     data = look(config)
     try:
-        with output.open("x") as file:
+        with output.open("x", encoding="utf-8") as file:
             file.write(commented(config))
     except OSError as error:
         raise RunError(unwritable(output, error)) from None
     skipped = f", {len(data.skipped)} files skipped" if data.skipped else ""
-    click.echo(f"{output}: for {len(data.ids)} samples from {config.data.source}{skipped}")
-    click.echo(f"labels for probes: {', '.join((*data.labels, *data.frame_label_names)) or 'none'}")
+    say(f"{output}: for {len(data.ids)} samples from {config.data.source}{skipped}")
+    say(f"labels for probes: {', '.join((*data.labels, *data.frame_label_names)) or 'none'}")
     options = shlex.join(["--config", str(output), *function_flags(config)])
-    click.echo(f"next:\n  layerwise plan {options}\n  layerwise run {options}")
+    say("next:", f"  layerwise plan {options}", f"  layerwise run {options}")

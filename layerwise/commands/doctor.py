@@ -10,6 +10,7 @@ from layerwise.commands.options import json_option
 from layerwise.doctor import Finding
 from layerwise.doctor.examine import examine
 from layerwise.errors import SetupError
+from layerwise.report.printing import answer, answer_exactly
 
 
 @click.command(short_help="Examine the installation and the machine.")
@@ -30,10 +31,10 @@ def doctor(cache_dir: Path, as_json: bool) -> None:
     for finding in examine(cache_dir):
         found.append(finding)
         if not as_json:
-            click.echo(_line(finding))
+            answer(_line(finding))
     broken = [finding.check for finding in found if finding.verdict == "fix"]
     if as_json:
-        click.echo(json.dumps({"fit": not broken, "findings": [asdict(finding) for finding in found]}))
+        answer_exactly(json.dumps({"fit": not broken, "findings": [asdict(finding) for finding in found]}))
     if broken:
         raise SetupError(f"To be fixed: {', '.join(broken)}.")
 

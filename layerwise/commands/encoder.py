@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from layerwise.commands.options import directory_argument, network_option
+from layerwise.report.printing import say, working
 from layerwise.stop import stop_on_signals
 from layerwise.units import size
 
@@ -35,8 +35,7 @@ def extract(
     """
     from layerwise.encoder.extract import extract as extract_library  # imports torch, which --help need not wait for
 
-    console = Console(stderr=True)
-    with stop_on_signals() as stop, console.status("extracting", spinner="dots") as shown:
+    with stop_on_signals() as stop, working("extracting") as show:
         extracted = extract_library(
             directory,
             source,
@@ -47,16 +46,16 @@ def extract(
             device=device,
             network=net,
             stop=stop,
-            notify=lambda line: shown.update(f"extracting: {line}"),
+            notify=lambda line: show(f"extracting: {line}"),
         )
-    click.echo(
+    say(
         f"{output}: stage {extracted.stage}, {extracted.samples} samples, {extracted.rows} rows, "
         f"{size(output.stat().st_size)}; device peak {size(extracted.peak_bytes)}"
     )
     if extracted.skipped:
-        click.echo(f"{len(extracted.skipped)} files skipped:")
+        say(f"{len(extracted.skipped)} files skipped:")
     for entry in extracted.skipped:
-        click.echo(f"  {entry.path}: {entry.reason}")
+        say(f"  {entry.path}: {entry.reason}")
 
 
 @click.command(short_help="Hand the encoder over as safetensors, pt2 or ONNX.")
@@ -71,10 +70,10 @@ def export(directory: Path, format: str, output: Path, net: str | None) -> None:
     """
     from layerwise.encoder.export import export as export_library  # imports torch, which --help need not wait for
 
-    with Console(stderr=True).status("exporting", spinner="dots"):
+    with working("exporting"):
         exported = export_library(directory, output, format, network=net)
     same = f"differ from the encoder's by at most {exported.difference:.1g} of the largest"
     agreement = same if exported.difference else "are those of the encoder, bit by bit"
-    click.echo(f"{output}: {format}, README.md says how to use it; its features {agreement}")
+    say(f"{output}: {format}, README.md says how to use it; its features {agreement}")
     if exported.fixed:
-        click.echo(f"its input has a fixed size: {exported.fixed}")
+        say(f"its input has a fixed size: {exported.fixed}")

@@ -4,11 +4,11 @@ import json
 from dataclasses import asdict
 
 import click
-from rich.console import Console
 
 from layerwise.commands.options import configured, json_option
 from layerwise.config import Config
-from layerwise.report.tables import console_for_results, forecast_lines, forecast_table
+from layerwise.report.printing import answer, answer_exactly, working
+from layerwise.report.tables import forecast_lines, forecast_table
 
 
 @click.command(short_help="Predict what a run would take; runs nothing.")
@@ -21,10 +21,9 @@ def plan(config: Config, as_json: bool) -> None:
     """
     from layerwise.engines.plan import plan as plan_library  # imports torch, which --help need not wait for
 
-    with Console(stderr=True).status("rehearsing", spinner="dots"):
+    with working("rehearsing"):
         forecast = plan_library(config)
     if as_json:
-        click.echo(json.dumps(asdict(forecast)))
+        answer_exactly(json.dumps(asdict(forecast)))
         return
-    console_for_results().print(forecast_table(forecast))
-    click.echo("\n".join(forecast_lines(forecast)))
+    answer(forecast_table(forecast), *forecast_lines(forecast))

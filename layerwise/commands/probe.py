@@ -2,14 +2,13 @@
 
 import json
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from layerwise.commands.options import data_option, directory_argument, json_option, network_option
-from layerwise.report.tables import console_for_results, few_test_samples, probe_table
+from layerwise.report.printing import answer_exactly, remark, say, working
+from layerwise.report.tables import few_test_samples, probe_table
 from layerwise.stop import stop_on_signals
 from layerwise.units import size
 
@@ -32,8 +31,7 @@ def probe(directory: Path, label: str, classifier: str, net: str | None, data: s
     """
     from layerwise.evaluate.probe import probe as probe_library  # imports torch, which --help need not wait for
 
-    console = Console(stderr=True)
-    with stop_on_signals() as stop, console.status("probing", spinner="dots") as shown:
+    with stop_on_signals() as stop, working("probing") as show:
         result = probe_library(
             directory,
             label,
@@ -41,13 +39,12 @@ def probe(directory: Path, label: str, classifier: str, net: str | None, data: s
             network=net,
             data=data,
             stop=stop,
-            notify=lambda line: shown.update(f"probing: {line}"),
-            warn=partial(console.print, highlight=False, markup=False, soft_wrap=True),
+            notify=lambda line: show(f"probing: {line}"),
+            warn=remark,
         )
     if as_json:
-        click.echo(json.dumps(asdict(result)))
+        answer_exactly(json.dumps(asdict(result)))
         return
-    console_for_results().print(probe_table(result))
-    click.echo(f"device peak {size(result.peak_bytes)}")
+    say(probe_table(result), f"device peak {size(result.peak_bytes)}")
     if warning := few_test_samples(result):
-        click.echo(warning)
+        say(warning)

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 
 from layerwise.commands.options import configured, data_option, directory_argument, network_option
 from layerwise.config import Config
 from layerwise.engines.requeue import queue_again
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, ToldElsewhere
 from layerwise.events import broadcast, silent
+from layerwise.report.printing import answer_exactly, console_for_results, remark, say
 from layerwise.report.progress import LogFile, PlainLines, display
 from layerwise.report.tables import (
-    console_for_results,
     stage_table,
     stages_at_chance,
     totals,
@@ -47,14 +46,16 @@ def run(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) 
         raise ConfigError("--dry-run prints batch scripts: give --engine slurm, too. For a forecast: layerwise plan.")
     store = RunStore.of(config.out, config.cache.dir)
     log = LogFile(store.log)
-    console = console_for_results()
     with stop_on_signals() as stop, stop_in_time(stop, config.engine.time), ExitStack() as sharing:
         # These import torch, which --help need not wait for, and a signal may well come meanwhile.
         from layerwise.engines.run import run as run_library
         from layerwise.engines.torchrun import is_restart, join_ranks
 
         ranks = sharing.enter_context(join_ranks(config))
-        with _logging_errors(log, stop, store), display(console) if ranks.first else nullcontext(silent) as show:
+        with (
+            _logging_errors(log, stop, store),
+            display(console_for_results()) if ranks.first else nullcontext(silent) as show,
+        ):
             result = run_library(
                 config,
                 from_stage=from_stage,
@@ -64,7 +65,7 @@ def run(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) 
                 ranks=ranks,
             )
     if ranks.first:
-        _print_summary(console, result)
+        _print_summary(result)
 
 
 @click.command(short_help="Perform one task of a run that is prepared.", hidden=True)
@@ -103,7 +104,7 @@ def _logging_errors(log: LogFile, stop: StopFlag, store: RunStore) -> Iterator[N
     """
 
     def say(line: str) -> None:
-        click.echo(line, err=True)
+        remark(line)
         log.write(line)
 
     try:
@@ -130,25 +131,25 @@ def _submit(config: Config, from_stage: int | None, overwrite: bool, dry_run: bo
     if dry_run:
         for task, text in scripts(config, request):
             needs = ", ".join(f"round {need.round} stage {need.stage}" for need in task.needs)
-            click.echo(f"# round {task.round}, stage {task.stage}; after {needs or 'nothing'}\n{text}")
+            answer_exactly(f"# round {task.round}, stage {task.stage}; after {needs or 'nothing'}\n{text}")
         return
     with stop_on_signals() as stop:
         jobs = submit_run(config, request, stop, PlainLines(sys.stdout))
     for job in jobs:
-        click.echo(f"job {job.number}: round {job.task.round}, stage {job.task.stage}; log {job.log}")
+        say(f"job {job.number}: round {job.task.round}, stage {job.task.stage}; log {job.log}")
     out = RunStore.of(config.out, config.cache.dir).out
-    click.echo(f"next:\n  layerwise status {out} --watch" if jobs else f"done before: {out}")
+    say(*(["next:", f"  layerwise status {out} --watch"] if jobs else [f"done before: {out}"]))
 
 
-def _print_summary(console: Console, result: "RunResult") -> None:
-    console.print()
-    console.print(stage_table(result.state, result.paths))
+def _print_summary(result: "RunResult") -> None:
     warning = stages_at_chance(result.state, result.config.objective)
-    lines = [
-        f"\ndone: {totals(result.state)}",
+    say(
+        "",
+        stage_table(result.state, result.paths),
+        "",
+        f"done: {totals(result.state)}",
         *([warning] if warning else []),
         *where_things_lie(result.paths, result.state),
         "next:",
         *(f"  {command}" for command in what_next(result.paths, result.labels, result.config)),
-    ]
-    click.echo("\n".join(lines))
+    )

@@ -13,9 +13,11 @@ from rich.live import Live
 from layerwise.commands.options import directory_argument, json_option
 from layerwise.errors import RunError
 from layerwise.evaluate.results import COMPARISON
+from layerwise.report.printing import answer, answer_exactly, console_for_results, say
 from layerwise.report.records import progress, round_states
-from layerwise.report.tables import console_for_results, rounds_table, stage_table, totals
+from layerwise.report.tables import rounds_table, stage_table, totals
 from layerwise.run_store import RunState, RunStore, StageRecord, open_run
+from layerwise.screen import refuse_loss
 from layerwise.stop import stop_on_signals
 
 WATCH_SECONDS = 1.0
@@ -34,15 +36,15 @@ def status(directory: Path, as_json: bool, watch: bool) -> None:
     store, state = open_run(directory)
     rounds = state.config.training.rounds
     if as_json:
-        click.echo(json.dumps(_as_json(store, state, rounds)))
+        answer_exactly(json.dumps(_as_json(store, state, rounds)))
         return
-    console = console_for_results()
     if not watch:
-        console.print(_shown(store, state, rounds), highlight=False)
+        answer(_shown(store, state, rounds))
         return
-    with stop_on_signals() as stop, Live(console=console, auto_refresh=False) as live:
+    with stop_on_signals() as stop, Live(console=console_for_results(), auto_refresh=False) as live:
         while not stop.reason:
             live.update(_shown(store, state, rounds), refresh=True)
+            refuse_loss(live.console.file)
             if state.done:
                 break
             time.sleep(WATCH_SECONDS)
@@ -89,4 +91,4 @@ def report(directory: Path) -> None:
     """
     from layerwise.report.html import write_report  # imports matplotlib, which --help need not wait for
 
-    click.echo(f"{write_report(directory)} (figures: {directory / 'plots'})")
+    say(f"{write_report(directory)} (figures: {directory / 'plots'})")

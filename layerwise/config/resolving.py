@@ -33,7 +33,7 @@ def recipe_text(name: str) -> str:
         raise ConfigError(
             f"There is no recipe {name!r}; the recipes are {', '.join(names)}.{did_you_mean(name, names)}"
         )
-    return (resources.files("layerwise.recipes") / f"{name}.toml").read_text()
+    return (resources.files("layerwise.recipes") / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def resolve(
@@ -157,7 +157,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"The configuration {path} cannot be read: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

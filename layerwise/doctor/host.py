@@ -59,14 +59,14 @@ def memory_limit(cgroups: Path, own: str) -> int | None:
     inside = cgroups / own.lstrip("/")
     files = [folder / "memory.max" for folder in (inside, *inside.parents)]  # version 2
     files += [cgroups / "memory" / "memory.limit_in_bytes"]  # version 1
-    limits = [path.read_text().strip() for path in files if path.is_file()]
+    limits = [path.read_text(encoding="utf-8").strip() for path in files if path.is_file()]
     return min((int(limit) for limit in limits if limit.isdigit()), default=None)
 
 
 def _own_cgroup() -> str:
     """Of version 2, whose line begins with 0::; the root where there is none."""
     listing = Path("/proc/self/cgroup")
-    lines = listing.read_text().splitlines() if listing.exists() else []
+    lines = listing.read_text(encoding="utf-8").splitlines() if listing.exists() else []
     return next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "/")
 
 

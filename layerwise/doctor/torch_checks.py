@@ -52,7 +52,7 @@ def ask_torch() -> TorchReport:
     # -P, so that files in this folder are not taken for modules.
     command = [sys.executable, "-P", "-c", _SCRIPT, str(Path(__file__).parents[2])]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TORCH_SECONDS)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=TORCH_SECONDS)
         output, end = done.stdout, f"ended its process with {done.returncode}" if done.returncode else ""
     except subprocess.TimeoutExpired as error:
         output, end = (error.stdout or b"").decode(errors="replace"), f"did not answer for {TORCH_SECONDS} s"
@@ -156,7 +156,9 @@ def gpus(report: TorchReport) -> list[Finding]:
 def driver_cuda() -> str | None:
     """The newest CUDA that the driver can run, such as 12.8; None where neither nvidia-smi nor NVML has an answer."""
     if shutil.which("nvidia-smi"):
-        shown = subprocess.run(["nvidia-smi"], capture_output=True, text=True, errors="replace", timeout=DRIVER_SECONDS)
+        shown = subprocess.run(
+            ["nvidia-smi"], capture_output=True, encoding="utf-8", errors="replace", timeout=DRIVER_SECONDS
+        )
         if found := re.search(r"CUDA[\w ]* Version: *(\d+\.\d+)", shown.stdout):
             return found[1]
     return _nvml_cuda()

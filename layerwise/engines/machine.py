@@ -30,6 +30,6 @@ def machine(device: torch.device) -> dict[str, Any]:
 def _cpu_model() -> str:
     """Linux names it in a file; elsewhere the platform's word for it."""
     listing = Path("/proc/cpuinfo")
-    lines = listing.read_text(errors="replace").splitlines() if listing.exists() else []
+    lines = listing.read_text(encoding="utf-8", errors="replace").splitlines() if listing.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return next(iter(names), platform.processor() or platform.machine())

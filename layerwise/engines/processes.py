@@ -108,14 +108,14 @@ def _start(device: str, log: Path, run: Run, inbox: Inbox) -> _Worker:
     command = [*python_module("layerwise.engines.worker"), str(run.store.out), functions, device, str(descriptor)]
     # The last bits of sums on a CPU depend on the number of threads.
     threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with log.open("a") as printed, workers_end:
+    with log.open("a", encoding="utf-8") as printed, workers_end:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=printed,
             stderr=printed,
             pass_fds=[descriptor],
-            text=True,
+            encoding="utf-8",
             env=threads,
             start_new_session=True,  # Ctrl-C is for this process, which tells them
         )
@@ -140,7 +140,7 @@ def _replacement(worker: _Worker, deaths: int, run: Run, inbox: Inbox, notify: N
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     if deaths >= ATTEMPTS:
         what = f"Stage {task.stage} in round {task.round}" if task else "A worker without a task"
-        log = "\n".join(worker.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        log = "\n".join(worker.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
         raise RunError(
             f"{what} has failed {ATTEMPTS} times; the last worker {how}. The same command goes on once that is mended. "
             f"The end of its log, {worker.log}:\n{log}"

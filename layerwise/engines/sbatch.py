@@ -104,7 +104,7 @@ class NoAnswer(SlurmError):
 def ask_slurm(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """The command when it has ended, well or not. Raises NoCommand, NoAnswer; callers say what follows from it."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=ANSWER_SECONDS)
     except FileNotFoundError:
         raise NoCommand(f"there is no {command[0]} on the PATH") from None
     except subprocess.TimeoutExpired:

@@ -1,17 +1,15 @@
 """Events of a run as they happen: a live table on a terminal, plain lines elsewhere and in the log file."""
 
 import contextlib
-import sys
 import time
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from layerwise.events import (
     CachingProgress,
@@ -24,6 +22,7 @@ from layerwise.events import (
     StageStarted,
     StepDone,
 )
+from layerwise.screen import printable
 from layerwise.units import duration, size
 
 
@@ -61,17 +60,13 @@ def outcome(epochs: int, converged: bool | None) -> str:
 class PlainLines:
     """Prints events as lines."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._closed = stream, False
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
 
     def __call__(self, event: Event) -> None:
         text = line(event)
-        if text is None or self._closed:
-            return
-        try:
-            print(text, file=self._stream, flush=True)
-        except BrokenPipeError:
-            self._closed = True  # whoever read along has gone; the training goes on
+        if text is not None:
+            print(printable(text), file=self._stream, flush=True)
 
 
 class LogFile:
@@ -89,8 +84,8 @@ class LogFile:
         """One line; nothing where the folder is not (yet) a run directory, or takes no more: a log decides nothing."""
         with contextlib.suppress(OSError):
             if (self._path.parent / "run.json").exists():
-                with self._path.open("a") as file:
-                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(text)}\n")
 
 
 REFRESH_PER_SECOND = 4
@@ -131,7 +126,7 @@ class LiveTable:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Message):
-            self._live.console.print(Text(event.text))
+            self._live.console.print(event.text)
             return
         if isinstance(event, RunStarted):
             self._max_epochs, self._budget = event.max_epochs, event.budget_bytes
@@ -189,4 +184,4 @@ class LiveTable:
 def display(console: Console) -> contextlib.AbstractContextManager[Notify]:
     """The live table on a terminal, and in a notebook that has widgets to redraw it; plain lines elsewhere."""
     redrawn = find_spec("ipywidgets") is not None if console.is_jupyter else console.is_terminal
-    return LiveTable(console) if redrawn else contextlib.nullcontext(PlainLines(sys.stdout))
+    return LiveTable(console) if redrawn else contextlib.nullcontext(PlainLines(console.file))

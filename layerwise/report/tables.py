@@ -5,7 +5,6 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from layerwise.config import Config, ObjectiveOptions, function_flags
@@ -18,15 +17,6 @@ from layerwise.run_store.probe_results import ProbeResult
 from layerwise.units import duration, percent, size
 
 FEW_TEST_SAMPLES = 50
-
-WIDTH_OF_FILES = 140
-"""Columns of text where it does not go to a terminal."""
-
-
-def console_for_results() -> Console:
-    """Standard output, wide enough for the tables where it is no terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDTH_OF_FILES)
 
 
 def table(rows: Iterable[Mapping[str, str]]) -> Table:

@@ -262,11 +262,11 @@ class RunStore:
 
     def worker(self) -> str | None:
         """Who performs a task of this round; None where nobody does."""
-        return self.task_lock.read_text().strip() if is_locked(self.task_lock) else None
+        return self.task_lock.read_text(encoding="utf-8").strip() if is_locked(self.task_lock) else None
 
     def write_worker(self, name: str) -> None:
         """Notes who holds the task lock, for `layerwise status`; to be called while it is held."""
-        self.task_lock.write_text(f"{name}\n")
+        self.task_lock.write_text(f"{name}\n", encoding="utf-8")
 
     @contextmanager
     def lock_run(self) -> Iterator[None]:

@@ -71,7 +71,10 @@ class MemoryLog:
         self._waiting = {}
         if sample:
             self._written = sample
-            with contextlib.suppress(OSError), self._path.open("a") as file:  # a record decides nothing
+            with (
+                contextlib.suppress(OSError),
+                self._path.open("a", encoding="utf-8") as file,
+            ):  # a record decides nothing
                 file.write(json.dumps(sample) + "\n")
 
 

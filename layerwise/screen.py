@@ -1,0 +1,109 @@
+"""The screen is not the work: a standard stream that fails is given up, and text is changed so that it can be shown."""
+
+import errno
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, Any
+
+from layerwise.errors import OutputLost, ReaderGone
+
+_NOT_TO_BE_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, ends of lines, changes of the direction of writing, and bytes of file names that are no text."""
+
+
+def printable(text: str) -> str:
+    """The text in one line, for a terminal or a log: what a terminal would obey stands there as in Python, \\n or \\x1b."""
+    return _NOT_TO_BE_SHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class Screen(io.TextIOBase):
+    """A text stream whose writes never fail: what its encoding lacks is written as \\xe9, and after an error nothing more.
+
+    lost: the error with which the stream was given up; a stream that was closed from the start (None) is given up already.
+    """
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        self._stream = stream
+        self.lost: OSError | None = None if stream else _error(errno.EBADF)
+
+    def __getattr__(self, name: str) -> Any:  # what a TextIOBase has not: buffer, name, reconfigure
+        return getattr(self._stream, name)
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return self._stream is not None and not self.lost and self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno() if self._stream is not None else super().fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if self._stream is not None and not self.lost:
+            try:
+                self._stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+            except (OSError, ValueError) as error:
+                self._give_up(error)
+        return len(text)
+
+    def flush(self) -> None:
+        if self._stream is not None and not self.lost:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError) as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError | ValueError) -> None:
+        # A ValueError is Python's word for a file that is closed. The error itself would hold on to the tensors of its callers.
+        self.lost = _error(error.errno or errno.EIO if isinstance(error, OSError) else errno.EBADF)
+
+
+def _error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+@contextmanager
+def standard_streams_may_fail() -> Iterator[Screen]:
+    """sys.stdout and sys.stderr are Screens meanwhile; gives the first. For a whole process: what was lost stays lost."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file that is opened, a cache say, would take what libraries print
+            os.open(os.devnull, os.O_RDWR)
+    before = sys.stdout, sys.stderr
+    out, err = Screen(sys.stdout), Screen(sys.stderr)
+    sys.stdout, sys.stderr = out, err
+    try:
+        yield out
+    finally:
+        sys.stdout, sys.stderr = before
+        for screen in (out, err):
+            screen.flush()
+            if screen.lost:
+                _forget_what_is_left(screen)
+
+
+def _forget_what_is_left(screen: Screen) -> None:
+    """Python writes what is left in a stream when the process ends, and fails with code 120 where it cannot."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, screen.fileno())
+        os.close(nowhere)
+
+
+def refuse_loss(stream: IO[str] | None) -> None:
+    """Raises OutputLost or ReaderGone where the stream was given up: for whoever has nothing to give but what it prints."""
+    lost = stream.lost if isinstance(stream, Screen) else None
+    if lost is None:
+        return
+    if lost.errno == errno.EPIPE:
+        raise ReaderGone("Whoever read the output has gone.")
+    raise OutputLost(f"The output cannot be written: {lost.strerror}.")
