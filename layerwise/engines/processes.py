@@ -24,6 +24,7 @@ import torch
 from layerwise.engines.worker import Answer
 from layerwise.errors import Interrupted, LayerwiseError, RunError
 from layerwise.events import Event, Message, Notify
+from layerwise.files import open_to_append
 from layerwise.stop import StopFlag
 from layerwise.training.run import Run
 from layerwise.training.schedule import Task, ready
@@ -106,7 +107,7 @@ def _start(device: str, log: Path, run: Run, inbox: Inbox) -> _Worker:
     command = [sys.executable, "-m", "layerwise.engines.worker", str(run.store.out), device, str(descriptor)]
     # The last bits of sums on a CPU depend on the number of threads.
     threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with log.open("a") as printed, workers_end:
+    with open_to_append(log) as printed, workers_end:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

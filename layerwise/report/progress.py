@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from layerwise.errors import LayerwiseError
 from layerwise.events import (
     CachingProgress,
     EpochDone,
@@ -24,6 +25,7 @@ from layerwise.events import (
     StageStarted,
     StepDone,
 )
+from layerwise.files import open_to_append
 from layerwise.units import duration, size
 
 
@@ -87,10 +89,10 @@ class LogFile:
 
     def write(self, text: str) -> None:
         """One line; nothing where the folder is not (yet) a run directory, or takes no more: a log decides nothing."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, LayerwiseError):
             if (self._path.parent / "run.json").exists():
-                with self._path.open("a") as file:
-                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+                with open_to_append(self._path) as file:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode(errors="backslashreplace"))
 
 
 REFRESH_PER_SECOND = 4
