@@ -123,7 +123,7 @@ def open_to_append(path: Path) -> BinaryIO:
 
 def read_bytes(path: Path, most: int = RECORD_BYTES) -> bytes:
     """The whole file. Raises FileNotFoundError where there is none, UnreadableFile as `check_readable` does."""
-    with os.fdopen(_open_readable(path, most), "rb") as file:
+    with open_readable(path, most) as file:
         try:
             content = file.read(most + 1)
         except OSError as error:
@@ -147,10 +147,11 @@ def check_readable(path: Path, most: int | None = None) -> None:
     Raises FileNotFoundError where there is none, UnreadableFile where it is a folder, a pipe or a device, has more than
     `most` bytes, or may not be read.
     """
-    os.close(_open_readable(path, most))
+    open_readable(path, most).close()
 
 
-def _open_readable(path: Path, most: int | None) -> int:
+def open_readable(path: Path, most: int | None = None) -> BinaryIO:
+    """The file, to read. Raises as `check_readable` does."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -159,7 +160,7 @@ def _open_readable(path: Path, most: int | None) -> int:
         raise UnreadableFile(f"{path} cannot be read: {getattr(error, 'strerror', error)}.") from None
     about = os.fstat(descriptor)
     if stat.S_ISREG(about.st_mode) and (most is None or about.st_size <= most):
-        return descriptor
+        return os.fdopen(descriptor, "rb")
     os.close(descriptor)
     if stat.S_ISREG(about.st_mode):
         raise _too_large(path, most or 0)

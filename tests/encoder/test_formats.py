@@ -225,7 +225,7 @@ def test_a_second_export_to_the_same_folder_is_refused(
 ) -> None:
     def meanwhile(*arguments: object) -> formats.Written:
         monkeypatch.undo()
-        with pytest.raises(ExportError, match="Another process is writing .*encoder; wait for it"):
+        with pytest.raises(ExportError, match=r"Another process is writing .*encoder; wait for it"):
             layerwise.export(speech_run.paths.out, tmp_path / "encoder")
         return formats.write_safetensors(*arguments)
 
