@@ -57,6 +57,10 @@ class RunError(LayerwiseError):
     """The run directory cannot be used as asked."""
 
 
+class UnreadableFile(RunError):
+    """What lies at a path is no plain file, too large for what it should hold, or not given by the system."""
+
+
 class ExportError(LayerwiseError):
     """An encoder cannot be handed over as asked."""
 

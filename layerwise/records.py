@@ -13,9 +13,6 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from layerwise.errors import RunError
 from layerwise.files import read_bytes, write_atomically
 
-MOST_BYTES = 64 * 2**20
-"""Of a record; a comparison of many runs has some thousands."""
-
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 """Of a dataclass that is read from a record, as its `__pydantic_config__`."""
 
@@ -40,8 +37,8 @@ def read_record(kind: type[T], path: Path, version: int | None = None) -> T:
 
     Raises RunError where it is missing, of another version, or damaged.
     """
-    content = read_bytes(path, MOST_BYTES)
     try:
+        content = read_bytes(path)
         tree = json.loads(content)
         if version is not None and tree["version"] != version:
             raise RunError(
@@ -51,6 +48,8 @@ def read_record(kind: type[T], path: Path, version: int | None = None) -> T:
         if tree.pop("digest") != _digest(tree):
             raise ValueError("it does not hold what was written")
         return TypeAdapter(kind).validate_json(json.dumps(tree))
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing; restore it.") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{path} is damaged: {_finding(error)}; restore it, or move it away.") from None
 

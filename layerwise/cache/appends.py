@@ -19,6 +19,7 @@ import numpy as np
 from layerwise.cache.file_io import crc32, read_stored, write_all
 from layerwise.cache.format import ALIGNMENT
 from layerwise.cache.layout import Layout, Places
+from layerwise.files import OURS, open_own
 
 _RECORD = struct.Struct("<QI")
 _CHECK = struct.Struct("<I")
@@ -41,7 +42,7 @@ class Appends:
     def __init__(self, part: Path, journal_path: Path, layout: Layout, places: Places, first: int = 0) -> None:
         """first: the block that the journal begins with. Raises OSError."""
         self._part, self._layout, self._places, self._journal = part, layout, places, journal_path
-        self._descriptor = os.open(part, os.O_RDWR)
+        self._descriptor = os.open(part, os.O_RDWR | OURS)
         self._direct = _open_direct(part)
         self._failed = False
         self.blocks = self.done_in(journal_path, first)
@@ -79,9 +80,11 @@ class Appends:
 
     def done_in(self, journal: Path, first: int) -> int:
         """The block up to which a journal has all done, from `first` on; cuts off records that are torn or of other blocks."""
-        if not journal.exists():
+        try:
+            file = open_own(journal)
+        except FileNotFoundError:
             return first
-        content = journal.read_bytes()
+        content = file.read()
         done, records = first, 0
         for start in range(0, len(content) - _SIZE + 1, _SIZE):
             record, check = content[start : start + _RECORD.size], content[start + _RECORD.size : start + _SIZE]
@@ -89,7 +92,8 @@ class Appends:
             if check != _CHECK.pack(crc32(record)) or blocks <= done or crc32(self._stored(done, blocks)) != checksum:
                 break
             done, records = blocks, records + 1
-        os.truncate(journal, records * _SIZE)
+        file.truncate(records * _SIZE)
+        file.close()
         return done
 
     def close(self) -> None:
@@ -117,7 +121,7 @@ class Appends:
 
 def _open_direct(path: Path) -> int | None:
     try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT)
+        return os.open(path, os.O_WRONLY | os.O_DIRECT | OURS)
     except OSError:
         return None
 
@@ -125,7 +129,7 @@ def _open_direct(path: Path) -> int | None:
 def _record(path: Path, blocks: int, checksums: bytes) -> None:
     """Adds one durable record: `blocks` are done now, the last of them with these checksums. Raises OSError."""
     record = _RECORD.pack(blocks, crc32(checksums))
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | OURS, 0o666)
     try:
         write_all(descriptor, record + _CHECK.pack(crc32(record)), os.fstat(descriptor).st_size)
         os.fdatasync(descriptor)

@@ -4,21 +4,22 @@ NAME.npy: one array [frames of all samples, *frame shape]; which rows are whose 
 `offsets` int64 [N + 1] and `labels_NAME`. NAME.h5: `features`, `offsets`, `ids` and `labels/NAME` in one file.
 """
 
-import errno
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
-import h5py
 import numpy as np
 
 from layerwise.cache.file_io import as_cache_errors
+from layerwise.cache.hdf5_file import writable
 from layerwise.cache.layout import as_bytes
 from layerwise.cache.reader import ActivationCache
 from layerwise.errors import CacheError
+from layerwise.files import open_new, write_atomically
 
 READ_BYTES = 32 * 2**20
 """Read at once."""
@@ -50,18 +51,12 @@ def _pieces(cache: ActivationCache, sample: int, length: int) -> Iterator[np.nda
 CHUNK_BYTES = 2**20
 """Of a chunk of the array in an HDF5 file: rows are added to it, so it cannot be contiguous."""
 
-BESIDE = 2**20
-"""Bytes of the file beside the features, generously."""
-
 
 class FeatureFile:
     """Takes the rows of one sample after another; the file bears its name once it is whole, and is gone otherwise."""
 
     def __init__(self, path: Path, frame_shape: tuple[int, ...], dtype: np.dtype, stage: int) -> None:
-        """Raises CacheError where the file exists or the name has another ending."""
-        for there in (path, path.with_suffix(".index.npz")) if path.suffix == ".npy" else (path,):
-            if there.exists():
-                raise CacheError(f"{there} exists; delete it, or name another file.")
+        """Raises CacheError where the file exists, another process is writing it, or the name has another ending."""
         if path.suffix not in (".npy", ".h5"):
             raise CacheError(f"{path}: features go into a .npy or a .h5 file; name one of these.")
         if not path.parent.is_dir():
@@ -71,16 +66,24 @@ class FeatureFile:
         self._path, self._temporary = path, path.with_name(path.name + ".part")
         self._ids: list[str] = []
         self._offsets = [0]
+        index = [_index_of(path)] if path.suffix == ".npy" else []
+        _refuse_existing(path)
+        busy = CacheError(f"Another process is writing {path}; wait for it, or name another file.")
+        with as_cache_errors(path):
+            self._file = open_new(self._temporary, busy, leftovers=index)
         array = _NpyArray if path.suffix == ".npy" else _HDF5Array
-        with as_cache_errors(self._path):
-            self._array: _NpyArray | _HDF5Array = array(self._temporary, frame_shape, np.dtype(dtype), stage)
+        try:
+            for there in (path, *index):
+                _refuse_existing(there)
+            with as_cache_errors(path):
+                self._array: _NpyArray | _HDF5Array = array(self._file, frame_shape, np.dtype(dtype), stage)
+        except BaseException:
+            self._let_go()
+            raise
 
     def append(self, rows: np.ndarray) -> None:
         """The next rows [n, *frame shape] of the sample in hand. Raises CacheError where the disk does not take them."""
         with as_cache_errors(self._path):
-            # Looked at beforehand: HDF5 may not survive a disk that is full.
-            if shutil.disk_usage(self._path.parent).free < rows.nbytes + BESIDE:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._array.write(self.rows, rows)
         self.rows += len(rows)
 
@@ -104,7 +107,21 @@ class FeatureFile:
 
     def __exit__(self, *error: object) -> None:
         self._array.close()
-        self._temporary.unlink(missing_ok=True)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._temporary.unlink(missing_ok=True)  # before the lock is given up: afterwards it would be another's
+        with suppress(OSError):  # a buffer that the disk did not take
+            self._file.close()
+
+
+def _index_of(path: Path) -> Path:
+    return path.with_suffix(".index.npz")
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise CacheError(f"{path} exists; delete it, or name another file.")
 
 
 class MeanFile(FeatureFile):
@@ -136,9 +153,8 @@ class MeanFile(FeatureFile):
 class _NpyArray:
     """Rows behind a header that is written anew at the end; numpy leaves room in it for the first axis to grow."""
 
-    def __init__(self, path: Path, frame_shape: tuple[int, ...], dtype: np.dtype, stage: int) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115
-        self._shape, self._dtype = frame_shape, dtype
+    def __init__(self, file: BinaryIO, frame_shape: tuple[int, ...], dtype: np.dtype, stage: int) -> None:
+        self._file, self._shape, self._dtype = file, frame_shape, dtype
         self._write_header(0)
         self._start = self._file.tell()
 
@@ -152,15 +168,14 @@ class _NpyArray:
         self._file.truncate(self._start + rows * math.prod(self._shape) * self._dtype.itemsize)
         self._file.seek(0)
         self._write_header(rows)
-        self._file.close()
+        self._file.flush()
         index: dict[str, Any] = {f"labels_{name}": values.astype(str) for name, values in labels.items()}
-        temporary = path.with_suffix(".index.npz.part")
-        with open(temporary, "wb") as file:
-            np.savez(file, ids=np.array(ids), offsets=offsets, **index)
-        os.replace(temporary, path.with_suffix(".index.npz"))
+        content = BytesIO()
+        np.savez(content, ids=np.array(ids), offsets=offsets, **index)
+        write_atomically(_index_of(path), content.getbuffer())
 
     def close(self) -> None:
-        self._file.close()
+        pass
 
     def _write_header(self, rows: int) -> None:
         described = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False}
@@ -170,17 +185,20 @@ class _NpyArray:
 class _HDF5Array:
     """Rows in chunks."""
 
-    def __init__(self, path: Path, frame_shape: tuple[int, ...], dtype: np.dtype, stage: int) -> None:
+    def __init__(self, file: BinaryIO, frame_shape: tuple[int, ...], dtype: np.dtype, stage: int) -> None:
         chunk = max(CHUNK_BYTES // (math.prod(frame_shape) * dtype.itemsize), 1)
-        self._file = h5py.File(path, "w")
-        self._file.attrs["stage"] = stage
-        self._rows = self._file.create_dataset(
-            "features", (0, *frame_shape), dtype, maxshape=(None, *frame_shape), chunks=(chunk, *frame_shape)
-        )
+        with ExitStack() as opened:
+            self._file, self._target = opened.enter_context(writable(file.fileno(), "w"))
+            self._file.attrs["stage"] = stage
+            self._rows = self._file.create_dataset(
+                "features", (0, *frame_shape), dtype, maxshape=(None, *frame_shape), chunks=(chunk, *frame_shape)
+            )
+            self._opened = opened.pop_all()
 
     def write(self, row: int, rows: np.ndarray) -> None:
         self._rows.resize(row + len(rows), axis=0)
         self._rows[row:] = rows
+        self._target.raise_if_failed()
 
     def finish(
         self, rows: int, path: Path, ids: Sequence[str], offsets: np.ndarray, labels: Mapping[str, np.ndarray]
@@ -190,7 +208,8 @@ class _HDF5Array:
         self._file["ids"] = as_bytes(ids)
         for name, values in labels.items():
             self._file[f"labels/{name}"] = as_bytes(values)
-        self._file.close()
+        self._opened.close()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # told by now, or of a file that is given up
+            self._opened.close()

@@ -10,16 +10,19 @@ import math
 import os
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
 from layerwise.cache import zstd
 from layerwise.cache.dtypes import STORED
+from layerwise.cache.hdf5_file import writable
 from layerwise.cache.layout import SPLITS, Layout, Places, as_bytes
 from layerwise.cache.seal import NAME, USER_BLOCK, VERSION, of_another_version
 from layerwise.cache.structure import NUMBERS, STRINGS, UNREADABLE, byte_range, check_structure, unusual
-from layerwise.errors import UnusableCache
+from layerwise.errors import CacheError, UnusableCache
+from layerwise.files import open_new, open_own
 
 ALIGNMENT = 4096
 
@@ -31,18 +34,21 @@ LIBVER = ("earliest", "v108")
 would never open the file again."""
 
 
+_CREATION: dict[str, Any] = {
+    "libver": LIBVER,
+    "userblock_size": USER_BLOCK,
+    "alignment_threshold": ALIGNMENT,
+    "alignment_interval": ALIGNMENT,
+}
+
+
 def create(path: Path, layout: Layout) -> None:
-    """Creates the file with everything in it but activations, checksums, scales, places and labels of frames; not sealed."""
-    with open(path, "wb") as file:  # HDF5 does not survive a disk that is full
-        os.posix_fallocate(file.fileno(), 0, file_bytes(layout) - layout.activation_bytes)
-    with h5py.File(
-        path,
-        "w",
-        libver=LIBVER,
-        userblock_size=USER_BLOCK,
-        alignment_threshold=ALIGNMENT,
-        alignment_interval=ALIGNMENT,
-    ) as file:
+    """Makes the file anew, with everything in it but activations, checksums, scales, places and labels of frames; not sealed.
+
+    Raises OSError, and CacheError where another process makes it.
+    """
+    busy = CacheError(f"Another process is writing {path}; wait for it.")
+    with open_new(path, busy) as made, writable(made.fileno(), "w", **_CREATION) as (file, _):
         file.attrs["format"] = np.bytes_(NAME)
         file.attrs["format_version"] = np.int64(VERSION)
         file.attrs["complete"] = np.uint8(0)
@@ -88,13 +94,13 @@ def read_layout(path: Path, descriptor: int) -> tuple[Layout, Places]:
 
 def set_complete(path: Path) -> None:
     """Marks the file as complete. Doing it twice gives the same bytes. Raises OSError."""
-    with h5py.File(path, "r+", locking=False) as file:
+    with open_own(path) as whole, writable(whole.fileno(), "r+") as (file, _):
         file.attrs.modify("complete", np.uint8(1))
 
 
 def reserve(path: Path) -> None:
     """Claims the room of the whole file, so that a full disk is met before the first row. Raises OSError."""
-    with open(path, "rb+") as file:
+    with open_own(path) as file:
         os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from layerwise.cache.layout import Layout
 from layerwise.cache.reader import ActivationCache
 from layerwise.errors import CacheError, DamagedCache
-from layerwise.files import sync_folder, unwritable
+from layerwise.files import open_new, open_own, sync_folder, unwritable
 
 UNSEALED = {
     ".part": "not written to its end",
@@ -100,9 +100,10 @@ def publish(written: Path, path: Path, poll: Callable[[], None]) -> None:
     Raises CacheError where the folder or its disk does not take it; then, and after a kill, the written file is still there.
     """
     copy = beside(path, ".copying")
+    busy = CacheError(f"Another process is writing {path}; wait for it.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written.open("rb") as source, copy.open("wb") as target:
+        with open_own(written) as source, open_new(copy, busy) as target:
             while piece := source.read(PIECE_BYTES):
                 target.write(piece)
                 poll()

@@ -23,6 +23,7 @@ from layerwise.cache.layout import Layout
 from layerwise.cache.reader import ActivationCache
 from layerwise.cache.seal import stamp
 from layerwise.cache.zstd import encode, longest_frame
+from layerwise.files import open_own
 
 BLOCK_BYTES = 32 * 2**10
 """What becomes one frame, before it is compressed: so little that a window of a few rows need not decode much around it.
@@ -57,24 +58,24 @@ def pack(part: Path, path: Path, poll: Callable[[], None]) -> None:
     not give back what was written; then nothing is left at `path`.
     """
     try:
-        with open(part, "rb") as raw:
+        with open_own(part) as raw:
             raw_layout, raw_places = read_layout(part, raw.fileno())
             layout = packed(raw_layout)
             create(path, layout)
-            with open(path, "rb+") as file:
+            with open_own(path) as file:
                 places = read_layout(path, file.fileno())[1]
                 scales, frames = 4 * math.prod(layout.scales_shape), 4 * int(layout.frames[-1])
                 stretches = [(raw_places.scales, places.scales, scales)]
                 stretches += [(raw_places.frame_labels[name], at, frames) for name, at in places.frame_labels.items()]
                 for source, target, size in stretches:
                     _copy(part, raw.fileno(), source, file.fileno(), target, size)
-                # HDF5 does not survive a disk that is full.
+                # HDF5 does not survive a disk that is full, and here it must not write through Python.
                 os.posix_fallocate(file.fileno(), 0, packed_bytes(layout))
             sizes, checksums = _write_frames(path, layout, Blocks(part, raw.fileno(), raw_layout, raw_places), poll)
         set_complete(path)
         # HDF5 puts one frame behind another, to the end of the file: what is read back below lies there, or is refused.
         start, length = path.stat().st_size - int(sizes.sum()), int(sizes.sum())
-        with open(path, "rb+") as file:
+        with open_own(path) as file:
             table = start + np.concatenate([[0], np.cumsum(sizes)])
             write_all(file.fileno(), table.astype("<i8").tobytes(), places.places)
             write_all(file.fileno(), checksums.astype("<u4").tobytes(), places.checksums)

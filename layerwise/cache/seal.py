@@ -14,6 +14,7 @@ import h5py
 from layerwise.cache.file_io import crc32, read_stored, write_all
 from layerwise.cache.structure import UNREADABLE, is_plain_attribute
 from layerwise.errors import DamagedCache, UnusableCache
+from layerwise.files import open_own
 
 NAME = "layerwise activation cache"
 VERSION = 4
@@ -32,15 +33,13 @@ def stamp(path: Path, start: int, length: int) -> None:
 
     Raises OSError.
     """
-    descriptor = os.open(path, os.O_RDWR)
-    try:
+    with open_own(path) as file:
+        descriptor = file.fileno()
         size, checksum = os.fstat(descriptor).st_size, _checksum_outside(path, descriptor, start, length)
         fields = _FIELDS.pack(MAGIC.encode(), size, start, length, checksum)
         fields = fields.ljust(USER_BLOCK - _CHECK.size, b"\0")
         write_all(descriptor, fields + _CHECK.pack(crc32(fields)), 0)
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_seal(path: Path, descriptor: int) -> tuple[int, int]:

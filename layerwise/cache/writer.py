@@ -8,6 +8,7 @@ Several processes of one machine may share the work: each writes a span of the b
 are done one of them seals. The file ends with the bytes that one process would have written.
 """
 
+import errno
 import os
 from collections import deque
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from layerwise.cache.packing import pack, packed
 from layerwise.cache.seal import stamp
 from layerwise.cache.zstd import require_zstandard
 from layerwise.errors import CacheError
-from layerwise.files import sync_folder
+from layerwise.files import open_own, sync_folder
 
 APPEND_BYTES = 32 * 2**20
 """Default size of what is written and synced at once. Smaller appends pay for more syncs."""
@@ -180,7 +181,11 @@ class CacheWriter:
         try:
             layout, places = self._read_part()
             is_ours = layout == self.layout
-        except (FileNotFoundError, CacheError):
+        except CacheError:
+            is_ours = False
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):  # ELOOP: what lies there is shared with another name
+                raise
             is_ours = False
         try:
             if not is_ours:
@@ -200,7 +205,7 @@ class CacheWriter:
         return places
 
     def _read_part(self) -> tuple[Layout, Places]:
-        with open(self._part, "rb") as file:
+        with open_own(self._part) as file:
             return read_layout(self._part, file.fileno())
 
     def _fill(self, rows: np.ndarray) -> None:

@@ -47,23 +47,23 @@ class DataOptions(Section):
     frames: Literal["steps", "patches", "whole"] = _option("steps", "shape", "--frames")
     """what a frame is: steps of a recording, a stream or an array; patches of a picture; or whole samples; default: what
     --net reads, steps for recordings, whole samples for a network of your own"""
-    frame_length: int = _option(1, "shape", ge=1)
+    frame_length: int = _option(1, "shape", ge=1, le=2**20)
     """steps: steps in a frame"""
-    frame_step: int | None = _option(None, "shape", ge=1)
+    frame_step: int | None = _option(None, "shape", ge=1, le=2**20)
     """steps: from one frame to the next, steps; default: data.frame_length"""
-    sample_rate: int = _option(16_000, "shape", ge=1)
+    sample_rate: int = _option(16_000, "shape", ge=1, le=10**7)
     """speech: rate that recordings are resampled to, Hz"""
-    window: int = _option(20_480, "shape", ge=1)
+    window: int = _option(20_480, "shape", ge=1, le=2**30)
     """steps: length of a training window, frames (of speech: samples)"""
     pattern: str = _option("", "shape")
     """speech: regular expression on the path whose named groups become labels; empty: speaker = folder"""
-    picture: int = _option(96, "shape", ge=1)
+    picture: int = _option(96, "shape", ge=1, le=2**14)
     """images: side that pictures are resized and centre-cropped to, pixels"""
-    crop: int = _option(64, "shape", ge=1)
+    crop: int = _option(64, "shape", ge=1, le=2**14)
     """images: side of the random crop, pixels"""
-    patch: int = _option(16, "shape", ge=1)
+    patch: int = _option(16, "shape", ge=1, le=2**14)
     """images: side of a patch, pixels"""
-    patch_stride: int = _option(8, "shape", ge=1)
+    patch_stride: int = _option(8, "shape", ge=1, le=2**14)
     """images: distance between patches, pixels"""
     gray: bool = _option(True, "shape")
     """images: convert to one grey channel"""
@@ -82,15 +82,15 @@ class NetOptions(Section):
 
     name: str = _option("speech", "shape", "--net", pattern=r"^(speech|vision|own|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
     """network: speech, vision, torchvision:NAME (without its classifier), or package.module:function"""
-    width: int = _option(512, "shape", ge=1)
+    width: int = _option(512, "shape", ge=1, le=2**24)
     """channels of the speech layers; of the first vision module before its expansion by 4"""
-    kernels: tuple[int, ...] = _option((10, 8, 4, 4, 4), "shape")
+    kernels: tuple[int, ...] = _option((10, 8, 4, 4, 4), "shape", max_length=1000)
     """speech: kernel of each convolution, frames"""
     strides: tuple[int, ...] = _option((5, 4, 2, 2, 2), "shape")
     """speech: stride of each convolution, frames"""
     paddings: tuple[int, ...] = _option((2, 2, 2, 2, 1), "shape")
     """speech: zero padding of each convolution, frames"""
-    context: int = _option(256, "shape", ge=0)
+    context: int = _option(256, "shape", ge=0, le=2**24)
     """speech: width of the recurrent layer; 0: none"""
     blocks: tuple[int, ...] = _option((3, 4, 6), "shape")
     """vision: residual blocks of each module"""
@@ -105,6 +105,10 @@ class NetOptions(Section):
             raise ValueError("blocks needs at least one module of at least one block")
         if min((*self.kernels, *self.strides), default=1) < 1 or min(self.paddings, default=0) < 0:
             raise ValueError("kernels and strides must be at least 1, paddings at least 0")
+        if sum(self.blocks) > 10_000:
+            raise ValueError("blocks must be 10000 or fewer in all")
+        if any(padding > kernel for kernel, padding in zip(self.kernels, self.paddings, strict=True)):
+            raise ValueError("a padding larger than its kernel would give frames of nothing")
         if not self.kernels and not self.context:
             raise ValueError("a speech network needs at least one layer: give kernels, or a context")
         if any(stride > kernel for kernel, stride in zip(self.kernels, self.strides, strict=True)):

@@ -13,7 +13,11 @@ from layerwise.config.functions import named_here, refuse_scheduler
 from layerwise.config.listing import options
 from layerwise.config.names import DATA_KINDS, FUNCTION, OWN, PAPER_NETWORKS, PICTURES, RECORDINGS
 from layerwise.config.options import Config
-from layerwise.errors import ConfigError, did_you_mean, near
+from layerwise.errors import ConfigError, UnreadableFile, did_you_mean, near
+from layerwise.files import read_bytes
+
+TOML_BYTES = 2**20
+"""Most that a file of options may have."""
 
 RECIPE_OF_KIND = {"speech": "librispeech", "images": "stl10"}
 """The recipe that a kind of data is trained with when none is named; of other kinds the one of their own name, or else the one
@@ -119,7 +123,7 @@ def load(path: Path) -> Config:
 
 def parsed(text: str) -> Config:
     """The Config in resolved TOML. Raises ConfigError, or ValueError where it is no TOML."""
-    return validated(tomllib.loads(text))
+    return validated(_toml(text))
 
 
 def with_options(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -149,19 +153,31 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise ConfigError(f"--set {text}: write it as key=value, for example --set objective.negatives=16.")
     try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = _toml(f"value = {value}")["value"]
+    except ValueError:
         parsed = value
     return key.strip(), parsed
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        return _toml(read_bytes(path, TOML_BYTES).decode())
+    except FileNotFoundError as error:
         raise ConfigError(f"The configuration {path} cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnreadableFile as error:
+        raise ConfigError(f"The configuration {error}") from None
+    except ValueError as error:
         raise ConfigError(f"The configuration {path} is not valid TOML: {error}.") from None
+
+
+def _toml(text: str) -> dict[str, Any]:
+    """Raises ValueError where it is no TOML, too long, or nested more deeply than Python reads it."""
+    if len(text) > TOML_BYTES:
+        raise ValueError(f"it is longer than {TOML_BYTES:,} characters")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _nested(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Hands a trained encoder over: a folder with the encoder in some format, checked, and a model card."""
 
+import os
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -15,7 +18,7 @@ from layerwise.encoder.load import Given, entry_of, load, load_stages
 from layerwise.encoder.model import Encoder
 from layerwise.encoder.program import Computes, largest_difference, record, trial_inputs
 from layerwise.errors import ExportError, did_you_mean
-from layerwise.files import write_atomically
+from layerwise.files import exclusive, unwritable, write_atomically
 from layerwise.run_store import open_run
 from layerwise.training.checkpoint import to_host
 from layerwise.training.encoder import Origin, save_encoder
@@ -44,7 +47,9 @@ def write_pt2(encoder: Encoder, origin: Origin, network: Given, folder: Path) ->
     """encoder.pt2, a program for torch.export.load."""
     path = folder / "encoder.pt2"
     program, inputs, fixed = record(encoder)
-    torch.export.save(program, path)
+    content = BytesIO()
+    torch.export.save(program, content)  # which would end the process on a disk that is full
+    write_atomically(path, content.getbuffer())
     return Written(torch.export.load(path).module(), inputs, fixed)
 
 
@@ -87,16 +92,12 @@ def export(
     run_directory, folder = Path(run_directory), Path(folder)
     if format not in FORMATS:
         raise ExportError(f"--format {format}: there are {', '.join(FORMATS)}.{did_you_mean(format, FORMATS)}")
-    if folder.exists():
-        raise ExportError(f"{folder} exists; delete it, or name another folder.")
+    _refuse_existing(folder)
     store, state = open_run(run_directory)
     origin, stages = load_stages(run_directory, None, network)
     encoder = Encoder(entry_of(origin), [stage.module for stage in stages]).eval()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-            inside = Path(temporary, folder.name)
-            inside.mkdir()
+        with _unfinished(folder) as inside:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch about itself; what matters is compared
                 written = FORMATS[format](encoder, origin, network, inside)
@@ -106,5 +107,29 @@ def export(
             write_atomically(inside / "README.md", card.encode())
             inside.rename(folder)
     except OSError as error:
-        raise ExportError(f"{folder} cannot be written: {error.strerror or error}.") from None
+        raise ExportError(unwritable(folder, error)) from None
     return exported
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """An empty folder beside it, to be renamed; what a kill has left of one is deleted.
+
+    Raises ExportError where another process is at it, or has made the folder.
+    """
+    beside = folder.with_name(f".{folder.name}.part")
+    if beside.is_symlink():
+        beside.unlink()
+    with exclusive(beside / "lock", ExportError(f"Another process is writing {folder}; wait for it, or name another.")):
+        _refuse_existing(folder)
+        try:
+            shutil.rmtree(beside / folder.name, ignore_errors=True)
+            (beside / folder.name).mkdir()
+            yield beside / folder.name
+        finally:
+            shutil.rmtree(beside)
+
+
+def _refuse_existing(folder: Path) -> None:
+    if os.path.lexists(folder):
+        raise ExportError(f"{folder} exists; delete it, or name another folder.")

@@ -24,6 +24,7 @@ from layerwise.config import named_functions
 from layerwise.engines.worker import Answer
 from layerwise.errors import Interrupted, LayerwiseError, RunError
 from layerwise.events import Event, Message, Notify
+from layerwise.files import open_to_append
 from layerwise.importing import python_module
 from layerwise.stop import StopFlag
 from layerwise.training.run import Run
@@ -108,7 +109,7 @@ def _start(device: str, log: Path, run: Run, inbox: Inbox) -> _Worker:
     command = [*python_module("layerwise.engines.worker"), str(run.store.out), functions, device, str(descriptor)]
     # The last bits of sums on a CPU depend on the number of threads.
     threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    with log.open("a", encoding="utf-8") as printed, workers_end:
+    with open_to_append(log) as printed, workers_end:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -16,7 +16,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from layerwise.engines.sbatch import NoAnswer, NoCommand, ask_slurm
-from layerwise.errors import RunError, SlurmError
+from layerwise.errors import RunError, SlurmError, UnreadableFile
+from layerwise.files import check_readable
 from layerwise.run_store import Restarts, RunStore
 from layerwise.stop import stop_on_signals
 
@@ -166,11 +167,12 @@ def _where_it_stands(store: RunStore) -> list[Any]:
 
 def _position(checkpoint: Path) -> list[int] | None:
     """Epoch and step of a checkpoint; where it does not say, the time that it was written at, which always differs."""
-    if not checkpoint.exists():
-        return None
     try:
+        check_readable(checkpoint)
         with safe_open(checkpoint, "np") as file:
             progress = json.loads(file.metadata()["progress"])
         return [progress["epoch"], progress["step"]]
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+    except FileNotFoundError:
+        return None
+    except (OSError, UnreadableFile, SafetensorError, TypeError, KeyError, ValueError):
         return [checkpoint.stat().st_mtime_ns]

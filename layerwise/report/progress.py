@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from layerwise.errors import LayerwiseError
 from layerwise.events import (
     CachingProgress,
     EpochDone,
@@ -22,6 +23,7 @@ from layerwise.events import (
     StageStarted,
     StepDone,
 )
+from layerwise.files import open_to_append
 from layerwise.screen import printable
 from layerwise.units import duration, size
 
@@ -82,10 +84,11 @@ class LogFile:
 
     def write(self, text: str) -> None:
         """One line; nothing where the folder is not (yet) a run directory, or takes no more: a log decides nothing."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, LayerwiseError):
             if (self._path.parent / "run.json").exists():
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(text)}\n")
+                with open_to_append(self._path) as file:
+                    line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(text)}\n"
+                    file.write(line.encode(errors="backslashreplace"))
 
 
 REFRESH_PER_SECOND = 4

@@ -72,12 +72,15 @@ def remove_caches(run_directory: Path, stages: Sequence[int] | None) -> int:
                 raise CacheError(
                     f"Stage {stage} of {run_directory} has no cache; see: layerwise cache ls {run_directory}."
                 )
+        chosen = range(1, count + 1) if stages is None else stages
+        # Deleted before anything is written: the disk may be full. A cache that is gone is made again, whatever run.json says.
+        for store, _ in rounds:
+            freed += sum(map(store.delete_cache, chosen))
         for store, state in rounds:
-            for stage in range(1, count + 1) if stages is None else stages:
+            for stage in chosen:
                 record = state.record(stage)
                 record.cache = record.cache_bytes = None
-                store.save_state(state)
-                freed += store.delete_cache(stage)
+            store.save_state(state)
             if stages is None:
                 store.delete_caches_owner()
     return freed

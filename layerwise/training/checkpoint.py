@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import safetensors.numpy
 import torch
+from pydantic import BaseModel, ConfigDict, Json, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -21,6 +22,7 @@ from layerwise.errors import RunError
 from layerwise.files import write_atomically
 from layerwise.memory.meter import AnyMeter, host_tensor, uncounted
 from layerwise.run_store import RunStore, StageRecord
+from layerwise.training.header import check_header
 from layerwise.training.simultaneous import AnyTrainer
 from layerwise.training.trainer import StageTrainer
 
@@ -80,6 +82,14 @@ class Progress:
         )
 
 
+class _Metadata(BaseModel):
+    """Of a checkpoint."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    made_for: str
+    progress: Json[Progress]
+
+
 def to_host(tensors: dict[str, torch.Tensor]) -> Arrays:
     """Copies in host memory, independent of the device."""
     with uncounted():
@@ -119,6 +129,7 @@ def load_arrays(path: Path, way_out: str) -> tuple[Arrays, dict[str, str]]:
 
     Raises RunError with the way out where the file is missing, or does not hold what was written.
     """
+    check_header(path, way_out)
     try:
         with safe_open(path, "np") as file:
             arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -188,8 +199,8 @@ def load_checkpoint(path: Path, made_for: str, trainer: AnyTrainer) -> tuple[Pro
             f"{path} was saved with other data or options; give the old ones, or start anew with --overwrite."
         )
     try:
-        progress = Progress(**json.loads(metadata["progress"]))
-    except (KeyError, ValueError, TypeError):
+        progress = _Metadata.model_validate(metadata).progress
+    except ValidationError:
         raise RunError(f"{path} was saved by another version of layerwise; {begin_anew}") from None
     load_weights(trainer.module, _under("module/", arrays))
     load_weights(trainer.objective, _under("objective/", arrays))

@@ -8,6 +8,9 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from layerwise.config import Config, parsed, result_toml, without_places
 from layerwise.errors import ConfigError, RunError
@@ -16,6 +19,11 @@ from layerwise.training.forward import OutputFormat
 from layerwise.training.run import Run
 from layerwise.version import __version__
 
+MOST_LAYERS = 10_000
+
+MOST_VALUES = 2**30
+"""In a window of an encoder's input."""
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -23,22 +31,30 @@ class Origin:
 
     config: Config
     """Of the run, without places."""
-    cut: list[int]
+    cut: Annotated[list[Annotated[int, Field(ge=1, le=MOST_LAYERS)]], Field(min_length=1, max_length=MOST_LAYERS)]
     """Layers in each stage."""
     handings: list[OutputFormat]
     """How each of them hands its outputs on."""
-    level: float
+    level: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """What recordings were divided by; 1 for pictures."""
-    takes: str
+    takes: Annotated[str, Field(pattern="^(waveforms|pictures|arrays)$")]
     """What it is given: waveforms, pictures or arrays."""
-    frame_shape: list[int]
+    frame_shape: Annotated[list[Annotated[int, Field(ge=1, le=MOST_VALUES)]], Field(min_length=1, max_length=8)]
     """Of its input, as the network reads it."""
-    samples: int
+    samples: Annotated[int, Field(ge=0)]
     """In the data set."""
     network: str = ""
     """Structure of a network that is none of the paper's; empty where options say all about it."""
     version: str = field(default=__version__)
     """Of the layerwise that trained it."""
+
+
+_Described: Any = create_model(
+    "_Described",
+    __config__=ConfigDict(strict=True, extra="forbid"),
+    **{name: kind for name, kind in get_type_hints(Origin, include_extras=True).items() if name != "config"},
+)
+"""Of an origin, what stands in the header beside the configuration."""
 
 
 def stitch(run: Run) -> None:
@@ -80,19 +96,29 @@ def load_encoder(path: Path, expected: str | None = None) -> tuple[Arrays, Origi
     if expected not in (None, digest_of_file(weights, header)):
         raise RunError(f"{path} is not the encoder that its run has written; {way_out}")
     try:
-        described = json.loads(header["origin"])
-        handings = [OutputFormat(**each) for each in described.pop("handings")]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        origin = Origin(
+            without_places(parsed(header["config"])), **dict(_Described.model_validate_json(header["origin"]))
+        )
+        _check_sizes(origin)
+    except KeyError as error:
         raise RunError(
-            f"{path} does not say how it is to be used ({error!r}): it is damaged, or an earlier layerwise wrote it; {way_out}"
+            f"{path} does not say how it is to be used (it has no {error}): it is damaged, or an earlier layerwise wrote it; "
+            f"{way_out}"
         ) from None
-    try:
-        origin = Origin(without_places(parsed(header["config"])), handings=handings, **described)
-        sizes = [*origin.cut, *origin.frame_shape]
-        if not (all(isinstance(size, int) and size > 0 for size in sizes) and 0 < origin.level < math.inf):
-            raise ValueError("cut, frame shape or level")
-        if len(handings) != len(origin.cut):
-            raise ValueError("handings")
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise RunError(f"The header of {path} is damaged ({reason}); restore the file, or {way_out}") from None
+    except (ValueError, ConfigError) as error:
         raise RunError(f"The header of {path} is damaged ({error}); restore the file, or {way_out}") from None
     return weights, origin
+
+
+def _check_sizes(origin: Origin) -> None:
+    """Raises ValueError where what is made of the header alone would take more memory than any network that can be trained."""
+    data = origin.config.data
+    if len(origin.handings) != len(origin.cut) or sum(origin.cut) > MOST_LAYERS:
+        raise ValueError("cut or handings")
+    window = 1 if data.frames != "steps" else data.window * max(data.frame_step or 1, data.frame_length)
+    if math.prod(origin.frame_shape) * window > MOST_VALUES:
+        raise ValueError("frame shape or window")

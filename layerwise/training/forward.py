@@ -7,7 +7,7 @@ layers carry their state, and gives what one pass would give. Where several stag
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -43,9 +43,9 @@ T = TypeVar("T")
 class OutputFormat:
     """How a stage hands its outputs to what stands above it."""
 
-    precision: str
+    precision: Literal["float32", "bfloat16", "float16"]
     """Of the pass that works them out."""
-    dtype: str | None
+    dtype: Literal["float16", "bfloat16", "float32", "int8"] | None
     """Of the cache that they were trained to be read from; None where nothing lay between, so nothing is rounded."""
 
     @staticmethod

@@ -5,14 +5,14 @@ repeat bit by bit; what a retrained stage has left there is deleted with the res
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from layerwise.errors import LayerwiseError
 from layerwise.events import CachingProgress, EpochDone, Event, Notify, StageStarted, StepDone
-from layerwise.files import json_lines
+from layerwise.files import json_lines, open_to_append
 from layerwise.memory.meter import AnyMeter
 
 SECONDS_BETWEEN_LINES = 1.0
@@ -37,7 +37,8 @@ class MemoryLog:
         """The newest sample, where it has not been written."""
 
     def __enter__(self) -> "MemoryLog":
-        _cut_torn_line(self._path)
+        with contextlib.suppress(OSError, LayerwiseError):
+            _cut_torn_line(self._path)
         earlier = json_lines(self._path)
         self._started = self._clock() - (earlier[-1].get("seconds", 0) if earlier else 0)
         return self
@@ -71,14 +72,13 @@ class MemoryLog:
         self._waiting = {}
         if sample:
             self._written = sample
-            with (
-                contextlib.suppress(OSError),
-                self._path.open("a", encoding="utf-8") as file,
-            ):  # a record decides nothing
-                file.write(json.dumps(sample) + "\n")
+            # A record decides nothing.
+            with contextlib.suppress(OSError, LayerwiseError), open_to_append(self._path) as file:
+                file.write(f"{json.dumps(sample)}\n".encode())
 
 
 def _cut_torn_line(path: Path) -> None:
     """Of a file whose last line a kill has torn, that line; the next one would be lost with it."""
     if path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        with open_to_append(path) as file:
+            file.truncate(file.read().rfind(b"\n") + 1)

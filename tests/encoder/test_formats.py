@@ -1,8 +1,11 @@
 """`layerwise.export`: every format computes what the encoder does, or nothing is left; the card says what is true."""
 
 import json
+import multiprocessing
 import os
 import re
+import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +23,7 @@ from layerwise.encoder.card import Exported
 from layerwise.encoder.load import load
 from layerwise.encoder.program import StepwiseRecurrence
 from layerwise.engines.run import RunResult, UserObjects
-from layerwise.errors import ExportError, RunError
+from layerwise.errors import ExportError, LayerwiseError, RunError
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.nets.speech import Recurrence
@@ -173,6 +176,62 @@ def test_what_computes_something_else_is_deleted(
         with pytest.raises(ExportError, match=message):
             layerwise.export(speech_run.paths.out, tmp_path / "encoder")
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["safetensors", "pt2"])
+def test_an_export_that_is_larger_than_files_may_be_is_a_sentence(
+    speech_run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    """In a process of its own, which torch would end while it closes the file."""
+    x = torch.zeros(1, 64)
+    program = torch.export.export(nn.Linear(64, 64), (x,))  # recorded in a second, where an encoder takes ten
+    monkeypatch.setattr(formats, "record", lambda encoder: (program, [x], ""))
+    said = tmp_path / "said"
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        try:
+            layerwise.export(speech_run.paths.out, tmp_path / "encoder", format)
+        except LayerwiseError as error:
+            said.write_text(str(error))
+
+    process = multiprocessing.get_context("fork").Process(target=limited)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert "cannot be written: File too large" in said.read_text()
+    assert list(tmp_path.iterdir()) == [said]
+
+
+def test_what_a_kill_leaves_of_an_export_is_cleared_and_what_a_link_leads_to_is_not(
+    speech_run: RunResult, tmp_path: Path
+) -> None:
+    (tmp_path / "theirs" / "encoder").mkdir(parents=True)
+    (tmp_path / "theirs" / "encoder" / "notes").touch()
+    (tmp_path / ".encoder.part").symlink_to("theirs")
+    layerwise.export(speech_run.paths.out, tmp_path / "encoder")
+    assert (tmp_path / "theirs" / "encoder" / "notes").exists()
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["encoder"]
+    shutil.rmtree(tmp_path / "encoder")
+    (tmp_path / ".encoder.part" / "encoder").mkdir(parents=True)
+    (tmp_path / ".encoder.part" / "encoder" / "half").touch()
+    layerwise.export(speech_run.paths.out, tmp_path / "encoder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "theirs"]
+    assert not (tmp_path / "encoder" / "half").exists()
+
+
+def test_a_second_export_to_the_same_folder_is_refused(
+    speech_run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meanwhile(*arguments: object) -> formats.Written:
+        monkeypatch.undo()
+        with pytest.raises(ExportError, match=r"Another process is writing .*encoder; wait for it"):
+            layerwise.export(speech_run.paths.out, tmp_path / "encoder")
+        return formats.write_safetensors(*arguments)
+
+    monkeypatch.setitem(formats.FORMATS, "safetensors", meanwhile)
+    layerwise.export(speech_run.paths.out, tmp_path / "encoder")
+    assert (tmp_path / "encoder" / "README.md").exists()
 
 
 def test_missing_packages_are_a_sentence(

@@ -1,6 +1,10 @@
 """`layerwise.load`: what the loaded encoder gives is what the run cached, without the data and without the caches."""
 
+import json
+import os
+import re
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,12 +21,13 @@ from torch import nn
 
 import layerwise
 from layerwise.cache import ActivationCache
+from layerwise.config import load as read_config
 from layerwise.config import resolve
 from layerwise.data.open import open_demo
 from layerwise.engines.run import RunResult, UserObjects, run
 from layerwise.errors import ConfigError, DataError, RunError
 from layerwise.nets.traced import traced_network
-from layerwise.training.checkpoint import save_arrays
+from layerwise.training.checkpoint import load_arrays, save_arrays
 from layerwise.training.encoder import load_encoder, save_encoder
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -192,6 +197,82 @@ def test_files_that_do_not_fit_together_are_refused(speech_run: RunResult, tmp_p
     refused("an earlier layerwise wrote it")
     path.write_bytes(b"not safetensors")
     refused("cannot be read")
+
+
+HOSTILE: dict[str, dict[str, object]] = {
+    "cut": {"cut": [1] * 100_000},
+    "cut in all": {"cut": [10_000, 10_000, 1, 1]},
+    "frame shape": {"frame_shape": [2**30, 2**30]},
+    "frame shape of many axes": {"frame_shape": [1] * 1000},
+    "a word": {"frame_shape": "many"},
+    "a dtype that is none": {"handings": [{"precision": "float32", "dtype": "complex64"}] * 4},
+    "a handing too much": {"handings": [{"precision": "float32", "dtype": None, "more": 1}] * 4},
+    "another entry": {"takes": "pickles"},
+    "a field too much": {"more": 1},
+    "nested": {"cut": eval("[" * 50 + "]" * 50)},
+    "window": {"config": "data.window"},
+    "layers": {"config": "net.kernels"},
+}
+
+
+@pytest.mark.parametrize("damage", HOSTILE.values(), ids=HOSTILE)
+def test_a_header_that_asks_for_the_impossible_is_a_sentence_and_takes_no_memory(
+    speech_run: RunResult, tmp_path: Path, damage: dict[str, object]
+) -> None:
+    arrays, header = load_arrays(speech_run.paths.encoder, "")
+    config = header["config"]
+    match damage.get("config"):
+        case "data.window":
+            config = re.sub("window = .*", "window = 100000000000", config)
+        case "net.kernels":
+            for name in ("kernels", "strides", "paddings"):
+                config = re.sub(rf"(?s){name} = \[.*?\]", f"{name} = [{'1,' * 1001}]", config)
+        case _:
+            header |= {"origin": json.dumps(json.loads(header["origin"]) | damage)}
+    save_arrays(tmp_path / "encoder.safetensors", arrays, header | {"config": config})
+    tracemalloc.start()
+    with pytest.raises(RunError, match=r"header of .* is damaged"):
+        layerwise.load(tmp_path)
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken < 50_000_000
+
+
+def test_toml_and_json_that_are_nested_without_end_are_sentences(speech_run: RunResult, tmp_path: Path) -> None:
+    arrays, header = load_arrays(speech_run.paths.encoder, "")
+    for name in ("config", "origin"):
+        nested = f"{'a = ' * (name == 'config')}{'[' * 100_000}"
+        save_arrays(tmp_path / "encoder.safetensors", arrays, header | {name: nested})
+        with pytest.raises(RunError, match=r"header of .* is damaged"):
+            layerwise.load(tmp_path)
+    (tmp_path / "config.toml").write_text(f"a = {'[' * 100_000}")
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        read_config(tmp_path / "config.toml")
+
+
+SPOIL: dict[str, Callable[[Path], object]] = {
+    "bfloat16": lambda path: path.write_bytes(path.read_bytes().replace(b'"F32"', b'"BF16"', 1)),
+    "float4": lambda path: path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F4" ', 1)),
+    "complex": lambda path: path.write_bytes(path.read_bytes().replace(b'"F32"', b'"C64"', 1)),
+    "a long header": lambda path: path.write_bytes(b"\xff" * 7 + b"\0" + path.read_bytes()[8:]),
+    "cut short": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "emptied": lambda path: os.truncate(path, 0),
+    "larger than the memory": lambda path: os.truncate(path, 2**43),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a device": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOIL.values(), ids=SPOIL)
+def test_what_is_no_safetensors_file_is_a_sentence(
+    speech_run: RunResult, tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "encoder.safetensors"
+    shutil.copy(speech_run.paths.encoder, path)
+    spoil(path)
+    with pytest.raises(RunError, match=r"encoder\.safetensors .*; name"):
+        load_arrays(path, "name another one.")
 
 
 def test_a_run_of_an_earlier_layerwise_is_completed_by_its_command(speech_run: RunResult, tmp_path: Path) -> None:

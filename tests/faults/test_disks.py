@@ -16,6 +16,7 @@ from layerwise.engines.run import RunResult, run
 from layerwise.errors import LayerwiseError
 from layerwise.events import CachingProgress, Event, StageStarted
 from layerwise.run_store import RunState
+from layerwise.training.cache_retention import remove_caches
 
 Tiny = Callable[..., Config]
 Finished = Callable[[Config], RunResult]
@@ -30,6 +31,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a file system is not allowed here")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+def fill(filler: Path) -> None:
+    """Leaves no byte free."""
+    with filler.open("wb", buffering=0) as file:
+        for size in (2**16, 2**12, 1):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)) == size:
+                    pass
 
 
 def bits(result: RunResult) -> dict[str, bytes]:
@@ -47,11 +57,7 @@ def test_a_disk_that_fills_up_in_the_middle_loses_nothing(
 
     def fill_in_stage_2(event: Event) -> None:
         if isinstance(event, StageStarted) and event.stage == 2:
-            with filler.open("wb", buffering=0) as file:
-                for size in (2**16, 2**12, 1):
-                    with contextlib.suppress(OSError):
-                        while file.write(bytes(size)) == size:
-                            pass
+            fill(filler)
 
     with pytest.raises(LayerwiseError, match=r"No room is left on the disk for .*stage-2\.h5"):
         run(config, notify=fill_in_stage_2)
@@ -77,6 +83,18 @@ def test_a_disk_that_fills_up_before_a_cache_is_packed_loses_nothing(
     assert RunState.load(tmp_path / "again" / "run.json").record(1).status == "caching"
     filler.unlink()
     assert bits(run(config)) == bits(undisturbed)
+
+
+def test_removing_caches_frees_a_disk_that_is_entirely_full(tiny_speech: Tiny, digits: Path, small_disk: Path) -> None:
+    places = {"out": str(small_disk / "run"), "cache.dir": str(small_disk / "cache")}
+    config = tiny_speech(f"fsdd:{digits}", **places, **{"training.max_epochs": 1})
+    result = run(config)
+    before = bits(result)
+    fill(small_disk / "filler")
+    assert remove_caches(small_disk / "run", None) > 0
+    (small_disk / "filler").unlink()
+    assert not any(record.cache for record in RunState.load(small_disk / "run" / "run.json").stages)
+    assert bits(run(config)) == before
 
 
 def test_a_folder_that_cannot_be_written_to_is_a_sentence(tiny_speech: Tiny, digits: Path, small_disk: Path) -> None:
