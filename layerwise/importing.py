@@ -1,10 +1,11 @@
 """Imports that may fail: a function of the user's own, which an option names as package.module:function; torchvision."""
 
+import contextlib
 import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,6 +70,20 @@ def python_module(name: str) -> list[str]:
     """
     here = Path(__file__).resolve().parents[1] == Path.cwd()
     return [sys.executable, *([] if here else ["-P"]), "-m", name]
+
+
+@contextlib.contextmanager
+def children_search_no_folder() -> Iterator[None]:
+    """Inside, Python processes that libraries start do not search the present folder: a json.py there is not Python's own."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def called(text: str, flag: str, others: Iterable[str], *arguments: Any) -> Any:
