@@ -53,14 +53,14 @@ def named_function(text: str, flag: str, others: Iterable[str]) -> Callable[...,
     if not callable(found):
         known = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
         raise ConfigError(
-            f"{flag} {text}: {module_name}{_place(module)} has no function {name}.{did_you_mean(name, known)}"
+            f"{flag} {text}: {module_name} has no function {name}{_place(module)}.{did_you_mean(name, known)}"
         )
     return found
 
 
 def _place(module: ModuleType) -> str:
     """A name may well be that of a file in the present folder and of an installed package, which is found first."""
-    return f", found at {module.__file__}," if getattr(module, "__file__", None) else ""
+    return f"; it was found at {module.__file__}" if getattr(module, "__file__", None) else ""
 
 
 def python_module(name: str) -> list[str]:
