@@ -1,10 +1,11 @@
 """Imports that may fail: a function of the user's own, which an option names as package.module:function; torchvision."""
 
+import contextlib
 import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,14 +53,14 @@ def named_function(text: str, flag: str, others: Iterable[str]) -> Callable[...,
     if not callable(found):
         known = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
         raise ConfigError(
-            f"{flag} {text}: {module_name}{_place(module)} has no function {name}.{did_you_mean(name, known)}"
+            f"{flag} {text}: {module_name} has no function {name}{_place(module)}.{did_you_mean(name, known)}"
         )
     return found
 
 
 def _place(module: ModuleType) -> str:
     """A name may well be that of a file in the present folder and of an installed package, which is found first."""
-    return f", found at {module.__file__}," if getattr(module, "__file__", None) else ""
+    return f"; it was found at {module.__file__}" if getattr(module, "__file__", None) else ""
 
 
 def python_module(name: str) -> list[str]:
@@ -69,6 +70,20 @@ def python_module(name: str) -> list[str]:
     """
     here = Path(__file__).resolve().parents[1] == Path.cwd()
     return [sys.executable, *([] if here else ["-P"]), "-m", name]
+
+
+@contextlib.contextmanager
+def children_search_no_folder() -> Iterator[None]:
+    """Inside, Python processes that libraries start do not search the present folder: a json.py there is not Python's own."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def called(text: str, flag: str, others: Iterable[str], *arguments: Any) -> Any:

@@ -24,6 +24,7 @@ from layerwise.engines.task_runner import open_prepared_run, perform_task
 from layerwise.engines.worker import Answer
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, RunError
 from layerwise.events import CachingProgress, Event, Message, Notify, StageStarted, StepDone
+from layerwise.importing import children_search_no_folder
 from layerwise.stop import StopFlag
 from layerwise.training.run import Run
 from layerwise.training.schedule import Task
@@ -199,15 +200,11 @@ def _client(scheduler: str | None, workers: int) -> "Iterator[Client]":
     import dask
 
     # A worker that dies is no fault of the task's until it has happened three times.
-    settings = {
-        "distributed.scheduler.allowed-failures": ATTEMPTS - 1,
-        "distributed.worker.daemon": True,
-        # A json.py in the present folder must not be taken for Python's own.
-        "distributed.nanny.pre-spawn-environ.PYTHONSAFEPATH": 1,
-    }
+    settings = {"distributed.scheduler.allowed-failures": ATTEMPTS - 1, "distributed.worker.daemon": True}
     with contextlib.ExitStack() as stack:
         stack.enter_context(dask.config.set(settings))
         if scheduler is None:
+            stack.enter_context(children_search_no_folder())
             cluster = distributed.LocalCluster(
                 n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None, silence_logs=50
             )

@@ -135,6 +135,6 @@ def test_a_function_of_the_present_folder_is_found_behind_what_is_installed(
     for name in ("colorsys", "mynets_of_this_test"):
         Path(f"{name}.py").write_text("def make():\n    return 7\n")
     assert named_function("mynets_of_this_test:make", "--net", [])() == 7
-    with pytest.raises(ConfigError, match=r"colorsys, found at .*/colorsys.py, has no function make") as refused:
+    with pytest.raises(ConfigError, match=r"colorsys has no function make; it was found at .*/colorsys.py") as refused:
         named_function("colorsys:make", "--net", [])
     assert str(tmp_path) not in str(refused.value)

@@ -240,6 +240,7 @@ def test_a_wrong_input_is_one_sentence_and_changes_nothing(
     monkeypatch.chdir(world)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # of a page of the documentation
     before = content(world)
     with pytest.raises(SystemExit) as stopped:
         main(shlex.split(line)[1:])

@@ -3,16 +3,18 @@
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from forked_python import ForkedPython
 from safetensors.numpy import load_file
 
-from layerwise.config import Config, with_options
+from layerwise.config import Config, resolve, with_options
 from layerwise.engines.run import RunResult, UserObjects, run
 from layerwise.errors import ConfigError, Interrupted, RunError, TrainingError
 from layerwise.events import EpochDone, Event, Message, StageStarted
@@ -140,3 +142,24 @@ def test_what_processes_cannot_share_is_refused(config: Config, tiny_speech: Tin
     with pytest.raises(ConfigError, match=r"'gpu' is no device"):
         tiny_speech("demo", **{"engine.devices": "gpu"})
     assert not Path(config.out).exists()
+
+
+def test_workers_find_a_network_in_the_present_folder_and_look_for_all_else_before(
+    forked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    np.save("streams.npy", np.random.default_rng(0).standard_normal((12, 30, 3)).astype(np.float32))
+    Path("net_of_workers.py").write_text(
+        "import os, pathlib, sys\nfrom torch import nn\n"
+        "def make(shape):\n"
+        "    pathlib.Path(f'searched-{os.getpid()}').write_text('\\n'.join(sys.path))\n"
+        "    return nn.Linear(shape[0], 4)\n"
+    )
+    small = {"data.window": 12, "objective.steps": 2, "training.batch_size": 4, "training.max_epochs": 1}
+    named = {"net.name": "net_of_workers:make", "data.source": "npy:streams.npy", "data.frames": "steps"}
+    run(resolve(overrides={**named, **small, "engine.devices": "cpu"}))
+    searched = [path.read_text().splitlines() for path in tmp_path.glob("searched-*")]
+    assert len(searched) == 2  # here and in the worker
+    for folders in searched:
+        assert folders.index(str(tmp_path)) > folders.index(sysconfig.get_path("stdlib"))
