@@ -128,7 +128,7 @@ def test_an_answer_that_means_nothing_is_said(ask: Callable) -> None:
 
 def test_the_wait_ends_with_the_next_signal(ask: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_job, "END_SECONDS", 60)
-    began, before = time.monotonic(), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    began, before = time.monotonic(), signal.signal(signal.SIGTERM, lambda *_: None)
     timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM))
     try:
         timer.start()
