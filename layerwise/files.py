@@ -159,7 +159,8 @@ def open_readable(path: Path, most: int | None = None) -> BinaryIO:
     os.close(descriptor)
     if stat.S_ISREG(about.st_mode):
         raise _too_large(path, most or 0)
-    raise UnreadableFile(f"{path} is no plain file, but a folder, a pipe or a device; move it away.")
+    reason = os.strerror(errno.EISDIR) if stat.S_ISDIR(about.st_mode) else "it is a pipe or a device"
+    raise UnreadableFile(f"{path} cannot be read: {reason}; move it away.")
 
 
 def _too_large(path: Path, most: int) -> UnreadableFile:

@@ -9,7 +9,7 @@ import click
 from layerwise.commands.options import configured
 from layerwise.config import Config, commented, function_flags, recipe_names, recipe_text
 from layerwise.errors import RunError
-from layerwise.files import unwritable
+from layerwise.files import write_atomically
 from layerwise.report.printing import answer, answer_exactly, say
 
 
@@ -41,11 +41,9 @@ def init(config: Config, output: Path) -> None:
     from layerwise.engines.plan import look  # imports torch, which --help need not wait for
 
     data = look(config)
-    try:
-        with output.open("x", encoding="utf-8") as file:
-            file.write(commented(config))
-    except OSError as error:
-        raise RunError(unwritable(output, error)) from None
+    if not output.parent.is_dir():
+        raise RunError(f"{output} cannot be written: there is no folder {output.parent}; make it, or name another one.")
+    write_atomically(output, commented(config).encode())
     skipped = f", {len(data.skipped)} files skipped" if data.skipped else ""
     say(f"{output}: for {len(data.ids)} samples from {config.data.source}{skipped}")
     say(f"labels for probes: {', '.join((*data.labels, *data.frame_label_names)) or 'none'}")

@@ -6,7 +6,8 @@ that the mean square over the set is 1, as recordings are."""
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,8 @@ import h5py
 import numpy as np
 
 from layerwise.data.source import SampleSet, digest
-from layerwise.errors import DataError
+from layerwise.errors import DataError, LayerwiseError
+from layerwise.files import check_readable
 
 LEVEL_SAMPLES = 200
 """The level of a set is measured on this many samples, spread over it."""
@@ -26,6 +28,9 @@ LEVEL_VALUES = 2**20
 
 PROBES, PROBE_BYTES = 64, 2**16
 """Places of a file, and bytes at each, that tell it from others of the same size."""
+
+BESIDE_BYTES = 2**32
+"""Most that what says what lies in an array may take in memory."""
 
 BESIDE = ("offsets", "ids", "labels")
 """Data sets of a file that say what lies in the others."""
@@ -62,18 +67,19 @@ class FileArrays:
 def open_npy(path: Path, frames: str) -> SampleSet:
     """An array [N, ...] in a .npy file, read through a memory map; its index.npz beside it, as `layerwise extract` writes it,
     says where samples of different lengths lie. Raises DataError."""
-    _check_file(path)
-    try:
+    with _as_data_errors(path, "a .npy file of numbers"):
+        check_readable(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         beside = path.with_suffix(".index.npz")
         found = _with_index(array, beside) if beside.exists() else FileArrays(array)
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise DataError(f"{path} cannot be read as a .npy file of numbers: {error}.") from None
     return _array_set(found, frames, path)
 
 
 def _with_index(array: np.ndarray, path: Path) -> FileArrays:
+    check_readable(path, BESIDE_BYTES)
     with np.load(path, allow_pickle=False) as index:
+        if sum(member.file_size for member in index.zip.infolist()) > BESIDE_BYTES:
+            raise DataError(f"{path} unpacks to more than {BESIDE_BYTES:,} bytes; that is no index.")
         labels = {name.removeprefix("labels_"): index[name].astype(str) for name in index if name.startswith("labels_")}
         return FileArrays(array, index["offsets"], index["ids"].astype(str).tolist(), labels)
 
@@ -83,11 +89,13 @@ def open_h5(path: Path, name: str | None, frames: str) -> SampleSet:
 
     name: of the data set; without it the only one that could be meant. Raises DataError; links to other files are refused.
     """
-    _check_file(path)
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read as an HDF5 file: {error}.") from None
+    with _as_data_errors(path, "an HDF5 file"):
+        check_readable(path)
+        found = _within(h5py.File(path, "r"), path, name)
+    return _array_set(found, frames, path)
+
+
+def _within(file: h5py.File, path: Path, name: str | None) -> FileArrays:
     top = _members(file, path)
     sets = [each for each in top if isinstance(file[each], h5py.Dataset) and each not in BESIDE and file[each].shape]
     if name is None and len(sets) != 1:
@@ -106,13 +114,12 @@ def open_h5(path: Path, name: str | None, frames: str) -> SampleSet:
     labels: Any = beside["labels"] if "labels" in around else None
     within = _members(labels, path) if isinstance(labels, h5py.Group) else []
     named = [("label", labels)] if isinstance(labels, h5py.Dataset) else [(each, labels[each]) for each in within]
-    found = FileArrays(
+    return FileArrays(
         _own_values(beside[last], path),
-        _own_values(beside["offsets"], path)[()] if "offsets" in around else None,
-        _text(_own_values(beside["ids"], path)).tolist() if "ids" in around else None,
-        {label: _text(_own_values(values, path)) for label, values in named if isinstance(values, h5py.Dataset)},
+        _index(beside["offsets"], path)[()] if "offsets" in around else None,
+        _text(_index(beside["ids"], path)).tolist() if "ids" in around else None,
+        {label: _text(_index(values, path)) for label, values in named if isinstance(values, h5py.Dataset)},
     )
-    return _array_set(found, frames, path)
 
 
 def _members(group: h5py.Group, path: Path) -> list[str]:
@@ -130,13 +137,27 @@ def _own_values(values: Any, path: Path) -> h5py.Dataset:
     return values
 
 
+def _index(values: Any, path: Path) -> h5py.Dataset:
+    """Of what is read whole. Raises DataError as `_own_values` does, and where it is too large for an index."""
+    if _own_values(values, path).nbytes > BESIDE_BYTES:
+        raise DataError(f"{path}: {values.name} has more than {BESIDE_BYTES:,} bytes; that is no index of samples.")
+    return values
+
+
 def _text(values: h5py.Dataset) -> np.ndarray:
     return values.asstr()[()].astype(str) if h5py.check_string_dtype(values.dtype) else values[()].astype(str)
 
 
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise DataError(f"There is no file {path}; name one that holds an array.")
+@contextmanager
+def _as_data_errors(path: Path, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"There is no file {path}; name one that holds an array.") from None
+    except LayerwiseError as error:
+        raise DataError(str(error)) from None
+    except Exception as error:  # a damaged file makes numpy, zipfile and HDF5 raise nearly anything
+        raise DataError(f"{path} cannot be read as {kind}: {error}.") from None
 
 
 def _array_set(found: FileArrays, frames: str, path: Path) -> SampleSet:

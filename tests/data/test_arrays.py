@@ -1,5 +1,8 @@
 """Arrays in files of the user's own."""
 
+import os
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -145,6 +148,37 @@ def test_what_cannot_be_trained_on_is_refused(tmp_path: Path, content: np.ndarra
     np.save(tmp_path / "x.npy", content, allow_pickle=True)
     with pytest.raises(DataError, match=complaint):
         opened(f"npy:{tmp_path}/x.npy")
+
+
+def huge_claim(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive, archive.open("offsets.npy", "w") as member:
+        described = {"descr": "<i8", "fortran_order": False, "shape": (2**50,)}
+        np.lib.format.write_array_header_1_0(member, described)
+
+
+INDEXES: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "no archive": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)),
+    "empty": Path.touch,
+    "a claim": huge_claim,
+}
+
+
+@pytest.mark.parametrize("spoil", INDEXES.values(), ids=INDEXES)
+def test_what_is_no_index_beside_an_array_is_a_sentence(tmp_path: Path, spoil: Callable[[Path], object]) -> None:
+    np.save(tmp_path / "x.npy", np.ones((4, 8, 2)))
+    spoil(tmp_path / "x.index.npz")
+    with pytest.raises(DataError, match="cannot be read"):
+        opened(f"npy:{tmp_path}/x.npy")
+
+
+def test_an_index_of_samples_that_takes_too_much_memory_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["x"] = np.ones((4, 8, 2))
+        file.create_dataset("ids", (2**40,), "S8")
+    with pytest.raises(DataError, match="that is no index of samples"):
+        opened(f"h5:{tmp_path}/x.h5")
 
 
 def test_a_kind_that_is_almost_right_is_suggested() -> None:
