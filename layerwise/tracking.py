@@ -51,7 +51,7 @@ class TensorBoard(Tracker):
         from torch.utils.tensorboard import SummaryWriter
 
         if stage not in self._writers:
-            self._writers[stage] = SummaryWriter(str(self._store.stage(stage) / "tensorboard"))
+            self._writers[stage] = SummaryWriter(str(self._store.curves(stage)))
         for name, value in values.items():
             self._writers[stage].add_scalar(name, value, step)
         self._writers[stage].flush()  # an epoch that is logged here once is not logged again after a kill

@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +32,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure() -> None:
-    """Temporary folders lie in memory where it has room: runs sync their files at every step, which takes a disk long."""
+    """Temporary folders lie in memory where it has room: runs sync their files at every step, which takes a disk long.
+
+    Signals that are ignored where the suite runs in the background are not: programs that it starts are told of them.
+    """
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
     memory = Path("/dev/shm")
     if memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 * 2**30:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))

@@ -141,6 +141,10 @@ class RunStore:
     def memory(self, stage: int) -> Path:
         return self.stage(stage) / "memory.jsonl"
 
+    def curves(self, stage: int) -> Path:
+        """Folder of the files in which TensorBoard shows it."""
+        return self.stage(stage) / CURVES
+
     def cache(self, stage: int) -> Path:
         return self.caches / f"stage-{stage}.h5"
 
@@ -337,7 +341,7 @@ class RunStore:
         """Deletes what a stage has written, and what was made of it: the encoder and the probes."""
         _delete(self.encoder)
         self.delete_cache(stage)
-        _delete_files(self.stage(stage), STAGE_FILES)
+        _delete_files_of_stage(self.stage(stage))
         _delete_files(self.probes, PROBE_FILES)
 
     def delete_pending_stages(self, state: RunState) -> None:
@@ -371,7 +375,7 @@ class RunStore:
 
     def _delete_files_of_stages(self) -> None:
         for folder in _numbered(self.out / "stages"):
-            _delete_files(folder, STAGE_FILES)
+            _delete_files_of_stage(folder)
         for folder, names in ((self.out / "stages", ()), (self.probes, PROBE_FILES), (self.plots, PLOT_FILES)):
             _delete_files(folder, names)
         for path in (self.encoder, self.config, self.log, self.machine, self.report):
@@ -392,12 +396,14 @@ class RunStore:
             self.jobs,
             self.workers,
             *_numbered(stages),
+            *(folder / CURVES for folder in _numbered(stages)),
             *_numbered(rounds),
         )
         return [folder for folder in folders if folder.is_symlink()]
 
 
 STAGE_FILES = ("weights.safetensors*", "checkpoint.safetensors*", "metrics.jsonl*", "memory.jsonl")
+CURVES, CURVE_FILES = "tensorboard", ("events.out.tfevents.*",)
 PROBE_FILES, PLOT_FILES = ("*.json", "*.json.tmp"), ("*.svg", "*.png")
 """Patterns of the names that a run gives to its files."""
 
@@ -410,6 +416,12 @@ def _delete_files(folder: Path, patterns: Iterable[str]) -> None:
         _delete(path)
     with contextlib.suppress(OSError):
         folder.rmdir()
+
+
+def _delete_files_of_stage(folder: Path) -> None:
+    if not folder.is_symlink():
+        _delete_files(folder / CURVES, CURVE_FILES)
+    _delete_files(folder, STAGE_FILES)
 
 
 def _delete(path: Path) -> None:

@@ -10,9 +10,10 @@ import pytest
 
 import layerwise
 from layerwise.commands import main
-from layerwise.config import load, resolve, with_options
+from layerwise.config import resolve, with_options
 from layerwise.errors import ConfigError
 from layerwise.importing import named_function, python_module
+from layerwise.run_store import open_run
 
 FOREIGN = """
 import pathlib
@@ -92,9 +93,10 @@ def test_a_scheduler_that_a_config_names_is_not_joined(call: Call) -> None:
 def test_a_function_that_a_run_folder_names_is_not_called(call: Call, small_run: Path, change: dict[str, str]) -> None:
     """`foreign`, without a function, would be imported, too."""
     shutil.copytree(small_run, "theirs")
-    config = Path("theirs/config.toml")
-    config.write_text(with_options(load(config), change).to_toml())
-    refused = f"theirs/config.toml names a function that would be called, {next(iter(change.values()))};"
+    store, state = open_run(Path("theirs"))
+    state.config = with_options(state.config, change)
+    store.save_state(state)
+    refused = f"theirs/run.json names a function that would be called, {next(iter(change.values()))};"
     for command in (("probe", "theirs", "--label", "digit"), ("task", "theirs", "--round", 1, "--stage", 1)):
         code, out, said = call(*command)
         assert (code, out, refused in said) == (2, "", True), said

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from forked_python import ForkedPython
+from records_edited import edited
 
 import layerwise
 from layerwise.cache import ActivationCache
@@ -114,11 +115,10 @@ def test_an_encoder_says_what_data_it_was_trained_on_and_not_where_they_lay(twin
 
 def test_features_are_extracted_under_the_budget_of_the_run(twins: tuple[RunResult, RunResult], tmp_path: Path) -> None:
     """The encoder does not know it any more: it stands in the folder of the run."""
-    config = twins[1].paths.config
     shutil.copytree(twins[1].paths.out, tmp_path / "run")
-    text = config.read_text()
-    assert "gpu_mem = 1000000000" in text
-    (tmp_path / "run" / "config.toml").write_text(text.replace("gpu_mem = 1000000000", "gpu_mem = 2000"))
+    with edited(tmp_path / "run" / "run.json") as state:
+        assert state["config"]["memory"]["gpu_mem"] == 1000000000
+        state["config"]["memory"]["gpu_mem"] = 2000
     recordings = twins[0].config.data.source.partition(":")[2]
     with pytest.raises(layerwise.BudgetError, match="--gpu-mem of 2000 bytes"):
         layerwise.extract(tmp_path / "run", recordings, tmp_path / "features.npy")
