@@ -65,7 +65,7 @@ def test_extract_says_what_it_wrote_and_what_it_skipped(
         (["extract", "{run}", "empty", "-o", "x.h5"], "holds no recordings"),
         (["extract", "{run}", "broken.wav", "-o", "x.h5"], "1 files were skipped, the first: broken.wav"),
         (["extract", "{run}", "{data}", "-o", "x.txt"], "a .npy or a .h5"),
-        (["extract", "{run}", "{data}", "-o", "broken.wav"], "exists"),
+        (["extract", "{run}", "{data}", "-o", "there.npy"], "exists"),
         (["extract", "{run}", "{data}", "-o", "x.h5", "--stage", "9"], "--stage 9: "),
         (["extract", "{run}", "{data}", "-o", "x.h5", "--gpu-mem", "4"], "4 has no unit"),
         (["extract", "{run}", "{data}", "-o", "x.h5", "--gpu-mem", "1kB"], "cannot hold the encoder"),
@@ -88,6 +88,7 @@ def test_a_bad_request_is_one_sentence_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("broken.wav").write_bytes(b"RIFF no sound")
+    Path("there.npy").touch()
     code, out, err = call(*(argument.format(run=finished.paths.out, data=digits) for argument in arguments))
     assert (code, out) == (2, "")
     assert message in err
