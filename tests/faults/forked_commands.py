@@ -1,6 +1,7 @@
 """Commands of layerwise as forks of this process, which has imported everything: a new interpreter takes seconds for it."""
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import os
@@ -121,7 +122,9 @@ def _act(action: Callable[[], object], folder: Path, streams: Path) -> None:
         if imported := set(sys.modules) - before:
             with open(streams / "modules", "a") as file:
                 print(*sorted(imported), file=file)
-        os._exit(code if isinstance(code, int) else 1)
+        gc.collect()
+        # Not Python's end, which would clean up behind this process, but that of the libraries: HDF5 writes in it.
+        ctypes.CDLL(None).exit(code if isinstance(code, int) else 1)
 
 
 def _state(child: int) -> tuple[str, int]:

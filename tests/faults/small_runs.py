@@ -43,11 +43,11 @@ def run_command(rounds: int, seed: int = 0, *more: str) -> Callable[[], None]:
     """`layerwise run` with the options above."""
     every = OPTIONS | {"training.rounds": rounds, "training.seed": seed}
     return layerwise(
-        "run", *(word for key, value in every.items() for word in ("--set", f"{key}={_toml(value)}")), *more
+        "run", *(word for key, value in every.items() for word in ("--set", f"{key}={toml(value)}")), *more
     )
 
 
-def _toml(value: object) -> str:
+def toml(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -223,7 +223,7 @@ def array_made(name: str) -> Callable[[Path, Ended], dict[str, Any]]:
 
 def listed_caches(place: Path, ended: Ended) -> dict[str, Any]:
     """Entry of each file, by its place."""
-    return {str(Path(entry.pop("path")).relative_to(place)): entry for entry in json.loads(ended.out)}
+    return {os.path.relpath(place / entry.pop("path"), place): entry for entry in json.loads(ended.out)}
 
 
 def caches_left(place: Path, ended: Ended) -> list[str]:
