@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import h5py
 import torch
 from forked_commands import Ended, begin, call, end, layerwise
 from small_runs import OPTIONS, Command, World, commands, export_made, make_world, makes, regular, toml
@@ -51,9 +52,15 @@ def main() -> None:
 def killed_commands() -> dict[str, Command]:
     """Those that write something, on a finished run. Their results hold the peaks, too."""
     known = commands(ROUNDS)
-    with_peaks = {
+    features = {
         "probe": Command(known["probe"].action, probe_with_peak),
-        "extract": Command(known["extract"].action, array_and_peak(known["extract"])),
+        "extract": Command(known["extract"].action, array_and_peak(known["extract"].made)),
+        "extract h5": Command(
+            layerwise("extract", "run", "data", "-o", "features.h5"), array_and_peak(hdf5_made("features.h5"))
+        ),
+        "cache export h5": Command(
+            layerwise("cache", "export", "run", "--stage", "1", "-o", "frames.h5"), hdf5_made("frames.h5")
+        ),
     }
     formats = ("safetensors", "pt2", *(["onnx"] if find_spec("onnxruntime") and find_spec("onnxscript") else []))
     exports = {
@@ -66,16 +73,26 @@ def killed_commands() -> dict[str, Command]:
         *(word for key, value in options.items() for word in ("--set", f"{key}={toml(value)}")),
     )
     others = {name: known[name] for name in ("report", "cache export", "cache rm")}
-    return with_peaks | exports | others | {"compare": Command(compare, comparison_made)}
+    return features | exports | others | {"compare": Command(compare, comparison_made)}
 
 
 def probe_with_peak(place: Path, ended: Ended) -> Any:
     return json.loads(ended.out), json.loads(regular(place / "run" / "probes" / "speaker.json").read_text())
 
 
-def array_and_peak(command: Command) -> Callable[[Path, Ended], Any]:
+def array_and_peak(array: Callable[[Path, Ended], Any]) -> Callable[[Path, Ended], Any]:
     def made(place: Path, ended: Ended) -> Any:
-        return command.made(place, ended), ended.out.rpartition("device peak")[2]
+        return array(place, ended), ended.out.rpartition("device peak")[2]
+
+    return made
+
+
+def hdf5_made(name: str) -> Callable[[Path, Ended], Any]:
+    """Of the file: its arrays."""
+
+    def made(place: Path, ended: Ended) -> Any:
+        with h5py.File(regular(place / name)) as file:
+            return {key: file[key][()].tobytes() for key in ("features", "ids", "offsets")}
 
     return made
 

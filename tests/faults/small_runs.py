@@ -34,6 +34,7 @@ OPTIONS = {
     "training.checkpoint_seconds": 0,
     "cache.block": 512,
     "cache.keep": "all",
+    "cache.policy": "always",
     "out": "run",
 }
 """Three convolutions, a stage each; recordings, run and caches lie in `data`, `run` and `cache` of the present folder."""
@@ -231,8 +232,9 @@ def caches_left(place: Path, ended: Ended) -> list[str]:
 
 
 def forecast(place: Path, ended: Ended) -> Any:
-    """Without the host's memory, of which the process that forecasts takes a part itself."""
+    """Without the host's memory, of which the process that forecasts takes a part itself, and what it says of the disk."""
     tree = json.loads(ended.out)
+    del tree["notes"]
     for each in (tree, *tree["stages"]):
         del each["host_bytes"]
     return tree
@@ -296,11 +298,12 @@ def makes(rounds: int) -> Makes:
 
 
 def make_world(base: Path, makes: Makes) -> World:
-    """All runs are made in the arena, at the paths that their copies have. `handed` is exported from the finished one."""
-    world = World(base, {name: base / "states" / name for name in (*makes, "handed")})
+    """All runs are made in the arena, at the paths that their copies have. `handed` is exported from the finished one; `empty`
+    holds nothing."""
+    world = World(base, {name: base / "states" / name for name in (*makes, "handed", "empty")})
     write_recordings(base / "data")
     world.streams.mkdir()
-    (base / "states").mkdir()
+    world.states["empty"].mkdir(parents=True)
     for state, actions in makes.items():
         world.arena.mkdir()
         (world.arena / "data").symlink_to(base / "data")
