@@ -105,7 +105,7 @@ def _start(device: str, log: Path, run: Run, inbox: Inbox) -> _Worker:
     descriptor = workers_end.fileno()
     command = [sys.executable, "-m", "layerwise.engines.worker", str(run.store.out), device, str(descriptor)]
     # The last bits of sums on a CPU depend on the number of threads.
-    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONIOENCODING": "utf-8"}
     with log.open("a", encoding="utf-8") as printed, workers_end:
         process = subprocess.Popen(
             command,
@@ -114,7 +114,7 @@ def _start(device: str, log: Path, run: Run, inbox: Inbox) -> _Worker:
             stderr=printed,
             pass_fds=[descriptor],
             encoding="utf-8",
-            env=threads,
+            env=environment,
             start_new_session=True,  # Ctrl-C is for this process, which tells them
         )
     worker = _Worker(device, process, output, log)
