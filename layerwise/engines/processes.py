@@ -108,7 +108,7 @@ def _start(device: str, log: Path, run: Run, inbox: Inbox) -> _Worker:
     functions = json.dumps(named_functions(run.config))
     command = [*python_module("layerwise.engines.worker"), str(run.store.out), functions, device, str(descriptor)]
     # The last bits of sums on a CPU depend on the number of threads.
-    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONIOENCODING": "utf-8"}
     with open_to_append(log) as printed, workers_end:
         process = subprocess.Popen(
             command,
@@ -117,7 +117,7 @@ def _start(device: str, log: Path, run: Run, inbox: Inbox) -> _Worker:
             stderr=printed,
             pass_fds=[descriptor],
             encoding="utf-8",
-            env=threads,
+            env=environment,
             start_new_session=True,  # Ctrl-C is for this process, which tells them
         )
     worker = _Worker(device, process, output, log)

@@ -17,6 +17,7 @@ from typing import TextIO
 from layerwise.engines.task_runner import open_prepared_run, perform_task
 from layerwise.errors import LayerwiseError
 from layerwise.events import Event
+from layerwise.screen import standard_streams_may_fail
 from layerwise.stop import StopFlag, stop_on_signals
 from layerwise.training.schedule import Task
 
@@ -26,7 +27,11 @@ Answer = LayerwiseError | None
 
 def main(out: str, functions: str, device: str, descriptor: str) -> None:
     """Until the input ends."""
-    with stop_on_signals() as stop, Connection(int(descriptor), readable=False) as output:
+    with (
+        standard_streams_may_fail(),
+        stop_on_signals() as stop,
+        Connection(int(descriptor), readable=False) as output,
+    ):
         lines: SimpleQueue[str] = SimpleQueue()
         threading.Thread(target=_listen, args=(sys.stdin, lines, stop), daemon=True).start()
         run = None

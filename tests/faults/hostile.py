@@ -55,7 +55,7 @@ READERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("run/stages*", ("run", "run --overwrite", "probe")),
     ("run/probes", ("run --overwrite", "probe", "report")),
     ("run/plots", ("run --overwrite", "report")),
-    ("cache/run/run-id", CHANGING),
+    ("cache/run/owner.json", CHANGING),
     ("cache/run/lock", CHANGING),
     ("cache/run/round-1*", CHANGING),
     ("cache/run/stage*", ("run", "probe", "cache ls", "cache verify", "cache export", "cache rm")),
@@ -140,7 +140,7 @@ SHORT: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("cache/run/stage-1.h5", "cut short", ("cache verify",)),
     ("cache/run/stage-1.h5", "directory", ("cache rm",)),
     ("cache/run/stage-1.h5", "huge number", ("cache ls",)),
-    ("cache/run/run-id", "link", ("run",)),
+    ("cache/run/owner.json", "link", ("run",)),
     ("run/rounds/1", "link", ("run --overwrite",)),
     ("run/rounds/1/run.json", "huge number", ("status",)),
     ("run/task.lock", "link", ("run",)),
@@ -273,7 +273,12 @@ PLANTED: dict[str, tuple[str, ...]] = {
         *(f"run/stages/2/{name}.tmp" for name in ("weights.safetensors", "checkpoint.safetensors")),
         *("run/stages/3/config.toml.tmp", "run/stages/3/metrics.jsonl", "run/stages/3/memory.jsonl"),
         *(f"cache/run/stage-2.h5{ending}" for ending in (".part", ".journal", ".copying")),
-        *("cache/run/stage-3.h5.part", "cache/run/stage-3.h5.journal", "cache/run/stage-3.h5", "cache/run/run-id.tmp"),
+        *(
+            "cache/run/stage-3.h5.part",
+            "cache/run/stage-3.h5.journal",
+            "cache/run/stage-3.h5",
+            "cache/run/owner.json.tmp",
+        ),
     ),
 }
 """Where commands write, or might: a link that leads out of the run lies there."""
