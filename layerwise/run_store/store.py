@@ -11,7 +11,7 @@ from typing import Any
 
 from layerwise.config import Config
 from layerwise.errors import RunError
-from layerwise.files import exclusive, is_locked, read_bytes, write_atomically
+from layerwise.files import exclusive, is_locked, open_own, read_bytes, read_text, write_atomically
 from layerwise.records import STRICT, Count, read_record, write_record
 from layerwise.run_store.probe_results import ProbeResult
 from layerwise.run_store.state import RunId, RunState, StageRecord
@@ -210,7 +210,10 @@ class RunStore:
 
     def recorded_caches(self, state: RunState) -> Path | None:
         """The folder that run.json names, if it is there and says itself that it is this run's."""
-        folder = (self.out.resolve() / state.caches).resolve()
+        try:
+            folder = (self.out.resolve() / state.caches).resolve()
+        except (RuntimeError, OSError, ValueError):  # links in a circle, or a name that is none
+            return None
         return folder if RunStore(self.out, folder).has_caches_of(state) else None
 
     def has_caches_of(self, state: RunState) -> bool:
@@ -266,11 +269,13 @@ class RunStore:
 
     def worker(self) -> str | None:
         """Who performs a task of this round; None where nobody does."""
-        return self.task_lock.read_text(encoding="utf-8").strip() if is_locked(self.task_lock) else None
+        return read_text(self.task_lock).strip() if is_locked(self.task_lock) else None
 
     def write_worker(self, name: str) -> None:
         """Notes who holds the task lock, for `layerwise status`; to be called while it is held."""
-        self.task_lock.write_text(f"{name}\n", encoding="utf-8")
+        with open_own(self.task_lock) as file:
+            file.truncate()
+            file.write(f"{name}\n".encode())
 
     @contextmanager
     def lock_run(self) -> Iterator[None]:
@@ -398,6 +403,7 @@ class RunStore:
             *_numbered(stages),
             *(folder / CURVES for folder in _numbered(stages)),
             *_numbered(rounds),
+            *self.caches.glob("round-*"),
         )
         return [folder for folder in folders if folder.is_symlink()]
 

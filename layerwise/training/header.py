@@ -72,10 +72,12 @@ def check_header(path: Path, way_out: str) -> None:
         raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", way_out) from None
     except (OSError, ValueError) as error:
         raise _damaged(path, str(error), way_out) from None
-    held = size - _LENGTH_BYTES - length
-    for name, array in (header.model_extra or {}).items():
-        if not array.is_whole or array.data_offsets[1] > held:
+    arrays = header.model_extra or {}
+    for name, array in arrays.items():
+        if not array.is_whole:
             raise _damaged(path, f"it does not hold what it says of {name}", way_out)
+    if size != _LENGTH_BYTES + length + max((array.data_offsets[1] for array in arrays.values()), default=0):
+        raise _damaged(path, "it has another size than it says", way_out)
 
 
 def _damaged(path: Path, reason: str, way_out: str) -> RunError:
