@@ -217,17 +217,19 @@ class RunStore:
         return folder if RunStore(self.out, folder).has_caches_of(state) else None
 
     def has_caches_of(self, state: RunState) -> bool:
-        """Whether the folder of the caches says that it belongs to this run, and not to one that this is a copy of."""
+        """Whether the folder of the caches says that it belongs to this run, and no other folder with that run claims it."""
         owner = self._caches_owner()
         if owner is None or owner.run_id not in (state.run_id, state.copy_of):
             return False
         named = self.caches / owner.run
-        return _is_same(named, self.out) or not _is_run(named, owner.run_id)
+        other = _state_at(named)
+        claimed = other is not None and other.run_id == owner.run_id and _is_same(named / other.caches, self.caches)
+        return _is_same(named, self.out) or not claimed
 
     def is_copy(self, state: RunState) -> bool:
         """Whether the run of this state still lies where it was at its newest start, and this is another folder."""
-        there = Path(state.folder)
-        return not _is_same(there, self.out) and _is_run(there, state.run_id)
+        there = _state_at(Path(state.folder))
+        return there is not None and there.run_id == state.run_id and not _is_same(Path(state.folder), self.out)
 
     def refuse_foreign_folder(self) -> None:
         """Raises RunError where the run directory would mix with files that are not a run's."""
@@ -363,7 +365,8 @@ class RunStore:
         """
         state.stages = [StageRecord(record.stage) for record in state.stages]
         self.save_state(state)
-        if caches := self.recorded_caches(state):
+        own = self.caches if self.has_caches_of(state) else None
+        for caches in filter(None, {own, self.recorded_caches(state)}):
             old = RunStore(self.out, caches)
             with nullcontext() if caches == self.caches else old._lock_caches():
                 old.delete_cache_files(cache_files(caches))
@@ -449,12 +452,12 @@ def _is_same(one: Path, other: Path) -> bool:
         return False
 
 
-def _is_run(folder: Path, run_id: str) -> bool:
-    """Whether a readable run of this id lies there."""
+def _state_at(folder: Path) -> RunState | None:
+    """Of the run that lies there; None where none does that can be read."""
     try:
-        return RunState.load(folder / "run.json").run_id == run_id
+        return RunState.load(folder / "run.json")
     except (RunError, OSError):
-        return False
+        return None
 
 
 def open_run(out: Path) -> tuple[RunStore, RunState]:

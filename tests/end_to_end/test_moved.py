@@ -82,6 +82,17 @@ def test_a_copied_run_folder_has_no_part_in_the_caches_of_the_original(config: C
     assert after["cache/two/stage-4.h5"] == after["cache/one/stage-4.h5"]
 
 
+def test_a_run_that_was_copied_with_its_caches_uses_the_copies(config: Config, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    before = everything(project)
+    for folder in ("runs", "cache"):
+        shutil.copytree(project / folder / "one", project / folder / "two")
+    written = (project / "cache/two/stage-1.h5").stat().st_mtime_ns
+    assert trained_stages_of(_moved(config, project, "two")) == []
+    assert (project / "cache/two/stage-1.h5").stat().st_mtime_ns == written
+    assert {name: content for name, content in everything(project).items() if "two" not in name} == before
+
+
 @pytest.mark.parametrize(("project", "name"), [("elsewhere", "one"), ("project", "renamed")])
 def test_a_run_that_was_moved_or_renamed_finds_its_caches(
     config: Config, tmp_path: Path, project: str, name: str
