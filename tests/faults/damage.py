@@ -20,6 +20,9 @@ import tomli_w
 FOREIGN_CODE = "foreign_code:make"
 """A function that leaves a mark when its module is imported, as a config names a network or data."""
 
+CONTROL = "\x1b[31m\x07"
+"""What would colour a terminal, and ring."""
+
 DEEP = 100_000
 HUGE_FILE = 2**34
 
@@ -142,8 +145,10 @@ def changed_values(tree: Any, decoy: Path) -> Iterator[tuple[str, str, Any]]:
     for place in _places(tree):
         value = _at(tree, place)
         said = ".".join(map(str, place))
-        for kind, other in (*_other_values(value), *_foreign_values(place[-1], value, decoy)):
+        for kind, other in _other_values(value):
             yield kind, f"{said} = {_short(other)}", _with(tree, place, other)
+        for kind, other in _foreign_values(place[-1], value, decoy):
+            yield kind, said, _with(tree, place, other)
         yield "wrong value", f"without {said}", _without(tree, place)
     for kind, other in (("wrong type", []), ("wrong type", 5), ("wrong type", "text"), ("wrong type", None)):
         yield kind, f"all is {other!r}", other
@@ -173,7 +178,7 @@ def _other_values(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, float):
         yield from (("wrong type", "x"), ("wrong value", -1.0), ("wrong value", float("nan")), ("huge number", 1e308))
     elif isinstance(value, str):
-        yield from (("wrong type", 5), ("wrong value", ""), ("wrong value", "\x1b[31m\x07" + value[1:]))
+        yield from (("wrong type", 5), ("wrong value", ""), ("wrong value", CONTROL + value[1:]))
         yield "huge number", "x" * 10**5
         if value:
             yield "wrong value", chr(ord(value[0]) ^ 1) + value[1:]
@@ -210,8 +215,12 @@ def _without(tree: Any, place: tuple[str | int, ...]) -> Any:
 
 
 def _short(value: Any) -> str:
-    said = ascii(value)
-    return said if len(said) < 40 else f"{said[:30]}… of {len(said)}"
+    """Without what differs from world to world, so that a case has one name for ever."""
+    if isinstance(value, list | dict) and value:
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, str) and len(value) > 5:
+        return f"text of {len(value)} letters, {'odd' if value[0] == CONTROL[0] else 'plain'} ones"
+    return f"{len(value)} bytes" if isinstance(value, bytes) and len(value) > 5 else ascii(value)
 
 
 def _odd_json() -> Iterator[Damage]:

@@ -98,6 +98,7 @@ def import_what_commands_import(streams: Path) -> None:
 def _act(action: Callable[[], object], folder: Path, streams: Path) -> None:
     """In the child: never returns."""
     code: object = 1
+    before = set(sys.modules)
     try:
         os.chdir(folder)
         for number, name in ((1, "out"), (2, "err")):
@@ -109,7 +110,6 @@ def _act(action: Callable[[], object], folder: Path, streams: Path) -> None:
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + MOST_BYTES, taken + MOST_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        before = set(sys.modules)
         action()
         code = 0
     except SystemExit as ended:

@@ -69,11 +69,21 @@ OF_RECORDS = ("wrong type", "wrong value", "huge number")
 """Kinds with hundreds of damages in one file: so many of them are tried, spread over all, each with one command in turn."""
 MOST_OF_RECORDS = 80
 
+READ_TO_GO_ON = (
+    *("run/run.json", "run/stages/1/weights.safetensors", "run/stages/2/config.toml", "run/rounds/1/run.json"),
+    *(
+        "run/rounds/1/stages/3/checkpoint.safetensors",
+        "run/rounds/1/stages/3/weights.safetensors",
+        "cache/run/stage-1.h5",
+    ),
+)
+"""What a run that was killed in training reads, and the finished one has as well: tried with `run` alone."""
+
 EQUAL_FILES = re.compile(
     r"/stages/2|/plots/(?!losses\.svg)|stage-2\.h5$|\.png$|run/stages/3/(?!weights)|run/stages/3$|rounds/1/stages/[23]"
     r"|rounds/1/stages/1/|rounds/1/config"
 )
-"""Files that others stand for."""
+"""Files of the finished run that others stand for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +205,12 @@ def cases(world: World, outside: Path) -> Iterator[Case]:
             readers = next(names for pattern, names in READERS if fnmatch(file, pattern))
             others = [name for name in known if name not in readers]
             turn += 1
-            of_records = damage.kind in OF_RECORDS
-            chosen = (
-                [readers[turn % len(readers)]] if of_records else [*readers, *others[turn % (len(others) or 1) :][:1]]
-            )
+            if state in ("training", "caching") and any(fnmatch(file, pattern) for pattern in READ_TO_GO_ON):
+                chosen = ["run"]
+            elif damage.kind in OF_RECORDS:
+                chosen = [readers[turn % len(readers)]]
+            else:
+                chosen = [*readers, *others[turn % (len(others) or 1) :][:1]]
             for command in chosen:
                 yield Case(state, command, file, damage)
         yield from planted(state, outside / "twin")
@@ -209,9 +221,10 @@ def damages(world: World, state: str, outside: Path) -> Iterator[tuple[str, Dama
     place = world.states[state]
     for path in sorted(place.rglob("*")):
         file = str(path.relative_to(place))
-        if EQUAL_FILES.search(file) and path.name != "checkpoint.safetensors":
-            continue
-        if state in ("training", "caching") and not stands_differently(path, world):
+        if state in ("training", "caching"):
+            if not is_damaged_in_stopped_run(path, world, state):
+                continue
+        elif EQUAL_FILES.search(file):
             continue
         every = list(damages_of(path, world, state, outside))
         records = [damage for damage in every if damage.kind in OF_RECORDS]
@@ -235,10 +248,14 @@ def damages_of(path: Path, world: World, state: str, outside: Path) -> Iterator[
     return damages_of_file(path, others, twin, outside / "decoy")
 
 
-def stands_differently(path: Path, world: World) -> bool:
-    """Whether a stopped run has this file in another way than the finished one, which has been damaged before."""
-    place = Path(*path.relative_to(world.base / "states").parts[1:])
-    return path.is_file() and ("rounds" not in place.parts) and not (world.states["finished"] / place).exists()
+def is_damaged_in_stopped_run(path: Path, world: World, state: str) -> bool:
+    """Where the finished one lacks the file; of others, once, those that a run reads again that goes on."""
+    file = str(path.relative_to(world.states[state]))
+    if not path.is_file():
+        return False
+    if state == "training" and any(fnmatch(file, pattern) for pattern in READ_TO_GO_ON):
+        return True
+    return "run/rounds" not in file and not (world.states["finished"] / file).exists()
 
 
 def exchanges(world: World, state: str, file: str) -> dict[str, Path]:
