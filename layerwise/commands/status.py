@@ -52,14 +52,14 @@ def status(directory: Path, as_json: bool, watch: bool) -> None:
 
 
 def _shown(store: RunStore, state: RunState, rounds: int) -> Group:
-    states = round_states(store, rounds) if rounds > 1 else []
+    states = round_states(store, state) if rounds > 1 else []
     table = rounds_table(states, rounds) if states and not state.done else stage_table(state, store)
     return Group(table, f"{progress(store, state, states)}: {totals(state)}")
 
 
 def _as_json(store: RunStore, state: RunState, rounds: int) -> dict[str, object]:
     """The contract's object; `rounds` in it is for runs that have several."""
-    states = round_states(store, rounds) if rounds > 1 else []
+    states = round_states(store, state) if rounds > 1 else []
     tree: dict[str, object] = {
         "state": progress(store, state, states),
         "budget_bytes": state.budget_bytes,

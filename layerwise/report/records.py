@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter
 
+from layerwise.config import changed_options
 from layerwise.errors import RunError
 from layerwise.evaluate.results import COMPARISON, Comparison
 from layerwise.files import json_lines
@@ -107,13 +108,16 @@ class RoundState:
     """Who performs a task of it now; None where nobody does."""
 
 
-def round_states(store: RunStore, rounds: int) -> list[RoundState]:
-    """Every round that is prepared, in order. Raises RunError where one cannot be read."""
-    states = []
+def round_states(store: RunStore, state: RunState) -> list[RoundState]:
+    """Every round that is prepared, in order. state: of the run. Raises RunError where one cannot be read, or is another's."""
+    rounds, states = state.config.training.rounds, []
     for number in range(1, rounds + 1):
         of_round = store.round(number, rounds)
         if of_round.exists:
-            states.append(RoundState(number, of_round.load_state().stages, of_round.worker()))
+            found = of_round.load_state()
+            if changed_options(found.config, state.config, {"shape"}):
+                raise RunError(f"{of_round.state} is not of this run; restore it, or begin anew with --overwrite.")
+            states.append(RoundState(number, found.stages, of_round.worker()))
     return states
 
 
