@@ -84,16 +84,19 @@ class Appends:
             file = open_own(journal)
         except FileNotFoundError:
             return first
-        content = file.read()
         done, records = first, 0
-        for start in range(0, len(content) - _SIZE + 1, _SIZE):
-            record, check = content[start : start + _RECORD.size], content[start + _RECORD.size : start + _SIZE]
-            blocks, checksum = _RECORD.unpack(record)
-            if check != _CHECK.pack(crc32(record)) or blocks <= done or crc32(self._stored(done, blocks)) != checksum:
-                break
-            done, records = blocks, records + 1
-        file.truncate(records * _SIZE)
-        file.close()
+        with file:
+            while len(entry := file.read(_SIZE)) == _SIZE:
+                record, check = entry[: _RECORD.size], entry[_RECORD.size :]
+                blocks, checksum = _RECORD.unpack(record)
+                if (
+                    check != _CHECK.pack(crc32(record))
+                    or blocks <= done
+                    or crc32(self._stored(done, blocks)) != checksum
+                ):
+                    break
+                done, records = blocks, records + 1
+            file.truncate(records * _SIZE)
         return done
 
     def close(self) -> None:
