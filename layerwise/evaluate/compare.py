@@ -182,7 +182,7 @@ def _outcome(
         return Outcome(method, seed, _errors(options, task, specs, stages, Path(options.out), stop), 0, 0, 0.0)
     cut = None if options.training.stages == 1 else comparison.cut
     result = run(options, UserObjects(cut=cut, data=data), stop=stop, notify=notify)
-    weights, origin = load_encoder(result.paths.encoder)
+    weights, origin = load_encoder(result.paths.encoder, result.state.encoder)
     together = OutputFormat(options.training.precision, None)
     output_formats = origin.handings if len(result.state.stages) == len(specs) else [together] * len(specs)
     stages = trained_stages(specs, output_formats, weights)
