@@ -216,11 +216,13 @@ def _without(tree: Any, place: tuple[str | int, ...]) -> Any:
 
 def _short(value: Any) -> str:
     """Without what differs from world to world, so that a case has one name for ever."""
-    if isinstance(value, list | dict) and value:
-        return f"a {type(value).__name__} of {len(value)}"
-    if isinstance(value, str) and len(value) > 5:
-        return f"text of {len(value)} letters, {'odd' if value[0] == CONTROL[0] else 'plain'} ones"
-    return f"{len(value)} bytes" if isinstance(value, bytes) and len(value) > 5 else ascii(value)
+    said = ascii(value)
+    if len(said) < 12:
+        return said
+    if isinstance(value, str):
+        letters = "odd" if value.startswith(CONTROL) else value[0] if len(value) > 999 else "other"
+        return f"{len(value)} letters: {letters}"
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, bytes | list | dict) else said
 
 
 def _odd_json() -> Iterator[Damage]:

@@ -1,6 +1,6 @@
 """Calls every command on a disk that is full, or nearly so, and again when there is room.
 
-    python tests/faults/full_disks.py [--blocks 0,1,16,64] [--only COMMAND]
+    python tests/faults/full_disks.py [--blocks 0,1,16,64,258] [--only COMMAND]
 
 The disk is a small file system in memory, which root may mount; a file of ballast leaves it so many free blocks of 4 KiB. A
 command must end well, where it needs no more, or in one sentence and exit code 2; what was there before must be whole; and
@@ -42,7 +42,7 @@ class Case:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", default="0,1,16,64")
+    parser.add_argument("--blocks", default="0,1,16,64,258")
     parser.add_argument("--only", default="")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -198,13 +198,13 @@ def cases(world: World, outside: Path) -> Iterator[Case]:
         known = tuple(commands_on_handed()) if state == "handed" else ALL
         seen: set[tuple[str, bytes]] = set()
         for file, damage in damages(world, state, outside):
+            turn += 1
             if damage.content is not None:
                 if (file, damage.content) in seen:
                     continue
                 seen.add((file, damage.content))
             readers = next(names for pattern, names in READERS if fnmatch(file, pattern))
             others = [name for name in known if name not in readers]
-            turn += 1
             if state in ("training", "caching") and any(fnmatch(file, pattern) for pattern in READ_TO_GO_ON):
                 chosen = ["run"]
             elif damage.kind in OF_RECORDS:
