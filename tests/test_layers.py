@@ -13,7 +13,7 @@ LEAVES = {
 }
 ROOMS = {
     "cache": {"errors", "files"},
-    "data": {"errors", "config", "importing"},
+    "data": {"errors", "config", "files", "importing"},
     "nets": {"errors", "config", "importing"},
     "objectives": {"errors", "config"},
     "memory": {"errors", "config"},

@@ -19,6 +19,8 @@ def leaves_the_encoding_to_the_locale(call: ast.Call) -> bool:
     given = {keyword.arg for keyword in call.keywords}
     if "text" in given or "universal_newlines" in given:
         return True
+    if isinstance(call.func, ast.Name) and name != "open":  # layerwise.files.read_text
+        return False
     return name in TEXT and not (set(owner) & NOT_TEXT or any("b" in mode for mode in modes) or "encoding" in given)
 
 

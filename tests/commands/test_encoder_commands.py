@@ -94,7 +94,7 @@ def test_a_bad_request_is_one_sentence_and_exit_code_2(
     assert message in err
     assert err.startswith("layerwise: ")
     assert err.strip().count("\n") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.wav", "empty"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.wav", "empty", "there.npy"]
 
 
 def test_a_signal_ends_an_extraction_with_75_and_nothing_left(finished: RunResult, tmp_path: Path) -> None:

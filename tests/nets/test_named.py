@@ -77,7 +77,7 @@ def test_a_vision_transformer_takes_pictures_of_the_size_that_there_are() -> Non
     [
         ("torchvision:resnet5", (3, 32, 32), "Did you mean .*resnet50"),
         ("torchvision:resnet18", (1, 32, 32), "reads square colour pictures"),
-        ("my_networks:plane", (4,), r"has no function plane. Did you mean plain\?"),
+        ("my_networks:plane", (4,), r"has no function plane; it was found at .*my_networks.py. Did you mean plain\?"),
         ("my_networks:text", (4,), "gives a str"),
         ("my_networks:broken", (4,), r"the function failed \(ValueError: not today\)"),
         ("nowhere.at_all:net", (4,), "there is no module nowhere"),
