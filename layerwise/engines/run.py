@@ -134,8 +134,7 @@ def prepared_run(
     finished = {each.stage for each in earlier_records(store, config, request) if each.status == "done"}
     memory_plans = fit_to_budget(config, specs, cache_plan, device, finished, stop)
     store.refuse_foreign_folder()
-    if not request.overwrite:
-        store.refuse_links()
+    store.refuse_links()
     for folder in (store.out, store.caches):
         refuse_unwritable(folder)
     refuse_while_queued(store.jobs)

@@ -109,7 +109,7 @@ class RunStore:
         """The caches of runs/NAME lie in CACHE_DIR/NAME; those of a run that was renamed keep their place there."""
         try:
             out = Path(out).expanduser()
-            store = cls(out, (Path(cache_dir).expanduser() / out.resolve().name).resolve())
+            store = cls(out, Path(cache_dir).expanduser().resolve() / out.resolve().name)
         except (RuntimeError, OSError) as error:
             raise RunError(f"--out {out} or --cache-dir {cache_dir} cannot be found: {error}.") from None
         recorded = store.recorded_caches(store.load_state()) if store.exists else None
@@ -210,11 +210,17 @@ class RunStore:
 
     def recorded_caches(self, state: RunState) -> Path | None:
         """The folder that run.json names, if it is there and says itself that it is this run's."""
+        folder = self.named_caches(state)
+        return folder if folder and RunStore(self.out, folder).has_caches_of(state) else None
+
+    def named_caches(self, state: RunState) -> Path | None:
+        """The folder that run.json names, whosoever it is; None where none is there."""
         try:
-            folder = (self.out.resolve() / state.caches).resolve()
+            folder = self.out.resolve() / state.caches
+            folder = folder.parent.resolve() / folder.name
         except (RuntimeError, OSError, ValueError):  # links in a circle, or a name that is none
             return None
-        return folder if RunStore(self.out, folder).has_caches_of(state) else None
+        return folder if folder.is_dir() and not folder.is_symlink() else None
 
     def has_caches_of(self, state: RunState) -> bool:
         """Whether the folder of the caches says that it belongs to this run, and no other folder with that run claims it."""
@@ -254,11 +260,22 @@ class RunStore:
             )
 
     def refuse_links(self) -> None:
-        """Raises RunError where a folder of the run is a link: nothing is written or deleted behind one."""
-        for link in self._links():
-            raise RunError(
-                f"{link} is a link, and a run keeps its files in its own folder; put the folder in its place."
-            )
+        """Raises RunError where a folder of the run, or of its caches, is a link: nothing is written or deleted behind one."""
+        stages, rounds = _numbered(self.out / "stages"), _numbered(self.out / "rounds")
+        folders = [
+            self.out / "stages",
+            self.out / "rounds",
+            self.probes,
+            self.plots,
+            self.jobs,
+            self.workers,
+            self.caches,
+        ]
+        for folder in (*folders, *stages, *rounds, *(stage / CURVES for stage in stages), *self.caches.glob("round-*")):
+            if folder.is_symlink():
+                raise RunError(
+                    f"{folder} is a link, and a run keeps its files in its own folders; put the folder in its place."
+                )
 
     def _caches_owner(self) -> CacheOwner | None:
         """None where the folder does not say."""
@@ -378,8 +395,6 @@ class RunStore:
                 earlier.delete_run(state_of_earlier)
             # The lock stays: whoever waits for it must meet the next to hold it.
             _delete_files(folder, ("run.json", "run.json.tmp"))
-        for link in self._links():
-            link.unlink()
 
     def _delete_files_of_stages(self) -> None:
         for folder in _numbered(self.out / "stages"):
@@ -391,24 +406,7 @@ class RunStore:
 
     def _round_folders(self) -> list[Path]:
         """Of rounds before the last one, those of an earlier start with more rounds included."""
-        return [folder for folder in _numbered(self.out / "rounds") if not folder.is_symlink()]
-
-    def _links(self) -> list[Path]:
-        """The folders of the run that are links."""
-        stages, rounds = self.out / "stages", self.out / "rounds"
-        folders = (
-            stages,
-            rounds,
-            self.probes,
-            self.plots,
-            self.jobs,
-            self.workers,
-            *_numbered(stages),
-            *(folder / CURVES for folder in _numbered(stages)),
-            *_numbered(rounds),
-            *self.caches.glob("round-*"),
-        )
-        return [folder for folder in folders if folder.is_symlink()]
+        return _numbered(self.out / "rounds")
 
 
 STAGE_FILES = ("weights.safetensors*", "checkpoint.safetensors*", "metrics.jsonl*", "memory.jsonl")

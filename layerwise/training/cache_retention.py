@@ -63,7 +63,14 @@ def remove_caches(run_directory: Path, stages: Sequence[int] | None) -> int:
     Raises RunError where the run is running, CacheError where a stage has no cache.
     """
     freed = 0
-    with open_run(run_directory)[0].lock_stopped() as rounds:
+    store, state = open_run(run_directory)
+    named = store.named_caches(state)
+    if named not in (None, store.caches) and cache_files(named):
+        raise CacheError(
+            f"{named} holds caches and does not say that they are those of {run_directory}; start the run again, which makes "
+            "its own, or delete them yourself."
+        )
+    with store.lock_stopped() as rounds:
         count = len(rounds[0][1].stages)
         for stage in stages or ():
             if not 1 <= stage <= count:

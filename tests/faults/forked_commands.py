@@ -87,7 +87,8 @@ def call(action: Callable[[], object], folder: Path, streams: Path) -> Ended:
 
 def import_what_commands_import(streams: Path) -> None:
     """Imports what forks have imported that ended by themselves, so that the next ones need not."""
-    for name in (streams / "modules").read_text().split():
+    modules = streams / "modules"  # not there where nothing new was imported
+    for name in modules.read_text().split() if modules.exists() else ():
         if name not in sys.modules:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
