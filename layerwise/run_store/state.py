@@ -72,9 +72,9 @@ class StageRecord:
         return self.config
 
     def as_json(self, cache: Path) -> dict[str, Any]:
-        """What other programs are told of the stage. cache: where it lies, if it is there."""
+        """What other programs are told of the stage. cache: where its cache would lie."""
         tree = TypeAdapter(StageRecord).dump_python(self, mode="json", exclude={"config"})
-        return tree | {"cache": str(cache) if self.cache else None}
+        return tree | {"cache": str(cache) if cache.exists() else None}
 
 
 @dataclass(slots=True)
