@@ -481,7 +481,7 @@ def difference(case: Case, made: Any, expected: Any, untouched: bool) -> str:
 def without_caches(made: Any) -> Any:
     """The page of a report, or what status says, without a word on the caches."""
     if isinstance(made, tuple):
-        return re.sub(r"<figure>\s*<h\d>Activation caches</h\d>.*?</figure>", "", made[0], flags=re.DOTALL)
+        return re.sub(r"<figure>\s*<h\d>Activation caches</h\d>.*?</figure>\s*", "", made[0], flags=re.DOTALL)
     stages = [*made["stages"], *(stage for each in made.get("rounds", ()) for stage in each["stages"])]
     for stage in stages:
         stage["cache"] = None
