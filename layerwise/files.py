@@ -23,6 +23,9 @@ OURS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 RECORD_BYTES = 64 * 2**20
 """Most that a file of text is read of: none that layerwise writes comes near it."""
 
+LOG_BYTES = 2**30
+"""The same of a file that grows by a line a second."""
+
 GLANCE_SECONDS = 0.5
 """How long a lock may be held by somebody who only looks whether it is held, see `is_locked`."""
 
@@ -53,9 +56,17 @@ def write_atomically(path: Path, *content: bytes | memoryview) -> None:
 def open_new(path: Path, busy: LayerwiseError, leftovers: Iterable[Path] = ()) -> BinaryIO:
     """A new file, to write and to read; until it is closed, no other process makes one of that name.
 
-    What a kill has left at the path is deleted, behind `leftovers`, which are made while it is there. Raises `busy` where
-    another process is at it, RunError where the file system has no locks, OSError where the file cannot be made.
+    What a kill has left at the path is deleted, behind `leftovers`, which are made while it is there. On a file system
+    without locks nobody is kept away. Raises `busy` where another process is at it, OSError where the file cannot be made.
     """
+    try:
+        return _open_locked(path, busy, leftovers)
+    except _NoLocks:
+        path.unlink(missing_ok=True)
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | OURS, 0o666), "w+b")
+
+
+def _open_locked(path: Path, busy: LayerwiseError, leftovers: Iterable[Path]) -> BinaryIO:
     left = _lock_leftover(path, busy)
     try:
         if left is not None:
@@ -175,7 +186,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     Gives an empty list where there is no such file. Raises UnreadableFile.
     """
     try:
-        lines = read_bytes(path).splitlines()
+        lines = read_bytes(path, LOG_BYTES).splitlines()
     except FileNotFoundError:
         return []
     found = []
@@ -242,7 +253,15 @@ def _try_to_lock(path: Path) -> int | None:
     """A file descriptor that holds the lock; None where another process holds it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return _lock(path, os.O_RDWR | os.O_CREAT)
+        descriptor = _lock(path, os.O_RDWR | os.O_CREAT)
+        if descriptor is None or os.fstat(descriptor).st_nlink == 1:
+            return descriptor
+        # A copy by `cp -al` has the same file as its lock. The lock is held, so nobody is at work behind either name.
+        with open_new(path.with_name(f"{path.name}.tmp"), RunError(f"{path} is being replaced; try again.")) as fresh:
+            own = os.dup(fresh.fileno())
+        os.replace(path.with_name(f"{path.name}.tmp"), path)
+        os.close(descriptor)
+        return own
     except OSError as error:
         raise RunError(unwritable(path, error)) from None
 
@@ -250,7 +269,7 @@ def _try_to_lock(path: Path) -> int | None:
 def _lock(path: Path, flags: int) -> int | None:
     """A file descriptor that holds the lock of the file at the path; None where another process holds it, or has replaced it.
 
-    Raises OSError where it cannot be opened, RunError where the file system has no locks.
+    Raises OSError where it cannot be opened, _NoLocks.
     """
     descriptor = os.open(path, flags | OURS, 0o666)
     try:
@@ -261,9 +280,13 @@ def _lock(path: Path, flags: int) -> int | None:
         pass
     except OSError as error:
         os.close(descriptor)
-        raise RunError(f"{path} cannot be locked: {error.strerror}; use a file system that has locks.") from None
+        raise _NoLocks(f"{path} cannot be locked: {error.strerror}; use a file system that has locks.") from None
     os.close(descriptor)
     return None
+
+
+class _NoLocks(RunError):
+    """The file system has none."""
 
 
 def is_locked(path: Path) -> bool:

@@ -5,8 +5,9 @@ A record carries a digest of all else that it says, so a flipped bit never passe
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -28,8 +29,12 @@ def write_record(path: Path, record: object, **also: Any) -> None:
 
     Raises RunError.
     """
-    tree = TypeAdapter(type(record)).dump_python(record, mode="json") | also
-    write_atomically(path, (json.dumps(tree | {"digest": _digest(tree)}, indent=2) + "\n").encode())
+    tree = _adapter(cast(Any, type(record))).dump_python(record, mode="json") | also
+    try:
+        content = json.dumps(tree | {"digest": _digest(tree)}, indent=2, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RunError(f"{path} cannot be written: {error.object!a:.80} is no text in UTF-8; rename it.") from None
+    write_atomically(path, content + b"\n")
 
 
 def read_record(kind: type[T], path: Path, version: int | None = None) -> T:
@@ -47,11 +52,17 @@ def read_record(kind: type[T], path: Path, version: int | None = None) -> T:
             )
         if tree.pop("digest") != _digest(tree):
             raise ValueError("it does not hold what was written")
-        return TypeAdapter(kind).validate_json(json.dumps(tree))
+        read: T = _adapter(cast(Any, kind)).validate_json(json.dumps(tree))
+        return read
     except FileNotFoundError:
         raise RunError(f"{path} is missing; restore it.") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{path} is damaged: {_finding(error)}; restore it, or move it away.") from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _digest(tree: dict[str, Any]) -> str:

@@ -123,38 +123,38 @@ class ObjectiveOptions(Section):
     """local objective of each stage: infonce, hinge, ntxent or supervised"""
     label: str = _option("", "training", "--label")
     """supervised: the label that is learnt"""
-    steps: int = _option(12, "training", ge=1)
+    steps: int = _option(12, "training", ge=1, le=10**4)
     """rows ahead that are predicted"""
-    skip: int = _option(0, "training", ge=0)
+    skip: int = _option(0, "training", ge=0, le=10**6)
     """rows left out between context and first target"""
-    negatives: int = _option(10, "training", ge=1)
+    negatives: int = _option(10, "training", ge=1, le=10**6)
     """negatives of each target, drawn from the whole batch"""
-    anchors: int = _option(128, "training", ge=2)
+    anchors: int = _option(128, "training", ge=2, le=10**7)
     """rows of a window that serve as contexts and targets"""
     temperature: float = _option(0.5, "training", gt=0)
     """ntxent: what similarities are divided by"""
-    projection: int = _option(128, "training", ge=1)
+    projection: int = _option(128, "training", ge=1, le=10**6)
     """ntxent: width of the vectors that are compared"""
 
 
 class TrainingOptions(Section):
     """The stage loop."""
 
-    stages: int | None = _option(None, "shape", "--stages", ge=1)
+    stages: int | None = _option(None, "shape", "--stages", ge=1, le=10**4)
     """number of stages; default: the fewest that --gpu-mem holds, without it the network's own"""
     schedule: Literal["sequential", "simultaneous"] = _option("sequential", "shape")
     """sequential: one module after another, each from the cache of the one below; simultaneous: all of them at once,
     gradients isolated, all on the device (to compare with)"""
-    max_epochs: int = _option(100, "training", "--max-epochs", ge=1)
+    max_epochs: int = _option(100, "training", "--max-epochs", ge=1, le=10**9)
     """most epochs that a stage is trained"""
-    rounds: int = _option(1, "shape", "--rounds", ge=1)
+    rounds: int = _option(1, "shape", "--rounds", ge=1, le=10**4)
     """parts of the epochs of each stage; after each the next stage goes on from what it has put out, so that stages can
     train at the same time (see --devices)"""
-    patience: int = _option(3, "training", "--patience", ge=1)
+    patience: int = _option(3, "training", "--patience", ge=1, le=10**9)
     """epochs without improvement before a stage has converged"""
     min_delta: float = _option(1e-3, "training", ge=0)
     """smallest relative improvement of the held-out loss that counts"""
-    batch_size: int = _option(8, "training", "--batch-size", ge=1)
+    batch_size: int = _option(8, "training", "--batch-size", ge=1, le=10**6)
     """windows in a batch"""
     lr: float = _option(2e-4, "training", "--lr", gt=0)
     """learning rate of Adam"""
@@ -166,11 +166,11 @@ class TrainingOptions(Section):
     """part of the input frames of stages above the first that is dropped in each step"""
     precision: Literal["float32", "bfloat16", "float16"] = _option("float32", "training", "--precision")
     """float32, or autocast to bfloat16 or float16"""
-    seed: int = _option(0, "shape", "--seed", ge=0)
+    seed: int = _option(0, "shape", "--seed", ge=0, le=2**63 - 1)
     """seed of weights, splits, windows and negatives"""
     device: str = _option("auto", "place", "--device", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto, cpu, cuda or cuda:N"""
-    checkpoint_seconds: float = _option(60, "place", ge=0)
+    checkpoint_seconds: float = _option(60, "place", ge=0, le=10**9)
     """time between checkpoints inside an epoch, seconds"""
     log: Literal["none", "tensorboard", "wandb", "mlflow"] = _option("none", "place", "--log")
     """show curves in tensorboard, wandb or mlflow too; none: in metrics.jsonl alone"""
@@ -212,7 +212,7 @@ class MemoryOptions(Section):
 
     gpu_mem: Budget = _option(None, "place", "--gpu-mem")
     """most device memory of the run, such as 4GB; default: no limit"""
-    micro_batch: int | None = _option(None, "place", ge=1)
+    micro_batch: int | None = _option(None, "place", ge=1, le=10**6)
     """samples that are on the device at once; default: as many as the budget holds"""
     recompute: Literal["auto", "always", "never"] = _option("auto", "place")
     """keep only the inputs of layers and run these again in the backward pass; auto: where it helps"""
@@ -231,7 +231,7 @@ class CacheOptions(Section):
     """folder on a fast disk of this machine, such as $TMPDIR, in which a cache is written before it is copied to its place"""
     compression: Literal["none", "zstd"] = _option("none", "place", "--cache-compression")
     """zstd: pack each cache once it is whole; less room, slower reads"""
-    block: ByteSize = _option("32MiB", "place", ge=512)
+    block: ByteSize = _option("32MiB", "place", ge=512, le=2**32)
     """bytes that are written and synced at once; a kill costs no more"""
     disk: Budget = _option(None, "place", "--disk")
     """most disk that the caches may take, such as 200GB; default: what is free"""
@@ -252,7 +252,7 @@ class EngineOptions(Section):
     """dask: address of the scheduler; default: a cluster on this machine"""
     partition: str | None = _option(None, "place", "--partition")
     """slurm: partition of the jobs; default: the cluster's"""
-    gpus: int = _option(1, "place", ge=0)
+    gpus: int = _option(1, "place", ge=0, le=10**4)
     """slurm: GPUs of a job, where the device is not cpu"""
     sbatch: tuple[str, ...] = _option((), "place")
     """slurm: more options of sbatch, such as ['--account=physics']"""

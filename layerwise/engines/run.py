@@ -137,7 +137,8 @@ def prepared_run(
     store.refuse_links()
     for folder in (store.out, store.caches):
         refuse_unwritable(folder)
-    refuse_while_queued(store.jobs)
+    if not (store.exists and store.is_copy(store.load_state())):  # of a copy the jobs are those of the original
+        refuse_while_queued(store.jobs)
     request.check(store, len(specs))
     # The locks come this late because a request that is refused leaves no folder behind.
     with store.lock_run():

@@ -55,7 +55,7 @@ def write_encoder(run: Run) -> None:
     """Stitches the trained stages into encoder.safetensors; every task must be done."""
     with run.store.lock_task(_busy(Task(run.rounds, len(run.specs))), lambda: None):
         stitch(run)
-        for store in (run.store.round(number, run.rounds) for number in range(1, run.rounds)):
+        for store in (run.store.round(number, run.rounds) for number in range(1, run.rounds + 1)):
             if store.exists:
                 state = store.load_state()
                 state.from_stage = None
@@ -77,6 +77,8 @@ def open_prepared_run(out: Path, functions: Mapping[str, str | None], device: st
         raise RunError(
             f"The network of {out} was given as an object, which only its own process knows; leave --devices and --engine out."
         )
+    if store.recorded_caches(main) is None:
+        raise RunError(f"The caches of {out} are gone, or another run has taken their folder; start the run again.")
     on, data = find_device(config.training.device), open_data(config.data, shortest_sample(config))
     if data.identity != main.data_identity:
         raise RunError(f"The data of {out} have changed since it was prepared; bring the old ones back.")

@@ -91,8 +91,8 @@ class RunState:
     device: str
     caches: str
     """The folder of the caches, from the run's own folder."""
-    folder: str
-    """The run's own folder at the newest start: tells a copy of the run from one that was moved, and nothing else."""
+    inode: Count
+    """Of the run's own folder at the newest start: tells a copy of the run from one that was moved."""
     cut: Annotated[list[Number], Field(min_length=1, max_length=MOST_STAGES)]
     """Layers in each stage."""
     network: str = ""

@@ -224,18 +224,29 @@ class RunStore:
 
     def has_caches_of(self, state: RunState) -> bool:
         """Whether the folder of the caches says that it belongs to this run, and no other folder with that run claims it."""
-        owner = self._caches_owner()
+        try:
+            owner = self._caches_owner()
+        except RunError:
+            return False
         if owner is None or owner.run_id not in (state.run_id, state.copy_of):
             return False
         named = self.caches / owner.run
-        other = _state_at(named)
-        claimed = other is not None and other.run_id == owner.run_id and _is_same(named / other.caches, self.caches)
-        return _is_same(named, self.out) or not claimed
+        if _is_same(named, self.out) or not os.path.lexists(named / "run.json"):
+            return True
+        try:
+            other = RunState.load(named / "run.json")
+        except RunError:
+            return False
+        return other.run_id != owner.run_id or not _is_same(named / other.caches, self.caches)
+
+    @property
+    def inode(self) -> int:
+        """Of the run directory: a copy has another one, and what is moved on its disk keeps it."""
+        return self.out.stat().st_ino
 
     def is_copy(self, state: RunState) -> bool:
-        """Whether the run of this state still lies where it was at its newest start, and this is another folder."""
-        there = _state_at(Path(state.folder))
-        return there is not None and there.run_id == state.run_id and not _is_same(Path(state.folder), self.out)
+        """Whether this folder is not the one in which the run was started last: a copy, or moved to another disk."""
+        return self.inode != state.inode
 
     def refuse_foreign_folder(self) -> None:
         """Raises RunError where the run directory would mix with files that are not a run's."""
@@ -366,7 +377,15 @@ class RunStore:
         _delete(self.encoder)
         self.delete_cache(stage)
         _delete_files_of_stage(self.stage(stage))
-        _delete_files(self.probes, PROBE_FILES)
+        self._delete_probes()
+
+    def _delete_probes(self) -> None:
+        """A user may keep other files beside them."""
+        for path in self.probes.glob("*.json"):
+            with contextlib.suppress(RunError):
+                read_record(ProbeResult, path)
+                _delete(path)
+        _delete_files(self.probes, ("*.json.tmp",))
 
     def delete_pending_stages(self, state: RunState) -> None:
         """Of stages that are not begun: a stage leaves "pending" before it writes its first file, so these are left over."""
@@ -393,13 +412,15 @@ class RunStore:
             with contextlib.suppress(RunError):  # nothing readable is in it
                 earlier, state_of_earlier = open_run(folder)
                 earlier.delete_run(state_of_earlier)
+            RunStore(folder, self.caches)._delete_files_of_stages()
             # The lock stays: whoever waits for it must meet the next to hold it.
             _delete_files(folder, ("run.json", "run.json.tmp"))
 
     def _delete_files_of_stages(self) -> None:
         for folder in _numbered(self.out / "stages"):
             _delete_files_of_stage(folder)
-        for folder, names in ((self.out / "stages", ()), (self.probes, PROBE_FILES), (self.plots, PLOT_FILES)):
+        self._delete_probes()
+        for folder, names in ((self.out / "stages", ()), (self.plots, PLOT_FILES)):
             _delete_files(folder, names)
         for path in (self.encoder, self.config, self.log, self.machine, self.report):
             _delete(path)
@@ -409,9 +430,15 @@ class RunStore:
         return _numbered(self.out / "rounds")
 
 
-STAGE_FILES = ("weights.safetensors*", "checkpoint.safetensors*", "metrics.jsonl*", "memory.jsonl")
+STAGE_FILES = tuple(
+    name + end
+    for name in ("weights.safetensors", "checkpoint.safetensors", "metrics.jsonl", "memory.jsonl")
+    for end in ("", ".tmp")
+)
 CURVES, CURVE_FILES = "tensorboard", ("events.out.tfevents.*",)
-PROBE_FILES, PLOT_FILES = ("*.json", "*.json.tmp"), ("*.svg", "*.png")
+PLOT_FILES = tuple(
+    name + end for name in ("losses", "memory", "caches", "errors-*", "confusion-*") for end in (".svg", ".png")
+)
 """Patterns of the names that a run gives to its files."""
 
 
@@ -448,14 +475,6 @@ def _is_same(one: Path, other: Path) -> bool:
         return one.samefile(other)
     except OSError:
         return False
-
-
-def _state_at(folder: Path) -> RunState | None:
-    """Of the run that lies there; None where none does that can be read."""
-    try:
-        return RunState.load(folder / "run.json")
-    except (RunError, OSError):
-        return None
 
 
 def open_run(out: Path) -> tuple[RunStore, RunState]:

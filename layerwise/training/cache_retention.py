@@ -67,8 +67,13 @@ def remove_caches(run_directory: Path, stages: Sequence[int] | None) -> int:
     named = store.named_caches(state)
     if named not in (None, store.caches) and cache_files(named):
         raise CacheError(
-            f"{named} holds caches and does not say that they are those of {run_directory}; start the run again, which makes "
-            "its own, or delete them yourself."
+            f"{named} holds caches and does not say that they are those of {run_directory}; start the run again, or delete "
+            "them yourself."
+        )
+    if named is None and any(record.cache for record in state.stages):
+        raise CacheError(
+            f"The caches of {run_directory} do not lie where they lay, seen from it: {state.caches}. Move them there, or start "
+            "the run again with the --cache-dir where they are."
         )
     with store.lock_stopped() as rounds:
         count = len(rounds[0][1].stages)
@@ -88,6 +93,4 @@ def remove_caches(run_directory: Path, stages: Sequence[int] | None) -> int:
                 record = state.record(stage)
                 record.cache = record.cache_bytes = None
             store.save_state(state)
-            if stages is None:
-                store.delete_caches_owner()
     return freed

@@ -70,7 +70,7 @@ def stitch(run: Run) -> None:
     structure, shape = specs[0].network.structure, list(data.frame_shape)
     origin = Origin(without_places(run.config), cut, handings, data.level, data.takes, shape, len(data.ids), structure)
     weights, header = load_stages(run.store, state.stages), encoder_header(origin)
-    state.encoder, state.from_stage = digest_of_file(weights, header), None
+    state.encoder = digest_of_file(weights, header)
     run.store.save_state(state)
     save_arrays(run.store.encoder, weights, header)
 

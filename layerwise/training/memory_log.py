@@ -5,6 +5,7 @@ repeat bit by bit; what a retrained stage has left there is deleted with the res
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from layerwise.errors import LayerwiseError
 from layerwise.events import CachingProgress, EpochDone, Event, Notify, StageStarted, StepDone
-from layerwise.files import json_lines, open_to_append
+from layerwise.files import open_to_append
 from layerwise.memory.meter import AnyMeter
 
 SECONDS_BETWEEN_LINES = 1.0
@@ -37,10 +38,9 @@ class MemoryLog:
         """The newest sample, where it has not been written."""
 
     def __enter__(self) -> "MemoryLog":
-        with contextlib.suppress(OSError, LayerwiseError):
-            _cut_torn_line(self._path)
-        earlier = json_lines(self._path)
-        self._started = self._clock() - (earlier[-1].get("seconds", 0) if earlier else 0)
+        self._started = self._clock()
+        with contextlib.suppress(OSError, LayerwiseError, ValueError, TypeError, KeyError, IndexError):
+            self._started -= float(_last_line(self._path)["seconds"])
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -77,8 +77,17 @@ class MemoryLog:
                 file.write(f"{json.dumps(sample)}\n".encode())
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Of a file whose last line a kill has torn, that line; the next one would be lost with it."""
-    if path.exists():
-        with open_to_append(path) as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
+LONGEST_LINE = 4096
+"""Bytes; the file itself may be of weeks."""
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    """Of a file whose last line a kill may have torn: that one is cut off, for the next one would be lost with it."""
+    with open_to_append(path) as file:
+        start = max(file.seek(0, os.SEEK_END) - LONGEST_LINE, 0)
+        file.seek(start)
+        end = file.read()
+        whole = end[: end.rfind(b"\n") + 1]
+        file.truncate(start + len(whole))
+    line: dict[str, Any] = json.loads(whole.splitlines()[-1])
+    return line

@@ -110,10 +110,9 @@ def _prepare(store: RunStore, run: Run, request: StartRequest, keep: str) -> Run
     state.caches = os.path.relpath(store.caches, store.out.resolve())
     if store.is_copy(state):
         state.copy_of, state.run_id = state.run_id, secrets.token_hex(8)
-    state.folder = str(store.out.resolve())
+    state.inode = store.inode
     store.save_state(state)
-    if state is old:
-        store.delete_pending_stages(state)
+    store.delete_pending_stages(state)
     store.write_caches_owner(state.run_id)
     store.write_config(run.config)
     return state
@@ -128,7 +127,7 @@ def _new_state(store: RunStore, run: Run) -> RunState:
         budget_bytes=None,
         device=str(run.device),
         caches="",
-        folder="",
+        inode=store.inode,
         cut=[len(spec.layers) for spec in run.specs],
         network=run.specs[0].network.identity,
         optimization=_optimization(run),

@@ -93,6 +93,40 @@ def test_a_run_that_was_copied_with_its_caches_uses_the_copies(config: Config, t
     assert {name: content for name, content in everything(project).items() if "two" not in name} == before
 
 
+def test_a_copy_leaves_the_caches_of_an_original_that_cannot_be_read(config: Config, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(project / "runs" / "one", project / "runs" / "two")
+    (project / "runs" / "one" / "run.json").write_text("{")
+    before = everything(project / "cache")
+    with pytest.raises(CacheError, match="does not say that they are those of"):
+        remove_caches(project / "runs" / "two", None)
+    assert everything(project / "cache") == before
+
+
+def test_copies_of_a_run_that_is_gone_are_each_a_run_of_its_own(config: Config, tmp_path: Path) -> None:
+    runs = tmp_path / "project" / "runs"
+    for name in ("two", "three"):
+        shutil.copytree(runs / "one", runs / name)
+    shutil.rmtree(runs / "one")
+    for name in ("two", "three"):
+        run(_moved(config, tmp_path / "project", name))
+    ids = {name: RunState.load(runs / name / "run.json").run_id for name in ("two", "three")}
+    assert ids["two"] != ids["three"]
+
+
+def test_a_copy_of_hard_links_trains_beside_the_original(config: Config, tmp_path: Path) -> None:
+    """As `cp -al` makes it."""
+    project = tmp_path / "project"
+    before = everything(project)
+    for folder in ("runs", "cache"):
+        shutil.copytree(project / folder / "one", project / folder / "two", copy_function=os.link)
+    run(_moved(config, project, "two"), overwrite=True)
+    with exclusive(project / "runs" / "two" / "lock", RunError("held"), 0):
+        run(config)
+    after = everything(project)
+    assert all(after[name] == before[name] for name in before if name.endswith((".safetensors", ".h5")))
+
+
 @pytest.mark.parametrize(("project", "name"), [("elsewhere", "one"), ("project", "renamed")])
 def test_a_run_that_was_moved_or_renamed_finds_its_caches(
     config: Config, tmp_path: Path, project: str, name: str

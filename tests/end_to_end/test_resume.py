@@ -247,6 +247,25 @@ def test_a_from_stage_that_was_killed_before_it_deleted_anything_still_retrains(
     assert [event.stage for event in events if isinstance(event, StageStarted)] == [3, 4]
 
 
+def test_a_from_stage_that_finds_no_room_for_the_encoder_trains_nothing_again(
+    tiny_speech: Tiny, digits: Path, finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = f"fsdd:{digits}"
+    finished(tiny_speech(source))
+    changed = tiny_speech(source, **{"training.lr": 0.01})
+
+    def no_room(*_: object) -> None:
+        raise RunError("No room is left on the disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("layerwise.training.encoder.save_arrays", no_room)
+        with pytest.raises(RunError, match="No room"):
+            run(changed, from_stage=3)
+    events: list[Event] = []
+    run(changed, from_stage=3, notify=events.append)
+    assert [event.stage for event in events if isinstance(event, StageStarted)] == []
+
+
 def test_overwrite_begins_anew_and_leaves_a_users_own_files(
     tiny_speech: Tiny, digits: Path, finished: Finished
 ) -> None:
@@ -456,7 +475,7 @@ def test_a_checkpoint_of_another_version_is_a_sentence(tiny_speech: Tiny, digits
 def test_a_stage_whose_weights_are_gone_is_still_to_be_cached_as_decided(tmp_path: Path) -> None:
     store = RunStore.of(tmp_path / "run", tmp_path / "cache")
     records = [StageRecord(1, "done", cached=True), StageRecord(2, "done", cached=True), StageRecord(3, cached=False)]
-    state = RunState(records, Config(), "data", None, "cpu", "../cache/run", str(store.out), [1, 1, 1])
+    state = RunState(records, Config(), "data", None, "cpu", "../cache/run", 1, [1, 1, 1])
     for path in (store.weights(1), store.cache(1)):
         path.parent.mkdir(parents=True)
         path.touch()

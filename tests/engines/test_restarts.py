@@ -18,7 +18,7 @@ def store(tmp_path: Path) -> RunStore:
     """A run of two stages of which the first is trained."""
     store = RunStore.of(tmp_path / "run", tmp_path / "cache")
     records = [StageRecord(1, "done", epochs=2), StageRecord(2, "training")]
-    RunState(records, Config(), "data", None, "cpu", "../cache/run", str(store.out), [1, 1]).save(store.state)
+    RunState(records, Config(), "data", None, "cpu", "../cache/run", 1, [1, 1]).save(store.state)
     save_checkpoint_of(store, 0, 5)
     store.caches.mkdir(parents=True)
     return store

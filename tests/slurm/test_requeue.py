@@ -30,7 +30,7 @@ def wait_to_be_stopped(config, *, stop, **_):
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         sys.exit(0)
     Path(config.out).mkdir()
-    RunState([StageRecord(1)], config, "data", None, "cpu", "cache", "", [1]).save(Path(config.out) / "run.json")
+    RunState([StageRecord(1)], config, "data", None, "cpu", "cache", 1, [1]).save(Path(config.out) / "run.json")
     Path("begun").touch()
     while not stop.reason:
         time.sleep(0.02)
