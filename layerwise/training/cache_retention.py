@@ -64,6 +64,10 @@ def remove_caches(run_directory: Path, stages: Sequence[int] | None) -> int:
     """
     freed = 0
     store, state = open_run(run_directory)
+    count = len(state.stages)
+    for stage in stages or ():
+        if not 1 <= stage <= count:
+            raise CacheError(f"--stage {stage}: {run_directory} has stages 1 to {count}.")
     named = store.named_caches(state)
     if named not in (None, store.caches) and cache_files(named):
         raise CacheError(
@@ -76,10 +80,7 @@ def remove_caches(run_directory: Path, stages: Sequence[int] | None) -> int:
             "the run again with the --cache-dir where they are."
         )
     with store.lock_stopped() as rounds:
-        count = len(rounds[0][1].stages)
         for stage in stages or ():
-            if not 1 <= stage <= count:
-                raise CacheError(f"--stage {stage}: {run_directory} has stages 1 to {count}.")
             if not any(store.cache(stage).exists() for store, _ in rounds):
                 raise CacheError(
                     f"Stage {stage} of {run_directory} has no cache; see: layerwise cache ls {run_directory}."
