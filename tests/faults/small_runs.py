@@ -249,8 +249,8 @@ def printed(place: Path, ended: Ended) -> str:
 
 
 def regular(path: Path) -> Path:
-    """The path. Raises ValueError where it is not a file of a sane size, which must not be read then."""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > 2**26:
+    """The path, or a link to one. Raises ValueError where it is not a file of a sane size, which must not be read then."""
+    if not path.is_file() or path.stat().st_size > 2**26:
         raise ValueError(f"{path} is no plain file")
     return path
 
