@@ -442,7 +442,7 @@ def is_lenient(case: Case) -> bool:
     """Where success is right, whatever the result: a configuration that is itself what the command is given; a probe that
     was never made, or was removed."""
     given = case.command in ("plan", "init") and case.file in ("run/config.toml", "handed/config.toml")
-    without_it = case.damage.kind == "missing" or case.damage.detail == "dangling"
+    without_it = case.damage.kind == "missing" or case.damage.detail in ("dangling", "to itself")
     probes = case.command in ("report", "export") and case.file.startswith("run/probes")
     # It takes a file, and a folder that is no run, too.
     named = case.command == "cache ls" and (case.file == "run" or (case.file == "run/run.json" and without_it))
