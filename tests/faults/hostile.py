@@ -11,6 +11,7 @@ alone. --short: some forty, for the suite. Faults are printed with their names; 
 """
 
 import argparse
+import copy
 import os
 import re
 import shlex
@@ -483,6 +484,7 @@ def without_caches(made: Any) -> Any:
     """The page of a report, or what status says, without a word on the caches."""
     if isinstance(made, tuple):
         return re.sub(r"<figure>\s*<h\d>Activation caches</h\d>.*?</figure>\s*", "", made[0], flags=re.DOTALL)
+    made = copy.deepcopy(made)
     stages = [*made["stages"], *(stage for each in made.get("rounds", ()) for stage in each["stages"])]
     for stage in stages:
         stage["cache"] = None
