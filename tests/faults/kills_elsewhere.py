@@ -102,7 +102,7 @@ def comparison_made(place: Path, ended: Ended) -> Any:
 
     def timeless(tree: Any) -> Any:
         if isinstance(tree, dict):
-            return {key: timeless(value) for key, value in tree.items() if key != "seconds"}
+            return {key: timeless(value) for key, value in tree.items() if key not in ("seconds", "digest")}
         return [timeless(value) for value in tree] if isinstance(tree, list) else tree
 
     return timeless(json.loads(regular(place / "compared" / "compare.json").read_text()))
