@@ -37,7 +37,9 @@ def write_record(path: Path, record: object, **also: Any) -> None:
     write_atomically(path, content + b"\n")
 
 
-def read_record(kind: type[T], path: Path, version: int | None = None) -> T:
+def read_record(
+    kind: type[T], path: Path, version: int | None = None, way_out: str = "restore it, or move it away."
+) -> T:
     """What `write_record` wrote. version: that the record must be of, where it names one.
 
     Raises RunError where it is missing, of another version, or damaged.
@@ -57,7 +59,7 @@ def read_record(kind: type[T], path: Path, version: int | None = None) -> T:
     except FileNotFoundError:
         raise RunError(f"{path} is missing; restore it.") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: {_finding(error)}; restore it, or move it away.") from None
+        raise RunError(f"{path} is damaged: {_finding(error)}; {way_out}") from None
 
 
 @cache

@@ -104,7 +104,9 @@ def _open(options: DataOptions, shortest: int, fewest: int = 2) -> DataSet:
     if kind == "demo":
         return open_demo()
     if options.source == OWN:
-        raise ConfigError("The data of this run were given as an object, in Python; give them again there, as data=.")
+        raise ConfigError(
+            "The data of this run were given as an object, or by a function; give them again, as data= in Python or with --data."
+        )
     if kind not in DATA_KINDS:
         return _as_data_set(called(options.source, "--data", DATA_KINDS), options)
     if not place:

@@ -30,7 +30,7 @@ from layerwise.training.cache_plan import free_for_caches, plan_caches, sealed_b
 from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend
 from layerwise.training.cut import cut_network
 from layerwise.training.optimizer import Optimization
-from layerwise.training.resume import StartRequest, decided, earlier_records, intended, prepare_rounds
+from layerwise.training.resume import StartRequest, decided, earlier_records, intended, missing_weights, prepare_rounds
 from layerwise.training.run import Round, Run
 from layerwise.training.samples import split_samples
 from layerwise.training.schedule import Task, tasks_of_run
@@ -146,12 +146,13 @@ def prepared_run(
             if store.state_bytes() != planned_for:
                 raise RunError(f"Another process has gone on with {store.out} meanwhile; start the same command again.")
             run = Run(config, store, data, split, specs, memory_plans, cache_plan, device, ranks)
+            missing = missing_weights(store.load_state(), store) if request.goes_on(store) else []
             states = prepare_rounds(run, request)
             state = states[rounds]
             store.write_machine(machine(device))
             tracker = open_service(config.training.log, service, store, state.run_id, config)
         with TrackingCallback(tracker, notify) as notify_all:
-            for line in _described(run):
+            for line in (*_described(run), *missing):
                 notify_all(Message(line))
             done = tuple(record.stage for record in state.stages if record.status == "done")
             notify_all(RunStarted(len(specs), done, config.training.max_epochs, state.budget_bytes, rounds))

@@ -140,8 +140,9 @@ class RunState:
         """Raises RunError where there is no readable run.json of this version."""
         if not path.exists():
             raise RunError(f"{path.parent} is not a run directory: it holds no run.json; name one, or start a run.")
-        state = read_record(cls, path, VERSION)
+        way_out = "restore it, or move the whole folder away and start anew."
+        state = read_record(cls, path, VERSION, way_out)
         stages = [record.stage for record in state.stages]
         if stages != list(range(1, len(stages) + 1)) or len(state.cut) != len(stages):
-            raise RunError(f"{path} is damaged: its stages do not fit its cut; restore it, or move it away.")
+            raise RunError(f"{path} is damaged: its stages do not fit its cut; {way_out}")
         return state

@@ -266,9 +266,14 @@ class RunStore:
             foreign = state is None or not self.has_caches_of(state)
         if foreign:
             raise RunError(
-                f"{self.caches} holds caches of another run of the same name; give another --out name or --cache-dir, or "
-                "delete that folder if its run is gone."
+                f"{self.caches} holds caches of another run of the same name{self.whose_caches()}; give another --out name "
+                "or --cache-dir, or delete that folder if its run is gone."
             )
+
+    def whose_caches(self) -> str:
+        """Words on the run that the folder of the caches names, to go behind another word; empty where it names none."""
+        owner = self._caches_owner()
+        return f" (that in {(self.caches / owner.run).resolve()})" if owner else ""
 
     def refuse_links(self) -> None:
         """Raises RunError where a folder of the run, or of its caches, is a link: nothing is written or deleted behind one."""

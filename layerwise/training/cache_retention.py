@@ -9,7 +9,7 @@ from pathlib import Path
 from layerwise.cache import ActivationCache
 from layerwise.errors import CacheError, RunError, UnusableCache
 from layerwise.events import Message, Notify
-from layerwise.run_store import cache_files, open_run
+from layerwise.run_store import RunStore, cache_files, open_run
 from layerwise.training.cache_plan import retained_caches
 from layerwise.training.resume import find_what_is_missing
 from layerwise.training.run import Round
@@ -71,8 +71,8 @@ def remove_caches(run_directory: Path, stages: Sequence[int] | None) -> int:
     named = store.named_caches(state)
     if named not in (None, store.caches) and cache_files(named):
         raise CacheError(
-            f"{named} holds caches and does not say that they are those of {run_directory}; start the run again, or delete "
-            "them yourself."
+            f"{named} holds caches and does not say that they are those of {run_directory}"
+            f"{RunStore(run_directory, named).whose_caches()}; this run has none of its own."
         )
     if named is None and any(record.cache for record in state.stages):
         raise CacheError(

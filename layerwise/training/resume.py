@@ -17,6 +17,7 @@ from layerwise.config import Config, Option, changed_options
 from layerwise.errors import ConfigError, RunError
 from layerwise.run_store import RunState, RunStore, StageRecord, cache_files
 from layerwise.training.cache_plan import CachePlan, retained_caches
+from layerwise.training.checkpoint import load_stages
 from layerwise.training.run import Run
 
 Change = tuple[Option, object, object]
@@ -157,6 +158,10 @@ def _check_going_on(state: RunState, store: RunStore, run: Run, from_stage: int 
     store.refuse_foreign_caches(state)
     _check_shape(state, store, run.config)
     _check_same_objects(state, store, run)
+    kept = state.stages if from_stage is None else state.stages[: from_stage - 1]
+    for record in kept:
+        if record.is_trained and store.weights(record.stage).exists():
+            load_stages(store, [record])  # before days are spent on what stands above another run's weights
     if from_stage is None or _is_in_hand(state, run.config, from_stage):
         _check_training(state, store, run.config)
         return
@@ -262,6 +267,12 @@ def intended(records: Sequence[StageRecord], store: RunStore, config: Config) ->
     """For each stage, what an earlier start with the same options of the caches meant to do with its outputs."""
     same_options = bool(records) and store.load_state().config.cache == config.cache
     return [record.cached for record in records] if same_options else []
+
+
+def missing_weights(state: RunState, store: RunStore) -> list[str]:
+    """A line for each stage that is trained and to be trained again, since its weights were deleted."""
+    missing = [each.stage for each in state.stages if each.is_trained and not store.weights(each.stage).exists()]
+    return [f"the weights of stage {stage} are missing: it and those above it are trained again" for stage in missing]
 
 
 def find_what_is_missing(state: RunState, store: RunStore, keep: str) -> None:

@@ -244,3 +244,11 @@ def test_a_run_json_of_impossible_values_is_named(config: Config, key: str, valu
         tree[key] = value
     with pytest.raises(RunError, match=r"run.json is damaged"):
         open_run(Path(config.out))
+
+
+def test_a_stage_is_not_trained_above_the_weights_of_another_run(config: Config, other: Path) -> None:
+    shutil.copy(other / "stages/2/weights.safetensors", Path(config.out) / "stages/2/weights.safetensors")
+    events: list[Event] = []
+    with pytest.raises(RunError, match=r"stages/2/weights.safetensors does not hold the weights that this run"):
+        run(config, from_stage=4, notify=events.append)
+    assert [event for event in events if isinstance(event, StageStarted)] == []

@@ -12,7 +12,7 @@ import layerwise.engines.run
 from layerwise.config import Config, load
 from layerwise.engines.run import RunResult, run
 from layerwise.errors import CacheError, ConfigError, Interrupted, LayerwiseError, RunError
-from layerwise.events import CachingProgress, Event, StageStarted, StepDone
+from layerwise.events import CachingProgress, Event, Message, StageStarted, StepDone
 from layerwise.files import exclusive, json_lines
 from layerwise.report.progress import LogFile
 from layerwise.run_store import RunState, RunStore, StageRecord
@@ -422,6 +422,7 @@ def test_weights_that_were_deleted_are_trained_again_to_the_same_bits(tiny_speec
     events: list[Event] = []
     assert bits(run(config, notify=events.append).paths.encoder) == before
     assert [event.stage for event in events if isinstance(event, StageStarted)] == [2, 3, 4]
+    assert Message("the weights of stage 2 are missing: it and those above it are trained again") in events
 
 
 def flip_a_bit_of_the_last_array(path: Path) -> None:
