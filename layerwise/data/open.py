@@ -105,7 +105,7 @@ def _open(options: DataOptions, shortest: int, fewest: int = 2) -> DataSet:
         return open_demo()
     if options.source == OWN:
         raise ConfigError(
-            "The data of this run were given as an object, or by a function; give them again, as data= in Python or with --data."
+            "The data of this run were an object, or made by a function; give them again, with --data, or data= in Python."
         )
     if kind not in DATA_KINDS:
         return _as_data_set(called(options.source, "--data", DATA_KINDS), options)
