@@ -59,7 +59,7 @@ def read_record(
     except FileNotFoundError:
         raise RunError(f"{path} is missing; restore it.") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: {_finding(error)}; {way_out}") from None
+        raise RunError(f"{path} is damaged: {finding(error)}; {way_out}") from None
 
 
 @cache
@@ -71,7 +71,8 @@ def _digest(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def _finding(error: Exception) -> str:
+def finding(error: Exception) -> str:
+    """What is wrong, in words; of a model's errors the first, with the place that it is about."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg'][0].lower()}{first['msg'][1:]}"

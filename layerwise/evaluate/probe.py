@@ -112,7 +112,7 @@ def _cached_features(
     if not store.cache(stage).exists():
         return None
     try:
-        with ActivationCache(store.cache(stage), state.record(stage).fingerprint) as cache:
+        with ActivationCache(store.cache(stage), str(state.record(stage).fingerprint)) as cache:
             features = FeatureRows(store.probes)
             poll = partial(stop.raise_if_set, "while probing")
             cached_features(cache, task.samples, task.per_frame, features, poll)

@@ -17,7 +17,7 @@ from layerwise.training.run import Round
 
 def open_cache(stage: int, round: Round) -> ActivationCache:
     """Raises UnusableCache where it cannot be used, CacheError where it is another run's."""
-    return ActivationCache(round.store.cache(stage), round.state.record(stage).fingerprint)
+    return ActivationCache(round.store.cache(stage), str(round.state.record(stage).fingerprint))
 
 
 def check_retained_caches(round: Round) -> None:

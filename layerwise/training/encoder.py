@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from pydantic import ConfigDict, Field, ValidationError, create_model
+from pydantic import ConfigDict, Field, create_model
 
 from layerwise.config import Config, parsed, result_toml, without_places
 from layerwise.errors import ConfigError, RunError
+from layerwise.records import finding
 from layerwise.training.checkpoint import Arrays, digest_of_file, load_arrays, load_stages, save_arrays
 from layerwise.training.forward import OutputFormat
 from layerwise.training.run import Run
@@ -105,12 +106,8 @@ def load_encoder(path: Path, expected: str | None = None) -> tuple[Arrays, Origi
             f"{path} does not say how it is to be used (it has no {error}): it is damaged, or an earlier layerwise wrote it; "
             f"{way_out}"
         ) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise RunError(f"The header of {path} is damaged ({reason}); restore the file, or {way_out}") from None
     except (ValueError, ConfigError) as error:
-        raise RunError(f"The header of {path} is damaged ({error}); restore the file, or {way_out}") from None
+        raise RunError(f"The header of {path} is damaged ({finding(error)}); restore the file, or {way_out}") from None
     return weights, origin
 
 

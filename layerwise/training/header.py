@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from layerwise.errors import RunError, UnreadableFile
 from layerwise.files import open_readable
+from layerwise.records import Count, finding
 
 _LENGTH_BYTES = 8
 
@@ -21,8 +22,6 @@ _HEADER_BYTES = 100_000_000
 _Dtype = Literal["BOOL", "U8", "I8", "U16", "I16", "F16", "U32", "I32", "F32", "U64", "I64", "F64"]
 """What numpy has a name for, too."""
 
-_Count = Annotated[int, Field(ge=0, lt=2**63)]
-
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -30,8 +29,8 @@ class _Strict(BaseModel):
 
 class _Array(_Strict):
     dtype: _Dtype
-    shape: Annotated[list[_Count], Field(max_length=32)]
-    data_offsets: tuple[_Count, _Count]
+    shape: Annotated[list[Count], Field(max_length=32)]
+    data_offsets: tuple[Count, Count]
 
     @property
     def is_whole(self) -> bool:
@@ -67,11 +66,8 @@ def check_header(path: Path, way_out: str) -> None:
         raise RunError(f"{path} is missing; {way_out}") from None
     except UnreadableFile as error:
         raise RunError(f"{str(error).partition(';')[0].rstrip('.')}; {way_out}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", way_out) from None
     except (OSError, ValueError) as error:
-        raise _damaged(path, str(error), way_out) from None
+        raise _damaged(path, finding(error), way_out) from None
     arrays = header.model_extra or {}
     for name, array in arrays.items():
         if not array.is_whole:

@@ -56,7 +56,9 @@ def prepare_rounds(run: Run, request: StartRequest) -> dict[int, RunState]:
     for number in _to_be_prepared(run, request):
         of_round = run.store.round(number, rounds)
         if request.goes_on(of_round):
-            _check_going_on(of_round.load_state(), of_round, run, request.from_stage)
+            state = of_round.load_state()
+            _check_going_on(state, of_round, run, request.from_stage)
+            _check_weights(state, of_round, request.from_stage)
     for number in range(rounds, 0, -1):
         of_round = run.store.round(number, rounds)
         if number < rounds and not of_round.exists:
@@ -158,16 +160,19 @@ def _check_going_on(state: RunState, store: RunStore, run: Run, from_stage: int 
     store.refuse_foreign_caches(state)
     _check_shape(state, store, run.config)
     _check_same_objects(state, store, run)
-    kept = state.stages if from_stage is None else state.stages[: from_stage - 1]
-    for record in kept:
-        if record.is_trained and store.weights(record.stage).exists():
-            load_stages(store, [record])  # before days are spent on what stands above another run's weights
     if from_stage is None or _is_in_hand(state, run.config, from_stage):
         _check_training(state, store, run.config)
         return
     unfinished = [record.stage for record in state.stages[: from_stage - 1] if record.status != "done"]
     if unfinished:
         raise RunError(f"--from-stage {from_stage}: stage {unfinished[0]} is not done yet; leave --from-stage out.")
+
+
+def _check_weights(state: RunState, store: RunStore, from_stage: int | None) -> None:
+    """Raises RunError where weights that are kept are not this run's: before days are spent on what stands above them."""
+    for record in state.stages if from_stage is None else state.stages[: from_stage - 1]:
+        if record.is_trained and store.weights(record.stage).exists():
+            load_stages(store, [record])
 
 
 def _check_shape(state: RunState, store: RunStore, config: Config) -> None:

@@ -15,7 +15,7 @@ from layerwise.cache import ActivationCache, CacheWriter
 from layerwise.cache.inventory import publish
 from layerwise.data.batches import group_renderings
 from layerwise.data.source import DataSet
-from layerwise.errors import ConfigError, Interrupted, RunError, UnusableCache
+from layerwise.errors import ConfigError, Interrupted, UnusableCache
 from layerwise.events import CachingProgress
 from layerwise.memory.device import halve_until_it_fits
 from layerwise.training.cache_plan import cache_layout
@@ -153,13 +153,11 @@ def _write_together(
     context.ranks.wait_for_first(complete)
 
 
-def _is_sealed(path: Path, expected: str | None) -> bool:
-    if not path.exists():
-        return False
-    with ActivationCache(path) as cache:
-        if cache.layout.fingerprint == expected:
-            return True
-    raise RunError(f"{path} holds another run's activations; move it away, or name another --cache-dir.")
+def _is_sealed(path: Path, fingerprint: str | None) -> bool:
+    """Raises CacheError where it is another run's."""
+    if path.exists():
+        ActivationCache(path, str(fingerprint)).close()
+    return path.exists()
 
 
 def _put_frame_labels(writer: CacheWriter, spec: StageSpec, data: DataSet) -> None:

@@ -212,6 +212,13 @@ def test_a_cache_of_another_run_is_refused_and_no_probe_reads_it(config: Config,
         run(config)
 
 
+def test_a_cache_of_which_nothing_was_recorded_is_not_believed(config: Config) -> None:
+    with edited(Path(config.out) / "run.json") as state:
+        state["stages"][3]["fingerprint"] = None
+    with pytest.raises(CacheError, match=r"stage-4\.h5 was not made by this run"):
+        run(config)
+
+
 def test_an_encoder_of_another_run_is_refused(config: Config, other: Path) -> None:
     shutil.copy(other / "encoder.safetensors", Path(config.out) / "encoder.safetensors")
     with pytest.raises(RunError, match="is not the encoder that its run has written"):
