@@ -115,7 +115,8 @@ def round_states(store: RunStore, state: RunState) -> list[RoundState]:
         of_round = store.round(number, rounds)
         if of_round.exists:
             found = of_round.load_state()
-            if changed_options(found.config, state.config, {"shape"}):
+            misplaced = Path(found.caches).name != of_round.caches.name and number < rounds
+            if misplaced or changed_options(found.config, state.config, {"shape"}):
                 raise RunError(f"{of_round.state} is not of this run; restore it, or begin anew with --overwrite.")
             states.append(RoundState(number, found.stages, of_round.worker()))
     return states
