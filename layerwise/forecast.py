@@ -1,6 +1,16 @@
 """What a run will take, before it is started."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+END_TO_END = (
+    "1 stage is end-to-end training, with the loss at the top alone; without --stages each module is trained by itself"
+)
+
+
+def is_end_to_end(cut: Sequence[int]) -> bool:
+    """Whether all layers of a network are one stage. cut: layers in each stage."""
+    return len(cut) == 1 and cut[0] > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +52,7 @@ class Forecast:
     """Most that the caches take at once, under --keep."""
     disk_budget_bytes: int | None
     notes: list[str]
-    """What is not cached, why, and what it costs."""
+    """What is not cached, why, and what it costs; whether this is end-to-end training."""
     host_bytes: int
     device: str
     stages: list[StageForecast]

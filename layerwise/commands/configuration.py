@@ -10,6 +10,7 @@ from layerwise.commands.options import configured
 from layerwise.config import Config, commented, function_flags, recipe_names, recipe_text
 from layerwise.errors import RunError
 from layerwise.files import write_atomically
+from layerwise.forecast import END_TO_END
 from layerwise.report.printing import answer, answer_exactly, say
 
 
@@ -47,5 +48,7 @@ def init(config: Config, output: Path) -> None:
     skipped = f", {len(data.skipped)} files skipped" if data.skipped else ""
     say(f"{output}: for {len(data.ids)} samples from {config.data.source}{skipped}")
     say(f"labels for probes: {', '.join((*data.labels, *data.frame_label_names)) or 'none'}")
+    if config.training.stages == 1:
+        say(END_TO_END)
     options = shlex.join(["--config", str(output), *function_flags(config)])
     say("next:", f"  layerwise plan {options}", f"  layerwise run {options}")

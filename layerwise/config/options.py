@@ -140,8 +140,9 @@ class ObjectiveOptions(Section):
 class TrainingOptions(Section):
     """The stage loop."""
 
-    stages: int | None = _option(None, "shape", "--stages", ge=1, le=10**4)
-    """number of stages; default: the fewest that --gpu-mem holds, without it the network's own"""
+    stages: Annotated[int, Field(ge=1, le=10**4)] | Literal["fewest"] | None = _option(None, "shape", "--stages")
+    """number of stages, 1 for end to end, or fewest: the fewest that --gpu-mem holds; default: the network's own, those of
+    them that --gpu-mem does not hold cut further"""
     schedule: Literal["sequential", "simultaneous"] = _option("sequential", "shape")
     """sequential: one module after another, each from the cache of the one below; simultaneous: all of them at once,
     gradients isolated, all on the device (to compare with)"""

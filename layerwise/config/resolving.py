@@ -212,16 +212,20 @@ _PATTERNS = {
     "net.name": "must be speech, vision, torchvision:NAME or package.module:function",
 }
 
+_UNIONS = {"training.stages": "must be a whole number from 1 to 10000, or fewest"}
+
 
 def sentence(error: ValidationError) -> str:
     """The first thing that is wrong, with the option, the value and what would be right."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
+    union = next((union for union in _UNIONS if key.startswith(f"{union}.")), None)
+    key = union or key  # without which of its kinds was tried
     if first["type"] == "extra_forbidden":
         return f"There is no option {key!r}{_instead(key)}"
     flag = next((option.flag for option in options() if option.key == key), None)
     plain = _PATTERNS.get(key) if first["type"] == "string_pattern_mismatch" else _PLAIN_WORDS.get(first["type"])
-    message = plain or first["msg"].removeprefix("Value error, ")
+    message = _UNIONS.get(key) or plain or first["msg"].removeprefix("Value error, ")
     shown = "" if first["type"] == "value_error" else f", got {first['input']!r}"
     meant = re.findall("'(.+?)'", first["ctx"]["expected"]) if first["type"] == "literal_error" else []
     return f"{flag or key}: {message[0].lower() + message[1:]}{shown}.{did_you_mean(str(first['input']), meant)}"

@@ -12,7 +12,7 @@ from layerwise.data.batches import READ_AHEAD
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError
-from layerwise.forecast import Forecast, StageForecast
+from layerwise.forecast import END_TO_END, Forecast, StageForecast, is_end_to_end
 from layerwise.memory.device import context_bytes, find_device
 from layerwise.memory.plan import MemoryPlan
 from layerwise.nets import shortest_sample
@@ -65,7 +65,9 @@ def plan(
         cache_bytes=sum(stage.cache_bytes for stage in stages if stage.cached),
         disk_bytes=disk_peak(config.cache, sizes, cache_plan) * rounds_under_way(config, len(specs)),
         disk_budget_bytes=config.cache.disk,
-        notes=list(cache_plan.notes),
+        notes=[END_TO_END, *cache_plan.notes]
+        if is_end_to_end([len(s.layers) for s in specs])
+        else list(cache_plan.notes),
         host_bytes=max(stage.host_bytes for stage in stages),
         device=str(device),
         stages=stages,

@@ -18,6 +18,7 @@ from layerwise.engines.torchrun import device_of
 from layerwise.errors import ConfigError, RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import refuse_unwritable
+from layerwise.forecast import END_TO_END, is_end_to_end
 from layerwise.memory.device import share_one_heap
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets import shortest_sample
@@ -241,16 +242,10 @@ def _earlier_cut(store: RunStore, config: Config) -> list[int] | None:
 def _described(run: Run) -> list[str]:
     """Lines on what is about to be trained."""
     config, data, specs, memory_plans = run.config, run.data, run.specs, run.memory_plans
-    chosen = config.training.stages is None and config.memory.gpu_mem is not None
-    one_pass = all(plan.passes == 1 for plan in memory_plans)
-    held = (
-        ", the fewest that --gpu-mem holds in one pass"
-        if one_pass
-        else ", for no cut trains in one pass under --gpu-mem"
-    )
-    why = f"{held} (--stages N cuts otherwise)" if chosen else ""
     stages = "1 stage" if len(specs) == 1 else f"{len(specs)} stages"
-    lines = [f"{len(data.ids)} samples from {config.data.source}, {stages}{why}"]
+    lines = [f"{len(data.ids)} samples from {config.data.source}, {stages}"]
+    if is_end_to_end([len(spec.layers) for spec in specs]):
+        lines.append(END_TO_END)
     for spec, plan in zip(specs, memory_plans, strict=True):
         if plan.why:
             lines.append(f"stage {spec.stage}: {plan}, because {plan.why}")

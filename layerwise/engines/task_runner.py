@@ -37,7 +37,7 @@ def perform_tasks(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notif
 
 def perform_task(task: Task, run: Run, stop: StopFlag, notify: Notify) -> None:
     """Performs a task whose needs are met, or finds it done. Raises Interrupted after saving."""
-    context = RunContext(run.device, meter_for(run.device, None), stop, notify, run.ranks)
+    context = RunContext(run.device, meter_for(run.device, None), stop=stop, notify=notify, ranks=run.ranks)
     of_round = f" of round {task.round}" if run.rounds > 1 else ""
     where = f"before stage {task.stage}{of_round}"
     context.raise_if_stopped(where)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
@@ -215,6 +216,14 @@ def meter_for(device: torch.device, limit: int | None) -> AnyMeter:
 REHEARSED_ON = torch.device("cpu")
 """Where rehearsals take place, whatever the device of the run: on fake CUDA tensors torch calls cuDNN's recurrent kernels
 for real. A GPU's own workspaces come on top (`memory.device.workspace_bytes`)."""
+
+
+@contextlib.contextmanager
+def in_host_memory() -> Iterator[None]:
+    """No meter counts what is made inside; in a rehearsal it has no values either."""
+    fake = detect_fake_mode()
+    with uncounted(), fake or contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager

@@ -5,26 +5,29 @@ batch. Three steps make them (Gao et al. 2021, arXiv 2101.06983): the representa
 loss on them, and its gradients; the forward pass of each slice once more, through which these gradients run back. The
 second forward pass repeats the first to the bit, its random numbers included.
 
-Of the representations only the rows that the loss scores are kept. Where even those are too many, the batch is gone
-through in several passes, each of which scores a part of the targets: their losses add up.
+Of the representations only the rows that the loss scores are kept. Where even those are too many for the device they wait
+on the host, and the loss is worked out for a part of the targets at a time: the losses of the parts add up. Between the three
+steps nothing of the module need be on the device.
 
 Several ranks share the samples of a batch: each encodes its own and runs them back, and between the two all of them see
 all representations and the whole loss. The gradients of the module are then to be added up over the ranks.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from layerwise.memory.meter import uncounted
+from layerwise.memory.host import HostMemory
+from layerwise.memory.meter import in_host_memory, uncounted
 from layerwise.memory.ranks import ALONE, Ranks
 
 
 class Part(Protocol):
-    """What one pass scores."""
+    """What is scored at once."""
 
     @property
     def rows(self) -> np.ndarray:
@@ -46,35 +49,7 @@ class Total:
 
 
 Loss = Callable[[tuple[torch.Tensor, ...], Part], Total]
-"""The score of one part at all its representations."""
-
-
-@dataclass(slots=True)
-class Pending:
-    """A part whose loss is known, and whose gradients have come as far as the representations."""
-
-    part: Part
-    score: Total
-    gradients: list[torch.Tensor]
-    """Of the representations at the part's rows."""
-    encoded: tuple[torch.Tensor, ...] | None
-    """The representations of this rank's samples with their graph, where all of these were encoded at once."""
-    on_host: bool = False
-    """Whether the gradients wait in host memory."""
-
-    def move_to_host(self) -> None:
-        """Leaves room on the device; each slice takes its part of the gradients back."""
-        with uncounted():
-            self.gradients = [gradient.to("cpu", copy=True) for gradient in self.gradients]
-        self.on_host = True
-
-    def gradients_at(self, rows: slice, device: torch.device) -> list[torch.Tensor]:
-        """Of some of the part's rows, on the device."""
-        if not self.on_host:
-            return [gradient[rows] for gradient in self.gradients]
-        with uncounted():
-            parts = [gradient[rows] for gradient in self.gradients]
-        return [part.to(device, copy=True) for part in parts]
+"""The score of one part at all its representations, or one of several scores that add up to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,51 +60,126 @@ class SlicedBatch:
     samples: int
     frames: int
     """Output frames of each sample, padding included."""
+    micro_batch: int
+    """Samples of a slice."""
+    device: torch.device
+    host: HostMemory | None = None
+    """Where the representations wait, and their gradients; None: on the device."""
     ranks: Ranks = ALONE
     """Who shares the samples."""
 
+    @property
+    def slices(self) -> list[slice]:
+        """Of this rank's samples."""
+        own = self.ranks.share(self.samples)
+        return [slice(s, min(s + self.micro_batch, own.stop)) for s in range(own.start, own.stop, self.micro_batch)]
 
-def score(batch: SlicedBatch, loss: Loss, parts: Sequence[Part], micro_batch: int) -> Total:
+
+@dataclass(frozen=True, slots=True)
+class Representations:
+    """What was encoded of a batch, at some of its rows."""
+
+    rows: np.ndarray
+    """int64 [R], sorted."""
+    encoded: tuple[torch.Tensor, ...]
+    """Of the rows of all ranks' samples, on the device or on the host."""
+    graph: tuple[torch.Tensor, ...] | None
+    """Of this rank's samples with their graph, where all of these were encoded at once."""
+
+
+@dataclass(slots=True)
+class Pending:
+    """Gradients that have come as far as the representations."""
+
+    rows: np.ndarray
+    """int64 [R], sorted."""
+    score: Total
+    gradients: list[torch.Tensor]
+    """Of the representations at these rows, on the device or on the host."""
+    graph: tuple[torch.Tensor, ...] | None
+    on_host: bool
+
+    def move_to(self, host: HostMemory) -> None:
+        """Leaves room on the device; each slice takes its part of the gradients back."""
+        self.gradients = [host.keep(gradient) for gradient in self.gradients]
+        self.on_host = True
+
+
+def encode(batch: SlicedBatch, rows: np.ndarray, with_graph: bool) -> Representations:
+    """The representations of a batch at some rows. with_graph: keep what the backward pass needs, where one slice is all and
+    they stay on the device."""
+    slices = batch.slices
+    keeps = with_graph and len(slices) == 1 and batch.host is None
+    with torch.set_grad_enabled(keeps):
+        own = _encoded(batch, rows, slices)
+    gathered = _gathered(batch, rows, own)
+    return Representations(rows, gathered, own if keeps else None)
+
+
+def score(batch: SlicedBatch, representations: Representations, losses: Iterable[Loss], parts: Sequence[Part]) -> Total:
     """The score of a batch, without gradients."""
-    slices = _slices(batch, micro_batch)
+    scores = []
     with torch.no_grad():
-        return total([loss(_gathered(batch, part.rows, _encoded(batch, part.rows, slices)), part) for part in parts])
+        for loss in losses:
+            scores += [loss(_of_part(batch, representations, part)[1], part) for part in parts]
+            del loss
+    return total(scores)
 
 
-def loss_gradients(batch: SlicedBatch, loss: Loss, part: Part, micro_batch: int, scale: float = 1.0) -> Pending:
-    """The loss of a part, the gradients of the loss's own parameters in their `.grad`, and those of the representations.
+def loss_gradients(
+    batch: SlicedBatch,
+    representations: Representations,
+    losses: Iterable[Loss],
+    parts: Sequence[Part],
+    scale: float = 1.0,
+) -> Pending:
+    """The loss of a batch, the gradients of the loss's own parameters in their `.grad`, and those of the representations.
 
-    scale: what the gradients of the representations are multiplied by, to keep short floats from losing small ones.
+    losses: they add up; each is let go of before the next is asked for. scale: what the gradients of the representations are
+    multiplied by, to keep short floats from losing small ones.
     """
-    slices = _slices(batch, micro_batch)
-    with torch.set_grad_enabled(len(slices) == 1):
-        encoded = _encoded(batch, part.rows, slices)
+    scores = []
+    gradients = [] if batch.host is None else _zeros_on_host(representations.encoded)
+    for loss in losses:
+        for part in parts:
+            at, encoded = _of_part(batch, representations, part)
+            scored, of_part = _gradients_of_part(loss, part, encoded, scale)
+            del encoded
+            scores.append(scored)
+            if batch.host is None:
+                gradients = of_part
+            else:
+                for whole, gradient in zip(gradients, map(batch.host.keep, of_part), strict=True):
+                    with uncounted():
+                        whole.index_add_(0, at, gradient)
+            del of_part
+        del loss
+    return Pending(representations.rows, total(scores), gradients, representations.graph, batch.host is not None)
+
+
+def _gradients_of_part(
+    loss: Loss, part: Part, encoded: tuple[torch.Tensor, ...], scale: float
+) -> tuple[Total, list[torch.Tensor]]:
     # In float32 at least: short floats would lose small gradients before they are scaled.
-    leaves = tuple(
-        tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).requires_grad_()
-        for tensor in _gathered(batch, part.rows, encoded)
-    )
-    if len(slices) != 1 and batch.ranks.count > 1:
-        encoded = ()  # the whole takes its place
-    scored = loss(leaves, part)
+    leaves = [t.detach().to(torch.promote_types(t.dtype, torch.float32)).requires_grad_() for t in encoded]
+    scored = loss(tuple(leaves), part)
     scored.loss.backward()
     gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.mul_(scale) for leaf in leaves]
-    found = Total(scored.loss.detach(), scored.accuracy)
-    return Pending(part, found, gradients, encoded if len(slices) == 1 else None)
+    return Total(scored.loss.detach(), scored.accuracy), gradients
 
 
-def run_back(pending: Pending, batch: SlicedBatch, micro_batch: int) -> None:
-    """Runs the gradients of a part back through the module, into the `.grad` of its parameters."""
-    encoded, pending.encoded = pending.encoded, None
-    if encoded is not None:
-        _backward(encoded, pending.gradients_at(_own_rows(batch, pending.part.rows), encoded[0].device))
+def run_back(pending: Pending, batch: SlicedBatch, host: HostMemory) -> None:
+    """Runs the gradients of the representations back through the module, into the `.grad` of its parameters."""
+    graph, pending.graph = pending.graph, None
+    if graph is not None:
+        _backward(graph, _gradients_at(pending, _own_rows(batch, pending.rows), batch, host))
         return
-    rows = pending.part.rows
-    for samples in _slices(batch, micro_batch):
+    rows = pending.rows
+    for samples in batch.slices:
         here = _rows_of(rows, samples, batch.frames)
         if here.start < here.stop:
             encoded = batch.encode(samples, _within(rows, samples, batch.frames))
-            _backward(encoded, pending.gradients_at(here, encoded[0].device))
+            _backward(encoded, _gradients_at(pending, here, batch, host))
             del encoded
 
 
@@ -142,27 +192,50 @@ def total(scores: Sequence[Total]) -> Total:
     return Total(loss, accuracy)
 
 
-def _slices(batch: SlicedBatch, micro_batch: int) -> list[slice]:
-    """Of this rank's samples."""
-    own = batch.ranks.share(batch.samples)
-    return [slice(start, min(start + micro_batch, own.stop)) for start in range(own.start, own.stop, micro_batch)]
+def all_rows(parts: Sequence[Part]) -> np.ndarray:
+    """The rows of all parts, each once."""
+    return parts[0].rows if len(parts) == 1 else np.unique(np.concatenate([part.rows for part in parts]))
+
+
+def _of_part(
+    batch: SlicedBatch, representations: Representations, part: Part
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Where the rows of a part stand among all, int64 on the host; and its representations, on the device."""
+    with in_host_memory():
+        at = torch.as_tensor(np.searchsorted(representations.rows, part.rows))
+    if batch.host is None:
+        return at, representations.encoded
+    return at, tuple(batch.host.bring(tensor, batch.device, at) for tensor in representations.encoded)
+
+
+def _zeros_on_host(encoded: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    with uncounted():
+        return [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in encoded]
+
+
+def _gradients_at(pending: Pending, rows: slice, batch: SlicedBatch, host: HostMemory) -> list[torch.Tensor]:
+    """Of some of the rows, on the device."""
+    if not pending.on_host:
+        return [gradient[rows] for gradient in pending.gradients]
+    return [host.bring(gradient, batch.device, rows) for gradient in pending.gradients]
 
 
 def _encoded(batch: SlicedBatch, rows: np.ndarray, slices: list[slice]) -> tuple[torch.Tensor, ...]:
     """The representations at those of `rows` that are this rank's, of all its slices."""
-    if len(slices) == 1:
+    if len(slices) == 1 and batch.host is None:
         return batch.encode(slices[0], _within(rows, slices[0], batch.frames))
-    if not slices:
-        return batch.encode(slice(0, 1), rows[:0])  # nothing, in the right shapes
     own = _own_rows(batch, rows)
     whole: tuple[torch.Tensor, ...] = ()
-    for samples in slices:
+    for samples in slices or [slice(0, 0)]:  # a rank that has none gives no rows, in the right shapes
         here = _rows_of(rows, samples, batch.frames)
-        encoded = batch.encode(samples, _within(rows, samples, batch.frames))
-        # Filled slice by slice: joining them in the end would hold all of them twice.
-        whole = whole or tuple(tensor.new_empty(own.stop - own.start, *tensor.shape[1:]) for tensor in encoded)
-        for into, tensor in zip(whole, encoded, strict=True):
-            into[here.start - own.start : here.stop - own.start] = tensor
+        encoded = batch.encode(samples if slices else slice(0, 1), _within(rows, samples, batch.frames))
+        if batch.host is not None:
+            encoded = tuple(map(batch.host.keep, encoded))
+        with contextlib.nullcontext() if batch.host is None else uncounted():
+            # Filled slice by slice: joining them in the end would hold all of them twice.
+            whole = whole or tuple(tensor.new_empty(own.stop - own.start, *tensor.shape[1:]) for tensor in encoded)
+            for into, tensor in zip(whole, encoded, strict=True):
+                into[here.start - own.start : here.stop - own.start] = tensor
         del encoded
     return whole
 
@@ -180,7 +253,8 @@ def _gathered(batch: SlicedBatch, rows: np.ndarray, own: tuple[torch.Tensor, ...
     if ranks.count == 1:
         return own
     places = [_rows_of(rows, ranks.share(batch.samples, rank), batch.frames) for rank in range(ranks.count)]
-    return tuple(ranks.gather_rows(tensor, places) for tensor in own)
+    with contextlib.nullcontext() if batch.host is None else uncounted():
+        return tuple(ranks.gather_rows(tensor, places) for tensor in own)
 
 
 def _backward(encoded: tuple[torch.Tensor, ...], gradients: list[torch.Tensor]) -> None:

@@ -1,37 +1,45 @@
-"""How a stage is laid out on the device, and in which order plans are tried: cheaper ones before dearer ones.
+"""How a stage is laid out on the device, and all ways in which it may be.
 
 A plan does not change the result beyond rounding: a smaller budget costs time, never accuracy."""
 
+import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import groupby, product
+from itertools import product
 
 from layerwise.config.options import MemoryOptions
 
 WIDE_ROOM = 12 * 2**20
 NARROW_ROOM = 4 * 2**20
-"""Bytes that the loss may take on top, where the whole batch is on the device and where it is not. Narrow slices read the
-predictors more often: at width 512 on 2 cores the loss took about a quarter longer."""
+SMALLEST_ROOM = 2**19
+"""Bytes that the loss may take on top: where the whole batch is on the device, where it is not, and where not even the
+predictors are. Narrow slices read the predictors more often: at width 512 on 2 cores the loss took about a quarter longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How one stage is laid out on the device. The cheapest plan is the whole batch in one pass, with everything there.
+    """How one stage is laid out on the device. The cheapest plan is the whole batch in one slice, with everything there.
 
-    The first five fields say how the stage trains; two plans are equal where these are.
+    The fields before `piece` say how the stage trains; two plans are equal where these are.
     """
 
     batch_size: int
     micro_batch: int
-    """Samples that are on the device at once."""
-    passes: int = 1
-    """Times that the batch is gone through, each time for a part of the targets."""
+    """Samples that go through the module at once."""
     recompute: bool = False
     """Whether layers keep only their input and run again in the backward pass (activation checkpointing)."""
     optimizer_on_host: bool = False
-    """Whether the optimizer's state lies in host memory, and the step is taken there."""
+    """Whether parameters and the optimizer's state lie in host memory, where the step is taken; module and predictors then
+    come to the device when they are needed."""
+    predictors: int = 0
+    """Predictors that are on the device at once; 0: all. With the optimizer on the host only."""
+    parts: int = 0
+    """Parts of the batch that the loss is worked out for, one after another, while the representations wait on the host; 0:
+    for the whole batch, and the representations stay on the device."""
+    gradients_at_once: bool = False
+    """Whether each gradient of the module goes to the host as soon as a slice has made it. With the optimizer there only."""
     piece: int = field(default=0, compare=False)
     """Input frames that are on the device at once in the caching pass; 0 until it is planned."""
     windows: int = field(default=0, compare=False)
@@ -41,70 +49,94 @@ class MemoryPlan:
 
     @property
     def whole(self) -> bool:
-        """Whether the batch is not sliced."""
-        return self.micro_batch >= self.batch_size and self.passes == 1
+        """Whether the batch goes through the module once, in one slice."""
+        return self.micro_batch >= self.batch_size and not self.parts
 
     @property
     def loss_room(self) -> int:
         """Bytes that the objective may take beside representations and gradients."""
+        if self.predictors:
+            return SMALLEST_ROOM
         return WIDE_ROOM if self.whole else NARROW_ROOM
 
     def smaller(self) -> "MemoryPlan | None":
-        """The next smaller slices, or None where one sample at a time and one sample's targets a pass are reached."""
+        """The next smaller slices, or None where one sample at a time and one sample's targets at a time are reached."""
         if self.micro_batch > 1:
             return replace(self, micro_batch=self.micro_batch // 2)
-        if self.passes < self.batch_size:
-            return replace(self, passes=min(2 * self.passes, self.batch_size))
+        if self.parts < self.batch_size:
+            return replace(self, parts=min(max(2 * self.parts, 1), self.batch_size))
         return None
+
+    def takes_at_most(self, other: "MemoryPlan") -> bool:
+        """Whether it never takes more memory than the other one, for each way in which they differ saves some."""
+        return (
+            self.recompute == other.recompute
+            and self.micro_batch <= other.micro_batch
+            and self.parts >= other.parts
+            and (self.predictors or sys.maxsize) <= (other.predictors or sys.maxsize)
+            and self.optimizer_on_host >= other.optimizer_on_host
+            and self.gradients_at_once >= other.gradients_at_once
+        )
 
     def __str__(self) -> str:
         words = [f"micro-batch {self.micro_batch}" if self.micro_batch < self.batch_size else "whole batch"]
-        if self.passes > 1:
-            words.append(f"{self.passes} passes")
         if self.recompute:
             words.append("activations recomputed")
         if self.optimizer_on_host:
             words.append("optimizer on the host")
+        if self.parts:
+            words.append("streamed" if self.parts == 1 else f"streamed in {self.parts} parts")
+        if self.gradients_at_once:
+            words.append("gradients to the host at once")
+        if self.predictors:
+            words.append("1 predictor at a time" if self.predictors == 1 else f"{self.predictors} predictors at a time")
         return ", ".join(words)
 
 
-def cheapest(families: Iterable[list[MemoryPlan]], fits: Callable[[MemoryPlan], bool]) -> MemoryPlan | None:
-    """The first plan that fits: families in order, and of each the largest micro-batch.
+def families(
+    batch_size: int, options: MemoryOptions, *, sliceable: bool, repeatable: bool, layers: int, stacked: int
+) -> Iterator[list[MemoryPlan]]:
+    """All plans that the options allow, in lists that differ in the micro-batch alone, largest first.
 
-    A family lists plans that differ in the micro-batch alone, largest first. A smaller micro-batch never takes more, so
-    where the last of a family does not fit, none does. An optimizer on the host never takes more either: where no plan
-    with it fits in so many passes, no other plan of so many passes is tried.
-    """
-    fits = cache(fits)
-    for _, of_so_many_passes in groupby(families, lambda family: family[0].passes):
-        level = list(of_so_many_passes)
-        on_host = [family for family in level if family[0].optimizer_on_host]
-        if on_host and not any(fits(family[-1]) for family in on_host):
-            continue
-        for family in level:
-            if fits(family[0]):
-                return family[0]
-            if len(family) > 1 and fits(family[-1]):
-                return family[bisect_left(family, True, lo=1, hi=len(family) - 1, key=fits)]
-    return None
-
-
-def families(batch_size: int, options: MemoryOptions, *, sliceable: bool, layers: int) -> Iterator[list[MemoryPlan]]:
-    """Plans in the order of their time, in lists that differ in the micro-batch alone.
-
-    Recomputing runs the module once more, as micro-batches do; an optimizer on the host moves the parameters over and
-    back; every further pass runs the module twice more, so passes come last. sliceable: False where the module ties the
-    samples of a batch together; layers: of the module.
+    sliceable: False where the module ties the samples of a batch together, so that they go through it at once; repeatable:
+    False where it cannot go through it twice either; layers: of the module; stacked: predictors that can be on the device some
+    at a time, 0 where the objective has no such.
     """
     halves = [batch_size >> power for power in range(batch_size.bit_length())]
     micro_batches = [options.micro_batch] if options.micro_batch else halves
-    # 1, 2, 4 and so on, up to one sample's targets a pass.
-    all_passes = sorted({min(2**power, batch_size) for power in range(batch_size.bit_length() + 1)})
     where_it_helps = [False, True] if layers > 1 else [False]
     recomputes = {"auto": where_it_helps, "always": [True], "never": [False]}[options.recompute]
     hosts = {"auto": [False, True], "device": [False], "host": [True]}[options.optimizer]
     if not sliceable:
         # Recomputing is out too: running statistics would count every batch twice.
-        micro_batches, all_passes, recomputes = [batch_size], [1], [False]
-    for passes, host, again in product(all_passes, hosts, recomputes):
-        yield [MemoryPlan(batch_size, micro, passes, again, host) for micro in micro_batches]
+        micro_batches, recomputes = [batch_size], [False]
+    # 1, 2, 4 and so on, up to one sample's targets at a time.
+    all_parts = sorted({min(2**power, batch_size) for power in range(batch_size.bit_length() + 1)})
+    for host, again in product(hosts, recomputes):
+        some_at_a_time = [stacked >> power for power in range(1, stacked.bit_length())] if host else []
+        for parts, predictors in product([0, *all_parts] if repeatable else [0], [0, *some_at_a_time]):
+            for at_once in [False, True] if host and parts else [False]:
+                family = [
+                    MemoryPlan(batch_size, micro, again, host, predictors, parts, at_once) for micro in micro_batches
+                ]
+                # The whole batch goes through the module once, slices twice.
+                yield from ([plan for plan in family if plan.whole is whole] for whole in (True, False))
+
+
+def cheapest(families: Iterable[list[MemoryPlan]], fits: Callable[[MemoryPlan], bool]) -> MemoryPlan | None:
+    """The first plan that fits: families in order, and of each the largest micro-batch.
+
+    A smaller micro-batch never takes more, so where the last of a family does not fit, none does; and then none does in a
+    family that takes at least as much.
+    """
+    fits = cache(fits)
+    refused: list[MemoryPlan] = []
+    for family in families:
+        if any(plan.takes_at_most(family[-1]) for plan in refused):
+            continue
+        if fits(family[0]):
+            return family[0]
+        if len(family) > 1 and fits(family[-1]):
+            return family[bisect_left(family, True, lo=1, hi=len(family) - 1, key=fits)]
+        refused.append(family[-1])
+    return None

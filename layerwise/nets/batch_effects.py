@@ -6,7 +6,7 @@ which samples an output depends on. Forward passes of two samples show that too,
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,8 @@ class BatchEffects:
     why_unsliceable: str | None
     """Why a batch goes through it once and whole, as in "layers.1.unit.1 (BatchNorm2d) ties the samples of a batch
     together". None where the outputs of slices are those of the batch, and the same at every pass."""
+    repeatable: bool = True
+    """Whether a second pass gives the same outputs once its parameters and buffers have their old values again."""
 
 
 @memoised_per(Network)
@@ -54,7 +56,11 @@ def module_effects(network: Network, layers: range, frame_shape: tuple[int, ...]
             if index + 1 in layers:
                 x = layer(x)
     reasons = [layer.why_unsliceable for layer in effects if layer.why_unsliceable]
-    return BatchEffects(any(layer.uses_randomness for layer in effects), next(iter(reasons), None))
+    return BatchEffects(
+        any(layer.uses_randomness for layer in effects),
+        next(iter(reasons), None),
+        all(layer.repeatable for layer in effects),
+    )
 
 
 def _shortest_input(module: Module) -> int:
@@ -75,10 +81,11 @@ def _layer_effects(network: Network, index: int, frame_shape: tuple[int, ...]) -
     try:
         effects, operations = _effects_on_fake_tensors(build, shape)
     except Exception:  # a layer of anybody's, without values: unless two samples tell more, it may do anything
-        effects, operations = BatchEffects(True, f"layer {index} of the network cannot be tried without values"), 0
+        why = f"layer {index} of the network cannot be tried without values"
+        effects, operations = BatchEffects(True, why, repeatable=False), 0
     batch_norm = find_batch_norm(unfilled)
     if batch_norm:
-        return BatchEffects(effects.uses_randomness, _ties_samples(batch_norm))
+        return replace(effects, why_unsliceable=_ties_samples(batch_norm))
     parameters = sum(parameter.numel() for parameter in unfilled.parameters())
     if operations > MOST_OPERATIONS or parameters > MOST_PARAMETERS:
         return effects
@@ -86,7 +93,7 @@ def _layer_effects(network: Network, index: int, frame_shape: tuple[int, ...]) -
         on_samples = _effects_on_two_samples(build("cpu"), index, shape)
     except Exception:  # on noise, which it may not be made for
         return effects
-    return BatchEffects(effects.uses_randomness or on_samples.uses_randomness, on_samples.why_unsliceable)
+    return replace(on_samples, uses_randomness=effects.uses_randomness or on_samples.uses_randomness)
 
 
 def _outputs(module: Module, x: torch.Tensor) -> torch.Tensor:
@@ -206,7 +213,7 @@ def _effects_on_two_samples(module: Module, index: int, shape: tuple[int, ...]) 
             return BatchEffects(uses_randomness, _changes_tensor(module, path))
     name = _path_and_class(f"layers.{index}", module.layers[str(index)])
     if not _close(run(batch)[0], outputs):
-        return BatchEffects(uses_randomness, f"{name} gives other outputs at every forward pass")
+        return BatchEffects(uses_randomness, f"{name} gives other outputs at every forward pass", repeatable=False)
 
     def moves_the_first(other: torch.Tensor) -> bool:
         """Whether another second sample changes the outputs of the first one, though as much is drawn."""

@@ -30,7 +30,8 @@ T = TypeVar("T")
 def memoised_per(owner: type) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes a function work out each answer once, and remember it for as long as its argument of this type lives.
 
-    The function is called with positional arguments; the others must be hashable.
+    Where such an argument has an attribute `alike`, all arguments with the same one share their answers. The function is called
+    with positional arguments; the others must be hashable.
     """
 
     def memoised(function: Callable[P, T]) -> Callable[P, T]:
@@ -39,7 +40,8 @@ def memoised_per(owner: type) -> Callable[[Callable[P, T]], Callable[P, T]]:
         @wraps(function)
         def remembered(*args: P.args, **kwargs: P.kwargs) -> T:
             key = tuple(arg for arg in args if not isinstance(arg, owner))
-            of_owner = answers.setdefault(next(arg for arg in args if isinstance(arg, owner)), {})
+            owned = next(arg for arg in args if isinstance(arg, owner))
+            of_owner = answers.setdefault(getattr(owned, "alike", owned), {})
             if key not in of_owner:
                 of_owner[key] = function(*args, **kwargs)
             return of_owner[key]

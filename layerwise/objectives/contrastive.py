@@ -13,21 +13,22 @@ Where this differs from the code of Greedy InfoMax: negatives are drawn once per
 drawn per step for pictures); steps without a single pair in a batch of short samples leave the mean.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from layerwise.objectives.protocol import Score
+from layerwise.objectives.protocol import Group, Score
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What is scored in one pass. A, the anchors, are the windows of all samples side by side: frame t of sample b of B
+    """What is scored at once. A, the anchors, are the windows of all samples side by side: frame t of sample b of B
     is anchor t * B + b, so that the contexts of all targets of a step are one piece of the anchors."""
 
     rows: np.ndarray
@@ -37,7 +38,7 @@ class Draw:
     negatives: np.ndarray
     """int64 [A, N], where the negatives of each target lie in `rows`."""
     weights: np.ndarray
-    """float32 [A, K], the weight of each target at each step in the loss; 0 where there is no such pair. Over all passes
+    """float32 [A, K], the weight of each target at each step in the loss; 0 where there is no such pair. Over all parts
     of a batch they sum to 1."""
     offsets: tuple[int, ...]
     """[K], anchors between a context and its target at each step."""
@@ -46,6 +47,9 @@ class Draw:
 OfScores = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Scores (n, 1 + N, K), the targets' first, and weights (n, K) to the weighted sum of the losses and its gradient with
 respect to the scores, which may overwrite them."""
+
+
+ALL = slice(None)
 
 
 class Contrastive(nn.Module):
@@ -75,7 +79,7 @@ class Contrastive(nn.Module):
         frames: int,
         columns: int,
         rng: np.random.Generator,
-        passes: int = 1,
+        parts: int = 1,
         classes: np.ndarray | None = None,
     ) -> list[Draw]:
         """Draws the window of each sample and the negatives of its frames. Shapes as in `Objective.draw`."""
@@ -96,8 +100,8 @@ class Contrastive(nn.Module):
         negatives = self._draw_negatives(anchors, real, lengths, frames, rng)
         # A target without any pair is not scored, and neither are its negatives.
         negatives = np.where(pair.any(2)[:, :, None], negatives, anchors[:, :, None])
-        parts = np.array_split(np.arange(len(lengths)), passes)
-        return [_compact(anchors[part], negatives[part], weights[part], offsets) for part in parts]
+        samples = np.array_split(np.arange(len(lengths)), parts)
+        return [_compact(anchors[part], negatives[part], weights[part], offsets) for part in samples]
 
     def _draw_negatives(
         self, anchors: np.ndarray, real: np.ndarray, lengths: np.ndarray, frames: int, rng: np.random.Generator
@@ -112,13 +116,32 @@ class Contrastive(nn.Module):
 
     def forward(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int) -> Score:
         """targets (R, C), contexts (R, D) at the rows of the draw; computed in float32 at least. room: bytes of a slice."""
-        shared = contexts is targets
-        targets = targets.to(torch.promote_types(targets.dtype, torch.float32))
-        contexts = targets if shared else contexts.to(targets.dtype)
-        if torch.is_grad_enabled():
-            own_contexts = None if shared else contexts
-            return Score(*_Loss.apply(targets, own_contexts, self.predictors, draw, room, self.of_scores))
-        return _score(targets, contexts, self.predictors, draw, room, self.of_scores, gradients=None)
+        targets, contexts = _in_float32(targets, contexts)
+        if not torch.is_grad_enabled():
+            return _score(targets, contexts, [(ALL, self.predictors, None)], draw, room, self.of_scores, None)
+        own_contexts = None if contexts is targets else contexts
+        return Score(*_Loss.apply(targets, own_contexts, self.predictors, None, draw, room, self.of_scores))
+
+    @property
+    def stacked(self) -> nn.Parameter:
+        """See `Streamed`."""
+        return self.predictors
+
+    def streamed(
+        self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int, groups: Iterable[Group]
+    ) -> Score:
+        """See `Streamed`."""
+        targets, contexts = _in_float32(targets, contexts)
+        if not torch.is_grad_enabled():
+            return _score(targets, contexts, groups, draw, room, self.of_scores, None)
+        own_contexts = None if contexts is targets else contexts
+        return Score(*_Loss.apply(targets, own_contexts, None, groups, draw, room, self.of_scores))
+
+
+def _in_float32(targets: torch.Tensor, contexts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """In float32 at least; one tensor where they are one."""
+    converted = targets.to(torch.promote_types(targets.dtype, torch.float32))
+    return converted, converted if contexts is targets else contexts.to(converted.dtype)
 
 
 def _compact(anchors: np.ndarray, negatives: np.ndarray, weights: np.ndarray, offsets: np.ndarray) -> Draw:
@@ -144,17 +167,21 @@ class _Loss(torch.autograd.Function):
         ctx: Any,
         targets: torch.Tensor,
         contexts: torch.Tensor | None,
-        predictors: torch.Tensor,
+        predictors: torch.Tensor | None,
+        groups: Iterable[Group],
         draw: Draw,
         room: int,
         of_scores: OfScores,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """contexts: None where they are the targets."""
-        grad_targets, grad_predictors = torch.zeros_like(targets), torch.zeros_like(predictors)
+        """contexts: None where they are the targets; predictors: None where `groups` brings them."""
+        grad_targets = torch.zeros_like(targets)
         grad_contexts = None if contexts is None else torch.zeros_like(contexts)
-        gradients = grad_targets, grad_targets if grad_contexts is None else grad_contexts, grad_predictors
+        grad_predictors = None if predictors is None else torch.zeros_like(predictors)
+        if predictors is not None:
+            groups = [(ALL, predictors, grad_predictors)]
+        gradients = grad_targets, grad_targets if grad_contexts is None else grad_contexts
         contexts = targets if contexts is None else contexts
-        score = _score(targets, contexts, predictors, draw, room, of_scores, gradients)
+        score = _score(targets, contexts, groups, draw, room, of_scores, gradients)
         ctx.gradients = grad_targets, grad_contexts, grad_predictors
         ctx.mark_non_differentiable(score.accuracy)
         return score.loss, score.accuracy
@@ -164,70 +191,97 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # No longer held here, the predictors' gradient is taken over by autograd without a copy.
         gradients, ctx.gradients = ctx.gradients, ()
-        return *(None if gradient is None else gradient.mul_(loss) for gradient in gradients), None, None, None
+        return *(None if gradient is None else gradient.mul_(loss) for gradient in gradients), None, None, None, None
 
 
 def _score(
     targets: torch.Tensor,
     contexts: torch.Tensor,
-    predictors: torch.Tensor,
+    groups: Iterable[Group],
     draw: Draw,
     room: int,
     of_scores: OfScores,
-    gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    gradients: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> Score:
-    """The score at targets (R, C), contexts (R, D) and predictors (K, C, D); adds to their gradients where there are any."""
-    steps, channels, _ = predictors.shape
-    anchors = torch.as_tensor(draw.anchors, device=targets.device)
-    candidates = torch.cat([anchors[:, None], torch.as_tensor(draw.negatives, device=targets.device)], dim=1)
-    weights = torch.as_tensor(draw.weights, device=targets.device, dtype=targets.dtype)
-    windows = contexts.index_select(0, anchors)
-
-    # A slice of so many targets has candidates, predictions and gradients of predictions.
-    vector_bytes = targets.element_size() * channels
-    size = min(len(anchors), max(room // (vector_bytes * (candidates.shape[1] + 2 * steps)), 1))
-    z_room = targets.new_empty(size, candidates.shape[1], channels)
-    prediction_room = targets.new_empty(size, steps, channels)
-    if gradients is not None:
-        grad_targets, grad_contexts, grad_predictors = gradients
-        grad_windows, grad_prediction_room = torch.zeros_like(windows), torch.empty_like(prediction_room)
+    """The score at targets (R, C) and contexts (R, D); adds to their gradients, where there are any, and to the predictors'."""
     loss, hits = targets.new_zeros(()), targets.new_zeros(())
-    for start in range(0, len(anchors), size):
-        piece = slice(start, start + size)
-        weight, rows = weights[piece], candidates[piece].flatten()
+    for steps, predictors, gradient in groups:
+        group_loss, group_hits = _score_of_group(
+            targets, contexts, (steps, predictors, gradient), draw, room, of_scores, gradients
+        )
+        loss += group_loss
+        hits += group_hits
+        del predictors, gradient
+    return Score(loss, hits)
+
+
+def _score_of_group(
+    targets: torch.Tensor,
+    contexts: torch.Tensor,
+    group: Group,
+    draw: Draw,
+    room: int,
+    of_scores: OfScores,
+    gradients: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The part of the loss and of the hits that comes from some steps."""
+    steps, predictors, grad_predictors = group
+    count, channels, context_channels = predictors.shape
+    offsets, device = draw.offsets[steps], targets.device
+    candidates = np.concatenate([draw.anchors[:, None], draw.negatives], axis=1)
+
+    # For each target of a slice there are candidates, predictions, gradients of these, a context and its gradient.
+    vector = candidates.shape[1] * channels + 2 * count * channels + 2 * context_channels
+    size = min(len(candidates), max(room // (targets.element_size() * vector), 1))
+    z_room = targets.new_empty(size, candidates.shape[1], channels)
+    prediction_room = targets.new_empty(size, count, channels)
+    grad_prediction_room = None if gradients is None else torch.empty_like(prediction_room)
+    loss, hits = targets.new_zeros(()), targets.new_zeros(())
+    for start in range(0, len(candidates), size):
+        stop = min(start + size, len(candidates))
+        weight = torch.as_tensor(draw.weights[start:stop, steps], device=device, dtype=targets.dtype)
+        rows = torch.as_tensor(candidates[start:stop], device=device).flatten()
+        # The contexts of these targets: the anchors from `first` on.
+        first = max(start - offsets[-1], 0)
+        of_contexts = torch.as_tensor(draw.anchors[first : max(stop - offsets[0], first)], device=device)
+        windows = contexts.index_select(0, of_contexts)
         z, predictions = z_room[: len(weight)], prediction_room[: len(weight)]
         torch.index_select(targets, 0, rows, out=z.flatten(0, 1))
-        for step, (prediction, context) in enumerate(_pairs(predictions, windows, start, draw.offsets)):
+        for step, (prediction, context) in enumerate(_pairs(predictions, windows, start, first, offsets)):
             predictions[: len(weight) - len(prediction), step] = 0
             torch.mm(context, predictors[step].t(), out=prediction)
         scores = torch.bmm(z, predictions.transpose(1, 2))
         hits += (weight * (scores[:, 0] > scores[:, 1:].amax(1))).sum()
         slice_loss, grad_scores = of_scores(scores, weight)
         loss += slice_loss
-        if gradients is None:
-            continue
-        grad_predictions = torch.bmm(grad_scores.transpose(1, 2), z, out=grad_prediction_room[: len(weight)])
-        # The candidates are not needed any more: their gradients take their room.
-        torch.bmm(grad_scores, predictions, out=z)
-        grad_targets.index_add_(0, rows, z.flatten(0, 1))
-        for step, (gradient, context) in enumerate(_pairs(grad_predictions, windows, start, draw.offsets)):
-            grad_predictors[step].addmm_(gradient.t(), context)
-        for step, (gradient, grad_context) in enumerate(_pairs(grad_predictions, grad_windows, start, draw.offsets)):
-            grad_context.addmm_(gradient, predictors[step])
-    if gradients is not None:
-        grad_contexts.index_add_(0, anchors, grad_windows)
-    return Score(loss, hits)
+        if gradients is not None and grad_prediction_room is not None and grad_predictors is not None:
+            grad_targets, grad_contexts = gradients
+            grad_predictions = torch.bmm(grad_scores.transpose(1, 2), z, out=grad_prediction_room[: len(weight)])
+            # The candidates are not needed any more: their gradients take their room.
+            torch.bmm(grad_scores, predictions, out=z)
+            grad_targets.index_add_(0, rows, z.flatten(0, 1))
+            for step, (gradient, context) in enumerate(_pairs(grad_predictions, windows, start, first, offsets)):
+                grad_predictors[step].addmm_(gradient.t(), context)
+            grad_windows = torch.zeros_like(windows)
+            for step, (gradient, grad) in enumerate(_pairs(grad_predictions, grad_windows, start, first, offsets)):
+                grad.addmm_(gradient, predictors[step])
+            grad_contexts.index_add_(0, of_contexts, grad_windows)
+            del grad_windows
+        del windows, scores, grad_scores
+        if isinstance(targets, FakeTensor) and start >= offsets[-1] + size:
+            break  # a rehearsal: all slices after the first full ones need the same room
+    return loss, hits
 
 
 def _pairs(
-    at_targets: torch.Tensor, windows: torch.Tensor, start: int, offsets: tuple[int, ...]
+    at_targets: torch.Tensor, windows: torch.Tensor, start: int, first: int, offsets: tuple[int, ...]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """For each step, its column of at_targets (n, K, C), of the anchors from `start` on, beside the contexts' rows of
-    windows (A, D); without the targets that stand too near the beginning to have a context."""
+    windows (W, D), of the anchors from `first` on; without the targets that stand too near the beginning to have a context."""
     stop = start + len(at_targets)
     for step, offset in enumerate(offsets):
-        first = min(max(offset, start), stop)
-        yield at_targets[first - start :, step], windows[first - offset : stop - offset]
+        begin = min(max(offset, start), stop)
+        yield at_targets[begin - start :, step], windows[begin - offset - first : stop - offset - first]
 
 
 class InfoNCE(Contrastive):

@@ -15,7 +15,7 @@ UNLABELLED = -1
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What is scored in one pass. Nothing about it is random: two renderings of a sample are drawn with the batch."""
+    """What is scored at once. Nothing about it is random: two renderings of a sample are drawn with the batch."""
 
     rows: np.ndarray
     """int64 [R], sorted: all real frames of B neighbouring samples, numbered b * L + t over the padded batch."""
@@ -30,7 +30,7 @@ class Draw:
     classes: np.ndarray
     """int64 [S], the right answer for each: the class of the sample, or the number of its other rendering."""
     weights: np.ndarray
-    """float32 [S], 0 where there is no right answer. Over all passes of a batch they sum to 1, or to 0 where none has one."""
+    """float32 [S], 0 where there is no right answer. Over all parts of a batch they sum to 1, or to 0 where none has one."""
 
 
 def _pooled(lengths: np.ndarray, frames: int, samples: np.ndarray) -> tuple[np.ndarray, int, int, np.ndarray]:
@@ -83,17 +83,17 @@ class NTXent(nn.Module):
         frames: int,
         columns: int,
         rng: np.random.Generator,
-        passes: int = 1,
+        parts: int = 1,
         classes: np.ndarray | None = None,
     ) -> list[Draw]:
-        """Shapes as in `Objective.draw`. Windows that are not scored in a pass are negatives all the same."""
+        """Shapes as in `Objective.draw`. Windows of another part are negatives all the same."""
         windows = np.arange(len(lengths))
         partners = windows ^ 1
         has_partner = partners < len(windows)
         weights = (has_partner / max(has_partner.sum(), 1)).astype(np.float32)
         partners = np.minimum(partners, len(windows) - 1)  # of one without a partner any will do: its weight is 0
         pooled = _pooled(lengths, frames, windows)
-        return [Draw(*pooled, part, partners[part], weights[part]) for part in np.array_split(windows, passes)]
+        return [Draw(*pooled, part, partners[part], weights[part]) for part in np.array_split(windows, parts)]
 
     def forward(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int) -> Score:
         """contexts (R, D) at the rows of the draw; computed in float32 at least. Targets and room are not needed."""
@@ -122,7 +122,7 @@ class Supervised(nn.Module):
         frames: int,
         columns: int,
         rng: np.random.Generator,
-        passes: int = 1,
+        parts: int = 1,
         classes: np.ndarray | None = None,
     ) -> list[Draw]:
         """Shapes as in `Objective.draw`."""
@@ -130,9 +130,9 @@ class Supervised(nn.Module):
             raise ValueError("the supervised objective needs the classes of the batch")
         labelled = classes != UNLABELLED
         weights = (labelled / max(labelled.sum(), 1)).astype(np.float32)
-        parts = np.array_split(np.arange(len(lengths)), passes)
         return [
-            Draw(*_pooled(lengths, frames, part), part, np.maximum(classes[part], 0), weights[part]) for part in parts
+            Draw(*_pooled(lengths, frames, part), part, np.maximum(classes[part], 0), weights[part])
+            for part in np.array_split(np.arange(len(lengths)), parts)
         ]
 
     def forward(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int) -> Score:

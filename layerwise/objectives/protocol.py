@@ -1,8 +1,8 @@
 """What a local objective is: it draws what it needs on the host, then scores on the device."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ class Score:
 
 
 class Draw(Protocol):
-    """Everything random about one pass over a batch."""
+    """Everything random about a part of a batch."""
 
     @property
     def rows(self) -> np.ndarray:
@@ -37,13 +37,13 @@ class Objective(Protocol):
         frames: int,
         columns: int,
         rng: np.random.Generator,
-        passes: int = 1,
+        parts: int = 1,
         classes: np.ndarray | None = None,
     ) -> Sequence[Draw]:
-        """Everything random about one batch, as one draw per pass: the losses of the passes add up to the batch's.
+        """Everything random about one batch, as one draw per part of it: the losses of the parts add up to the batch's.
 
         lengths: int64 [B], real frames of each sample; frames: L of the padded batch; columns: frames per row;
-        passes: at most B. More passes hold fewer rows at once; what is drawn does not depend on them. classes: int64 [B],
+        parts: at most B. More parts hold fewer rows at once; what is drawn does not depend on them. classes: int64 [B],
         -1 where a sample has no label; None where the run names no label.
         """
         ...
@@ -52,6 +52,29 @@ class Objective(Protocol):
         """targets (R, C) and contexts (R, D) at the rows of the draw; the same tensor where they are the same.
 
         room: bytes that the work may take on the device beside these, their gradients and the objective's own.
+        """
+        ...
+
+
+Group = tuple[slice, torch.Tensor, torch.Tensor | None]
+"""Some rows of a parameter: which, their values on the device, and their gradient, which is added to where it is wanted."""
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """An objective with a parameter that need not be on the device all at once."""
+
+    @property
+    def stacked(self) -> nn.Parameter:
+        """(K, ...), of which some rows at a time are enough."""
+        ...
+
+    def streamed(
+        self, targets: torch.Tensor, contexts: torch.Tensor, draw: Any, room: int, groups: Iterable[Group]
+    ) -> Score:
+        """The part of the score that comes from these groups of the stacked parameter; all groups make what a call gives.
+
+        The gradients of the groups are made along with the score. A group is let go of before the next is asked for.
         """
         ...
 

@@ -10,11 +10,13 @@ from layerwise.config import Config
 from layerwise.errors import BudgetError
 from layerwise.memory.device import context_bytes, workspace_bytes
 from layerwise.memory.plan import MemoryPlan, cheapest, families
+from layerwise.nets.network import memoised_per
 from layerwise.stop import StopFlag
 from layerwise.training.cache_plan import CachePlan
 from layerwise.training.forward import longest_piece, shortest_piece
 from layerwise.training.peaks import Below, caching_peak, recomputing_peak, training_fits, training_peak
 from layerwise.training.spec import StageSpec, batch_effects
+from layerwise.training.work import stage_work, step_cost
 
 
 def fit_to_budget(
@@ -44,7 +46,7 @@ def fit_to_budget(
 
 
 def fit_stage(config: Config, spec: StageSpec, device: torch.device, below: Below = ()) -> MemoryPlan | None:
-    """The cheapest plan of a stage that the budget holds, or None.
+    """The plan of a stage that takes the least time of those that the budget holds, or None.
 
     below: the stages whose outputs are not cached and are recomputed for this one, lowest first.
     """
@@ -67,15 +69,6 @@ def fit_stage(config: Config, spec: StageSpec, device: torch.device, below: Belo
     return replace(plan, piece=piece, windows=at_once, why="" if plan == first else _why(config, spec, plan, first))
 
 
-def held_in_one_pass(config: Config, spec: StageSpec, device: torch.device) -> bool:
-    """Whether the budget holds the stage with its optimizer on the device, in one pass over the batch."""
-    room = _tensor_room(config, device)
-    in_one_pass = [family for family in allowed_plans(config, spec) if family[0].passes == 1]
-    on_device = [family for family in in_one_pass if not family[0].optimizer_on_host] or in_one_pass
-    trained = any(training_fits(config, spec, family[-1], room) for family in on_device)
-    return trained and caching_peak(config, spec, shortest_piece(spec, config)) <= room
-
-
 def held_at_all(config: Config, spec: StageSpec, device: torch.device) -> bool:
     """Whether the budget is at least the smallest one of a stage whose input is read, not recomputed."""
     return smallest_budget(config, spec, device) <= (config.memory.gpu_mem or 0)
@@ -87,30 +80,30 @@ def smallest_budget(config: Config, spec: StageSpec, device: torch.device, below
 
 
 def smallest_plan(config: Config, spec: StageSpec, below: Below = ()) -> MemoryPlan:
-    """The plan that takes the least memory: with the smallest micro-batches, and of these the one that rehearses so."""
-    *others, least = _smallest_plans(config, spec)
-    for other in reversed(others):
-        if training_fits(config, spec, other, training_peak(config, spec, least).bytes):
-            least = other
+    """The plan that takes the least memory."""
+    least: list[MemoryPlan] = []
+    for family in allowed_plans(config, spec):
+        plan = family[-1]
+        if not any(other.takes_at_most(plan) for other in least):
+            least = [other for other in least if not plan.takes_at_most(other)] + [plan]
+    smallest = min(least, key=lambda plan: training_peak(config, spec, plan).bytes)
     piece, windows = shortest_piece(spec, config), min(len(below), 1)
-    return replace(least, piece=piece, windows=windows, why="nothing smaller is left")
+    return replace(smallest, piece=piece, windows=windows, why="nothing smaller is left")
 
 
-def _smallest_plans(config: Config, spec: StageSpec) -> list[MemoryPlan]:
-    """One of these takes the least memory.
-
-    More passes and more recomputing do not always take less, so all kinds of them are tried; among the numbers of passes
-    the least and the most.
-    """
-    smallest = [family[-1] for family in allowed_plans(config, spec)]
-    on_host = [plan for plan in smallest if plan.optimizer_on_host] or smallest  # never takes more
-    return [plan for plan in on_host if plan.passes in (smallest[0].passes, smallest[-1].passes)]
-
-
+@memoised_per(StageSpec)
 def allowed_plans(config: Config, spec: StageSpec) -> list[list[MemoryPlan]]:
-    """All plans of a stage that the options allow, cheapest first; see `memory.plan.families`."""
-    sliceable = batch_effects(spec).why_unsliceable is None
-    return list(families(config.training.batch_size, config.memory, sliceable=sliceable, layers=len(spec.layers)))
+    """All plans of a stage that the options allow, those of the least predicted time first; see `memory.plan.families`."""
+    effects, work = batch_effects(spec), stage_work(config, spec)
+    every = families(
+        config.training.batch_size,
+        config.memory,
+        sliceable=effects.why_unsliceable is None,
+        repeatable=effects.repeatable,
+        layers=len(spec.layers),
+        stacked=work.stacked,
+    )
+    return sorted(filter(None, every), key=lambda family: step_cost(config, spec, family[0]))
 
 
 def peaks_of_plan(

@@ -51,7 +51,7 @@ class Progress:
     seconds: float = 0.0
     """Spent on training, over all starts."""
     shrunk: tuple[int, int] | None = None
-    """Micro-batch and passes, where a step ran out of memory and made them smaller."""
+    """Micro-batch and parts, where a step ran out of memory and changed them."""
     loss_scale: float = 1.0
     good_steps: int = 0
     """See `LossScale`."""
@@ -96,14 +96,20 @@ def to_host(tensors: dict[str, torch.Tensor]) -> Arrays:
         return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
 
 
+def weights_of(module: nn.Module) -> Arrays:
+    """Copies of its parameters and buffers in host memory."""
+    with uncounted():
+        return to_host(module.state_dict())
+
+
 def load_weights(module: nn.Module, weights: Arrays) -> None:
     """Copies host arrays into the module, buffers included. Raises RunError where names or shapes differ."""
-    tensors = module.state_dict()
-    if {name: value.shape for name, value in weights.items()} != {n: tuple(t.shape) for n, t in tensors.items()}:
-        raise RunError("The saved weights belong to another network; start anew with --overwrite or another --out.")
-    with torch.no_grad():
+    with torch.no_grad(), uncounted():  # into tensors that are there already
+        tensors = module.state_dict()
+        if {n: value.shape for n, value in weights.items()} != {n: tuple(t.shape) for n, t in tensors.items()}:
+            raise RunError("The saved weights belong to another network; start anew with --overwrite or another --out.")
         for name, tensor in tensors.items():
-            tensor.copy_(host_tensor(weights[name]))
+            tensor.copy_(torch.from_numpy(weights[name]))
 
 
 def save_arrays(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:
@@ -173,8 +179,9 @@ def digest_of_file(arrays: Arrays, metadata: dict[str, str]) -> str:
 def save_checkpoint(path: Path, made_for: str, progress: Progress, trainer: AnyTrainer, best: Arrays | None) -> None:
     """Everything that the next step needs. `made_for` names the stage's input and options."""
     progress.loss_scale, progress.good_steps = trainer.scale.factor, trainer.scale.good_steps
-    progress.shrunk = (trainer.memory_plan.micro_batch, trainer.memory_plan.passes) if trainer.shrunk else None
-    tensors = _named("module", trainer.module.state_dict()) | _named("objective", trainer.objective.state_dict())
+    progress.shrunk = (trainer.memory_plan.micro_batch, trainer.memory_plan.parts) if trainer.shrunk else None
+    with uncounted():
+        tensors = _named("module", trainer.module.state_dict()) | _named("objective", trainer.objective.state_dict())
     for prefix, optimizer in trainer.optimizers():
         for name, state in optimizer.state().items():
             tensors |= _named(f"optimizer/{prefix}{name}", state)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from layerwise.events import Notify, silent
+from layerwise.memory.host import HostMemory
 from layerwise.memory.meter import AnyMeter
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.stop import StopFlag
@@ -17,6 +18,8 @@ class RunContext:
     device: torch.device
     meter: AnyMeter
     """Counts the device bytes of the stage that is at work."""
+    host: HostMemory = field(default_factory=HostMemory)
+    """Host memory beside the device."""
     stop: StopFlag = field(default_factory=StopFlag)
     notify: Notify = silent
     ranks: Ranks = ALONE

@@ -19,10 +19,13 @@ from layerwise.memory.meter import REHEARSED_ON, rehearsal
 from layerwise.memory.plan import MemoryPlan
 from layerwise.nets import build_network
 from layerwise.nets.network import Network, ranges
-from layerwise.training.budget import held_at_all, held_in_one_pass
+from layerwise.training.budget import held_at_all, smallest_budget
 from layerwise.training.optimizer import Optimization
 from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec, stage_specs
+from layerwise.training.work import scored_rows
+
+StagesOf = Callable[[Sequence[range]], list[StageSpec]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,45 +74,61 @@ def cut_network(
     """The stages of a run: cut into `sizes` layers each where given, and where they are this network's; else as the options
     say. All at once, they are the parts of one stage. optimization: in place of Adam.
 
-    With no number of stages in the options they are the network's own, and under a budget the fewest that it holds: each
-    trains in one pass over the batch, with its optimizer on the device. (In many passes almost anything fits, at many
-    times the time.) Where no number is held so, the largest number is taken that is held at all.
+    With no number of stages in the options they are the network's own; under a budget, those of them that it does not hold
+    are cut further. `fewest` are the fewest that the budget holds.
     Raises ConfigError where the network, the cut or the window do not fit the data.
     """
     network = network or build_network(config.net, data.frame_shape, config.training.seed)
     if config.training.schedule == "simultaneous":
         return [_all_at_once(config, data, network, sizes, optimization)]
     stages_of: StagesOf = partial(stage_specs, config, data, network, optimization=optimization)
-    count, natural, most = config.training.stages, stages_of(network.natural_ranges), len(network.layers)
+    count, natural, most = config.training.stages, network.natural_ranges, len(network.layers)
     if sizes is not None and sum(sizes) == most:
         return stages_of(ranges(sizes))
-    if count == len(natural) or (count is None and config.memory.gpu_mem is None):
-        return natural
-    if count is not None and count > most:
+    if count is None or count == len(natural):
+        return (
+            stages_of(natural)
+            if count or config.memory.gpu_mem is None
+            else _refined(config, stages_of, natural, device)
+        )
+    if count == "fewest":
+        return _fewest(config, stages_of, natural, device)
+    if count > most:
         raise ConfigError(
             f"--stages {count}: this network can be cut into at most {most} stages; give a number from 1 to {most} "
             f"(its natural number is {len(natural)}). {network.why_no_finer()}".rstrip()
         )
-    if count in (1, most):  # there is one such cut
-        return stages_of(ranges([most // count] * count))
-    costs = layer_costs(config, data, network)
-    if count is not None:
-        return _best(stages_of, costs, count)
-    cuts = [natural if n == len(natural) else _best(stages_of, costs, n) for n in range(1, most + 1)]
+    return stages_of(_best_cut(_costs(config, stages_of, range(most)), count))
 
-    def held(specs: list[StageSpec], holds: Callable[[Config, StageSpec, torch.device], bool]) -> bool:
+
+def _refined(config: Config, stages_of: StagesOf, cut: list[range], device: torch.device) -> list[StageSpec]:
+    """Stages that the budget does not hold are halved, for as long as there are such that can be."""
+    while True:
+        specs = stages_of(cut)
+        too_large = [spec for spec in specs if len(spec.layers) > 1 and not held_at_all(config, spec, device)]
+        if not too_large:
+            return specs
+        whole = max(too_large, key=lambda spec: smallest_budget(config, spec, device)).layers
+        halves = _best_cut(_costs(config, stages_of, whole), 2)
+        parts = [range(whole.start + half.start, whole.start + half.stop) for half in halves]
+        cut = [part for layers in cut for part in (parts if layers == whole else [layers])]
+
+
+def _fewest(config: Config, stages_of: StagesOf, natural: list[range], device: torch.device) -> list[StageSpec]:
+    """The fewest stages that the budget holds; where it holds none, the finest cut."""
+    most = natural[-1].stop
+    if config.memory.gpu_mem is None:
+        return stages_of([range(most)])
+    costs = _costs(config, stages_of, range(most))
+
+    def held(specs: list[StageSpec]) -> bool:
         # The largest first: where it does not fit, the others need not be looked at.
         order = sorted(specs, key=lambda spec: -stage_cost(costs[spec.layers.start : spec.layers.stop]))
-        return all(holds(config, spec, device) for spec in order)
+        return all(held_at_all(config, spec, device) for spec in order)
 
-    for specs in cuts:
-        if held(specs, held_in_one_pass):
-            return specs
-    # The finest is not always the smallest: its objectives have more to score.
-    return next((specs for specs in reversed(cuts) if held(specs, held_at_all)), cuts[-1])
-
-
-StagesOf = Callable[[Sequence[range]], list[StageSpec]]
+    cuts = (natural if count == len(natural) else _best_cut(costs, count) for count in range(1, most))
+    finest = stages_of(ranges([1] * most))
+    return next(filter(held, map(stages_of, cuts)), finest)
 
 
 def _all_at_once(
@@ -131,13 +150,14 @@ def _all_at_once(
     return replace(whole, parts=tuple(parts))
 
 
-def _best(stages_of: StagesOf, costs: list[LayerCost], stages: int) -> list[StageSpec]:
-    return stages_of(partition(lambda start, stop: stage_cost(costs[start:stop]), len(costs), stages))
+def _best_cut(costs: list[LayerCost], stages: int) -> list[range]:
+    """The cut into so many stages whose largest one takes the least."""
+    return partition(lambda start, stop: stage_cost(costs[start:stop]), len(costs), stages)
 
 
-def layer_costs(config: Config, data: DataSet, network: Network) -> list[LayerCost]:
-    """What each layer takes at full windows."""
-    finest = stage_specs(config, data, network, ranges([1] * len(network.layers)))
+def _costs(config: Config, stages_of: StagesOf, layers: range) -> list[LayerCost]:
+    """What each of these layers takes at full windows."""
+    finest = stages_of(ranges([1] * layers.stop))[layers.start :]
     return [_layer_cost(config, spec) for spec in finest]
 
 
@@ -156,18 +176,9 @@ def _layer_cost(config: Config, spec: StageSpec) -> LayerCost:
         kept=alone.kept,
         transient=alone.highest,
         first=first.highest,
-        rows=2 * 4 * spec.target_channels * _scored_rows(config, spec),
+        rows=2 * 4 * spec.target_channels * scored_rows(config, spec, 1),
         last=whole - static - predictors - alone.inputs,
     )
-
-
-def _scored_rows(config: Config, spec: StageSpec) -> int:
-    """Rows of a batch that the objective scores."""
-    size, meta = config.training.batch_size, torch.device("meta")
-    lengths = np.full(size, int(spec.shapes.out_length(spec.window.frames)))
-    classes, rng = np.zeros(size, dtype=np.int64), np.random.default_rng(0)
-    draws = spec.build_objective(config, meta).draw(lengths, int(lengths[0]), spec.window.columns, rng, 1, classes)
-    return len(draws[0].rows)
 
 
 @dataclass(frozen=True, slots=True)

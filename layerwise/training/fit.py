@@ -21,7 +21,7 @@ from layerwise.data.batches import Batch, Epoch, ordered_epoch, stream, training
 from layerwise.errors import RunError, TrainingError
 from layerwise.events import EpochDone, StageStarted, StepDone
 from layerwise.files import write_atomically
-from layerwise.training.checkpoint import Arrays, Progress, load_checkpoint, save_checkpoint, to_host
+from layerwise.training.checkpoint import Arrays, Progress, load_checkpoint, save_checkpoint, weights_of
 from layerwise.training.loader import Loader, augmented
 from layerwise.training.run import Round
 from layerwise.training.samples import HELD_OUT, TRAIN, sample_classes
@@ -97,7 +97,7 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Prog
             "peak_bytes": progress.peak_bytes,
         }
         if _close_epoch(progress, entry, options):
-            best = to_host(trainer.module.state_dict())
+            best = weights_of(trainer.module)
         if context.ranks.first:
             lines = "".join(json.dumps(entry) + "\n" for entry in progress.history)
             write_atomically(store.metrics(stage), lines.encode())

@@ -141,7 +141,7 @@ def within_budget(work: Callable[[int, RunContext], T], config: Config, data: Da
         meter = meter_for(device, budget)
         try:
             with meter:
-                return work(piece, RunContext(device, meter, stop))
+                return work(piece, RunContext(device, meter, stop=stop))
         finally:
             # The meter counts what it refuses, too.
             peak = max(peak, meter.peak if budget is None else min(meter.peak, budget))

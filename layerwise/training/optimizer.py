@@ -176,30 +176,20 @@ def _step_unwarned(scheduler: LRScheduler) -> None:
 
 
 class HostOptimizer(Optimizer):
-    """State and a second copy of the parameters in host memory; gradients go there, new values come back."""
+    """Steps parameters that lie in host memory, where their state lies too."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], how: Optimization) -> None:
-        self._originals = dict(parameters)
         with uncounted():
-            copies = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
-            super().__init__({name: nn.Parameter(copy) for name, copy in copies.items()}, how)
+            super().__init__(parameters, how)
 
     def step(self) -> None:
-        """Takes a step, and the gradients off the device."""
-        with torch.no_grad(), uncounted():
-            for name, original in self._originals.items():
-                self.parameters[name].grad = None if original.grad is None else original.grad.cpu()
-                original.grad = None
+        """Takes a step, and lets go of the gradients."""
+        with uncounted():
             super().step()
-            for name, original in self._originals.items():
-                original.copy_(self.parameters[name])
 
     def load(self, state: Mapping[str, State]) -> None:
-        """The parameters on the device must have their values already: the copies take them over."""
-        with torch.no_grad(), uncounted():
+        with uncounted():
             super().load(state)
-            for name, original in self._originals.items():
-                self.parameters[name].copy_(original)
 
     def on_device(self) -> Iterable[torch.Tensor]:
         """None of it."""

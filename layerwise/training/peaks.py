@@ -3,10 +3,12 @@
 A prediction is not a model of the code but the code itself: its very steps are rehearsed on fake tensors. Of many like
 slices and pieces only the first are rehearsed, for the others need the same room."""
 
+import contextlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -19,12 +21,12 @@ from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError, ConfigError
 from layerwise.memory import microbatch
 from layerwise.memory.device import autocast, on_device
-from layerwise.memory.meter import REHEARSED_ON, Kind, rehearsal
-from layerwise.memory.microbatch import Pending
+from layerwise.memory.meter import REHEARSED_ON, Kind, in_host_memory, rehearsal
+from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.plan import MemoryPlan
 from layerwise.nets.module import Module
 from layerwise.nets.network import memoised_per
-from layerwise.objectives.protocol import Draw
+from layerwise.objectives.protocol import Draw, Group, ObjectiveModule
 from layerwise.training.context import RunContext
 from layerwise.training.optimizer import HostOptimizer, Optimizer
 from layerwise.training.spec import StageSpec
@@ -133,10 +135,7 @@ def _passing_peak(config: Config, spec: StageSpec, windows: int, frames: int) ->
     return meter.peak
 
 
-REHEARSED_SLICES = 2
-"""The first makes the gradients; the second adds to them, like all that follow."""
-
-REHEARSED_PASSES = 2
+REHEARSED_PARTS = 2
 
 SPREAD = 5
 """Standard deviations by which the rows of a draw may exceed those of the rehearsed one."""
@@ -152,75 +151,143 @@ class Peak:
 
 @dataclass(slots=True)
 class _Rehearsal:
-    """What is known of the training under one plan."""
+    """What is known of a part of a step under one plan."""
 
     peak: Peak | None = None
     more_than: int | None = None
     """Bytes at which a rehearsal was broken off, where none has reached its end."""
 
 
+_Phase = Literal["step", "loss", "replay"]
+
+
 @memoised_per(StageSpec)
-def _rehearsal(config: Config, spec: StageSpec, plan: MemoryPlan) -> _Rehearsal:
+def _rehearsal(config: Config, spec: StageSpec, phase: _Phase, plan: MemoryPlan) -> _Rehearsal:
     return _Rehearsal()
+
+
+def _phases(plan: MemoryPlan) -> list[tuple[_Phase, MemoryPlan]]:
+    """What is rehearsed by itself, each with the parts of the plan that matter to it.
+
+    Where module and representations wait on the host, module and loss never are on the device together. The first pass
+    through the module takes less than the second one, which comes with gradients.
+    """
+    if not (plan.optimizer_on_host and plan.parts):
+        return [("step", plan)]
+    of_loss = replace(plan, micro_batch=plan.batch_size, recompute=False, gradients_at_once=False)
+    return [("loss", of_loss), ("replay", replace(plan, parts=1, predictors=0))]
 
 
 def training_peak(config: Config, spec: StageSpec, plan: MemoryPlan) -> Peak:
     """Predicted peak of the training pass of a stage, at full windows."""
-    known = _rehearsal(config, spec, plan)
-    if known.peak is None:
-        known.peak = _rehearsed_training(config, spec, plan)
-    return known.peak
+    peaks = []
+    for phase, part_of_plan in _phases(plan):
+        known = _rehearsal(config, spec, phase, part_of_plan)
+        if known.peak is None:
+            known.peak = _rehearsed(config, spec, phase, part_of_plan)
+        peaks.append(known.peak)
+    return max(peaks, key=lambda peak: peak.bytes)
 
 
 def training_fits(config: Config, spec: StageSpec, plan: MemoryPlan, room: int) -> bool:
     """Whether that peak is at most `room` bytes; where it is not, the rehearsal ends with the first byte beyond."""
-    known = _rehearsal(config, spec, plan)
-    if known.peak is None and (known.more_than is None or known.more_than < room):
-        try:
-            known.peak = _rehearsed_training(config, spec, plan, room)
-        except BudgetError:
-            known.more_than = room
-    return known.peak is not None and known.peak.bytes <= room
+    for phase, part_of_plan in _phases(plan):
+        known = _rehearsal(config, spec, phase, part_of_plan)
+        if known.peak is None and (known.more_than is None or known.more_than < room):
+            try:
+                known.peak = _rehearsed(config, spec, phase, part_of_plan, room)
+            except BudgetError:
+                known.more_than = room
+        if known.peak is None or known.peak.bytes > room:
+            return False
+    return True
 
 
-def _rehearsed_training(config: Config, spec: StageSpec, plan: MemoryPlan, limit: int | None = None) -> Peak:
+def _rehearsed(config: Config, spec: StageSpec, phase: _Phase, plan: MemoryPlan, limit: int | None = None) -> Peak:
     """Raises BudgetError where the peak passes the limit."""
     size, window = config.training.batch_size, spec.window.frames
     with rehearsal(limit) as meter:
         trainer = _RehearsedTrainer(spec, config, plan, RunContext(REHEARSED_ON, meter))
         # As in training, loss and accuracy of a step live until those of the next one take their place.
-        before = torch.zeros((), device=REHEARSED_ON), torch.zeros((), device=REHEARSED_ON)
+        before = Total(torch.zeros((), device=REHEARSED_ON), torch.zeros((), device=REHEARSED_ON))
         frames = _stored_input(config, spec, size, window)
         lengths = np.full(size, window)
         # Padding is masked, and masks take room, in whichever slice it comes.
         lengths[:: plan.micro_batch] = min(window, spec.lengths.min())
-        classes = np.zeros(size, dtype=np.int64)
-        trainer.train(Batch(frames, lengths, classes), StepRandomness(lambda: np.random.default_rng(0)))
-        del before
+        batch = Batch(frames, lengths, np.zeros(size, dtype=np.int64))
+        trainer.rehearse(phase, batch, before)
     return Peak(meter.peak, meter.peak_by_kind)
 
 
 class _RehearsedTrainer(StageTrainer):
-    """Goes through the first slices and passes of a batch. Where they do not fit, it does not try smaller slices."""
+    """Goes through the first slices and parts of a batch. Where they do not fit, it does not try smaller ones."""
+
+    def rehearse(self, phase: _Phase, batch: Batch, before: Total) -> None:
+        """A step, or a part of it. before: the score of the step before, which stays until the end of this one."""
+        randomness = StepRandomness(lambda: np.random.default_rng(0))
+        if phase == "step":
+            self.train(batch, randomness)
+            return
+        self.module.train()
+        draws, sliced = self._draws(batch, randomness), self._sliced(batch, randomness.seed)
+        with in_host_memory():
+            channels = [self.spec.output_shape[0]]
+            if self.spec.separate_targets:
+                channels.insert(0, self.spec.target_channels)
+            vectors = [torch.empty(len(self._most_rows), count, dtype=torch.float32) for count in channels]
+        if phase == "loss":
+            encoded = microbatch.Representations(self._most_rows, tuple(vectors), None)
+            with contextlib.closing(self._losses()) as losses:
+                microbatch.loss_gradients(sliced, encoded, losses, draws)
+        else:
+            pending = Pending(self._most_rows, before, vectors, graph=None, on_host=True)
+            with self.module_on_device():
+                self._replay(pending, sliced)
+
+    def _build(self) -> tuple[Module, ObjectiveModule]:
+        """Without values, on the host too."""
+        with in_host_memory() if self.memory_plan.optimizer_on_host else contextlib.nullcontext():
+            seed = self.config.training.seed
+            return self.spec.build_module(seed, REHEARSED_ON), self.spec.build_objective(self.config, REHEARSED_ON)
 
     def _draws(self, batch: Batch, randomness: StepRandomness) -> Sequence[Draw]:
         full = replace(batch, lengths=np.full(len(batch.lengths), batch.frames.shape[1]))
         draws = super()._draws(full, randomness)
+        self._most_rows = self._most(batch, microbatch.all_rows(draws))
+        most = max((self._most(batch, draw.rows) for draw in draws), key=len)
+        return [replace(cast(Any, draw), rows=most) for draw in draws[:REHEARSED_PARTS]]
+
+    def _rows(self, draws: Sequence[Draw]) -> np.ndarray:
+        return self._most_rows
+
+    def _most(self, batch: Batch, rows: np.ndarray) -> np.ndarray:
+        """At least as many rows as ever, and in the slice that is rehearsed as many as ever fall into one."""
         samples, frames = len(batch.lengths), int(self.module.out_length(batch.frames.shape[1]))
-        most = max(_most_hit(len(draw.rows), samples * frames) for draw in draws)
-        in_slice = max(_most_in_a_slice(draw.rows, samples, frames, self.memory_plan.micro_batch) for draw in draws)
-        rows = _spread_out(most, min(in_slice, most), samples, frames, self.memory_plan.micro_batch)
-        return [replace(cast(Any, draw), rows=rows) for draw in draws[:REHEARSED_PASSES]]
+        most, micro_batch = _most_hit(len(rows), samples * frames), self.memory_plan.micro_batch
+        in_slice = min(_most_in_a_slice(rows, samples, frames, micro_batch), most)
+        return _spread_out(most, in_slice, samples * frames, min(micro_batch, samples) * frames)
+
+    def _visits(self, stacked: torch.Tensor) -> Iterator[Group]:
+        return itertools.islice(super()._visits(stacked), REHEARSED_PARTS)
 
     def _shrink(self, reason: str) -> None:
         raise BudgetError(reason)
 
-    def _run_back(self, pending: Pending, encoded: microbatch.SlicedBatch) -> None:
-        microbatch.run_back(pending, encoded, self.memory_plan.micro_batch)
+    def _run_back(self, pending: Pending, batch: microbatch.SlicedBatch) -> None:
+        self._replay(pending, batch)
+
+    def _replay(self, pending: Pending, batch: microbatch.SlicedBatch) -> None:
+        """Of the second slice, where there are several: it adds to the gradients of the first, like all that follow."""
+        if self.memory_plan.micro_batch < self.config.training.batch_size and not self.memory_plan.gradients_at_once:
+            for parameter in self.module.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
+            self.context.meter.label("gradients", (parameter.grad for parameter in self.module.parameters()))
+        super()._replay(pending, replace(batch, samples=min(batch.samples, batch.micro_batch)))
 
     def _optimizer(self, trained: nn.Module) -> Optimizer:
         if self.memory_plan.optimizer_on_host:
-            return _HostOptimizerSeenFromDevice(trained)
+            return _OptimizerSeenFromDevice(trained)
         optimizer = super()._optimizer(trained)
         if self.spec.optimization:
             # It makes its state at the first step; the rehearsed step is to be like all later ones.
@@ -237,11 +304,12 @@ class _RehearsedTrainer(StageTrainer):
         return optimizer
 
     def _samples(self, batch: Batch) -> int:
-        return min(len(batch.lengths), REHEARSED_SLICES * self.memory_plan.micro_batch)
+        """Two slices: what is encoded of several is kept otherwise than what is encoded at once."""
+        return min(len(batch.lengths), 2 * self.memory_plan.micro_batch)
 
 
-class _HostOptimizerSeenFromDevice(HostOptimizer):
-    """Of a step on the host, the device sees that the gradients go."""
+class _OptimizerSeenFromDevice(HostOptimizer):
+    """Of a step on the host, the device sees nothing."""
 
     def __init__(self, trained: nn.Module) -> None:
         self._trained = trained
@@ -268,11 +336,8 @@ def _most_in_a_slice(rows: np.ndarray, samples: int, frames: int, micro_batch: i
     return min(size, math.ceil(most + SPREAD * math.sqrt(most * max(1 - most / size, 0))))
 
 
-def _spread_out(most: int, in_slice: int, samples: int, frames: int, micro_batch: int) -> np.ndarray:
-    """`most` rows, `in_slice` of them in each of the slices that are rehearsed."""
-    size = micro_batch * frames
-    slices = [start + np.arange(in_slice) * size // in_slice for start in range(0, REHEARSED_SLICES * size, size)]
-    first = np.concatenate(slices)[:most]
-    behind = min(REHEARSED_SLICES * size, samples * frames)
-    others = behind + np.arange(most - len(first)) * (samples * frames - behind) // max(most - len(first), 1)
-    return np.concatenate([first[first < samples * frames], others])
+def _spread_out(most: int, in_slice: int, frames: int, in_first: int) -> np.ndarray:
+    """`most` rows out of so many frames, `in_slice` of them among the first `in_first`, which are a slice."""
+    first = np.arange(in_slice) * in_first // in_slice
+    others = in_first + np.arange(most - in_slice) * (frames - in_first) // max(most - in_slice, 1)
+    return np.concatenate([first, others])

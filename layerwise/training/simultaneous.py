@@ -74,7 +74,8 @@ class SimultaneousTrainer:
         """The input of the next part, on the device."""
         device, meter = self.context.device, self.context.meter
         look = meter.should_meter(f"outputs, stage {part.spec.stage}", batch.frames.shape[1])
-        with torch.no_grad(), metered(look), autocast(device, self.config.training.precision):
+        precision = self.config.training.precision
+        with torch.no_grad(), metered(look), part.module_on_device(), autocast(device, precision):
             part.module.eval()
             frames = on_device(batch.frames, device)
             outputs = part.module(frames, batch.lengths)[1]

@@ -15,6 +15,7 @@ from layerwise.errors import ConfigError, DataError
 from layerwise.memory.meter import uncounted
 from layerwise.memory.ranks import Ranks
 from layerwise.nets import shortest_window
+from layerwise.nets.alike import Alike, alike, layer_traits
 from layerwise.nets.batch_effects import BatchEffects, module_effects
 from layerwise.nets.module import Geometry, Module
 from layerwise.nets.network import Network, weight_seed, with_first_weights, without_values
@@ -26,7 +27,7 @@ from layerwise.training.samples import count_classes
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class StageSpec:
-    """One stage, described and not yet built. Equal to itself alone, so that predictions can be memoised per stage."""
+    """One stage, described and not yet built."""
 
     stage: int
     layers: range
@@ -52,6 +53,8 @@ class StageSpec:
     """int64 [N], frames of each sample of its output."""
     geometry: Geometry
     """Of its output."""
+    alike: Alike
+    """The same for stages that take the same on the device, so that predictions are memoised once for all of them."""
     parts: tuple["StageSpec", ...] = ()
     """Where the stage is several modules that are trained at once, each by its own objective: these."""
     optimization: Optimization | None = None
@@ -61,6 +64,11 @@ class StageSpec:
     def shapes(self) -> Module:
         """The module without values, shared by all who ask."""
         return without_values(self.network, self.layers)
+
+    @property
+    def separate_targets(self) -> bool:
+        """Whether targets and contexts are different vectors."""
+        return [*self.shapes.layers.values()][-1].recurrent
 
     def build_module(self, seed: int, device: torch.device) -> Module:
         """The module with its first weights, on the device."""
@@ -113,6 +121,11 @@ def stage_specs(
                 lengths=lengths,
                 output_lengths=output_lengths,
                 geometry=geometry,
+                alike=alike(
+                    network,
+                    *(layer_traits(network, index) for index in layers),
+                    *(stage == 1, frame_shape, window, int(lengths.min()), classes, renderings, optimization),
+                ),
                 optimization=optimization,
             )
         )

@@ -8,8 +8,10 @@ smaller before the predictors have stepped: the other ranks would wait for somet
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,11 +22,13 @@ from layerwise.config import Config
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
 from layerwise.memory import microbatch
-from layerwise.memory.device import autocast, offloaded, on_device, pack_recurrent_weights, release, why_out_of_memory
-from layerwise.memory.meter import metered
+from layerwise.memory.device import autocast, offloaded, pack_recurrent_weights, release, why_out_of_memory
+from layerwise.memory.meter import metered, uncounted
 from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.plan import MemoryPlan
-from layerwise.objectives.protocol import Draw
+from layerwise.nets.module import Module
+from layerwise.nets.network import named_tensors
+from layerwise.objectives.protocol import Draw, Group, ObjectiveModule, Streamed
 from layerwise.training.context import RunContext
 from layerwise.training.optimizer import HostOptimizer, LossScale, Optimizer, adam
 from layerwise.training.spec import StageSpec, batch_effects
@@ -48,20 +52,21 @@ class StageTrainer:
     def __init__(self, spec: StageSpec, config: Config, memory_plan: MemoryPlan, context: RunContext) -> None:
         self.spec, self.config, self.memory_plan, self.context = spec, config, memory_plan, context
         self.effects = batch_effects(spec)
-        self.module = spec.build_module(config.training.seed, context.device)
-        self.objective = spec.build_objective(config, context.device)
+        self.module, self.objective = self._build()
+        """With the optimizer on the host they lie there too, and come to the device when they are needed."""
         self.optimizer = self._optimizer(self.module)
         self.predictor_optimizer = self._optimizer(self.objective)
+        self._module_is_lent = False
         self.shrunk = False
         """Whether a step ran out of memory, so that the plan is smaller than it was."""
         self.scale = LossScale.of(config.training.precision)
         self._label()
         self._label_gradients()
 
-    def go_on_shrunk(self, micro_batch: int, passes: int) -> None:
+    def go_on_shrunk(self, micro_batch: int, parts: int) -> None:
         """Takes slices at least as small as an earlier start had to: with these it got where it stopped."""
-        micro_batch, passes = min(micro_batch, self.memory_plan.micro_batch), max(passes, self.memory_plan.passes)
-        self.memory_plan, self.shrunk = replace(self.memory_plan, micro_batch=micro_batch, passes=passes), True
+        micro_batch, parts = min(micro_batch, self.memory_plan.micro_batch), max(parts, self.memory_plan.parts)
+        self.memory_plan, self.shrunk = replace(self.memory_plan, micro_batch=micro_batch, parts=parts), True
 
     def optimizers(self) -> list[tuple[str, Optimizer]]:
         """Each with what a checkpoint writes before the names of its parameters."""
@@ -73,10 +78,11 @@ class StageTrainer:
         draws = self._draws(batch, randomness)
         with metered(self._should_meter("training", batch, draws)):
             score = self._repeat_in_smaller_slices(self._attempt, draws, batch, randomness)
-            self._add_gradients()
-            if self.scale.unscale(self.module.parameters()):
-                self.optimizer.step()
-            self._forget_gradients()
+            with self._beside_parameters():
+                self._add_gradients()
+                if self.scale.unscale(self.module.parameters()):
+                    self.optimizer.step()
+                self._forget_gradients()
         return self._agreed(score)
 
     def evaluate(self, batch: Batch, randomness: StepRandomness) -> Total:
@@ -89,6 +95,9 @@ class StageTrainer:
     @contextlib.contextmanager
     def offloaded(self) -> Iterator[None]:
         """Between two steps: the device is free of the stage inside the block, and holds the same bits again behind it."""
+        if self.memory_plan.optimizer_on_host:
+            yield
+            return
         tensors = [*self.module.parameters(), *self.module.buffers(), *self.objective.parameters()]
         states = [*self.optimizer.on_device(), *self.predictor_optimizer.on_device()]
         with offloaded([*tensors, *states], self.context.device):
@@ -96,25 +105,108 @@ class StageTrainer:
         pack_recurrent_weights(self.module)
         self._label()
 
-    def _score(self, encoded: microbatch.SlicedBatch, draws: Sequence[Draw]) -> Total:
-        return microbatch.score(encoded, self._loss, draws, self.memory_plan.micro_batch)
+    @contextlib.contextmanager
+    def module_on_device(self) -> Iterator[None]:
+        """The module is on the device inside the block, wherever it lies between two steps."""
+        if self.memory_plan.optimizer_on_host and not self._module_is_lent:
+            tensors = {id(tensor): tensor for _, tensor in named_tensors(self.module)}.values()
+            with self.context.host.lend(tensors, self.context.device, self.memory_plan.gradients_at_once):
+                pack_recurrent_weights(self.module)
+                self.context.meter.label("parameters", tensors)
+                self._module_is_lent = True
+                try:
+                    yield
+                finally:
+                    self._module_is_lent = False
+        else:
+            yield
 
-    def _attempt(self, encoded: microbatch.SlicedBatch, draws: Sequence[Draw]) -> Total:
+    def _build(self) -> tuple[Module, ObjectiveModule]:
+        """With their first weights, where they lie between two steps."""
+        seed, on_host = self.config.training.seed, self.memory_plan.optimizer_on_host
+        place = torch.device("cpu") if on_host else self.context.device
+        with self._beside_parameters():
+            return self.spec.build_module(seed, place), self.spec.build_objective(self.config, place)
+
+    def _beside_parameters(self) -> contextlib.AbstractContextManager[object]:
+        """The context of work on parameters where they lie between two steps."""
+        return uncounted() if self.memory_plan.optimizer_on_host else contextlib.nullcontext()
+
+    def _score(self, batch: microbatch.SlicedBatch, draws: Sequence[Draw]) -> Total:
+        with self._module_unless_streamed():
+            with self.module_on_device():
+                encoded = microbatch.encode(batch, self._rows(draws), with_graph=False)
+            with contextlib.closing(self._losses()) as losses:
+                return microbatch.score(batch, encoded, losses, draws)
+
+    def _attempt(self, batch: microbatch.SlicedBatch, draws: Sequence[Draw]) -> Total:
         """All gradients of the module in place, and the predictors' step taken."""
-        if len(draws) > 1 or self.effects.uses_randomness:
-            scores = []
-            for draw in draws:
-                pending = self._loss_gradients(encoded, draw)
-                microbatch.run_back(pending, encoded, self.memory_plan.micro_batch)
-                scores.append(pending.score)
-                del pending  # its gradients would stay through the next pass
-            self._step_predictors()
-            return microbatch.total(scores)
-        pending = self._loss_gradients(encoded, draws[0])
-        # The predictors step at once and let go of their gradients: the module's come into their room.
-        self._step_predictors()
-        self._run_back(pending, encoded)
-        return pending.score
+        with self._module_unless_streamed():
+            buffers = self._kept_buffers()
+            with self.module_on_device():
+                encoded = microbatch.encode(batch, self._rows(draws), with_graph=True)
+            with contextlib.closing(self._losses()) as losses:
+                pending = microbatch.loss_gradients(batch, encoded, losses, draws, self.scale.factor)
+                self.context.meter.label("gradients", (parameter.grad for parameter in self.objective.parameters()))
+            del encoded
+            if not self.effects.uses_randomness:
+                # The predictors step at once and let go of their gradients: the module's come into their room.
+                self._step_predictors()
+            with self._beside_parameters():
+                for buffer, values in buffers:
+                    buffer.copy_(values)
+            with self.module_on_device():
+                if self.effects.uses_randomness:
+                    self._replay(pending, batch)
+                else:
+                    self._run_back(pending, batch)
+            if self.effects.uses_randomness:
+                self._step_predictors()
+            return pending.score
+
+    def _module_unless_streamed(self) -> contextlib.AbstractContextManager[None]:
+        """Where representations wait on the host, the module leaves the device while the loss is worked out."""
+        return contextlib.nullcontext() if self.memory_plan.parts else self.module_on_device()
+
+    def _kept_buffers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What a forward pass may change, where it is made twice of the whole batch."""
+        if not self.memory_plan.parts or self.effects.why_unsliceable is None:
+            return []
+        with uncounted():
+            return [(tensor, tensor.detach().clone()) for tensor in self.module.buffers()]
+
+    def _losses(self) -> Generator[microbatch.Loss]:
+        """The objective, on the device for as long as the next loss is not asked for; several where it comes in groups."""
+        plan, objective = self.memory_plan, self.objective
+        if not plan.optimizer_on_host:
+            yield self._whole_loss
+            return
+        stacked = objective.stacked if isinstance(objective, Streamed) else None
+        others = [tensor for tensor in (*objective.parameters(), *objective.buffers()) if tensor is not stacked]
+        with self.context.host.lend(others, self.context.device):
+            if stacked is None:
+                yield self._whole_loss
+            elif plan.parts <= 1:  # the representations stay while one group comes after another
+                yield lambda representations, draw: self._loss_of(self._visits(stacked), representations, draw)
+            else:  # a group stays while one part comes after another
+                for rows, values, gradient in self._visits(stacked):
+                    group = rows, values, gradient
+                    yield partial(self._loss_of, [group])
+                    del group, values, gradient
+
+    def _visits(self, stacked: torch.Tensor) -> Iterator[Group]:
+        """The predictors, as many at a time as the plan says."""
+        at_once, graded = self.memory_plan.predictors or len(stacked), torch.is_grad_enabled()
+        return self.context.host.visits(stacked, at_once, self.context.device, graded)
+
+    def _whole_loss(self, representations: tuple[torch.Tensor, ...], draw: Any) -> Total:
+        score = self.objective(representations[0], representations[-1], draw, self.memory_plan.loss_room)
+        return Total(score.loss, score.accuracy)
+
+    def _loss_of(self, groups: Iterable[Group], representations: tuple[torch.Tensor, ...], draw: Any) -> Total:
+        objective = cast(Streamed, self.objective)
+        score = objective.streamed(representations[0], representations[-1], draw, self.memory_plan.loss_room, groups)
+        return Total(score.loss, score.accuracy)
 
     def _step_predictors(self) -> None:
         """Their gradients are the same on all ranks, but for how each device rounds."""
@@ -138,27 +230,26 @@ class StageTrainer:
         self.context.ranks.broadcast([score.loss, score.accuracy])
         return score
 
-    def _loss_gradients(self, encoded: microbatch.SlicedBatch, draw: Draw) -> Pending:
-        pending = microbatch.loss_gradients(encoded, self._loss, draw, self.memory_plan.micro_batch, self.scale.factor)
-        self.context.meter.label("gradients", (parameter.grad for parameter in self.objective.parameters()))
-        return pending
-
-    def _run_back(self, pending: Pending, encoded: microbatch.SlicedBatch) -> None:
+    def _run_back(self, pending: Pending, batch: microbatch.SlicedBatch) -> None:
         """Cannot be left half done once the predictors have stepped, so it sees to its own memory."""
         while True:
             try:
-                microbatch.run_back(pending, encoded, self.memory_plan.micro_batch)
+                self._replay(pending, batch)
                 return
             except (BudgetError, RuntimeError) as error:
                 reason = why_out_of_memory(error)
             self.module.zero_grad()
             if self.memory_plan.micro_batch > 1 or self.effects.why_unsliceable:
                 self._shrink(reason)
+                batch = replace(batch, micro_batch=self.memory_plan.micro_batch)
             elif not pending.on_host:
-                pending.move_to_host()
+                pending.move_to(self.context.host)
                 release(self.context.device)
             else:
                 raise NoSmallerSlices(reason)
+
+    def _replay(self, pending: Pending, batch: microbatch.SlicedBatch) -> None:
+        microbatch.run_back(pending, batch, self.context.host)
 
     def _repeat_in_smaller_slices(
         self,
@@ -167,10 +258,9 @@ class StageTrainer:
         batch: Batch,
         randomness: StepRandomness,
     ) -> Total:
-        encoded = self._encoded(batch, randomness.seed)
         while True:
             try:
-                return work(encoded, draws)
+                return work(self._sliced(batch, randomness.seed), draws)
             except NoSmallerSlices:
                 raise
             except (BudgetError, RuntimeError) as error:
@@ -198,9 +288,9 @@ class StageTrainer:
     def _draws(self, batch: Batch, randomness: StepRandomness) -> Sequence[Draw]:
         lengths = self.module.out_length(batch.lengths)
         frames = int(self.module.out_length(batch.frames.shape[1]))
-        passes = min(self.memory_plan.passes, len(lengths))
+        parts = min(max(self.memory_plan.parts, 1), len(lengths))
         columns, rng = self.spec.window.columns, randomness.negatives()
-        return self.objective.draw(lengths, frames, columns, rng, passes, batch.classes)
+        return self.objective.draw(lengths, frames, columns, rng, parts, batch.classes)
 
     def _samples(self, batch: Batch) -> int:
         """Samples of the batch that a step goes through."""
@@ -210,25 +300,33 @@ class StageTrainer:
         share = self.context.ranks.share(len(batch.lengths))
         return min(self.memory_plan.micro_batch, share.stop - share.start)
 
-    def _encoded(self, batch: Batch, seed: int) -> microbatch.SlicedBatch:
+    def _rows(self, draws: Sequence[Draw]) -> np.ndarray:
+        """int64 [R], sorted: all rows that are scored."""
+        return microbatch.all_rows(draws)
+
+    def _sliced(self, batch: Batch, seed: int) -> microbatch.SlicedBatch:
         def encode(samples: slice, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
             # Checkpoints end a layer's second pass as soon as all tensors are there that its backward pass needs, and torch
             # (2.12) takes the noise of RReLU for there before it is drawn.
             to_the_end = set_checkpoint_early_stop(not self.effects.uses_randomness)
             with self._seeded(seed, samples.start), autocast(device, self.config.training.precision), to_the_end:
                 return self.module.representations(
-                    on_device(batch.frames, device, samples),
+                    host.bring(batch.frames, device, samples).float(),
                     batch.lengths[samples],
                     torch.as_tensor(rows, device=device),
                     self.memory_plan.recompute,
                 )
 
-        device, frames = self.context.device, int(self.module.out_length(batch.frames.shape[1]))
-        return microbatch.SlicedBatch(encode, self._samples(batch), frames, self.context.ranks)
-
-    def _loss(self, representations: tuple[torch.Tensor, ...], draw: Draw) -> Total:
-        score = self.objective(representations[0], representations[-1], draw, self.memory_plan.loss_room)
-        return Total(score.loss, score.accuracy)
+        device, host, plan = self.context.device, self.context.host, self.memory_plan
+        return microbatch.SlicedBatch(
+            encode,
+            samples=self._samples(batch),
+            frames=int(self.module.out_length(batch.frames.shape[1])),
+            micro_batch=plan.micro_batch,
+            device=device,
+            host=host if plan.parts else None,
+            ranks=self.context.ranks,
+        )
 
     @contextlib.contextmanager
     def _seeded(self, seed: int, first_sample: int) -> Iterator[None]:

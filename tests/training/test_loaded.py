@@ -48,7 +48,7 @@ class Task:
 
     @property
     def smallest(self) -> MemoryPlan:
-        return MemoryPlan(len(self.batch.lengths), 1, len(self.batch.lengths))
+        return MemoryPlan(len(self.batch.lengths), 1, parts=len(self.batch.lengths))
 
     def load(self, memory_plan: MemoryPlan, meter: Meter) -> StageTrainer:
         return StageTrainer(self.plan, self.config, memory_plan, RunContext(CPU, meter))
@@ -462,7 +462,7 @@ def test_adam_on_the_host_holds_nothing_on_the_device(tasks: dict[str, Task]) ->
 LAYOUTS = {
     "whole": MemoryPlan(4, 4),
     "on the host": MemoryPlan(4, 4, optimizer_on_host=True),
-    "sliced, on the host": MemoryPlan(4, 2, 2, optimizer_on_host=True),
+    "streamed": MemoryPlan(4, 2, optimizer_on_host=True, predictors=1, parts=2, gradients_at_once=True),
     "sliced": MemoryPlan(4, 1, recompute=True),
 }
 

@@ -1,0 +1,160 @@
+"""What an optimizer step of a stage costs: floating point operations, and bytes that go between host and device.
+
+Operations are counted on tensors without values. What moves follows from the memory plan; `HostMemory.moved` counts the same in
+a run.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from layerwise.cache.dtypes import STORED
+from layerwise.config import Config
+from layerwise.memory.meter import REHEARSED_ON
+from layerwise.memory.plan import MemoryPlan
+from layerwise.nets.network import memoised_per
+from layerwise.objectives.protocol import Draw, Streamed
+from layerwise.training.spec import StageSpec
+
+COUNTED_STEPS = 16
+"""Frames at which a recurrent layer is counted; each frame costs the same."""
+
+COUNTED_SAMPLES = 2
+"""Batch normalisation takes no single one."""
+
+UNLIMITED = 2**62
+
+FLOPS_PER_BYTE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StageWork:
+    """Of one stage. FLOPs of one sample and of the loss of a batch, multiplications and additions counted each; bytes."""
+
+    forward: int
+    backward: int
+    loss: int
+    input: int
+    """Of a batch as it is read."""
+    parameters: int
+    """Of the module."""
+    gradients: int
+    """Of those of its parameters that are trained."""
+    buffers: int
+    predictors: int
+    """Of the objective's parameters and buffers."""
+    row: int
+    """Of the vectors that are scored at one row."""
+    stacked: int
+    """Predictors that can be on the device some at a time; 0 where all must be."""
+
+    def flops(self, plan: MemoryPlan) -> int:
+        """Of a step."""
+        forwards = (1 if plan.whole else 2) + plan.recompute
+        return plan.batch_size * (forwards * self.forward + self.backward) + self.loss
+
+    def moved(self, plan: MemoryPlan, rows: int, rows_of_parts: int) -> int:
+        """Bytes of a step, both ways. rows: that are scored; rows_of_parts: summed over the parts of the loss."""
+        total = self.input * (1 if plan.whole else 2)
+        if plan.optimizer_on_host:
+            slices = -(-plan.batch_size // plan.micro_batch) if plan.gradients_at_once else 1
+            visits = 2 if plan.parts else 1
+            total += visits * (self.parameters + 2 * self.buffers) + slices * self.gradients + 2 * self.predictors
+        if plan.parts:
+            groups = -(-self.stacked // plan.predictors) if plan.predictors and plan.parts > 1 else 1
+            total += self.row * (2 * rows + 2 * groups * rows_of_parts)
+        return total
+
+
+def step_cost(config: Config, spec: StageSpec, plan: MemoryPlan) -> tuple[float, ...]:
+    """What plans are ordered by: the predicted time of a step; of the same time, the plan in fewer pieces."""
+    flops, moved = step_flops(config, spec, plan), step_moved(config, spec, plan)
+    pieces = plan.batch_size / plan.micro_batch, plan.parts, plan.predictors and 1 / plan.predictors
+    return flops + FLOPS_PER_BYTE * moved, *pieces, plan.recompute, plan.gradients_at_once
+
+
+def step_flops(config: Config, spec: StageSpec, plan: MemoryPlan) -> int:
+    """Floating point operations of an optimizer step under a plan."""
+    return stage_work(config, spec).flops(plan)
+
+
+def step_moved(config: Config, spec: StageSpec, plan: MemoryPlan) -> int:
+    """Bytes that a step moves between host and device under a plan, both ways."""
+    rows, of_parts = (scored_rows(config, spec, parts) for parts in (1, max(plan.parts, 1)))
+    return stage_work(config, spec).moved(plan, rows, of_parts)
+
+
+@memoised_per(StageSpec)
+def scored_rows(config: Config, spec: StageSpec, parts: int) -> int:
+    """Rows of a full batch that the objective scores, summed over the parts of the loss."""
+    return sum(len(draw.rows) for draw in _draws(config, spec, parts))
+
+
+@memoised_per(StageSpec)
+def stage_work(config: Config, spec: StageSpec) -> StageWork:
+    """Of full windows. Counts on tensors without values."""
+    module, size = spec.shapes, config.training.batch_size
+    objective = spec.build_objective(config, torch.device("meta"))
+    stored = torch.float32 if spec.stage == 1 else STORED[config.cache.dtype].tensor
+    forward, backward = _module_flops(spec)
+    return StageWork(
+        forward=forward,
+        backward=backward,
+        loss=_loss_flops(config, spec),
+        input=size * spec.window.frames * math.prod(spec.frame_shape) * stored.itemsize,
+        parameters=_bytes(module.parameters()),
+        gradients=_bytes(parameter for parameter in module.parameters() if parameter.requires_grad),
+        buffers=_bytes(module.buffers()),
+        predictors=_bytes((*objective.parameters(), *objective.buffers())),
+        row=4 * (spec.output_shape[0] + spec.separate_targets * spec.target_channels),
+        stacked=len(objective.stacked) if isinstance(objective, Streamed) else 0,
+    )
+
+
+def _module_flops(spec: StageSpec) -> tuple[int, int]:
+    """Of the forward and the backward pass of a sample."""
+    forward = backward = 0
+    frames, shape = spec.window.frames, spec.frame_shape
+    with FakeTensorMode(allow_fallback_kernels=False):
+        module = spec.build_module(0, REHEARSED_ON)
+        for number, layer in enumerate(module.layers.values()):
+            counted = min(frames, COUNTED_STEPS) if layer.recurrent else frames
+            x = torch.zeros(COUNTED_SAMPLES, counted, *shape, requires_grad=number > 0)
+            with FlopCounterMode(display=False) as of_forward:
+                outputs = layer(x)
+            with FlopCounterMode(display=False) as of_backward:
+                if outputs.requires_grad:
+                    outputs.backward(torch.zeros_like(outputs))
+            share = frames / counted / COUNTED_SAMPLES
+            forward += round(share * of_forward.get_total_flops())
+            backward += round(share * of_backward.get_total_flops())
+            frames, shape = int(layer.out_length(frames)), tuple(outputs.shape[2:])
+    return forward, backward
+
+
+def _loss_flops(config: Config, spec: StageSpec) -> int:
+    """Of the loss of a batch and its gradients."""
+    (draw,) = _draws(config, spec, parts=1)
+    with FakeTensorMode(allow_fallback_kernels=False), FlopCounterMode(display=False) as counter:
+        objective = spec.build_objective(config, REHEARSED_ON)
+        contexts = torch.zeros(len(draw.rows), spec.output_shape[0], requires_grad=True)
+        targets = torch.zeros(len(draw.rows), spec.target_channels, requires_grad=True)
+        objective(targets, contexts, draw, UNLIMITED).loss.backward()
+    return counter.get_total_flops()
+
+
+def _draws(config: Config, spec: StageSpec, parts: int) -> Sequence[Draw]:
+    """Of a batch of full windows."""
+    size, frames = config.training.batch_size, int(spec.shapes.out_length(spec.window.frames))
+    classes, rng = np.zeros(size, dtype=np.int64), np.random.default_rng(0)
+    objective = spec.build_objective(config, torch.device("meta"))
+    return objective.draw(np.full(size, frames), frames, spec.window.columns, rng, parts, classes)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
