@@ -71,7 +71,8 @@ class HostMemory:
         Gradients come back with their parameters, or each at once when a backward pass has made it. What the block does to
         buffers stays done.
         """
-        lent = [(tensor, tensor.data) for tensor in tensors]
+        with uncounted():
+            lent = [(tensor, tensor.data) for tensor in tensors]
         parameters = [tensor for tensor, _ in lent if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
         gradients: dict[torch.Tensor, torch.Tensor] = {}
 

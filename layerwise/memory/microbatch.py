@@ -47,6 +47,10 @@ class Total:
     loss: torch.Tensor
     accuracy: torch.Tensor
 
+    def added_to(self, other: "Total | None") -> "Total":
+        """The score of two parts together."""
+        return self if other is None else Total(other.loss + self.loss, other.accuracy + self.accuracy)
+
 
 Loss = Callable[[tuple[torch.Tensor, ...], Part], Total]
 """The score of one part at all its representations, or one of several scores that add up to it."""
@@ -118,12 +122,14 @@ def encode(batch: SlicedBatch, rows: np.ndarray, with_graph: bool) -> Representa
 
 def score(batch: SlicedBatch, representations: Representations, losses: Iterable[Loss], parts: Sequence[Part]) -> Total:
     """The score of a batch, without gradients."""
-    scores = []
+    score = None
     with torch.no_grad():
         for loss in losses:
-            scores += [loss(_of_part(batch, representations, part)[1], part) for part in parts]
+            for part in parts:
+                score = loss(_of_part(batch, representations, part)[1], part).added_to(score)
             del loss
-    return total(scores)
+    assert score is not None
+    return score
 
 
 def loss_gradients(
@@ -138,14 +144,14 @@ def loss_gradients(
     losses: they add up; each is let go of before the next is asked for. scale: what the gradients of the representations are
     multiplied by, to keep short floats from losing small ones.
     """
-    scores = []
+    score = None
     gradients = [] if batch.host is None else _zeros_on_host(representations.encoded)
     for loss in losses:
         for part in parts:
             at, encoded = _of_part(batch, representations, part)
             scored, of_part = _gradients_of_part(loss, part, encoded, scale)
             del encoded
-            scores.append(scored)
+            score = scored.added_to(score)
             if batch.host is None:
                 gradients = of_part
             else:
@@ -154,7 +160,8 @@ def loss_gradients(
                         whole.index_add_(0, at, gradient)
             del of_part
         del loss
-    return Pending(representations.rows, total(scores), gradients, representations.graph, batch.host is not None)
+    assert score is not None
+    return Pending(representations.rows, score, gradients, representations.graph, batch.host is not None)
 
 
 def _gradients_of_part(
@@ -181,15 +188,6 @@ def run_back(pending: Pending, batch: SlicedBatch, host: HostMemory) -> None:
             encoded = batch.encode(samples, _within(rows, samples, batch.frames))
             _backward(encoded, _gradients_at(pending, here, batch, host))
             del encoded
-
-
-def total(scores: Sequence[Total]) -> Total:
-    """The sum over parts."""
-    first, *others = scores
-    loss, accuracy = first.loss, first.accuracy
-    for other in others:
-        loss, accuracy = loss + other.loss, accuracy + other.accuracy
-    return Total(loss, accuracy)
 
 
 def all_rows(parts: Sequence[Part]) -> np.ndarray:

@@ -209,21 +209,26 @@ def _rehearsed(config: Config, spec: StageSpec, phase: _Phase, plan: MemoryPlan,
     with rehearsal(limit) as meter:
         trainer = _RehearsedTrainer(spec, config, plan, RunContext(REHEARSED_ON, meter))
         # As in training, loss and accuracy of a step live until those of the next one take their place.
-        before = Total(torch.zeros((), device=REHEARSED_ON), torch.zeros((), device=REHEARSED_ON))
+        before = _score()
         frames = _stored_input(config, spec, size, window)
         lengths = np.full(size, window)
         # Padding is masked, and masks take room, in whichever slice it comes.
         lengths[:: plan.micro_batch] = min(window, spec.lengths.min())
         batch = Batch(frames, lengths, np.zeros(size, dtype=np.int64))
-        trainer.rehearse(phase, batch, before)
+        trainer.rehearse(phase, batch)
+        del before
     return Peak(meter.peak, meter.peak_by_kind)
+
+
+def _score() -> Total:
+    return Total(torch.zeros((), device=REHEARSED_ON), torch.zeros((), device=REHEARSED_ON))
 
 
 class _RehearsedTrainer(StageTrainer):
     """Goes through the first slices and parts of a batch. Where they do not fit, it does not try smaller ones."""
 
-    def rehearse(self, phase: _Phase, batch: Batch, before: Total) -> None:
-        """A step, or a part of it. before: the score of the step before, which stays until the end of this one."""
+    def rehearse(self, phase: _Phase, batch: Batch) -> None:
+        """A step, or a part of it."""
         randomness = StepRandomness(lambda: np.random.default_rng(0))
         if phase == "step":
             self.train(batch, randomness)
@@ -240,7 +245,7 @@ class _RehearsedTrainer(StageTrainer):
             with contextlib.closing(self._losses()) as losses:
                 microbatch.loss_gradients(sliced, encoded, losses, draws)
         else:
-            pending = Pending(self._most_rows, before, vectors, graph=None, on_host=True)
+            pending = Pending(self._most_rows, _score(), vectors, graph=None, on_host=True)
             with self.module_on_device():
                 self._replay(pending, sliced)
 

@@ -109,7 +109,7 @@ class StageTrainer:
     def module_on_device(self) -> Iterator[None]:
         """The module is on the device inside the block, wherever it lies between two steps."""
         if self.memory_plan.optimizer_on_host and not self._module_is_lent:
-            tensors = {id(tensor): tensor for _, tensor in named_tensors(self.module)}.values()
+            tensors = {id(tensor): tensor for _, tensor in named_tensors(self.module) if tensor.is_leaf}.values()
             with self.context.host.lend(tensors, self.context.device, self.memory_plan.gradients_at_once):
                 pack_recurrent_weights(self.module)
                 self.context.meter.label("parameters", tensors)
