@@ -11,7 +11,7 @@ from layerwise.config import changed_options
 from layerwise.errors import RunError
 from layerwise.evaluate.results import COMPARISON, Comparison
 from layerwise.files import json_lines
-from layerwise.records import read_record
+from layerwise.records import Count, read_record
 from layerwise.run_store import RunState, RunStore, StageRecord, open_run
 from layerwise.run_store.probe_results import ProbeResult
 
@@ -20,7 +20,7 @@ from layerwise.run_store.probe_results import ProbeResult
 class Epoch:
     """A line of metrics.jsonl, as far as it is shown."""
 
-    epoch: int
+    epoch: Count
     loss: float
     held_out_loss: float
 
@@ -33,8 +33,8 @@ class MemorySample:
     """Since the stage began."""
     phase: Annotated[str, Field(alias="pass")]
     """training, held-out or caching."""
-    live_bytes: int
-    peak_bytes: int
+    live_bytes: Count
+    peak_bytes: Count
 
 
 @dataclass(frozen=True, slots=True)
