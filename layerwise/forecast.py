@@ -33,6 +33,10 @@ class StageForecast:
     """Of its outputs, cached or not."""
     cached: bool
     host_bytes: int
+    flops: int
+    """Floating point operations of an optimizer step."""
+    moved_bytes: int
+    """That a step moves between host and device, both ways."""
     input: str
     """Where its samples come from: data, cache, or recompute where the stage below is not cached."""
 

@@ -161,7 +161,9 @@ def _files(place: Path) -> dict[Path, str | None]:
     store, state = open_run(place)
     named = store.named_caches(state)
     if named is not None and store.recorded_caches(state) is None:
-        raise CacheError(f"{named}, which {place / 'run.json'} names, does not say that it is of this run; name it by itself.")
+        raise CacheError(
+            f"{named}, which {place / 'run.json'} names, does not say that it is of this run; name it by itself."
+        )
     recorded = {store.cache(record.stage): record.fingerprint for record in state.stages}
     return {path: recorded.get(path) for path in find_caches(store.caches)} if store.caches.exists() else {}
 

@@ -219,6 +219,8 @@ class MemoryOptions(Section):
     """keep only the inputs of layers and run these again in the backward pass; auto: where it helps"""
     optimizer: Literal["auto", "device", "host"] = _option("auto", "place")
     """where the optimizer's state lies; auto: on the host where the budget needs it"""
+    flops_per_byte: int | None = _option(None, "place", ge=1, le=10**9)
+    """operations that the device does while a byte is moved to it, which decide between plans; default: measured once"""
 
 
 class CacheOptions(Section):

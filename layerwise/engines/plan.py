@@ -33,6 +33,7 @@ from layerwise.training.optimizer import Optimization
 from layerwise.training.peaks import training_peak
 from layerwise.training.recompute import BLOCK_BYTES
 from layerwise.training.spec import StageSpec
+from layerwise.training.work import step_flops, step_moved
 
 
 def plan(
@@ -101,6 +102,8 @@ def _forecast(
         cache_bytes=sizes[spec.stage - 1].activations,
         cached=cache_plan.cached[spec.stage - 1],
         host_bytes=_host_bytes(config, spec, memory_plan),
+        flops=step_flops(config, spec, memory_plan),
+        moved_bytes=step_moved(config, spec, memory_plan),
         input=cache_plan.input_kind(spec.stage),
     )
 

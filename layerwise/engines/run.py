@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from layerwise.config import OWN, Config
+import torch
+
+from layerwise.config import OWN, Config, with_options
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.engines import dask, processes, torchrun
@@ -21,6 +23,7 @@ from layerwise.files import refuse_unwritable
 from layerwise.forecast import END_TO_END, is_end_to_end
 from layerwise.memory.device import share_one_heap
 from layerwise.memory.ranks import ALONE, Ranks
+from layerwise.memory.rates import measured_rates
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
 from layerwise.run_store import RunState, RunStore
@@ -117,6 +120,7 @@ def prepared_run(
     store, rounds = RunStore.of(config.out, config.cache.dir), config.training.rounds
     data = objects.data or open_data(config.data, shortest_sample(config))
     planned_for = store.state_bytes()
+    config = _with_rates(config, store, device)
     sizes = objects.cut or (None if request.overwrite else _earlier_cut(store, config))
     specs = cut_network(config, data, device, objects.network, sizes, objects.optimization)
     check_shareable(specs, ranks)
@@ -160,6 +164,15 @@ def prepared_run(
             with store.lock_all_tasks(rounds):
                 tasks = _tasks_left([run.round(number) for number in states], notify_all)
             yield run, tasks, notify_all
+
+
+def _with_rates(config: Config, store: RunStore, device: torch.device) -> Config:
+    """Every start and every worker of a run chooses its plans by the same rates, so that they take the same steps."""
+    if config.memory.gpu_mem is None or config.memory.flops_per_byte is not None:
+        return config
+    earlier = store.load_state() if store.exists else None
+    known = earlier.config.memory.flops_per_byte if earlier and earlier.device == str(device) else None
+    return with_options(config, {"memory.flops_per_byte": known or measured_rates(device).flops_per_byte})
 
 
 def _refuse_objects_elsewhere(config: Config, objects: UserObjects, ranks: Ranks) -> None:

@@ -14,8 +14,11 @@ from layerwise.config.options import MemoryOptions
 WIDE_ROOM = 12 * 2**20
 NARROW_ROOM = 4 * 2**20
 SMALLEST_ROOM = 2**19
-"""Bytes that the loss may take on top: where the whole batch is on the device, where it is not, and where not even the
-predictors are. Narrow slices read the predictors more often: at width 512 on 2 cores the loss took about a quarter longer."""
+"""Bytes that the loss may take on top. The first is for the whole batch alone; the last is all that predictors get that are
+on the device some at a time."""
+
+TIME_OF_LOSS = {WIDE_ROOM: 1.0, NARROW_ROOM: 1.2, SMALLEST_ROOM: 1.5}
+"""Narrow slices read the predictors more often: measured at width 512 on 2 cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,8 @@ class MemoryPlan:
     parts: int = 0
     """Parts of the batch that the loss is worked out for, one after another, while the representations wait on the host; 0:
     for the whole batch, and the representations stay on the device."""
+    loss_room: int = WIDE_ROOM
+    """Bytes that the objective may take beside representations and gradients."""
     gradients_at_once: bool = False
     """Whether each gradient of the module goes to the host as soon as a slice has made it. With the optimizer there only."""
     piece: int = field(default=0, compare=False)
@@ -52,19 +57,13 @@ class MemoryPlan:
         """Whether the batch goes through the module once, in one slice."""
         return self.micro_batch >= self.batch_size and not self.parts
 
-    @property
-    def loss_room(self) -> int:
-        """Bytes that the objective may take beside representations and gradients."""
-        if self.predictors:
-            return SMALLEST_ROOM
-        return WIDE_ROOM if self.whole else NARROW_ROOM
-
     def smaller(self) -> "MemoryPlan | None":
         """The next smaller slices, or None where one sample at a time and one sample's targets at a time are reached."""
+        room = min(self.loss_room, NARROW_ROOM)
         if self.micro_batch > 1:
-            return replace(self, micro_batch=self.micro_batch // 2)
+            return replace(self, micro_batch=self.micro_batch // 2, loss_room=room)
         if self.parts < self.batch_size:
-            return replace(self, parts=min(max(2 * self.parts, 1), self.batch_size))
+            return replace(self, parts=min(max(2 * self.parts, 1), self.batch_size), loss_room=room)
         return None
 
     def takes_at_most(self, other: "MemoryPlan") -> bool:
@@ -74,6 +73,7 @@ class MemoryPlan:
             and self.micro_batch <= other.micro_batch
             and self.parts >= other.parts
             and (self.predictors or sys.maxsize) <= (other.predictors or sys.maxsize)
+            and self.loss_room <= other.loss_room
             and self.optimizer_on_host >= other.optimizer_on_host
             and self.gradients_at_once >= other.gradients_at_once
         )
@@ -88,6 +88,8 @@ class MemoryPlan:
             words.append("streamed" if self.parts == 1 else f"streamed in {self.parts} parts")
         if self.gradients_at_once:
             words.append("gradients to the host at once")
+        if self.loss_room < (WIDE_ROOM if self.whole else NARROW_ROOM) and not self.predictors:
+            words.append("loss in small slices")
         if self.predictors:
             words.append("1 predictor at a time" if self.predictors == 1 else f"{self.predictors} predictors at a time")
         return ", ".join(words)
@@ -115,12 +117,15 @@ def families(
     for host, again in product(hosts, recomputes):
         some_at_a_time = [stacked >> power for power in range(1, stacked.bit_length())] if host else []
         for parts, predictors in product([0, *all_parts] if repeatable else [0], [0, *some_at_a_time]):
-            for at_once in [False, True] if host and parts else [False]:
+            at_once = [False, True] if host and parts else [False]
+            rooms = [SMALLEST_ROOM] if predictors else [WIDE_ROOM, NARROW_ROOM, SMALLEST_ROOM]
+            for room, gradients in product(rooms, at_once):
                 family = [
-                    MemoryPlan(batch_size, micro, again, host, predictors, parts, at_once) for micro in micro_batches
+                    MemoryPlan(batch_size, micro, again, host, predictors, parts, room, gradients) for micro in micro_batches
                 ]
-                # The whole batch goes through the module once, slices twice.
-                yield from ([plan for plan in family if plan.whole is whole] for whole in (True, False))
+                yield [plan for plan in family if plan.whole]
+                if room != WIDE_ROOM:
+                    yield [plan for plan in family if not plan.whole]  # twice through the module
 
 
 def cheapest(families: Iterable[list[MemoryPlan]], fits: Callable[[MemoryPlan], bool]) -> MemoryPlan | None:

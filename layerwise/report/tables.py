@@ -137,7 +137,7 @@ def what_next(store: RunStore, labels: Iterable[str], config: Config) -> list[st
 
 
 def forecast_table(forecast: Forecast) -> Table:
-    """One row per stage, and one for all of them."""
+    """One row per stage, and one for all of them. GFLOP and moved: of an optimizer step of each."""
     stages = forecast.stages
     rows = [
         {
@@ -146,6 +146,8 @@ def forecast_table(forecast: Forecast) -> Table:
             "train peak": size(stage.train_peak_bytes),
             "cache peak": size(stage.cache_peak_bytes),
             "layout": stage.layout,
+            "GFLOP": _giga(stage.flops),
+            "moved": size(stage.moved_bytes),
             "input": stage.input,
             "cache": size(stage.cache_bytes) if stage.cached else f"({size(stage.cache_bytes)})",
             "host": size(stage.host_bytes),
@@ -158,12 +160,18 @@ def forecast_table(forecast: Forecast) -> Table:
         "parameters": f"{sum(stage.parameters for stage in stages):,}",
         "train peak": size(max(stage.train_peak_bytes for stage in stages)),
         "cache peak": size(max(stage.cache_peak_bytes for stage in stages)),
+        "GFLOP": _giga(sum(stage.flops for stage in stages)),
+        "moved": size(sum(stage.moved_bytes for stage in stages)),
         "cache": size(forecast.cache_bytes),
         "host": size(forecast.host_bytes),
     }
     shown = table([*rows, together])
     shown.collapse_padding = True
     return shown
+
+
+def _giga(flops: int) -> str:
+    return f"{flops / 1e9:.3g}"
 
 
 def forecast_lines(forecast: Forecast) -> list[str]:

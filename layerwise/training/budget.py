@@ -10,6 +10,7 @@ from layerwise.config import Config
 from layerwise.errors import BudgetError
 from layerwise.memory.device import context_bytes, workspace_bytes
 from layerwise.memory.plan import MemoryPlan, cheapest, families
+from layerwise.memory.rates import measured_rates
 from layerwise.nets.network import memoised_per
 from layerwise.stop import StopFlag
 from layerwise.training.cache_plan import CachePlan
@@ -50,7 +51,7 @@ def fit_stage(config: Config, spec: StageSpec, device: torch.device, below: Belo
 
     below: the stages whose outputs are not cached and are recomputed for this one, lowest first.
     """
-    allowed = allowed_plans(config, spec)
+    allowed = plans_by_cost(config, spec, config.memory.flops_per_byte or measured_rates(device).flops_per_byte)
     first, longest, windows = allowed[0][0], longest_piece(spec, config), config.training.batch_size if below else 0
     if config.memory.gpu_mem is None:
         return replace(first, piece=longest, windows=windows)
@@ -91,19 +92,24 @@ def smallest_plan(config: Config, spec: StageSpec, below: Below = ()) -> MemoryP
     return replace(smallest, piece=piece, windows=windows, why="nothing smaller is left")
 
 
+def plans_by_cost(config: Config, spec: StageSpec, flops_per_byte: int) -> list[list[MemoryPlan]]:
+    """All plans of a stage that the options allow, those of the least predicted time first; see `families`."""
+    return sorted(allowed_plans(config, spec), key=lambda family: step_cost(config, spec, family[0], flops_per_byte))
+
+
 @memoised_per(StageSpec)
 def allowed_plans(config: Config, spec: StageSpec) -> list[list[MemoryPlan]]:
-    """All plans of a stage that the options allow, those of the least predicted time first; see `memory.plan.families`."""
-    effects, work = batch_effects(spec), stage_work(config, spec)
+    """All plans of a stage that the options allow; see `memory.plan.families`. The first is that of the whole batch."""
+    effects = batch_effects(spec)
     every = families(
         config.training.batch_size,
         config.memory,
         sliceable=effects.why_unsliceable is None,
         repeatable=effects.repeatable,
         layers=len(spec.layers),
-        stacked=work.stacked,
+        stacked=stage_work(config, spec).stacked,
     )
-    return sorted(filter(None, every), key=lambda family: step_cost(config, spec, family[0]))
+    return [family for family in every if family]
 
 
 def peaks_of_plan(

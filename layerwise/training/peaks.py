@@ -175,7 +175,7 @@ def _phases(plan: MemoryPlan) -> list[tuple[_Phase, MemoryPlan]]:
     if not (plan.optimizer_on_host and plan.parts):
         return [("step", plan)]
     of_loss = replace(plan, micro_batch=plan.batch_size, recompute=False, gradients_at_once=False)
-    return [("loss", of_loss), ("replay", replace(plan, parts=1, predictors=0))]
+    return [("loss", of_loss), ("replay", replace(plan, parts=1, predictors=0, loss_room=0))]
 
 
 def training_peak(config: Config, spec: StageSpec, plan: MemoryPlan) -> Peak:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from layerwise.cache.dtypes import STORED
 from layerwise.config import Config
 from layerwise.memory.meter import REHEARSED_ON
-from layerwise.memory.plan import MemoryPlan
+from layerwise.memory.plan import TIME_OF_LOSS, MemoryPlan
 from layerwise.nets.network import memoised_per
 from layerwise.objectives.protocol import Draw, Streamed
 from layerwise.training.spec import StageSpec
@@ -28,8 +28,6 @@ COUNTED_SAMPLES = 2
 """Batch normalisation takes no single one."""
 
 UNLIMITED = 2**62
-
-FLOPS_PER_BYTE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +69,12 @@ class StageWork:
         return total
 
 
-def step_cost(config: Config, spec: StageSpec, plan: MemoryPlan) -> tuple[float, ...]:
-    """What plans are ordered by: the predicted time of a step; of the same time, the plan in fewer pieces."""
+def step_cost(config: Config, spec: StageSpec, plan: MemoryPlan, flops_per_byte: int) -> tuple[float, ...]:
+    """What plans are ordered by: the predicted time of a step, in operations; of the same time, the plan in fewer pieces."""
     flops, moved = step_flops(config, spec, plan), step_moved(config, spec, plan)
+    flops += round((TIME_OF_LOSS[plan.loss_room] - 1) * stage_work(config, spec).loss)
     pieces = plan.batch_size / plan.micro_batch, plan.parts, plan.predictors and 1 / plan.predictors
-    return flops + FLOPS_PER_BYTE * moved, *pieces, plan.recompute, plan.gradients_at_once
+    return flops + flops_per_byte * moved, *pieces, plan.recompute, plan.gradients_at_once
 
 
 def step_flops(config: Config, spec: StageSpec, plan: MemoryPlan) -> int:
