@@ -105,7 +105,8 @@ class Pending:
 
     def move_to(self, host: HostMemory) -> None:
         """Leaves room on the device; each slice takes its part of the gradients back."""
-        self.gradients = [host.keep(gradient) for gradient in self.gradients]
+        if not self.on_host:
+            self.gradients = [host.keep(gradient) for gradient in self.gradients]
         self.on_host = True
 
 

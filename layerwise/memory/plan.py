@@ -43,6 +43,8 @@ class MemoryPlan:
     for the whole batch, and the representations stay on the device."""
     loss_room: int = WIDE_ROOM
     """Bytes that the objective may take beside representations and gradients."""
+    gradients_wait: bool = False
+    """Whether the gradients of the representations wait on the host, where the representations themselves do not."""
     gradients_at_once: bool = False
     """Whether each gradient of the module goes to the host as soon as a slice has made it. With the optimizer there only."""
     piece: int = field(default=0, compare=False)
@@ -75,6 +77,7 @@ class MemoryPlan:
             and (self.predictors or sys.maxsize) <= (other.predictors or sys.maxsize)
             and self.loss_room <= other.loss_room
             and self.optimizer_on_host >= other.optimizer_on_host
+            and (self.gradients_wait or self.parts > 0) >= other.gradients_wait
             and self.gradients_at_once >= other.gradients_at_once
         )
 
@@ -86,6 +89,8 @@ class MemoryPlan:
             words.append("optimizer on the host")
         if self.parts:
             words.append("streamed" if self.parts == 1 else f"streamed in {self.parts} parts")
+        if self.gradients_wait:
+            words.append("gradients of representations on the host")
         if self.gradients_at_once:
             words.append("gradients to the host at once")
         if self.loss_room < (WIDE_ROOM if self.whole else NARROW_ROOM) and not self.predictors:
@@ -117,13 +122,16 @@ def families(
     for host, again in product(hosts, recomputes):
         some_at_a_time = [stacked >> power for power in range(1, stacked.bit_length())] if host else []
         for parts, predictors in product([0, *all_parts] if repeatable else [0], [0, *some_at_a_time]):
-            at_once = [False, True] if host and parts else [False]
             rooms = [SMALLEST_ROOM] if predictors else [WIDE_ROOM, NARROW_ROOM, SMALLEST_ROOM]
-            for room, gradients in product(rooms, at_once):
+            either = [False, True] if host else [False]
+            for room, saved in product(rooms, either):
+                wait, at_once = saved and not parts, saved and parts > 0
                 family = [
-                    MemoryPlan(batch_size, micro, again, host, predictors, parts, room, gradients) for micro in micro_batches
+                    MemoryPlan(batch_size, micro, again, host, predictors, parts, room, wait, at_once)
+                    for micro in micro_batches
                 ]
-                yield [plan for plan in family if plan.whole]
+                if not wait:
+                    yield [plan for plan in family if plan.whole]
                 if room != WIDE_ROOM:
                     yield [plan for plan in family if not plan.whole]  # twice through the module
 

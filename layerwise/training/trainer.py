@@ -149,6 +149,8 @@ class StageTrainer:
                 pending = microbatch.loss_gradients(batch, encoded, losses, draws, self.scale.factor)
                 self.context.meter.label("gradients", (parameter.grad for parameter in self.objective.parameters()))
             del encoded
+            if self.memory_plan.gradients_wait:
+                pending.move_to(self.context.host)
             if not self.effects.uses_randomness:
                 # The predictors step at once and let go of their gradients: the module's come into their room.
                 self._step_predictors()

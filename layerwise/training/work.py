@@ -21,7 +21,7 @@ from layerwise.nets.network import memoised_per
 from layerwise.objectives.protocol import Draw, Streamed
 from layerwise.training.spec import StageSpec
 
-COUNTED_STEPS = 16
+COUNTED_STEPS = 4
 """Frames at which a recurrent layer is counted; each frame costs the same."""
 
 COUNTED_SAMPLES = 2
@@ -63,6 +63,8 @@ class StageWork:
             slices = -(-plan.batch_size // plan.micro_batch) if plan.gradients_at_once else 1
             visits = 2 if plan.parts else 1
             total += visits * (self.parameters + 2 * self.buffers) + slices * self.gradients + 2 * self.predictors
+        if plan.gradients_wait:
+            total += 2 * self.row * rows
         if plan.parts:
             groups = -(-self.stacked // plan.predictors) if plan.predictors and plan.parts > 1 else 1
             total += self.row * (2 * rows + 2 * groups * rows_of_parts)
@@ -74,7 +76,7 @@ def step_cost(config: Config, spec: StageSpec, plan: MemoryPlan, flops_per_byte:
     flops, moved = step_flops(config, spec, plan), step_moved(config, spec, plan)
     flops += round((TIME_OF_LOSS[plan.loss_room] - 1) * stage_work(config, spec).loss)
     pieces = plan.batch_size / plan.micro_batch, plan.parts, plan.predictors and 1 / plan.predictors
-    return flops + flops_per_byte * moved, *pieces, plan.recompute, plan.gradients_at_once
+    return flops + flops_per_byte * moved, *pieces, plan.recompute, plan.gradients_wait, plan.gradients_at_once
 
 
 def step_flops(config: Config, spec: StageSpec, plan: MemoryPlan) -> int:
