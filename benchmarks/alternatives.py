@@ -159,7 +159,7 @@ def measured(workload: Workload, rows: list[Row], device: torch.device, rounds: 
             with meter:
                 training = make(workload, Host(device))
                 training.train(0)
-                training.train(1)
+            training.train(1)
             peaks[-1] = max(peaks[-1], meter.peak)
             trainings.append(training)
         weights = [[t.cpu().double() for t in layer] for layer in training.weights()] if row.end_to_end else None

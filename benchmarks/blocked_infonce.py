@@ -8,9 +8,6 @@ import torch
 
 from layerwise.objectives.contrastive import Draw
 
-LOSS_ROOM = 2 * 2**20
-"""Bytes of the blocks of the loss."""
-
 
 @dataclass(frozen=True)
 class Scored:
@@ -39,14 +36,15 @@ def add_gradients(
     scored: Scored,
     steps: slice,
     gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    room: int,
 ) -> torch.Tensor:
     """The loss of some steps, at targets (R, C), contexts (R, D) and their predictors (k, C, D); adds to the gradients of the
-    three."""
+    three. room: bytes that a block may take."""
     grad_targets, grad_contexts, grad_predictors = gradients
     count, channels, _ = predictors.shape
     offsets = scored.offsets[steps]
     candidates = scored.candidates.shape[1]
-    size = max(LOSS_ROOM // (4 * channels * (candidates + 2 * count)), 1)
+    size = max(room // (4 * channels * (candidates + 2 * count)), 1)
     loss = targets.new_zeros(())
     for start in range(min(offsets), len(scored.anchors), size):
         rows = scored.candidates[start : start + size]

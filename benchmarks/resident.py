@@ -93,6 +93,7 @@ class LossInBlocks(Resident):
             Scored.of(draw, self.host.device),
             slice(None),
             (*flat[2:], self.predictors.grad),
+            self.workload.loss_room,
         )
         self.of_predictors.step()
         self.predictors.grad = None

@@ -82,7 +82,7 @@ class Streaming:
         for steps, predictors, adam in zip(self.steps, self.predictors, self.adams_of_predictors, strict=True):
             here = host.up(predictors)
             gradient = torch.zeros_like(here)
-            add_gradients(targets, contexts, here, scored, steps, (*gradients, gradient))
+            add_gradients(targets, contexts, here, scored, steps, (*gradients, gradient), self.workload.loss_room)
             del here
             host.step(adam, [gradient])
             del gradient

@@ -32,6 +32,8 @@ class Workload:
     """Frames of a row at the top."""
     slices: bool = True
     """Whether the samples of a batch do not act on each other, so that they can be worked off one by one."""
+    loss_room: int = 2 * 2**20
+    """Bytes of a block of the loss, where memory is saved; so small that the loss is not the peak."""
     together: tuple[int, ...] = ()
     """How many layers are streamed as one, where that saves transfers and takes no more memory; or nothing."""
     stages: tuple[int, ...] = ()
@@ -117,7 +119,7 @@ def transformer(blocks: int, width: int, heads: int, batch_size: int) -> Workloa
     config, _ = paper("speech", batch_size, **{"net.name": "own", "data.window": 196})
     data = Noise((width,), 196, 1, samples=4 * batch_size)
     network = Network([partial(TransformerBlock, width, heads)] * blocks, natural_cut=(1,) * blocks)
-    return Workload(config, data, network, stages=(1, 2, 4))
+    return Workload(config, data, network, loss_room=32 * 2**20, stages=(1, 2, 4))
 
 
 class TransformerBlock(Layer):
@@ -138,7 +140,7 @@ def pictures(side: int, blocks: tuple[int, int, int, int], batch_size: int = 8) 
     config, _ = paper("vision", batch_size, **{"net.name": "own"})
     data = Noise((3,), side * side, side, samples=4 * batch_size)
     network = Network([partial(PictureLayer, blocks, index) for index in range(1 + sum(blocks))], natural_cut=())
-    return Workload(config, data, network, columns=side // 32, slices=False)
+    return Workload(config, data, network, columns=side // 32, slices=False, loss_room=32 * 2**20)
 
 
 class PictureLayer(Layer):
