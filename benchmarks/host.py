@@ -55,7 +55,7 @@ class Host:
         self.moved += tensor.nbytes
         if not self.rehearsed:
             with uncounted(), torch.no_grad():
-                into[rows].copy_(tensor)
+                (into[rows] if into.dim() else into).copy_(tensor)
 
     def up_module(self, module: nn.Module) -> nn.Module:
         """A copy of a module on the device."""
@@ -71,7 +71,8 @@ class Host:
         """Gives a tensor of the device its values on the host, in the room that it has."""
         self.moved += original.nbytes
         if not self.rehearsed:
-            tensor.data.copy_(original.detach())
+            with uncounted():
+                tensor.data.copy_(original.detach())
 
     def adam(self, parameters: Iterable[nn.Parameter], config: Config) -> torch.optim.Optimizer:
         """For parameters on the host."""

@@ -83,8 +83,9 @@ class LossInBlocks(Resident):
         """Of targets and contexts (B, L, C), one tensor where these are one."""
         draw = self.workload.draw(self.objective, self.frames, number)
         targets, contexts = targets.detach(), contexts.detach()
-        grad_targets = torch.zeros_like(targets)
-        grad_contexts = torch.zeros_like(contexts) if self.targets_below else grad_targets
+        # Row by row, to be added to as one matrix; what a GRU gives lies otherwise.
+        grad_targets = torch.zeros(targets.shape, device=targets.device)
+        grad_contexts = torch.zeros(contexts.shape, device=targets.device) if self.targets_below else grad_targets
         self.predictors.grad = torch.zeros_like(self.predictors)
         flat = [tensor.flatten(0, 1) for tensor in (targets, contexts, grad_targets, grad_contexts)]
         add_gradients(
