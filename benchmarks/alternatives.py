@@ -74,10 +74,17 @@ def rows_of(workload: Workload) -> Iterator[Row]:
         yield whole("the same, checkpointed, Adam on the host", MicroBatches, recompute=True, adam_on_host=True)
     yield whole("layer-to-layer streaming", Streaming, predictors_at_once=everything)
     yield whole("the same, one predictor at a time", Streaming, predictors_at_once=1)
+    if workload.inputs_first:
+        yield whole(
+            "the same, gradients of inputs before those of weights", Streaming, predictors_at_once=1, inputs_first=True
+        )
     if workload.together:
         words = ", ".join(map(str, workload.together))
         yield whole(
-            f"the same, layers together by {words}", Streaming, predictors_at_once=1, together=workload.together
+            f"one predictor at a time, layers together by {words}",
+            Streaming,
+            predictors_at_once=1,
+            together=workload.together,
         )
     for layers in workload.stages:
         yield Row(f"layerwise, whole batch, {layers} a stage", layerwise_stages(workload, layers), end_to_end=False)

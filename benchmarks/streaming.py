@@ -4,6 +4,8 @@
 A layer's weights come up once in the forward and once in the backward pass, and all samples go through it, one at a time.
 Its gradients go down when all samples are through, and its Adam steps on the host."""
 
+from collections.abc import Iterator
+
 import torch
 from blocked_infonce import Scored, add_gradients
 from host import Host
@@ -14,10 +16,19 @@ from layerwise.memory.meter import uncounted
 
 
 class Streaming:
-    """predictors_at_once: of the loss; together: how many layers are one unit, by default each is."""
+    """predictors_at_once: of the loss; together: how many layers are one unit, by default each is; inputs_first: whether
+    the gradient of what a unit reads goes down before those of its weights are made. Where a unit is one product, that is no
+    more work; of several it would be."""
 
-    def __init__(self, workload: Workload, host: Host, predictors_at_once: int, together: tuple[int, ...] = ()) -> None:
-        self.workload, self.host = workload, host
+    def __init__(
+        self,
+        workload: Workload,
+        host: Host,
+        predictors_at_once: int,
+        together: tuple[int, ...] = (),
+        inputs_first: bool = False,
+    ) -> None:
+        self.workload, self.host, self.inputs_first = workload, host, inputs_first
         self.layers = workload.layers(host)
         shapes = workload.shapes
         ends = [sum(together[: number + 1]) for number in range(len(together))] or [*range(1, len(shapes) + 1)]
@@ -94,8 +105,10 @@ class Streaming:
         """Every unit once more, from the top, and its step."""
         for index in reversed(range(len(self.units))):
             layer = self.host.up_module(self.units[index])
+            last = index == len(self.units) - 1
+            run_back = self._run_back_inputs_first if self.inputs_first and index > 0 and not last else self._run_back
             for rows in self._slices():
-                self._run_back(layer, index, rows)
+                run_back(layer, index, rows)
             self.host.step(self.adams[index], (parameter.grad for parameter in layer.parameters()))
             del layer
 
@@ -110,5 +123,12 @@ class Streaming:
         if index > 0:
             host.down(x.grad, self.passed[index], rows)
 
-    def _slices(self) -> object:
+    def _run_back_inputs_first(self, layer: nn.Module, index: int, rows: slice) -> None:
+        host = self.host
+        x = host.up(self.passed[index], rows).requires_grad_()
+        y, gradient = layer(x), host.up(self.passed[index + 1], rows)
+        host.down(*torch.autograd.grad(y, x, gradient, retain_graph=True), self.passed[index], rows)
+        torch.autograd.backward(y, gradient, inputs=list(layer.parameters()))
+
+    def _slices(self) -> Iterator[slice]:
         return self.host.slices(self.workload.batch_size, self.workload.at_once)

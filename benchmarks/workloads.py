@@ -36,6 +36,8 @@ class Workload:
     """Bytes of a block of the loss, where memory is saved; so small that the loss is not the peak."""
     together: tuple[int, ...] = ()
     """How many layers are streamed as one, where that saves transfers and takes no more memory; or nothing."""
+    inputs_first: bool = False
+    """Whether it saves memory in streaming to make gradients of inputs before those of weights, at no more work."""
     stages: tuple[int, ...] = ()
     """Layers of a stage of layerwise, a row for each."""
 
@@ -103,7 +105,9 @@ def speech(batch_size: int, width: int = 512) -> Workload:
     """The paper's network. The outputs of its first layer are four times as large as those of the second, which reads them:
     both together take no more room than the second alone."""
     config, data = paper("speech", batch_size, **{"net.width": width, "net.context": width // 2})
-    return Workload(config, data, build_network(config.net, (1,)), together=(2, 1, 1, 1, 1), stages=(1,))
+    return Workload(
+        config, data, build_network(config.net, (1,)), together=(2, 1, 1, 1, 1), inputs_first=True, stages=(1,)
+    )
 
 
 def equal_layers(count: int, width: int = 512) -> Workload:
