@@ -78,6 +78,9 @@ def rows_of(workload: Workload) -> Iterator[Row]:
         yield whole(
             "the same, gradients of inputs before those of weights", Streaming, predictors_at_once=1, inputs_first=True
         )
+    if workload.contexts_on_host:
+        options = {"predictors_at_once": 1, "inputs_first": True, "contexts_on_host": True}
+        yield whole("the same, contexts of the loss from the host", Streaming, **options)
     if workload.together:
         words = ", ".join(map(str, workload.together))
         yield whole(

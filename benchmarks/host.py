@@ -67,6 +67,21 @@ class Host:
         for buffer, original in zip(module.buffers(), into.buffers(), strict=True):
             self.down(buffer, original)
 
+    def up_rows(self, tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """These rows, int64 [n] on the host, wherever they lie."""
+        if self.rehearsed:
+            return self.up(tensor, slice(len(rows)))
+        with uncounted():
+            chosen = tensor.index_select(0, rows)
+        return self.up(chosen)
+
+    def add(self, tensor: torch.Tensor, into: torch.Tensor, rows: torch.Tensor) -> None:
+        """Adds a tensor of the device to these rows, int64 [n] on the host."""
+        self.moved += tensor.nbytes
+        if not self.rehearsed:
+            with uncounted():
+                into.index_add_(0, rows, tensor.cpu())
+
     def refresh(self, tensor: torch.Tensor, original: torch.Tensor) -> None:
         """Gives a tensor of the device its values on the host, in the room that it has."""
         self.moved += original.nbytes

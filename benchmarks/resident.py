@@ -4,7 +4,7 @@ micro-batches (GradCache; Gao et al. 2021, arXiv 2101.06983)."""
 from collections.abc import Callable
 
 import torch
-from blocked_infonce import Scored, add_gradients
+from blocked_infonce import OnDevice, Scored, add_gradients
 from host import Host
 from plain_infonce import plain_infonce
 from torch import nn
@@ -87,13 +87,15 @@ class LossInBlocks(Resident):
         grad_targets = torch.zeros(targets.shape, device=targets.device)
         grad_contexts = torch.zeros(contexts.shape, device=targets.device) if self.targets_below else grad_targets
         self.predictors.grad = torch.zeros_like(self.predictors)
-        flat = [tensor.flatten(0, 1) for tensor in (targets, contexts, grad_targets, grad_contexts)]
+        scored = Scored.of(draw, self.host.device)
         add_gradients(
-            *flat[:2],
+            targets.flatten(0, 1),
+            OnDevice(contexts.flatten(0, 1), grad_contexts.flatten(0, 1), scored.anchors),
             self.predictors.detach(),
-            Scored.of(draw, self.host.device),
+            scored,
             slice(None),
-            (*flat[2:], self.predictors.grad),
+            grad_targets.flatten(0, 1),
+            self.predictors.grad,
             self.workload.loss_room,
         )
         self.of_predictors.step()

@@ -7,7 +7,7 @@ Its gradients go down when all samples are through, and its Adam steps on the ho
 from collections.abc import Iterator
 
 import torch
-from blocked_infonce import Scored, add_gradients
+from blocked_infonce import OnDevice, OnHost, Scored, add_gradients
 from host import Host
 from torch import nn
 from workloads import Workload
@@ -18,7 +18,7 @@ from layerwise.memory.meter import uncounted
 class Streaming:
     """predictors_at_once: of the loss; together: how many layers are one unit, by default each is; inputs_first: whether
     the gradient of what a unit reads goes down before those of its weights are made. Where a unit is one product, that is no
-    more work; of several it would be."""
+    more work; of several it would be. contexts_on_host: where the loss takes them from, when the targets are others."""
 
     def __init__(
         self,
@@ -27,8 +27,10 @@ class Streaming:
         predictors_at_once: int,
         together: tuple[int, ...] = (),
         inputs_first: bool = False,
+        contexts_on_host: bool = False,
     ) -> None:
-        self.workload, self.host, self.inputs_first = workload, host, inputs_first
+        self.workload, self.host = workload, host
+        self.inputs_first, self.contexts_on_host = inputs_first, contexts_on_host
         self.layers = workload.layers(host)
         shapes = workload.shapes
         ends = [sum(together[: number + 1]) for number in range(len(together))] or [*range(1, len(shapes) + 1)]
@@ -62,8 +64,8 @@ class Streaming:
         return [*of_layers, [torch.cat([predictors.detach() for predictors in self.predictors])]]
 
     @torch.no_grad()
-    def _forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Targets and contexts (B, L, C), which stay on the device; what the units read lies on the host."""
+    def _forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Targets and contexts (B, L, C), which stay on the device, or not; what the units read lies on the host."""
         host, last = self.host, len(self.units) - 1
         for index, unit in enumerate(self.units[:-1]):
             layer = host.up_module(unit)
@@ -72,32 +74,52 @@ class Streaming:
             host.down_buffers(layer, unit)
             del layer
         layer = host.up_module(self.units[-1])
-        contexts = torch.empty(self.passed[-1].shape, device=host.device)
+        shape = self.passed[-1].shape
+        contexts = None if self.contexts_on_host else torch.empty(shape, device=host.device)
         targets = torch.empty(self.grad_targets.shape, device=host.device) if self.targets_below else contexts
         for rows in self._slices():
             x = host.up(self.passed[last], rows)
             if self.targets_below:
                 targets[rows] = x
-            contexts[rows] = layer(x)
+            if contexts is None:
+                host.down(layer(x), self.passed[-1], rows)
+            else:
+                contexts[rows] = layer(x)
             del x
         host.down_buffers(layer, self.units[-1])
         return targets, contexts
 
-    def _score(self, targets: torch.Tensor, contexts: torch.Tensor, number: int) -> None:
+    def _score(self, targets: torch.Tensor, contexts: torch.Tensor | None, number: int) -> None:
         """The gradients of targets and contexts go down to the host; the predictors step."""
-        host = self.host
-        scored = Scored.of(self.workload.draw(self.objective, self.frames, number), host.device)
-        grad_contexts = torch.zeros_like(contexts)
-        grad_targets = torch.zeros_like(targets) if self.targets_below else grad_contexts
-        targets, contexts, *gradients = (t.flatten(0, 1) for t in (targets, contexts, grad_targets, grad_contexts))
+        host, draw = self.host, self.workload.draw(self.objective, self.frames, number)
+        scored = Scored.of(draw, host.device)
+        grad_targets = torch.zeros_like(targets)
+        if contexts is None:
+            grad_contexts = host.build(lambda: torch.zeros_like(self.passed[-1]))
+            access = host.build(lambda: OnHost.of(host, self.passed[-1], grad_contexts, draw))
+        else:
+            grad_contexts = torch.zeros_like(contexts) if self.targets_below else grad_targets
+            access = OnDevice(contexts.flatten(0, 1), grad_contexts.flatten(0, 1), scored.anchors)
         for steps, predictors, adam in zip(self.steps, self.predictors, self.adams_of_predictors, strict=True):
             here = host.up(predictors)
             gradient = torch.zeros_like(here)
-            add_gradients(targets, contexts, here, scored, steps, (*gradients, gradient), self.workload.loss_room)
+            add_gradients(
+                targets.flatten(0, 1),
+                access,
+                here,
+                scored,
+                steps,
+                grad_targets.flatten(0, 1),
+                gradient,
+                self.workload.loss_room,
+            )
             del here
             host.step(adam, [gradient])
             del gradient
-        host.down(grad_contexts, self.passed[-1])
+        if contexts is None:
+            self.passed[-1] = grad_contexts
+        else:
+            host.down(grad_contexts, self.passed[-1])
         if self.targets_below:
             host.down(grad_targets, self.grad_targets)
 

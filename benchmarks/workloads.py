@@ -38,6 +38,8 @@ class Workload:
     """How many layers are streamed as one, where that saves transfers and takes no more memory; or nothing."""
     inputs_first: bool = False
     """Whether it saves memory in streaming to make gradients of inputs before those of weights, at no more work."""
+    contexts_on_host: bool = False
+    """Whether the contexts of the loss would be the peak of streaming if they were on the device."""
     stages: tuple[int, ...] = ()
     """Layers of a stage of layerwise, a row for each."""
 
@@ -105,8 +107,9 @@ def speech(batch_size: int, width: int = 512) -> Workload:
     """The paper's network. The outputs of its first layer are four times as large as those of the second, which reads them:
     both together take no more room than the second alone."""
     config, data = paper("speech", batch_size, **{"net.width": width, "net.context": width // 2})
+    network, large = build_network(config.net, (1,)), batch_size > 8
     return Workload(
-        config, data, build_network(config.net, (1,)), together=(2, 1, 1, 1, 1), inputs_first=True, stages=(1,)
+        config, data, network, together=(2, 1, 1, 1, 1), inputs_first=True, contexts_on_host=large, stages=(1,)
     )
 
 
@@ -141,7 +144,8 @@ class TransformerBlock(Layer):
 
 def pictures(side: int, blocks: tuple[int, int, int, int], batch_size: int = 8) -> Workload:
     """The body of a ResNet; its frames are the positions of the last feature map. Batch norm ties the samples."""
-    config, _ = paper("vision", batch_size, **{"net.name": "own"})
+    # Its smallest gradients are those of a larger epsilon: at 1e-6 Adam makes steps of their rounding.
+    config, _ = paper("vision", batch_size, **{"net.name": "own", "training.adam_eps": 1e-5})
     data = Noise((3,), side * side, side, samples=4 * batch_size)
     network = Network([partial(PictureLayer, blocks, index) for index in range(1 + sum(blocks))], natural_cut=())
     return Workload(config, data, network, columns=side // 32, slices=False, loss_room=32 * 2**20)
