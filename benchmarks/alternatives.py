@@ -83,12 +83,8 @@ def rows_of(workload: Workload) -> Iterator[Row]:
         yield whole("the same, contexts of the loss from the host", Streaming, **options)
     if workload.together:
         words = ", ".join(map(str, workload.together))
-        yield whole(
-            f"one predictor at a time, layers together by {words}",
-            Streaming,
-            predictors_at_once=1,
-            together=workload.together,
-        )
+        options = {"together": workload.together, "contexts_on_host": workload.contexts_on_host}
+        yield whole(f"the same, layers together by {words}", Streaming, predictors_at_once=1, **options)
     for layers in workload.stages:
         yield Row(f"layerwise, whole batch, {layers} a stage", layerwise_stages(workload, layers), end_to_end=False)
 

@@ -126,7 +126,7 @@ def transformer(blocks: int, width: int, heads: int, batch_size: int) -> Workloa
     config, _ = paper("speech", batch_size, **{"net.name": "own", "data.window": 196})
     data = Noise((width,), 196, 1, samples=4 * batch_size)
     network = Network([partial(TransformerBlock, width, heads)] * blocks, natural_cut=(1,) * blocks)
-    return Workload(config, data, network, loss_room=32 * 2**20, stages=(1, 2, 4))
+    return Workload(config, data, network, loss_room=4 * 2**20, stages=(1, 2, 4))
 
 
 class TransformerBlock(Layer):
