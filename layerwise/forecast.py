@@ -58,5 +58,17 @@ class Forecast:
     notes: list[str]
     """What is not cached, why, and what it costs; whether this is end-to-end training."""
     host_bytes: int
+    hours: float
+    """Of the training, at most: as many epochs of each stage as the options allow, at the rates of the device."""
     device: str
     stages: list[StageForecast]
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of an optimizer step of every stage."""
+        return sum(stage.flops for stage in self.stages)
+
+    @property
+    def moved_bytes(self) -> int:
+        """What an optimizer step of every stage moves between host and device, both ways."""
+        return sum(stage.moved_bytes for stage in self.stages)

@@ -2,28 +2,52 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import click
 
 from layerwise.commands.options import configured, json_option
 from layerwise.config import Config
-from layerwise.report.printing import answer, answer_exactly, working
-from layerwise.report.tables import forecast_lines, forecast_table
+from layerwise.errors import ConfigError
+from layerwise.files import write_atomically
+from layerwise.report.printing import answer, answer_exactly, say, working
+from layerwise.report.tables import cheapest_cut, forecast_lines, forecast_table, sweep_table
 
 
 @click.command(short_help="Predict what a run would take; runs nothing.")
 @configured
+@click.option("--sweep", "sweeps", is_flag=True, help="Compare cuts, from one stage (end to end) to the finest.")
+@click.option("--plot", type=click.Path(path_type=Path), help="With --sweep: draw it into this .svg or .png file.")
 @json_option
-def plan(config: Config, as_json: bool) -> None:
+def plan(config: Config, sweeps: bool, plot: Path | None, as_json: bool) -> None:
     """Predict, for each stage, what it takes on the device, on the disk and on the host, and whether --gpu-mem holds it.
 
-    Takes the options of `run`. Nothing is trained and nothing is written.
+    Takes the options of `run`. Nothing is trained and nothing is written. With --sweep there is a row for each of several cuts,
+    one stage is end-to-end training by the same means, and --stages is not needed.
     """
+    if plot is not None and (not sweeps or plot.suffix not in (".svg", ".png")):
+        raise ConfigError(f"--plot {plot}: give it with --sweep, and a name that ends in .svg or .png.")
     from layerwise.engines.plan import plan as plan_library  # imports torch, which --help need not wait for
+    from layerwise.engines.plan import sweep
 
-    with working("rehearsing"):
-        forecast = plan_library(config)
-    if as_json:
-        answer_exactly(json.dumps(asdict(forecast)))
+    if not sweeps:
+        with working("rehearsing"):
+            forecast = plan_library(config)
+        if as_json:
+            answer_exactly(json.dumps(asdict(forecast)))
+        else:
+            answer(forecast_table(forecast), *forecast_lines(forecast))
         return
-    answer(forecast_table(forecast), *forecast_lines(forecast))
+    with working("rehearsing"):
+        forecasts = sweep(config)
+    if plot is not None:
+        from layerwise.report.drawing import styled
+        from layerwise.report.figures import draw_sweep
+
+        with styled():
+            write_atomically(plot, draw_sweep(forecasts).save("svg" if plot.suffix == ".svg" else "png"))
+        say(f"{plot}: drawn")
+    if as_json:
+        answer_exactly(json.dumps([asdict(each) for each in forecasts]))
+    else:
+        answer(sweep_table(forecasts), cheapest_cut(forecasts))

@@ -7,7 +7,7 @@ import psutil
 import torch
 
 from layerwise.cache.dtypes import STORED
-from layerwise.config import Config
+from layerwise.config import Config, with_options
 from layerwise.data.batches import READ_AHEAD
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
@@ -15,7 +15,8 @@ from layerwise.errors import ConfigError
 from layerwise.forecast import END_TO_END, Forecast, StageForecast, is_end_to_end
 from layerwise.memory.device import context_bytes, find_device
 from layerwise.memory.plan import MemoryPlan
-from layerwise.nets import shortest_sample
+from layerwise.memory.rates import measured_rates
+from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network
 from layerwise.run_store import RunStore
 from layerwise.training.budget import fit_stage, peaks_of_plan, smallest_budget, smallest_plan
@@ -32,6 +33,7 @@ from layerwise.training.cut import cut_network
 from layerwise.training.optimizer import Optimization
 from layerwise.training.peaks import training_peak
 from layerwise.training.recompute import BLOCK_BYTES
+from layerwise.training.samples import TRAIN, split_samples
 from layerwise.training.spec import StageSpec
 from layerwise.training.work import step_flops, step_moved
 
@@ -70,9 +72,33 @@ def plan(
         if is_end_to_end([len(s.layers) for s in specs])
         else list(cache_plan.notes),
         host_bytes=max(stage.host_bytes for stage in stages),
+        hours=_hours(config, data, stages, device),
         device=str(device),
         stages=stages,
     )
+
+
+def sweep(config: Config) -> list[Forecast]:
+    """Predicts the run for cuts from one stage, which is end-to-end training by the same means, to the finest one.
+
+    Parameters and errors as those of `plan`.
+    """
+    data = open_data(config.data, shortest_sample(config))
+    network = build_network(config.net, data.frame_shape, config.training.seed)
+    most = len(network.layers)
+    counts = {min(round(2 ** (power / 2)), most) for power in range(2 * most.bit_length() + 1)}
+    counts |= {len(network.natural_cut)}
+    return [
+        plan(with_options(config, {"training.stages": count}), network=network, data=data) for count in sorted(counts)
+    ]
+
+
+def _hours(config: Config, data: DataSet, stages: Sequence[StageForecast], device: torch.device) -> float:
+    """Of all steps, one after another, computing and moving never at the same time."""
+    samples = int((split_samples(data, config) == TRAIN).sum())
+    steps = -(-samples // config.training.batch_size) * config.training.max_epochs
+    seconds = sum(measured_rates(device).seconds(stage.flops, stage.moved_bytes) for stage in stages)
+    return steps * seconds / 3600
 
 
 def _forecast(

@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from layerwise.evaluate.results import Comparison, MethodResult, ModuleError
+from layerwise.forecast import Forecast
 from layerwise.report.drawing import BLUE, BYTES, GRAY, GREEN, INK, OCHRE, ORANGE, PERCENT, PINK, Plot, new_figure
 from layerwise.report.records import Epoch, GatheredRun, MemorySample
 from layerwise.run_store.probe_results import Confusion, ProbeResult
@@ -211,6 +212,28 @@ def draw_costs(methods: Sequence[MethodResult]) -> Plot | None:
         axes.spines.bottom.set_visible(False)
     panels[0, 0].invert_yaxis()
     return Plot("costs", "Cost", "What each method took: device peak, time, and disk for caches.", figure)
+
+
+def draw_sweep(forecasts: Sequence[Forecast]) -> Plot:
+    """Memory of each cut over its time."""
+    unit, seconds_per_unit = _time_unit(3600 * max(each.hours for each in forecasts))
+    figure = new_figure(3.0)
+    axes = figure.subplots()
+    hours = [3600 * each.hours / seconds_per_unit for each in forecasts]
+    for name, color, values in (
+        ("peak as laid out", BLUE, [each.peak_bytes for each in forecasts]),
+        ("smallest budget", ORANGE, [each.smallest_budget_bytes for each in forecasts]),
+    ):
+        axes.plot(hours, values, "o", color=color, label=name)
+        for each, x, y in zip(forecasts, hours, values, strict=True):
+            axes.annotate(str(len(each.stages)), (x, y), xytext=(4, 3), textcoords="offset points")
+    axes.set_yscale("log")
+    axes.set_xlabel(f"{unit}, at most")
+    axes.yaxis.set_major_formatter(BYTES)
+    axes.grid(True)
+    axes.legend()
+    caption = "Device memory and time of cuts into so many stages; one stage is end-to-end training by the same means."
+    return Plot("sweep", "Cuts", caption, figure)
 
 
 def draw_confusion(probe: ProbeResult) -> Plot | None:

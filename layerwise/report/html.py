@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from layerwise.evaluate.results import COMPARISON, load_comparison
 from layerwise.files import write_atomically
+from layerwise.forecast import END_TO_END, is_end_to_end
 from layerwise.report.drawing import Plot, inline, styled
 from layerwise.report.figures import (
     draw_caches,
@@ -86,5 +87,10 @@ def _template(name: str) -> Template:
         undefined=StrictUndefined,
     )
     environment.filters |= {"size": size, "duration": duration, "percent": percent}
-    environment.globals |= {"stage_status": stage_status, "totals": totals}
+    environment.globals |= {
+        "stage_status": stage_status,
+        "totals": totals,
+        "is_end_to_end": is_end_to_end,
+        "end_to_end": END_TO_END,
+    }
     return environment.get_template(name)

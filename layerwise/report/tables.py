@@ -170,6 +170,38 @@ def forecast_table(forecast: Forecast) -> Table:
     return shown
 
 
+def sweep_table(forecasts: Sequence[Forecast]) -> Table:
+    """One row per cut. GFLOP and moved: of an optimizer step of every stage."""
+    shown = table(
+        {
+            "stages": "1, end to end" if len(each.stages) == 1 else str(len(each.stages)),
+            "smallest budget": _rounded_up(each.smallest_budget_bytes),
+            "peak": size(each.peak_bytes),
+            "GFLOP": _giga(each.flops),
+            "moved": size(each.moved_bytes),
+            "disk": size(each.disk_bytes),
+            "hours, at most": f"{each.hours:.3g}",
+            "": "" if each.budget_bytes is None else "fits" if each.fits else "too large",
+        }
+        for each in forecasts
+    )
+    shown.collapse_padding = True
+    return shown
+
+
+def cheapest_cut(forecasts: Sequence[Forecast]) -> str:
+    """A sentence on which cut takes the least time of those that the budget holds."""
+    fitting, budget = [each for each in forecasts if each.fits], forecasts[0].budget_bytes
+    under = "without a budget" if budget is None else f"under --gpu-mem {size(budget)}"
+    if not fitting:
+        least = min(each.smallest_budget_bytes for each in forecasts)
+        return f"No cut fits {under}; the smallest budget of all is {_rounded_up(least)}."
+    best = min(fitting, key=lambda each: each.hours)
+    count = len(best.stages)
+    which = "1 stage, which is end-to-end training" if count == 1 else f"{count} stages"
+    return f"The least time {under}: {which} (--stages {count}), at most {best.hours:.3g} hours."
+
+
 def _giga(flops: int) -> str:
     return f"{flops / 1e9:.3g}"
 

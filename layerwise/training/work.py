@@ -7,11 +7,13 @@ a run.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from layerwise.cache.dtypes import STORED
 from layerwise.config import Config
@@ -28,6 +30,30 @@ COUNTED_SAMPLES = 2
 """Batch normalisation takes no single one."""
 
 UNLIMITED = 2**62
+
+
+def _of_product(_: Any, factor: Any, other: Any, **__: Any) -> int:
+    """Of a product that is added in place: shapes (..., M, K) and (..., K, N)."""
+    return 2 * math.prod(factor) * other[-1]
+
+
+def _of_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _of_attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+FORMULAS: dict[Any, Any] = {
+    torch.ops.aten.addmm_: _of_product,
+    torch.ops.aten.baddbmm_: _of_product,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_attention_backward,
+}
+"""Of operations that torch's counter leaves out."""
+
+_counter = partial(FlopCounterMode, display=False, custom_mapping=FORMULAS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +152,9 @@ def _module_flops(spec: StageSpec) -> tuple[int, int]:
         for number, layer in enumerate(module.layers.values()):
             counted = min(frames, COUNTED_STEPS) if layer.recurrent else frames
             x = torch.zeros(COUNTED_SAMPLES, counted, *shape, requires_grad=number > 0)
-            with FlopCounterMode(display=False) as of_forward:
+            with _counter() as of_forward:
                 outputs = layer(x)
-            with FlopCounterMode(display=False) as of_backward:
+            with _counter() as of_backward:
                 if outputs.requires_grad:
                     outputs.backward(torch.zeros_like(outputs))
             share = frames / counted / COUNTED_SAMPLES
@@ -141,7 +167,7 @@ def _module_flops(spec: StageSpec) -> tuple[int, int]:
 def _loss_flops(config: Config, spec: StageSpec) -> int:
     """Of the loss of a batch and its gradients."""
     (draw,) = _draws(config, spec, parts=1)
-    with FakeTensorMode(allow_fallback_kernels=False), FlopCounterMode(display=False) as counter:
+    with FakeTensorMode(allow_fallback_kernels=False), _counter() as counter:
         objective = spec.build_objective(config, REHEARSED_ON)
         contexts = torch.zeros(len(draw.rows), spec.output_shape[0], requires_grad=True)
         targets = torch.zeros(len(draw.rows), spec.target_channels, requires_grad=True)
