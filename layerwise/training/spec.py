@@ -68,7 +68,8 @@ class StageSpec:
 
     def build_objective(self, config: Config, device: torch.device) -> ObjectiveModule:
         """The objective with its first weights, on the device."""
-        scored = Scored(self.target_channels, self.output_shape[0], self.classes)
+        shared = self.shapes.targets_are_outputs
+        scored = Scored(self.target_channels, self.output_shape[0], self.classes, shared)
         build = partial(build_objective, config.objective, scored)
         return with_first_weights(build, weight_seed(config.training.seed, self.stage, 1), device)
 
