@@ -1,6 +1,6 @@
 """Predictors that see a projection to P channels: what they cost in accuracy, and what they save.
 
-python benchmarks/projection.py --data fsdd:DIR --results FILE [--projections 0 64 32] [--max-epochs 8] [--seeds 3]
+python benchmarks/projection.py --data fsdd:DIR --results FILE [--projections 0 64 32] [--max-epochs 6] [--seeds 3]
 python benchmarks/projection.py --data fsdd:DIR --results FILE --test 0 64
 python benchmarks/projection.py --cost
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/projection"))
     parser.add_argument("--projections", type=int, nargs="+", default=[0, 64, 32])
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--max-epochs", type=int, default=8)
+    parser.add_argument("--max-epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--test", type=int, nargs="+", help="these P on the customary test recordings")
     parser.add_argument(
@@ -166,8 +166,8 @@ def print_errors(results: Path, configs: list[Config], part: str) -> None:
         found = [find(results, config, part) for config in configs if config.objective.projection == projection]
         per_stage = [*zip(*(line["errors"] for line in found), strict=True)]
         means = [statistics.mean(line["errors"]) for line in found]
-        seconds = statistics.median(sum(line.get("seconds", [])) for line in found)
-        print(f"| {projection or 'none'} | {' '.join(map(percent, per_stage))} | {percent(means)} | {seconds:.0f} |")
+        seconds = f"{statistics.median(sum(line['seconds']) for line in found):.0f}" if part == "validation" else ""
+        print(f"| {projection or 'none'} | {' '.join(map(percent, per_stage))} | {percent(means)} | {seconds} |")
 
 
 def percent(errors: Sequence[float]) -> str:
