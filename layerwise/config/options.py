@@ -133,8 +133,15 @@ class ObjectiveOptions(Section):
     """rows of a window that serve as contexts and targets"""
     temperature: float = _option(0.5, "training", gt=0)
     """ntxent: what similarities are divided by"""
-    projection: int = _option(128, "training", ge=1, le=10**6)
-    """ntxent: width of the vectors that are compared"""
+    projection: int | None = _option(None, "training", ge=0, le=10**6)
+    """most channels of what is compared: targets and contexts with more go through one matrix first; 0: no such matrix, as
+    in the paper; default: 0, and 128 for ntxent, which always has one"""
+
+    @model_validator(mode="after")
+    def _what_ntxent_compares(self) -> "ObjectiveOptions":
+        if self.name == "ntxent" and self.projection == 0:
+            raise ValueError("projection 0: ntxent always projects what it compares; give the width, such as 128")
+        return self
 
 
 class TrainingOptions(Section):

@@ -44,7 +44,7 @@ class Module(nn.Module):
             targets = x
             lengths = layer.out_length(lengths)
             x = mask_padding(layer(x), lengths)
-        return (targets if layer.recurrent else x), x
+        return (x if self.targets_are_outputs else targets), x
 
     def representations(
         self, x: torch.Tensor, lengths: np.ndarray, rows: torch.Tensor, recompute: bool = False
@@ -61,7 +61,7 @@ class Module(nn.Module):
             lengths = layer.out_length(lengths)
             x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
             x = mask_padding(x, lengths)
-        if last.recurrent:
+        if not self.targets_are_outputs:
             return take(vectors(x), rows), take(vectors(last(x)), rows)
         outputs = last.before_activation(x)
         if outputs.dim() > 3:
@@ -79,6 +79,11 @@ class Module(nn.Module):
         for layer in self.layers.values():
             below = below.after(layer)
         return below
+
+    @property
+    def targets_are_outputs(self) -> bool:
+        """Whether the local objective predicts outputs; else it predicts the inputs of the recurrent last layer."""
+        return not [*self.layers.values()][-1].recurrent
 
     @property
     def recurrent(self) -> bool:

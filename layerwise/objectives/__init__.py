@@ -27,6 +27,8 @@ class Scored:
     """D of the contexts."""
     classes: int
     """Of the label that `objective.label` names; 0 where it names none."""
+    shared: bool
+    """Whether the contexts are the targets."""
 
 
 Build = Callable[[ObjectiveOptions, Scored], Objective]
@@ -34,14 +36,25 @@ Build = Callable[[ObjectiveOptions, Scored], Objective]
 
 def _contrastive(kind: type[Contrastive], options: ObjectiveOptions, scored: Scored) -> Objective:
     return kind(
-        scored.channels, scored.context_channels, options.steps, options.skip, options.negatives, options.anchors
+        scored.channels,
+        scored.context_channels,
+        options.steps,
+        options.skip,
+        options.negatives,
+        options.anchors,
+        options.projection or 0,
+        scored.shared,
     )
+
+
+def _ntxent(options: ObjectiveOptions, scored: Scored) -> Objective:
+    return NTXent(scored.context_channels, options.projection or 128, options.temperature)
 
 
 _BUILD: dict[str, Build] = {
     "infonce": partial(_contrastive, InfoNCE),
     "hinge": partial(_contrastive, Hinge),
-    "ntxent": lambda options, scored: NTXent(scored.context_channels, options.projection, options.temperature),
+    "ntxent": _ntxent,
     "supervised": lambda _, scored: Supervised(scored.context_channels, scored.classes),
 }
 

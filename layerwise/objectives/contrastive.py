@@ -56,14 +56,30 @@ class Contrastive(nn.Module):
     """Predictors W_1 to W_K, bilinear and without bias, and the loss.
 
     channels: C of the targets; context_channels: D of the contexts; steps: K; skip: rows left out between a context and
-    its first target; negatives: N; anchors: rows of the window.
+    its first target; negatives: N; anchors: rows of the window; projection: P, most channels that the predictors see, 0
+    for all; shared: whether contexts are projected by the matrix of the targets, as where they are the same tensor.
+
+    Targets and contexts of more than P channels go through a linear map to P of them first, so that a predictor has P x P
+    numbers and not C x D. Then W_k is a product of matrices whose rank is at most P.
     """
 
     def __init__(
-        self, channels: int, context_channels: int, steps: int, skip: int = 0, negatives: int = 10, anchors: int = 128
+        self,
+        channels: int,
+        context_channels: int,
+        steps: int,
+        skip: int = 0,
+        negatives: int = 10,
+        anchors: int = 128,
+        projection: int = 0,
+        shared: bool = False,
     ) -> None:
         super().__init__()
         self.steps, self.skip, self.negatives, self.anchors = steps, skip, negatives, anchors
+        self.project = _projection(channels, projection)
+        self.project_contexts = None if shared else _projection(context_channels, projection)
+        if projection:
+            channels, context_channels = min(channels, projection), min(context_channels, projection)
         # As nn.Linear begins.
         bound = context_channels**-0.5
         self.predictors = nn.Parameter(torch.empty(steps, channels, context_channels).uniform_(-bound, bound))
@@ -116,7 +132,7 @@ class Contrastive(nn.Module):
 
     def forward(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int) -> Score:
         """targets (R, C), contexts (R, D) at the rows of the draw; computed in float32 at least. room: bytes of a slice."""
-        targets, contexts = _in_float32(targets, contexts)
+        targets, contexts = self._compared(targets, contexts)
         if not torch.is_grad_enabled():
             return _score(targets, contexts, [(ALL, self.predictors, None)], draw, room, self.of_scores, None)
         own_contexts = None if contexts is targets else contexts
@@ -131,17 +147,25 @@ class Contrastive(nn.Module):
         self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int, groups: Iterable[Group]
     ) -> Score:
         """See `Streamed`."""
-        targets, contexts = _in_float32(targets, contexts)
+        targets, contexts = self._compared(targets, contexts)
         if not torch.is_grad_enabled():
             return _score(targets, contexts, groups, draw, room, self.of_scores, None)
         own_contexts = None if contexts is targets else contexts
         return Score(*_Loss.apply(targets, own_contexts, None, groups, draw, room, self.of_scores))
 
+    def _compared(self, targets: torch.Tensor, contexts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(R, C) and (R, D) to what the predictors see of them, in float32 at least; one tensor where they are one."""
+        shared, targets = contexts is targets, targets.to(torch.promote_types(targets.dtype, torch.float32))
+        contexts = targets if shared else contexts.to(targets.dtype)
+        projected = self.project(targets)
+        if self.project_contexts is not None:
+            return projected, self.project_contexts(contexts)
+        return projected, projected if contexts is targets else self.project(contexts)
 
-def _in_float32(targets: torch.Tensor, contexts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """In float32 at least; one tensor where they are one."""
-    converted = targets.to(torch.promote_types(targets.dtype, torch.float32))
-    return converted, converted if contexts is targets else contexts.to(converted.dtype)
+
+def _projection(channels: int, most: int) -> nn.Module:
+    """A linear map to `most` channels, where there are more than that; most: 0 for no limit."""
+    return nn.Linear(channels, most, bias=False) if 0 < most < channels else nn.Identity()
 
 
 def _compact(anchors: np.ndarray, negatives: np.ndarray, weights: np.ndarray, offsets: np.ndarray) -> Draw:

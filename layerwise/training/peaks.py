@@ -237,7 +237,7 @@ class _RehearsedTrainer(StageTrainer):
         draws, sliced = self._draws(batch, randomness), self._sliced(batch, randomness.seed)
         with in_host_memory():
             channels = [self.spec.output_shape[0]]
-            if self.spec.separate_targets:
+            if not self.spec.shapes.targets_are_outputs:
                 channels.insert(0, self.spec.target_channels)
             vectors = [torch.empty(len(self._most_rows), count, dtype=torch.float32) for count in channels]
         if phase == "loss":

@@ -65,18 +65,14 @@ class StageSpec:
         """The module without values, shared by all who ask."""
         return without_values(self.network, self.layers)
 
-    @property
-    def separate_targets(self) -> bool:
-        """Whether targets and contexts are different vectors."""
-        return [*self.shapes.layers.values()][-1].recurrent
-
     def build_module(self, seed: int, device: torch.device) -> Module:
         """The module with its first weights, on the device."""
         return self.network.build(self.layers, seed, device)
 
     def build_objective(self, config: Config, device: torch.device) -> ObjectiveModule:
         """The objective with its first weights, on the device."""
-        scored = Scored(self.target_channels, self.output_shape[0], self.classes)
+        shared = self.shapes.targets_are_outputs
+        scored = Scored(self.target_channels, self.output_shape[0], self.classes, shared)
         build = partial(build_objective, config.objective, scored)
         return with_first_weights(build, weight_seed(config.training.seed, self.stage, 1), device)
 

@@ -138,7 +138,7 @@ def stage_work(config: Config, spec: StageSpec) -> StageWork:
         gradients=_bytes(parameter for parameter in module.parameters() if parameter.requires_grad),
         buffers=_bytes(module.buffers()),
         predictors=_bytes((*objective.parameters(), *objective.buffers())),
-        row=4 * (spec.output_shape[0] + spec.separate_targets * spec.target_channels),
+        row=4 * (spec.output_shape[0] + (not module.targets_are_outputs) * spec.target_channels),
         stacked=len(objective.stacked) if isinstance(objective, Streamed) else 0,
     )
 

@@ -60,7 +60,7 @@ def test_a_batch_without_any_label_has_no_loss() -> None:
 def test_ones_own_objective_is_registered_and_built_by_its_name() -> None:
     register_objective("test-own", lambda options, scored: Supervised(scored.context_channels, options.steps))
     options = resolve(overrides={"objective.name": "test-own", "objective.steps": 9}).objective
-    assert build_objective(options, Scored(3, 4, 0)).classifier.weight.shape == (9, 4)
+    assert build_objective(options, Scored(3, 4, 0, shared=False)).classifier.weight.shape == (9, 4)
     with pytest.raises(ConfigError, match="already"):
         register_objective("infonce", lambda options, scored: Supervised(1, 1))
 
