@@ -25,16 +25,23 @@ from streaming import Streaming
 from workloads import SMALLER, WORKLOADS, Workload
 
 from layerwise.cache.dtypes import STORED
+from layerwise.config import with_options
 from layerwise.data.batches import Batch
 from layerwise.memory.meter import REHEARSED_ON, meter_for, rehearsal
 from layerwise.memory.plan import MemoryPlan
 from layerwise.nets.network import ranges
+from layerwise.training.budget import fit_stage, smallest_budget
 from layerwise.training.context import RunContext
+from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec, stage_specs
 from layerwise.training.trainer import StageTrainer, StepRandomness
+from layerwise.training.work import step_flops, step_moved
 
 CLOSE = 1e-4
 """Relative difference of weights above which two steps are not the same training."""
+
+FLOPS_PER_BYTE = 64
+"""By which layerwise chooses its layouts, the same on every machine."""
 
 
 class Training(Protocol):
@@ -48,6 +55,15 @@ Make = Callable[[Workload, Host], Training]
 
 
 @dataclass(frozen=True)
+class Rehearsed:
+    """Of a step: bytes at the highest point, floating-point operations, bytes moved down and up."""
+
+    peak: int
+    flops: int
+    moved: int
+
+
+@dataclass(frozen=True)
 class Row:
     """A way to train, as parts that are trained one after another: of an end-to-end way one, of layerwise its stages."""
 
@@ -56,6 +72,8 @@ class Row:
     """How many of the kind there are, and how to make one."""
     end_to_end: bool = True
     """Whether it takes the step of plain, and has `weights()` to compare."""
+    predicted: Rehearsed | None = None
+    """Of layerwise: what it says itself."""
 
 
 def rows_of(workload: Workload) -> Iterator[Row]:
@@ -85,54 +103,58 @@ def rows_of(workload: Workload) -> Iterator[Row]:
         words = ", ".join(map(str, workload.together))
         options = {"together": workload.together, "contexts_on_host": workload.contexts_on_host}
         yield whole(f"the same, layers together by {words}", Streaming, predictors_at_once=1, **options)
-    for layers in workload.stages:
-        yield Row(f"layerwise, whole batch, {layers} a stage", layerwise_stages(workload, layers), end_to_end=False)
+    for layers, budget in workload.stages:
+        yield layerwise(workload, layers, budget)
 
 
-def layerwise_stages(workload: Workload, layers: int) -> list[tuple[int, Make]]:
-    """One of each kind of stage, with their number. Stages of like layers differ where one reads data, and one a cache."""
-    count = len(workload.network.layers)
+def layerwise(workload: Workload, layers: int, budget: str | None) -> Row:
+    """Stages of so many layers, as the planner lays them out. budget: a value of --gpu-mem, or smallest; None for no limit."""
+    count, device = len(workload.network.layers), REHEARSED_ON
     sizes = [layers] * (count // layers) + [count % layers] * (count % layers > 0)
     specs = stage_specs(workload.config, workload.data, workload.network, ranges(sizes))
+    if budget == "smallest":
+        limit: object = max(smallest_budget(workload.config, spec, device) for spec in specs)
+    else:
+        limit = budget
+    limits = {} if limit is None else {"memory.gpu_mem": limit, "memory.flops_per_byte": FLOPS_PER_BYTE}
+    config = with_options(workload.config, limits)
     kinds: dict[object, list[StageSpec]] = {}
     for spec in specs:
-        shapes = tuple((name.split(".", 2)[2], tuple(p.shape)) for name, p in spec.shapes.named_parameters())
-        kinds.setdefault((spec.stage == 1, spec.window, spec.frame_shape, shapes), []).append(spec)
-    return [(len(alike), partial(LayerwiseStage, spec=alike[0])) for alike in kinds.values()]
+        kinds.setdefault(spec.alike, []).append(spec)
+    parts: list[tuple[int, Make]] = []
+    peak = flops = moved = 0
+    for alike in kinds.values():
+        plan = fit_stage(config, alike[0], device)
+        if plan is None:
+            raise SystemExit(f"stage {alike[0].stage} does not fit into {budget}")
+        parts.append((len(alike), partial(LayerwiseStage, spec=alike[0], plan=plan)))
+        peak = max(peak, training_peak(config, alike[0], plan).bytes)
+        flops += len(alike) * step_flops(config, alike[0], plan)
+        moved += len(alike) * step_moved(config, alike[0], plan)
+    under = "whole batch" if budget is None else f"--gpu-mem {budget}" if budget != "smallest" else "smallest budget"
+    name = f"layerwise, {layers} layer{'s' if layers > 1 else ''} a stage, {under}"
+    return Row(name, parts, end_to_end=False, predicted=Rehearsed(peak, flops, moved))
 
 
 class LayerwiseStage:
-    """A stage of a run, in whole batches; its batch is read from data or a cache."""
+    """A stage of a run; its batch is read from data or a cache."""
 
-    def __init__(self, workload: Workload, host: Host, spec: StageSpec) -> None:
-        self.host = host
-        whole = MemoryPlan(workload.batch_size, workload.batch_size)
-        self.trainer = StageTrainer(spec, workload.config, whole, RunContext(host.device, meter_for(host.device, None)))
+    def __init__(self, workload: Workload, host: Host, spec: StageSpec, plan: MemoryPlan) -> None:
+        context = RunContext(host.device, meter_for(host.device, None))
+        self.trainer = StageTrainer(spec, workload.config, plan, context)
         dtype = torch.float32 if spec.stage == 1 else STORED[workload.config.cache.dtype].tensor
         shape = workload.batch_size, spec.window.frames, *spec.frame_shape
-        if host.rehearsed:
-            frames = torch.empty(shape, dtype=dtype, device="meta")
-        else:
-            frames = host.build(lambda: torch.randn(shape).to(dtype))
-        self.batch = Batch(frames, np.full(workload.batch_size, spec.window.frames))
+        self.batch = Batch(host.build(lambda: torch.randn(shape).to(dtype)), np.full(shape[0], shape[1]))
 
     def train(self, number: int) -> None:
         """Step `number`."""
-        self.host.moved += self.batch.frames.nbytes  # the one transfer that does not go through the host
         self.trainer.train(self.batch, StepRandomness(lambda: np.random.default_rng(number)))
-
-
-@dataclass(frozen=True)
-class Rehearsed:
-    """Of a step: bytes at the highest point, floating-point operations, bytes moved down and up."""
-
-    peak: int
-    flops: int
-    moved: int
 
 
 def rehearsed(workload: Workload, row: Row) -> Rehearsed:
     """The largest peak over the parts of a row, and the sums of the others."""
+    if row.predicted:
+        return row.predicted
     peak = flops = moved = 0
     for count, make in row.parts:
         with rehearsal() as meter:

@@ -17,6 +17,7 @@ from layerwise.memory.meter import uncounted
 from layerwise.nets import build_network
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network, weight_seed, with_first_weights
+from layerwise.nets.traced import same_attention
 from layerwise.objectives.contrastive import Draw, InfoNCE
 from layerwise.training.optimizer import adam
 
@@ -40,8 +41,8 @@ class Workload:
     """Whether it saves memory in streaming to make gradients of inputs before those of weights, at no more work."""
     contexts_on_host: bool = False
     """Whether the contexts of the loss would be the peak of streaming if they were on the device."""
-    stages: tuple[int, ...] = ()
-    """Layers of a stage of layerwise, a row for each."""
+    stages: tuple[tuple[int, str | None], ...] = ()
+    """Rows of layerwise: layers of a stage, and the budget; None for no limit."""
 
     @property
     def batch_size(self) -> int:
@@ -103,13 +104,18 @@ class Workload:
         return shapes
 
 
+SPEECH = ((1, None), (1, "40MB"), (1, "smallest"))
+LAYERS = ((1, None), (4, None), (12, None), (1, "10.5MB"), (1, "smallest"))
+BLOCKS = ((1, None), (2, None), (4, None), (1, "smallest"), (2, "smallest"), (4, "smallest"))
+
+
 def speech(batch_size: int, width: int = 512) -> Workload:
     """The paper's network. The outputs of its first layer are four times as large as those of the second, which reads them:
     both together take no more room than the second alone."""
     config, data = paper("speech", batch_size, **{"net.width": width, "net.context": width // 2})
     network, large = build_network(config.net, (1,)), batch_size > 8
     return Workload(
-        config, data, network, together=(2, 1, 1, 1, 1), inputs_first=True, contexts_on_host=large, stages=(1,)
+        config, data, network, together=(2, 1, 1, 1, 1), inputs_first=True, contexts_on_host=large, stages=SPEECH
     )
 
 
@@ -118,7 +124,7 @@ def equal_layers(count: int, width: int = 512) -> Workload:
     shape = {"net.kernels": (3,) * count, "net.strides": (1,) * count, "net.paddings": (1,) * count}
     config, _ = paper("speech", 8, **shape, **{"net.width": width, "net.context": 0, "data.window": 128})
     data = Noise((width,), 128, 1, samples=32)
-    return Workload(config, data, build_network(config.net, (width,)), stages=(1, 4, 12))
+    return Workload(config, data, build_network(config.net, (width,)), stages=LAYERS)
 
 
 def transformer(blocks: int, width: int, heads: int, batch_size: int) -> Workload:
@@ -126,7 +132,7 @@ def transformer(blocks: int, width: int, heads: int, batch_size: int) -> Workloa
     config, _ = paper("speech", batch_size, **{"net.name": "own", "data.window": 196})
     data = Noise((width,), 196, 1, samples=4 * batch_size)
     network = Network([partial(TransformerBlock, width, heads)] * blocks, natural_cut=(1,) * blocks)
-    return Workload(config, data, network, loss_room=4 * 2**20, stages=(1, 2, 4))
+    return Workload(config, data, network, loss_room=4 * 2**20, stages=BLOCKS)
 
 
 class TransformerBlock(Layer):
@@ -139,7 +145,8 @@ class TransformerBlock(Layer):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.block(x)
+        with same_attention():
+            return self.block(x)
 
 
 def pictures(side: int, blocks: tuple[int, int, int, int], batch_size: int = 8) -> Workload:

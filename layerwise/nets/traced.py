@@ -54,13 +54,13 @@ class FrameUnit(Layer):
         if frames.dim() == 3 and not self.first:
             # The unit may rely on the layout that the network itself would have given it, as .view() does.
             frames = frames.transpose(1, 2).contiguous()
-        with _same_attention():
+        with same_attention():
             y = self.unit(frames)
         return (y.transpose(1, 2) if y.dim() == 3 else y).unflatten(0, x.shape[:2])
 
 
 @contextlib.contextmanager
-def _same_attention() -> Iterator[None]:
+def same_attention() -> Iterator[None]:
     """Transformer layers in evaluation compute as in training: their other way has no rehearsal, and rounds differently."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
