@@ -80,7 +80,7 @@ class Work:
         recompute: bool = False,
         seed: int | None = None,
     ) -> microbatch.SlicedBatch:
-        """host: where representations wait, None: on the device; seed: of what the module draws, None where it draws nothing."""
+        """host: where representations wait; None: on the device. seed: of what the module draws; None: nothing."""
 
         def encode(samples: slice, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
             with seeded(seed, samples.start):

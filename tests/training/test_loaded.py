@@ -22,7 +22,7 @@ from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 from layerwise.stop import StopFlag
-from layerwise.training.budget import fit_stage, fit_to_budget
+from layerwise.training.budget import fit_stage, fit_to_budget, smallest_budget
 from layerwise.training.cache_plan import CachePlan
 from layerwise.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from layerwise.training.context import RunContext
@@ -154,14 +154,6 @@ def test_a_step_that_runs_out_of_memory_anywhere_ends_as_if_it_had_not(
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_every_layout_takes_the_same_step(tasks: dict[str, Task], undisturbed: dict, name: str) -> None:
-    task, (whole, _) = tasks[name], undisturbed[name]
-    for micro_batch, passes, recompute, on_host in [(2, 1, True, False), (1, 2, False, True), (3, 3, True, True)]:
-        memory_plan = MemoryPlan(len(task.batch.lengths), micro_batch, passes, recompute, on_host)
-        assert_same_step(take_step(task, memory_plan), whole)
-
-
-@pytest.mark.parametrize("name", STAGES)
 def test_the_least_memory_that_a_step_gets_by_with_is_that_of_the_smallest_slices(
     tasks: dict[str, Task], undisturbed: dict[str, tuple[Step, Step]], name: str
 ) -> None:
@@ -282,8 +274,9 @@ def test_a_step_with_dropout_that_runs_out_of_memory_is_repeated_with_the_same_r
         assert found.memory_plan.micro_batch == micro // 2
         assert_same_step(found, expected[micro // 2])
     assert_same_step(take_step(dropping, MemoryPlan(4, 2, recompute=True)), expected[2])
-    # Several passes give the slices other rows, and they still draw the same.
-    assert_same_step(take_step(dropping, MemoryPlan(4, 2, passes=4)), expected[2])
+    # Wherever the representations wait, and in however many parts they are scored, the slices draw the same.
+    for parts in (1, 4):
+        assert_same_step(take_step(dropping, MemoryPlan(4, 2, parts=parts)), expected[2])
 
 
 def test_a_step_draws_from_its_own_generators_alone(dropping: Task) -> None:
@@ -329,11 +322,16 @@ def test_the_plan_of_a_module_that_ties_samples_together_names_it_too(mixing: Ta
         fit_to_budget(config, [mixing.plan], CachePlan((True,)), CPU, set(), StopFlag())
 
 
-@pytest.mark.parametrize("recompute", ["auto", "always", "never"])
-def test_running_statistics_count_each_batch_once(mixing: Task, recompute: str) -> None:
-    memory = mixing.config.memory.model_copy(update={"recompute": recompute})
+@pytest.mark.parametrize(
+    "asked", [{"recompute": "auto"}, {"recompute": "always"}, {"recompute": "never"}, {"gpu_mem": 0}]
+)
+def test_running_statistics_count_each_batch_once(mixing: Task, asked: dict[str, object]) -> None:
+    if "gpu_mem" in asked:
+        asked = {"gpu_mem": smallest_budget(mixing.config, mixing.plan, CPU)}
+    memory = mixing.config.memory.model_copy(update=asked)
     config = mixing.config.model_copy(update={"memory": memory})
     memory_plan = fit_stage(config, mixing.plan, CPU)
+    assert bool(memory_plan.parts) == ("gpu_mem" in asked)
     with Meter(CPU) as meter:
         loaded = StageTrainer(mixing.plan, config, memory_plan, RunContext(CPU, meter))
         loaded.train(mixing.batch, randomness())
@@ -351,7 +349,9 @@ def changing(planned_stages: Planned) -> Task:
 
 
 @pytest.mark.parametrize("asked", [{"micro_batch": 1}, {"recompute": "always"}])
-def test_a_module_that_changes_at_every_pass_runs_once_a_step(changing: Task, asked: dict[str, object]) -> None:
+def test_a_module_that_changes_at_every_pass_is_not_sliced_nor_run_again_for_activations(
+    changing: Task, asked: dict[str, object]
+) -> None:
     memory = changing.config.memory.model_copy(update=asked)
     memory_plan = fit_stage(changing.config.model_copy(update={"memory": memory}), changing.plan, CPU)
     assert_same_step(take_step(changing, memory_plan), take_step(changing, changing.whole))
@@ -446,7 +446,7 @@ def test_adam_on_the_host_takes_the_same_steps_to_the_bit(tasks: dict[str, Task]
     assert torch.equal(*weights)
 
 
-def test_adam_on_the_host_holds_nothing_on_the_device(tasks: dict[str, Task]) -> None:
+def test_with_adam_on_the_host_nothing_is_on_the_device_between_steps(tasks: dict[str, Task]) -> None:
     task = tasks["convolution"]
     held = []
     for on_host in (False, True):
@@ -454,9 +454,9 @@ def test_adam_on_the_host_holds_nothing_on_the_device(tasks: dict[str, Task]) ->
             loaded = task.load(replace(task.whole, optimizer_on_host=on_host), meter)
             loaded.train(task.batch, randomness())
             held.append(meter.live)
-    moments = 2 * 4 * len(all_weights(loaded))
+    with_moments = 3 * 4 * len(all_weights(loaded))
     tensors = len([*loaded.module.parameters(), *loaded.objective.parameters()])
-    assert held[0] - held[1] == moments + 4 * tensors
+    assert held == [with_moments + 4 * tensors, 0]
 
 
 LAYOUTS = {
@@ -487,7 +487,7 @@ def test_a_checkpoint_of_one_layout_goes_on_in_another(
         assert restored[0].step == 2
         resumed.train(task.batch, randomness(2))
         found = all_weights(resumed)
-    same_slices = "sliced" not in saved_with + loaded_with or saved_with == loaded_with
+    same_slices = {saved_with, loaded_with} <= {"whole", "on the host"} or saved_with == loaded_with
     if same_slices:
         assert torch.equal(found, expected)
     assert (found - expected).norm() <= 1e-5 * expected.norm()
