@@ -34,7 +34,8 @@ def pictures(*parts: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *parts, nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
 
 
-SPEECH = {"net.width": 32, "net.context": 32}
+SPEECH = {"net.width": 32, "net.context": 32, "data.window": 800, "objective.anchors": 64}
+"""Every frame is an anchor, so that a draw has no accidents."""
 PICTURES = {"training.batch_size": 4, "training.stages": 1}
 STAGES: dict[str, tuple[str, int, dict[str, object], Callable[[], nn.Module] | None]] = {
     "convolution": ("speech", 2, SPEECH, None),
