@@ -188,6 +188,29 @@ class Rectified(Linear):
         return super().forward(F.rrelu(x, training=self.training))
 
 
+class Decaying(Linear):
+    """Changes its weight at every pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.linear.weight.mul_(0.9)
+        return super().forward(x)
+
+
+class Averaging(Linear):
+    """Has other tensors for buffers after every pass; the first is changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        self.mean = 0.9 * self.mean + 0.1
+        return super().forward(x) - self.mean
+
+
 class Moody(Linear):
     """Cannot be run in training."""
 
@@ -228,6 +251,17 @@ def test_what_cannot_be_repeated_goes_through_its_module_once_under_every_plan(
 
 def test_a_layer_that_gives_nothing_for_a_sample_alone_is_not_sliced(stage: Callable[..., StageSpec]) -> None:
     assert batch_effects(stage(Company)).why_unsliceable == "layers.0 (Company) ties the samples of a batch together"
+
+
+@pytest.mark.parametrize(
+    ("layer", "changed"), [(Decaying, "linear (Linear) changes its 'weight'"), (Averaging, "'count'")]
+)
+def test_what_a_step_cannot_put_back_is_not_repeated(
+    stage: Callable[..., StageSpec], cost: str, layer: type[Layer], changed: str
+) -> None:
+    found = batch_effects(stage(layer))
+    assert changed in found.why_unsliceable
+    assert not found.repeatable
 
 
 def test_samples_of_both_signs_are_run(stage: Callable[..., StageSpec]) -> None:
