@@ -95,10 +95,15 @@ def test_a_lent_module_is_on_the_device_in_the_block_alone(meter: Meter, gradien
 
 def test_what_the_block_does_to_buffers_and_parameters_stays_done(meter: Meter) -> None:
     module, twin, host = normalised(), normalised(), HostMemory()
-    for lent in (module, twin):
-        with host.lend(tensors(module), CPU), torch.no_grad():
-            lent(torch.arange(12.0).reshape(2, 6))
-            lent[0].weight.mul_(0.5)
+
+    def change(changed: nn.Module) -> None:
+        with torch.no_grad():
+            changed(torch.arange(12.0).reshape(2, 6))
+            changed[0].weight.mul_(0.5)
+
+    with host.lend(tensors(module), CPU):
+        change(module)
+    change(twin)
     assert int(module[0].num_batches_tracked) == 1
     for found, expected in zip(values(module), values(twin), strict=True):
         assert torch.equal(found, expected)

@@ -611,13 +611,13 @@ def test_the_scale_divides_and_doubles_after_many_good_steps() -> None:
     assert scale == LossScale(16.0, 0)
 
 
-@pytest.mark.parametrize("micro_batch", [4, 1])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_whose_gradients_overflow_is_left_out_until_the_scale_is_small_enough(
-    tasks: dict[str, Task], micro_batch: int
+    tasks: dict[str, Task], layout: str
 ) -> None:
     task = tasks["convolution"].changed(precision="float16")
     with Meter(CPU) as meter:
-        loaded = task.load(MemoryPlan(4, micro_batch), meter)
+        loaded = task.load(LAYOUTS[layout], meter)
         before = [parameter.detach().clone() for parameter in loaded.module.parameters()]
         loaded.scale.factor = 2.0**40
         loaded.train(task.batch, randomness())
@@ -631,11 +631,11 @@ def test_a_step_whose_gradients_overflow_is_left_out_until_the_scale_is_small_en
         assert all(parameter.isfinite().all() for parameter in loaded.module.parameters())
 
 
-def gradients_of_a_step(task: Task, micro_batch: int) -> torch.Tensor:
+def gradients_of_a_step(task: Task, memory_plan: MemoryPlan) -> torch.Tensor:
     """Of the module, when it steps: unscaled."""
     found: list[torch.Tensor] = []
     with Meter(CPU) as meter:
-        loaded = task.load(MemoryPlan(len(task.batch.lengths), micro_batch), meter)
+        loaded = task.load(memory_plan, meter)
         take = loaded.optimizer.step
 
         def look_and_step() -> None:
@@ -648,14 +648,14 @@ def gradients_of_a_step(task: Task, micro_batch: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize("micro_batch", [4, 1])
+@pytest.mark.parametrize("layout", ["whole", "sliced", "streamed"])
 @pytest.mark.parametrize(("precision", "most"), [("bfloat16", 0.05), ("float16", 0.03)])
 def test_steps_in_short_floats_have_gradients_near_those_of_float32(
-    tasks: dict[str, Task], name: str, micro_batch: int, precision: str, most: float
+    tasks: dict[str, Task], name: str, layout: str, precision: str, most: float
 ) -> None:
     task = tasks[name]
-    expected = gradients_of_a_step(task, micro_batch)
-    found = gradients_of_a_step(task.changed(precision=precision), micro_batch)
+    expected = gradients_of_a_step(task, LAYOUTS[layout])
+    found = gradients_of_a_step(task.changed(precision=precision), LAYOUTS[layout])
     assert found.dtype == torch.float32
     assert found.isfinite().all()
     assert (found - expected).norm() < most * expected.norm()
