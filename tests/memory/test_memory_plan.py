@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise, product
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerwise.config.options import MemoryOptions
-from layerwise.memory.plan import MemoryPlan, cheapest, families
+from layerwise.memory.plan import NARROW_ROOM, SMALLEST_ROOM, WIDE_ROOM, MemoryPlan, cheapest, families
 
 
 @st.composite
@@ -107,11 +108,11 @@ def test_open_choices_reach_from_the_whole_batch_to_one_sample_its_targets_and_o
     cheapest_of_all = MemoryPlan(size, size)
     assert cheapest_of_all in every
     if asked["repeatable"]:
-        one_sample = 1 if asked["sliceable"] else size
-        one_predictor = 1 if asked["stacked"] > 1 else 0
-        least = MemoryPlan(size, one_sample, False, True, one_predictor, size, gradients_at_once=True)
-        assert all(least.takes_at_most(plan) for plan in every if not plan.recompute)
-        assert least in every
+        not_again = [plan for plan in every if not plan.recompute]
+        (least,) = [plan for plan in not_again if all(plan.takes_at_most(other) for other in not_again)]
+        assert least.micro_batch == (1 if asked["sliceable"] else size)
+        assert least.predictors == (1 if asked["stacked"] > 1 else 0)
+        assert (least.parts, least.optimizer_on_host, least.gradients_at_once) == (size, True, True)
 
 
 @given(options())
@@ -119,11 +120,12 @@ def test_what_needs_the_host_comes_with_it_and_every_combination_is_there(asked:
     every = every_plan(asked | {"recompute": None, "on_host": None})
     assert all(plan.optimizer_on_host for plan in every if plan.predictors or plan.gradients_at_once)
     assert all(plan.parts for plan in every if plan.gradients_at_once)
-    fields = [{getattr(plan, name) for plan in every} for name in ("micro_batch", "recompute", "predictors", "parts")]
-    with_host = {p for p in every if p.optimizer_on_host and not p.gradients_at_once}
-    assert with_host == {
-        MemoryPlan(asked["batch_size"], micro, again, True, predictors, parts)
-        for micro, again, predictors, parts in product(*fields)
+    choices = attrgetter("micro_batch", "recompute", "predictors", "parts")
+    with_host = {choices(plan) for plan in every if plan.optimizer_on_host}
+    assert with_host == set(product(*map(set, zip(*map(choices, every), strict=True))))
+    assert {choices(plan) for plan in every if plan.gradients_at_once} == {each for each in with_host if each[3]}
+    assert {choices(plan) for plan in every if not plan.optimizer_on_host} == {
+        each for each in with_host if not each[2]
     }
 
 
@@ -204,7 +206,7 @@ def test_smaller_ends_and_each_one_holds_less(batch_size: int, micro_batch: int)
             "whole batch, optimizer on the host, 3 predictors at a time",
         ),
         (
-            MemoryPlan(8, 1, True, True, 1, 4, True),
+            MemoryPlan(8, 1, True, True, 1, 4, gradients_at_once=True),
             "micro-batch 1, activations recomputed, optimizer on the host, streamed in 4 parts, gradients to the host at once, "
             "1 predictor at a time",
         ),
@@ -214,7 +216,11 @@ def test_a_plan_says_what_it_is(plan: MemoryPlan, words: str) -> None:
     assert str(plan) == words
 
 
-def test_the_less_is_on_the_device_the_less_room_has_the_loss() -> None:
-    whole, sliced, streamed = MemoryPlan(8, 8), MemoryPlan(8, 4), MemoryPlan(8, 8, parts=1)
-    some_predictors = MemoryPlan(8, 8, optimizer_on_host=True, predictors=1)
-    assert some_predictors.loss_room < streamed.loss_room == sliced.loss_room < whole.loss_room
+@given(options())
+def test_the_less_is_on_the_device_the_less_room_has_the_loss(asked: dict[str, Any]) -> None:
+    for plan in every_plan(asked):
+        if plan.predictors:
+            assert plan.loss_room == SMALLEST_ROOM
+        else:
+            assert SMALLEST_ROOM <= plan.loss_room <= (WIDE_ROOM if plan.whole else NARROW_ROOM)
+    assert SMALLEST_ROOM < NARROW_ROOM < WIDE_ROOM
