@@ -1,5 +1,6 @@
 """Options: recipes below files below flags, and errors that say what would be right."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -70,6 +71,21 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
 )
 def test_assignments_are_toml_or_plain_text(text: str, expected: tuple[str, object]) -> None:
     assert config.parse_assignment(text) == expected
+
+
+@pytest.mark.parametrize(("given", "stages"), [(6, 6), ("6", 6), (1, 1), ("fewest", "fewest"), (None, None)])
+def test_stages_are_a_number_or_the_fewest_and_are_read_again(tmp_path: Path, given: object, stages: object) -> None:
+    resolved = config.resolve(overrides={"training.stages": given})
+    assert resolved.training.stages == stages
+    (tmp_path / "config.toml").write_text(resolved.to_toml())
+    assert config.load(tmp_path / "config.toml") == resolved
+
+
+@pytest.mark.parametrize("given", [0, -1, 10_001, 1.5, "six", "Fewest", ""])
+def test_other_stages_are_refused_with_what_there_is(given: object) -> None:
+    sentence = f"--stages: must be a whole number from 1 to 10000, or fewest, got {given!r}."
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        config.resolve(overrides={"training.stages": given})
 
 
 def test_a_misspelt_option_names_its_neighbours() -> None:

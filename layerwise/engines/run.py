@@ -249,7 +249,7 @@ def _earlier_cut(store: RunStore, config: Config) -> list[int] | None:
     if not store.exists or config.training.schedule == "simultaneous":
         return None
     cut = store.load_state().cut
-    return cut if config.training.stages in (None, len(cut)) else None
+    return cut if config.training.stages in (None, "fewest", len(cut)) else None
 
 
 def _described(run: Run) -> list[str]:

@@ -69,7 +69,7 @@ class HostMemory:
         """Parameters and buffers of the host are on the device inside the block, and on the host again behind it.
 
         Gradients come back with their parameters, or each at once when a backward pass has made it. What the block does to
-        buffers stays done.
+        buffers and to values of parameters stays done.
         """
         with uncounted():
             lent = [(tensor, tensor.data) for tensor in tensors]
@@ -87,13 +87,14 @@ class HostMemory:
         try:
             for tensor, values in lent:
                 tensor.data = self.bring(values, device)
+            versions = [tensor._version for tensor, _ in lent]
             yield
-            for tensor, values in lent:
+            for (tensor, values), version in zip(lent, versions, strict=True):
                 if tensor.grad is not None:
                     take_gradient(tensor)
-                if not isinstance(tensor, nn.Parameter):
+                if not isinstance(tensor, nn.Parameter) or tensor._version != version:
                     with uncounted():
-                        values.copy_(tensor)
+                        values.copy_(tensor.detach())
                     self.moved += values.nbytes
         finally:
             for hook in hooks:

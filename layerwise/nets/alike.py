@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
-from layerwise.nets.network import Network, memoised_per, without_values
+from layerwise.nets.network import Network, memoised_per, named_tensors, without_values
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class Alike:
@@ -27,26 +30,28 @@ def alike(network: Network, *traits: object) -> Alike:
 @memoised_per(Network)
 def layer_traits(network: Network, index: int) -> str:
     """Equal for layers that are alike."""
-    return _traits(without_values(network, range(index, index + 1)).layers[str(index)])
+    layer = without_values(network, range(index, index + 1)).layers[str(index)]
+    numbers: dict[int, int] = {}
+    shared = [numbers.setdefault(id(tensor), number) for number, (_, tensor) in enumerate(named_tensors(layer))]
+    return repr([shared, _traits(layer)])
 
 
 def _traits(module: nn.Module) -> str:
-    return repr(
-        [f"{type(module).__module__}.{type(module).__qualname__}", module.training, _settings(module), _inside(module)]
-    )
+    # Two classes may have one name. Traced and parametrized modules have a class each, which says nothing.
+    kind = fx.GraphModule if isinstance(module, fx.GraphModule) else type_before_parametrizations(module)
+    return repr([id(kind), module.training, _settings(module), _inside(module)])
 
 
 def _settings(module: nn.Module) -> list[object]:
     tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    hooks = [key for name, value in vars(module).items() if name.endswith("_hooks") for key in value or ()]
+    hooks = [key for name, value in vars(module).items() if name in _HOOKS for key in value or ()]
     if isinstance(module, fx.GraphModule):
         return [[_described(tensor) for _, tensor in tensors], hooks]
     own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
     return [
         [(name, _described(tensor)) for name, tensor in tensors],
         hooks,
-        sorted(own),
-        list(map(_described, own.values())),
+        [(name, _described(own[name])) for name in sorted(own)],
     ]
 
 

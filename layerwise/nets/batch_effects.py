@@ -41,7 +41,7 @@ class BatchEffects:
     """Why a batch goes through it once and whole, as in "layers.1.unit.1 (BatchNorm2d) ties the samples of a batch
     together". None where the outputs of slices are those of the batch, and the same at every pass."""
     repeatable: bool = True
-    """Whether a second pass gives the same outputs once its parameters and buffers have their old values again."""
+    """Whether a second pass gives the same outputs once its buffers have their old values again."""
 
 
 @memoised_per(Network)
@@ -147,10 +147,24 @@ def _effects_on_fake_tensors(build: Callable[[str], Module], shape: tuple[int, .
         with FlopCounterMode(display=False) as counter, _OperationLog() as log:
             _outputs(module, torch.empty(2, *shape))
         after = _parameters_and_buffers(module)
-    for path, tensor in before.items():
-        if tensor.untyped_storage()._cdata in log.written or after.get(path) is not tensor:
-            return BatchEffects(log.uses_randomness, _changes_tensor(module, path)), counter.get_total_flops()
+    changed = [
+        path
+        for path, tensor in before.items()
+        if tensor.untyped_storage()._cdata in log.written or after.get(path) is not tensor
+    ]
+    if changed:
+        return _changing(module, changed, before, log.uses_randomness), counter.get_total_flops()
     return BatchEffects(log.uses_randomness, None), counter.get_total_flops()
+
+
+def _changing(
+    module: Module, changed: list[str], before: dict[str, torch.Tensor], uses_randomness: bool
+) -> BatchEffects:
+    """Of a forward pass that changes these parameters and buffers. before: all of them."""
+    buffers = dict(module.named_buffers())
+    # A step puts back the values of buffers, where they are the same tensors still.
+    repeatable = all(path in buffers and buffers[path] is before.get(path) for path in changed)
+    return BatchEffects(uses_randomness, _changes_tensor(module, changed[0]), repeatable)
 
 
 def _parameters_and_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -205,12 +219,13 @@ def _effects_on_two_samples(module: Module, index: int, shape: tuple[int, ...]) 
 
     sample, noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     batch = torch.stack([sample, -sample])
-    before = _state(module)
+    tensors, before = _parameters_and_buffers(module), _state(module)
     outputs, end = run(batch)
     uses_randomness = not torch.equal(start, end)
-    for path, value in _state(module).items():
-        if not _equal(value, before.get(path)):
-            return BatchEffects(uses_randomness, _changes_tensor(module, path))
+    after = _state(module)
+    changed = [path for path in before | after if path not in after or not _equal(after[path], before.get(path))]
+    if changed:
+        return _changing(module, changed, tensors, uses_randomness)
     name = _path_and_class(f"layers.{index}", module.layers[str(index)])
     if not _close(run(batch)[0], outputs):
         return BatchEffects(uses_randomness, f"{name} gives other outputs at every forward pass", repeatable=False)

@@ -18,7 +18,7 @@ from layerwise.errors import ConfigError
 from layerwise.memory.meter import REHEARSED_ON, rehearsal
 from layerwise.memory.plan import MemoryPlan
 from layerwise.nets import build_network
-from layerwise.nets.network import Network, ranges
+from layerwise.nets.network import Network, memoised_per, ranges
 from layerwise.training.budget import held_at_all, smallest_budget
 from layerwise.training.optimizer import Optimization
 from layerwise.training.peaks import training_peak
@@ -161,6 +161,7 @@ def _costs(config: Config, stages_of: StagesOf, layers: range) -> list[LayerCost
     return [_layer_cost(config, spec) for spec in finest]
 
 
+@memoised_per(StageSpec)
 def _layer_cost(config: Config, spec: StageSpec) -> LayerCost:
     size = config.training.batch_size
     alone = first = _without_objective(config, spec, input_gradient=False)

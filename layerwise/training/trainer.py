@@ -157,13 +157,11 @@ class StageTrainer:
             with self._beside_parameters():
                 for buffer, values in buffers:
                     buffer.copy_(values)
-            with self.module_on_device():
-                if self.effects.uses_randomness:
-                    self._replay(pending, batch)
-                else:
-                    self._run_back(pending, batch)
             if self.effects.uses_randomness:
+                self._replay(pending, batch)
                 self._step_predictors()
+            else:
+                self._run_back(pending, batch)
             return pending.score
 
     def _module_unless_streamed(self) -> contextlib.AbstractContextManager[None]:
@@ -251,7 +249,9 @@ class StageTrainer:
                 raise NoSmallerSlices(reason)
 
     def _replay(self, pending: Pending, batch: microbatch.SlicedBatch) -> None:
-        microbatch.run_back(pending, batch, self.context.host)
+        # Where it fails, the gradients that it has sent to the host are dropped with the module.
+        with self.module_on_device():
+            microbatch.run_back(pending, batch, self.context.host)
 
     def _repeat_in_smaller_slices(
         self,

@@ -61,6 +61,8 @@ class StageWork:
     """Of one stage. FLOPs of one sample and of the loss of a batch, multiplications and additions counted each; bytes."""
 
     forward: int
+    recomputed: int
+    """Forward, of the layers that activation checkpointing runs again: all but the last."""
     backward: int
     loss: int
     input: int
@@ -79,8 +81,8 @@ class StageWork:
 
     def flops(self, plan: MemoryPlan) -> int:
         """Of a step."""
-        forwards = (1 if plan.whole else 2) + plan.recompute
-        return plan.batch_size * (forwards * self.forward + self.backward) + self.loss
+        of_sample = (1 if plan.whole else 2) * self.forward + plan.recompute * self.recomputed + self.backward
+        return plan.batch_size * of_sample + self.loss
 
     def moved(self, plan: MemoryPlan, rows: int, rows_of_parts: int) -> int:
         """Bytes of a step, both ways. rows: that are scored; rows_of_parts: summed over the parts of the loss."""
@@ -128,9 +130,10 @@ def stage_work(config: Config, spec: StageSpec) -> StageWork:
     module, size = spec.shapes, config.training.batch_size
     objective = spec.build_objective(config, torch.device("meta"))
     stored = torch.float32 if spec.stage == 1 else STORED[config.cache.dtype].tensor
-    forward, backward = _module_flops(spec)
+    forwards, backward = _module_flops(spec)
     return StageWork(
-        forward=forward,
+        forward=sum(forwards),
+        recomputed=sum(forwards[:-1]),
         backward=backward,
         loss=_loss_flops(config, spec),
         input=size * spec.window.frames * math.prod(spec.frame_shape) * stored.itemsize,
@@ -143,9 +146,9 @@ def stage_work(config: Config, spec: StageSpec) -> StageWork:
     )
 
 
-def _module_flops(spec: StageSpec) -> tuple[int, int]:
-    """Of the forward and the backward pass of a sample."""
-    forward = backward = 0
+def _module_flops(spec: StageSpec) -> tuple[list[int], int]:
+    """Of a sample: of each layer's forward pass, and of the backward pass."""
+    forwards, backward = [], 0
     frames, shape = spec.window.frames, spec.frame_shape
     with FakeTensorMode(allow_fallback_kernels=False):
         module = spec.build_module(0, REHEARSED_ON)
@@ -158,10 +161,10 @@ def _module_flops(spec: StageSpec) -> tuple[int, int]:
                 if outputs.requires_grad:
                     outputs.backward(torch.zeros_like(outputs))
             share = frames / counted / COUNTED_SAMPLES
-            forward += round(share * of_forward.get_total_flops())
+            forwards.append(round(share * of_forward.get_total_flops()))
             backward += round(share * of_backward.get_total_flops())
             frames, shape = int(layer.out_length(frames)), tuple(outputs.shape[2:])
-    return forward, backward
+    return forwards, backward
 
 
 def _loss_flops(config: Config, spec: StageSpec) -> int:

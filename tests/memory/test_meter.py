@@ -19,10 +19,12 @@ from layerwise.errors import BudgetError
 from layerwise.memory.meter import KINDS, METER_EVERY, Kind, Meter, host_tensor, metered, rehearsal, uncounted
 from layerwise.memory.plan import MemoryPlan
 from layerwise.training.context import RunContext
+from layerwise.training.optimizer import Optimizer
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
 
 CPU = torch.device("cpu")
+Planned = Callable[..., tuple[Config, list[StageSpec]]]
 KILO = 250  # float32 values in 1000 bytes
 
 
@@ -190,44 +192,81 @@ def test_what_was_made_outside_cannot_be_labelled() -> None:
         assert meter.peak_by_kind == dict.fromkeys(KINDS, 0)
 
 
-@pytest.mark.parametrize("optimizer_on_host", [False, True])
-def test_a_training_step_is_split_into_what_it_is_made_of(
-    planned_stages: Callable[..., tuple[Config, list[StageSpec]]], optimizer_on_host: bool
-) -> None:
-    config, plans = planned_stages("speech", **{"net.width": 16})
-    plan = plans[1]
-    numbers = 16 * 16 * 8 + 16  # a convolution over 8 frames, and its bias
-    predictors = 3 * 16 * 16
-    at_step: dict[Kind, int] = {}
-    batch = noise_batch(plan, 4)
-    with Meter(CPU) as meter:
-        loaded = StageTrainer(
-            plan, config, MemoryPlan(4, 4, optimizer_on_host=optimizer_on_host), RunContext(CPU, meter)
-        )
-        meter.reset_peak()
-        assert meter.peak_by_kind == {
-            "parameters": 4 * (numbers + predictors),
-            "gradients": 0,
-            # Two moments, and the number of the step for each of three tensors.
-            "optimizer": 0 if optimizer_on_host else 4 * (2 * (numbers + predictors) + 3),
-            "activations": 0,
-        }
-        take_step = loaded.optimizer.step
+class Observed:
+    """A stage of one convolution, and what the meter tells when its parts step."""
+
+    def __init__(self, planned: tuple[Config, list[StageSpec]], meter: Meter, **layout: object) -> None:
+        config, specs = planned
+        self.meter, self.spec = meter, specs[1]
+        self.trainer = StageTrainer(self.spec, config, MemoryPlan(4, 4, **layout), RunContext(CPU, meter))
+        self.at_step = self._watch(self.trainer.optimizer)
+        self.at_predictors_step = self._watch(self.trainer.predictor_optimizer)
+
+    @property
+    def now(self) -> dict[Kind, int]:
+        self.meter.reset_peak()
+        return self.meter.peak_by_kind
+
+    def train(self) -> None:
+        with uncounted():
+            batch = noise_batch(self.spec, 4)
+        self.trainer.train(batch, StepRandomness(lambda: np.random.default_rng(0)))
+
+    def _watch(self, optimizer: Optimizer) -> dict[Kind, int]:
+        seen: dict[Kind, int] = {}
+        step = optimizer.step
 
         def look_and_step() -> None:
-            meter.reset_peak()
-            at_step.update(meter.peak_by_kind)
-            take_step()
+            seen.update(self.now)
+            step()
 
-        loaded.optimizer.step = look_and_step
-        loaded.train(batch, StepRandomness(lambda: np.random.default_rng(0)))
+        optimizer.step = look_and_step
+        return seen
+
+
+NUMBERS = 16 * 16 * 8 + 16  # of a convolution over 8 frames, and its bias
+PREDICTORS = 3 * 16 * 16
+SCORE = 16
+"""Loss and accuracy, and those of a part."""
+
+
+def test_a_training_step_is_split_into_what_it_is_made_of(planned_stages: Planned) -> None:
+    with Meter(CPU) as meter:
+        observed = Observed(planned_stages("speech", **{"net.width": 16}), meter)
+        assert observed.now == {
+            "parameters": 4 * (NUMBERS + PREDICTORS),
+            "gradients": 0,
+            # Two moments, and the number of the step for each of three tensors.
+            "optimizer": 4 * (2 * (NUMBERS + PREDICTORS) + 3),
+            "activations": 0,
+        }
+        observed.train()
         # The predictors have stepped by now, and their gradients are gone.
-        assert at_step["gradients"] == 4 * numbers
-        assert at_step["parameters"] == 4 * (numbers + predictors)
-        assert at_step["activations"] <= 16  # loss and accuracy
+        assert observed.at_step["gradients"] == 4 * NUMBERS
+        assert observed.at_step["parameters"] == 4 * (NUMBERS + PREDICTORS)
+        assert observed.at_step["activations"] <= SCORE
         assert sum(meter.peak_by_kind.values()) == meter.peak
-        meter.reset_peak()
-        assert meter.peak_by_kind["gradients"] == meter.peak_by_kind["activations"] == 0
+        assert observed.now["gradients"] == observed.now["activations"] == 0
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_with_the_optimizer_on_the_host_parts_of_a_step_are_there_while_they_are_needed(
+    planned_stages: Planned, streamed: bool
+) -> None:
+    nothing = dict.fromkeys(KINDS, 0)
+    with Meter(CPU) as meter:
+        layout = {"parts": 2, "predictors": 1, "gradients_at_once": True} if streamed else {}
+        observed = Observed(planned_stages("speech", **{"net.width": 16}), meter, optimizer_on_host=True, **layout)
+        assert observed.now == nothing
+        observed.train()
+        # The predictors have left before they step, and the module before it does.
+        module_stays = 0 if streamed else 4 * NUMBERS
+        assert observed.at_predictors_step["parameters"] == module_stays
+        assert observed.at_predictors_step["gradients"] == observed.at_predictors_step["optimizer"] == 0
+        assert observed.at_step["activations"] <= SCORE
+        assert observed.at_step | {"activations": 0} == nothing
+        assert sum(meter.peak_by_kind.values()) == meter.peak
+        assert observed.now == nothing
 
 
 def noise_batch(plan: StageSpec, samples: int) -> Batch:

@@ -4,22 +4,27 @@ import numpy as np
 import pytest
 import torch
 
+from layerwise.memory.host import HostMemory
 from layerwise.objectives.contrastive import Hinge, InfoNCE
 
 WIDE = 2**30
 FRAMES, CHANNELS, STEPS, NEGATIVES = 14, 5, 3, 4
 
 
-def outcome(kind: type[Hinge] | type[InfoNCE], passes: int, room: int) -> list[torch.Tensor]:
-    """Loss and gradients of targets, contexts and predictors."""
+def outcome(kind: type[Hinge] | type[InfoNCE], parts: int, room: int, at_once: int = 0) -> list[torch.Tensor]:
+    """Loss and gradients of targets, contexts and predictors. at_once: predictors that are there at a time; 0: all."""
     torch.manual_seed(0)
     z = torch.randn(3 * FRAMES, CHANNELS, dtype=torch.double, requires_grad=True)
     c = torch.randn(3 * FRAMES, CHANNELS + 1, dtype=torch.double, requires_grad=True)
     objective = kind(CHANNELS, CHANNELS + 1, STEPS, negatives=NEGATIVES, anchors=9).double()
     rng, lengths = np.random.default_rng(0), np.array([14, 9, 11])
-    loss = sum(
-        objective(z[draw.rows], c[draw.rows], draw, room).loss for draw in objective.draw(lengths, 14, 1, rng, passes)
-    )
+    loss = torch.zeros((), dtype=torch.double)
+    for draw in objective.draw(lengths, 14, 1, rng, parts):
+        if at_once:
+            groups = HostMemory().visits(objective.predictors, at_once, torch.device("cpu"), graded=True)
+            loss = loss + objective.streamed(z[draw.rows], c[draw.rows], draw, room, groups).loss
+        else:
+            loss = loss + objective(z[draw.rows], c[draw.rows], draw, room).loss
     loss.backward()
     return [loss.detach(), z.grad, c.grad, objective.predictors.grad]
 
@@ -44,10 +49,11 @@ def plain_outcome() -> list[torch.Tensor]:
     return [loss.detach(), z.grad, c.grad, objective.predictors.grad]
 
 
-@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("room", [WIDE, 1])
-def test_the_lean_loss_is_the_formula(passes: int, room: int) -> None:
-    for lean, plain in zip(outcome(Hinge, passes, room), plain_outcome(), strict=True):
+@pytest.mark.parametrize("at_once", [0, 1, 2])
+def test_the_lean_loss_is_the_formula(parts: int, room: int, at_once: int) -> None:
+    for lean, plain in zip(outcome(Hinge, parts, room, at_once), plain_outcome(), strict=True):
         torch.testing.assert_close(lean, plain, rtol=1e-6, atol=1e-9)  # weights are float32
 
 

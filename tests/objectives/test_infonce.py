@@ -1,5 +1,7 @@
 """InfoNCE against a plain version that follows the formula with loops, in float64 and under plain autograd."""
 
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layerwise.memory.host import HostMemory
 from layerwise.memory.meter import Meter
 from layerwise.objectives.contrastive import Draw, InfoNCE
+from layerwise.objectives.protocol import Group
 
 CPU = torch.device("cpu")
 WIDE = 2**30
@@ -18,7 +22,7 @@ WIDE = 2**30
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of padded samples, an objective, and what is drawn for it in some number of passes."""
+    """A batch of padded samples, an objective, and what is drawn for it in some number of parts."""
 
     objective: InfoNCE
     lengths: np.ndarray
@@ -30,15 +34,15 @@ class Case:
     """float64 [B * L, D]; the targets themselves where they are shared."""
     draws: list[Draw]
 
-    def in_passes(self, passes: int) -> "Case":
-        """The same batch and the same random numbers in another number of passes."""
+    def in_parts(self, parts: int) -> "Case":
+        """The same batch and the same random numbers in another number of parts."""
         return Case(
-            self.objective, self.lengths, self.frames, self.columns, self.targets, self.contexts, self._drawn(passes)
+            self.objective, self.lengths, self.frames, self.columns, self.targets, self.contexts, self._drawn(parts)
         )
 
-    def _drawn(self, passes: int) -> list[Draw]:
+    def _drawn(self, parts: int) -> list[Draw]:
         rng = np.random.default_rng(17)
-        return self.objective.draw(self.lengths, self.frames, self.columns, rng, passes)
+        return self.objective.draw(self.lengths, self.frames, self.columns, rng, parts)
 
 
 def make_case(
@@ -49,7 +53,7 @@ def make_case(
     negatives: int = 3,
     anchors: int = 12,
     shared: bool = False,
-    passes: int = 1,
+    parts: int = 1,
     seed: int = 0,
     channels: int = 5,
 ) -> Case:
@@ -59,8 +63,8 @@ def make_case(
     targets = torch.randn(len(lengths) * frames, channels, dtype=torch.double)
     contexts = targets if shared else torch.randn(len(lengths) * frames, channels + 2, dtype=torch.double)
     objective = InfoNCE(channels, contexts.shape[1], steps, skip, negatives, anchors)
-    return Case(objective, np.array(lengths) * columns, frames, columns, targets, contexts, []).in_passes(
-        min(passes, len(lengths))
+    return Case(objective, np.array(lengths) * columns, frames, columns, targets, contexts, []).in_parts(
+        min(parts, len(lengths))
     )
 
 
@@ -74,7 +78,7 @@ def cases(draw: st.DrawFn) -> Case:
         skip=draw(st.integers(0, 1)),
         anchors=draw(st.integers(3, 12)),
         shared=draw(st.booleans()),
-        passes=draw(st.integers(1, 4)),
+        parts=draw(st.integers(1, 4)),
         seed=draw(st.integers(0, 10_000)),
     )
 
@@ -121,8 +125,11 @@ def plain_outcome(case: Case) -> Outcome:
     return Outcome(loss.detach(), float(np.mean([np.mean(h) for h in hits if h])), z.grad, of_contexts, predictors.grad)
 
 
-def lean_outcome(case: Case, room: int = WIDE, dtype: torch.dtype = torch.float32) -> Outcome:
-    """What the objective gives, over all passes, with gradients put back where their rows lie in the batch."""
+def lean_outcome(case: Case, room: int = WIDE, dtype: torch.dtype = torch.float32, at_once: int = 0) -> Outcome:
+    """What the objective gives, over all parts, with gradients put back where their rows lie in the batch.
+
+    at_once: predictors that are there at a time; 0: all, in one call.
+    """
     objective = case.objective.to(dtype)
     objective.zero_grad()
     loss, accuracy = torch.zeros((), dtype=torch.double), 0.0
@@ -132,7 +139,11 @@ def lean_outcome(case: Case, room: int = WIDE, dtype: torch.dtype = torch.float3
     for draw in case.draws:
         z = case.targets[draw.rows].to(dtype).requires_grad_()
         c = z if shared else case.contexts[draw.rows].to(dtype).requires_grad_()
-        score = objective(z, c, draw, room)
+        if at_once:
+            groups = HostMemory().visits(objective.predictors, at_once, CPU, graded=True)
+            score = objective.streamed(z, c, draw, room, groups)
+        else:
+            score = objective(z, c, draw, room)
         score.loss.backward()
         loss += score.loss.detach()
         accuracy += score.accuracy.item()
@@ -175,15 +186,42 @@ def test_the_room_changes_nothing(case: Case, room: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(cases())
-def test_losses_and_gradients_of_passes_add_up_to_those_of_one(case: Case) -> None:
-    whole = case.in_passes(1)
-    for passes in range(2, len(case.lengths) + 1):
-        assert_close(lean_outcome(case.in_passes(passes)), lean_outcome(whole), relative=1e-6)
+def test_losses_and_gradients_of_parts_add_up_to_those_of_one(case: Case) -> None:
+    whole = case.in_parts(1)
+    for parts in range(2, len(case.lengths) + 1):
+        assert_close(lean_outcome(case.in_parts(parts)), lean_outcome(whole), relative=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases(), st.integers(1, 4), st.sampled_from([1, WIDE]))
+def test_predictors_that_come_some_at_a_time_give_what_all_give(case: Case, at_once: int, room: int) -> None:
+    found = lean_outcome(case, room, torch.double, at_once)
+    assert_close(found, lean_outcome(case, WIDE, torch.double), relative=1e-10)
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_a_group_of_predictors_is_let_go_of_before_the_next_comes(graded: bool) -> None:
+    case = make_case([20] * 3, steps=4, channels=32, shared=True)
+    (draw,) = case.draws
+    held: list[weakref.ref] = []
+
+    def watched() -> Iterator[Group]:
+        for group in HostMemory().visits(case.objective.predictors, 1, CPU, graded):
+            assert not any(reference() is not None for reference in held)
+            held.extend(weakref.ref(tensor) for tensor in group[1:] if tensor is not None)
+            yield group
+            del group
+
+    z = case.targets[draw.rows].float().requires_grad_(graded)
+    with torch.set_grad_enabled(graded):
+        case.objective.streamed(z, z, draw, WIDE, watched())
+    assert len(held) == 4 * (1 + graded)
+    assert (case.objective.predictors.grad is not None) == graded
 
 
 @settings(max_examples=40, deadline=None)
 @given(cases())
-def test_what_is_drawn_does_not_depend_on_the_passes(case: Case) -> None:
+def test_what_is_drawn_does_not_depend_on_the_parts(case: Case) -> None:
     def drawn(draws: list[Draw]) -> set[tuple[int, ...]]:
         return {
             (target, *negatives)
@@ -193,7 +231,7 @@ def test_what_is_drawn_does_not_depend_on_the_passes(case: Case) -> None:
             )
         }
 
-    assert drawn(case.in_passes(len(case.lengths)).draws) == drawn(case.in_passes(1).draws)
+    assert drawn(case.in_parts(len(case.lengths)).draws) == drawn(case.in_parts(1).draws)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -294,16 +332,16 @@ def test_beside_inputs_and_gradients_it_holds_no_more_than_its_room_and_a_little
     rows=st.lists(st.integers(2, 30), min_size=1, max_size=5),
     columns=st.integers(1, 3),
     anchors=st.integers(2, 16),
-    passes=st.integers(1, 5),
+    parts=st.integers(1, 5),
     seed=st.integers(0, 10_000),
 )
 def test_a_draw_scores_real_frames_only_and_never_contrasts_a_target_with_itself(
-    rows: list[int], columns: int, anchors: int, passes: int, seed: int
+    rows: list[int], columns: int, anchors: int, parts: int, seed: int
 ) -> None:
     lengths = np.array(rows) * columns
     frames = int(lengths.max())
     objective = InfoNCE(2, 2, steps=3, negatives=4, anchors=anchors)
-    draws = objective.draw(lengths, frames, columns, np.random.default_rng(seed), min(passes, len(rows)))
+    draws = objective.draw(lengths, frames, columns, np.random.default_rng(seed), min(parts, len(rows)))
     real = {b * frames + t for b, length in enumerate(lengths) for t in range(length)}
     for draw in draws:
         assert (np.diff(draw.rows) > 0).all()  # sorted, each once
@@ -324,15 +362,15 @@ def test_negatives_come_from_the_whole_batch_and_all_of_its_frames() -> None:
     objective = InfoNCE(2, 2, steps=1, negatives=10, anchors=8)
     lengths = np.array([8, 3, 5])
     real = {b * 8 + t for b, length in enumerate(lengths) for t in range(length)}
-    for passes in (1, 3):
-        seen: list[set[int]] = [set() for _ in range(passes)]
+    for parts in (1, 3):
+        seen: list[set[int]] = [set() for _ in range(parts)]
         for seed in range(60):
             for found, draw in zip(
-                seen, objective.draw(lengths, 8, 1, np.random.default_rng(seed), passes), strict=True
+                seen, objective.draw(lengths, 8, 1, np.random.default_rng(seed), parts), strict=True
             ):
                 scored = draw.weights.sum(1) > 0
                 found |= set(draw.rows[draw.negatives[scored]].ravel().tolist())
-        assert seen == [real] * passes
+        assert seen == [real] * parts
 
 
 def test_a_window_slides_over_the_whole_sample() -> None:

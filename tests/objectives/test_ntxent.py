@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from layerwise.objectives.pooled import NTXent
 
 
-def drawn(objective: NTXent, lengths: list[int], passes: int = 1) -> list:
-    return objective.draw(np.array(lengths), max(lengths), 1, np.random.default_rng(0), passes)
+def drawn(objective: NTXent, lengths: list[int], parts: int = 1) -> list:
+    return objective.draw(np.array(lengths), max(lengths), 1, np.random.default_rng(0), parts)
 
 
 def by_the_formula(objective: NTXent, samples: list[torch.Tensor]) -> float:
@@ -37,12 +37,12 @@ def test_it_is_the_formula_of_the_paper(objective: NTXent, lengths: list[int]) -
     assert float(score.loss) == pytest.approx(by_the_formula(objective, samples), rel=1e-5)
 
 
-def test_the_losses_and_gradients_of_the_passes_add_up_to_the_batch(objective: NTXent) -> None:
+def test_the_losses_and_gradients_of_the_parts_add_up_to_the_batch(objective: NTXent) -> None:
     frames = torch.randn(6, 5, requires_grad=True)
     (whole,) = drawn(objective, [1] * 6)
     objective(frames, frames, whole, 0).loss.backward()
     gradient, frames.grad = frames.grad, None
-    for draw in drawn(objective, [1] * 6, passes=4):
+    for draw in drawn(objective, [1] * 6, parts=4):
         objective(frames, frames, draw, 0).loss.backward()
     assert torch.allclose(frames.grad, gradient, atol=1e-6)
 

@@ -19,17 +19,17 @@ def representations() -> torch.Tensor:
     return torch.randn(len(LENGTHS) * FRAMES, 5, dtype=torch.double, requires_grad=True)
 
 
-def outcome(objective: Supervised, classes: np.ndarray, passes: int) -> tuple[float, float, torch.Tensor]:
+def outcome(objective: Supervised, classes: np.ndarray, parts: int) -> tuple[float, float, torch.Tensor]:
     x = representations()
-    draws = objective.draw(LENGTHS, FRAMES, 1, np.random.default_rng(0), passes, classes)
+    draws = objective.draw(LENGTHS, FRAMES, 1, np.random.default_rng(0), parts, classes)
     scores = [objective(x[draw.rows], x[draw.rows], draw, 0) for draw in draws]
     loss = sum(score.loss for score in scores)
     loss.backward()
     return loss.item(), sum(score.accuracy.item() for score in scores), x.grad
 
 
-@pytest.mark.parametrize("passes", [1, 2, 3])
-def test_it_is_the_cross_entropy_of_the_means_of_real_frames(passes: int) -> None:
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_it_is_the_cross_entropy_of_the_means_of_real_frames(parts: int) -> None:
     objective = Supervised(5, 4).double()
     classes = np.array([3, 0, 1])
     x = representations()
@@ -38,7 +38,7 @@ def test_it_is_the_cross_entropy_of_the_means_of_real_frames(passes: int) -> Non
     loss = F.cross_entropy(logits, torch.from_numpy(classes))
     loss.backward()
 
-    found, accuracy, gradient = outcome(objective, classes, passes)
+    found, accuracy, gradient = outcome(objective, classes, parts)
 
     assert found == pytest.approx(loss.item(), rel=1e-6)
     assert accuracy == pytest.approx((logits.argmax(1).numpy() == classes).mean())

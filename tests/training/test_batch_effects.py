@@ -16,7 +16,7 @@ from layerwise.nets import batch_effects as module_under_test
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
-from layerwise.training.budget import fit_stage
+from layerwise.training.budget import allowed_plans, fit_stage
 from layerwise.training.spec import StageSpec, batch_effects
 
 Planned = Callable[..., tuple[Config, list[StageSpec]]]
@@ -148,14 +148,16 @@ def test_what_changes_at_every_pass_is_named(
     make, sentence = CHANGING[name]
     found = batch_effects(stages(make())[0])
     assert not found.uses_randomness
+    assert found.repeatable  # from the old values of its buffers
     assert re.fullmatch(sentence, found.why_unsliceable or "")
 
 
 @pytest.mark.parametrize("name", TYING)
 def test_what_ties_samples_together_is_named(stages: Callable[[nn.Module], list[StageSpec]], name: str) -> None:
     make, part = TYING[name]
-    (why,) = [why for plan in stages(make()) if (why := batch_effects(plan).why_unsliceable)]
-    assert re.fullmatch(f"{part} ties the samples of a batch together", why)
+    (found,) = [effects for plan in stages(make()) if (effects := batch_effects(plan)).why_unsliceable]
+    assert re.fullmatch(f"{part} ties the samples of a batch together", found.why_unsliceable)
+    assert found.repeatable
 
 
 class Linear(Layer):
@@ -186,6 +188,29 @@ class Rectified(Linear):
         return super().forward(F.rrelu(x, training=self.training))
 
 
+class Decaying(Linear):
+    """Changes its weight at every pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.linear.weight.mul_(0.9)
+        return super().forward(x)
+
+
+class Averaging(Linear):
+    """Has other tensors for buffers after every pass; the first is changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        self.mean = 0.9 * self.mean + 0.1
+        return super().forward(x) - self.mean
+
+
 class Moody(Linear):
     """Cannot be run in training."""
 
@@ -209,14 +234,34 @@ class Company(Linear):
 
 
 def test_a_state_that_no_tensor_shows_is_seen_in_the_outputs(stage: Callable[..., StageSpec]) -> None:
-    assert (
-        batch_effects(stage(Counting)).why_unsliceable
-        == "layers.0 (Counting) gives other outputs at every forward pass"
-    )
+    found = batch_effects(stage(Counting))
+    assert found.why_unsliceable == "layers.0 (Counting) gives other outputs at every forward pass"
+    assert not found.repeatable
+
+
+def test_what_cannot_be_repeated_goes_through_its_module_once_under_every_plan(
+    stage: Callable[..., StageSpec], planned_stages: Planned
+) -> None:
+    config, (tied,) = planned_stages("speech", Network([Company], (1,)), **{"data.window": 400})
+    assert any(plan.parts for family in allowed_plans(config, tied) for plan in family)
+    every = [plan for family in allowed_plans(config, stage(Counting)) for plan in family]
+    assert all(plan.whole and not plan.recompute for plan in every)
+    assert {plan.optimizer_on_host for plan in every} == {False, True}
 
 
 def test_a_layer_that_gives_nothing_for_a_sample_alone_is_not_sliced(stage: Callable[..., StageSpec]) -> None:
     assert batch_effects(stage(Company)).why_unsliceable == "layers.0 (Company) ties the samples of a batch together"
+
+
+@pytest.mark.parametrize(
+    ("layer", "changed"), [(Decaying, "linear (Linear) changes its 'weight'"), (Averaging, "'count'")]
+)
+def test_what_a_step_cannot_put_back_is_not_repeated(
+    stage: Callable[..., StageSpec], cost: str, layer: type[Layer], changed: str
+) -> None:
+    found = batch_effects(stage(layer))
+    assert changed in found.why_unsliceable
+    assert not found.repeatable
 
 
 def test_samples_of_both_signs_are_run(stage: Callable[..., StageSpec]) -> None:
@@ -227,11 +272,13 @@ def test_a_layer_that_cannot_be_run_may_do_anything(stage: Callable[..., StageSp
     found = batch_effects(stage(Moody))
     assert found.uses_randomness
     assert found.why_unsliceable == "layer 0 of the network cannot be tried without values"
+    assert not found.repeatable
 
 
 def test_a_stage_does_what_any_of_its_layers_does(stage: Callable[..., StageSpec]) -> None:
     found = batch_effects(stage(partial(Linear, 1), partial(Rectified, 1), partial(Counting, 1)))
     assert found.uses_randomness
+    assert not found.repeatable
     assert found.why_unsliceable == "layers.2 (Counting) gives other outputs at every forward pass"
 
 

@@ -1,8 +1,8 @@
 """Where a network is cut, and into how many stages."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from layerwise.config import Config, resolve
+from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.engines.run import run
-from layerwise.errors import ConfigError, Interrupted
+from layerwise.errors import BudgetError, ConfigError, Interrupted
 from layerwise.events import Event, StepDone
-from layerwise.nets import build_network
+from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 from layerwise.run_store import RunState
 from layerwise.stop import StopFlag
-from layerwise.training.budget import allowed_plans, fit_stage
-from layerwise.training.cut import LayerCost, cut_network, layer_costs, partition, stage_cost
+from layerwise.training.budget import allowed_plans, fit_stage, held_at_all, smallest_budget
+from layerwise.training.cut import LayerCost, StagesOf, _costs, cut_network, partition, stage_cost
 from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec, stage_specs
 
@@ -36,7 +37,7 @@ SPEECH = {"net.width": 512, "net.context": 0}
 PICTURES = {"net.width": 16, "net.blocks": [1, 2, 2], "training.batch_size": 4}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A network of real size, without data."""
 
@@ -47,20 +48,23 @@ class Case:
     @cached_property
     def costs(self) -> list[LayerCost]:
         """They depend neither on the number of stages nor on the budget."""
-        return layer_costs(self.config, self.data, self.network)
+        return _costs(self.config, partial(stage_specs, self.config, self.data, self.network), range(self.layers))
 
     @property
     def layers(self) -> int:
         return len(self.network.layers)
 
-    def with_options(self, stages: int | None = None, budget: int | None = None) -> Config:
+    def with_options(self, stages: int | str | None = None, budget: int | None = None) -> Config:
         training = self.config.training.model_copy(update={"stages": stages})
         memory = self.config.memory.model_copy(update={"gpu_mem": budget})
         return self.config.model_copy(update={"training": training, "memory": memory})
 
-    def cut(self, stages: int | None = None, budget: int | None = None) -> list[StageSpec]:
+    def cut(self, stages: int | str | None = None, budget: int | None = None) -> list[StageSpec]:
+        def known(config: Config, stages_of: StagesOf, layers: range) -> list[LayerCost]:
+            return self.costs[layers.start : layers.stop]
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("layerwise.training.cut.layer_costs", lambda *_: self.costs)
+            patch.setattr("layerwise.training.cut._costs", known)
             return cut_network(self.with_options(stages, budget), self.data, CPU, self.network)
 
     def stage(self, layers: range) -> StageSpec:
@@ -97,10 +101,11 @@ def ranges_of(specs: list[StageSpec]) -> list[range]:
 
 
 @pytest.mark.parametrize(("kind", "sizes"), [("speech", [1, 1, 1, 1]), ("vision", [1, 2, 1])])
-def test_without_a_budget_or_a_number_the_cut_is_the_natural_one(
+def test_without_a_number_the_cut_is_the_natural_one_under_a_budget_that_holds_it_too(
     planned_stages: Planned, kind: str, sizes: list[int]
 ) -> None:
-    for options in ({}, {"training.stages": len(sizes)}, {"training.stages": len(sizes), "memory.gpu_mem": "50MB"}):
+    number, budget = {"training.stages": len(sizes)}, {"memory.gpu_mem": "50MB"}
+    for options in ({}, number, budget, number | budget):
         assert [len(spec.layers) for spec in planned_stages(kind, **options)[1]] == sizes
 
 
@@ -211,49 +216,75 @@ SMALL = {
 """Three layers each, so that every cut can be looked at under every budget."""
 
 
-def held_in_one_pass(made: Case, budget: int) -> Callable[[list[range]], bool]:
-    """Whether the budget holds each stage of a cut, in one pass over the batch."""
-    config = made.with_options(budget=budget)
-
-    @cache
-    def is_held(start: int, stop: int) -> bool:
-        plan = fit_stage(config, made.stage(range(start, stop)), CPU)
-        return plan is not None and plan.passes == 1
-
-    return lambda cut: all(is_held(part.start, part.stop) for part in cut)
+def is_held(made: Case, budget: int, cut: list[range]) -> bool:
+    """Whether the budget holds each stage of a cut under any plan."""
+    return all(least(made, layers) <= budget for layers in cut)
 
 
-def least_in_one_pass(made: Case, layers: range) -> int:
-    """Bytes that a stage of these layers takes in its smallest layout of one pass."""
-    spec = made.stage(layers)
-    in_one_pass = [family[-1] for family in allowed_plans(made.config, spec) if family[0].passes == 1]
-    return min(training_peak(made.config, spec, plan).bytes for plan in in_one_pass)
+@cache
+def least(made: Case, layers: range) -> int:
+    """The smallest budget of a stage of these layers."""
+    return smallest_budget(made.config, made.stage(layers), CPU)
 
 
 @pytest.mark.parametrize(
-    ("name", "part"), [("speech", 0.02), ("speech", 0.4), ("speech", 1), ("pictures", 0.3), ("pictures", 1)]
+    ("name", "part"),
+    [("speech", 0), ("speech", 0.4), ("speech", 1), ("pictures", 0), ("pictures", 0.3), ("pictures", 1)],
 )
-def test_under_a_budget_the_stages_are_the_fewest_that_it_holds(
+def test_the_fewest_stages_are_the_fewest_that_the_budget_holds(
     case: Callable[..., Case], name: str, part: float
 ) -> None:
     recipe, changes = SMALL[name]
     made = case(recipe, **changes)
-    least = max(least_in_one_pass(made, range(layer, layer + 1)) for layer in range(made.layers))
-    budget = least + int(part * (least_in_one_pass(made, range(made.layers)) - least))
-    chosen = ranges_of(made.cut(budget=budget))
-    is_held = held_in_one_pass(made, budget)
-    assert is_held(chosen)
+    small = max(least(made, range(layer, layer + 1)) for layer in range(made.layers))
+    budget = small + int(part * (least(made, range(made.layers)) - small))
+    specs = made.cut("fewest", budget)
+    chosen = ranges_of(specs)
+    assert is_held(made, budget, chosen)
+    assert all(fit_stage(made.with_options("fewest", budget), spec, CPU) for spec in specs)
     for fewer in range(1, len(chosen)):
-        assert not any(is_held(cut) for cut in every_cut(made.layers, fewer))
+        assert not any(is_held(made, budget, cut) for cut in every_cut(made.layers, fewer))
     if part == 1:
         assert len(chosen) == 1
 
 
-def test_where_nothing_is_held_in_one_pass_the_finest_cut_is_taken(planned_stages: Planned) -> None:
+def test_without_a_budget_the_fewest_stages_are_one(planned_stages: Planned) -> None:
+    for kind in ("speech", "vision"):
+        assert ranges_of(planned_stages(kind, **{"training.stages": "fewest"})[1]) == [range(4)]
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("speech", (2, 1)), ("pictures", (3,))])
+def test_under_a_budget_only_stages_that_it_does_not_hold_are_cut_further(
+    case: Callable[..., Case], name: str, sizes: tuple[int, ...]
+) -> None:
+    recipe, changes = SMALL[name]
+    made = case(recipe, **changes)
+    made = replace(made, network=replace(made.network, natural_cut=sizes))
+    natural = made.network.natural_ranges
+    largest = max(natural, key=len)
+    assert ranges_of(made.cut(budget=max(least(made, layers) for layers in natural))) == natural
+    budget = least(made, largest) - 1
+    found = ranges_of(made.cut(budget=budget))
+    assert [part for part in found if part not in natural] == halves_of(made, largest)
+    assert [part for part in found if part in natural] == [part for part in natural if part != largest]
+    assert ranges_of(made.cut(len(natural), budget)) == natural  # a number that is asked for is kept
+
+
+def halves_of(made: Case, layers: range) -> list[range]:
+    """The two parts of a range whose largest estimate is the smallest."""
+    halves = ([range(layers.start, at), range(at, layers.stop)] for at in range(layers.start + 1, layers.stop))
+    return min(halves, key=lambda cut: max(stage_cost(made.costs[part.start : part.stop]) for part in cut))
+
+
+@pytest.mark.parametrize("stages", [None, "fewest"])
+def test_where_nothing_is_held_the_finest_cut_is_taken(planned_stages: Planned, stages: str | None) -> None:
     short = {"net.kernels": [10, 8], "net.strides": [5, 4], "net.paddings": [2, 2], "net.context": 0}
-    config, specs = planned_stages("speech", **short, **{"memory.gpu_mem": "1kB", "training.batch_size": 1})
+    options = {**short, "memory.gpu_mem": "1kB", "training.batch_size": 1, "training.stages": stages}
+    config, specs = planned_stages("speech", **options)
     assert ranges_of(specs) == [range(1), range(1, 2)]
-    assert all(fit_stage(config, spec, CPU) is None for spec in specs)
+    for spec in specs:
+        assert fit_stage(config, spec, CPU) is None
+        assert not held_at_all(config, spec, CPU)
 
 
 def test_all_at_once_the_parts_are_the_stages_of_the_given_cut(case: Callable[..., Case]) -> None:
@@ -267,18 +298,18 @@ def test_all_at_once_the_parts_are_the_stages_of_the_given_cut(case: Callable[..
     assert ranges_of(list(whole.parts)) == [range(made.layers - 1), range(made.layers - 1, made.layers)]
 
 
-@pytest.mark.parametrize(("first", "then"), [(None, "1GB"), ("1GB", None)])
-def test_a_resume_with_another_budget_keeps_the_cut(
-    tiny_speech: Tiny, write_tone: Callable[..., Path], first: str | None, then: str | None
-) -> None:
+def test_a_resume_with_another_budget_keeps_the_cut(tiny_speech: Tiny, write_tone: Callable[..., Path]) -> None:
     for number in range(8):
         folder = write_tone(f"recordings/{number}.wav").parent
 
-    def config(budget: str | None) -> Config:
+    def config(budget: int | None) -> Config:
         options = {"training.max_epochs": 1, "net.width": 32, "net.context": 0, "training.batch_size": 2}
-        options |= {"cache.block": "32MiB"}
+        options |= {"cache.block": "32MiB", "training.stages": "fewest", "memory.micro_batch": 2}
         return tiny_speech(f"speech:{folder}", **options, **({"memory.gpu_mem": budget} if budget else {}))
 
+    unlimited = config(None)
+    (whole,) = cut_network(unlimited, open_data(unlimited.data, shortest_sample(unlimited)), CPU)
+    too_small = config(smallest_budget(unlimited, whole, CPU) - 1)
     stop = StopFlag()
 
     def stop_at_the_first_step(event: Event) -> None:
@@ -286,14 +317,18 @@ def test_a_resume_with_another_budget_keeps_the_cut(
             stop.reason = "the test"
 
     with pytest.raises(Interrupted):
-        run(config(first), stop=stop, notify=stop_at_the_first_step)
-    cut = RunState.load(Path(config(first).out) / "run.json").cut
-    result = run(config(then))
+        run(too_small, stop=stop, notify=stop_at_the_first_step)
+    cut = RunState.load(Path(too_small.out) / "run.json").cut
+    assert len(cut) > 1
+    result = run(unlimited)
     assert result.state.cut == cut
     assert [record.status for record in result.state.stages] == ["done"] * len(cut)
     # Begun under the other budget it would have been cut otherwise.
-    afresh = run(config(then).model_copy(update={"out": f"{config(then).out}-afresh"}))
-    assert afresh.state.cut != cut
+    afresh = unlimited.model_copy(update={"out": f"{unlimited.out}-afresh"})
+    assert run(afresh).state.cut == [4]
+    # And what was begun in one stage is not cut by a budget that does not hold it.
+    with pytest.raises(BudgetError, match="stage 1 needs"):
+        run(afresh.model_copy(update={"memory": too_small.memory}), from_stage=1)
 
 
 @st.composite

@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 from layerwise.stop import StopFlag
-from layerwise.training.budget import fit_stage, fit_to_budget
+from layerwise.training.budget import fit_stage, fit_to_budget, smallest_budget
 from layerwise.training.cache_plan import CachePlan
 from layerwise.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from layerwise.training.context import RunContext
@@ -141,24 +141,43 @@ def undisturbed(tasks: dict[str, Task]) -> dict[str, tuple[Step, Step]]:
     return {name: (take_step(task, task.whole), take_step(task, task.smallest)) for name, task in tasks.items()}
 
 
-@settings(max_examples=15, deadline=None)
-@given(name=st.sampled_from(list(STAGES)), part=st.floats(0, 1))
+STARTS: dict[str, dict[str, object]] = {
+    "whole": {},
+    "on the host": {"optimizer_on_host": True},
+    "streamed": {"optimizer_on_host": True, "predictors": 1, "parts": 1, "gradients_at_once": True},
+}
+"""Of the memory plan, beside the micro-batch."""
+
+
+@pytest.fixture(scope="module")
+def peaks(tasks: dict[str, Task]) -> Callable[[str, str], tuple[int, int]]:
+    """peaks(name, start): of a step that begins in this layout, and of one in the smallest slices that it may come to."""
+
+    @cache
+    def of_steps(name: str, start: str) -> tuple[int, int]:
+        task = tasks[name]
+        plans = replace(task.whole, **STARTS[start]), replace(task.smallest, **STARTS[start] | {"parts": 4})
+        return take_step(task, plans[0]).peak, take_step(task, plans[1]).peak
+
+    return of_steps
+
+
+@settings(max_examples=30, deadline=None)
+@given(name=st.sampled_from(list(STAGES)), start=st.sampled_from(list(STARTS)), part=st.floats(0, 1))
 def test_a_step_that_runs_out_of_memory_anywhere_ends_as_if_it_had_not(
-    tasks: dict[str, Task], undisturbed: dict[str, tuple[Step, Step]], name: str, part: float
+    tasks: dict[str, Task],
+    undisturbed: dict[str, tuple[Step, Step]],
+    peaks: Callable[[str, str], tuple[int, int]],
+    name: str,
+    start: str,
+    part: float,
 ) -> None:
-    task, (whole, smallest) = tasks[name], undisturbed[name]
-    limit = smallest.peak + int(part * (whole.peak - smallest.peak))
-    found = take_step(task, task.whole, limit)
+    task, (whole, _), (largest, smallest) = tasks[name], undisturbed[name], peaks(name, start)
+    begun = replace(task.whole, **STARTS[start])
+    limit = smallest + int(part * (largest - smallest))
+    found = take_step(task, begun, limit)
     assert_same_step(found, whole)
-    assert (found.memory_plan == task.whole) == (limit >= whole.peak)
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_every_layout_takes_the_same_step(tasks: dict[str, Task], undisturbed: dict, name: str) -> None:
-    task, (whole, _) = tasks[name], undisturbed[name]
-    for micro_batch, passes, recompute, on_host in [(2, 1, True, False), (1, 2, False, True), (3, 3, True, True)]:
-        memory_plan = MemoryPlan(len(task.batch.lengths), micro_batch, passes, recompute, on_host)
-        assert_same_step(take_step(task, memory_plan), whole)
+    assert (found.memory_plan == begun) == (limit >= largest)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -282,8 +301,9 @@ def test_a_step_with_dropout_that_runs_out_of_memory_is_repeated_with_the_same_r
         assert found.memory_plan.micro_batch == micro // 2
         assert_same_step(found, expected[micro // 2])
     assert_same_step(take_step(dropping, MemoryPlan(4, 2, recompute=True)), expected[2])
-    # Several passes give the slices other rows, and they still draw the same.
-    assert_same_step(take_step(dropping, MemoryPlan(4, 2, passes=4)), expected[2])
+    # Wherever the representations wait, and in however many parts they are scored, the slices draw the same.
+    for parts in (1, 4):
+        assert_same_step(take_step(dropping, MemoryPlan(4, 2, parts=parts)), expected[2])
 
 
 def test_a_step_draws_from_its_own_generators_alone(dropping: Task) -> None:
@@ -329,11 +349,16 @@ def test_the_plan_of_a_module_that_ties_samples_together_names_it_too(mixing: Ta
         fit_to_budget(config, [mixing.plan], CachePlan((True,)), CPU, set(), StopFlag())
 
 
-@pytest.mark.parametrize("recompute", ["auto", "always", "never"])
-def test_running_statistics_count_each_batch_once(mixing: Task, recompute: str) -> None:
-    memory = mixing.config.memory.model_copy(update={"recompute": recompute})
+@pytest.mark.parametrize(
+    "asked", [{"recompute": "auto"}, {"recompute": "always"}, {"recompute": "never"}, {"gpu_mem": 0}]
+)
+def test_running_statistics_count_each_batch_once(mixing: Task, asked: dict[str, object]) -> None:
+    if "gpu_mem" in asked:
+        asked = {"gpu_mem": smallest_budget(mixing.config, mixing.plan, CPU)}
+    memory = mixing.config.memory.model_copy(update=asked)
     config = mixing.config.model_copy(update={"memory": memory})
     memory_plan = fit_stage(config, mixing.plan, CPU)
+    assert bool(memory_plan.parts) == ("gpu_mem" in asked)
     with Meter(CPU) as meter:
         loaded = StageTrainer(mixing.plan, config, memory_plan, RunContext(CPU, meter))
         loaded.train(mixing.batch, randomness())
@@ -351,7 +376,9 @@ def changing(planned_stages: Planned) -> Task:
 
 
 @pytest.mark.parametrize("asked", [{"micro_batch": 1}, {"recompute": "always"}])
-def test_a_module_that_changes_at_every_pass_runs_once_a_step(changing: Task, asked: dict[str, object]) -> None:
+def test_a_module_that_changes_at_every_pass_is_not_sliced_nor_run_again_for_activations(
+    changing: Task, asked: dict[str, object]
+) -> None:
     memory = changing.config.memory.model_copy(update=asked)
     memory_plan = fit_stage(changing.config.model_copy(update={"memory": memory}), changing.plan, CPU)
     assert_same_step(take_step(changing, memory_plan), take_step(changing, changing.whole))
@@ -446,7 +473,7 @@ def test_adam_on_the_host_takes_the_same_steps_to_the_bit(tasks: dict[str, Task]
     assert torch.equal(*weights)
 
 
-def test_adam_on_the_host_holds_nothing_on_the_device(tasks: dict[str, Task]) -> None:
+def test_with_adam_on_the_host_nothing_is_on_the_device_between_steps(tasks: dict[str, Task]) -> None:
     task = tasks["convolution"]
     held = []
     for on_host in (False, True):
@@ -454,9 +481,9 @@ def test_adam_on_the_host_holds_nothing_on_the_device(tasks: dict[str, Task]) ->
             loaded = task.load(replace(task.whole, optimizer_on_host=on_host), meter)
             loaded.train(task.batch, randomness())
             held.append(meter.live)
-    moments = 2 * 4 * len(all_weights(loaded))
+    with_moments = 3 * 4 * len(all_weights(loaded))
     tensors = len([*loaded.module.parameters(), *loaded.objective.parameters()])
-    assert held[0] - held[1] == moments + 4 * tensors
+    assert held == [with_moments + 4 * tensors, 0]
 
 
 LAYOUTS = {
@@ -487,7 +514,7 @@ def test_a_checkpoint_of_one_layout_goes_on_in_another(
         assert restored[0].step == 2
         resumed.train(task.batch, randomness(2))
         found = all_weights(resumed)
-    same_slices = "sliced" not in saved_with + loaded_with or saved_with == loaded_with
+    same_slices = {saved_with, loaded_with} <= {"whole", "on the host"} or saved_with == loaded_with
     if same_slices:
         assert torch.equal(found, expected)
     assert (found - expected).norm() <= 1e-5 * expected.norm()
@@ -584,13 +611,13 @@ def test_the_scale_divides_and_doubles_after_many_good_steps() -> None:
     assert scale == LossScale(16.0, 0)
 
 
-@pytest.mark.parametrize("micro_batch", [4, 1])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_whose_gradients_overflow_is_left_out_until_the_scale_is_small_enough(
-    tasks: dict[str, Task], micro_batch: int
+    tasks: dict[str, Task], layout: str
 ) -> None:
     task = tasks["convolution"].changed(precision="float16")
     with Meter(CPU) as meter:
-        loaded = task.load(MemoryPlan(4, micro_batch), meter)
+        loaded = task.load(LAYOUTS[layout], meter)
         before = [parameter.detach().clone() for parameter in loaded.module.parameters()]
         loaded.scale.factor = 2.0**40
         loaded.train(task.batch, randomness())
@@ -604,11 +631,11 @@ def test_a_step_whose_gradients_overflow_is_left_out_until_the_scale_is_small_en
         assert all(parameter.isfinite().all() for parameter in loaded.module.parameters())
 
 
-def gradients_of_a_step(task: Task, micro_batch: int) -> torch.Tensor:
+def gradients_of_a_step(task: Task, memory_plan: MemoryPlan) -> torch.Tensor:
     """Of the module, when it steps: unscaled."""
     found: list[torch.Tensor] = []
     with Meter(CPU) as meter:
-        loaded = task.load(MemoryPlan(len(task.batch.lengths), micro_batch), meter)
+        loaded = task.load(memory_plan, meter)
         take = loaded.optimizer.step
 
         def look_and_step() -> None:
@@ -621,14 +648,14 @@ def gradients_of_a_step(task: Task, micro_batch: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize("micro_batch", [4, 1])
+@pytest.mark.parametrize("layout", ["whole", "sliced", "streamed"])
 @pytest.mark.parametrize(("precision", "most"), [("bfloat16", 0.05), ("float16", 0.03)])
 def test_steps_in_short_floats_have_gradients_near_those_of_float32(
-    tasks: dict[str, Task], name: str, micro_batch: int, precision: str, most: float
+    tasks: dict[str, Task], name: str, layout: str, precision: str, most: float
 ) -> None:
     task = tasks[name]
-    expected = gradients_of_a_step(task, micro_batch)
-    found = gradients_of_a_step(task.changed(precision=precision), micro_batch)
+    expected = gradients_of_a_step(task, LAYOUTS[layout])
+    found = gradients_of_a_step(task.changed(precision=precision), LAYOUTS[layout])
     assert found.dtype == torch.float32
     assert found.isfinite().all()
     assert (found - expected).norm() < most * expected.norm()

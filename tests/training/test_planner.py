@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -291,17 +290,3 @@ def test_a_stage_of_a_given_network_is_predicted_too(planned_stages: Planned) ->
     for one, other in zip(specs, again, strict=True):
         each = allowed_plans(config, one)[0][0]
         assert training_peak(config, one, each) == training_peak(config, other, each)
-
-
-def test_an_objective_of_whole_samples_is_rehearsed_in_passes(
-    planned_stages: Planned, noise_data: Callable[..., Any]
-) -> None:
-    """Each pass has rows of its own samples, and a rehearsal more of them than are drawn."""
-    config, _ = planned_stages("vision", **{"net.blocks": [1], "data.views": 2})
-    data = replace(noise_data(config), views=2, labels={"kind": np.array(["cat", "ship"] * 12)})
-    for name in ("supervised", "ntxent"):
-        objective = config.objective.model_copy(update={"name": name, "label": "kind"})
-        asked = config.model_copy(update={"objective": objective})
-        spec = cut_network(asked, data, CPU)[0]
-        for passes in (1, 2, 8):
-            assert training_peak(asked, spec, MemoryPlan(8, 1, passes)).bytes > 0

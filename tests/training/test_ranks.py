@@ -65,13 +65,15 @@ class Case:
     windows: int = 4
     ragged: bool = True
     micro_batch: int = 4
-    passes: int = 1
+    layout: dict[str, object] = field(default_factory=dict)
+    """Of the memory plan, beside the micro-batch."""
     options: dict[str, object] = field(default_factory=dict)
     dropout: bool = False
     like: int | None = None
     """Micro-batch of the one process, where it takes the same slices for the same random numbers, or rounding to few digits."""
 
 
+STREAMED = {"optimizer_on_host": True, "predictors": 1, "parts": 2, "gradients_at_once": True}
 CASES = {
     "a convolution": Case(),
     "a GRU": Case(stage=4),
@@ -80,9 +82,15 @@ CASES = {
     "shares of different size": Case(windows=3),
     "one window, so that the second rank has none": Case(windows=1),
     "one sample at a time": Case(micro_batch=1),
-    "one sample at a time, a pass for each": Case(micro_batch=1, passes=4),
-    "whole shares in passes": Case(passes=4),
-    "the optimizer on the host": Case(options={"memory.optimizer": "host"}),
+    "one sample at a time, a part for each": Case(micro_batch=1, layout={"parts": 4}),
+    "whole shares, streamed in parts": Case(layout={"parts": 4}),
+    "one window, streamed, so that the second rank has none": Case(windows=1, layout={"parts": 1}),
+    "the optimizer on the host": Case(layout={"optimizer_on_host": True}),
+    "everything on the host": Case(stage=4, micro_batch=1, layout=STREAMED | {"recompute": True}),
+    "everything on the host, for whole samples": Case(
+        layout=STREAMED, options={"objective.name": "supervised", "objective.label": "digit"}
+    ),
+    "everything on the host, one predictor at a time for all targets": Case(layout=STREAMED | {"parts": 1}),
     "bfloat16": Case(like=2, options={"training.precision": "bfloat16"}),
     "float16 with loss scaling": Case(like=2, options={"training.precision": "float16"}),
     "hinge": Case(options={"objective.name": "hinge"}),
@@ -129,8 +137,7 @@ def take_step(case: Case, options: dict[str, dict[str, object]], ranks: Ranks) -
     config, plan = planned(case, options)
     batch = batch_of(case, plan)
     micro_batch = case.like if case.like and ranks.count == 1 else case.micro_batch
-    on_host = case.options.get("memory.optimizer") == "host"
-    memory_plan = MemoryPlan(case.windows, micro_batch, min(case.passes, case.windows), optimizer_on_host=on_host)
+    memory_plan = MemoryPlan(case.windows, micro_batch, **(case.layout if ranks.count > 1 else {}))
     randomness = StepRandomness(partial(np.random.default_rng, 3), seed=3)
     with Meter(CPU) as meter:
         loaded = StageTrainer(plan, config, memory_plan, RunContext(CPU, meter, ranks=ranks))
@@ -246,7 +253,7 @@ def test_a_module_that_ties_samples_together_is_named_and_refused(tiny_options: 
 def stop_and_fail(ranks: Ranks, options: dict[str, dict[str, object]]) -> dict[str, object]:
     """What becomes of a signal to one rank, of work that fails in the first, of a rank without memory, of one that is gone."""
     stop = StopFlag()
-    context = RunContext(CPU, Meter(CPU), stop, ranks=ranks)
+    context = RunContext(CPU, Meter(CPU), stop=stop, ranks=ranks)
     asked = [context.asked_to_stop()]
     stop.reason = "SIGUSR1" if ranks.rank == 1 else None
     asked.append(context.asked_to_stop())

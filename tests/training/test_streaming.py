@@ -1,0 +1,189 @@
+"""Every layout takes the step of the whole batch, in the room and with the bytes moved that are predicted for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from layerwise.cache.dtypes import STORED
+from layerwise.config import Config, resolve
+from layerwise.data.batches import Batch
+from layerwise.data.source import DataSet
+from layerwise.memory.meter import Meter
+from layerwise.memory.plan import MemoryPlan
+from layerwise.nets.layer import Layer
+from layerwise.nets.network import Network
+from layerwise.nets.traced import traced_network
+from layerwise.training.budget import allowed_plans
+from layerwise.training.context import RunContext
+from layerwise.training.cut import cut_network
+from layerwise.training.peaks import training_peak
+from layerwise.training.spec import StageSpec
+from layerwise.training.trainer import StageTrainer, StepRandomness
+from layerwise.training.work import step_moved
+
+CPU = torch.device("cpu")
+OBJECTIVES = ("infonce", "hinge", "ntxent", "supervised")
+
+
+def pictures(build: Callable[[], nn.Module]) -> Network:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), build(), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+    return traced_network(model, (3, 8, 8))
+
+
+class Decaying(Layer):
+    """Changes its weight at every forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.linear.weight.mul_(0.9)
+        return self.linear(x)
+
+
+class Averaging(Layer):
+    """Puts a new tensor in the place of its buffer at every forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 32)
+        self.register_buffer("mean", torch.zeros(32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * y.detach().mean((0, 1))
+        return y - self.mean
+
+
+def spectral_norm() -> nn.Module:
+    return nn.utils.parametrizations.spectral_norm(nn.Conv2d(16, 16, 1))
+
+
+SPEECH = {"net.width": 32, "net.context": 32, "data.window": 800, "objective.anchors": 64}
+"""Every frame is an anchor, so that a draw has no accidents."""
+PICTURES = {"training.batch_size": 4, "training.stages": 1}
+STAGES: dict[str, tuple[str, int, dict[str, object], Callable[[], Network] | None]] = {
+    "convolution": ("speech", 2, SPEECH, None),
+    "convolutions": ("speech", 1, SPEECH | {"training.stages": 2, "net.context": 0}, None),
+    "GRU": ("speech", 4, SPEECH, None),
+    "picture blocks": ("vision", 1, PICTURES | {"net.width": 8, "net.blocks": [1, 1]}, None),
+    "batch norm": ("vision", 1, PICTURES, partial(pictures, partial(nn.BatchNorm2d, 16))),
+    "spectral norm": ("vision", 1, PICTURES, partial(pictures, spectral_norm)),
+    "dropout": ("vision", 1, PICTURES, partial(pictures, partial(nn.Dropout, 0.3))),
+    "decaying weights": ("speech", 1, {"data.window": 400}, lambda: Network([Decaying], (1,))),
+    "an average": ("speech", 1, {"data.window": 400}, lambda: Network([Averaging], (1,))),
+}
+"""Name to the kind of its options, its number, further options, and its network where it is one's own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A stage, and batches for it: one of full windows, and a ragged one."""
+
+    config: Config
+    spec: StageSpec
+
+    @property
+    def plans(self) -> list[MemoryPlan]:
+        return [plan for family in allowed_plans(self.config, self.spec) for plan in family]
+
+    def batch(self, ragged: bool) -> Batch:
+        size, window = self.config.training.batch_size, self.spec.window
+        generator = torch.Generator().manual_seed(int(ragged))
+        frames = torch.randn(size, window.frames, *self.spec.frame_shape, generator=generator)
+        # Samples that differ in the mean: of noise alone all would be alike, and rounding would say which are nearest.
+        frames += torch.randn(size, 1, *self.spec.frame_shape, generator=generator)
+        lengths = np.full(size, window.frames)
+        if ragged:
+            lengths[1::2] = window.frames * 2 // 3 // window.columns * window.columns
+            for sample, length in enumerate(lengths):
+                frames[sample, length:] = 0
+        stored = torch.float32 if self.spec.stage == 1 else STORED[self.config.cache.dtype].tensor
+        return Batch(frames.to(stored), lengths, np.array([0, 1, -1, 1]))
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What two steps and a held-out score leave."""
+
+    losses: list[float]
+    accuracies: list[float]
+    weights: torch.Tensor
+    """Of module and objective, buffers too, one after another."""
+    peak: int
+    """Of a full batch."""
+    moved: int
+    held: int
+    """Between steps."""
+
+
+@cache
+def steps_of(task: Task, plan: MemoryPlan) -> Taken:
+    with Meter(CPU) as meter:
+        context = RunContext(CPU, meter)
+        trainer = StageTrainer(task.spec, task.config, plan, context)
+        meter.reset_peak()
+    full, ragged = task.batch(ragged=False), task.batch(ragged=True)
+    with meter:
+        scores = [trainer.train(full, randomness(0))]
+        moved, peak = context.host.moved, meter.peak
+        scores += [trainer.train(ragged, randomness(1)), trainer.evaluate(ragged, randomness(2))]
+        pairs = [(float(score.loss), float(score.accuracy)) for score in scores]
+        del scores
+        held = meter.live
+    tensors = [*trainer.module.parameters(), *trainer.module.buffers(), *trainer.objective.parameters()]
+    weights = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+    assert trainer.memory_plan == plan
+    return Taken([loss for loss, _ in pairs], [hits for _, hits in pairs], weights, peak, moved, held)
+
+
+def randomness(number: int) -> StepRandomness:
+    return StepRandomness(partial(np.random.default_rng, number), seed=number)
+
+
+@pytest.fixture(scope="module")
+def task(
+    tiny_options: dict[str, dict[str, object]], noise_data: Callable[[Config], DataSet]
+) -> Callable[[str, str], Task]:
+    """task(name, objective)"""
+
+    @cache
+    def make(name: str, objective: str) -> Task:
+        kind, stage, options, build = STAGES[name]
+        learned = {"objective.name": objective, "training.adam_eps": 1e-4}
+        learned |= {"objective.label": "kind"} if objective == "supervised" else {}
+        config = resolve(overrides={**tiny_options[kind], **options, **learned})
+        data = noise_data(config)
+        data = replace(data, views=2, labels={"kind": np.array(["cat", "ship"] * (len(data.lengths) // 2))})
+        return Task(config, cut_network(config, data, CPU, build() if build else None)[stage - 1])
+
+    return make
+
+
+@settings(max_examples=20, deadline=None)
+@given(name=st.sampled_from(list(STAGES)), objective=st.sampled_from(OBJECTIVES), number=st.integers(0, 10**6))
+def test_every_layout_takes_the_step_of_the_whole_batch_as_it_is_predicted(
+    task: Callable[[str, str], Task], name: str, objective: str, number: int
+) -> None:
+    made = task(name, objective)
+    plan = made.plans[number % len(made.plans)]
+    # Each slice draws its own numbers, so that layouts are compared at the same slices.
+    whole = MemoryPlan(plan.batch_size, plan.micro_batch if name == "dropout" else plan.batch_size)
+    found, expected = steps_of(made, plan), steps_of(made, whole)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert found.accuracies == pytest.approx(expected.accuracies, abs=1e-6)
+    assert (found.weights - expected.weights).norm() <= 1e-5 * expected.weights.norm()
+    assert 0.95 <= found.peak / training_peak(made.config, made.spec, plan).bytes <= 1
+    assert found.moved == pytest.approx(step_moved(made.config, made.spec, plan), rel=0.02)
+    assert found.held == 0 or not plan.optimizer_on_host or name == "an average"  # its new buffer is not the lent one
