@@ -11,14 +11,10 @@ from itertools import product
 
 from layerwise.config.options import MemoryOptions
 
-WIDE_ROOM = 12 * 2**20
-NARROW_ROOM = 4 * 2**20
-SMALLEST_ROOM = 2**19
-"""Bytes that the loss may take on top. The first is for the whole batch alone; the last is all that predictors get that are
-on the device some at a time."""
+ROOMS = (12 * 2**20, 4 * 2**20, 2 * 2**20, 2**20, 2**19)
+"""Bytes that the loss may take on top; the first is for the whole batch alone."""
 
-TIME_OF_LOSS = {WIDE_ROOM: 1.0, NARROW_ROOM: 1.2, SMALLEST_ROOM: 1.5}
-"""Narrow slices read the predictors more often: measured at width 512 on 2 cores."""
+WIDE_ROOM, NARROW_ROOM, *_ = ROOMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +89,8 @@ class MemoryPlan:
             words.append("gradients of representations on the host")
         if self.gradients_at_once:
             words.append("gradients to the host at once")
-        if self.loss_room < (WIDE_ROOM if self.whole else NARROW_ROOM) and not self.predictors:
-            words.append("loss in small slices")
+        if self.loss_room < (WIDE_ROOM if self.whole else NARROW_ROOM):
+            words.append(f"loss in {self.loss_room / 2**20:g} MiB")
         if self.predictors:
             words.append("1 predictor at a time" if self.predictors == 1 else f"{self.predictors} predictors at a time")
         return ", ".join(words)
@@ -122,7 +118,7 @@ def families(
     for host, again in product(hosts, recomputes):
         some_at_a_time = [stacked >> power for power in range(1, stacked.bit_length())] if host else []
         for parts, predictors in product([0, *all_parts] if repeatable else [0], [0, *some_at_a_time]):
-            rooms = [SMALLEST_ROOM] if predictors else [WIDE_ROOM, NARROW_ROOM, SMALLEST_ROOM]
+            rooms = ROOMS[1:] if predictors else ROOMS
             either = [False, True] if host else [False]
             for room, saved in product(rooms, either):
                 wait, at_once = saved and not parts, saved and parts > 0

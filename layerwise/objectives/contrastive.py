@@ -143,6 +143,10 @@ class Contrastive(nn.Module):
         """See `Streamed`."""
         return self.predictors
 
+    def targets_at_once(self, room: int, at_once: int) -> int:
+        """See `Streamed`."""
+        return _targets_of_slice(room, self.predictors[:at_once], 1 + self.negatives)
+
     def streamed(
         self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int, groups: Iterable[Group]
     ) -> Score:
@@ -250,13 +254,11 @@ def _score_of_group(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The part of the loss and of the hits that comes from some steps."""
     steps, predictors, grad_predictors = group
-    count, channels, context_channels = predictors.shape
+    count, channels, _ = predictors.shape
     offsets, device = draw.offsets[steps], targets.device
     candidates = np.concatenate([draw.anchors[:, None], draw.negatives], axis=1)
 
-    # For each target of a slice there are candidates, predictions, gradients of these, a context and its gradient.
-    vector = candidates.shape[1] * channels + 2 * count * channels + 2 * context_channels
-    size = min(len(candidates), max(room // (targets.element_size() * vector), 1))
+    size = min(len(candidates), _targets_of_slice(room, predictors, candidates.shape[1]))
     z_room = targets.new_empty(size, candidates.shape[1], channels)
     prediction_room = targets.new_empty(size, count, channels)
     grad_prediction_room = None if gradients is None else torch.empty_like(prediction_room)
@@ -297,6 +299,13 @@ def _score_of_group(
             del grad_windows
         del windows, scores, grad_scores
     return loss, hits
+
+
+def _targets_of_slice(room: int, predictors: torch.Tensor, candidates: int) -> int:
+    """For each target there are candidates, predictions, gradients of these, a context and its gradient."""
+    count, channels, context_channels = predictors.shape
+    numbers = (candidates + 2 * count) * channels + 2 * context_channels
+    return max(room // (predictors.element_size() * numbers), 1)
 
 
 def _pairs(

@@ -69,6 +69,10 @@ class Streamed(Protocol):
         """(K, ...), of which some rows at a time are enough."""
         ...
 
+    def targets_at_once(self, room: int, at_once: int) -> int:
+        """Targets that are scored in so many bytes, where at_once rows of the stacked parameter are there: few take longer."""
+        ...
+
     def streamed(
         self, targets: torch.Tensor, contexts: torch.Tensor, draw: Any, room: int, groups: Iterable[Group]
     ) -> Score:

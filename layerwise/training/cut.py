@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -115,20 +116,23 @@ def _refined(config: Config, stages_of: StagesOf, cut: list[range], device: torc
 
 
 def _fewest(config: Config, stages_of: StagesOf, natural: list[range], device: torch.device) -> list[StageSpec]:
-    """The fewest stages that the budget holds; where it holds none, the finest cut."""
+    """The fewest stages that the budget holds, as even as it holds so many; a layer that it does not hold is a stage."""
     most = natural[-1].stop
+
+    def is_held(layers: range) -> bool:
+        around = (range(layers.start), layers, range(layers.stop, most))
+        specs = stages_of([part for part in around if part])
+        return held_at_all(config, next(spec for spec in specs if spec.layers == layers), device)
+
     if config.memory.gpu_mem is None:
         return stages_of([range(most)])
-    costs = _costs(config, stages_of, range(most))
-
-    def held(specs: list[StageSpec]) -> bool:
-        # The largest first: where it does not fit, the others need not be looked at.
-        order = sorted(specs, key=lambda spec: -stage_cost(costs[spec.layers.start : spec.layers.stop]))
-        return all(held_at_all(config, spec, device) for spec in order)
-
-    cuts = (natural if count == len(natural) else _best_cut(costs, count) for count in range(1, most))
-    finest = stages_of(ranges([1] * most))
-    return next(filter(held, map(stages_of, cuts)), finest)
+    cut: list[range] = []
+    while not cut or cut[-1].stop < most:
+        start = cut[-1].stop if cut else 0
+        stops = takewhile(lambda stop: is_held(range(start, stop)), range(start + 1, most + 1))
+        cut.append(range(start, max(stops, default=start + 1)))
+    even = natural if len(cut) == len(natural) else _best_cut(_costs(config, stages_of, range(most)), len(cut))
+    return stages_of(even if all(map(is_held, even)) else cut)
 
 
 def _all_at_once(

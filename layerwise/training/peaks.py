@@ -268,9 +268,10 @@ class _RehearsedTrainer(StageTrainer):
     def _most(self, batch: Batch, rows: np.ndarray) -> np.ndarray:
         """At least as many rows as ever, and in the slice that is rehearsed as many as ever fall into one."""
         samples, frames = len(batch.lengths), int(self.module.out_length(batch.frames.shape[1]))
-        most, micro_batch = _most_hit(len(rows), samples * frames), self.memory_plan.micro_batch
-        in_slice = min(_most_in_a_slice(rows, samples, frames, micro_batch), most)
-        return _spread_out(most, in_slice, samples * frames, min(micro_batch, samples) * frames)
+        of_slice = min(self.memory_plan.micro_batch, samples) * frames
+        most = _most_hit(len(rows), samples * frames)
+        in_slice = min(_most_in_a_slice(len(rows), samples * frames, of_slice), most)
+        return _spread_out(most, in_slice, samples * frames, of_slice)
 
     def _visits(self, stacked: torch.Tensor) -> Iterator[Group]:
         return itertools.islice(super()._visits(stacked), REHEARSED_PARTS)
@@ -334,11 +335,10 @@ def _most_hit(rows: int, frames: int) -> int:
     return min(frames, math.ceil(rows + SPREAD * spread))
 
 
-def _most_in_a_slice(rows: np.ndarray, samples: int, frames: int, micro_batch: int) -> int:
-    """More rows than ever fall into one slice, where those of a draw fall as these do."""
-    starts = np.arange(0, samples + micro_batch, micro_batch) * frames
-    most, size = int(np.diff(np.searchsorted(rows, starts)).max()), micro_batch * frames
-    return min(size, math.ceil(most + SPREAD * math.sqrt(most * max(1 - most / size, 0))))
+def _most_in_a_slice(rows: int, frames: int, of_slice: int) -> int:
+    """More rows than ever fall into a slice of so many frames, where `rows` out of `frames` are hit."""
+    mean = rows * of_slice / frames
+    return min(of_slice, math.ceil(mean + SPREAD * math.sqrt(mean * max(1 - mean / of_slice, 0))))
 
 
 def _spread_out(most: int, in_slice: int, frames: int, in_first: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerwise.config.options import MemoryOptions
-from layerwise.memory.plan import NARROW_ROOM, SMALLEST_ROOM, WIDE_ROOM, MemoryPlan, cheapest, families
+from layerwise.memory.plan import ROOMS, MemoryPlan, cheapest, families
 
 
 @st.composite
@@ -217,10 +217,7 @@ def test_a_plan_says_what_it_is(plan: MemoryPlan, words: str) -> None:
 
 
 @given(options())
-def test_the_less_is_on_the_device_the_less_room_has_the_loss(asked: dict[str, Any]) -> None:
+def test_the_loss_has_more_room_where_the_whole_batch_is_on_the_device_alone(asked: dict[str, Any]) -> None:
     for plan in every_plan(asked):
-        if plan.predictors:
-            assert plan.loss_room == SMALLEST_ROOM
-        else:
-            assert SMALLEST_ROOM <= plan.loss_room <= (WIDE_ROOM if plan.whole else NARROW_ROOM)
-    assert SMALLEST_ROOM < NARROW_ROOM < WIDE_ROOM
+        assert plan.loss_room in (ROOMS if plan.whole and not plan.predictors else ROOMS[1:])
+    assert list(ROOMS) == sorted(ROOMS, reverse=True)
