@@ -5,6 +5,7 @@ they need for a moment; what the stages of the chosen cut take is then predicted
 
 import math
 import operator
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -115,20 +116,35 @@ def _refined(config: Config, stages_of: StagesOf, cut: list[range], device: torc
 
 
 def _fewest(config: Config, stages_of: StagesOf, natural: list[range], device: torch.device) -> list[StageSpec]:
-    """The fewest stages that the budget holds; where it holds none, the finest cut."""
+    """The fewest stages that the budget holds; where it holds none, the finest cut.
+
+    A part of a stage is taken to be held where the stage is.
+    """
     most = natural[-1].stop
     if config.memory.gpu_mem is None:
         return stages_of([range(most)])
-    costs = _costs(config, stages_of, range(most))
+    longest = _longest_held(config, stages_of, most, device)
+    even = natural if len(natural) == len(longest) else _best_cut(_costs(config, stages_of, range(most)), len(longest))
+    for specs in map(stages_of, (even, longest)):
+        if all(held_at_all(config, spec, device) for spec in specs):
+            return specs
+    return stages_of(ranges([1] * most))
 
-    def held(specs: list[StageSpec]) -> bool:
-        # The largest first: where it does not fit, the others need not be looked at.
-        order = sorted(specs, key=lambda spec: -stage_cost(costs[spec.layers.start : spec.layers.stop]))
-        return all(held_at_all(config, spec, device) for spec in order)
 
-    cuts = (natural if count == len(natural) else _best_cut(costs, count) for count in range(1, most))
-    finest = stages_of(ranges([1] * most))
-    return next(filter(held, map(stages_of, cuts)), finest)
+def _longest_held(config: Config, stages_of: StagesOf, most: int, device: torch.device) -> list[range]:
+    """Stages from the first on, each as long as the budget holds it, or of one layer."""
+
+    def is_too_long(start: int, stop: int) -> bool:
+        around = (range(start), range(start, stop), range(stop, most))
+        (spec,) = (spec for spec in stages_of([part for part in around if part]) if spec.layers.start == start)
+        return not held_at_all(config, spec, device)
+
+    cut, start = [], 0
+    while start < most:
+        stop = start + 1 + bisect_left(range(start + 2, most + 1), True, key=partial(is_too_long, start))
+        cut.append(range(start, stop))
+        start = stop
+    return cut
 
 
 def _all_at_once(
