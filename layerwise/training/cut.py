@@ -5,10 +5,10 @@ they need for a moment; what the stages of the chosen cut take is then predicted
 
 import math
 import operator
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import takewhile
 
 import numpy as np
 import torch
@@ -116,23 +116,35 @@ def _refined(config: Config, stages_of: StagesOf, cut: list[range], device: torc
 
 
 def _fewest(config: Config, stages_of: StagesOf, natural: list[range], device: torch.device) -> list[StageSpec]:
-    """The fewest stages that the budget holds, as even as it holds so many; a layer that it does not hold is a stage."""
+    """The fewest stages that the budget holds; where it holds none, the finest cut.
+
+    A part of a stage is taken to be held where the stage is.
+    """
     most = natural[-1].stop
-
-    def is_held(layers: range) -> bool:
-        around = (range(layers.start), layers, range(layers.stop, most))
-        specs = stages_of([part for part in around if part])
-        return held_at_all(config, next(spec for spec in specs if spec.layers == layers), device)
-
     if config.memory.gpu_mem is None:
         return stages_of([range(most)])
-    cut: list[range] = []
-    while not cut or cut[-1].stop < most:
-        start = cut[-1].stop if cut else 0
-        stops = takewhile(lambda stop: is_held(range(start, stop)), range(start + 1, most + 1))
-        cut.append(range(start, max(stops, default=start + 1)))
-    even = natural if len(cut) == len(natural) else _best_cut(_costs(config, stages_of, range(most)), len(cut))
-    return stages_of(even if all(map(is_held, even)) else cut)
+    longest = _longest_held(config, stages_of, most, device)
+    even = natural if len(natural) == len(longest) else _best_cut(_costs(config, stages_of, range(most)), len(longest))
+    for specs in map(stages_of, (even, longest)):
+        if all(held_at_all(config, spec, device) for spec in specs):
+            return specs
+    return stages_of(ranges([1] * most))
+
+
+def _longest_held(config: Config, stages_of: StagesOf, most: int, device: torch.device) -> list[range]:
+    """Stages from the first on, each as long as the budget holds it, or of one layer."""
+
+    def is_too_long(start: int, stop: int) -> bool:
+        around = (range(start), range(start, stop), range(stop, most))
+        (spec,) = (spec for spec in stages_of([part for part in around if part]) if spec.layers.start == start)
+        return not held_at_all(config, spec, device)
+
+    cut, start = [], 0
+    while start < most:
+        stop = start + 1 + bisect_left(range(start + 2, most + 1), True, key=partial(is_too_long, start))
+        cut.append(range(start, stop))
+        start = stop
+    return cut
 
 
 def _all_at_once(

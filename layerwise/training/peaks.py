@@ -32,7 +32,7 @@ from layerwise.training.optimizer import HostOptimizer, Optimizer
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
 
-REHEARSED_STEPS = 8
+REHEARSED_STEPS = 16
 """Frames of a recurrent layer in the caching pass."""
 
 Below = tuple[StageSpec, ...]

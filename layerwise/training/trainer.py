@@ -25,7 +25,7 @@ from layerwise.memory import microbatch
 from layerwise.memory.device import autocast, offloaded, pack_recurrent_weights, release, why_out_of_memory
 from layerwise.memory.meter import metered, uncounted
 from layerwise.memory.microbatch import Pending, Total
-from layerwise.memory.plan import MemoryPlan
+from layerwise.memory.plan import NARROW_ROOM, MemoryPlan
 from layerwise.nets.module import Module
 from layerwise.nets.network import named_tensors
 from layerwise.objectives.protocol import Draw, Group, ObjectiveModule, Streamed
@@ -66,7 +66,9 @@ class StageTrainer:
     def go_on_shrunk(self, micro_batch: int, parts: int) -> None:
         """Takes slices at least as small as an earlier start had to: with these it got where it stopped."""
         micro_batch, parts = min(micro_batch, self.memory_plan.micro_batch), max(parts, self.memory_plan.parts)
-        self.memory_plan, self.shrunk = replace(self.memory_plan, micro_batch=micro_batch, parts=parts), True
+        room = min(self.memory_plan.loss_room, NARROW_ROOM)
+        self.memory_plan = replace(self.memory_plan, micro_batch=micro_batch, parts=parts, loss_room=room)
+        self.shrunk = True
 
     def optimizers(self) -> list[tuple[str, Optimizer]]:
         """Each with what a checkpoint writes before the names of its parameters."""
