@@ -1,4 +1,4 @@
-"""A batch of 64 under a fraction of what end to end takes: the planner picks micro-batches and passes, the meter measures.
+"""A batch of 64 under a fraction of what end to end takes: the planner lays it out, the meter measures.
 
 python benchmarks/large_batch.py [--batch-size 64] [--fraction 0.12] [--device cpu]
 """

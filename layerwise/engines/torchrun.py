@@ -143,7 +143,7 @@ class SharedRun:
     """As the options name it."""
     tasks: list[Task]
     memory_plans: list[MemoryPlan]
-    """As the first device has room for them: all ranks must go through a batch in as many passes."""
+    """As the first device has room for them: all ranks must go through a batch in the same parts."""
 
 
 def execute(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> None:

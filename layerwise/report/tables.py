@@ -9,7 +9,7 @@ from rich.table import Table
 
 from layerwise.config import Config, ObjectiveOptions, function_flags
 from layerwise.evaluate.results import Comparison
-from layerwise.forecast import Forecast
+from layerwise.forecast import Forecast, StageForecast
 from layerwise.report.progress import outcome
 from layerwise.report.records import RoundState, published_version
 from layerwise.run_store import RunState, RunStore, StageRecord
@@ -145,7 +145,7 @@ def forecast_table(forecast: Forecast) -> Table:
             "parameters": f"{stage.parameters:,}",
             "train peak": size(stage.train_peak_bytes),
             "cache peak": size(stage.cache_peak_bytes),
-            "layout": stage.layout,
+            "layout": _in_short(stage),
             "GFLOP": _giga(stage.flops),
             "moved": size(stage.moved_bytes),
             "input": stage.input,
@@ -168,6 +168,12 @@ def forecast_table(forecast: Forecast) -> Table:
     shown = table([*rows, together])
     shown.collapse_padding = True
     return shown
+
+
+def _in_short(stage: StageForecast) -> str:
+    """The layout, whose rest stands in the sentence that says why."""
+    first, _, more = stage.layout.partition(", ")
+    return f"{first} …" if more and stage.why else stage.layout
 
 
 def sweep_table(forecasts: Sequence[Forecast]) -> Table:

@@ -17,7 +17,7 @@ from layerwise.config import Config
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError, ConfigError
 from layerwise.memory.meter import Meter
-from layerwise.memory.plan import MemoryPlan
+from layerwise.memory.plan import NARROW_ROOM, MemoryPlan
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
@@ -48,7 +48,7 @@ class Task:
 
     @property
     def smallest(self) -> MemoryPlan:
-        return MemoryPlan(len(self.batch.lengths), 1, parts=len(self.batch.lengths))
+        return MemoryPlan(len(self.batch.lengths), 1, parts=len(self.batch.lengths), loss_room=NARROW_ROOM)
 
     def load(self, memory_plan: MemoryPlan, meter: Meter) -> StageTrainer:
         return StageTrainer(self.plan, self.config, memory_plan, RunContext(CPU, meter))
