@@ -10,7 +10,7 @@ from layerwise.commands.options import configured, json_option
 from layerwise.config import Config
 from layerwise.errors import ConfigError
 from layerwise.files import write_atomically
-from layerwise.report.printing import answer, answer_exactly, say, working
+from layerwise.report.printing import answer, answer_exactly, remark, working
 from layerwise.report.tables import cheapest_cut, forecast_lines, forecast_table, sweep_table
 
 
@@ -46,7 +46,7 @@ def plan(config: Config, sweeps: bool, plot: Path | None, as_json: bool) -> None
 
         with styled():
             write_atomically(plot, draw_sweep(forecasts).save("svg" if plot.suffix == ".svg" else "png"))
-        say(f"{plot}: drawn")
+        remark(f"{plot}: drawn")
     if as_json:
         answer_exactly(json.dumps([asdict(each) for each in forecasts]))
     else:

@@ -229,7 +229,9 @@ def draw_sweep(forecasts: Sequence[Forecast]) -> Plot:
             axes.annotate(str(len(each.stages)), (x, y), xytext=(4, 3), textcoords="offset points")
     axes.set_yscale("log")
     axes.set_xlabel(f"{unit}, at most")
+    axes.set_ylabel("device memory, by number of stages")
     axes.yaxis.set_major_formatter(BYTES)
+    axes.yaxis.set_minor_formatter(BYTES)
     axes.grid(True)
     axes.legend()
     caption = "Device memory and time of cuts into so many stages; one stage is end-to-end training by the same means."
