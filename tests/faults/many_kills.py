@@ -1,11 +1,11 @@
 """Kills a small run at random moments, hundreds of times, and compares the end of each with that of an undisturbed one.
 
     python tests/faults/many_kills.py [--runs 200] [--seed 0] [--keep needed|all|last] [--cache auto|never]
-        [--compression none|zstd]
+        [--compression none|zstd] [--gpu-mem SIZE|smallest]
 
 Every run is killed once with SIGKILL, started again, and must end with the same encoder and the same caches, byte for
 byte. A run that ended before its kill does not count. The processes are forked from one that has imported everything, so
-a run takes a few seconds.
+a run takes a few seconds. --gpu-mem smallest: the smallest budget of all, at which every step is streamed.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import torch
 from safetensors.numpy import load_file
 
 from layerwise.config import Config, resolve
+from layerwise.engines.plan import plan
 from layerwise.engines.run import run
 
 OPTIONS = {
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--keep", default="needed")
     parser.add_argument("--cache", default="auto")
     parser.add_argument("--compression", default="none")
+    parser.add_argument("--gpu-mem")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -57,8 +59,24 @@ def main() -> None:
             "cache.policy": options.cache,
             "cache.compression": options.compression,
         }
+        if options.gpu_mem == "smallest":
+            extra["memory.gpu_mem"] = f"{smallest_budget(Path(name), extra)}B"
+        elif options.gpu_mem:
+            extra["memory.gpu_mem"] = options.gpu_mem
         outcome = kill_runs(Path(name), options.runs, options.seed, extra)
     print(outcome)
+
+
+def smallest_budget(folder: Path, extra: dict[str, str]) -> int:
+    """Bytes; forked, for a process that has gone backwards through a network cannot be."""
+    inside, outside = os.pipe()
+    child = os.fork()
+    if child == 0:
+        data = write_recordings(folder / "recordings")
+        os.write(outside, str(plan(config_in(folder, data, extra)).smallest_budget_bytes).encode())
+        os._exit(0)
+    assert wait(child) == 0
+    return int(os.read(inside, 100))
 
 
 def kill_runs(folder: Path, runs: int, seed: int, extra: dict[str, str]) -> str:
