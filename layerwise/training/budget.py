@@ -17,7 +17,7 @@ from layerwise.training.cache_plan import CachePlan
 from layerwise.training.forward import longest_piece, shortest_piece
 from layerwise.training.peaks import Below, caching_peak, recomputing_peak, training_fits, training_peak
 from layerwise.training.spec import StageSpec, batch_effects
-from layerwise.training.work import stage_work, step_cost
+from layerwise.training.work import stage_work, step_cost, step_least_bytes
 
 
 def fit_to_budget(
@@ -56,7 +56,11 @@ def fit_stage(config: Config, spec: StageSpec, device: torch.device, below: Belo
     if config.memory.gpu_mem is None:
         return replace(first, piece=longest, windows=windows)
     room = _tensor_room(config, device)
-    plan = cheapest(allowed, lambda plan: training_fits(config, spec, plan, room))
+
+    def fits(plan: MemoryPlan) -> bool:
+        return step_least_bytes(config, spec, plan) <= room and training_fits(config, spec, plan, room)
+
+    plan = cheapest(allowed, fits)
     if plan is None:
         return None
     piece = _largest_that_fits(

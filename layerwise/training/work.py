@@ -93,6 +93,14 @@ class StageWork:
         of_sample = (1 if plan.whole else 2) * self.forward + plan.recompute * self.recomputed + self.backward
         return plan.batch_size * of_sample + self.loss
 
+    def least_bytes(self, plan: MemoryPlan, rows: int) -> int:
+        """What a step cannot take less than on the device: a bound that needs no rehearsal. rows: that are scored."""
+        if not plan.optimizer_on_host:
+            return self.parameters + 2 * self.gradients + 3 * self.predictors
+        share = plan.predictors / self.stacked if plan.predictors else 1
+        of_loss = round(2 * share * self.predictors)
+        return max(self.parameters, of_loss) if plan.parts else self.parameters + of_loss + 2 * self.row * rows
+
     def lost_in_slices(self, plan: MemoryPlan) -> int:
         """Operations that the device could do in the time which slices of the loss take on top."""
         if self.targets_at_once is None:
@@ -122,6 +130,11 @@ def step_cost(config: Config, spec: StageSpec, plan: MemoryPlan, flops_per_byte:
     flops += stage_work(config, spec).lost_in_slices(plan)
     pieces = plan.batch_size / plan.micro_batch, plan.parts, plan.predictors and 1 / plan.predictors
     return flops + flops_per_byte * moved, *pieces, plan.recompute, plan.gradients_wait, plan.gradients_at_once
+
+
+def step_least_bytes(config: Config, spec: StageSpec, plan: MemoryPlan) -> int:
+    """What a step cannot take less than on the device."""
+    return stage_work(config, spec).least_bytes(plan, scored_rows(config, spec, 1))
 
 
 def step_flops(config: Config, spec: StageSpec, plan: MemoryPlan) -> int:

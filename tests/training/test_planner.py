@@ -220,9 +220,9 @@ def test_one_byte_below_the_smallest_budget_is_refused_with_a_sentence_that_name
 def two_layers(request: pytest.FixtureRequest, planned_stages: Planned) -> tuple[Config, StageSpec]:
     """A stage of two layers, and all choices open."""
     options = {
-        "speech": {"training.batch_size": 2, "net.context": 0, "net.kernels": [10, 8]}
+        "speech": {"training.batch_size": 2, "net.context": 0, "net.kernels": [10, 8], "objective.steps": 2}
         | {"net.strides": [5, 4], "net.paddings": [2, 2]},
-        "vision": {"training.batch_size": 2, "net.blocks": [1, 1]},
+        "vision": {"training.batch_size": 2, "net.blocks": [1, 1], "objective.steps": 2},
     }
     config, (spec,) = planned_stages(request.param, **options[request.param], **{"training.stages": 1})
     return config, spec
