@@ -112,7 +112,8 @@ class StageTrainer:
         """The module is on the device inside the block, wherever it lies between two steps."""
         if self.memory_plan.optimizer_on_host and not self._module_is_lent:
             tensors = {id(tensor): tensor for _, tensor in named_tensors(self.module) if tensor.is_leaf}.values()
-            with self.context.host.lend(tensors, self.context.device, self.memory_plan.gradients_at_once):
+            at_once, changes = self.memory_plan.gradients_at_once, self.effects.changes_parameters
+            with self.context.host.lend(tensors, self.context.device, at_once, changes):
                 pack_recurrent_weights(self.module)
                 self.context.meter.label("parameters", tensors)
                 self._module_is_lent = True
@@ -175,7 +176,7 @@ class StageTrainer:
         if not self.memory_plan.parts or self.effects.why_unsliceable is None:
             return []
         with uncounted():
-            return [(tensor, tensor.detach().clone()) for tensor in self.module.buffers()]
+            return [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in self.module.buffers()]
 
     def _losses(self) -> Generator[microbatch.Loss]:
         """The objective, on the device for as long as the next loss is not asked for; several where it comes in groups."""
