@@ -15,6 +15,7 @@ from layerwise.cache.dtypes import STORED
 from layerwise.config import Config, resolve
 from layerwise.data.batches import Batch
 from layerwise.data.source import DataSet
+from layerwise.memory import microbatch
 from layerwise.memory.meter import Meter
 from layerwise.memory.plan import ROOMS, MemoryPlan
 from layerwise.nets.layer import Layer
@@ -26,7 +27,7 @@ from layerwise.training.cut import cut_network
 from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
-from layerwise.training.work import step_moved
+from layerwise.training.work import step_moved, waiting_bytes
 
 CPU = torch.device("cpu")
 OBJECTIVES = ("infonce", "hinge", "ntxent", "supervised")
@@ -224,3 +225,23 @@ def test_short_floats_that_wait_on_the_host_take_no_more_than_is_predicted(
     made = task("short floats", "infonce")
     plan = MemoryPlan(4, 1, optimizer_on_host=True, predictors=1, parts=parts, loss_room=ROOMS[-1])
     assert 0.95 <= steps_of(made, plan).peak / training_peak(made.config, made.spec, plan).bytes <= 1
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_what_waits_on_the_host_is_planned(
+    task: Callable[[str, str], Task], parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, waited = task("GRU", "infonce"), []
+
+    def watched(batch: microbatch.SlicedBatch, encoded: microbatch.Representations, *rest: object) -> object:
+        pending = loss_gradients(batch, encoded, *rest)  # type: ignore[arg-type]
+        waited.append(sum(tensor.nbytes for tensor in (*encoded.encoded, *pending.gradients)))
+        return pending
+
+    loss_gradients = microbatch.loss_gradients
+    monkeypatch.setattr(microbatch, "loss_gradients", watched)
+    plan = MemoryPlan(4, 1, parts=parts)
+    StageTrainer(made.spec, made.config, plan, RunContext(CPU, Meter(CPU))).train(made.batch(False), randomness(0))
+    part = waiting_bytes(made.config, made.spec, plan) - waited[0]
+    assert 0 < part <= waited[0]
+    assert waiting_bytes(made.config, made.spec, replace(plan, parts=0)) == 0
