@@ -111,7 +111,7 @@ class StageTrainer:
     def module_on_device(self) -> Iterator[None]:
         """The module is on the device inside the block, wherever it lies between two steps."""
         if self.memory_plan.optimizer_on_host and not self._module_is_lent:
-            tensors = {id(tensor): tensor for _, tensor in named_tensors(self.module) if tensor.is_leaf}.values()
+            tensors = _tensors_of(self.module)
             at_once, changes = self.memory_plan.gradients_at_once, self.effects.changes_parameters
             with self.context.host.lend(tensors, self.context.device, at_once, changes):
                 pack_recurrent_weights(self.module)
@@ -185,7 +185,7 @@ class StageTrainer:
             yield self._whole_loss
             return
         stacked = objective.stacked if isinstance(objective, Streamed) else None
-        others = [tensor for tensor in (*objective.parameters(), *objective.buffers()) if tensor is not stacked]
+        others = [tensor for tensor in _tensors_of(objective) if tensor is not stacked]
         with self.context.host.lend(others, self.context.device):
             if stacked is None:
                 yield self._whole_loss
@@ -369,3 +369,8 @@ class StageTrainer:
     def _forget_gradients(self) -> None:
         self.module.zero_grad()
         self.objective.zero_grad()
+
+
+def _tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    """What goes to the device and back with it, each once."""
+    return list({id(tensor): tensor for _, tensor in named_tensors(module) if tensor.is_leaf}.values())

@@ -245,3 +245,24 @@ def test_what_waits_on_the_host_is_planned(
     part = waiting_bytes(made.config, made.spec, plan) - waited[0]
     assert 0 < part <= waited[0]
     assert waiting_bytes(made.config, made.spec, replace(plan, parts=0)) == 0
+
+
+def test_tensors_that_an_objective_holds_beside_its_parameters_come_to_the_device_with_it(
+    task: Callable[[str, str], Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = task("convolution", "supervised")
+    plan = MemoryPlan(4, 4, optimizer_on_host=True)
+    trainer = StageTrainer(made.spec, made.config, plan, RunContext(CPU, Meter(CPU)))
+    on_host = torch.ones(3)
+    objective = trainer.objective
+    objective.mask = on_host
+    lies_at, score, places = on_host.data_ptr(), objective.forward, []
+
+    def watched(*args: object) -> object:
+        places.append(objective.mask.data_ptr())
+        return score(*args)
+
+    monkeypatch.setattr(objective, "forward", watched)
+    trainer.train(made.batch(False), randomness(0))
+    assert places != [lies_at]
+    assert on_host.data_ptr() == lies_at
