@@ -35,7 +35,7 @@ from layerwise.training.peaks import training_peak
 from layerwise.training.recompute import BLOCK_BYTES
 from layerwise.training.samples import TRAIN, split_samples
 from layerwise.training.spec import StageSpec
-from layerwise.training.work import step_flops, step_moved
+from layerwise.training.work import step_flops, step_moved, waiting_bytes
 
 
 def plan(
@@ -146,7 +146,8 @@ def _host_bytes(config: Config, spec: StageSpec, memory_plan: MemoryPlan) -> int
     itself = psutil.Process().memory_info().rss
     on_host = 4 * trained if memory_plan.optimizer_on_host else 0
     recomputing = BLOCK_BYTES + 3 * trained if memory_plan.windows else 0
-    return itself + recomputing + (READ_AHEAD + 2) * batch + 2 * int(config.cache.block) + checkpoint + on_host
+    reading, writing = (READ_AHEAD + 2) * batch, 2 * int(config.cache.block)
+    return itself + recomputing + reading + writing + checkpoint + on_host + waiting_bytes(config, spec, memory_plan)
 
 
 def look(config: Config) -> DataSet:

@@ -168,10 +168,12 @@ def prepared_run(
 
 def _with_rates(config: Config, store: RunStore, device: torch.device) -> Config:
     """Every start and every worker of a run chooses its plans by the same rates, so that they take the same steps."""
-    if config.memory.gpu_mem is None or config.memory.flops_per_byte is not None:
+    if config.memory.flops_per_byte is not None:
         return config
     earlier = store.load_state() if store.exists else None
     known = earlier.config.memory.flops_per_byte if earlier and earlier.device == str(device) else None
+    if known is None and config.memory.gpu_mem is None:
+        return config
     return with_options(config, {"memory.flops_per_byte": known or measured_rates(device).flops_per_byte})
 
 

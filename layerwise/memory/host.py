@@ -64,12 +64,17 @@ class HostMemory:
 
     @contextmanager
     def lend(
-        self, tensors: Iterable[torch.Tensor], device: torch.device, gradients_at_once: bool = False
+        self,
+        tensors: Iterable[torch.Tensor],
+        device: torch.device,
+        gradients_at_once: bool = False,
+        changes_parameters: bool = False,
     ) -> Iterator[None]:
         """Parameters and buffers of the host are on the device inside the block, and on the host again behind it.
 
         Gradients come back with their parameters, or each at once when a backward pass has made it. What the block does to
-        buffers and to values of parameters stays done.
+        buffers and to values of parameters stays done. changes_parameters: whether it may do so to parameters in
+        ways that torch does not count, through `.data`.
         """
         with uncounted():
             lent = [(tensor, tensor.data) for tensor in tensors]
@@ -92,7 +97,7 @@ class HostMemory:
             for (tensor, values), version in zip(lent, versions, strict=True):
                 if tensor.grad is not None:
                     take_gradient(tensor)
-                if not isinstance(tensor, nn.Parameter) or tensor._version != version:
+                if changes_parameters or not isinstance(tensor, nn.Parameter) or tensor._version != version:
                     with uncounted():
                         values.copy_(tensor.detach())
                     self.moved += values.nbytes

@@ -169,7 +169,7 @@ def _gradients_of_part(
     loss: Loss, part: Part, encoded: tuple[torch.Tensor, ...], scale: float
 ) -> tuple[Total, list[torch.Tensor]]:
     # In float32 at least: short floats would lose small gradients before they are scaled.
-    leaves = [t.detach().to(torch.promote_types(t.dtype, torch.float32)).requires_grad_() for t in encoded]
+    leaves = [_at_least_float32(tensor.detach()).requires_grad_() for tensor in encoded]
     scored = loss(tuple(leaves), part)
     scored.loss.backward()
     gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.mul_(scale) for leaf in leaves]
@@ -204,7 +204,12 @@ def _of_part(
         at = torch.as_tensor(np.searchsorted(representations.rows, part.rows))
     if batch.host is None:
         return at, representations.encoded
-    return at, tuple(batch.host.bring(tensor, batch.device, at) for tensor in representations.encoded)
+    # Short floats are widened one by one: none stays beside its copy.
+    return at, tuple(_at_least_float32(batch.host.bring(t, batch.device, at)) for t in representations.encoded)
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _zeros_on_host(encoded: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:

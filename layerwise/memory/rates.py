@@ -7,10 +7,11 @@ from functools import cache
 
 import torch
 
+from layerwise.memory.device import return_free_blocks
 from layerwise.memory.meter import uncounted
 
-MATRIX = {"cpu": 512, "cuda": 4096}
-"""Rows and columns that are multiplied, large enough to keep the device busy."""
+MATRIX = {"cpu": 512, "cuda": 2048}
+"""Rows and columns that are multiplied: enough to keep the device busy, and few bytes, for a budget may be small."""
 
 COPIED_BYTES = 2**25
 
@@ -41,7 +42,13 @@ class Rates:
 
 @cache
 def measured_rates(device: torch.device) -> Rates:
-    """Measured once in a process; takes about a tenth of a second."""
+    """Measured once in a process; takes about a tenth of a second, and leaves nothing on the device."""
+    rates = _measured(device)
+    return_free_blocks(device)  # CUDA's allocator would keep them, beyond a small budget
+    return rates
+
+
+def _measured(device: torch.device) -> Rates:
     with uncounted():
         side = MATRIX[device.type]
         matrix, outcome = torch.ones(side, side, device=device), torch.empty(side, side, device=device)

@@ -42,6 +42,9 @@ class BatchEffects:
     together". None where the outputs of slices are those of the batch, and the same at every pass."""
     repeatable: bool = True
     """Whether a second pass gives the same outputs once its buffers have their old values again."""
+    changes_parameters: bool = False
+    """Whether the forward pass writes into parameters, or puts others in their place; through `.data` too, which torch does
+    not count as a change."""
 
 
 @memoised_per(Network)
@@ -60,6 +63,7 @@ def module_effects(network: Network, layers: range, frame_shape: tuple[int, ...]
         any(layer.uses_randomness for layer in effects),
         next(iter(reasons), None),
         all(layer.repeatable for layer in effects),
+        any(layer.changes_parameters for layer in effects),
     )
 
 
@@ -82,7 +86,7 @@ def _layer_effects(network: Network, index: int, frame_shape: tuple[int, ...]) -
         effects, operations = _effects_on_fake_tensors(build, shape)
     except Exception:  # a layer of anybody's, without values: unless two samples tell more, it may do anything
         why = f"layer {index} of the network cannot be tried without values"
-        effects, operations = BatchEffects(True, why, repeatable=False), 0
+        effects, operations = BatchEffects(True, why, repeatable=False, changes_parameters=True), 0
     batch_norm = find_batch_norm(unfilled)
     if batch_norm:
         return replace(effects, why_unsliceable=_ties_samples(batch_norm))
@@ -93,7 +97,11 @@ def _layer_effects(network: Network, index: int, frame_shape: tuple[int, ...]) -
         on_samples = _effects_on_two_samples(build("cpu"), index, shape)
     except Exception:  # on noise, which it may not be made for
         return effects
-    return replace(on_samples, uses_randomness=effects.uses_randomness or on_samples.uses_randomness)
+    return replace(
+        on_samples,
+        uses_randomness=effects.uses_randomness or on_samples.uses_randomness,
+        changes_parameters=effects.changes_parameters or on_samples.changes_parameters,
+    )
 
 
 def _outputs(module: Module, x: torch.Tensor) -> torch.Tensor:
@@ -144,13 +152,16 @@ def _effects_on_fake_tensors(build: Callable[[str], Module], shape: tuple[int, .
     with FakeTensorMode(allow_fallback_kernels=False):
         module = build("cpu")
         before = _parameters_and_buffers(module)
+        storages = {path: tensor.untyped_storage()._cdata for path, tensor in before.items()}
         with FlopCounterMode(display=False) as counter, _OperationLog() as log:
             _outputs(module, torch.empty(2, *shape))
         after = _parameters_and_buffers(module)
     changed = [
         path
         for path, tensor in before.items()
-        if tensor.untyped_storage()._cdata in log.written or after.get(path) is not tensor
+        if storages[path] in log.written
+        or tensor.untyped_storage()._cdata != storages[path]
+        or after.get(path) is not tensor
     ]
     if changed:
         return _changing(module, changed, before, log.uses_randomness), counter.get_total_flops()
@@ -164,7 +175,8 @@ def _changing(
     buffers = dict(module.named_buffers())
     # A step puts back the values of buffers, where they are the same tensors still.
     repeatable = all(path in buffers and buffers[path] is before.get(path) for path in changed)
-    return BatchEffects(uses_randomness, _changes_tensor(module, changed[0]), repeatable)
+    parameters = any(isinstance(before.get(path), nn.Parameter) for path in changed)
+    return BatchEffects(uses_randomness, _changes_tensor(module, changed[0]), repeatable, parameters)
 
 
 def _parameters_and_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

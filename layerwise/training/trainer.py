@@ -111,8 +111,9 @@ class StageTrainer:
     def module_on_device(self) -> Iterator[None]:
         """The module is on the device inside the block, wherever it lies between two steps."""
         if self.memory_plan.optimizer_on_host and not self._module_is_lent:
-            tensors = {id(tensor): tensor for _, tensor in named_tensors(self.module) if tensor.is_leaf}.values()
-            with self.context.host.lend(tensors, self.context.device, self.memory_plan.gradients_at_once):
+            tensors = _tensors_of(self.module)
+            at_once, changes = self.memory_plan.gradients_at_once, self.effects.changes_parameters
+            with self.context.host.lend(tensors, self.context.device, at_once, changes):
                 pack_recurrent_weights(self.module)
                 self.context.meter.label("parameters", tensors)
                 self._module_is_lent = True
@@ -175,7 +176,7 @@ class StageTrainer:
         if not self.memory_plan.parts or self.effects.why_unsliceable is None:
             return []
         with uncounted():
-            return [(tensor, tensor.detach().clone()) for tensor in self.module.buffers()]
+            return [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in self.module.buffers()]
 
     def _losses(self) -> Generator[microbatch.Loss]:
         """The objective, on the device for as long as the next loss is not asked for; several where it comes in groups."""
@@ -184,7 +185,7 @@ class StageTrainer:
             yield self._whole_loss
             return
         stacked = objective.stacked if isinstance(objective, Streamed) else None
-        others = [tensor for tensor in (*objective.parameters(), *objective.buffers()) if tensor is not stacked]
+        others = [tensor for tensor in _tensors_of(objective) if tensor is not stacked]
         with self.context.host.lend(others, self.context.device):
             if stacked is None:
                 yield self._whole_loss
@@ -368,3 +369,8 @@ class StageTrainer:
     def _forget_gradients(self) -> None:
         self.module.zero_grad()
         self.objective.zero_grad()
+
+
+def _tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    """What goes to the device and back with it, each once."""
+    return list({id(tensor): tensor for _, tensor in named_tensors(module) if tensor.is_leaf}.values())

@@ -148,6 +148,16 @@ def step_moved(config: Config, spec: StageSpec, plan: MemoryPlan) -> int:
     return stage_work(config, spec).moved(plan, rows, of_parts)
 
 
+def waiting_bytes(config: Config, spec: StageSpec, plan: MemoryPlan) -> int:
+    """Most that waits on the host during a step: representations, their gradients, and the part that is on its way.
+
+    Where the representations stay on the device, their gradients may wait alone.
+    """
+    rows, of_parts = (scored_rows(config, spec, parts) for parts in (1, max(plan.parts, 1)))
+    held = 2 * rows + of_parts // plan.parts if plan.parts else plan.gradients_wait * rows
+    return stage_work(config, spec).row * held
+
+
 @memoised_per(StageSpec)
 def scored_rows(config: Config, spec: StageSpec, parts: int) -> int:
     """Rows of a full batch that the objective scores, summed over the parts of the loss."""

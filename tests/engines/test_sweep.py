@@ -68,3 +68,12 @@ def test_end_to_end_training_is_called_so(tiny_speech: Callable[..., Config], di
         END_TO_END in write_report(result.paths.out).read_text(),
     )
     assert said == ((stages == 1),) * 3
+
+
+def test_a_start_without_a_budget_keeps_the_rates_of_an_earlier_one(
+    tiny_speech: Callable[..., Config], digits: Path
+) -> None:
+    config = tiny_speech(f"fsdd:{digits}", **{"training.stages": 1, "training.max_epochs": 1})
+    first = run(with_options(config, {"memory.gpu_mem": "1GB", "memory.flops_per_byte": 4096}))
+    assert first.state.config.memory.flops_per_byte == 4096
+    assert run(config).state.config.memory.flops_per_byte == 4096
