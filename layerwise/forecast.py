@@ -59,7 +59,7 @@ class Forecast:
     """What is not cached, why, and what it costs; whether this is end-to-end training."""
     host_bytes: int
     hours: float
-    """Of the training, at most: as many epochs of each stage as the options allow, at the rates of the device."""
+    """Of all epochs of each stage that the options allow, at the full speed of the device; a run takes longer."""
     device: str
     stages: list[StageForecast]
 

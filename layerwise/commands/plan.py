@@ -11,7 +11,7 @@ from layerwise.config import Config
 from layerwise.errors import ConfigError
 from layerwise.files import write_atomically
 from layerwise.report.printing import answer, answer_exactly, remark, working
-from layerwise.report.tables import cheapest_cut, forecast_lines, forecast_table, sweep_table
+from layerwise.report.tables import TIMES_OF_A_SWEEP, cheapest_cut, forecast_lines, forecast_table, sweep_table
 
 
 @click.command(short_help="Predict what a run would take; runs nothing.")
@@ -50,4 +50,4 @@ def plan(config: Config, sweeps: bool, plot: Path | None, as_json: bool) -> None
     if as_json:
         answer_exactly(json.dumps([asdict(each) for each in forecasts]))
     else:
-        answer(sweep_table(forecasts), cheapest_cut(forecasts))
+        answer(sweep_table(forecasts), TIMES_OF_A_SWEEP, cheapest_cut(forecasts))

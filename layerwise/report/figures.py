@@ -228,9 +228,10 @@ def draw_sweep(forecasts: Sequence[Forecast]) -> Plot:
         for each, x, y in zip(forecasts, hours, values, strict=True):
             axes.annotate(str(len(each.stages)), (x, y), xytext=(4, 3), textcoords="offset points")
     axes.set_yscale("log")
-    axes.set_xlabel(f"{unit}, at most")
+    axes.set_xlabel(f"time in {unit} at the full speed of the device")
     axes.set_ylabel("device memory, by number of stages")
     axes.yaxis.set_major_formatter(BYTES)
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # labels of all nine would lie over one another
     axes.yaxis.set_minor_formatter(BYTES)
     axes.grid(True)
     axes.legend()

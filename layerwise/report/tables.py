@@ -9,7 +9,7 @@ from rich.table import Table
 
 from layerwise.config import Config, ObjectiveOptions, function_flags
 from layerwise.evaluate.results import Comparison
-from layerwise.forecast import Forecast, StageForecast
+from layerwise.forecast import Forecast
 from layerwise.report.progress import outcome
 from layerwise.report.records import RoundState, published_version
 from layerwise.run_store import RunState, RunStore, StageRecord
@@ -17,6 +17,10 @@ from layerwise.run_store.probe_results import ProbeResult
 from layerwise.units import duration, percent, size
 
 FEW_TEST_SAMPLES = 50
+
+TIMES_OF_A_SWEEP = (
+    "The times are of all epochs at the full speed of the device: they compare cuts, and a run takes longer."
+)
 
 
 def table(rows: Iterable[Mapping[str, str]]) -> Table:
@@ -137,7 +141,7 @@ def what_next(store: RunStore, labels: Iterable[str], config: Config) -> list[st
 
 
 def forecast_table(forecast: Forecast) -> Table:
-    """One row per stage, and one for all of them. GFLOP and moved: of an optimizer step of each."""
+    """One row per stage, and one for all of them, within 80 columns. GFLOP and moved: of an optimizer step of each."""
     stages = forecast.stages
     rows = [
         {
@@ -145,13 +149,12 @@ def forecast_table(forecast: Forecast) -> Table:
             "parameters": f"{stage.parameters:,}",
             "train peak": size(stage.train_peak_bytes),
             "cache peak": size(stage.cache_peak_bytes),
-            "layout": _in_short(stage),
             "GFLOP": _giga(stage.flops),
             "moved": size(stage.moved_bytes),
             "input": stage.input,
             "cache": size(stage.cache_bytes) if stage.cached else f"({size(stage.cache_bytes)})",
             "host": size(stage.host_bytes),
-            "": "" if forecast.budget_bytes is None else "fits" if stage.fits else "too large",
+            "fits": "" if forecast.budget_bytes is None else "yes" if stage.fits else "no",
         }
         for stage in stages
     ]
@@ -170,14 +173,8 @@ def forecast_table(forecast: Forecast) -> Table:
     return shown
 
 
-def _in_short(stage: StageForecast) -> str:
-    """The layout, whose rest stands in the sentence that says why."""
-    first, _, more = stage.layout.partition(", ")
-    return f"{first} …" if more and stage.why else stage.layout
-
-
 def sweep_table(forecasts: Sequence[Forecast]) -> Table:
-    """One row per cut. GFLOP and moved: of an optimizer step of every stage."""
+    """One row per cut, within 80 columns. GFLOP and moved: of an optimizer step of every stage; time: of all epochs."""
     shown = table(
         {
             "stages": "1, end to end" if len(each.stages) == 1 else str(len(each.stages)),
@@ -186,8 +183,8 @@ def sweep_table(forecasts: Sequence[Forecast]) -> Table:
             "GFLOP": _giga(each.flops),
             "moved": size(each.moved_bytes),
             "disk": size(each.disk_bytes),
-            "hours, at most": f"{each.hours:.3g}",
-            "": "" if each.budget_bytes is None else "fits" if each.fits else "too large",
+            "time": duration(3600 * each.hours),
+            "fits": "" if each.budget_bytes is None else "yes" if each.fits else "no",
         }
         for each in forecasts
     )
@@ -205,7 +202,7 @@ def cheapest_cut(forecasts: Sequence[Forecast]) -> str:
     best = min(fitting, key=lambda each: each.hours)
     count = len(best.stages)
     which = "1 stage, which is end-to-end training" if count == 1 else f"{count} stages"
-    return f"The least time {under}: {which} (--stages {count}), at most {best.hours:.3g} hours."
+    return f"The least time {under}: {which} (--stages {count}), {duration(3600 * best.hours)}."
 
 
 def _giga(flops: int) -> str:
@@ -213,7 +210,7 @@ def _giga(flops: int) -> str:
 
 
 def forecast_lines(forecast: Forecast) -> list[str]:
-    """What is not cached and why a layout is not the cheapest; the room of the caches; whether the budget holds."""
+    """What is not cached; layouts that are not the cheapest, and why; the room of the caches; whether the budget holds."""
     of_disk = "" if forecast.disk_budget_bytes is None else f" of {size(forecast.disk_budget_bytes)}"
     smallest = f"the smallest budget for this cut is {_rounded_up(forecast.smallest_budget_bytes)}"
     peak = f"device peak {size(forecast.peak_bytes)} on {forecast.device}"
@@ -225,7 +222,11 @@ def forecast_lines(forecast: Forecast) -> list[str]:
         verdict = f"--gpu-mem {size(forecast.budget_bytes)} is too small; {smallest}"
     return [
         *forecast.notes,
-        *(f"stage {stage.stage}: {stage.layout}, because {stage.why}" for stage in forecast.stages if stage.why),
+        *(
+            f"stage {stage.stage}: {stage.layout}" + (f", because {stage.why}" if stage.why else "")
+            for stage in forecast.stages
+            if stage.why or stage.layout != "whole batch"
+        ),
         f"caches take {size(forecast.disk_bytes)}{of_disk} at once",
         verdict,
     ]

@@ -1,5 +1,6 @@
 """What is predicted for several cuts, and what is said of end-to-end training."""
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -7,16 +8,17 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from layerwise.commands.plan import plan as plan_command
-from layerwise.config import Config, with_options
+from layerwise.config import Config, resolve, with_options
 from layerwise.engines.plan import plan, sweep
 from layerwise.engines.run import run
 from layerwise.errors import ConfigError
 from layerwise.events import Message
 from layerwise.forecast import END_TO_END
 from layerwise.report.html import write_report
-from layerwise.report.tables import cheapest_cut, sweep_table
+from layerwise.report.tables import cheapest_cut, forecast_lines, forecast_table, sweep_table
 
 
 def test_a_sweep_has_a_row_for_each_of_several_cuts_and_names_the_one_of_the_least_time(
@@ -34,6 +36,23 @@ def test_a_sweep_has_a_row_for_each_of_several_cuts_and_names_the_one_of_the_lea
     fitting = [each for each in forecasts if each.fits]
     best = min(fitting, key=lambda each: each.hours)
     assert f"--stages {len(best.stages)})" in cheapest_cut(forecasts)
+
+
+def test_tables_of_plans_are_whole_on_a_terminal_of_80_columns_and_layouts_stand_below() -> None:
+    forecast = plan(resolve(overrides={"training.stages": 6, "memory.gpu_mem": "10MB", "memory.flops_per_byte": 16}))
+    assert {stage.fits for stage in forecast.stages} == {True}
+    for shown in (forecast_table(forecast), sweep_table([forecast])):
+        console = Console(width=80, file=io.StringIO())
+        with console.capture() as captured:
+            console.print(shown)
+        assert "…" not in captured.get()
+        assert "fits" in captured.get().splitlines()[0]
+    laid_out = [line for line in forecast_lines(forecast) if line.startswith("stage ")]
+    assert [stage.why for stage in forecast.stages if stage.why]
+    for stage in forecast.stages:
+        assert (stage.layout == "whole batch") != (
+            f"stage {stage.stage}: {stage.layout}, because {stage.why}" in laid_out
+        )
 
 
 def test_a_sweep_that_nothing_fits_says_what_would(tiny_speech: Callable[..., Config], digits: Path) -> None:
