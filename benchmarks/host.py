@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from layerwise.config import Config
 from layerwise.memory.meter import uncounted
 from layerwise.nets.network import copied
 from layerwise.training.optimizer import adam
+from layerwise.training.work import FlopCounter
 
 REHEARSED_SLICES = 2
 """The first makes the gradients; the second adds to them, like all that follow."""
@@ -27,7 +26,7 @@ class Host:
         self.device, self.rehearsed = device, rehearsed
         self.moved = 0
         """Bytes, down and up."""
-        self.flops = Flops()
+        self.flops = FlopCounter()
 
     def empty(self, *shape: int) -> torch.Tensor:
         """A float32 tensor on the host, pinned where that speeds transfers up."""
@@ -123,32 +122,3 @@ class Host:
         yield slice(at_once, 2 * at_once)
         self.moved += (len(starts) - 2) * (self.moved - moved)
         self.flops.total += (len(starts) - 2) * (self.flops.total - flops)
-
-
-class Flops(TorchDispatchMode):
-    """Counts floating-point operations by the formulas of torch.utils.flop_counter, and by theirs for what these leave out:
-    products that are added in place, and the attention of CPUs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        packet = func._overloadpacket
-        if packet in ATTENTION:
-            count, tensors = ATTENTION[packet]
-            self.total += count(*(tensor.shape for tensor in args[:tensors]))
-        elif packet in flop_registry or packet in IN_PLACE:
-            count = flop_registry[IN_PLACE.get(packet, packet)]
-            self.total += count(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
-IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
-
-ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (sdpa_flop_count, 3),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (sdpa_backward_flop_count, 4),
-}
-"""How much, and of how many first arguments."""

@@ -7,6 +7,7 @@ Only tensors that are made inside the `with` block, by this thread, count; numpy
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -233,5 +234,18 @@ def rehearsal(limit: int | None = None) -> Iterator[Meter]:
     The tensors are torch's fake ones, with shapes alone: a step of a large network takes a fraction of a second, and the meter
     counts the very storages that it would count on the device. Raises BudgetError with the first byte beyond the limit.
     """
-    with FakeTensorMode(allow_fallback_kernels=False), Meter(REHEARSED_ON, limit) as meter:
+    with fake_tensors(), Meter(REHEARSED_ON, limit) as meter:
         yield meter
+
+
+def fake_tensors() -> FakeTensorMode:
+    """Tensors that are made inside have no values; what cannot do without these raises an error."""
+    first_backward_pass()
+    return FakeTensorMode(allow_fallback_kernels=False)
+
+
+@cache
+def first_backward_pass() -> None:
+    """Once, before anything is done on fake tensors: torch would prepare for GPUs then, and the process could not be forked."""
+    with uncounted():
+        torch.zeros(1, requires_grad=True).sum().backward()

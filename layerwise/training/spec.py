@@ -12,7 +12,7 @@ from layerwise.config import Config
 from layerwise.data.batches import Window
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, DataError
-from layerwise.memory.meter import uncounted
+from layerwise.memory.meter import first_backward_pass, uncounted
 from layerwise.memory.ranks import Ranks
 from layerwise.nets import shortest_window
 from layerwise.nets.alike import Alike, alike, layer_traits
@@ -233,6 +233,7 @@ def frame_labels(name: str, spec: StageSpec, data: DataSet, sample: int, frames:
 
 def batch_effects(spec: StageSpec) -> BatchEffects:
     """What the module of a stage does with a batch in training. Found in host memory, which no meter counts."""
+    first_backward_pass()
     with uncounted():
         return module_effects(spec.network, spec.layers, spec.frame_shape)
 

@@ -7,17 +7,16 @@ a run.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from layerwise.cache.dtypes import STORED
 from layerwise.config import Config
-from layerwise.memory.meter import REHEARSED_ON
+from layerwise.memory.meter import REHEARSED_ON, fake_tensors
 from layerwise.memory.plan import MemoryPlan
 from layerwise.nets.network import memoised_per
 from layerwise.objectives.protocol import Draw, Streamed
@@ -39,28 +38,32 @@ slice and 1 to 12 groups."""
 UNLIMITED = 2**62
 
 
-def _of_product(_: Any, factor: Any, other: Any, **__: Any) -> int:
-    """Of a product that is added in place: shapes (..., M, K) and (..., K, N)."""
-    return 2 * math.prod(factor) * other[-1]
+IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
 
-
-def _of_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _of_attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)
-
-
-FORMULAS: dict[Any, Any] = {
-    torch.ops.aten.addmm_: _of_product,
-    torch.ops.aten.baddbmm_: _of_product,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_attention_backward,
+ATTENTION: dict[Any, tuple[Any, int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (sdpa_flop_count, 3),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (sdpa_backward_flop_count, 4),
 }
-"""Of operations that torch's counter leaves out."""
+"""How much, and of how many first arguments."""
 
-_counter = partial(FlopCounterMode, display=False, custom_mapping=FORMULAS)
+
+class FlopCounter(TorchDispatchMode):
+    """Counts floating point operations by the formulas of torch.utils.flop_counter, and by theirs for what these leave out:
+    products that are added in place, and the attention of CPUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in ATTENTION:
+            count, tensors = ATTENTION[packet]
+            self.total += count(*(tensor.shape for tensor in args[:tensors]))
+        elif packet in flop_registry or packet in IN_PLACE:
+            self.total += flop_registry[IN_PLACE.get(packet, packet)](*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,19 +194,19 @@ def _module_flops(spec: StageSpec) -> tuple[list[int], int]:
     """Of a sample: of each layer's forward pass, and of the backward pass."""
     forwards, backward = [], 0
     frames, shape = spec.window.frames, spec.frame_shape
-    with FakeTensorMode(allow_fallback_kernels=False):
+    with fake_tensors():
         module = spec.build_module(0, REHEARSED_ON)
         for number, layer in enumerate(module.layers.values()):
             counted = min(frames, COUNTED_STEPS) if layer.recurrent else frames
             x = torch.zeros(COUNTED_SAMPLES, counted, *shape, requires_grad=number > 0)
-            with _counter() as of_forward:
+            with FlopCounter() as of_forward:
                 outputs = layer(x)
-            with _counter() as of_backward:
+            with FlopCounter() as of_backward:
                 if outputs.requires_grad:
                     outputs.backward(torch.zeros_like(outputs))
             share = frames / counted / COUNTED_SAMPLES
-            forwards.append(round(share * of_forward.get_total_flops()))
-            backward += round(share * of_backward.get_total_flops())
+            forwards.append(round(share * of_forward.total))
+            backward += round(share * of_backward.total)
             frames, shape = int(layer.out_length(frames)), tuple(outputs.shape[2:])
     return forwards, backward
 
@@ -211,12 +214,12 @@ def _module_flops(spec: StageSpec) -> tuple[list[int], int]:
 def _loss_flops(config: Config, spec: StageSpec) -> int:
     """Of the loss of a batch and its gradients."""
     (draw,) = _draws(config, spec, parts=1)
-    with FakeTensorMode(allow_fallback_kernels=False), _counter() as counter:
+    with fake_tensors(), FlopCounter() as counter:
         objective = spec.build_objective(config, REHEARSED_ON)
         contexts = torch.zeros(len(draw.rows), spec.output_shape[0], requires_grad=True)
         targets = torch.zeros(len(draw.rows), spec.target_channels, requires_grad=True)
         objective(targets, contexts, draw, UNLIMITED).loss.backward()
-    return counter.get_total_flops()
+    return counter.total
 
 
 def _draws(config: Config, spec: StageSpec, parts: int) -> Sequence[Draw]:

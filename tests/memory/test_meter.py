@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -345,3 +347,13 @@ def test_the_meter_never_exceeds_what_the_allocator_reports() -> None:
         model = nn.Linear(256, 256, device=device)
         model(torch.zeros(64, 256, device=device)).sum().backward()
     assert 0 < meter.peak <= torch.cuda.max_memory_allocated() - before
+
+
+def test_a_process_that_has_planned_can_be_forked() -> None:
+    program = (
+        "import os, torch; from layerwise.config import resolve; from layerwise.engines.plan import plan\n"
+        "plan(resolve('demo', overrides={'net.width': 8, 'net.context': 8}))\n"
+        "if os.fork() == 0: torch.zeros(1, requires_grad=True).sum().backward(); os._exit(0)\n"
+        "assert os.wait()[1] == 0\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
