@@ -60,6 +60,7 @@ def caching_peak(config: Config, spec: StageSpec, piece: int) -> int:
     return max(whole, _rehearsed_caching(config, spec, piece, len(below)) if below else 0)
 
 
+@memoised_per(StageSpec)
 def _rehearsed_caching(config: Config, spec: StageSpec, piece: int, layers: int) -> int:
     """Of the first layers of a stage."""
     cached, precision = STORED[config.cache.dtype].tensor, config.training.precision

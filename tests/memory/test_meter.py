@@ -349,10 +349,10 @@ def test_the_meter_never_exceeds_what_the_allocator_reports() -> None:
     assert 0 < meter.peak <= torch.cuda.max_memory_allocated() - before
 
 
-def test_a_process_that_has_planned_can_be_forked() -> None:
+def test_a_process_that_has_rehearsed_can_be_forked() -> None:
     program = (
-        "import os, torch; from layerwise.config import resolve; from layerwise.engines.plan import plan\n"
-        "plan(resolve('demo', overrides={'net.width': 8, 'net.context': 8}))\n"
+        "import os, torch; from layerwise.memory.meter import rehearsal\n"
+        "with rehearsal(): torch.nn.Linear(3, 3)(torch.zeros(2, 3)).sum().backward()\n"
         "if os.fork() == 0: torch.zeros(1, requires_grad=True).sum().backward(); os._exit(0)\n"
         "assert os.wait()[1] == 0\n"
     )
