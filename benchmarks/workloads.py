@@ -106,7 +106,7 @@ class Workload:
 
 SPEECH = ((1, None), (1, "40MB"), (1, "smallest"))
 LAYERS = ((1, None), (4, None), (12, None), (1, "10.5MB"), (1, "smallest"))
-BLOCKS = ((1, None), (2, None), (4, None), (1, "smallest"), (2, "smallest"), (4, "smallest"))
+BLOCKS = ((1, None), (2, None), (4, None), (1, "137MB"), (1, "smallest"), (2, "smallest"), (4, "smallest"))
 
 
 def speech(batch_size: int, width: int = 512) -> Workload:

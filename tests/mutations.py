@@ -71,10 +71,10 @@ MUTATIONS = [
         "training/test_loaded.py training/test_ranks.py",
     ),
     Mutation(
-        "a step on the host is not brought back",
-        "original.copy_(self.parameters[name])",
-        "original.copy_(original)",
-        "training/test_loaded.py",
+        "gradients of lent weights are lost",
+        "            tensor.grad = gradient",
+        "            tensor.grad = None",
+        "memory/test_host.py training/test_loaded.py",
     ),
     Mutation(
         "a rank shares too little of a batch",
