@@ -224,14 +224,13 @@ def two_layers(request: pytest.FixtureRequest, planned_stages: Planned) -> tuple
         | {"net.strides": [5, 4], "net.paddings": [2, 2]},
         "vision": {"training.batch_size": 2, "net.blocks": [1, 1], "objective.steps": 2},
     }
-    config, (spec,) = planned_stages(request.param, **options[request.param], **{"training.stages": 1})
+    shared = {"training.stages": 1, "memory.flops_per_byte": 16}
+    config, (spec,) = planned_stages(request.param, **options[request.param], **shared)
     return config, spec
 
 
 def test_the_layout_is_the_cheapest_that_the_budget_holds_and_says_why(two_layers: tuple[Config, StageSpec]) -> None:
     config, spec = two_layers
-    memory = config.memory.model_copy(update={"flops_per_byte": 16})
-    config = config.model_copy(update={"memory": memory})
     every = [each for family in plans_by_cost(config, spec, 16) for each in family]
     peaks = {each: training_peak(config, spec, each).bytes for each in every}
     least = smallest_budget(config, spec, CPU)
