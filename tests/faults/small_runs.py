@@ -232,9 +232,10 @@ def caches_left(place: Path, ended: Ended) -> list[str]:
 
 
 def forecast(place: Path, ended: Ended) -> Any:
-    """Without the host's memory, of which the process that forecasts takes a part itself, and what it says of the disk."""
+    """Without the host's memory, of which the process that forecasts takes a part itself, without the hours, for which it
+    measures the device, and without what it says of the disk."""
     tree = json.loads(ended.out)
-    del tree["notes"]
+    del tree["notes"], tree["hours"]
     for each in (tree, *tree["stages"]):
         del each["host_bytes"]
     return tree
