@@ -81,8 +81,8 @@ def totals(result: RunResult) -> tuple[int, float]:
 def distances(one: RunResult, other: RunResult) -> list[float]:
     """For each stage: norm of the difference of its weights, over their norm."""
     return [
-        _distance(load_stages(one.paths, [record.stage]), load_stages(other.paths, [record.stage]))
-        for record in one.state.stages
+        _distance(load_stages(one.paths, [record]), load_stages(other.paths, [same]))
+        for record, same in zip(one.state.stages, other.state.stages, strict=True)
     ]
 
 
