@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from layerwise.config import Config
+from layerwise.memory.flops import FlopCounter
 from layerwise.memory.meter import uncounted
 from layerwise.nets.network import copied
 from layerwise.training.optimizer import adam
-from layerwise.training.work import FlopCounter
 
 REHEARSED_SLICES = 2
 """The first makes the gradients; the second adds to them, like all that follow."""
