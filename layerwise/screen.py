@@ -15,9 +15,20 @@ _NOT_TO_BE_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u206
 """Control characters, ends of lines, changes of the direction of writing, and bytes of file names that are no text."""
 
 
+LONGEST_SENTENCE = 1000
+"""Letters."""
+
+
 def printable(text: str) -> str:
     """The text in one line, for a terminal or a log: what a terminal would obey stands there as in Python, \\n or \\x1b."""
     return _NOT_TO_BE_SHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def abridged(text: str) -> str:
+    """The text without its middle where it is longer than a sentence can be: it repeats a value of a foreign file, say."""
+    left_out = len(text) - LONGEST_SENTENCE
+    half = LONGEST_SENTENCE // 2
+    return f"{text[:half]} [{left_out} letters left out] {text[-half:]}" if left_out > 0 else text
 
 
 class Screen(io.TextIOBase):

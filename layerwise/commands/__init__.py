@@ -20,7 +20,7 @@ from layerwise.commands.run import run, task
 from layerwise.commands.status import report, status
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, ReaderGone, ToldElsewhere
 from layerwise.report.printing import answer_exactly, remark
-from layerwise.screen import refuse_loss, standard_streams_may_fail
+from layerwise.screen import abridged, refuse_loss, standard_streams_may_fail
 from layerwise.version import __version__
 
 
@@ -125,4 +125,4 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
 
 def _say(sentence: str) -> None:
     # click lists what it would take below each other.
-    remark(f"layerwise: {' '.join(map(str.strip, sentence.splitlines()))}")
+    remark(abridged(f"layerwise: {' '.join(map(str.strip, sentence.splitlines()))}"))

@@ -18,7 +18,7 @@ from layerwise.memory.meter import REHEARSED_ON, fake_tensors
 from layerwise.memory.plan import MemoryPlan
 from layerwise.nets.network import memoised_per
 from layerwise.objectives.protocol import Draw, Streamed
-from layerwise.training.spec import StageSpec
+from layerwise.training.spec import StageSpec, batch_effects
 
 COUNTED_STEPS = 4
 """Frames at which a recurrent layer is counted; each frame costs the same."""
@@ -52,6 +52,8 @@ class StageWork:
     gradients: int
     """Of those of its parameters that are trained."""
     buffers: int
+    changed: int
+    """Of the parameters that a forward pass may change, as it does buffers."""
     predictors: int
     """Of the objective's parameters and buffers."""
     row: int
@@ -88,7 +90,11 @@ class StageWork:
         if plan.optimizer_on_host:
             slices = -(-plan.batch_size // plan.micro_batch) if plan.gradients_at_once else 1
             visits = 2 if plan.parts else 1
-            total += visits * (self.parameters + 2 * self.buffers) + slices * self.gradients + 2 * self.predictors
+            total += (
+                visits * (self.parameters + 2 * self.buffers + self.changed)
+                + slices * self.gradients
+                + 2 * self.predictors
+            )
         if plan.gradients_wait:
             total += 2 * self.row * rows
         if plan.parts:
@@ -153,6 +159,7 @@ def stage_work(config: Config, spec: StageSpec) -> StageWork:
         parameters=_bytes(module.parameters()),
         gradients=_bytes(parameter for parameter in module.parameters() if parameter.requires_grad),
         buffers=_bytes(module.buffers()),
+        changed=_bytes(module.parameters()) if batch_effects(spec).changes_parameters else 0,
         predictors=_bytes((*objective.parameters(), *objective.buffers())),
         row=4 * (spec.output_shape[0] + (not module.targets_are_outputs) * spec.target_channels),
         stacked=len(objective.stacked) if isinstance(objective, Streamed) else 0,

@@ -187,3 +187,14 @@ def test_a_name_that_is_no_text_is_refused(capfd: pytest.CaptureFixture[str]) ->
     assert capfd.readouterr().err == (
         "layerwise: caf\\udce9 is not UTF-8, as names must be here; rename it, or give a link that is.\n"
     )
+
+
+def test_a_value_of_a_hundred_thousand_letters_is_not_repeated_whole(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(f'cache.dtype = "{"x" * 100_000}"', encoding="utf-8")
+    assert exit_code("plan", "--config", str(config)) == 2
+    said = capfd.readouterr().err
+    assert len(said) < 1100 and said.startswith("layerwise: ") and "letters left out" in said
+    assert "--cache-dtype" in said and said.endswith("xxx'.\n")
