@@ -54,6 +54,13 @@ class GatheredRun:
     probes: list[ProbeResult]
     """Their labels are those of the files' names."""
 
+    @property
+    def missing(self) -> list[Path]:
+        """Records of stages that have trained, which are there no more."""
+        trained = [record.stage for record in self.state.stages if record.epochs]
+        records = [of_stage(stage) for stage in trained for of_stage in (self.store.metrics, self.store.memory)]
+        return [path for path in records if not path.exists()]
+
 
 def gather_run(directory: Path) -> GatheredRun:
     """Everything that the report of a run shows. Raises RunError where the directory is none, or damaged."""

@@ -124,6 +124,13 @@ def test_an_unfinished_run_says_how_far_it_is(run_directory: Path) -> None:
     assert "not finished: 2 of 4 stages are done, and it is stopped" in write_report(run_directory).read_text()
 
 
+def test_records_that_are_there_no_more_are_named(run_directory: Path) -> None:
+    assert "Missing" not in write_report(run_directory).read_text()
+    missing = run_directory / "stages" / "1" / "metrics.jsonl"
+    missing.unlink()
+    assert f"Missing, and so not drawn: {missing}." in write_report(run_directory).read_text()
+
+
 def test_a_run_that_has_hardly_begun_has_a_report(run_directory: Path) -> None:
     for path in [run_directory / "config.toml", run_directory / "machine.json", *run_directory.glob("probes/*")]:
         path.unlink()
