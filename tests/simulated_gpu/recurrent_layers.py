@@ -1,6 +1,6 @@
 """Recurrent layers of the simulated GPU: one kernel each, as cuDNN's, with their weights side by side.
 
-What they keep for the backward pass is what the layers of the CPU keep. Not modelled: cuDNN's own reserve, its state of dropout,
+What they keep for the backward pass is what the layers of the CPU keep. Not modelled: cuDNN's reserve, its state of dropout,
 and how it rounds.
 """
 
