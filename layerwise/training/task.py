@@ -64,6 +64,8 @@ def _perform_stage(stage: int, round: Round, context: RunContext) -> None:
     written_at(round.store.cache(stage), round)  # an impossible cache.scratch is refused before the training
     cached_stage = round.run.cache_plan.source(stage)
     source = open_cache(cached_stage, round) if cached_stage else round.run.data
+    # What came before and goes during the stage would be taken for memory that the stage gives back.
+    _release_where_left(lambda: _allocated(device), device)
     cap(device, budget)  # again for each stage: the driver's own memory grows as kernels are loaded
     allocated_before = _allocated(device)
     meter = meter_for(device, budget)
@@ -81,7 +83,7 @@ def _perform_stage(stage: int, round: Round, context: RunContext) -> None:
         raise BudgetError(f"Stage {stage} does not fit into the device budget to {what}. {reason}")
 
     def bytes_left() -> int:
-        return max(meter.live, _allocated(device) - allocated_before)
+        return max(meter.live, _allocated(device) - allocated_before, 0)
 
     _release_where_left(bytes_left, device)
     left = bytes_left()
