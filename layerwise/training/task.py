@@ -132,10 +132,13 @@ def _train_and_cache(spec: StageSpec, source: FrameSource, round: Round, context
 
 
 def _record_driver_bytes(device: torch.device, record: StageRecord) -> None:
-    """On CUDA, what the allocator and the driver report, beside the meter."""
+    """On CUDA, the most that the allocator and the driver have had in the pass that has ended, beside the meter."""
     if device.type == "cuda":
-        record.allocator_bytes = max(torch.cuda.max_memory_reserved(device), record.allocator_bytes or 0)
-        record.driver_bytes = max(process_bytes(device), record.driver_bytes or 0)
+        reserved = torch.cuda.max_memory_reserved(device)
+        record.allocator_bytes = max(reserved, record.allocator_bytes or 0)
+        # The driver's own figure is that of now, when the tensors are gone.
+        beside = process_bytes(device) - torch.cuda.memory_reserved(device)
+        record.driver_bytes = max(beside + reserved, record.driver_bytes or 0)
 
 
 def _loader(stage: int, source: FrameSource, round: Round, context: RunContext) -> Loader:

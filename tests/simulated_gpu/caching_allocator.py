@@ -98,6 +98,8 @@ class CachingAllocator:
         self.figures = Figures()
         self.allocations = 0
         """Blocks that were asked for, refused ones too."""
+        self.most_reserved = 0
+        """The highest of figures.reserved_bytes; whoever watches the driver sets it to zero."""
         self.refuse: Callable[[int], bool] = lambda number: False
         """Whether to refuse this allocation, from 1, whatever room there is."""
         self._free: dict[bool, list[Block]] = {True: [], False: []}
@@ -171,6 +173,7 @@ class CachingAllocator:
             return None
         self.figures.reserved_bytes.add(size)
         self.figures.segment.add(1)
+        self.most_reserved = max(self.most_reserved, reserved)
         block = Block(self._next_address, size, needed <= LARGEST_SMALL)
         self._next_address += size
         return block

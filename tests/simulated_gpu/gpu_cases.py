@@ -13,8 +13,8 @@ from torch import nn
 
 from layerwise.config import OWN, resolve
 from layerwise.data.open import as_data
-from layerwise.engines.run import UserObjects, run
-from layerwise.events import EpochDone, Event, StepDone
+from layerwise.engines.run import RunResult, UserObjects, run
+from layerwise.events import EpochDone, Event, Notify, StepDone, silent
 from layerwise.nets.traced import traced_network
 
 RNG = np.random.default_rng(0)
@@ -139,6 +139,15 @@ CASES = {
 }
 
 
+def run_case(case: Case, device: str, folder: Path, notify: Notify = silent, **changes: Any) -> RunResult:
+    """Runs it in this folder; changes: further options."""
+    places = {"training.device": device, "out": str(folder / "run"), "cache.dir": str(folder / "cache")}
+    config = resolve(overrides={**EVERYWHERE, **case.options, **places, **changes})
+    data = as_data(WAVES if config.data.frames == "steps" else PICTURES, config.data)
+    network = traced_network(case.network(), tuple(data.frame_shape)) if case.network else None
+    return run(config, UserObjects(network, case.cut, data), notify=notify)
+
+
 def outcome(case: Case, device: str, folder: Path) -> dict[str, Any]:
     """Weights, as bytes, and losses of a run in this folder."""
     losses: list[Any] = []
@@ -147,11 +156,7 @@ def outcome(case: Case, device: str, folder: Path) -> dict[str, Any]:
         if isinstance(event, StepDone | EpochDone):
             losses.append((event.stage, event.loss, event.accuracy))
 
-    places = {"training.device": device, "out": str(folder / "run"), "cache.dir": str(folder / "cache")}
-    config = resolve(overrides={**EVERYWHERE, **case.options, **places})
-    data = as_data(WAVES if config.data.frames == "steps" else PICTURES, config.data)
-    network = traced_network(case.network(), tuple(data.frame_shape)) if case.network else None
-    result = run(config, UserObjects(network, case.cut, data), notify=note)
+    result = run_case(case, device, folder, note)
     return {
         "weights": {name: value.tobytes() for name, value in load_file(result.paths.encoder).items()},
         "losses": losses,
