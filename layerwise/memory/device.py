@@ -24,12 +24,13 @@ CUDA_WORKSPACE = 2 * 32 * 2**20
 
 OUT_OF_MEMORY = (
     "out of memory",  # CUDA itself, where it loads kernels
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",  # where there is no room for a handle
+    "cudnn_status_alloc_failed",
+    "cudnn_status_internal_error_device_allocation_failed",
     "unable to find an engine to execute this computation",  # cuDNN, where no workspace is to be had
 )
-"""What libraries under torch and the driver say where the device is full, beside torch.OutOfMemoryError."""
+"""What libraries under torch and the driver say where the device is full, beside torch.OutOfMemoryError; in lower case."""
 
 
 def find_device(name: str) -> torch.device:
@@ -116,7 +117,7 @@ def _driver_figure(device: torch.device) -> int | None:
 def why_out_of_memory(error: BudgetError | RuntimeError) -> str:
     """What an error says, where it means that the device is full; any other error is raised again."""
     message = str(error)
-    if isinstance(error, BudgetError | torch.OutOfMemoryError) or any(words in message for words in OUT_OF_MEMORY):
+    if isinstance(error, BudgetError | torch.OutOfMemoryError) or any(words in message.lower() for words in OUT_OF_MEMORY):
         return message
     raise error
 
