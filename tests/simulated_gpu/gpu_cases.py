@@ -1,7 +1,8 @@
 """Small runs of every kind, on whichever device."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,23 @@ from PIL import Image
 from safetensors.numpy import load_file
 from torch import nn
 
-from layerwise.config import OWN, resolve
+from layerwise.config import OWN, Config, resolve
+from layerwise.data.batches import Batch
 from layerwise.data.open import as_data
+from layerwise.data.source import DataSet
 from layerwise.engines.run import RunResult, UserObjects, run
 from layerwise.events import EpochDone, Event, Notify, StepDone, silent
+from layerwise.memory.meter import meter_for
+from layerwise.memory.plan import MemoryPlan
+from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
+from layerwise.training.budget import allowed_plans
+from layerwise.training.context import RunContext
+from layerwise.training.cut import cut_network
+from layerwise.training.spec import StageSpec
+from layerwise.training.trainer import StageTrainer, StepRandomness
 
+CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
 WAVES = [(RNG.standard_normal((200 + 40 * n, 1), dtype=np.float32), f"kind {n % 2}") for n in range(10)]
 """Streams of different lengths, one channel."""
@@ -53,7 +65,7 @@ WHOLE = {
     "objective.name": "ntxent",
     "data.views": 2,
 }
-EVERYWHERE = {
+EVERYWHERE: dict[str, Any] = {
     "data.source": OWN,
     "objective.steps": 2,
     "objective.negatives": 4,
@@ -62,9 +74,14 @@ EVERYWHERE = {
     "training.max_epochs": 1,
     "training.lr": 1e-3,
     "memory.flops_per_byte": 16,
+    "memory.micro_batch": 4,
+    "memory.recompute": "never",
+    "memory.optimizer": "device",
     "cache.block": "4kB",
     "cache.keep": "all",
 }
+"""Whole batches, unless a case says another layout: plans are looked for the longest."""
+ANY_LAYOUT = {"memory.micro_batch": None, "memory.recompute": "auto", "memory.optimizer": "auto"}
 
 
 def convolutions() -> nn.Module:
@@ -139,12 +156,67 @@ CASES = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One stage of a case."""
+
+    config: Config
+    spec: StageSpec
+
+    @classmethod
+    def of(cls, case: Case, stage: int, **changes: Any) -> "Task":
+        config, data, network = opened(case, **changes)
+        return cls(config, cut_network(config, data, CPU, network, case.cut)[stage - 1])
+
+    @property
+    def plans(self) -> list[MemoryPlan]:
+        """All that its options allow."""
+        return [plan for family in allowed_plans(self.config, self.spec) for plan in family]
+
+    def batch(self) -> Batch:
+        """Of noise; one sample is shorter than the others."""
+        size, window = self.config.training.batch_size, self.spec.window
+        frames = torch.randn(size, window.frames, *self.spec.frame_shape, generator=torch.Generator().manual_seed(1))
+        lengths = np.full(size, window.frames)
+        lengths[1] = max(window.frames // 2 // window.columns, 1) * window.columns
+        frames[1, lengths[1] :] = 0
+        return Batch(frames, lengths, np.array([0, 1, -1, 1]))
+
+    def trainer(self, plan: MemoryPlan, device: torch.device) -> StageTrainer:
+        """With its first weights."""
+        return StageTrainer(self.spec, self.config, plan, RunContext(device, meter_for(device, None)))
+
+    def steps(self, plan: MemoryPlan, device: torch.device) -> dict[str, Any]:
+        """Losses, as numbers, and weights, as bytes, of two steps and a held-out score."""
+        trainer = self.trainer(plan, device)
+        with trainer.context.meter:
+            batch = self.batch()
+            if device.type == "cuda":
+                batch = replace(batch, frames=batch.frames.pin_memory())
+            scores = [trainer.train(batch, _randomness(0)), trainer.train(batch, _randomness(1))]
+            scores.append(trainer.evaluate(batch, _randomness(2)))
+            tensors = {**trainer.module.state_dict(), **trainer.objective.state_dict()}
+            return {
+                "losses": [(score.loss.item(), score.accuracy.item()) for score in scores],
+                "weights": {name: tensor.cpu().numpy().tobytes() for name, tensor in tensors.items()},
+            }
+
+
+def _randomness(number: int) -> StepRandomness:
+    return StepRandomness(partial(np.random.default_rng, number), seed=number)
+
+
+def opened(case: Case, **changes: Any) -> tuple[Config, DataSet, Network | None]:
+    """What the case trains, and on which data; changes: further options."""
+    config = resolve(overrides={**EVERYWHERE, **case.options, **changes})
+    data = as_data(WAVES if config.data.frames == "steps" else PICTURES, config.data)
+    return config, data, traced_network(case.network(), tuple(data.frame_shape)) if case.network else None
+
+
 def run_case(case: Case, device: str, folder: Path, notify: Notify = silent, **changes: Any) -> RunResult:
     """Runs it in this folder; changes: further options."""
     places = {"training.device": device, "out": str(folder / "run"), "cache.dir": str(folder / "cache")}
-    config = resolve(overrides={**EVERYWHERE, **case.options, **places, **changes})
-    data = as_data(WAVES if config.data.frames == "steps" else PICTURES, config.data)
-    network = traced_network(case.network(), tuple(data.frame_shape)) if case.network else None
+    config, data, network = opened(case, **places, **changes)
     return run(config, UserObjects(network, case.cut, data), notify=notify)
 
 

@@ -50,9 +50,9 @@ NO_KERNEL = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, at
 
 MATRIX_PRODUCTS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_, aten.mv, aten.addmv}
 
-CUBLAS_WORKSPACE = (2 * 4096 + 8 * 16) * 2**10
-"""Bytes of the allocator that torch gives cuBLAS before Hopper (aten/src/ATen/cuda/CublasHandlePool.cpp), to each of two
-threads: the one that calls, and the one of the backward pass."""
+CUBLAS_WORKSPACE, ON_HOPPER = (2 * 4096 + 8 * 16) * 2**10, 32 * 2**20
+"""Bytes of the allocator that torch gives cuBLAS before compute capability 9 and from there on, to each of two threads: the one
+that calls, and that of the backward pass (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
 
 
 class MixedDevices(RuntimeError):
@@ -82,11 +82,18 @@ class _Held:
 
 
 class SimulatedGPU(TorchDispatchMode):
-    """The one device, cuda:0. Bytes: total memory, what the context of this process takes, what other processes take."""
+    """The one device, cuda:0."""
 
-    def __init__(self, total: int = 4 * 2**30, context: int = 400 * 2**20, others: int = 0) -> None:
+    def __init__(
+        self,
+        total: int = 4 * 2**30,
+        context: int = 400 * 2**20,
+        others: int = 0,
+        capability: tuple[int, int] = (8, 6),
+    ) -> None:
+        """Bytes of memory, of this process' context, and of other processes."""
         super().__init__()
-        self.total, self.context, self.others = total, context, others
+        self.total, self.context, self.others, self.capability = total, context, others, capability
         self.allocator = CachingAllocator(total - context - others)
         self.counts = Counts()
         self.generator = torch.Generator()
@@ -253,7 +260,9 @@ class SimulatedGPU(TorchDispatchMode):
     def _need_workspace(self) -> None:
         backward = torch._C._current_graph_task_id() != -1
         if backward not in self._workspaces:
-            self._workspaces[backward] = self.allocator.allocate(CUBLAS_WORKSPACE)
+            self._workspaces[backward] = self.allocator.allocate(
+                ON_HOPPER if self.capability >= (9, 0) else CUBLAS_WORKSPACE
+            )
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Random numbers come from the device's own generator."""

@@ -2,31 +2,40 @@
 
 from pathlib import Path
 
+import pytest
+import torch
 from gpu_cases import CASES, run_case
-from simulated_gpu import SimulatedGPU
+from simulated_gpu import GPU, SimulatedGPU
+from torch_cuda import installed
 
 from layerwise.events import Event, StageDone, StageStarted
+from layerwise.memory.device import workspace_bytes
 
 
-def test_parameters_and_optimizer_take_as_much_as_on_a_cpu(gpu: SimulatedGPU, tmp_path: Path) -> None:
-    """Weights of a recurrent layer lie side by side in one storage there."""
-    of_host, of_device = (
-        [record.train_peak_by_kind for record in run_case(CASES["speech"], device, tmp_path / device).state.stages]
-        for device in ("cpu", "cuda")
-    )
-    for kind in ("parameters", "optimizer"):
-        assert [held[kind] for held in of_device] == [held[kind] for held in of_host]
-
-
-def test_the_drivers_figure_is_that_of_the_fullest_moment(gpu: SimulatedGPU, tmp_path: Path) -> None:
-    seen = []
+def test_a_record_of_a_gpu_says_what_the_device_had(gpu: SimulatedGPU, tmp_path: Path) -> None:
+    """Weights of a recurrent layer lie side by side in one storage there; the driver's figure is that of the fullest moment."""
+    reserved = []
 
     def watch(event: Event) -> None:
         if isinstance(event, StageStarted):
             gpu.allocator.most_reserved = 0
         if isinstance(event, StageDone):
-            seen.append(gpu.allocator.most_reserved)
+            reserved.append(gpu.allocator.most_reserved)
 
-    records = run_case(CASES["speech"], "cuda", tmp_path, watch).state.stages
-    assert [record.allocator_bytes for record in records] == seen
-    assert [record.driver_bytes for record in records] == [gpu.context + reserved for reserved in seen]
+    of_device = run_case(CASES["speech"], "cuda", tmp_path / "cuda", watch).state.stages
+    assert [record.allocator_bytes for record in of_device] == reserved
+    assert [record.driver_bytes for record in of_device] == [gpu.context + each for each in reserved]
+    of_host = run_case(CASES["speech"], "cpu", tmp_path / "cpu").state.stages
+    for kind in ("parameters", "optimizer"):
+        held, expected = ([record.train_peak_by_kind[kind] for record in records] for records in (of_device, of_host))
+        assert held == expected
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 9), (9, 0), (12, 0)])
+def test_a_plan_leaves_room_for_what_torch_gives_cublas_on_that_card(capability: tuple[int, int]) -> None:
+    with installed(SimulatedGPU(capability=capability)):
+        matrix = torch.ones(4, 4, device=GPU, requires_grad=True)
+        before = torch.cuda.memory_allocated()
+        (matrix @ matrix).sum().backward()
+        matrix.grad = None
+        assert 0 < torch.cuda.memory_allocated() - before <= workspace_bytes(GPU)

@@ -1,6 +1,5 @@
 """A process may use the device before a run and beside it, and start another one after it."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,31 +14,32 @@ TIED = CASES["simultaneous, own network, hinge"]
 """Batch normalisation ties its batches together, so that a step cannot be taken in smaller slices."""
 
 
-def multiply(gpu: SimulatedGPU, folder: Path) -> None:
-    """Leaves a workspace of cuBLAS behind."""
+@pytest.fixture
+def expected(gpu: SimulatedGPU, tmp_path: Path) -> object:
+    """What the first run of the process comes to."""
+    return outcome(CASE, "cuda", tmp_path / "first")
+
+
+def test_tensors_of_the_user_stay(gpu: SimulatedGPU, expected: object, tmp_path: Path) -> None:
+    kept = torch.ones(1000, device="cuda")
+    assert outcome(CASE, "cuda", tmp_path / "second") == expected
+    assert torch.cuda.memory_allocated() == 4096
+    assert kept.sum().item() == 1000
+
+
+def test_workspaces_of_cublas_from_before_go_unnoticed(gpu: SimulatedGPU, expected: object, tmp_path: Path) -> None:
     matrix = torch.ones(4, 4, device="cuda")
     matrix @ matrix
     assert torch.cuda.memory_allocated() >= CUBLAS_WORKSPACE
+    assert outcome(CASE, "cuda", tmp_path / "second") == expected
 
 
-def keep(gpu: SimulatedGPU, folder: Path) -> torch.Tensor:
-    return torch.ones(1000, device="cuda")
-
-
-def run_out_of_memory(gpu: SimulatedGPU, folder: Path) -> None:
-    """Leaves what the error still held."""
+def test_what_a_run_has_left_that_ran_out_of_memory_goes_unnoticed(
+    gpu: SimulatedGPU, expected: object, tmp_path: Path
+) -> None:
     stop = gpu.allocator.allocations + 98
     gpu.allocator.refuse = lambda number: number == stop
     with pytest.raises(BudgetError):
-        outcome(TIED, "cuda", folder / "failed")
-
-
-@pytest.mark.parametrize("between", [multiply, keep, run_out_of_memory])
-def test_a_second_run_of_a_process_ends_as_the_first(
-    gpu: SimulatedGPU, between: Callable[[SimulatedGPU, Path], object], tmp_path: Path
-) -> None:
-    first = outcome(CASE, "cuda", tmp_path / "first")
-    kept = between(gpu, tmp_path)
-    before = 0 if kept is None else torch.cuda.memory_allocated()
-    assert outcome(CASE, "cuda", tmp_path / "second") == first
-    assert torch.cuda.memory_allocated() == before
+        outcome(TIED, "cuda", tmp_path / "failed")
+    assert outcome(CASE, "cuda", tmp_path / "second") == expected
+    assert gpu.live == 0

@@ -18,12 +18,12 @@ class Properties:
     """What torch.cuda.get_device_properties gives."""
 
     name = "Simulated GPU"
-    major, minor = 8, 6
     uuid = "00000000-0000-0000-0000-000000000000"
     multi_processor_count = 1
 
-    def __init__(self, total: int) -> None:
-        self.total_memory = total
+    def __init__(self, gpu: SimulatedGPU) -> None:
+        self.total_memory = gpu.total
+        self.major, self.minor = gpu.capability
 
 
 @contextmanager
@@ -172,7 +172,7 @@ def _use_device(gpu: SimulatedGPU, patch: pytest.MonkeyPatch) -> None:
         "init": lambda: None,
         "synchronize": wait,
         "mem_get_info": lambda _=None: (gpu.free, gpu.total),
-        "_get_device_properties": lambda _: Properties(gpu.total),
+        "_get_device_properties": lambda _: Properties(gpu),
         "default_generators": (gpu.generator,),
         "_exchange_device": lambda _: 0,
         "_maybe_exchange_device": lambda _: 0,
