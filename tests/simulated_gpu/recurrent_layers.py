@@ -1,25 +1,50 @@
 """Recurrent layers of the simulated GPU: one kernel each, as cuDNN's, with their weights side by side.
 
-What they keep for the backward pass is what the layers of the CPU keep. Not modelled: cuDNN's reserve, its state of dropout,
-and how it rounds.
+Between layers cuDNN drops out by a generator of its own, which is seeded from the device's when that has been seeded anew, and
+whose state stays on the device for good (aten/src/ATen/native/cudnn/RNN.cpp, get_dropout_state).
+What they keep for the backward pass is what the layers of the CPU keep. Not modelled: cuDNN's reserve, and how it rounds.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
-from simulated_gpu import MixedDevices, SimulatedGPU
+from simulated_gpu import GPU, MixedDevices, SimulatedGPU
 
 
 def use_recurrent_layers(gpu: SimulatedGPU, patch: pytest.MonkeyPatch) -> None:
     """Has torch compute them on this GPU."""
+    dropout = _Dropout(gpu)
     for name in ("gru", "lstm", "rnn_tanh", "rnn_relu"):
-        patch.setattr(torch._VF, name, _on(gpu, getattr(torch._VF, name)), raising=False)
+        patch.setattr(torch._VF, name, _on(gpu, dropout, getattr(torch._VF, name)), raising=False)
     patch.setattr(torch, "_cudnn_rnn_flatten_weight", _side_by_side)
 
 
-def _on(gpu: SimulatedGPU, compute: Callable[..., Any]) -> Callable[..., Any]:
+STATE_BYTES = 2 * 2**20 + 2**12
+"""Of the generators of dropout; PyTorch says of it that it is slightly over 2 MB."""
+
+
+class _Dropout:
+    """cuDNN's."""
+
+    def __init__(self, gpu: SimulatedGPU) -> None:
+        self._gpu, self._generator = gpu, torch.Generator()
+        self._state: torch.Tensor | None = None
+
+    def drawn(self, rate: float, train: bool) -> AbstractContextManager[None]:
+        """Inside, a layer of this rate is computed."""
+        if not train or not rate:
+            return nullcontext()
+        if self._state is None or self._gpu.generator.seeded:
+            self._gpu.generator.seeded = False
+            self._generator.manual_seed(int(torch.empty((), dtype=torch.int64, device=GPU).random_().item()))
+            self._state = torch.empty(STATE_BYTES, dtype=torch.uint8, device=GPU)
+        return self._gpu.drawing_from(self._generator)
+
+
+def _on(gpu: SimulatedGPU, dropout: _Dropout, compute: Callable[..., Any]) -> Callable[..., Any]:
     def computed(x: torch.Tensor, state: Any, weights: list[torch.Tensor], *how: Any) -> Any:
         states = state if isinstance(state, tuple) else (state,)
         given = (x, *states, *weights)
@@ -27,7 +52,11 @@ def _on(gpu: SimulatedGPU, compute: Callable[..., Any]) -> Callable[..., Any]:
             return compute(x, state, weights, *how)
         if not all(map(gpu.holds, given)):
             raise MixedDevices("Input, hidden and parameter tensors are not at the same device")
-        return _Layer.apply(gpu, compute, how, len(states), *given)
+        if not torch.backends.cudnn.enabled:
+            return compute(x, state, weights, *how)
+        _, _, rate, train, *_ = how
+        with dropout.drawn(rate, train):
+            return _Layer.apply(gpu, compute, how, len(states), *given)
 
     return computed
 

@@ -81,6 +81,20 @@ class _Held:
     block: Block | None
 
 
+class DeviceGenerator(torch.Generator):
+    """Says whether it has been seeded anew, which cuDNN's recurrent layers ask."""
+
+    seeded = True
+
+    def manual_seed(self, seed: int) -> torch.Generator:
+        self.seeded = True
+        return super().manual_seed(seed)
+
+    def set_state(self, state: torch.Tensor) -> torch.Generator:
+        self.seeded = True
+        return super().set_state(state)
+
+
 class SimulatedGPU(TorchDispatchMode):
     """The one device, cuda:0."""
 
@@ -96,7 +110,7 @@ class SimulatedGPU(TorchDispatchMode):
         self.total, self.context, self.others, self.capability = total, context, others, capability
         self.allocator = CachingAllocator(total - context - others)
         self.counts = Counts()
-        self.generator = torch.Generator()
+        self.generator = self._drawn_from = DeviceGenerator()
         """Of what is drawn on the device."""
         self._held: dict[int, _Held] = {}
         self._pinned: dict[int, weakref.ref] = {}
@@ -171,6 +185,15 @@ class SimulatedGPU(TorchDispatchMode):
             yield
         finally:
             self._as_one_kernel = outer
+
+    @contextmanager
+    def drawing_from(self, generator: torch.Generator) -> Iterator[None]:
+        """What is drawn inside comes from this generator."""
+        outer, self._drawn_from = self._drawn_from, generator
+        try:
+            yield
+        finally:
+            self._drawn_from = outer
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -265,13 +288,13 @@ class SimulatedGPU(TorchDispatchMode):
             )
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Random numbers come from the device's own generator."""
+        """Random numbers come from a generator of the device."""
         if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
         of_host = torch.default_generator.get_state()
-        torch.default_generator.set_state(self.generator.get_state())
+        torch.default_generator.set_state(self._drawn_from.get_state())
         try:
             return func(*args, **kwargs)
         finally:
-            self.generator.set_state(torch.default_generator.get_state())
+            torch.Generator.set_state(self._drawn_from, torch.default_generator.get_state())
             torch.default_generator.set_state(of_host)

@@ -4,10 +4,13 @@ import gc
 from functools import cache
 
 import pytest
-from gpu_cases import ANY_LAYOUT, CPU, NO_RECURRENCE, PATCHES, SPEECH, Case, Task, convolutions
+import torch
+from gpu_cases import ANY_LAYOUT, CPU, NO_RECURRENCE, PATCHES, SPEECH, WHOLE, Case, Task, convolutions
 from simulated_gpu import GPU, SimulatedGPU
+from torch import nn
 
 from layerwise.config import OWN
+from layerwise.memory.plan import MemoryPlan
 
 STAGES = {
     "convolution": (Case(SPEECH | NO_RECURRENCE), 2),
@@ -26,6 +29,26 @@ SAMPLED = 3
 def task(name: str, objective: str) -> Task:
     case, stage = STAGES[name]
     return Task.of(case, stage, **ANY_LAYOUT, **{"objective.name": objective, **OBJECTIVES[objective]})
+
+
+class Remembering(nn.Module):
+    """Two recurrent layers, each with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.LSTM(8, 8, 2, batch_first=True, dropout=0.5) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x.mean(1))[0])[0].mean(1)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_second_pass_drops_out_what_the_first_one_did(gpu: SimulatedGPU, recompute: bool) -> None:
+    made = Task.of(Case(WHOLE, Remembering), 1, **ANY_LAYOUT, **{"training.stages": 1})
+    assert len(made.spec.layers) > 1
+    plan = MemoryPlan(batch_size=4, micro_batch=2, recompute=recompute)
+    assert made.steps(plan, GPU) == made.steps(plan, CPU)
+    assert torch.backends.cudnn.enabled
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -94,7 +94,7 @@ def test_data_may_be_exchanged_between_the_places_as_parameters_do(gpu: Simulate
 
 def test_values_gradients_and_random_numbers_are_those_of_the_host(gpu: SimulatedGPU) -> None:
     layers = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Dropout(0.5), nn.Conv1d(4, 4, 3))
-    recurrent, x = nn.GRU(4, 3, 2, batch_first=True, dropout=0.2), torch.randn(2, 2, 12)
+    recurrent, x = nn.GRU(4, 3, 2, batch_first=True), torch.randn(2, 2, 12)
 
     def step(device: str) -> list[np.ndarray]:
         modules = nn.ModuleList([layers, recurrent]).to(device)
@@ -162,6 +162,30 @@ def test_a_recurrent_layer_is_one_kernel_each_way(gpu: SimulatedGPU) -> None:
     outputs.backward(gradient)
     assert gpu.counts.kernels <= 1 + len([*gru.parameters()])  # each gradient may be copied where it is kept
     assert len({parameter.untyped_storage()._cdata for parameter in gru.parameters()}) == 1
+
+
+def test_cudnn_drops_out_by_a_state_of_its_own_that_stays(gpu: SimulatedGPU) -> None:
+    lstm, x = nn.LSTM(4, 4, 2, dropout=0.5).to("cuda"), torch.randn(5, 2, 4, device="cuda")
+
+    def output() -> T:
+        return lstm(x)[0].detach()
+
+    torch.cuda.manual_seed(1)
+    before = torch.cuda.memory_allocated()
+    first = output()
+    assert torch.cuda.memory_allocated() > before + 2 * 2**20
+    state = torch.cuda.get_rng_state()
+    second = output()
+    assert not torch.equal(first, second)
+    torch.cuda.set_rng_state(state)
+    assert not torch.equal(output(), second)  # though a generator of torch would draw the same
+    torch.cuda.manual_seed(1)
+    assert torch.equal(output(), first)
+    with torch.backends.cudnn.flags(enabled=False):
+        torch.cuda.set_rng_state(state)
+        third = output()
+        torch.cuda.set_rng_state(state)
+        assert torch.equal(output(), third)
 
 
 def test_memory_is_what_the_allocator_has_for_tensors_that_live(gpu: SimulatedGPU) -> None:
