@@ -22,6 +22,7 @@ from layerwise.memory.meter import meter_for
 from layerwise.memory.plan import MemoryPlan
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
+from layerwise.stop import StopFlag
 from layerwise.training.budget import allowed_plans
 from layerwise.training.context import RunContext
 from layerwise.training.cut import cut_network
@@ -213,11 +214,18 @@ def opened(case: Case, **changes: Any) -> tuple[Config, DataSet, Network | None]
     return config, data, traced_network(case.network(), tuple(data.frame_shape)) if case.network else None
 
 
-def run_case(case: Case, device: str, folder: Path, notify: Notify = silent, **changes: Any) -> RunResult:
+def run_case(
+    case: Case,
+    device: str,
+    folder: Path,
+    notify: Notify = silent,
+    stop: StopFlag | None = None,
+    **changes: Any,
+) -> RunResult:
     """Runs it in this folder; changes: further options."""
     places = {"training.device": device, "out": str(folder / "run"), "cache.dir": str(folder / "cache")}
     config, data, network = opened(case, **places, **changes)
-    return run(config, UserObjects(network, case.cut, data), notify=notify)
+    return run(config, UserObjects(network, case.cut, data), notify=notify, stop=stop)
 
 
 def outcome(case: Case, device: str, folder: Path) -> dict[str, Any]:
