@@ -2,6 +2,7 @@
 
 Between layers cuDNN drops out by a generator of its own, which is seeded from the device's when that has been seeded anew, and
 whose state stays on the device for good (aten/src/ATen/native/cudnn/RNN.cpp, get_dropout_state).
+
 What they keep for the backward pass is what the layers of the CPU keep. Not modelled: cuDNN's reserve, and how it rounds.
 """
 
@@ -56,6 +57,9 @@ def _on(gpu: SimulatedGPU, dropout: _Dropout, compute: Callable[..., Any]) -> Ca
             return compute(x, state, weights, *how)
         _, _, rate, train, *_ = how
         with dropout.drawn(rate, train):
+            if not torch.is_grad_enabled():  # for which the CPU has kernels of its own
+                with gpu.as_one_kernel():
+                    return compute(x, state, weights, *how)
             return _Layer.apply(gpu, compute, how, len(states), *given)
 
     return computed
@@ -72,7 +76,7 @@ class _Layer(torch.autograd.Function):
         *given: torch.Tensor,
     ) -> Any:
         ctx.set_materialize_grads(False)
-        with gpu.as_one_kernel(), torch.set_grad_enabled(any(ctx.needs_input_grad)):
+        with gpu.as_one_kernel(), torch.enable_grad():
             inner = [
                 tensor.detach().requires_grad_(need)
                 for tensor, need in zip(given, ctx.needs_input_grad[4:], strict=True)

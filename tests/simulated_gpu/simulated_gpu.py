@@ -5,8 +5,10 @@ of their own. A dispatch mode sees each operation: it refuses tensors of the hos
 results lie, asks the model of the allocator for their bytes, and counts kernels, copies and waits. `torch_cuda.py` lets torch
 say what lies where, and answer for the device.
 
-What it cannot show: the values and the order of real kernels, workspaces of cuDNN, streams, time. `new_zeros` and the like
-with device="cpu" beside a tensor of the device are taken to mean the device, for that is how torch's C++ says it.
+What it cannot show: the values and the order of real kernels, CUDA's own lists of autocast, workspaces of cuDNN, streams, time.
+Bytes of a result are asked for when it has been computed; without room it is thrown away. Numbers of the host (tensors
+without dimensions) are let through beside any tensor of the device. `new_zeros` and the like with device="cpu" beside a tensor
+of the device are taken to mean the device, for that is how torch's C++ says it.
 """
 
 import weakref
@@ -219,7 +221,7 @@ class SimulatedGPU(TorchDispatchMode):
         if to_device:
             kwargs = {**kwargs, "device": CPU}
         packet = func.overloadpacket
-        if packet in MATRIX_PRODUCTS:
+        if packet in MATRIX_PRODUCTS and not self._as_one_kernel:
             self._need_workspace()
         writes = not func.is_view and packet not in NO_KERNEL
         comes_to_host = writes and not self._count(packet, args, kwargs, on_device)

@@ -36,6 +36,7 @@ class Remembering(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.first, self.second = (nn.LSTM(8, 8, 2, batch_first=True, dropout=0.5) for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
