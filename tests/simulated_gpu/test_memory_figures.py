@@ -31,6 +31,15 @@ def test_a_record_of_a_gpu_says_what_the_device_had(gpu: SimulatedGPU, tmp_path:
         assert held == expected
 
 
+def test_what_the_driver_shows_stays_under_the_budget(gpu: SimulatedGPU, tmp_path: Path) -> None:
+    budget = 500 * 10**6
+    state = run_case(CASES["patches"], "cuda", tmp_path, **{"memory.gpu_mem": "500MB"}).state
+    assert gpu.allocator.allowed == pytest.approx(budget - gpu.context, abs=1)
+    assert gpu.allocator.figures.num_ooms == 0
+    assert all(gpu.context < (record.driver_bytes or 0) <= budget for record in state.stages)
+    assert gpu.allocator.most_reserved <= budget - gpu.context
+
+
 @pytest.mark.parametrize("capability", [(7, 5), (8, 9), (9, 0), (12, 0)])
 def test_a_plan_leaves_room_for_what_torch_gives_cublas_on_that_card(capability: tuple[int, int]) -> None:
     with installed(SimulatedGPU(capability=capability)):
