@@ -57,6 +57,10 @@ def fit_stage(config: Config, spec: StageSpec, device: torch.device, below: Belo
         return replace(first, piece=longest, windows=windows)
     room = _tensor_room(config, device)
 
+    # No plan takes less, and trying all of them one by one would find that out late.
+    if training_peak(config, spec, smallest_plan(config, spec)).bytes > room:
+        return None
+
     def fits(plan: MemoryPlan) -> bool:
         return step_least_bytes(config, spec, plan) <= room and training_fits(config, spec, plan, room)
 
