@@ -63,7 +63,8 @@ class _Refolded(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        return _refolded(*gradients, *ctx.axes), None, None, None, None
+        (gradient,) = gradients
+        return _refolded(gradient, *ctx.axes), None, None, None, None
 
 
 def _refolded(x: torch.Tensor, longer: int, shorter: int, folds: int) -> torch.Tensor:

@@ -73,12 +73,13 @@ def same_attention() -> Iterator[None]:
 @contextlib.contextmanager
 def same_recurrence(unit: nn.Module) -> Iterator[None]:
     """LSTMs on a CPU compute step by step, as rehearsed: oneDNN's kernel keeps several times as much for the backward pass."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and not any(isinstance(part, nn.LSTM) for part in unit.modules())
+    backend: Any = torch.backends.mkldnn
+    before = backend.enabled
+    backend.enabled = before and not any(isinstance(part, nn.LSTM) for part in unit.modules())
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = before
+        backend.enabled = before
 
 
 def identity(units: Iterable[fx.GraphModule]) -> str:
