@@ -18,7 +18,7 @@ from layerwise.encoder.load import Given, entry_of, load, load_stages
 from layerwise.encoder.model import Encoder
 from layerwise.encoder.program import Computes, largest_difference, record, trial_inputs
 from layerwise.errors import ExportError, did_you_mean
-from layerwise.files import exclusive, unwritable, write_atomically
+from layerwise.files import errors_of_writing, exclusive, write_atomically
 from layerwise.run_store import open_run
 from layerwise.training.checkpoint import to_host
 from layerwise.training.encoder import Origin, save_encoder
@@ -96,18 +96,15 @@ def export(
     store, state = open_run(run_directory)
     origin, stages = load_stages(run_directory, None, network)
     encoder = Encoder(entry_of(origin), [stage.module for stage in stages]).eval()
-    try:
-        with _unfinished(folder) as inside:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch about itself; what matters is compared
-                written = FORMATS[format](encoder, origin, network, inside)
-                difference = largest_difference(written.computes, encoder, written.inputs)
-            exported = Exported(folder, format, difference, written.fixed)
-            card = model_card(encoder, origin, store, state, exported)
-            write_atomically(inside / "README.md", card.encode())
-            inside.rename(folder)
-    except OSError as error:
-        raise ExportError(unwritable(folder, error)) from None
+    with errors_of_writing(folder, ExportError), _unfinished(folder) as inside:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch about itself; what matters is compared
+            written = FORMATS[format](encoder, origin, network, inside)
+            difference = largest_difference(written.computes, encoder, written.inputs)
+        exported = Exported(folder, format, difference, written.fixed)
+        card = model_card(encoder, origin, store, state, exported)
+        write_atomically(inside / "README.md", card.encode())
+        inside.rename(folder)
     return exported
 
 

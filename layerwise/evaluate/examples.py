@@ -5,7 +5,6 @@ The features lie in a file on the disk, so that the host memory of a probe does 
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from layerwise.errors import RunError
-from layerwise.files import unwritable
+from layerwise.files import errors_of_writing
 
 
 class FeatureRows:
@@ -24,20 +23,20 @@ class FeatureRows:
         """Raises RunError where the folder does not take it."""
         self.channels = self.rows = 0
         self._folder = folder
-        with self._run_errors():
+        with errors_of_writing(folder / "features", RunError):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - it is open for as long as this object lives
 
     def append(self, rows: np.ndarray) -> None:
         """More rows float32 [n, C]. Raises RunError where the disk is full."""
         self.channels = rows.shape[1]
-        with self._run_errors():
+        with errors_of_writing(self._folder / "features", RunError):
             self._file.write(np.ascontiguousarray(rows, dtype=np.float32).tobytes())
         self.rows += len(rows)
 
     def read(self, first: int, stop: int) -> np.ndarray:
         """float32 [stop - first, C]"""
-        with self._run_errors():
+        with errors_of_writing(self._folder / "features", RunError):
             self._file.flush()
             row_bytes = 4 * self.channels
             content = os.pread(self._file.fileno(), (stop - first) * row_bytes, first * row_bytes)
@@ -46,13 +45,6 @@ class FeatureRows:
     def close(self) -> None:
         """Frees its room on the disk."""
         self._file.close()
-
-    @contextmanager
-    def _run_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RunError(unwritable(self._folder / "features", error)) from None
 
 
 Poll = Callable[[], None]
