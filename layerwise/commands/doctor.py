@@ -1,7 +1,5 @@
 """`layerwise doctor`: whether the installation and the machine are fit."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -10,7 +8,7 @@ from layerwise.commands.options import json_option
 from layerwise.doctor import Finding
 from layerwise.doctor.examine import examine
 from layerwise.errors import SetupError
-from layerwise.report.printing import answer, answer_exactly
+from layerwise.report.printing import answer, answer_json
 
 
 @click.command(short_help="Examine the installation and the machine.")
@@ -34,7 +32,7 @@ def doctor(cache_dir: Path, as_json: bool) -> None:
             answer(_line(finding))
     broken = [finding.check for finding in found if finding.verdict == "fix"]
     if as_json:
-        answer_exactly(json.dumps({"fit": not broken, "findings": [asdict(finding) for finding in found]}))
+        answer_json({"fit": not broken, "findings": found})
     if broken:
         raise SetupError(f"To be fixed: {', '.join(broken)}.")
 

@@ -1,7 +1,5 @@
 """`layerwise plan`: what a run would take, with nothing run."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -10,7 +8,7 @@ from layerwise.commands.options import configured, json_option
 from layerwise.config import Config
 from layerwise.errors import ConfigError
 from layerwise.files import write_atomically
-from layerwise.report.printing import answer, answer_exactly, remark, working
+from layerwise.report.printing import answer, answer_json, remark, working
 from layerwise.report.tables import TIMES_OF_A_SWEEP, cheapest_cut, forecast_lines, forecast_table, sweep_table
 
 
@@ -34,7 +32,7 @@ def plan(config: Config, sweeps: bool, plot: Path | None, as_json: bool) -> None
         with working("rehearsing"):
             forecast = plan_library(config)
         if as_json:
-            answer_exactly(json.dumps(asdict(forecast)))
+            answer_json(forecast)
         else:
             answer(forecast_table(forecast), *forecast_lines(forecast))
         return
@@ -48,6 +46,6 @@ def plan(config: Config, sweeps: bool, plot: Path | None, as_json: bool) -> None
             write_atomically(plot, draw_sweep(forecasts).save("svg" if plot.suffix == ".svg" else "png"))
         remark(f"{plot}: drawn")
     if as_json:
-        answer_exactly(json.dumps([asdict(each) for each in forecasts]))
+        answer_json(forecasts)
     else:
         answer(sweep_table(forecasts), TIMES_OF_A_SWEEP, cheapest_cut(forecasts))

@@ -1,6 +1,5 @@
 """`layerwise status` and `layerwise report`: what each stage of a run is at, in the terminal and as a page."""
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.live import Live
 from layerwise.commands.options import directory_argument, json_option
 from layerwise.errors import RunError
 from layerwise.evaluate.results import COMPARISON
-from layerwise.report.printing import answer, answer_exactly, console_for_results, say
+from layerwise.report.printing import answer, answer_json, console_for_results, say
 from layerwise.report.records import progress, round_states
 from layerwise.report.tables import rounds_table, stage_table, totals
 from layerwise.run_store import RunState, RunStore, StageRecord, open_run
@@ -36,7 +35,7 @@ def status(directory: Path, as_json: bool, watch: bool) -> None:
     store, state = open_run(directory)
     rounds = state.config.training.rounds
     if as_json:
-        answer_exactly(json.dumps(_as_json(store, state, rounds)))
+        answer_json(_as_json(store, state, rounds))
         return
     if not watch:
         answer(_shown(store, state, rounds))

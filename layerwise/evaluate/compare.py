@@ -14,7 +14,7 @@ from layerwise.data.source import DataSet
 from layerwise.engines.run import UserObjects, run
 from layerwise.errors import ConfigError, RunError, did_you_mean
 from layerwise.evaluate.classifiers import fit_and_test
-from layerwise.evaluate.forward import features_under_budget
+from layerwise.evaluate.features import features_under_budget
 from layerwise.evaluate.results import COMPARISON, GREEDY, METHODS, UNTRAINED, Comparison, Outcome, load_comparison
 from layerwise.evaluate.targets import ProbeTask, probe_targets, probe_task
 from layerwise.events import Notify, silent

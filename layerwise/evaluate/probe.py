@@ -15,8 +15,7 @@ from layerwise.data.source import DataSet
 from layerwise.errors import CacheError, ConfigError, DataError, RunError, did_you_mean
 from layerwise.evaluate.classifiers import CLASSIFIERS, fit_and_test
 from layerwise.evaluate.examples import FeatureRows
-from layerwise.evaluate.features import cached_features
-from layerwise.evaluate.forward import features_under_budget
+from layerwise.evaluate.features import cached_features, features_under_budget
 from layerwise.evaluate.targets import ProbeTask, probe_targets, probe_task
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network, ranges

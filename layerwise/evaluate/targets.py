@@ -6,12 +6,15 @@ import numpy as np
 
 from layerwise.cache import SPLITS
 from layerwise.config import Config
+from layerwise.data.batches import stream
 from layerwise.data.source import DataSet
 from layerwise.errors import DataError, did_you_mean
 from layerwise.evaluate.examples import Parts
-from layerwise.evaluate.features import choose_frames
 from layerwise.training.samples import split_samples
 from layerwise.training.spec import StageSpec, frame_labels
+
+FRAMES_PER_SAMPLE = 32
+"""Most frames of a sample that a per-frame probe sees; enough for a stable error and bounded memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,14 @@ def probe_targets(task: ProbeTask, spec: StageSpec) -> ProbeTargets:
     names, classes = np.unique(values, return_inverse=True)
     counts = np.bincount(split, minlength=len(SPLITS)).tolist()
     return ProbeTargets(tuple(names.tolist()), classes.astype(np.int64), Parts.of(*counts))
+
+
+def choose_frames(sample: int, length: int, per_frame: bool) -> np.ndarray:
+    """The frames of a sample that a per-frame probe sees, the same for every encoder; none for other probes."""
+    if not per_frame:
+        return np.zeros(0, dtype=np.int64)
+    count = min(length, FRAMES_PER_SAMPLE)
+    return np.sort(stream(0, "probe frames", sample).choice(length, count, replace=False))
 
 
 def _labelled(label: str, data: DataSet, split: np.ndarray) -> np.ndarray:
