@@ -6,9 +6,7 @@ from typing import Any
 import tomli_w
 from pydantic import ByteSize
 
-from layerwise.config.listing import Option, options, value_of
-from layerwise.config.names import PICTURES
-from layerwise.config.options import Config
+from layerwise.config.options import PICTURES, Config, Option, options, value_of
 from layerwise.config.resolving import data_kind, resolve
 
 _KINDS = {"speech", "steps", "images", "vision", "supervised", "ntxent", "dask", "slurm"}
