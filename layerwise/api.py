@@ -7,7 +7,7 @@ those without a flag, as --set does.
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,10 @@ def run(
     config, given = _request(network, data, optimizer, schedule, options, flags)
     log = LogFile(RunStore.of(config.out, config.cache.dir).log)
     shown = display(PlainConsole(file=Screen(sys.stdout))) if notify is None else contextlib.nullcontext(notify)
-    with shown as show, _stoppable(stop) as flag:
+    # Ctrl-C and signals save first; outside of the main thread Python does not hand them out.
+    hears_signals = stop is None and threading.current_thread() is threading.main_thread()
+    stopping = stop_on_signals() if hears_signals else contextlib.nullcontext(stop or StopFlag())
+    with shown as show, stopping as flag:
 
         def tell(event: Event) -> None:
             show(event)
@@ -201,13 +204,3 @@ def _key(name: str) -> str:
             f"{did_you_mean(name, known)}"
         )
     return keys[name]
-
-
-@contextlib.contextmanager
-def _stoppable(stop: StopFlag | None) -> Iterator[StopFlag]:
-    """Ctrl-C and signals save first; outside of the main thread Python does not hand them out."""
-    if stop is not None or threading.current_thread() is not threading.main_thread():
-        yield stop or StopFlag()
-    else:
-        with stop_on_signals() as flag:
-            yield flag

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -164,7 +163,7 @@ def draw_probe(probe: ProbeResult) -> Plot:
     """Error of each stage, trained and with random weights."""
     trained = [ModuleError(entry.stage, entry.error, 0.0) for entry in probe.stages]
     untrained = [ModuleError(entry.stage, entry.untrained_error, 0.0) for entry in probe.stages]
-    curves = [_Curve("trained", BLUE, "o", trained), _Curve("random weights", GRAY, "X", untrained)]
+    curves: list[_Curve] = [("trained", BLUE, "o", trained), ("random weights", GRAY, "X", untrained)]
     caption = f"Error of a {probe.classifier} probe on each frozen stage, on test samples; the axis is logarithmic."
     return _draw_errors(f"errors-{probe.label}", f"Error: {probe.label}", caption, curves)
 
@@ -174,7 +173,7 @@ def draw_comparison(comparison: Comparison) -> Plot | None:
     label, methods = comparison.label, comparison.methods
     if not methods:
         return None
-    curves = [_Curve(method.method, *STYLES[method.method], method.stages) for method in methods]
+    curves: list[_Curve] = [(method.method, *STYLES[method.method], method.stages) for method in methods]
     seeds_of_each = [len(method.seeds) for method in methods]
     fewest, most = min(seeds_of_each), max(seeds_of_each)
     seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
@@ -276,29 +275,23 @@ def draw_confusion(probe: ProbeResult) -> Plot | None:
     return Plot(f"confusion-{probe.label}", f"Confusion: {probe.label}", caption, figure)
 
 
-@dataclass(frozen=True, slots=True)
-class _Curve:
-    """Errors from 0 to 1."""
-
-    label: str
-    color: str
-    marker: str
-    stages: Sequence[ModuleError]
+_Curve = tuple[str, str, str, Sequence[ModuleError]]
+"""Label, colour, marker, and errors from 0 to 1."""
 
 
 def _draw_errors(name: str, title: str, caption: str, curves: Sequence[_Curve]) -> Plot:
-    means = [stage.error_mean for curve in curves for stage in curve.stages]
+    means = [error.error_mean for *_, errors in curves for error in errors]
     floor = min((mean for mean in means if mean > 0), default=0.01) / 2
     zero = any(mean <= 0 for mean in means)
     figure = new_figure(3.3)
     axes = figure.subplots()
-    for curve in curves:
-        stages = [stage.stage for stage in curve.stages]
+    for label, color, marker, errors in curves:
+        stages = [error.stage for error in errors]
         low, line, high = (
-            [max(stage.error_mean + side * stage.error_std, floor) for stage in curve.stages] for side in (-1, 0, 1)
+            [max(error.error_mean + side * error.error_std, floor) for error in errors] for side in (-1, 0, 1)
         )
-        axes.fill_between(stages, low, high, color=curve.color, alpha=0.15, linewidth=0)
-        axes.plot(stages, line, color=curve.color, marker=curve.marker, label=curve.label)
+        axes.fill_between(stages, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(stages, line, color=color, marker=marker, label=label)
     axes.set_yscale("log")
     if zero:
         axes.set_ylim(bottom=floor)
