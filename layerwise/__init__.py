@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # for type checkers and editors; "as" says that the name is p
     from layerwise.api import run as run
     from layerwise.config import Config as Config
     from layerwise.config import resolve as resolve
-    from layerwise.encoder.card import Exported as Exported
+    from layerwise.encoder.export import Exported as Exported
     from layerwise.encoder.export import export as export
     from layerwise.encoder.extract import Extracted as Extracted
     from layerwise.encoder.extract import extract as extract
@@ -62,8 +62,7 @@ if TYPE_CHECKING:  # for type checkers and editors; "as" says that the name is p
 _PUBLIC = {
     "layerwise.api": ("cut", "plan", "probe", "run"),
     "layerwise.config": ("Config", "resolve"),
-    "layerwise.encoder.card": ("Exported",),
-    "layerwise.encoder.export": ("export",),
+    "layerwise.encoder.export": ("Exported", "export"),
     "layerwise.encoder.extract": ("Extracted", "extract"),
     "layerwise.encoder.load": ("load",),
     "layerwise.encoder.model": ("Encoder",),
