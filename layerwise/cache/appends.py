@@ -12,6 +12,7 @@ end does not count.
 import errno
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,9 @@ class Appends:
         """first: the block that the journal begins with. Raises OSError."""
         self._part, self._layout, self._places, self._journal = part, layout, places, journal_path
         self._descriptor = os.open(part, os.O_RDWR | OURS)
-        self._direct = _open_direct(part)
+        self._direct: int | None = None
+        with suppress(OSError):  # the file system does not let writes go around the page cache
+            self._direct = os.open(part, os.O_WRONLY | os.O_DIRECT | OURS)
         self._failed = False
         self.blocks = self.done_in(journal_path, first)
         """Blocks that are durable, counted from the beginning of the file."""
@@ -120,13 +123,6 @@ class Appends:
         """The checksums of blocks first to stop, as they lie in the file."""
         size = 4 * max(min(stop, self._layout.blocks) - first, 0)
         return read_stored(self._part, self._descriptor, self._places.checksums + 4 * first, size).tobytes()
-
-
-def _open_direct(path: Path) -> int | None:
-    try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT | OURS)
-    except OSError:
-        return None
 
 
 def _record(path: Path, blocks: int, checksums: bytes) -> None:

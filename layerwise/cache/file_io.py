@@ -54,7 +54,9 @@ def read_into(path: Path, descriptor: int, position: int, array: np.ndarray) -> 
         try:
             count = os.preadv(descriptor, [missing], position + filled)
         except OSError as error:
-            raise _unread(path, error) from None
+            if error.errno != errno.EIO:
+                raise
+            raise DamagedCache(path, f"the disk does not give it back ({error.strerror})") from None
         if count == 0:
             raise DamagedCache(path, "it ends early")
         filled += count
@@ -82,9 +84,3 @@ def write_all(descriptor: int, content: memoryview | bytes, position: int) -> No
     while view:
         written = os.pwrite(descriptor, view, position)
         view, position = view[written:], position + written
-
-
-def _unread(path: Path, error: OSError) -> OSError | DamagedCache:
-    if error.errno != errno.EIO:
-        return error
-    return DamagedCache(path, f"the disk does not give it back ({error.strerror})")

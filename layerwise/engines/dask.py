@@ -92,8 +92,10 @@ def execute(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> 
             _follow(futures, client, told, pulse, stop, notify)
         finally:
             if any(not future.done() for future in futures.values()):
-                halt.set()
-                _settle(futures, told, notify)
+                halt.set()  # tasks in hand save, and those behind them see the signal at once
+                while any(not future.done() for future in futures.values()):
+                    _pass_on(told, notify)
+                    time.sleep(POLL_SECONDS)
 
 
 def _offers_gpus(client: "Client", notify: Notify) -> bool:
@@ -180,13 +182,6 @@ def _pass_on(told: "SimpleQueue[Event]", notify: Notify) -> None:
     with contextlib.suppress(Empty):
         while True:
             notify(told.get_nowait())
-
-
-def _settle(futures: dict[Task, "Future"], told: "SimpleQueue[Event]", notify: Notify) -> None:
-    """Until every task has ended: those in hand save, and those behind them see the signal at once."""
-    while any(not future.done() for future in futures.values()):
-        _pass_on(told, notify)
-        time.sleep(POLL_SECONDS)
 
 
 @contextlib.contextmanager

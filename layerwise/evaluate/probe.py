@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from layerwise.cache import ActivationCache
-from layerwise.config import Config, named_here
+from layerwise.config import named_here
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.errors import CacheError, ConfigError, DataError, RunError, did_you_mean
@@ -55,7 +55,13 @@ def probe(
     if not done:
         raise RunError(f"No stage of {run_directory} is done yet; go on with the run first.")
     config = named_here(state.config, {"net.name": network, "data.source": data}, store.state)
-    data = _data_of_the_run(config, state, None if isinstance(data, str) else data)
+    if data is None or isinstance(data, str):
+        data = open_data(config.data, shortest_sample(config))
+    if data.identity != state.data_identity:
+        raise DataError(
+            f"The data at {config.data.source} are not those of the run any more; the comparison with random weights "
+            "needs them. Bring the old ones back."
+        )
     if network is None or isinstance(network, str):
         network = build_network(config.net, data.frame_shape, config.training.seed)
     if network.identity != state.network:
@@ -92,16 +98,6 @@ def probe(
     name = label if classifier == "linear" else f"{label}-{classifier}"
     store.write_probe(name, result)
     return result
-
-
-def _data_of_the_run(config: Config, state: RunState, given: DataSet | None) -> DataSet:
-    data = given or open_data(config.data, shortest_sample(config))
-    if data.identity != state.data_identity:
-        raise DataError(
-            f"The data at {config.data.source} are not those of the run any more; the comparison with random weights "
-            "needs them. Bring the old ones back."
-        )
-    return data
 
 
 def _cached_features(

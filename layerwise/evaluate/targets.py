@@ -53,7 +53,10 @@ def probe_task(label: str, data: DataSet, config: Config) -> ProbeTask:
 def probe_targets(task: ProbeTask, spec: StageSpec) -> ProbeTargets:
     """The targets for the features of one stage."""
     if task.per_frame:
-        values, split = _frame_values(task, spec)
+        numbers = task.samples.tolist()
+        chosen = [choose_frames(sample, int(spec.output_lengths[sample]), per_frame=True) for sample in numbers]
+        labels = [frame_labels(task.label, spec, task.data, *each) for each in zip(numbers, chosen, strict=True)]
+        values, split = np.concatenate(labels), np.repeat(task.split, [len(frames) for frames in chosen])
     else:
         values, split = task.data.labels[task.label][task.samples], task.split
     names, classes = np.unique(values, return_inverse=True)
@@ -86,14 +89,3 @@ def _labelled(label: str, data: DataSet, split: np.ndarray) -> np.ndarray:
         if not (split[samples] == SPLITS.index(part)).any():
             raise DataError(f"No sample of the {part} split carries the label {label!r}.")
     return samples
-
-
-def _frame_values(task: ProbeTask, spec: StageSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Label and split of each chosen frame."""
-    numbers = task.samples.tolist()
-    chosen = [choose_frames(sample, int(spec.output_lengths[sample]), per_frame=True) for sample in numbers]
-    values = [
-        frame_labels(task.label, spec, task.data, sample, frames)
-        for sample, frames in zip(numbers, chosen, strict=True)
-    ]
-    return np.concatenate(values), np.repeat(task.split, [len(frames) for frames in chosen])
