@@ -261,17 +261,11 @@ class RunStore:
 
     def refuse_links(self) -> None:
         """Raises RunError where a folder of the run, or of its caches, is a link: nothing is written or deleted behind one."""
-        stages, rounds = numbered(self.out / "stages"), numbered(self.out / "rounds")
-        folders = [
-            self.out / "stages",
-            self.out / "rounds",
-            self.probes,
-            self.plots,
-            self.jobs,
-            self.workers,
-            self.caches,
-        ]
-        for folder in (*folders, *stages, *rounds, *(stage / CURVES for stage in stages), *self.caches.glob("round-*")):
+        folders = [self.out / name for name in ("stages", "rounds", "probes", "plots", "jobs", "workers")]
+        stages = numbered(self.out / "stages")
+        folders += [self.caches, *stages, *(stage / CURVES for stage in stages)]
+        folders += [*numbered(self.out / "rounds"), *self.caches.glob("round-*")]
+        for folder in folders:
             if folder.is_symlink():
                 raise RunError(
                     f"{folder} is a link, and a run keeps its files in its own folders; put the folder in its place."

@@ -80,7 +80,7 @@ def features_of_the_cache(result: RunResult, stage: int, folder: Path) -> np.nda
 
 
 def everything(file: FeatureRows) -> np.ndarray:
-    return file.read(0, file.rows)
+    return file.read(range(file.rows))
 
 
 def test_each_stage_hands_over_in_the_dtype_that_it_was_cached_in(trained: RunResult, tmp_path: Path) -> None:
