@@ -39,10 +39,9 @@ def _lines(option: Option, config: Config, otherwise: Config) -> Iterator[str]:
     yield f"# {option.help}{f' ({option.flag})' if option.flag else ''}"
     if value is None:
         yield f"# {name} ="
-    elif not _concerns(option, config) and value == value_of(otherwise, option.key):
-        yield f"# {name} = {_toml(value)}"
     else:
-        yield f"{name} = {_toml(value)}"
+        as_without = not _concerns(option, config) and value == value_of(otherwise, option.key)
+        yield f"{'# ' if as_without else ''}{name} = {_toml(value)}"
 
 
 def _concerns(option: Option, config: Config) -> bool:

@@ -56,10 +56,9 @@ def cache_reads(folder: Path = Path(__file__).parents[1] / "cache") -> Finding:
 
 
 def extras() -> list[Finding]:
-    findings = []
-    for name, modules in EXTRAS.items():
-        if all(find_spec(module) for module in modules):
-            findings.append(Finding(f"extra {name}", "ok", ", ".join(modules)))
-        else:
-            findings.append(Finding(f"extra {name}", "note", f"not installed: pip install 'layerwise[{name}]'"))
-    return findings
+    return [
+        Finding(f"extra {name}", "ok", ", ".join(modules))
+        if all(map(find_spec, modules))
+        else Finding(f"extra {name}", "note", f"not installed: pip install 'layerwise[{name}]'")
+        for name, modules in EXTRAS.items()
+    ]
