@@ -137,10 +137,10 @@ def read_bytes(path: Path, most: int = RECORD_BYTES) -> bytes:
     return content
 
 
-def read_text(path: Path, most: int = RECORD_BYTES) -> str:
+def read_text(path: Path) -> str:
     """The same of a file of text in UTF-8; raises UnreadableFile where it is none, too."""
     try:
-        return read_bytes(path, most).decode()
+        return read_bytes(path).decode()
     except UnicodeDecodeError:
         raise UnreadableFile(f"{path} is no text in UTF-8; restore it, or delete it.") from None
 

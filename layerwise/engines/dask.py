@@ -127,22 +127,14 @@ def _follow(
             felt = time.monotonic()
             pulse.set(felt)
         _pass_on(told, tell)
-        _check_starts(starts, client)
+        for task, count in starts.items():
+            if count > ATTEMPTS:  # a scheduler that was started elsewhere may allow more deaths than we do
+                raise RunError(_failed(task, f"The end of the scheduler's log:\n{_scheduler_log(client)}"))
         stop.raise_if_set()
         for task in [task for task, future in undone.items() if future.done()]:
             _check(task, undone.pop(task), client)
         time.sleep(POLL_SECONDS)
     _pass_on(told, notify)
-
-
-def _check_starts(starts: "Counter[Task]", client: "Client") -> None:
-    """Raises RunError where a task is begun once more after its workers have died often enough.
-
-    A scheduler that was started elsewhere may allow more deaths than we do.
-    """
-    for task, count in starts.items():
-        if count > ATTEMPTS:
-            raise RunError(_failed(task, f"The end of the scheduler's log:\n{_scheduler_log(client)}"))
 
 
 def _failed(task: Task, log: str) -> str:

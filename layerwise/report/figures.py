@@ -112,8 +112,7 @@ def draw_memory(memory: dict[int, list[MemorySample]], budget: int | None) -> Pl
     near = _near(budget, highest)
     if near:
         axes.axhline(near, **BUDGET)
-    axes.set_ylim(0, 1.06 * max(highest, near or 0))
-    axes.set_xlim(0, max(begin, 1e-3) / seconds_per_unit)
+    axes.set(ylim=(0, 1.06 * max(highest, near or 0)), xlim=(0, max(begin, 1e-3) / seconds_per_unit))
     axes.set_xlabel(f"time worked on, {unit}")
     axes.yaxis.set_major_formatter(BYTES)
     axes.yaxis.set_major_locator(MaxNLocator(6))
@@ -227,8 +226,7 @@ def draw_sweep(forecasts: Sequence[Forecast]) -> Plot:
         for each, x, y in zip(forecasts, hours, values, strict=True):
             axes.annotate(str(len(each.stages)), (x, y), xytext=(4, 3), textcoords="offset points")
     axes.set_yscale("log")
-    axes.set_xlabel(f"time in {unit} at the full speed of the device")
-    axes.set_ylabel("device memory, by number of stages")
+    axes.set(xlabel=f"time in {unit} at the full speed of the device", ylabel="device memory, by number of stages")
     axes.yaxis.set_major_formatter(BYTES)
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # labels of all nine would lie over one another
     axes.yaxis.set_minor_formatter(BYTES)
@@ -264,8 +262,7 @@ def draw_confusion(probe: ProbeResult) -> Plot | None:
     axes.tick_params(length=0)
     axes.set_aspect("equal")
     axes.invert_yaxis()
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("right")
+    axes.set(xlabel="taken for", ylabel="right")
     fewer = len(kept) < len(confusion.classes)
     few = f" The {len(kept)} classes with the most errors of {len(confusion.classes)}." if fewer else ""
     caption = (
@@ -299,8 +296,7 @@ def _draw_errors(name: str, title: str, caption: str, curves: Sequence[_Curve]) 
     axes.yaxis.set_major_formatter(PERCENT)
     axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("module")
-    axes.set_ylabel("error")
+    axes.set(xlabel="module", ylabel="error")
     axes.grid(axis="y")
     figure.legend(loc="outside lower center", ncols=2)
     return Plot(name, title, caption + (" An error of 0 lies on the lower edge." if zero else ""), figure)
