@@ -30,7 +30,6 @@ from layerwise.version import __version__ as __version__
 if TYPE_CHECKING:  # for type checkers and editors; "as" says that the name is public here
     from layerwise.api import cut as cut
     from layerwise.api import plan as plan
-    from layerwise.api import probe as probe
     from layerwise.api import run as run
     from layerwise.config import Config as Config
     from layerwise.config import resolve as resolve
@@ -47,6 +46,7 @@ if TYPE_CHECKING:  # for type checkers and editors; "as" says that the name is p
     from layerwise.errors import Interrupted as Interrupted
     from layerwise.errors import LayerwiseError as LayerwiseError
     from layerwise.evaluate.compare import compare as compare
+    from layerwise.evaluate.probe import probe as probe
     from layerwise.evaluate.results import Comparison as Comparison
     from layerwise.events import EpochDone as EpochDone
     from layerwise.events import Event as Event
@@ -60,7 +60,7 @@ if TYPE_CHECKING:  # for type checkers and editors; "as" says that the name is p
     from layerwise.run_store.probe_results import ProbeResult as ProbeResult
 
 _PUBLIC = {
-    "layerwise.api": ("cut", "plan", "probe", "run"),
+    "layerwise.api": ("cut", "plan", "run"),
     "layerwise.config": ("Config", "resolve"),
     "layerwise.encoder.export": ("Exported", "export"),
     "layerwise.encoder.extract": ("Extracted", "extract"),
@@ -69,6 +69,7 @@ _PUBLIC = {
     "layerwise.engines.run": ("RunResult",),
     "layerwise.errors": ("BudgetError", "ConfigError", "DataError", "Interrupted", "LayerwiseError"),
     "layerwise.evaluate.compare": ("compare",),
+    "layerwise.evaluate.probe": ("probe",),
     "layerwise.evaluate.results": ("Comparison",),
     "layerwise.run_store.probe_results": ("ProbeResult",),
     "layerwise.events": ("EpochDone", "Event", "StageDone"),

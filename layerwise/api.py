@@ -23,7 +23,6 @@ from layerwise.engines.plan import plan as plan_config
 from layerwise.engines.run import RunResult, UserObjects
 from layerwise.engines.run import run as run_config
 from layerwise.errors import ConfigError, did_you_mean
-from layerwise.evaluate.probe import probe as probe_run
 from layerwise.events import EpochDone, Event, Message, Notify, StageDone
 from layerwise.forecast import Forecast
 from layerwise.nets import shortest_sample
@@ -32,8 +31,7 @@ from layerwise.nets.traced import traced_network
 from layerwise.report.printing import PlainConsole
 from layerwise.report.progress import LogFile, display
 from layerwise.report.tables import stages_at_chance
-from layerwise.run_store import RunStore, open_run
-from layerwise.run_store.probe_results import ProbeResult
+from layerwise.run_store import RunStore
 from layerwise.screen import Screen
 from layerwise.stop import StopFlag, stop_on_signals
 from layerwise.training.cut import cut_network
@@ -127,25 +125,6 @@ def run(
         if warning := stages_at_chance(result.state, result.config.objective):
             tell(Message(warning))
         return result
-
-
-def probe(
-    run_directory: str | Path, label: str, *, network: Model = None, data: Data = None, classifier: str = "linear"
-) -> ProbeResult:
-    """How well a classifier on the frozen features of each stage tells a label, beside the same stage with random weights.
-
-    network, data: those of the run, where it was given objects or a package.module:function, which is not called otherwise;
-    data may also say where they lie now. Also written to probes/LABEL.json. Raises LayerwiseErrors.
-    """
-    config = open_run(Path(run_directory))[1].config
-    if isinstance(network, Config):
-        raise ConfigError("A probe knows the options of its run; give it a network alone, or leave it out.")
-    samples = data if data is None or isinstance(data, str) else as_data(data, config.data)
-    if isinstance(network, nn.Module):
-        if samples is None or isinstance(samples, str):
-            raise ConfigError("A probe needs the data of the run beside its network: give data= too, as an object.")
-        network = traced_network(network, tuple(samples.frame_shape))
-    return probe_run(run_directory, label, classifier=classifier, network=network, data=samples)
 
 
 def _request(
