@@ -55,9 +55,9 @@ if TYPE_CHECKING:  # for type checkers and editors; "as" says that the name is p
     from layerwise.nets.network import Network as Network
     from layerwise.objectives import register_objective as register_objective
     from layerwise.report.html import write_report as write_report
+    from layerwise.run_store import ProbeResult as ProbeResult
     from layerwise.run_store import RunState as RunState
     from layerwise.run_store import open_run as open_run
-    from layerwise.run_store.probe_results import ProbeResult as ProbeResult
 
 _PUBLIC = {
     "layerwise.api": ("cut", "plan", "run"),
@@ -71,13 +71,12 @@ _PUBLIC = {
     "layerwise.evaluate.compare": ("compare",),
     "layerwise.evaluate.probe": ("probe",),
     "layerwise.evaluate.results": ("Comparison",),
-    "layerwise.run_store.probe_results": ("ProbeResult",),
     "layerwise.events": ("EpochDone", "Event", "StageDone"),
     "layerwise.forecast": ("Forecast",),
     "layerwise.nets.network": ("Network",),
     "layerwise.objectives": ("register_objective",),
     "layerwise.report.html": ("write_report",),
-    "layerwise.run_store": ("RunState", "open_run"),
+    "layerwise.run_store": ("ProbeResult", "RunState", "open_run"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(["__version__", *_MODULE_OF])

@@ -23,7 +23,7 @@ from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network, ranges
 from layerwise.nets.traced import traced_network
 from layerwise.run_store import RunState, RunStore, open_run
-from layerwise.run_store.probe_results import ProbeResult, StageError
+from layerwise.run_store.state import ProbeResult, StageError
 from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import load_stages
 from layerwise.training.forward import OutputFormat, random_stages, trained_stages

@@ -15,7 +15,7 @@ from layerwise.evaluate.results import Comparison, MethodResult, ModuleError
 from layerwise.forecast import Forecast
 from layerwise.report.drawing import BLUE, BYTES, GRAY, GREEN, INK, OCHRE, ORANGE, PERCENT, PINK, Plot, new_figure
 from layerwise.report.records import Epoch, GatheredRun, MemorySample
-from layerwise.run_store.probe_results import Confusion, ProbeResult
+from layerwise.run_store.state import Confusion, ProbeResult
 from layerwise.units import size
 
 STYLES = {

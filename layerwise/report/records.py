@@ -12,8 +12,7 @@ from layerwise.errors import RunError
 from layerwise.evaluate.results import COMPARISON, Comparison
 from layerwise.files import json_lines
 from layerwise.records import Count, read_record
-from layerwise.run_store import RunState, RunStore, StageRecord, open_run
-from layerwise.run_store.probe_results import ProbeResult
+from layerwise.run_store import ProbeResult, RunState, RunStore, StageRecord, open_run
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,7 @@ from layerwise.evaluate.results import Comparison
 from layerwise.forecast import Forecast
 from layerwise.report.progress import outcome
 from layerwise.report.records import RoundState, published_version
-from layerwise.run_store import RunState, RunStore, StageRecord
-from layerwise.run_store.probe_results import ProbeResult
+from layerwise.run_store import ProbeResult, RunState, RunStore, StageRecord
 from layerwise.units import duration, percent, size
 
 FEW_TEST_SAMPLES = 50

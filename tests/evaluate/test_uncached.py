@@ -22,7 +22,7 @@ from layerwise.evaluate.targets import probe_task
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import ranges
 from layerwise.nets.traced import traced_network
-from layerwise.run_store.probe_results import ProbeResult
+from layerwise.run_store.state import ProbeResult
 from layerwise.stop import StopFlag
 from layerwise.training.encoder import load_encoder
 from layerwise.training.forward import OutputFormat, longest_piece, random_stages, trained_stages
