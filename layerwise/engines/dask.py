@@ -242,7 +242,7 @@ def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
         torch.set_num_threads(order.threads)
         try:
             device = order.devices[int(worker.name)] if order.devices else None
-            perform_task(task, _run(order.out, order.functions, device, order.topic), stop, tell)
+            perform_task(task, _run(order, device), stop, tell)
         except LayerwiseError as error:
             return error
         finally:
@@ -251,5 +251,5 @@ def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
 
 
 @lru_cache(maxsize=1)
-def _run(out: str, functions: tuple[tuple[str, str], ...], device: str | None, topic: str) -> Run:
-    return open_prepared_run(Path(out), dict(functions), device)
+def _run(order: _Order, device: str | None) -> Run:
+    return open_prepared_run(Path(order.out), dict(order.functions), device)
