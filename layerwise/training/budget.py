@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from layerwise.config import Config
-from layerwise.config.names import PAPER_NETWORKS
+from layerwise.config.options import PAPER_NETWORKS
 from layerwise.errors import BudgetError
 from layerwise.memory.device import context_bytes, workspace_bytes
 from layerwise.memory.plan import MemoryPlan, cheapest, families
