@@ -193,7 +193,9 @@ class AllocatorMeter:
     def label(self, kind: Kind, tensors: Iterable[torch.Tensor | None]) -> None:
         """Gradients come one by one and go together, so they are taken as large as the parameters they belong to."""
         if kind != "gradients":
-            held = sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+            storages = (tensor.untyped_storage() for tensor in tensors if tensor is not None)
+            # Once each: cuDNN has all weights of a recurrent layer in one.
+            held = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
             self._labelled[kind] = max(held, self._labelled.get(kind, 0))
             if kind == "parameters":
                 self._labelled["gradients"] = self._labelled[kind]
