@@ -56,6 +56,11 @@ def ask_torch() -> TorchReport:
         output, end = done.stdout, f"ended its process with {done.returncode}" if done.returncode else ""
     except subprocess.TimeoutExpired as error:
         output, end = (error.stdout or b"").decode(errors="replace"), f"did not answer for {TORCH_SECONDS} s"
+    return _report(output, end)
+
+
+def _report(output: str, end: str) -> TorchReport:
+    """end: how the process ended, empty where it ended well."""
     report, at = TorchReport(), "torch"
     for line in output.splitlines():
         if not line.startswith("{"):
