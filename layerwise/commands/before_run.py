@@ -105,15 +105,15 @@ def plan(config: Config, sweeps: bool, plot: Path | None, as_json: bool) -> None
     from layerwise.engines.plan import sweep
 
     if not sweeps:
-        with working("rehearsing"):
-            forecast = plan_library(config)
+        with working("rehearsing") as show:
+            forecast = plan_library(config, notify=show)
         if as_json:
             answer_json(forecast)
         else:
             answer(forecast_table(forecast), *forecast_lines(forecast))
         return
-    with working("rehearsing"):
-        forecasts = sweep(config)
+    with working("rehearsing") as show:
+        forecasts = sweep(config, show)
     if plot is not None:
         from layerwise.report.drawing import styled
         from layerwise.report.figures import draw_sweep

@@ -1,8 +1,7 @@
 """A run before it is started: what each stage will take on the device, on the disk and on the host, and whether it fits."""
 
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import psutil
 import torch
@@ -45,8 +44,9 @@ def plan(
     network: Network | None = None,
     data: DataSet | None = None,
     optimization: Optimization | None = None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> Forecast:
-    """Predicts a run without running anything. network, data, optimization: as in `run`.
+    """Predicts a run without running anything. network, data, optimization: as in `run`; notify: is told what it is at.
 
     Raises LayerwiseErrors where it could not even be begun.
     """
@@ -58,16 +58,16 @@ def plan(
     folder = RunStore.of(config.out, config.cache.dir).caches
     cache_plan = plan_caches(config, specs, data, free_for_caches(folder))
     sizes = cache_sizes(specs, data, config.cache)
-    fitting = [fit_stage(config, spec, device, cache_plan.below(spec.stage, specs)) for spec in specs]
-    plans = [
-        fits or smallest_plan(config, spec, cache_plan.below(spec.stage, specs))
-        for spec, fits in zip(specs, fitting, strict=True)
-    ]
-    forecast = partial(_forecast, config, specs, cache_plan, sizes, device)
-    stages = [forecast(spec, plan, fits is not None) for spec, plan, fits in zip(specs, plans, fitting, strict=True)]
+    stages, plans = [], []
+    for spec in specs:
+        notify(f"rehearsing stage {spec.stage} of {len(specs)}")
+        below = cache_plan.below(spec.stage, specs)
+        fitting = fit_stage(config, spec, device, below)
+        plans.append(fitting or smallest_plan(config, spec, below))
+        stages.append(_forecast(config, specs, cache_plan, sizes, device, spec, plans[-1], fitting is not None))
     return Forecast(
         budget_bytes=config.memory.gpu_mem,
-        fits=None not in fitting,
+        fits=all(stage.fits for stage in stages),
         smallest_budget_bytes=max(
             smallest_budget(config, spec, device, cache_plan.below(spec.stage, specs)) for spec in specs
         ),
@@ -85,7 +85,7 @@ def plan(
     )
 
 
-def sweep(config: Config) -> list[Forecast]:
+def sweep(config: Config, notify: Callable[[str], None] = lambda line: None) -> list[Forecast]:
     """Predicts the run for cuts from one stage, which is end-to-end training by the same means, to the finest one.
 
     Parameters and errors as those of `plan`.
@@ -96,7 +96,8 @@ def sweep(config: Config) -> list[Forecast]:
     counts = {min(round(2 ** (power / 2)), most) for power in range(2 * most.bit_length() + 1)}
     counts |= {len(network.natural_cut)}
     return [
-        plan(with_options(config, {"training.stages": count}), network=network, data=data) for count in sorted(counts)
+        plan(with_options(config, {"training.stages": count}), network=network, data=data, notify=notify)
+        for count in sorted(counts)
     ]
 
 
