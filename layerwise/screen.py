@@ -5,7 +5,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
@@ -58,23 +58,21 @@ class Screen(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        if self._stream is not None and not self.lost:
-            try:
-                self._stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
-            except (OSError, ValueError) as error:
-                self._give_up(error)
+        self._attempt(lambda stream: stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding)))
         return len(text)
 
     def flush(self) -> None:
+        self._attempt(lambda stream: stream.flush())
+
+    def _attempt(self, work: Callable[[IO[str]], object]) -> None:
+        """Gives the stream up where the work fails; its error itself would hold on to the tensors of its callers."""
         if self._stream is not None and not self.lost:
             try:
-                self._stream.flush()
-            except (OSError, ValueError) as error:
-                self._give_up(error)
-
-    def _give_up(self, error: OSError | ValueError) -> None:
-        # A ValueError is Python's word for a file that is closed. The error itself would hold on to the tensors of its callers.
-        self.lost = _error(error.errno or errno.EIO if isinstance(error, OSError) else errno.EBADF)
+                work(self._stream)
+            except OSError as error:
+                self.lost = _error(error.errno or errno.EIO)
+            except ValueError:  # Python's word for a file that is closed
+                self.lost = _error(errno.EBADF)
 
 
 def _error(number: int) -> OSError:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_iter
 
 from layerwise.errors import BudgetError
+from layerwise.memory.recurrence import FoldedFrames
 
 Kind = Literal["parameters", "gradients", "optimizer", "activations"]
 KINDS: tuple[Kind, ...] = ("parameters", "gradients", "optimizer", "activations")
@@ -236,7 +237,7 @@ def rehearsal(limit: int | None = None) -> Iterator[Meter]:
     The tensors are torch's fake ones, with shapes alone: a step of a large network takes a fraction of a second, and the meter
     counts the very storages that it would count on the device. Raises BudgetError with the first byte beyond the limit.
     """
-    with fake_tensors(), Meter(REHEARSED_ON, limit) as meter:
+    with fake_tensors(), Meter(REHEARSED_ON, limit) as meter, FoldedFrames(lambda: meter.live):
         yield meter
 
 
