@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
-GRACE = 20.0
+GRACE = 30.0
 """Seconds that a check may go on when its share is over, before its process is killed."""
 
 START = 120.0

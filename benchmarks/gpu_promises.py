@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import partial
 from typing import Any
 
 import alternatives
@@ -32,7 +32,7 @@ from layerwise.engines.machine import machine
 from layerwise.engines.plan import plan
 from layerwise.engines.run import RunResult, UserObjects, run
 from layerwise.errors import Interrupted
-from layerwise.events import EpochDone, Event, StageDone, StepDone
+from layerwise.events import EpochDone, Event, StageDone, StageStarted, StepDone
 from layerwise.memory.device import context_bytes, release
 from layerwise.memory.meter import meter_for
 from layerwise.memory.plan import NARROW_ROOM, ROOMS, MemoryPlan
@@ -78,8 +78,8 @@ class Size:
     """Of the options of the paper's run."""
     batches: tuple[int, int]
     """A small batch and a large one."""
-    samples: dict[int, int]
-    """Of a run that is looked at while it trains, by its batch."""
+    traced: tuple[tuple[int, int], tuple[int, int]]
+    """Samples and epochs of the runs that are looked at while they train; seven in ten samples train, in whole batches."""
     stages: tuple[int, ...]
     """Which of them take single steps; others are like these."""
     rounds: int
@@ -87,8 +87,8 @@ class Size:
 
 
 SIZES = {
-    "paper": Size({}, (8, 64), {8: 192, 64: 384}, (0, 1, 5), 5),
-    "small": Size(SMALL, (4, 8), {4: 32, 8: 64}, (0, 2), 1),
+    "paper": Size({}, (8, 64), ((200, 1), (445, 4)), (0, 1, 5), 5),
+    "small": Size(SMALL, (4, 8), ((28, 1), (34, 2)), (0, 2), 1),
 }
 
 
@@ -109,8 +109,11 @@ class Bench:
     def __init__(self, size: str, folder: str) -> None:
         self.size, self.folder = SIZES[size], folder
         self.device = torch.device("cuda", 0)
+        self.runs: list[RunResult] = []
+        """Short runs with the same options, in folders of their own."""
         self.left: list[dict[str, int]] = []
-        """Of each whole run: what was on the device before and after it."""
+        """Of each short run: what was on the device before and after it."""
+        self._traced: dict[int, tuple[RunResult, DataSet, list[Trace]]] = {}
 
     def task(self, batch: int, samples: int, **changes: Any) -> tuple[Config, DataSet]:
         """Options and data of a run in a folder of its own."""
@@ -127,40 +130,42 @@ class Bench:
         specs = natural_stages(config, data)
         return config, [specs[number] for number in self.size.stages]
 
-    def short_run(self, place: tuple[Config, DataSet] | None = None) -> RunResult:
-        """place: what `short_task` gave an earlier run, which then goes on."""
-        config, data = place or self.short_task()
-        release(self.device)
-        before = self._on_device()
-        result = run(config, UserObjects(data=data))
-        self.left.append({**{f"{name}_before": value for name, value in before.items()}, **self._on_device()})
-        return result
-
     def short_task(self) -> tuple[Config, DataSet]:
+        """Of a run in two micro-batches."""
         batch = self.size.batches[0]
         return self.task(batch, 4 * batch, **{"memory.micro_batch": batch // 2}, **AS_IT_IS)
 
-    @cached_property
-    def first(self) -> RunResult:
-        """The short run."""
-        return self.short_run()
+    def short_run(self, findings: Findings, task: tuple[Config, DataSet]) -> RunResult:
+        """The run, or what is left of it where it was stopped."""
+        release(self.device)
+        before = self._on_device()
+        with stopped_in_time(findings) as stop:
+            result = run(task[0], UserObjects(data=task[1]), stop=stop)
+        self.left.append({**{f"{name}_before": value for name, value in before.items()}, **self._on_device()})
+        return result
 
-    @cached_property
-    def second(self) -> RunResult:
-        """The short run in another folder."""
-        return self.short_run()
+    def short_runs(self, findings: Findings, count: int) -> list[RunResult]:
+        """As many of them, with the same options."""
+        while len(self.runs) < count:
+            self.runs.append(self.short_run(findings, self.short_task()))
+        return self.runs[:count]
 
-    @cache  # noqa: B019 - it lives as long as the process
-    def traced(self, batch: int) -> tuple[RunResult, DataSet, list[Trace]]:
+    def traced(self, findings: Findings, large: bool) -> tuple[RunResult, DataSet, list[Trace]]:
         """A run, its data, and what was seen of its stages."""
-        config, data = self.task(batch, self.size.samples[batch], **{"memory.micro_batch": batch}, **AS_IT_IS)
-        seen = _Watcher()
-        result = run(config, UserObjects(data=data), notify=seen)
-        traces = [
-            Trace(steps, len(data.ids), record.cache_bytes or 0, seconds)
-            for steps, record, seconds in zip(seen.steps, result.state.stages, seen.caching, strict=True)
-        ]
-        return result, data, traces
+        batch = self.size.batches[large]
+        if batch not in self._traced:
+            samples, epochs = self.size.traced[large]
+            options = {"memory.micro_batch": batch, "training.max_epochs": epochs, **AS_IT_IS}
+            config, data = self.task(batch, samples, **options)
+            seen = _Watcher()
+            with stopped_in_time(findings) as stop:
+                result = run(config, UserObjects(data=data), notify=seen, stop=stop)
+            traces = [
+                Trace(steps, len(data.ids), record.cache_bytes or 0, seconds)
+                for steps, record, seconds in zip(seen.steps, result.state.stages, seen.caching, strict=True)
+            ]
+            self._traced[batch] = result, data, traces
+        return self._traced[batch]
 
     def _on_device(self) -> dict[str, int]:
         free, total = torch.cuda.mem_get_info(self.device)
@@ -170,20 +175,21 @@ class Bench:
 
 
 class _Watcher:
-    """Traces the steps of each stage but the first two and the last of an epoch, and takes the time of its caching pass."""
+    """Traces each stage's steps, but for the first two of an epoch, and takes the time of its caching pass."""
 
     def __init__(self) -> None:
         self.steps: list[Traced] = []
         self.caching: list[float] = []
-        self._trained = 0.0
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, StepDone):
+        if isinstance(event, StageStarted):
+            self.steps.append(Traced())
+        elif isinstance(event, StepDone):
             if event.step == 1:
                 self._tracer = Tracer()
                 self._tracer.start()
             elif event.step == event.steps - 1:
-                self.steps.append(self._tracer.stop(event.step - 1))
+                self.steps[-1] += self._tracer.stop(event.step - 1)
         elif isinstance(event, EpochDone):
             self._trained = time.perf_counter()
         elif isinstance(event, StageDone):
@@ -370,22 +376,22 @@ def relative(one: float, other: float) -> float:
 
 def same_twice(bench: Bench, findings: Findings) -> None:
     """Bits of two runs with the same options."""
-    compare_bits(findings, bench.first, bench.second)
+    compare_bits(findings, *bench.short_runs(findings, 2))
 
 
 def resumed(bench: Bench, findings: Findings) -> None:
     """Bits of a run that was stopped in its second stage, and went on."""
-    expected, place, stop = bench.first, bench.short_task(), StopFlag()
+    (expected,), task, stop = bench.short_runs(findings, 1), bench.short_task(), StopFlag()
 
     def ask(event: Event) -> None:
         if isinstance(event, StepDone) and event.stage == 2:
             stop.ask("the check")
 
     with suppress(Interrupted):
-        run(place[0], UserObjects(data=place[1]), notify=ask, stop=stop)
-    if RunStore.of(place[0].out, place[0].cache.dir).load_state().done:
+        run(task[0], UserObjects(data=task[1]), notify=ask, stop=stop)
+    if RunStore.of(task[0].out, task[0].cache.dir).load_state().done:
         raise AssertionError("the run was not stopped, though it was asked to be")
-    compare_bits(findings, expected, bench.short_run(place))
+    compare_bits(findings, expected, bench.short_run(findings, task))
 
 
 def compare_bits(findings: Findings, one: RunResult, other: RunResult) -> None:
@@ -407,7 +413,7 @@ def compare_bits(findings: Findings, one: RunResult, other: RunResult) -> None:
 
 def left_behind(bench: Bench, findings: Findings) -> None:
     """What is on the device behind a run that was not there before; and behind a second one."""
-    _ = bench.first, bench.second
+    bench.short_runs(findings, 2)
     settled = bench.left[0]["beside"]
     for number, seen in enumerate(bench.left, start=1):
         findings.add(
@@ -421,7 +427,7 @@ def left_behind(bench: Bench, findings: Findings) -> None:
 
 def busy(bench: Bench, findings: Findings, large: bool) -> None:
     """Of a step: kernels, copies and waits, the time of kernels and that of the clock. With reading and everything."""
-    _, _, traces = bench.traced(bench.size.batches[large])
+    _, _, traces = bench.traced(findings, large)
     for stage, seen in enumerate((trace.steps for trace in traces), start=1):
         steps = seen.steps
         figures = {"stage": stage, "steps": steps, "step_ms": round(1e3 * seen.seconds / steps, 2)}
@@ -444,7 +450,7 @@ def busy(bench: Bench, findings: Findings, large: bool) -> None:
 
 def caching(bench: Bench, findings: Findings) -> None:
     """How fast stages were cached, and how far the last cache is from what the encoder gives on the CPU."""
-    result, data, traces = bench.traced(bench.size.batches[0])
+    result, data, traces = bench.traced(findings, large=False)
     for stage, trace in enumerate(traces, start=1):
         findings.add(
             None,

@@ -4,7 +4,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ WAITS = {AT_THE_END, "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcp
 class Traced:
     """Of so many steps in a row."""
 
-    steps: int
-    seconds: float
+    steps: int = 0
+    seconds: float = 0.0
     """By the clock."""
     busy: float = 0.0
     """Seconds in which a kernel ran."""
@@ -29,6 +29,9 @@ class Traced:
     """Between host and device."""
     waits: int = 0
     """How often the host waited for the device."""
+
+    def __add__(self, other: "Traced") -> "Traced":
+        return Traced(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     @classmethod
     def of(cls, events: Iterable[dict[str, Any]], steps: int, seconds: float) -> "Traced":

@@ -76,7 +76,7 @@ def test_a_budget_that_the_card_has_not_is_not_measured(bench: gpu_promises.Benc
 def test_other_weights_break_the_promise_of_the_same_bits(bench: gpu_promises.Bench) -> None:
     batch = bench.size.batches[0]
     config, data = bench.task(batch, 4 * batch, **{"training.seed": 1, "memory.micro_batch": batch})
-    bench.second = run(config, UserObjects(data=data))
+    bench.runs.append(run(config, UserObjects(data=data)))
     seen = outcome("same bits twice", bench)
     assert (seen.status, seen.why) == ("failed", "not so in 1 of 1 rows")
     assert seen.rows[0]["largest_difference"] > 0
@@ -108,7 +108,9 @@ def test_a_trace_is_counted() -> None:
         {"cat": "cuda_runtime", "name": "cudaStreamSynchronize", "ts": 330, "dur": 5},
         {"ph": "M", "name": "process_name"},
     ]
-    assert Traced.of(events, steps=2, seconds=0.001) == Traced(2, 0.001, 100e-6, kernels=3, copies=1, waits=1)
+    seen = Traced.of(events, steps=2, seconds=0.001)
+    assert seen == Traced(2, 0.001, 100e-6, kernels=3, copies=1, waits=1)
+    assert seen + seen == Traced(4, 0.002, 200e-6, kernels=6, copies=2, waits=2)
 
 
 def test_without_a_gpu_one_sentence_says_so() -> None:
