@@ -497,6 +497,7 @@ def others(bench: Bench, findings: Findings) -> None:
     peaks = dict(zip([row.name for row in rows], [step.peak for step in steps], strict=True))
     plain, streamed = peaks["plain"], min(peaks[name] for name in ROWS if name != "plain")
     for row, step in zip(rows, steps, strict=True):
+        findings.raise_if_over()
         counted = alternatives.rehearsed(workload, row)
         limit = streamed if "smallest" in row.name else plain
         findings.add(
