@@ -96,8 +96,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 else:
                     rng = np.random.default_rng(zlib.crc32(name.encode()))
                     times = np.arange(rng.integers(2000, 5000)) / 8000
-                    tone = 0.2 * np.sin(2 * np.pi * (200 * (digit + 1) + 10 * len(speaker)) * times)
-                    soundfile.write(folder / name, tone + 0.1 * rng.standard_normal(len(times)), 8000)
+                    tone = 0.3 * np.sin(2 * np.pi * (200 * (digit + 1) + 10 * len(speaker)) * times)
+                    soundfile.write(folder / name, tone + 0.01 * rng.standard_normal(len(times)), 8000)
     return folder
 
 
