@@ -103,6 +103,7 @@ class StageWork:
         return total
 
 
+@memoised_per(StageSpec)
 def step_cost(config: Config, spec: StageSpec, plan: MemoryPlan, flops_per_byte: int) -> tuple[float, ...]:
     """What plans are ordered by: the predicted time of a step, in operations; of the same time, the plan in fewer pieces."""
     flops, moved = step_flops(config, spec, plan), step_moved(config, spec, plan)
