@@ -325,6 +325,13 @@ class Config(Section):
     cache: CacheOptions = CacheOptions()
     engine: EngineOptions = EngineOptions()
 
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """Equal for runs whose like stages take the same on the device, under whatever budget and wherever they lie."""
+        settings = [*vars(self.training).items(), *vars(self.memory).items()]
+        apart = {"stages", "gpu_mem", "flops_per_byte"}
+        return self.objective, self.cache.dtype, *[value for name, value in settings if name not in apart]
+
     def to_toml(self) -> str:
         """The resolved configuration as TOML; options without a value are left out."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))

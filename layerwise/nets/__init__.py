@@ -1,5 +1,7 @@
 """Networks and how they are cut into gradient-isolated modules."""
 
+from functools import lru_cache
+
 from layerwise.config import OWN, Config, NetOptions
 from layerwise.errors import ConfigError
 from layerwise.nets.named import named_network
@@ -14,12 +16,18 @@ def build_network(net: NetOptions, frame_shape: tuple[int, ...], seed: int = 0) 
     seed: of the first weights of a network that brings them along. Raises ConfigError.
     """
     if net.name in PAPER:
-        return PAPER[net.name](net, frame_shape[0])
+        return _paper_network(net, frame_shape[0])
     if net.name == OWN:
         raise ConfigError(
             "The network of this run was given as an object, in Python; give it again there, as network=."
         )
     return named_network(net.name, frame_shape, seed)
+
+
+@lru_cache(maxsize=8)
+def _paper_network(net: NetOptions, channels: int) -> Network:
+    """The same object for the same options: what is worked out for it once is known to all runs of a process."""
+    return PAPER[net.name](net, channels)
 
 
 PAPER = {"speech": speech_network, "vision": vision_network}

@@ -103,6 +103,7 @@ class StageWork:
         return total
 
 
+@memoised_per(StageSpec)
 def step_cost(config: Config, spec: StageSpec, plan: MemoryPlan, flops_per_byte: float) -> tuple[float, ...]:
     """What plans are ordered by: the predicted time of a step, in operations; of the same time, the plan in fewer pieces."""
     pieces = plan.batch_size / plan.micro_batch, plan.parts, plan.predictors and 1 / plan.predictors

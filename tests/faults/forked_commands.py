@@ -6,6 +6,7 @@ import gc
 import importlib
 import os
 import resource
+import select
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import torch
 
 # A process whose first backward pass is one on fake tensors cannot be forked any more: torch prepares for GPUs then.
@@ -62,22 +64,18 @@ def begin(action: Callable[[], object], folder: Path, streams: Path) -> int:
 def end(child: int, streams: Path, longest: float = LONGEST_SECONDS) -> Ended:
     """Waits for the process, and kills it where it hangs."""
     deadline, worked, since = time.monotonic() + longest, -1, time.monotonic()
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            code = os.waitstatus_to_exitcode(status)
-            break
-        time.sleep(0.002)
+    handle, killed = os.pidfd_open(child), False
+    while not select.select([handle], [], [], 0.05)[0]:
         state, work = _state(child)
         if work != worked or state == "R":
             worked, since = work, time.monotonic()
         if time.monotonic() > min(deadline, since + STILL_SECONDS):
             os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            code = None
-            break
+            killed = True
+    os.close(handle)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     out, err = ((streams / name).read_text(errors="replace") for name in ("out", "err"))
-    return Ended(code, out, err)
+    return Ended(None if killed else code, out, err)
 
 
 def call(action: Callable[[], object], folder: Path, streams: Path) -> Ended:
@@ -124,8 +122,9 @@ def _act(action: Callable[[], object], folder: Path, streams: Path) -> None:
             with open(streams / "modules", "a") as file:
                 print(*sorted(imported), file=file)
         gc.collect()
-        # Not Python's end, which would clean up behind this process, but that of the libraries: HDF5 writes in it.
-        ctypes.CDLL(None).exit(code if isinstance(code, int) else 1)
+        # Not Python's end, which would clean up behind this process, nor that of torch, which takes long; HDF5 writes in its.
+        ctypes.CDLL(h5py.h5.__file__).H5close()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 def _state(child: int) -> tuple[str, int]:

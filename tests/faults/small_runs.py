@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
+import torch
 from forked_commands import Ended, call, import_what_commands_import, layerwise
 from safetensors.numpy import load_file
 
@@ -284,6 +285,21 @@ class World:
         return self.arena
 
 
+def plan_run(data: Path) -> None:
+    """Plans the small run in this process, so that no fork of it need work out what its stages take."""
+    from layerwise.config import resolve
+    from layerwise.data.open import open_data
+    from layerwise.nets import shortest_sample
+    from layerwise.stop import StopFlag
+    from layerwise.training.budget import fit_to_budget
+    from layerwise.training.cache_plan import CachePlan
+    from layerwise.training.cut import cut_network
+
+    config, device = resolve(overrides=OPTIONS | {"data.source": f"fsdd:{data}"}), torch.device("cpu")
+    stages = cut_network(config, open_data(config.data, shortest_sample(config)), device)
+    fit_to_budget(config, stages, CachePlan((True,) * len(stages)), device, set(), StopFlag())
+
+
 Makes = Mapping[str, Sequence[Callable[[], object]]]
 
 
@@ -315,6 +331,7 @@ def make_world(base: Path, makes: Makes) -> World:
         world.arena.rename(world.states[state])
         if state == "finished":
             import_what_commands_import(world.streams)
+            plan_run(base / "data")
     arena = world.enter("finished")
     ended = call(layerwise("export", "run", "-o", "handed"), arena, world.streams)
     assert ended.code == 0, ended.err

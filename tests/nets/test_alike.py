@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from layerwise.config import Config
+from layerwise.config import Config, with_options
 from layerwise.memory.plan import MemoryPlan
 from layerwise.nets.alike import layer_traits
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
+from layerwise.training.budget import allowed_plans
 from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec
+from layerwise.training.work import step_moved
 
 Planned = Callable[..., tuple[Config, list[StageSpec]]]
 
@@ -163,3 +165,39 @@ def test_stages_of_equal_blocks_share_what_is_predicted_for_one_of_them(planned_
     for plan in (MemoryPlan(2, 2), MemoryPlan(2, 1, optimizer_on_host=True, predictors=1, parts=2)):
         assert training_peak(config, alone, plan) == training_peak(config, stages[1], plan)
         assert training_peak(config, stages[2], plan) is training_peak(config, stages[1], plan)
+
+
+def test_runs_with_other_budgets_in_other_places_share_what_is_predicted(planned_stages: Planned) -> None:
+    config, stages = planned_stages("speech")
+    elsewhere = {"out": "elsewhere", "cache.dir": "elsewhere", "memory.gpu_mem": "1GB", "training.stages": 4}
+    other, same = planned_stages("speech", **elsewhere)
+    for one, another in zip(stages, same, strict=True):
+        assert training_peak(config, one, MemoryPlan(4, 4)) is training_peak(other, another, MemoryPlan(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("training.precision", "bfloat16"),
+        ("cache.dtype", "float32"),
+        ("objective.steps", 2),
+        ("objective.negatives", 8),
+        ("objective.projection", 2),
+    ],
+)
+def test_a_run_whose_stages_take_something_else_is_predicted_by_itself(
+    planned_stages: Planned, option: str, value: object
+) -> None:
+    config, (_, stage, *_) = planned_stages("speech")
+
+    def predicted(asked: Config) -> tuple[int, int]:
+        return training_peak(asked, stage, MemoryPlan(4, 4)).bytes, step_moved(asked, stage, MemoryPlan(4, 4))
+
+    assert predicted(config) != predicted(with_options(config, {option: value}))
+
+
+@pytest.mark.parametrize(("option", "value"), [("micro_batch", 2), ("recompute", "never"), ("optimizer", "device")])
+def test_a_run_that_allows_other_plans_has_them(planned_stages: Planned, option: str, value: object) -> None:
+    config, (*_, stage) = planned_stages("speech", **{"training.stages": 2})
+    other = with_options(config, {f"memory.{option}": value})
+    assert allowed_plans(config, stage) != allowed_plans(other, stage)
