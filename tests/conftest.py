@@ -17,11 +17,16 @@ import torch
 from hypothesis import settings
 
 from layerwise.config import Config, resolve
+from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.data.synthesis import synthesise_corpus
 from layerwise.engines.run import RunResult, run
 from layerwise.evaluate.probe import probe
+from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
+from layerwise.stop import StopFlag
+from layerwise.training.budget import fit_to_budget
+from layerwise.training.cache_plan import CachePlan
 from layerwise.training.cut import cut_network
 from layerwise.training.spec import StageSpec
 
@@ -109,6 +114,18 @@ def few_digits(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if path.name[0] in "01" and path.name.split("_")[1] in ("george", "jackson", "lucas"):
             (folder / path.name).symlink_to(path)
     return folder
+
+
+@pytest.fixture(scope="session")
+def plan_ahead() -> Callable[[Config], None]:
+    """plan_ahead(config) plans that run in this process, so that no fork of it need work out what its stages take."""
+
+    def plan(config: Config) -> None:
+        device = torch.device("cpu")
+        stages = cut_network(config, open_data(config.data, shortest_sample(config)), device)
+        fit_to_budget(config, stages, CachePlan((True,) * len(stages)), device, set(), StopFlag())
+
+    return plan
 
 
 @pytest.fixture
