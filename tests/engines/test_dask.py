@@ -1,13 +1,14 @@
 """A real Dask scheduler and its workers on loopback: the same bits as one process."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+from forked_python import ForkedPython
 from safetensors.numpy import load_file
 
 from layerwise.config import Config
@@ -17,7 +18,7 @@ from layerwise.events import Event, StageStarted
 from layerwise.run_store import RunState, RunStore
 from layerwise.stop import StopFlag
 
-pytest.importorskip("distributed")
+dask, distributed = pytest.importorskip("dask"), pytest.importorskip("distributed")
 
 Tiny = Callable[..., Config]
 ROUNDS = {"training.rounds": 2, "training.max_epochs": 16, "engine.name": "dask"}
@@ -27,57 +28,50 @@ def bits(out: str | Path) -> dict[str, bytes]:
     return {name: value.tobytes() for name, value in load_file(Path(out) / "encoder.safetensors").items()}
 
 
-@pytest.fixture(scope="module")
-def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a scheduler with two worker processes, each with a nanny that replaces it.
+@dataclass(frozen=True)
+class Cluster:
+    """A scheduler, and two nannies which each replace their worker process."""
 
-    The nannies import torch, and fork their workers: a new interpreter for each takes seconds.
-    """
+    address: str
+    nannies: list[psutil.Process]
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        return [worker for nanny in self.nannies for worker in nanny.children()]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """All its processes are forks of this one."""
     folder = tmp_path_factory.mktemp("dask")
-    forking = {
-        "DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "fork",
-        "DASK_DISTRIBUTED__NANNY__PRELOAD": "['layerwise.engines.dask', 'torch._dynamo']",
-    }
-    file, quiet = folder / "scheduler.json", os.environ | forking | {"OMP_NUM_THREADS": "1"}
+    file = folder / "scheduler.json"
     scheduler = ["scheduler", "--scheduler-file", str(file), "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
     worker = ["worker", "--scheduler-file", str(file), "--nthreads", "1", "--memory-limit", "0", "--no-dashboard"]
     processes = []
-    with (folder / "log.txt").open("w") as log:
+    with (folder / "log.txt").open("w") as log, dask.config.set({"distributed.worker.multiprocessing-method": "fork"}):
         for command in (scheduler, worker, worker):
             command = [sys.executable, "-m", "distributed.cli.dask_" + command[0], *command[1:]]
-            processes.append(psutil.Popen(command, cwd=folder, env=quiet, stdout=log, stderr=log))
-        from distributed import Client
-
-        deadline = time.monotonic() + 60
-        while not file.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        with Client(scheduler_file=str(file)) as client:
-            client.wait_for_workers(2, timeout=60)
-            address = client.scheduler.address
-        yield address
-        for process in reversed(processes):
-            for each in [*process.children(recursive=True), process]:
-                each.kill()
-            process.wait()
+            processes.append(ForkedPython(command, cwd=folder, stdout=log, stderr=log))
+    deadline = time.monotonic() + 60
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with distributed.Client(scheduler_file=str(file)) as client:
+        client.wait_for_workers(2, timeout=60)
+        address = client.scheduler.address
+    yield Cluster(address, [psutil.Process(process.pid) for process in processes[1:]])
+    for process in reversed(processes):
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()
+        process.wait()
 
 
 @pytest.fixture
-def config(tiny_speech: Tiny, digits: Path, scheduler: str) -> Config:
-    return tiny_speech(f"fsdd:{digits}", **ROUNDS, **{"engine.scheduler": scheduler})
-
-
-def workers() -> list[psutil.Process]:
-    """Worker processes below nannies."""
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if "dask_worker" in " ".join(process.info["cmdline"] or [])
-        for process in process.children()
-    ]
+def config(tiny_speech: Tiny, digits: Path, cluster: Cluster) -> Config:
+    return tiny_speech(f"fsdd:{digits}", **ROUNDS, **{"engine.scheduler": cluster.address})
 
 
 def test_workers_of_a_cluster_end_with_the_bits_of_one_process_though_one_is_killed(
-    config: Config, tiny_speech: Tiny, digits: Path, tmp_path: Path
+    config: Config, cluster: Cluster, tiny_speech: Tiny, digits: Path, tmp_path: Path
 ) -> None:
     alone = tiny_speech(f"fsdd:{digits}", out=str(tmp_path / "alone"), **ROUNDS | {"engine.name": "local"})
     run(alone)
@@ -87,7 +81,7 @@ def test_workers_of_a_cluster_end_with_the_bits_of_one_process_though_one_is_kil
     def kill_whoever_trains(event: Event) -> None:
         if not killed:
             # Whoever holds the lock of the round is in the middle of its task; events may come too late for that.
-            busy = [worker for worker in workers() if str(lock) in [file.path for file in worker.open_files()]]
+            busy = [worker for worker in cluster.workers if str(lock) in [file.path for file in worker.open_files()]]
             for worker in busy[:1]:
                 killed.append(worker.pid)
                 worker.kill()
@@ -97,12 +91,14 @@ def test_workers_of_a_cluster_end_with_the_bits_of_one_process_though_one_is_kil
     assert bits(config.out) == bits(alone.out)
 
 
-def test_a_task_whose_workers_die_three_times_ends_the_run_with_the_end_of_a_log(config: Config) -> None:
+def test_a_task_whose_workers_die_three_times_ends_the_run_with_the_end_of_a_log(
+    config: Config, cluster: Cluster
+) -> None:
     lock, killed = RunStore.of(config.out, config.cache.dir).round(1, 2).task_lock, []
 
     def kill_whoever_trains_the_first_stage(event: Event) -> None:
         if isinstance(event, StageStarted) and len(killed) < 3:
-            (busy,) = [worker for worker in workers() if str(lock) in [file.path for file in worker.open_files()]]
+            (busy,) = [worker for worker in cluster.workers if str(lock) in [file.path for file in worker.open_files()]]
             killed.append(busy.pid)
             busy.kill()
 
