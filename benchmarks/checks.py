@@ -121,6 +121,9 @@ def apart(checks: Sequence[Check], shared: Callable[[], Any], end: float) -> Ite
     spawning = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     left = list(checks)
     while left:
+        if time.time() >= end:
+            yield from in_turn(left, None, end)  # none of them is run
+            return
         receiver, sender = spawning.Pipe(duplex=False)
         process = spawning.Process(target=_work, args=(left, shared, end, sender), daemon=True)
         process.start()
@@ -131,7 +134,7 @@ def apart(checks: Sequence[Check], shared: Callable[[], Any], end: float) -> Ite
             trusted = not outcome.crashed
             del left[0]
             yield outcome
-        process.join(None if trusted else GRACE)
+        process.join(GRACE)
         if process.is_alive():
             process.kill()
             process.join()
@@ -154,13 +157,15 @@ def _awaited(check: Check, process: Any, receiver: Connection) -> Outcome:
             raise TimeoutError
         return receiver.recv()
 
-    started = time.time()
+    started, status, why = time.time(), "failed", f"its process had not begun after {START:.0f} s, and was killed"
     try:
         until = received(START)
+        status, why = "not run", f"it had not ended {GRACE:.0f} s after its share of the time was over, and was killed"
         return received(until + GRACE - time.time())
     except TimeoutError:
-        why = f"it had not ended {GRACE:.0f} s after its share of the time was over, and was killed"
-    except EOFError:
+        pass
+    except (EOFError, OSError):
+        status = "failed"
         process.join()
         why = f"its process ended with exit code {process.exitcode}"
-    return Outcome(check.name, check.promise, "failed", why, round(time.time() - started, 1), crashed=True)
+    return Outcome(check.name, check.promise, status, why, round(time.time() - started, 1), crashed=True)

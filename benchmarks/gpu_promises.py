@@ -265,10 +265,11 @@ def memory(bench: Bench, findings: Findings, budget: str, large: bool) -> None:
         if not isinstance(event, StageDone):
             return
         record, expected = store.load_state().record(event.stage), forecast.stages[event.stage - 1]
-        requested = record.train_peak_bytes or 0, record.cache_peak_bytes or 0
+        assert record.train_peak_bytes and record.cache_peak_bytes and record.driver_bytes, "no peak was recorded"
+        requested = record.train_peak_bytes, record.cache_peak_bytes
         predicted = expected.train_peak_bytes, expected.cache_peak_bytes
         sampled = watch.take()
-        most = max(sampled, record.driver_bytes or 0)
+        most = max(sampled, record.driver_bytes)
         findings.add(
             most <= allowed and all(r <= p for r, p in zip(requested, predicted, strict=True)),
             stage=event.stage,
@@ -279,7 +280,7 @@ def memory(bench: Bench, findings: Findings, budget: str, large: bool) -> None:
             caching_predicted_mb=mega(predicted[1]),
             caching_requested_mb=mega(requested[1]),
             reserved_mb=mega(record.allocator_bytes or 0),
-            driver_mb=mega(record.driver_bytes or 0),
+            driver_mb=mega(record.driver_bytes),
             sampled_mb=mega(sampled),
             budget_mb=mega(allowed),
         )
@@ -324,7 +325,7 @@ def against_cpu(bench: Bench, findings: Findings) -> None:
         first, second = (relative(*pair) for pair in zip(losses, expected, strict=True))
         first_exact, second_exact = (relative(*pair) for pair in zip(exact, expected, strict=True))
         findings.add(
-            first <= LOSSES_AGREE and first_exact <= CLOSE,
+            max(first, second_exact) <= LOSSES_AGREE and first_exact <= CLOSE,
             stage=spec.stage,
             loss=round(expected[0], 5),
             off=float(f"{first:.1e}"),
@@ -395,9 +396,9 @@ def resumed(bench: Bench, findings: Findings) -> None:
 
 
 def compare_bits(findings: Findings, one: RunResult, other: RunResult) -> None:
-    """A row for each stage of the first run that has other weights in the second, or one that says that none has."""
-    names = load_file(one.paths.encoder)
-    others = load_file(other.paths.encoder)
+    """A row that says how many tensors of the encoder differ, and by how much."""
+    names, others = load_file(one.paths.encoder), load_file(other.paths.encoder)
+    assert names.keys() == others.keys(), "the runs made encoders of other tensors"
     different = [name for name, value in names.items() if value.tobytes() != others[name].tobytes()]
     off = max((float(np.abs(names[name] - others[name]).max()) for name in different), default=0.0)
     losses = [relative(b.best_loss, a.best_loss) for a, b in zip(one.state.stages, other.state.stages, strict=True)]
@@ -530,7 +531,10 @@ CHECKS = (
     Check("layouts", f"{_SAME_WEIGHTS}, at the precision of a run", 20, layouts),
     Check("layouts, exact", f"{_SAME_WEIGHTS}, without TF32", 20, layouts_exactly),
     Check(
-        "against the CPU", f"losses are those of the CPU to {LOSSES_AGREE}, without TF32 to {CLOSE}", 15, against_cpu
+        "against the CPU",
+        f"losses are those of the CPU to {LOSSES_AGREE}, without TF32 the first to {CLOSE}",
+        15,
+        against_cpu,
     ),
     Check("same bits twice", "the same run twice in a process gives the same bits", 30, same_twice),
     Check("resume", "a run that was stopped goes on to the same bits", 20, resumed),

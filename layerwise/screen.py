@@ -26,9 +26,10 @@ def printable(text: str) -> str:
 
 def abridged(text: str) -> str:
     """The text without its middle where it is longer than a sentence can be: it repeats a value of a foreign file, say."""
-    left_out = len(text) - LONGEST_SENTENCE
+    if len(text) <= LONGEST_SENTENCE:
+        return text
     half = LONGEST_SENTENCE // 2
-    return f"{text[:half]} [{left_out} letters left out] {text[-half:]}" if left_out > 0 else text
+    return f"{text[:half]} [{len(text) - LONGEST_SENTENCE} letters left out] {text[-half:]}"
 
 
 class Screen(io.TextIOBase):

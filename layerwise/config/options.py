@@ -327,9 +327,9 @@ class Config(Section):
 
     @property
     def alike(self) -> tuple[object, ...]:
-        """Equal for runs whose like stages take the same on the device, under whatever budget and wherever they lie."""
+        """Runs in which this is equal take the same on the device, stage by like stage, whatever their budgets."""
         settings = [*vars(self.training).items(), *vars(self.memory).items()]
-        apart = {"stages", "gpu_mem", "flops_per_byte"}
+        apart = {"stages", "device", "checkpoint_seconds", "log", "gpu_mem", "flops_per_byte"}
         return self.objective, self.cache.dtype, *[value for name, value in settings if name not in apart]
 
     def to_toml(self) -> str:

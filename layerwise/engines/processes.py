@@ -97,7 +97,7 @@ def _messages(workers: Sequence[_Worker]) -> Iterator[tuple[_Worker, Event | Ans
     for worker in [worker for worker in workers if worker.connection in telling]:
         try:
             message = worker.connection.recv()
-        except (EOFError, OSError):  # perhaps it has ended within a message
+        except Exception:  # it has ended, perhaps within a message; or what it sent cannot be read
             message = EOFError()
         yield worker, message
 
@@ -124,7 +124,7 @@ def _start(device: str, log: Path, run: Run) -> _Worker:
 
 def _replacement(worker: _Worker, deaths: int, run: Run, notify: Notify) -> _Worker:
     """Another worker in the place of one that has died. Raises RunError where its task has had enough of them."""
-    code, task = worker.process.wait(), worker.task
+    code, task = _end_of(worker), worker.task
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     if deaths >= ATTEMPTS:
         what = f"Stage {task.stage} in round {task.round}" if task else "A worker without a task"
@@ -135,6 +135,15 @@ def _replacement(worker: _Worker, deaths: int, run: Run, notify: Notify) -> _Wor
         )
     notify(Message(f"the worker on {worker.device} {how}; another takes its place"))
     return _start(worker.device, worker.log, run)
+
+
+def _end_of(worker: _Worker) -> int:
+    """The exit code of a worker whose connection has ended; what it does after that is not waited for long."""
+    try:
+        return worker.process.wait(PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        worker.process.kill()
+        return worker.process.wait()
 
 
 def _end(workers: Sequence[_Worker], notify: Notify) -> None:

@@ -45,11 +45,13 @@ def _tell(connection: Connection, message: Event | Answer) -> None:
 
 
 def _listen(connection: Connection, tasks: "SimpleQueue[Task | None]", stop: StopFlag) -> None:
-    with suppress(EOFError, OSError):  # whoever sent tasks has ended
-        while task := connection.recv():
-            tasks.put(task)
-    stop.ask("the process that sent it tasks")
-    tasks.put(None)
+    try:
+        with suppress(EOFError, OSError):  # whoever sent tasks has ended
+            while task := connection.recv():
+                tasks.put(task)
+    finally:
+        stop.ask("the process that sent it tasks")
+        tasks.put(None)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Rehearses recurrent layers in fewer and wider steps: every frame is a step, and takes its time without values too."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ STEPS = 32
 of a training step."""
 
 _PER_FRAME = {"gru": 9, "lstm": 9, "rnn_tanh": 9, "rnn_relu": 9}
-"""Functions of torch that take a step for every frame, with the arguments of their form for unpacked sequences."""
+"""Functions of torch that take a step for every frame, with the number of their arguments; the fourth one is a bool where the
+sequences are not packed."""
 
 
 class FoldedFrames(TorchFunctionMode):
@@ -29,7 +30,7 @@ class FoldedFrames(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if _PER_FRAME.get(name) != len(args) or kwargs or not isinstance(args[2], Sequence):
+        if _PER_FRAME.get(name) != len(args) or kwargs or not isinstance(args[3], bool):
             return func(*args, **(kwargs or {}))
         frames, states, *others = args
         batch, time = (0, 1) if args[-1] else (1, 0)

@@ -115,7 +115,7 @@ class RoundState:
 
 
 def round_states(store: RunStore, state: RunState) -> list[RoundState]:
-    """Every round that is prepared, in order; none of a run that has one alone. state: of the run.
+    """Every round that is prepared, in order; an empty list where the run has a single one. state: of the run.
 
     Raises RunError where one cannot be read, or is another's.
     """

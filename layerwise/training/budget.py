@@ -169,9 +169,9 @@ def _too_small(config: Config, spec: StageSpec, needed: int) -> str:
     why = f" ({whole}, so the batch cannot be sliced)" if whole else ""
     lower = {"steps": ["data.window"], "patches": ["data.crop"], "whole": []}[config.data.frames]
     lower += ["net.width"] if config.net.name in PAPER_NETWORKS else []
-    lower = ["--batch-size", *lower] if whole or not lower else lower
-    finer = ", or cut into more --stages" if len(spec.layers) > 1 else ""
+    ways = [f"lower {' or '.join(['--batch-size', *lower] if whole else lower)}"] if whole or lower else []
+    ways += ["cut into more --stages"] if len(spec.layers) > 1 else []
     return (
         f"--gpu-mem {(budget or 0) / 1e6:g} MB is too small: stage {spec.stage} needs {math.ceil(needed / 1e4) / 100:g} MB "
-        f"even as {last}{why}. Give at least that, or lower {' or '.join(lower)}{finer}."
+        f"even as {last}{why}. {', or '.join(['Give at least that', *ways])}."
     )

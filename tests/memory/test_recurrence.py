@@ -70,6 +70,14 @@ def test_it_takes_a_quarter_of_the_operations_for_a_quarter_of_the_steps() -> No
     assert 0.2 < counts[1] / counts[0] < 0.35
 
 
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_packed_sequences_are_taken_as_they_are(kind: type[nn.RNNBase]) -> None:
+    packed = nn.utils.rnn.pack_padded_sequence(torch.zeros(128, 4, 8), torch.tensor([128, 100, 90, 80]))
+    layer = kind(8, 16)
+    with FoldedFrames(lambda: 0):
+        assert layer(packed)[0].data.shape == (398, 16)
+
+
 def test_a_number_of_frames_without_a_divisor_is_taken_as_it_is() -> None:
     with rehearsal():
         outputs, state = nn.GRU(8, 16, batch_first=True)(torch.zeros(4, 127, 8))
