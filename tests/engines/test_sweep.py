@@ -20,11 +20,14 @@ from layerwise.forecast import END_TO_END
 from layerwise.report.html import write_report
 from layerwise.report.tables import cheapest_cut, forecast_lines, forecast_table, sweep_table
 
+BUDGET = {"memory.flops_per_byte": 16, "training.batch_size": 2}
+"""Few plans, in an order that does not depend on the machine."""
+
 
 def test_a_sweep_has_a_row_for_each_of_several_cuts_and_names_the_one_of_the_least_time(
     tiny_speech: Callable[..., Config], digits: Path
 ) -> None:
-    config = tiny_speech(f"fsdd:{digits}", **{"memory.gpu_mem": "1MB", "memory.flops_per_byte": 16})
+    config = tiny_speech(f"fsdd:{digits}", **BUDGET, **{"memory.gpu_mem": "1MB"})
     forecasts = sweep(config)
     layers = sum(stage.layers for stage in forecasts[0].stages)
     assert [len(each.stages) for each in forecasts] == sorted({1, 2, 3, layers})
@@ -38,8 +41,9 @@ def test_a_sweep_has_a_row_for_each_of_several_cuts_and_names_the_one_of_the_lea
     assert f"--stages {len(best.stages)})" in cheapest_cut(forecasts)
 
 
+@pytest.mark.usefixtures("small_demo")
 def test_tables_of_plans_are_whole_on_a_terminal_of_80_columns_and_layouts_stand_below() -> None:
-    forecast = plan(resolve(overrides={"training.stages": 6, "memory.gpu_mem": "10MB", "memory.flops_per_byte": 16}))
+    forecast = plan(resolve(overrides={**BUDGET, "net.context": 0, "memory.gpu_mem": "4MB"}))
     assert {stage.fits for stage in forecast.stages} == {True}
     for shown in (forecast_table(forecast), sweep_table([forecast])):
         console = Console(width=80, file=io.StringIO())
@@ -56,7 +60,8 @@ def test_tables_of_plans_are_whole_on_a_terminal_of_80_columns_and_layouts_stand
 
 
 def test_a_sweep_that_nothing_fits_says_what_would(tiny_speech: Callable[..., Config], digits: Path) -> None:
-    forecasts = sweep(tiny_speech(f"fsdd:{digits}", **{"memory.gpu_mem": "10kB", "memory.flops_per_byte": 16}))
+    two_layers = {"net.kernels": [10, 8], "net.strides": [5, 4], "net.paddings": [2, 2]}
+    forecasts = sweep(tiny_speech(f"fsdd:{digits}", **BUDGET, **two_layers, **{"memory.gpu_mem": "10kB"}))
     assert re.search(
         r"No cut fits under --gpu-mem 10 kB; the smallest budget of all is [\d.]+kB", cheapest_cut(forecasts)
     )
@@ -64,7 +69,7 @@ def test_a_sweep_that_nothing_fits_says_what_would(tiny_speech: Callable[..., Co
 
 def test_a_sweep_is_drawn_and_given_as_json(tiny_speech: Callable[..., Config], digits: Path, tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
-    file.write_text(tiny_speech(f"fsdd:{digits}").to_toml())
+    file.write_text(tiny_speech(f"fsdd:{digits}", **BUDGET).to_toml())
     drawn = tmp_path / "sweep.svg"
     found = CliRunner().invoke(plan_command, ["--config", str(file), "--sweep", "--plot", str(drawn), "--json"])
     assert found.exit_code == 0, found.output
