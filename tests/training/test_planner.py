@@ -218,7 +218,7 @@ def test_one_byte_below_the_smallest_budget_is_refused_with_a_sentence_that_name
 
 @pytest.fixture(scope="module", params=["speech", "vision"])
 def two_layers(request: pytest.FixtureRequest, planned_stages: Planned) -> Iterator[tuple[Config, StageSpec]]:
-    """A stage of two layers, and all choices open; of the rooms of the loss, which all hold more than a step takes, two."""
+    """A stage of two layers, and all choices open; of the rooms of the loss two, for each holds more than a step takes."""
     options = {
         "speech": {"training.batch_size": 2, "net.context": 0, "net.kernels": [10, 8], "objective.steps": 2}
         | {"net.strides": [5, 4], "net.paddings": [2, 2]},
