@@ -309,9 +309,10 @@ class Config(Section):
 
     @property
     def alike(self) -> tuple[object, ...]:
-        """Equal for runs whose like stages take the same on the device, under whatever budget and wherever they lie."""
+        """Equal for runs whose like stages take the same on the device, wherever the runs lie, however long they train, from
+        whatever seed and under whatever budget."""
         settings = [*vars(self.training).items(), *vars(self.memory).items()]
-        apart = {"stages", "gpu_mem", "flops_per_byte"}
+        apart = {"stages", "max_epochs", "rounds", "patience", "seed", "gpu_mem", "flops_per_byte"}
         return self.objective, self.cache.dtype, *[value for name, value in settings if name not in apart]
 
     def to_toml(self) -> str:
