@@ -327,9 +327,11 @@ class Config(Section):
 
     @property
     def alike(self) -> tuple[object, ...]:
-        """Runs in which this is equal take the same on the device, stage by like stage, whatever their budgets."""
+        """Runs in which this is equal take the same on the device, stage by like stage: however long they train, from whatever
+        seed and under whatever budget."""
         settings = [*vars(self.training).items(), *vars(self.memory).items()]
-        apart = {"stages", "device", "checkpoint_seconds", "log", "gpu_mem", "flops_per_byte"}
+        apart = {"stages", "max_epochs", "rounds", "patience", "seed", "device", "checkpoint_seconds", "log"}
+        apart |= {"gpu_mem", "flops_per_byte"}
         return self.objective, self.cache.dtype, *[value for name, value in settings if name not in apart]
 
     def to_toml(self) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from forked_python import ForkedPython
 from PIL import Image
 from safetensors.numpy import load_file
+from torchvision.models import resnet
 
 import layerwise
 
@@ -108,13 +110,19 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def test_a_torchvision_network_is_cut_by_the_budget_trained_resumed_exported_and_loaded(
-    call: Call, pictures: Path, tmp_path: Path
+    call: Call, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    build = resnet._resnet  # half its blocks are enough, here and in the forks that are called
+    monkeypatch.setattr(resnet, "_resnet", lambda block, _, *rest, **named: build(block, [1, 1, 1, 1], *rest, **named))
     size = ("--set", "data.picture=32", "--batch-size", 8, "--max-epochs", 1)
     asked = ("--net", "torchvision:resnet18", "--data", "images:pictures", *size)
-    asked += ("--gpu-mem", "40MB", "--stages", "fewest")
-    stopped = call("run", *asked, "--out", "run", "--time", "4s")
-    assert stopped.returncode in (0, 75), stopped.stderr
+    asked += ("--gpu-mem", "30MB", "--stages", "fewest")
+    command = [sys.executable, "-m", "layerwise", "run", *map(str, asked), "--out", "run"]
+    stopped = subprocess.Popen(command, cwd=tmp_path)
+    while not (tmp_path / "run" / "stages" / "1" / "weights.safetensors").exists() and stopped.poll() is None:
+        time.sleep(0.002)
+    stopped.terminate()
+    assert stopped.wait(timeout=100) == 75
     resumed = call("run", *asked, "--out", "run")
     assert resumed.returncode == 0, resumed.stderr
     undisturbed = call("run", *asked, "--out", "whole")
@@ -127,4 +135,4 @@ def test_a_torchvision_network_is_cut_by_the_budget_trained_resumed_exported_and
     assert torch.equal(encoder(batch), exported(batch))
     state = json.loads((tmp_path / "run" / "run.json").read_text())
     assert 1 < len(state["stages"]) < 10
-    assert max(stage["peak_bytes"] for stage in state["stages"]) <= 40e6
+    assert max(stage["peak_bytes"] for stage in state["stages"]) <= 30e6
