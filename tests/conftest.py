@@ -135,6 +135,14 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def half_resnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's ResNet-18 has half its blocks, here and in forks of this process."""
+    resnet = pytest.importorskip("torchvision.models.resnet")  # takes a second, which only these tests need
+    build = resnet._resnet
+    monkeypatch.setattr(resnet, "_resnet", lambda block, _, *rest, **named: build(block, [1, 1, 1, 1], *rest, **named))
+
+
+@pytest.fixture
 def write_tone(tmp_path: Path) -> Callable[..., Path]:
     """Writes a recording of noise around a tone: write_tone(name, seconds, rate=8000, channels=1)."""
 

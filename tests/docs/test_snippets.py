@@ -17,7 +17,6 @@ import pytest
 import soundfile
 from PIL import Image
 from snippets import PAGES, SMALL, Snippet, small, snippets
-from torchvision.models import resnet
 
 import layerwise
 from layerwise import config as configuration
@@ -64,13 +63,9 @@ def write_recording(path: Path, rng: np.random.Generator) -> None:
 
 
 @pytest.fixture
-def small_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A demo of four speakers; small options in Python too; objectives that a page registers are forgotten after it.
-
-    A ResNet-18 has half its blocks; doctor writes little to the disk, and asks the torch of this process.
-    """
-    build = resnet._resnet
-    monkeypatch.setattr(resnet, "_resnet", lambda block, _, *rest, **named: build(block, [1, 1, 1, 1], *rest, **named))
+def small_everything(half_resnet: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demo of four speakers and half a ResNet-18; small options in Python too; objectives that a page registers are forgotten
+    after it; doctor writes little to the disk, and asks the torch of this process."""
     monkeypatch.setattr(host, "WRITTEN", 10**6)
     monkeypatch.setattr(examine, "ask_torch", ask_torch_here)
     few = partial(demo.synthesise_corpus, speakers=4, utterances=6, seconds=1.0)

@@ -14,7 +14,6 @@ import torch
 from forked_python import ForkedPython
 from PIL import Image
 from safetensors.numpy import load_file
-from torchvision.models import resnet
 
 import layerwise
 
@@ -109,11 +108,10 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
+@pytest.mark.usefixtures("half_resnet")
 def test_a_torchvision_network_is_cut_by_the_budget_trained_resumed_exported_and_loaded(
-    call: Call, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Call, pictures: Path, tmp_path: Path
 ) -> None:
-    build = resnet._resnet  # half its blocks are enough, here and in the forks that are called
-    monkeypatch.setattr(resnet, "_resnet", lambda block, _, *rest, **named: build(block, [1, 1, 1, 1], *rest, **named))
     size = ("--set", "data.picture=32", "--batch-size", 8, "--max-epochs", 1)
     asked = ("--net", "torchvision:resnet18", "--data", "images:pictures", *size)
     asked += ("--gpu-mem", "30MB", "--stages", "fewest")

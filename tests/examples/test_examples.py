@@ -39,9 +39,10 @@ def test_volumes(show: Show) -> None:
     assert "features (1, 1, 64)" in show("volumes.py", "--side", 16, "--volumes", 40, "--epochs", 1)
 
 
+@pytest.mark.usefixtures("half_resnet")
 def test_a_folder_of_pictures(show: Show, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    for number in range(40):
+    for number in range(24):
         folder = tmp_path / "pictures" / ("dark" if number % 2 else "light")
         folder.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 120, (40, 48, 3)) + (0 if number % 2 else 120)

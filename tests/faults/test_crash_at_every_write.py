@@ -8,16 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 import layerwise
 from layerwise.config import Config
-from layerwise.data.open import open_data
 from layerwise.engines.run import run
-from layerwise.nets import shortest_sample
 from layerwise.run_store import RunStore
-from layerwise.training.cut import cut_network
 
 SMALLEST = {
     "net.kernels": [10, 8],
@@ -43,7 +39,6 @@ class Crash(BaseException):
     """Nothing of the package catches it; what Python still does on the way out, a real kill would not do (test_kills)."""
 
 
-CPU = torch.device("cpu")
 PACKAGE = str(Path(layerwise.__file__).parent)
 
 
@@ -112,9 +107,6 @@ def test_a_crash_at_any_call_leaves_what_the_next_start_can_use(
     def config(name: str, **changes: object) -> Config:
         return tiny_speech(f"fsdd:{few}", out=str(tmp_path / name), **SMALLEST, **changes)
 
-    # Every start would make the same plans again; made once, what is known of them is remembered.
-    plans = cut_network(config("planned"), open_data(config("planned").data, shortest_sample(config("planned"))), CPU)
-    monkeypatch.setattr("layerwise.engines.run.cut_network", lambda *_: plans)
     for name in SYNCS:
         monkeypatch.setattr(os, name, lambda descriptor: None)  # a process crashes here, not the machine
     compression = {"cache.compression": "zstd"} if kind == "compressed" else {}
