@@ -1,6 +1,7 @@
 # make run    set up and train the demo        make test   set up and run the test suite
 # make lint   check style and types            make docs   build the pages of docs/ into docs/_build
 # make dist   build sdist and wheel into dist/ make try-dist  install the wheel into an empty environment, and run it
+# make gpu-check  measure on a GPU what layerwise promises of it, within 8 minutes; figures go to runs/gpu-check.json
 # make clean  remove the environment (runs and caches stay)
 
 PYTHON ?= python3.11
@@ -9,7 +10,7 @@ BIN := .venv/bin
 # Processes that tests start would compile the package anew, each of them.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test lint docs dist try-dist clean
+.PHONY: run test lint docs dist try-dist gpu-check clean
 
 run: .venv/ready
 	$(BIN)/layerwise run
@@ -31,6 +32,9 @@ dist: .venv/ready
 
 try-dist: dist
 	.ci/try-dist "$(PYTHON)"
+
+gpu-check: .venv/ready
+	$(BIN)/python benchmarks/gpu_check.py --json runs/gpu-check.json
 
 .venv/ready: setup.py constraints.txt layerwise/cache/compiled_reads.c
 	$(PYTHON) -m venv .venv

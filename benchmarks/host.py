@@ -33,7 +33,8 @@ class Host:
         with uncounted():
             if self.rehearsed:
                 return torch.empty(shape, device="meta")
-            return torch.empty(shape, pin_memory=self.device.type == "cuda")
+            tensor = torch.empty(shape)
+            return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def build(self, make: Callable[[], Any]) -> Any:
         """What `make` makes of tensors, on the host."""

@@ -28,7 +28,7 @@ from layerwise.data.open import open_data
 from layerwise.data.source import DataSet, SampleSet, digest
 from layerwise.engines.run import UserObjects, run
 from layerwise.evaluate.classifiers import fit_and_test
-from layerwise.evaluate.forward import features_under_budget
+from layerwise.evaluate.features import features_under_budget
 from layerwise.evaluate.targets import probe_targets, probe_task
 from layerwise.memory.plan import WIDE_ROOM
 from layerwise.nets import build_network, shortest_sample

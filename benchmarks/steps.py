@@ -158,9 +158,9 @@ def our_stage(config: Config, plan: StageSpec, device: torch.device, memory_plan
     batch = host_batch(config, plan)
     seeds = iter(range(10**9))
 
-    def step() -> None:
+    def step() -> object:
         seed = next(seeds)
-        loaded.train(batch, StepRandomness(lambda: np.random.default_rng(seed)))
+        return loaded.train(batch, StepRandomness(lambda: np.random.default_rng(seed)))
 
     step.loaded = loaded
     return step

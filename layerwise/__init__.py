@@ -30,11 +30,10 @@ from layerwise.version import __version__ as __version__
 if TYPE_CHECKING:  # for type checkers and editors; "as" says that the name is public here
     from layerwise.api import cut as cut
     from layerwise.api import plan as plan
-    from layerwise.api import probe as probe
     from layerwise.api import run as run
     from layerwise.config import Config as Config
     from layerwise.config import resolve as resolve
-    from layerwise.encoder.card import Exported as Exported
+    from layerwise.encoder.export import Exported as Exported
     from layerwise.encoder.export import export as export
     from layerwise.encoder.extract import Extracted as Extracted
     from layerwise.encoder.extract import extract as extract
@@ -47,6 +46,7 @@ if TYPE_CHECKING:  # for type checkers and editors; "as" says that the name is p
     from layerwise.errors import Interrupted as Interrupted
     from layerwise.errors import LayerwiseError as LayerwiseError
     from layerwise.evaluate.compare import compare as compare
+    from layerwise.evaluate.probe import probe as probe
     from layerwise.evaluate.results import Comparison as Comparison
     from layerwise.events import EpochDone as EpochDone
     from layerwise.events import Event as Event
@@ -55,29 +55,28 @@ if TYPE_CHECKING:  # for type checkers and editors; "as" says that the name is p
     from layerwise.nets.network import Network as Network
     from layerwise.objectives import register_objective as register_objective
     from layerwise.report.html import write_report as write_report
+    from layerwise.run_store import ProbeResult as ProbeResult
     from layerwise.run_store import RunState as RunState
     from layerwise.run_store import open_run as open_run
-    from layerwise.run_store.probe_results import ProbeResult as ProbeResult
 
 _PUBLIC = {
-    "layerwise.api": ("cut", "plan", "probe", "run"),
+    "layerwise.api": ("cut", "plan", "run"),
     "layerwise.config": ("Config", "resolve"),
-    "layerwise.encoder.card": ("Exported",),
-    "layerwise.encoder.export": ("export",),
+    "layerwise.encoder.export": ("Exported", "export"),
     "layerwise.encoder.extract": ("Extracted", "extract"),
     "layerwise.encoder.load": ("load",),
     "layerwise.encoder.model": ("Encoder",),
     "layerwise.engines.run": ("RunResult",),
     "layerwise.errors": ("BudgetError", "ConfigError", "DataError", "Interrupted", "LayerwiseError"),
     "layerwise.evaluate.compare": ("compare",),
+    "layerwise.evaluate.probe": ("probe",),
     "layerwise.evaluate.results": ("Comparison",),
-    "layerwise.run_store.probe_results": ("ProbeResult",),
     "layerwise.events": ("EpochDone", "Event", "StageDone"),
     "layerwise.forecast": ("Forecast",),
     "layerwise.nets.network": ("Network",),
     "layerwise.objectives": ("register_objective",),
     "layerwise.report.html": ("write_report",),
-    "layerwise.run_store": ("RunState", "open_run"),
+    "layerwise.run_store": ("ProbeResult", "RunState", "open_run"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted(["__version__", *_MODULE_OF])

@@ -7,7 +7,7 @@ those without a flag, as --set does.
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from layerwise.engines.plan import plan as plan_config
 from layerwise.engines.run import RunResult, UserObjects
 from layerwise.engines.run import run as run_config
 from layerwise.errors import ConfigError, did_you_mean
-from layerwise.evaluate.probe import probe as probe_run
 from layerwise.events import EpochDone, Event, Message, Notify, StageDone
 from layerwise.forecast import Forecast
 from layerwise.nets import shortest_sample
@@ -32,8 +31,7 @@ from layerwise.nets.traced import traced_network
 from layerwise.report.printing import PlainConsole
 from layerwise.report.progress import LogFile, display
 from layerwise.report.tables import stages_at_chance
-from layerwise.run_store import RunStore, open_run
-from layerwise.run_store.probe_results import ProbeResult
+from layerwise.run_store import RunStore
 from layerwise.screen import Screen
 from layerwise.stop import StopFlag, stop_on_signals
 from layerwise.training.cut import cut_network
@@ -110,7 +108,10 @@ def run(
     config, given = _request(network, data, optimizer, schedule, options, flags)
     log = LogFile(RunStore.of(config.out, config.cache.dir).log)
     shown = display(PlainConsole(file=Screen(sys.stdout))) if notify is None else contextlib.nullcontext(notify)
-    with shown as show, _stoppable(stop) as flag:
+    # Ctrl-C and signals save first; outside of the main thread Python does not hand them out.
+    hears_signals = stop is None and threading.current_thread() is threading.main_thread()
+    stopping = stop_on_signals() if hears_signals else contextlib.nullcontext(stop or StopFlag())
+    with shown as show, stopping as flag:
 
         def tell(event: Event) -> None:
             show(event)
@@ -124,25 +125,6 @@ def run(
         if warning := stages_at_chance(result.state, result.config.objective):
             tell(Message(warning))
         return result
-
-
-def probe(
-    run_directory: str | Path, label: str, *, network: Model = None, data: Data = None, classifier: str = "linear"
-) -> ProbeResult:
-    """How well a classifier on the frozen features of each stage tells a label, beside the same stage with random weights.
-
-    network, data: those of the run, where it was given objects or a package.module:function, which is not called otherwise;
-    data may also say where they lie now. Also written to probes/LABEL.json. Raises LayerwiseErrors.
-    """
-    config = open_run(Path(run_directory))[1].config
-    if isinstance(network, Config):
-        raise ConfigError("A probe knows the options of its run; give it a network alone, or leave it out.")
-    samples = data if data is None or isinstance(data, str) else as_data(data, config.data)
-    if isinstance(network, nn.Module):
-        if samples is None or isinstance(samples, str):
-            raise ConfigError("A probe needs the data of the run beside its network: give data= too, as an object.")
-        network = traced_network(network, tuple(samples.frame_shape))
-    return probe_run(run_directory, label, classifier=classifier, network=network, data=samples)
 
 
 def _request(
@@ -201,13 +183,3 @@ def _key(name: str) -> str:
             f"{did_you_mean(name, known)}"
         )
     return keys[name]
-
-
-@contextlib.contextmanager
-def _stoppable(stop: StopFlag | None) -> Iterator[StopFlag]:
-    """Ctrl-C and signals save first; outside of the main thread Python does not hand them out."""
-    if stop is not None or threading.current_thread() is not threading.main_thread():
-        yield stop or StopFlag()
-    else:
-        with stop_on_signals() as flag:
-            yield flag

@@ -37,7 +37,7 @@ def write_atomically(path: Path, *content: bytes | memoryview) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     busy = RunError(f"Another process is writing {path}; wait for it, and start the same command again.")
-    try:
+    with errors_of_writing(path, RunError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_new(temporary, busy) as file:
             try:
@@ -49,8 +49,6 @@ def write_atomically(path: Path, *content: bytes | memoryview) -> None:
                 temporary.unlink(missing_ok=True)
                 raise
         sync_folder(path.parent)
-    except OSError as error:
-        raise RunError(unwritable(path, error)) from None
 
 
 def open_new(path: Path, busy: LayerwiseError, leftovers: Iterable[Path] = ()) -> BinaryIO:
@@ -139,10 +137,10 @@ def read_bytes(path: Path, most: int = RECORD_BYTES) -> bytes:
     return content
 
 
-def read_text(path: Path, most: int = RECORD_BYTES) -> str:
+def read_text(path: Path) -> str:
     """The same of a file of text in UTF-8; raises UnreadableFile where it is none, too."""
     try:
-        return read_bytes(path, most).decode()
+        return read_bytes(path).decode()
     except UnicodeDecodeError:
         raise UnreadableFile(f"{path} is no text in UTF-8; restore it, or delete it.") from None
 
@@ -216,8 +214,16 @@ def refuse_unwritable(folder: Path) -> None:
         raise RunError(f"{folder} cannot be written: {nearest} does not let you; name another one.")
 
 
+@contextmanager
+def errors_of_writing(path: Path, raises: type[LayerwiseError]) -> Iterator[None]:
+    """Turns what the system refuses, while the file is written, into an error of this type that says so."""
+    try:
+        yield
+    except OSError as error:
+        raise raises(unwritable(path, error)) from None
+
+
 def unwritable(path: Path, error: OSError) -> str:
-    """The sentence for an error of the operating system on a file that is written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"No room is left on the disk for {path}; free some and start the same command again, nothing is lost."
     if error.errno == errno.EFBIG:
@@ -251,7 +257,7 @@ def exclusive(
 
 def _try_to_lock(path: Path) -> int | None:
     """A file descriptor that holds the lock; None where another process holds it."""
-    try:
+    with errors_of_writing(path, RunError):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(path, os.O_RDWR | os.O_CREAT)
         if descriptor is None or os.fstat(descriptor).st_nlink == 1:
@@ -262,8 +268,6 @@ def _try_to_lock(path: Path) -> int | None:
         os.replace(path.with_name(f"{path.name}.tmp"), path)
         os.close(descriptor)
         return own
-    except OSError as error:
-        raise RunError(unwritable(path, error)) from None
 
 
 def _lock(path: Path, flags: int) -> int | None:

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from layerwise.errors import ConfigError, LayerwiseError, did_you_mean
@@ -52,15 +51,10 @@ def named_function(text: str, flag: str, others: Iterable[str]) -> Callable[...,
     found = getattr(module, name, None)
     if not callable(found):
         known = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
-        raise ConfigError(
-            f"{flag} {text}: {module_name} has no function {name}{_place(module)}.{did_you_mean(name, known)}"
-        )
+        # The name may well be that of a file in the present folder and of an installed package, which is found first.
+        place = f"; it was found at {module.__file__}" if getattr(module, "__file__", None) else ""
+        raise ConfigError(f"{flag} {text}: {module_name} has no function {name}{place}.{did_you_mean(name, known)}")
     return found
-
-
-def _place(module: ModuleType) -> str:
-    """A name may well be that of a file in the present folder and of an installed package, which is found first."""
-    return f"; it was found at {module.__file__}" if getattr(module, "__file__", None) else ""
 
 
 def python_module(name: str) -> list[str]:

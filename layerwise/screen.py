@@ -5,7 +5,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
@@ -26,9 +26,10 @@ def printable(text: str) -> str:
 
 def abridged(text: str) -> str:
     """The text without its middle where it is longer than a sentence can be: it repeats a value of a foreign file, say."""
-    left_out = len(text) - LONGEST_SENTENCE
+    if len(text) <= LONGEST_SENTENCE:
+        return text
     half = LONGEST_SENTENCE // 2
-    return f"{text[:half]} [{left_out} letters left out] {text[-half:]}" if left_out > 0 else text
+    return f"{text[:half]} [{len(text) - LONGEST_SENTENCE} letters left out] {text[-half:]}"
 
 
 class Screen(io.TextIOBase):
@@ -58,23 +59,21 @@ class Screen(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        if self._stream is not None and not self.lost:
-            try:
-                self._stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
-            except (OSError, ValueError) as error:
-                self._give_up(error)
+        self._attempt(lambda stream: stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding)))
         return len(text)
 
     def flush(self) -> None:
+        self._attempt(lambda stream: stream.flush())
+
+    def _attempt(self, work: Callable[[IO[str]], object]) -> None:
+        """Gives the stream up where the work fails; its error itself would hold on to the tensors of its callers."""
         if self._stream is not None and not self.lost:
             try:
-                self._stream.flush()
-            except (OSError, ValueError) as error:
-                self._give_up(error)
-
-    def _give_up(self, error: OSError | ValueError) -> None:
-        # A ValueError is Python's word for a file that is closed. The error itself would hold on to the tensors of its callers.
-        self.lost = _error(error.errno or errno.EIO if isinstance(error, OSError) else errno.EBADF)
+                work(self._stream)
+            except OSError as error:
+                self.lost = _error(error.errno or errno.EIO)
+            except ValueError:  # Python's word for a file that is closed
+                self.lost = _error(errno.EBADF)
 
 
 def _error(number: int) -> OSError:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib import import_module
-from types import TracebackType
 from typing import Any
 
 from layerwise.config import Config, options, value_of
@@ -166,9 +165,7 @@ class TrackingCallback:
     def __enter__(self) -> "TrackingCallback":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._try(lambda: self._tracker.close(kind is None))
 
     def __call__(self, event: Event) -> None:

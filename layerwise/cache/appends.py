@@ -12,6 +12,7 @@ end does not count.
 import errno
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,7 @@ from layerwise.cache.format import ALIGNMENT
 from layerwise.cache.layout import Layout, Places
 from layerwise.files import OURS, open_own
 
-_RECORD = struct.Struct("<QI")
-_CHECK = struct.Struct("<I")
-_SIZE = _RECORD.size + _CHECK.size
+_RECORD = struct.Struct("<QII")
 
 
 def aligned_buffer(size: int) -> np.ndarray:
@@ -43,7 +42,9 @@ class Appends:
         """first: the block that the journal begins with. Raises OSError."""
         self._part, self._layout, self._places, self._journal = part, layout, places, journal_path
         self._descriptor = os.open(part, os.O_RDWR | OURS)
-        self._direct = _open_direct(part)
+        self._direct: int | None = None
+        with suppress(OSError):  # the file system does not let writes go around the page cache
+            self._direct = os.open(part, os.O_WRONLY | os.O_DIRECT | OURS)
         self._failed = False
         self.blocks = self.done_in(journal_path, first)
         """Blocks that are durable, counted from the beginning of the file."""
@@ -70,7 +71,7 @@ class Appends:
         self._write(content, self._places.activations + self.blocks * self._layout.block_bytes)
         write_all(self._descriptor, table, self._places.checksums + 4 * self.blocks)
         os.fdatasync(self._descriptor)
-        _record(self._journal, self.blocks + len(checksums), table)
+        self._note(_record(self.blocks + len(checksums), crc32(table)))
         self.blocks += len(checksums)
         self._failed = False
 
@@ -86,17 +87,14 @@ class Appends:
             return first
         done, records = first, 0
         with file:
-            while len(entry := file.read(_SIZE)) == _SIZE:
-                record, check = entry[: _RECORD.size], entry[_RECORD.size :]
-                blocks, checksum = _RECORD.unpack(record)
-                if (
-                    check != _CHECK.pack(crc32(record))
-                    or blocks <= done
-                    or crc32(self._stored(done, blocks)) != checksum
-                ):
+            while len(record := file.read(_RECORD.size)) == _RECORD.size:
+                blocks, checksum, _ = _RECORD.unpack(record)
+                if record != _record(blocks, checksum) or blocks <= done:
+                    break
+                if crc32(self._stored(done, blocks)) != checksum:
                     break
                 done, records = blocks, records + 1
-            file.truncate(records * _SIZE)
+            file.truncate(records * _RECORD.size)
         return done
 
     def close(self) -> None:
@@ -104,6 +102,15 @@ class Appends:
         os.close(self._descriptor)
         if self._direct is not None:
             os.close(self._direct)
+
+    def _note(self, record: bytes) -> None:
+        """Adds a durable record to the journal. Raises OSError."""
+        descriptor = os.open(self._journal, os.O_WRONLY | os.O_CREAT | OURS, 0o666)
+        try:
+            write_all(descriptor, record, os.fstat(descriptor).st_size)
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def _write(self, content: memoryview, position: int) -> None:
         whole = len(content) // ALIGNMENT * ALIGNMENT if position % ALIGNMENT == 0 else 0
@@ -122,19 +129,6 @@ class Appends:
         return read_stored(self._part, self._descriptor, self._places.checksums + 4 * first, size).tobytes()
 
 
-def _open_direct(path: Path) -> int | None:
-    try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT | OURS)
-    except OSError:
-        return None
-
-
-def _record(path: Path, blocks: int, checksums: bytes) -> None:
-    """Adds one durable record: `blocks` are done now, the last of them with these checksums. Raises OSError."""
-    record = _RECORD.pack(blocks, crc32(checksums))
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | OURS, 0o666)
-    try:
-        write_all(descriptor, record + _CHECK.pack(crc32(record)), os.fstat(descriptor).st_size)
-        os.fdatasync(descriptor)
-    finally:
-        os.close(descriptor)
+def _record(blocks: int, checksum: int) -> bytes:
+    """Of the journal: `blocks` are done by then, the last append of them with this checksum of its checksums."""
+    return _RECORD.pack(blocks, checksum, crc32(_RECORD.pack(blocks, checksum, 0)[:-4]))

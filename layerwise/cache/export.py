@@ -14,12 +14,11 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from layerwise.cache.file_io import as_cache_errors
 from layerwise.cache.hdf5_file import writable
 from layerwise.cache.layout import as_bytes
 from layerwise.cache.reader import ActivationCache
 from layerwise.errors import CacheError
-from layerwise.files import open_new, write_atomically
+from layerwise.files import errors_of_writing, open_new, write_atomically
 
 READ_BYTES = 32 * 2**20
 """Read at once."""
@@ -69,13 +68,13 @@ class FeatureFile:
         index = [_index_of(path)] if path.suffix == ".npy" else []
         _refuse_existing(path)
         busy = CacheError(f"Another process is writing {path}; wait for it, or name another file.")
-        with as_cache_errors(path):
+        with errors_of_writing(path, CacheError):
             self._file = open_new(self._temporary, busy, leftovers=index)
         array = _NpyArray if path.suffix == ".npy" else _HDF5Array
         try:
             for there in (path, *index):
                 _refuse_existing(there)
-            with as_cache_errors(path):
+            with errors_of_writing(path, CacheError):
                 self._array: _NpyArray | _HDF5Array = array(self._file, frame_shape, np.dtype(dtype), stage)
         except BaseException:
             self._let_go()
@@ -83,7 +82,7 @@ class FeatureFile:
 
     def append(self, rows: np.ndarray) -> None:
         """The next rows [n, *frame shape] of the sample in hand. Raises CacheError where the disk does not take them."""
-        with as_cache_errors(self._path):
+        with errors_of_writing(self._path, CacheError):
             self._array.write(self.rows, rows)
         self.rows += len(rows)
 
@@ -98,7 +97,7 @@ class FeatureFile:
 
     def finish(self, labels: Mapping[str, np.ndarray]) -> None:
         """Adds the index, and puts the file in place. labels: label name to str [N], for the samples that were kept."""
-        with as_cache_errors(self._path):
+        with errors_of_writing(self._path, CacheError):
             self._array.finish(self.rows, self._path, self._ids, np.array(self._offsets, dtype=np.int64), labels)
             self._temporary.rename(self._path)
 

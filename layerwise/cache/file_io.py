@@ -8,15 +8,13 @@ import contextlib
 import ctypes
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from isal import isal_zlib
 from isal.isal_zlib import crc32 as crc32
 
-from layerwise.errors import CacheError, DamagedCache
-from layerwise.files import unwritable
+from layerwise.errors import DamagedCache
 
 _FETCHED = 2**20
 """Bytes that the system is asked to fetch at once: of more, Linux fetches as much as it reads ahead, often 1280 KiB."""
@@ -56,7 +54,9 @@ def read_into(path: Path, descriptor: int, position: int, array: np.ndarray) -> 
         try:
             count = os.preadv(descriptor, [missing], position + filled)
         except OSError as error:
-            raise _unread(path, error) from None
+            if error.errno != errno.EIO:
+                raise
+            raise DamagedCache(path, f"the disk does not give it back ({error.strerror})") from None
         if count == 0:
             raise DamagedCache(path, "it ends early")
         filled += count
@@ -84,18 +84,3 @@ def write_all(descriptor: int, content: memoryview | bytes, position: int) -> No
     while view:
         written = os.pwrite(descriptor, view, position)
         view, position = view[written:], position + written
-
-
-def _unread(path: Path, error: OSError) -> OSError | DamagedCache:
-    if error.errno != errno.EIO:
-        return error
-    return DamagedCache(path, f"the disk does not give it back ({error.strerror})")
-
-
-@contextlib.contextmanager
-def as_cache_errors(path: Path) -> Iterator[None]:
-    """Turns what the system refuses, while the file is written, into a CacheError that says so."""
-    try:
-        yield
-    except OSError as error:
-        raise CacheError(unwritable(path, error)) from None

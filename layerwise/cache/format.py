@@ -105,15 +105,22 @@ def reserve(path: Path) -> None:
 
 
 def _read(path: Path, file: h5py.File) -> Layout:
+    def require(name: str, good: bool) -> None:
+        if not good:
+            raise unusual(path, name)
+
+    def classes(name: str) -> tuple[str, ...]:
+        require(name, file[name].ndim == 1)
+        return tuple(label.decode() for label in file[name][:])
+
     attrs, shape = file.attrs, file["activations"].shape
     numbers = {name: int(attrs[name]) for name in NUMBERS}
     for name, number in numbers.items():
-        if number < 1 or (name == "block_bytes" and number > LARGEST_BLOCK):
-            raise unusual(path, f"attribute {name}")
+        require(f"attribute {name}", number >= 1 and (name != "block_bytes" or number <= LARGEST_BLOCK))
     ids, split, offsets = file["ids"][:], file["split"][:], file["offsets"][:]
     views = numbers["views"]
-    if ids.ndim != 1 or offsets.shape != (len(ids) * views + 1,) or (offsets[1:] < offsets[:-1]).any():
-        raise unusual(path, "offsets")
+    known = ids.ndim == 1 and offsets.shape == (len(ids) * views + 1,)
+    require("offsets", known and bool((offsets[1:] >= offsets[:-1]).all()))
     lengths = np.diff(offsets)[::views]
     labels = {name: file[f"labels/{name}"][:] for name in file.get("labels", ())}
     layout = Layout(
@@ -124,30 +131,23 @@ def _read(path: Path, file: h5py.File) -> Layout:
         ids=tuple(name.decode() for name in ids),
         split=split,
         labels=labels,
-        labels_classes={name: _read_classes(path, file, f"labels_classes/{name}") for name in labels},
-        frame_labels_classes={
-            name: _read_classes(path, file, f"frame_labels_classes/{name}") for name in file.get("frame_labels", ())
-        },
+        labels_classes={name: classes(f"labels_classes/{name}") for name in labels},
+        frame_labels_classes={name: classes(f"frame_labels_classes/{name}") for name in file.get("frame_labels", ())},
         offset=float(attrs["offset"]),
         compression=attrs["compression"].decode(),
         **numbers,
     )
-    if len(shape) < 2 or 0 in shape[1:] or shape[0] != layout.rows:
-        raise unusual(path, "activations")
-    as_it_should_be = {
-        "offsets": np.array_equal(layout.offsets, offsets),
-        "split": split.shape == (len(ids),) and bool((split < len(SPLITS)).all()),
-        "activations": file["activations"].chunks == _chunk_shape(layout),
-        "attribute block_bytes": layout.compression == "none" or layout.block_bytes % layout.row_bytes == 0,
-        "attribute chain_blocks": layout.compression == "none" or layout.chain_blocks == 1,
-        **{name: file[name].shape == shape for name, (_, shape) in _tables(layout).items()},
-    }
+    require("activations", len(shape) >= 2 and 0 not in shape[1:] and shape[0] == layout.rows)
+    require("offsets", np.array_equal(layout.offsets, offsets))
+    require("split", split.shape == (len(ids),) and bool((split < len(SPLITS)).all()))
+    require("activations", file["activations"].chunks == _chunk_shape(layout))
+    require("attribute block_bytes", layout.compression == "none" or layout.block_bytes % layout.row_bytes == 0)
+    require("attribute chain_blocks", layout.compression == "none" or layout.chain_blocks == 1)
+    for name, (_, table) in _tables(layout).items():
+        require(name, file[name].shape == table)
     for name, codes in labels.items():
-        known = len(layout.labels_classes[name])
-        as_it_should_be[f"labels/{name}"] = codes.shape == (len(ids),) and bool(((codes >= 0) & (codes < known)).all())
-    for name, good in as_it_should_be.items():
-        if not good:
-            raise unusual(path, name)
+        count = len(layout.labels_classes[name])
+        require(f"labels/{name}", codes.shape == (len(ids),) and bool(((codes >= 0) & (codes < count)).all()))
     return layout
 
 
@@ -167,12 +167,6 @@ def _place(data_set: h5py.Dataset) -> tuple[int, int]:
     if place is None:
         raise ValueError(f"{data_set.name} has no place")
     return place
-
-
-def _read_classes(path: Path, file: h5py.File, name: str) -> tuple[str, ...]:
-    if file[name].ndim != 1:
-        raise unusual(path, name)
-    return tuple(label.decode() for label in file[name][:])
 
 
 def _index(layout: Layout) -> dict[str, np.ndarray]:

@@ -6,18 +6,17 @@ instead, by whoever looks, and at the end.
 
 import contextlib
 import io
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import h5py
 
 
-class Target(io.RawIOBase):
+class Target(io.FileIO):
     """The file behind a descriptor, as h5py takes it; the descriptor stays open."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._position = descriptor, 0
+        super().__init__(descriptor, "r+", closefd=False)
         self._error: BaseException | None = None
 
     def raise_if_failed(self) -> None:
@@ -25,33 +24,17 @@ class Target(io.RawIOBase):
         if self._error is not None:
             raise self._error
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: os.fstat(self._descriptor).st_size}[whence]
-        self._position = start + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        count = os.preadv(self._descriptor, [buffer], self._position)
-        self._position += count
-        return count
-
     def write(self, content: Any) -> int:
-        view, position = memoryview(content).cast("B"), self._position
+        view = memoryview(content).cast("B")
         with self._kept():
             while view:
-                written = os.pwritev(self._descriptor, [view], position)
-                view, position = view[written:], position + written
-        self._position += len(content)
+                view = view[super().write(view) :]
         return len(content)
 
     def truncate(self, size: int | None = None) -> int:
-        size = self._position if size is None else size
         with self._kept():
-            os.ftruncate(self._descriptor, size)
-        return size
+            super().truncate(size)
+        return size or 0
 
     @contextlib.contextmanager
     def _kept(self) -> Iterator[None]:

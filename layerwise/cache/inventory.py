@@ -9,7 +9,7 @@ from pathlib import Path
 from layerwise.cache.layout import Layout
 from layerwise.cache.reader import ActivationCache
 from layerwise.errors import CacheError, DamagedCache
-from layerwise.files import open_new, open_own, sync_folder, unwritable
+from layerwise.files import errors_of_writing, open_new, open_own, sync_folder
 
 UNSEALED = {
     ".part": "not written to its end",
@@ -101,18 +101,19 @@ def publish(written: Path, path: Path, poll: Callable[[], None]) -> None:
     """
     copy = beside(path, ".copying")
     busy = CacheError(f"Another process is writing {path}; wait for it.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open_own(written) as source, open_new(copy, busy) as target:
-            while piece := source.read(PIECE_BYTES):
-                target.write(piece)
-                poll()
-            target.flush()
-            os.fsync(target.fileno())
-        os.replace(copy, path)
-        sync_folder(path.parent)
-        written.unlink()
-    except OSError as error:
-        with suppress(OSError):
-            copy.unlink(missing_ok=True)
-        raise CacheError(unwritable(copy, error)) from None
+    with errors_of_writing(copy, CacheError):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open_own(written) as source, open_new(copy, busy) as target:
+                while piece := source.read(PIECE_BYTES):
+                    target.write(piece)
+                    poll()
+                target.flush()
+                os.fsync(target.fileno())
+            os.replace(copy, path)
+            sync_folder(path.parent)
+            written.unlink()
+        except OSError:
+            with suppress(OSError):
+                copy.unlink(missing_ok=True)
+            raise

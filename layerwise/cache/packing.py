@@ -68,7 +68,9 @@ def pack(part: Path, path: Path, poll: Callable[[], None]) -> None:
                 stretches = [(raw_places.scales, places.scales, scales)]
                 stretches += [(raw_places.frame_labels[name], at, frames) for name, at in places.frame_labels.items()]
                 for source, target, size in stretches:
-                    _copy(part, raw.fileno(), source, file.fileno(), target, size)
+                    for start in range(0, size, _COPIED_BYTES):
+                        content = read_stored(part, raw.fileno(), source + start, min(_COPIED_BYTES, size - start))
+                        write_all(file.fileno(), memoryview(content), target + start)
                 # HDF5 does not survive a disk that is full, and here it must not write through Python.
                 os.posix_fallocate(file.fileno(), 0, packed_bytes(layout))
             sizes, checksums = _write_frames(path, layout, Blocks(part, raw.fileno(), raw_layout, raw_places), poll)
@@ -128,9 +130,3 @@ def _index_bytes(layout: Layout) -> int:
     """
     key = 8 + 8 * (2 + len(layout.frame_shape))
     return (24 + 64 * 8 + 65 * key) * (layout.blocks // 31 + 8)
-
-
-def _copy(part: Path, raw: int, source: int, packed: int, target: int, size: int) -> None:
-    for start in range(0, size, _COPIED_BYTES):
-        content = read_stored(part, raw, source + start, min(_COPIED_BYTES, size - start))
-        write_all(packed, memoryview(content), target + start)

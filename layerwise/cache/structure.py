@@ -50,16 +50,15 @@ def check_structure(path: Path, file: h5py.File, size: int) -> None:
     compression = file.attrs["compression"]
     if compression not in (b"none", b"zstd"):
         raise unusual(path, "attribute compression")
+    shuffle = [h5py.h5z.FILTER_SHUFFLE] if np.dtype(stored_as.on_disk).itemsize > 1 else []
+    packed = [*shuffle, zstd.FILTER] if compression == b"zstd" else None
     data_sets = DATA_SETS | {"activations": stored_as.on_disk}
     for name in (*file, *data_sets):
-        if name == "activations" and compression == b"zstd":
-            odd = [name] if not _is_packed_data_set(file, name, stored_as.on_disk) else []
-        elif name in data_sets:
-            odd = [name] if not _is_plain_data_set(file, name, data_sets[name], size) else []
-        elif name in GROUPS:
+        if name in GROUPS:
             odd = _odd_members(file, name, size)
         else:
-            odd = [name]
+            filters = packed if name == "activations" else None
+            odd = [] if name in data_sets and _is_stored_as(file, name, data_sets[name], size, filters) else [name]
         if odd:
             raise unusual(path, odd[0])
 
@@ -97,34 +96,30 @@ def _odd_members(file: h5py.File, name: str, size: int) -> list[str]:
     if not _is_hard_link(file, name, h5py.h5o.TYPE_GROUP):
         return [name]
     group = file[name]
-    return [f"{name}/{member}" for member in group if not _is_plain_data_set(group, member, GROUPS[name], size)]
+    return [f"{name}/{member}" for member in group if not _is_stored_as(group, member, GROUPS[name], size)]
 
 
-def _is_plain_data_set(group: h5py.Group, name: str, dtype: str, size: int) -> bool:
-    if not _is_stored_as(group, name, dtype, h5py.h5d.CONTIGUOUS, []):
-        return False
-    place = byte_range(h5py.h5d.open(group.id, name.encode()))
-    return place is not None and sum(place) <= size
+def _is_stored_as(group: h5py.Group, name: str, dtype: str, size: int, filters: list[int] | None = None) -> bool:
+    """Whether there is a data set that is contiguous and lies within the file of `size` bytes.
 
-
-def _is_packed_data_set(group: h5py.Group, name: str, dtype: str) -> bool:
-    """Its shape and that of its chunks are looked at when the layout is read, their places whenever one is."""
-    shuffle = [h5py.h5z.FILTER_SHUFFLE] if np.dtype(dtype).itemsize > 1 else []
-    return _is_stored_as(group, name, dtype, h5py.h5d.CHUNKED, [*shuffle, zstd.FILTER])
-
-
-def _is_stored_as(group: h5py.Group, name: str, dtype: str, kind: int, filters: list[int]) -> bool:
+    filters: of one that is chunked instead. Its shape and that of its chunks are looked at when the layout is read, the
+    places of these whenever one is.
+    """
     if not _is_hard_link(group, name, h5py.h5o.TYPE_DATASET):
         return False
     data_set = h5py.h5d.open(group.id, name.encode())
     creation = data_set.get_create_plist()
-    return (
-        creation.get_layout() == kind
+    plain = (
+        creation.get_layout() == (h5py.h5d.CONTIGUOUS if filters is None else h5py.h5d.CHUNKED)
         and not creation.get_external_count()
-        and [creation.get_filter(number)[0] for number in range(creation.get_nfilters())] == filters
+        and [creation.get_filter(number)[0] for number in range(creation.get_nfilters())] == (filters or [])
         and _is_plain_type(data_set.get_type(), dtype)
         and data_set.rank > 0
     )
+    if not plain or filters is not None:
+        return plain
+    place = byte_range(data_set)
+    return place is not None and sum(place) <= size
 
 
 def _is_hard_link(group: h5py.Group, name: str, kind: int) -> bool:

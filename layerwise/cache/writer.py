@@ -19,7 +19,6 @@ import numpy as np
 
 from layerwise.cache.appends import Appends, aligned_buffer
 from layerwise.cache.dtypes import STORED, Quantiser
-from layerwise.cache.file_io import as_cache_errors
 from layerwise.cache.format import create, read_layout, reserve, set_complete
 from layerwise.cache.inventory import beside, journal_of, journals, remove_unsealed
 from layerwise.cache.layout import Layout, Places, as_codes, spans
@@ -27,7 +26,7 @@ from layerwise.cache.packing import pack, packed
 from layerwise.cache.seal import stamp
 from layerwise.cache.zstd import require_zstandard
 from layerwise.errors import CacheError
-from layerwise.files import open_own, sync_folder
+from layerwise.files import errors_of_writing, open_own, sync_folder
 
 APPEND_BYTES = 32 * 2**20
 """Default size of what is written and synced at once. Smaller appends pay for more syncs."""
@@ -65,7 +64,7 @@ class CacheWriter:
             raise CacheError(f"{path} is sealed already; delete it to write it again.")
         if self._packs:
             require_zstandard()
-        with as_cache_errors(self._part):
+        with errors_of_writing(self._part, CacheError):
             path.parent.mkdir(parents=True, exist_ok=True)
             if writer == 0:
                 self._packing.unlink(missing_ok=True)
@@ -129,7 +128,7 @@ class CacheWriter:
             self._fill(rows)
             return
         for stored, scales in self._quantiser.push(rows):
-            with as_cache_errors(self._part):
+            with errors_of_writing(self._part, CacheError):
                 self._appends.put(self._places.scales + self._group * scales.nbytes, scales.astype("<f4"))
             self._group += 1
             self._fill(stored)
@@ -140,7 +139,7 @@ class CacheWriter:
         known = self.layout.frame_labels_classes[name]
         codes = np.array([known.index(label) for label in classes], dtype="<i4")[codes]
         self._frames_labelled += len(values)
-        with as_cache_errors(self._part):
+        with errors_of_writing(self._part, CacheError):
             self._appends.put(self._places.frame_labels[name] + 4 * int(self.layout.frames[sample]), codes)
 
     def finish(self) -> None:
@@ -166,7 +165,7 @@ class CacheWriter:
         if self._frames_labelled != int(layout.frames[-1]) * len(layout.frame_labels_classes):
             raise ValueError(f"labels of frames are missing in {self._part}")
         whole = self._packing if self._packs else self._part
-        with as_cache_errors(whole):
+        with errors_of_writing(whole, CacheError):
             if self._packs:
                 pack(self._part, whole, poll)
             else:
@@ -237,5 +236,5 @@ class CacheWriter:
     def _wait(self, most: int) -> None:
         """Until at most that many appends are queued. Raises what befell the thread."""
         while len(self._queued) > most or (self._queued and self._queued[0].done()):
-            with as_cache_errors(self._part):
+            with errors_of_writing(self._part, CacheError):
                 self._spare.append(self._queued.popleft().result())

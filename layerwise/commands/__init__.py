@@ -9,13 +9,10 @@ from collections.abc import Sequence
 import click
 from click.shell_completion import get_completion_class
 
+from layerwise.commands.before_run import doctor, init, plan, recipes
 from layerwise.commands.cache import cache
-from layerwise.commands.compare import compare
-from layerwise.commands.configuration import init, recipes
-from layerwise.commands.doctor import doctor
 from layerwise.commands.encoder import export, extract
-from layerwise.commands.plan import plan
-from layerwise.commands.probe import probe
+from layerwise.commands.evaluate import compare, probe
 from layerwise.commands.run import run, task
 from layerwise.commands.status import report, status
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, ReaderGone, ToldElsewhere

@@ -1,6 +1,5 @@
 """`layerwise cache`: what is there, whether it is whole, room, and features for other programs."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +7,7 @@ import click
 
 from layerwise.commands.options import directory_argument
 from layerwise.errors import CacheError, ConfigError, DamagedCache
-from layerwise.report.printing import answer, answer_exactly, say
+from layerwise.report.printing import answer, answer_json, say
 from layerwise.report.tables import table
 from layerwise.run_store import open_run
 from layerwise.units import size
@@ -31,7 +30,7 @@ def list_caches(place: Path, as_json: bool) -> None:
 
     found = list(entries(_files(place)))
     if as_json:
-        answer_exactly(json.dumps([_as_json(entry) for entry in found]))
+        answer_json([_as_json(entry) for entry in found])
         return
     if found:
         answer(table(map(_row, found)))

@@ -1,6 +1,7 @@
 """`layerwise extract` and `layerwise export`: features of new samples, and the encoder for other programs."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,16 +20,7 @@ from layerwise.units import size
 @click.option("--gpu-mem", help="Most device memory, such as 4GB; default: that of the run.")
 @network_option
 @click.option("--device", help="auto, cpu, cuda or cuda:N; default: that of the run.")
-def extract(
-    directory: Path,
-    source: str,
-    output: Path,
-    stage: int | None,
-    mean: bool,
-    gpu_mem: str | None,
-    net: str | None,
-    device: str | None,
-) -> None:
+def extract(directory: Path, source: str, output: Path, **options: Any) -> None:
     """Pass INPUT through the trained encoder in DIR, stage by stage, and write what comes out.
 
     INPUT is a file, a folder, or KIND:PATH as --data takes it. Files that cannot be used are skipped and named.
@@ -37,16 +29,7 @@ def extract(
 
     with stop_on_signals() as stop, working("extracting") as show:
         extracted = extract_library(
-            directory,
-            source,
-            output,
-            stage=stage,
-            mean=mean,
-            gpu_mem=gpu_mem,
-            device=device,
-            network=net,
-            stop=stop,
-            notify=lambda line: show(f"extracting: {line}"),
+            directory, source, output, stop=stop, notify=lambda line: show(f"extracting: {line}"), **options
         )
     say(
         f"{output}: stage {extracted.stage}, {extracted.samples} samples, {extracted.rows} rows, "
@@ -63,7 +46,7 @@ def extract(
 @click.option("--format", default="safetensors", show_default=True, metavar="FORMAT", help="safetensors, pt2 or onnx.")
 @click.option("-o", "--output", metavar="FOLDER", type=click.Path(path_type=Path), required=True, help="A new folder.")
 @network_option
-def export(directory: Path, format: str, output: Path, net: str | None) -> None:
+def export(directory: Path, format: str, output: Path, network: str | None) -> None:
     """Write the encoder of the run in DIR and a model card into FOLDER.
 
     What was written is read back and compared with the encoder before the folder gets its name.
@@ -71,7 +54,7 @@ def export(directory: Path, format: str, output: Path, net: str | None) -> None:
     from layerwise.encoder.export import export as export_library  # imports torch, which --help need not wait for
 
     with working("exporting"):
-        exported = export_library(directory, output, format, network=net)
+        exported = export_library(directory, output, format, network=network)
     same = f"differ from the encoder's by at most {exported.difference:.1g} of the largest"
     agreement = same if exported.difference else "are those of the encoder, bit by bit"
     say(f"{output}: {format}, README.md says how to use it; its features {agreement}")

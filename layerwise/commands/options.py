@@ -13,7 +13,7 @@ directory_argument = click.argument("directory", metavar="DIR", type=click.Path(
 """A run directory; `status` and `report` take that of a comparison, too."""
 
 network_option = click.option(
-    "--net", help="package.module:function of a network of your own, as the run was given it."
+    "--net", "network", help="package.module:function of a network of your own, as the run was given it."
 )
 
 data_option = click.option(

@@ -74,7 +74,7 @@ def run(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) 
 @click.option("--stage", type=int, required=True, help="Stage, from 1.")
 @network_option
 @data_option
-def task(directory: Path, round: int, stage: int, net: str | None, data: str | None) -> None:
+def task(directory: Path, round: int, stage: int, network: str | None, data: str | None) -> None:
     """Train and cache one stage in one round of the run in DIR, whose needs are done; the last task writes the encoder."""
     store, state = open_run(directory)
     with stop_on_signals() as stop:
@@ -82,7 +82,7 @@ def task(directory: Path, round: int, stage: int, net: str | None, data: str | N
         from layerwise.engines.task_runner import open_prepared_run, perform_task, write_encoder
         from layerwise.training.schedule import Task
 
-        run = open_prepared_run(directory, {"net.name": net, "data.source": data})
+        run = open_prepared_run(directory, {"net.name": network, "data.source": data})
         rounds = run.config.training.rounds
         if not (1 <= round <= rounds and 1 <= stage <= len(state.stages)):
             raise ConfigError(

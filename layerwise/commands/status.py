@@ -1,6 +1,5 @@
 """`layerwise status` and `layerwise report`: what each stage of a run is at, in the terminal and as a page."""
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.live import Live
 from layerwise.commands.options import directory_argument, json_option
 from layerwise.errors import RunError
 from layerwise.evaluate.results import COMPARISON
-from layerwise.report.printing import answer, answer_exactly, console_for_results, say
+from layerwise.report.printing import answer, answer_json, console_for_results, say
 from layerwise.report.records import progress, round_states
 from layerwise.report.tables import rounds_table, stage_table, totals
 from layerwise.run_store import RunState, RunStore, StageRecord, open_run
@@ -34,16 +33,15 @@ def status(directory: Path, as_json: bool, watch: bool) -> None:
             f"{directory} is a comparison; see it with: layerwise report {directory}. Its runs lie in {directory}/runs."
         )
     store, state = open_run(directory)
-    rounds = state.config.training.rounds
     if as_json:
-        answer_exactly(json.dumps(_as_json(store, state, rounds)))
+        answer_json(_as_json(store, state))
         return
     if not watch:
-        answer(_shown(store, state, rounds))
+        answer(_shown(store, state))
         return
     with stop_on_signals() as stop, Live(console=console_for_results(), auto_refresh=False) as live:
         while not stop.reason:
-            live.update(_shown(store, state, rounds), refresh=True)
+            live.update(_shown(store, state), refresh=True)
             refuse_loss(live.console.file)
             if state.done:
                 break
@@ -51,15 +49,17 @@ def status(directory: Path, as_json: bool, watch: bool) -> None:
             state = store.load_state()
 
 
-def _shown(store: RunStore, state: RunState, rounds: int) -> Group:
-    states = round_states(store, state) if rounds > 1 else []
-    table = rounds_table(states, rounds) if states and not state.done else stage_table(state, store)
+def _shown(store: RunStore, state: RunState) -> Group:
+    states = round_states(store, state)
+    table = (
+        rounds_table(states, state.config.training.rounds) if states and not state.done else stage_table(state, store)
+    )
     return Group(table, f"{progress(store, state, states)}: {totals(state)}")
 
 
-def _as_json(store: RunStore, state: RunState, rounds: int) -> dict[str, object]:
+def _as_json(store: RunStore, state: RunState) -> dict[str, object]:
     """The contract's object; `rounds` in it is for runs that have several."""
-    states = round_states(store, state) if rounds > 1 else []
+    states, rounds = round_states(store, state), state.config.training.rounds
     tree: dict[str, object] = {
         "state": progress(store, state, states),
         "budget_bytes": state.budget_bytes,

@@ -8,9 +8,24 @@ from layerwise.config.functions import (
     refuse_function,
     refuse_other_network,
 )
-from layerwise.config.listing import Option, changed_options, options, value_of
-from layerwise.config.names import ARRAYS, DATA_KINDS, FUNCTION, OWN, PICTURES, TORCHVISION
-from layerwise.config.options import CacheOptions, Config, DataOptions, NetOptions, ObjectiveOptions, TrainingOptions
+from layerwise.config.options import (
+    ARRAYS,
+    DATA_KINDS,
+    FUNCTION,
+    OWN,
+    PICTURES,
+    TORCHVISION,
+    CacheOptions,
+    Config,
+    DataOptions,
+    NetOptions,
+    ObjectiveOptions,
+    Option,
+    TrainingOptions,
+    changed_options,
+    options,
+    value_of,
+)
 from layerwise.config.resolving import (
     load,
     parse_assignment,
@@ -18,6 +33,7 @@ from layerwise.config.resolving import (
     recipe_names,
     recipe_text,
     resolve,
+    result_toml,
     with_options,
+    without_places,
 )
-from layerwise.config.result import result_toml, without_places

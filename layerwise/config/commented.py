@@ -6,9 +6,7 @@ from typing import Any
 import tomli_w
 from pydantic import ByteSize
 
-from layerwise.config.listing import Option, options, value_of
-from layerwise.config.names import PICTURES
-from layerwise.config.options import Config
+from layerwise.config.options import PICTURES, Config, Option, options, value_of
 from layerwise.config.resolving import data_kind, resolve
 
 _KINDS = {"speech", "steps", "images", "vision", "supervised", "ntxent", "dask", "slurm"}
@@ -41,10 +39,9 @@ def _lines(option: Option, config: Config, otherwise: Config) -> Iterator[str]:
     yield f"# {option.help}{f' ({option.flag})' if option.flag else ''}"
     if value is None:
         yield f"# {name} ="
-    elif not _concerns(option, config) and value == value_of(otherwise, option.key):
-        yield f"# {name} = {_toml(value)}"
     else:
-        yield f"{name} = {_toml(value)}"
+        as_without = not _concerns(option, config) and value == value_of(otherwise, option.key)
+        yield f"{'# ' if as_without else ''}{name} = {_toml(value)}"
 
 
 def _concerns(option: Option, config: Config) -> bool:

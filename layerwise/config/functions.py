@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerwise.config.names import DATA_KINDS, OWN, PAPER_NETWORKS, TORCHVISION
-from layerwise.config.options import Config
+from layerwise.config.options import DATA_KINDS, OWN, PAPER_NETWORKS, TORCHVISION, Config
 from layerwise.errors import ConfigError
 
 FUNCTIONS = {"net.name": "--net", "data.source": "--data"}

@@ -8,6 +8,9 @@ An option's scope says what follows when it changes between two starts of a run:
 
 import datetime
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 import tomli_w
@@ -24,6 +27,21 @@ from pydantic import (
 )
 
 from layerwise.units import seconds
+
+RECORDINGS, PICTURES, ARRAYS = ("demo", "speech", "fsdd", "librispeech"), ("images", "stl10", "cifar10"), ("npy", "h5")
+DATA_KINDS = (*RECORDINGS, *PICTURES, *ARRAYS)
+"""What may stand before the colon of --data."""
+
+PAPER_NETWORKS = ("speech", "vision")
+
+TORCHVISION = "torchvision:"
+"""What stands before the name of one of torchvision's networks."""
+
+FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+"""How a function of the user's is named: package.module:function."""
+
+OWN = "own"
+"""The name of data and networks that are given as objects, in Python."""
 
 Scope = Literal["shape", "training", "place"]
 
@@ -80,7 +98,7 @@ class DataOptions(Section):
 class NetOptions(Section):
     """The network. Defaults: the speech network of Löwe et al. 2019, appendix A.2."""
 
-    name: str = _option("speech", "shape", "--net", pattern=r"^(speech|vision|own|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
+    name: str = _option("speech", "shape", "--net", pattern=f"^(speech|vision|own|{FUNCTION})$")
     """network: speech, vision, torchvision:NAME (without its classifier), or package.module:function"""
     width: int = _option(512, "shape", ge=1, le=2**24)
     """channels of the speech layers; of the first vision module before its expansion by 4"""
@@ -312,12 +330,55 @@ class Config(Section):
 
     @property
     def alike(self) -> tuple[object, ...]:
-        """Equal for runs whose like stages take the same on the device, wherever the runs lie, however long they train, from
-        whatever seed and under whatever budget."""
+        """Runs in which this is equal take the same on the device, stage by like stage: however long they train, from whatever
+        seed and under whatever budget."""
         settings = [*vars(self.training).items(), *vars(self.memory).items()]
-        apart = {"stages", "max_epochs", "rounds", "patience", "seed", "gpu_mem", "flops_per_byte"}
+        apart = {"stages", "max_epochs", "rounds", "patience", "seed", "device", "checkpoint_seconds", "log"}
+        apart |= {"gpu_mem", "flops_per_byte"}
         return self.objective, self.cache.dtype, *[value for name, value in settings if name not in apart]
 
     def to_toml(self) -> str:
         """The resolved configuration as TOML; options without a value are left out."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option as the command line and the documentation see it."""
+
+    key: str
+    """Dotted name, for example training.lr."""
+    flag: str | None
+    """Its own command line flag, or None where only `--set key=value` reaches it."""
+    scope: Scope
+    help: str
+    default: Any
+
+
+def options() -> Iterator[Option]:
+    """Every option, in the order of the file."""
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            for inner, inner_field in field.annotation.model_fields.items():
+                yield _as_option(f"{name}.{inner}", inner_field)
+        else:
+            yield _as_option(name, field)
+
+
+def _as_option(key: str, field: Any) -> Option:
+    extra = field.json_schema_extra
+    return Option(key, extra["flag"], extra["scope"], (field.description or "").replace("\n", " "), field.default)
+
+
+def changed_options(old: Config, new: Config, scopes: set[Scope]) -> list[tuple[Option, Any, Any]]:
+    """Options of the given scopes whose values differ: (option, old value, new value)."""
+    return [
+        (option, value_of(old, option.key), value_of(new, option.key))
+        for option in options()
+        if option.scope in scopes and value_of(old, option.key) != value_of(new, option.key)
+    ]
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    return attrgetter(key)(config)

@@ -7,12 +7,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from pydantic import ValidationError
 
 from layerwise.config.functions import named_here, refuse_scheduler
-from layerwise.config.listing import options
-from layerwise.config.names import DATA_KINDS, FUNCTION, OWN, PAPER_NETWORKS, PICTURES, RECORDINGS
-from layerwise.config.options import Config
+from layerwise.config.options import DATA_KINDS, FUNCTION, OWN, PAPER_NETWORKS, PICTURES, RECORDINGS, Config, options
 from layerwise.errors import ConfigError, UnreadableFile, did_you_mean, near
 from layerwise.files import read_bytes
 
@@ -129,6 +128,22 @@ def parsed(text: str) -> Config:
 def with_options(config: Config, changes: Mapping[str, Any]) -> Config:
     """The Config with these options in place of its own; `changes` maps dotted keys to values. Raises ConfigError."""
     return validated(_merge(config.model_dump(mode="json", exclude_none=True), _nested(changes)))
+
+
+def without_places(config: Config) -> Config:
+    """All options of the scope "place" at their defaults; of the data, their kind alone. Raises ConfigError."""
+    return parsed(result_toml(config))
+
+
+def result_toml(config: Config) -> str:
+    """The options of the other scopes, and the kind of the data, as TOML that `parsed` reads. Raises ConfigError."""
+    everything = config.model_dump(mode="json", exclude_none=True)
+    kept: dict[str, dict[str, object]] = {"data": {"source": data_kind(config.data.source)}}
+    for option in options():
+        section, _, name = option.key.rpartition(".")
+        if option.scope != "place" and name in everything[section]:
+            kept.setdefault(section, {})[name] = everything[section][name]
+    return tomli_w.dumps(kept)
 
 
 def validated(tree: Mapping[str, Any]) -> Config:

@@ -132,7 +132,8 @@ def open_images(place: Path, options: PatchOptions, fewest: int = 2) -> SampleSe
     files = usable_files(place, EXTENSIONS, "pictures", partial(_inspect, options), fewest)
     names = [*files.ids, *(file.path for file in files.skipped)]
     split = {"train", "test"} <= {name.split("/")[0] for name in names if "/" in name}
-    classes = np.array([_class_of(name, split) for name in files.ids])
+    folders = [name.split("/")[1 if split else 0 : -1] for name in files.ids]
+    classes = np.array([each[0] if each else "" for each in folders])
     return picture_set(
         pixels=partial(_read_file, files.folder, options, files.ids),
         options=options,
@@ -185,12 +186,6 @@ def picture_identity(kind: str, options: PatchOptions, files: Iterable[tuple[str
     """SHA-256, as hex, over the kind of source, the options and each file's name and size in bytes."""
     constants = [GRAY_MEAN, GRAY_STD, COLOUR_MEAN, COLOUR_STD]
     return digest(json.dumps([kind, asdict(options), constants, sorted(files)]))
-
-
-def _class_of(name: str, split: bool) -> str:
-    """The first folder below the split, or an empty string."""
-    folders = name.split("/")[1 if split else 0 : -1]
-    return folders[0] if folders else ""
 
 
 def _inspect(options: PatchOptions, path: Path) -> int | str:

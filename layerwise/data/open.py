@@ -22,7 +22,7 @@ def open_data(options: DataOptions, shortest: int) -> DataSet:
 
     Raises DataError where it cannot be read, ConfigError where the name is none.
     """
-    return _framed(_measured(_open(options, shortest)), options)
+    return _framed(_open(options, shortest), options)
 
 
 def as_data(given: Any, options: DataOptions) -> DataSet:
@@ -30,7 +30,7 @@ def as_data(given: Any, options: DataOptions) -> DataSet:
 
     Raises DataError where it is none of these.
     """
-    return _framed(_measured(_as_data_set(given, options)), options)
+    return _framed(_as_data_set(given, options), options)
 
 
 def _as_data_set(given: Any, options: DataOptions) -> DataSet:
@@ -45,15 +45,10 @@ def _as_data_set(given: Any, options: DataOptions) -> DataSet:
     return open_dataset(given, options)
 
 
-def _measured(data: DataSet) -> DataSet:
-    """With its level known: where nothing can be learnt, that is said before anything is begun. Raises DataError."""
-    if not data.level > 0:
-        raise DataError(f"The data say that their level is {data.level}; it must be above 0.")
-    return data
-
-
 def _framed(data: DataSet, options: DataOptions) -> DataSet:
     """In frames of several steps, and in several views, where the options ask for it. Raises DataError where they cannot."""
+    if not data.level > 0:  # known from now on: where nothing can be learnt, that is said before anything is begun
+        raise DataError(f"The data say that their level is {data.level}; it must be above 0.")
     whole = options.frames == "whole"
     if options.frames == "steps" and data.columns > 1:
         raise DataError("--frames steps: pictures come in patches or whole; give --frames patches or whole.")

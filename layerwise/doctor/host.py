@@ -73,7 +73,7 @@ def _own_cgroup() -> str:
 def cores() -> Finding:
     """Those that this process may use; a batch job is often given some of the machine's."""
     machine = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
+    usable = len(os.sched_getaffinity(0))
     threads = os.environ.get("OMP_NUM_THREADS")
     found = f"{usable}" + (f" of the machine's {machine}" if usable < machine else "")
     return Finding("cores", "ok", found + (f"; OMP_NUM_THREADS={threads}" if threads else ""))
@@ -81,11 +81,8 @@ def cores() -> Finding:
 
 def slurm() -> Finding:
     job = os.environ.get("SLURM_JOB_ID")
-    if job:
-        return Finding("Slurm", "ok", f"inside job {job}")
-    if shutil.which("sbatch"):
-        return Finding("Slurm", "ok", "sbatch is there, for --engine slurm")
-    return Finding("Slurm", "ok", "not here")
+    command = "sbatch is there, for --engine slurm" if shutil.which("sbatch") else "not here"
+    return Finding("Slurm", "ok", f"inside job {job}" if job else command)
 
 
 def containers() -> Finding:

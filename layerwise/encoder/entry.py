@@ -30,9 +30,18 @@ class Entry(nn.Module):
         """Frames that come of so many steps of a sequence, or patches (an int or an int64 array)."""
         return steps
 
+    wanted: str
+    """Words on what a batch must be."""
+
+    def fits(self, x: torch.Tensor) -> bool:
+        """Whether x is such a batch."""
+        raise NotImplementedError
+
     def check(self, x: torch.Tensor) -> None:
         """Raises DataError, saying what would be right, where x is no such batch."""
-        raise NotImplementedError
+        if not self.fits(x):
+            dtype = str(x.dtype).removeprefix("torch.")
+            raise DataError(f"The encoder got {dtype} of shape {tuple(x.shape)}; give {self.wanted}.")
 
     def sizes(self, shortest: int, hop: int) -> list[tuple[int, ...]]:
         """Three batches to try an encoder with, that of the run first.
@@ -55,6 +64,7 @@ class Steps(Entry):
         self.framed = self.length > 1 or self.step > 1
         self.step_shape = (frame_shape[0], *frame_shape[2:]) if self.framed else frame_shape
         self.geometry = Geometry(self.step, (self.length - 1) / 2)
+        self.wanted = f"floats (B, steps, {', '.join(map(str, self.step_shape))})"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x / self.level
@@ -63,10 +73,8 @@ class Steps(Entry):
     def frames_of(self, steps: Any) -> Any:
         return np.maximum((steps - self.length) // self.step + 1, 0)
 
-    def check(self, x: torch.Tensor) -> None:
-        if x.dim() < 3 or tuple(x.shape[2:]) != self.step_shape or not x.is_floating_point():
-            shape = ", ".join(map(str, self.step_shape))
-            raise DataError(f"The encoder got {_described(x)}; give floats (B, steps, {shape}).")
+    def fits(self, x: torch.Tensor) -> bool:
+        return x.dim() >= 3 and tuple(x.shape[2:]) == self.step_shape and x.is_floating_point()
 
     def sizes(self, shortest: int, hop: int) -> list[tuple[int, ...]]:
         window = (self.window - 1) * self.step + self.length
@@ -82,16 +90,16 @@ class Waveforms(Steps):
     def __init__(self, data: DataOptions, level: float, frame_shape: tuple[int, ...] = (1,)) -> None:
         super().__init__(data, level, frame_shape)
         self.rate = data.sample_rate
+        self.wanted = (
+            f"waveforms (B, samples) of floats from -1 to 1 at {self.rate} Hz, one channel: waveform[None] makes a batch "
+            "of one"
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x[..., None])
 
-    def check(self, x: torch.Tensor) -> None:
-        if x.dim() != 2 or not x.is_floating_point():
-            raise DataError(
-                f"The encoder got {_described(x)}; give waveforms (B, samples) of floats from -1 to 1 at {self.rate} Hz, one "
-                "channel: waveform[None] makes a batch of one."
-            )
+    def fits(self, x: torch.Tensor) -> bool:
+        return x.dim() == 2 and x.is_floating_point()
 
     def sizes(self, shortest: int, hop: int) -> list[tuple[int, ...]]:
         return [size[:2] for size in super().sizes(shortest, hop)]
@@ -103,15 +111,13 @@ class Whole(Entry):
     def __init__(self, level: float, frame_shape: tuple[int, ...]) -> None:
         super().__init__()
         self.level, self.frame_shape = level, frame_shape
+        self.wanted = f"floats (B, {', '.join(map(str, frame_shape))})"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x / self.level)[:, None]
 
-    def check(self, x: torch.Tensor) -> None:
-        if tuple(x.shape[1:]) != self.frame_shape or not x.is_floating_point():
-            raise DataError(
-                f"The encoder got {_described(x)}; give floats (B, {', '.join(map(str, self.frame_shape))})."
-            )
+    def fits(self, x: torch.Tensor) -> bool:
+        return tuple(x.shape[1:]) == self.frame_shape and x.is_floating_point()
 
     def sizes(self, shortest: int, hop: int) -> list[tuple[int, ...]]:
         return [(batch, *self.frame_shape) for batch in (2, 1, 3)]
@@ -136,23 +142,24 @@ class Pictures(Entry):
         self.frame_shape = (self.channels, self.patch, self.patch)
         for name, constant in zip(("mean", "deviation"), mean_and_deviation(self.channels), strict=True):
             self.register_buffer(name, constant, persistent=False)
+        kind, least = "grey" if self.channels == 1 else "colour", "" if self.whole else "at least "
+        self.wanted = (
+            f"{kind} pictures (B, {self.channels}, H, W) of {least}{self.patch} x {self.patch} pixels, as uint8 or as floats "
+            "from 0 to 1"
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         values = x if x.is_floating_point() else x / 255
         normal = (values - self.mean) / self.deviation
         return normal[:, None] if self.whole else cut_patches(normal, self.patch, self.stride)
 
+    def fits(self, x: torch.Tensor) -> bool:
+        if x.dim() != 4 or x.shape[1] != self.channels or not (x.is_floating_point() or x.dtype == torch.uint8):
+            return False
+        return tuple(x.shape[2:]) == (self.patch, self.patch) if self.whole else min(x.shape[2:]) >= self.patch
+
     def check(self, x: torch.Tensor) -> None:
-        kind = "grey" if self.channels == 1 else "colour"
-        fits = x.dim() == 4 and x.shape[1] == self.channels and min(x.shape[2:]) >= self.patch
-        if self.whole:
-            fits = fits and tuple(x.shape[2:]) == (self.patch, self.patch)
-        if not fits or not (x.is_floating_point() or x.dtype == torch.uint8):
-            least = "" if self.whole else "at least "
-            raise DataError(
-                f"The encoder got {_described(x)}; give {kind} pictures (B, {self.channels}, H, W) of {least}"
-                f"{self.patch} x {self.patch} pixels, as uint8 or as floats from 0 to 1."
-            )
+        super().check(x)
         if x.is_floating_point() and x.numel() and x.max() > 2:  # interpolation may overshoot 1, and no more
             raise DataError(
                 f"The encoder got pixels of up to {x.max().item():g}; give floats from 0 to 1, or uint8: .to(torch.uint8)."
@@ -166,7 +173,3 @@ class Pictures(Entry):
             (1, self.channels, side + stride, side),
             (3, self.channels, side, side + 2 * stride + odd),
         ]
-
-
-def _described(x: torch.Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"

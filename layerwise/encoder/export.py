@@ -9,19 +9,34 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from layerwise.config import result_toml
-from layerwise.encoder.card import Exported, model_card
 from layerwise.encoder.load import Given, entry_of, load, load_stages
 from layerwise.encoder.model import Encoder
 from layerwise.encoder.program import Computes, largest_difference, record, trial_inputs
 from layerwise.errors import ExportError, did_you_mean
-from layerwise.files import exclusive, unwritable, write_atomically
-from layerwise.run_store import open_run
+from layerwise.files import errors_of_writing, exclusive, write_atomically
+from layerwise.nets.network import ranges
+from layerwise.run_store import RunState, RunStore, open_run
 from layerwise.training.checkpoint import to_host
 from layerwise.training.encoder import Origin, save_encoder
+from layerwise.units import percent, size
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An export that was checked."""
+
+    folder: Path
+    format: str
+    difference: float
+    """The largest one found between its output and the encoder's own, in units of the largest feature."""
+    fixed: str
+    """Sizes of the input that cannot be changed; empty where all can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +111,54 @@ def export(
     store, state = open_run(run_directory)
     origin, stages = load_stages(run_directory, None, network)
     encoder = Encoder(entry_of(origin), [stage.module for stage in stages]).eval()
-    try:
-        with _unfinished(folder) as inside:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch about itself; what matters is compared
-                written = FORMATS[format](encoder, origin, network, inside)
-                difference = largest_difference(written.computes, encoder, written.inputs)
-            exported = Exported(folder, format, difference, written.fixed)
-            card = model_card(encoder, origin, store, state, exported)
-            write_atomically(inside / "README.md", card.encode())
-            inside.rename(folder)
-    except OSError as error:
-        raise ExportError(unwritable(folder, error)) from None
+    with errors_of_writing(folder, ExportError), _unfinished(folder) as inside:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch about itself; what matters is compared
+            written = FORMATS[format](encoder, origin, network, inside)
+            difference = largest_difference(written.computes, encoder, written.inputs)
+        exported = Exported(folder, format, difference, written.fixed)
+        card = _model_card(encoder, origin, store, state, exported)
+        write_atomically(inside / "README.md", card.encode())
+        inside.rename(folder)
     return exported
+
+
+def _model_card(encoder: Encoder, origin: Origin, store: RunStore, state: RunState, exported: Exported) -> str:
+    """The text of card.md.jinja, filled in: Markdown."""
+    environment = Environment(
+        loader=PackageLoader("layerwise.encoder", "."),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {"size": size, "percent": percent}
+    return environment.get_template("card.md.jinja").render(
+        encoder=encoder,
+        origin=origin,
+        config=origin.config,
+        state=state,
+        exported=exported,
+        example=encoder.entry.sizes(encoder.shortest, encoder.geometry.hop)[0],
+        parameters=sum(parameter.numel() for parameter in encoder.parameters()),
+        stages=_stages(encoder, origin, state),
+        probes=store.read_probes(state),
+    )
+
+
+def _stages(encoder: Encoder, origin: Origin, state: RunState) -> list[dict[str, Any]]:
+    """Rows of the table of stages."""
+    layers = list(encoder.layers.values())
+    # Trained all at once, the stages share one record.
+    records = state.stages if len(state.stages) == len(origin.cut) else state.stages * len(origin.cut)
+    return [
+        {
+            "layers": len(cut),
+            "parameters": sum(weight.numel() for index in cut for weight in layers[index].parameters()),
+            "record": record,
+        }
+        for cut, record in zip(ranges(origin.cut), records, strict=True)
+    ]
 
 
 @contextmanager

@@ -92,8 +92,10 @@ def execute(tasks: Sequence[Task], run: Run, stop: StopFlag, notify: Notify) -> 
             _follow(futures, client, told, pulse, stop, notify)
         finally:
             if any(not future.done() for future in futures.values()):
-                halt.set()
-                _settle(futures, told, notify)
+                halt.set()  # tasks in hand save, and those behind them see the signal at once
+                while any(not future.done() for future in futures.values()):
+                    _pass_on(told, notify)
+                    time.sleep(POLL_SECONDS)
 
 
 def _offers_gpus(client: "Client", notify: Notify) -> bool:
@@ -125,22 +127,14 @@ def _follow(
             felt = time.monotonic()
             pulse.set(felt)
         _pass_on(told, tell)
-        _check_starts(starts, client)
+        for task, count in starts.items():
+            if count > ATTEMPTS:  # a scheduler that was started elsewhere may allow more deaths than we do
+                raise RunError(_failed(task, f"The end of the scheduler's log:\n{_scheduler_log(client)}"))
         stop.raise_if_set()
         for task in [task for task, future in undone.items() if future.done()]:
             _check(task, undone.pop(task), client)
         time.sleep(POLL_SECONDS)
     _pass_on(told, notify)
-
-
-def _check_starts(starts: "Counter[Task]", client: "Client") -> None:
-    """Raises RunError where a task is begun once more after its workers have died often enough.
-
-    A scheduler that was started elsewhere may allow more deaths than we do.
-    """
-    for task, count in starts.items():
-        if count > ATTEMPTS:
-            raise RunError(_failed(task, f"The end of the scheduler's log:\n{_scheduler_log(client)}"))
 
 
 def _failed(task: Task, log: str) -> str:
@@ -180,13 +174,6 @@ def _pass_on(told: "SimpleQueue[Event]", notify: Notify) -> None:
     with contextlib.suppress(Empty):
         while True:
             notify(told.get_nowait())
-
-
-def _settle(futures: dict[Task, "Future"], told: "SimpleQueue[Event]", notify: Notify) -> None:
-    """Until every task has ended: those in hand save, and those behind them see the signal at once."""
-    while any(not future.done() for future in futures.values()):
-        _pass_on(told, notify)
-        time.sleep(POLL_SECONDS)
 
 
 @contextlib.contextmanager
@@ -255,7 +242,7 @@ def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
         torch.set_num_threads(order.threads)
         try:
             device = order.devices[int(worker.name)] if order.devices else None
-            perform_task(task, _run(order.out, order.functions, device, order.topic), stop, tell)
+            perform_task(task, _run(order, device), stop, tell)
         except LayerwiseError as error:
             return error
         finally:
@@ -264,5 +251,5 @@ def _perform(order: _Order, task: Task, needed: list[Answer]) -> Answer:
 
 
 @lru_cache(maxsize=1)
-def _run(out: str, functions: tuple[tuple[str, str], ...], device: str | None, topic: str) -> Run:
-    return open_prepared_run(Path(out), dict(functions), device)
+def _run(order: _Order, device: str | None) -> Run:
+    return open_prepared_run(Path(order.out), dict(order.functions), device)

@@ -1,7 +1,7 @@
 """A run before it is started: what each stage will take on the device, on the disk and on the host, and whether it fits."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import psutil
 import torch
@@ -35,7 +35,7 @@ from layerwise.training.peaks import training_peak
 from layerwise.training.recompute import BLOCK_BYTES
 from layerwise.training.samples import TRAIN, split_samples
 from layerwise.training.spec import StageSpec
-from layerwise.training.work import step_flops, step_moved, waiting_bytes
+from layerwise.training.work import step_flops, step_moved, step_operations, waiting_bytes
 
 
 def plan(
@@ -44,8 +44,9 @@ def plan(
     network: Network | None = None,
     data: DataSet | None = None,
     optimization: Optimization | None = None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> Forecast:
-    """Predicts a run without running anything. network, data, optimization: as in `run`.
+    """Predicts a run without running anything. network, data, optimization: as in `run`; notify: is told what it is at.
 
     Raises LayerwiseErrors where it could not even be begun.
     """
@@ -57,7 +58,13 @@ def plan(
     folder = RunStore.of(config.out, config.cache.dir).caches
     cache_plan = plan_caches(config, specs, data, free_for_caches(folder))
     sizes = cache_sizes(specs, data, config.cache)
-    stages = [_forecast(config, specs, spec, cache_plan, sizes, device) for spec in specs]
+    stages, plans = [], []
+    for spec in specs:
+        notify(f"rehearsing stage {spec.stage} of {len(specs)}")
+        below = cache_plan.below(spec.stage, specs)
+        fitting = fit_stage(config, spec, device, below)
+        plans.append(fitting or smallest_plan(config, spec, below))
+        stages.append(_forecast(config, specs, cache_plan, sizes, device, spec, plans[-1], fitting is not None))
     return Forecast(
         budget_bytes=config.memory.gpu_mem,
         fits=all(stage.fits for stage in stages),
@@ -72,13 +79,13 @@ def plan(
         if is_end_to_end([len(s.layers) for s in specs])
         else list(cache_plan.notes),
         host_bytes=max(stage.host_bytes for stage in stages),
-        hours=_hours(config, data, stages, device),
+        hours=_hours(config, data, specs, plans, device),
         device=str(device),
         stages=stages,
     )
 
 
-def sweep(config: Config) -> list[Forecast]:
+def sweep(config: Config, notify: Callable[[str], None] = lambda line: None) -> list[Forecast]:
     """Predicts the run for cuts from one stage, which is end-to-end training by the same means, to the finest one.
 
     Parameters and errors as those of `plan`.
@@ -89,29 +96,34 @@ def sweep(config: Config) -> list[Forecast]:
     counts = {min(round(2 ** (power / 2)), most) for power in range(2 * most.bit_length() + 1)}
     counts |= {len(network.natural_cut)}
     return [
-        plan(with_options(config, {"training.stages": count}), network=network, data=data) for count in sorted(counts)
+        plan(with_options(config, {"training.stages": count}), network=network, data=data, notify=notify)
+        for count in sorted(counts)
     ]
 
 
-def _hours(config: Config, data: DataSet, stages: Sequence[StageForecast], device: torch.device) -> float:
+def _hours(
+    config: Config, data: DataSet, specs: Sequence[StageSpec], plans: Sequence[MemoryPlan], device: torch.device
+) -> float:
     """Of all steps, one after another, computing and moving never at the same time."""
     samples = int((split_samples(data, config) == TRAIN).sum())
     steps = -(-samples // config.training.batch_size) * config.training.max_epochs
-    seconds = sum(measured_rates(device).seconds(stage.flops, stage.moved_bytes) for stage in stages)
-    return steps * seconds / 3600
+    rates = measured_rates(device)
+    ratio = rates.flops / rates.bytes
+    operations = sum(step_operations(config, spec, plan, ratio) for spec, plan in zip(specs, plans, strict=True))
+    return steps * operations / rates.flops / 3600
 
 
 def _forecast(
     config: Config,
     specs: Sequence[StageSpec],
-    spec: StageSpec,
     cache_plan: CachePlan,
     sizes: Sequence[CacheSize],
     device: torch.device,
+    spec: StageSpec,
+    memory_plan: MemoryPlan,
+    fits: bool,
 ) -> StageForecast:
     below = cache_plan.below(spec.stage, specs)
-    fitting = fit_stage(config, spec, device, below)
-    memory_plan = fitting or smallest_plan(config, spec, below)
     training, caching = peaks_of_plan(config, spec, device, below, memory_plan)
     by_kind = training_peak(config, spec, memory_plan).by_kind
     return StageForecast(
@@ -124,7 +136,7 @@ def _forecast(
         micro_batch=memory_plan.micro_batch,
         layout=str(memory_plan),
         why=memory_plan.why,
-        fits=fitting is not None,
+        fits=fits,
         cache_bytes=sizes[spec.stage - 1].activations,
         cached=cache_plan.cached[spec.stage - 1],
         host_bytes=_host_bytes(config, spec, memory_plan),

@@ -7,16 +7,14 @@ run, with the end of the last one's log.
 import json
 import os
 import subprocess
-import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from queue import Empty, SimpleQueue
 
 import torch
 
@@ -42,14 +40,11 @@ LOG_LINES = 15
 @dataclass(slots=True)
 class _Worker:
     device: str
-    process: subprocess.Popen[str]
-    output: Connection
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    """Takes tasks; gives events, and how each task ended."""
     log: Path
     task: Task | None = None
-
-
-Inbox = SimpleQueue[tuple[_Worker, Event | Answer | EOFError]]
-"""What workers tell; EOFError once one has ended."""
 
 
 def execute(tasks: Sequence[Task], run: Run, devices: Sequence[str], stop: StopFlag, notify: Notify) -> None:
@@ -58,36 +53,31 @@ def execute(tasks: Sequence[Task], run: Run, devices: Sequence[str], stop: StopF
     Raises Interrupted after all workers have saved, RunError where a task's workers have died three times, and what a task
     raises that cannot be done.
     """
-    waiting, deaths, inbox = list(tasks), Counter[Task | None](), Inbox()
+    waiting, deaths = list(tasks), Counter[Task | None]()
     logs = run.store.workers
     logs.mkdir(exist_ok=True)
-    workers = [_start(device, logs / f"{number}.txt", run, inbox) for number, device in enumerate(devices)]
+    workers = [_start(device, logs / f"{number}.txt", run) for number, device in enumerate(devices)]
     try:
         while undone := {*waiting, *(worker.task for worker in workers if worker.task)}:
             stop.raise_if_set()
             _hand_out(waiting, undone, workers)
-            try:
-                worker, message = inbox.get(timeout=POLL_SECONDS)
-            except Empty:
-                continue
-            if worker not in workers:
-                continue  # a worker that was replaced has nothing more to say
-            if message is None:
-                worker.task = None
-            elif isinstance(message, LayerwiseError):
-                raise message
-            elif isinstance(message, EOFError):
-                if worker.task:
-                    waiting.insert(0, worker.task)
-                deaths[worker.task] += 1
-                workers[workers.index(worker)] = _replacement(worker, deaths[worker.task], run, inbox, notify)
-            else:
-                notify(message)
+            for worker, message in _messages(workers):
+                if message is None:
+                    worker.task = None
+                elif isinstance(message, LayerwiseError):
+                    raise message
+                elif isinstance(message, EOFError):
+                    if worker.task:
+                        waiting.insert(0, worker.task)
+                    deaths[worker.task] += 1
+                    workers[workers.index(worker)] = _replacement(worker, deaths[worker.task], run, notify)
+                else:
+                    notify(message)
     except Interrupted as interrupted:
         reason = stop.reason or f"a worker ({interrupted})"
         raise Interrupted(f"Stopped by {reason}; start the same command again to go on.") from None
     finally:
-        _end(workers, inbox, notify)
+        _end(workers, notify)
 
 
 def _hand_out(waiting: list[Task], undone: set[Task], workers: Sequence[_Worker]) -> None:
@@ -97,13 +87,23 @@ def _hand_out(waiting: list[Task], undone: set[Task], workers: Sequence[_Worker]
         if worker.task is None and task is not None:
             waiting.remove(task)
             worker.task = task
-            assert worker.process.stdin is not None
-            with suppress(OSError):  # it has died, which the inbox will say
-                print(json.dumps([task.round, task.stage]), file=worker.process.stdin, flush=True)
+            with suppress(OSError):  # it has died, which its next message will say
+                worker.connection.send(task)
 
 
-def _start(device: str, log: Path, run: Run, inbox: Inbox) -> _Worker:
-    output, workers_end = Pipe(duplex=False)
+def _messages(workers: Sequence[_Worker]) -> Iterator[tuple[_Worker, Event | Answer | EOFError]]:
+    """What workers tell within POLL_SECONDS, one message of each; EOFError of one that has ended."""
+    telling = wait([worker.connection for worker in workers], POLL_SECONDS)
+    for worker in [worker for worker in workers if worker.connection in telling]:
+        try:
+            message = worker.connection.recv()
+        except Exception:  # it has ended, perhaps within a message; or what it sent cannot be read
+            message = EOFError()
+        yield worker, message
+
+
+def _start(device: str, log: Path, run: Run) -> _Worker:
+    connection, workers_end = Pipe()
     descriptor = workers_end.fileno()
     functions = json.dumps(named_functions(run.config))
     command = [*python_module("layerwise.engines.worker"), str(run.store.out), functions, device, str(descriptor)]
@@ -112,32 +112,19 @@ def _start(device: str, log: Path, run: Run, inbox: Inbox) -> _Worker:
     with open_to_append(log) as printed, workers_end:
         process = subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=printed,
             pass_fds=[descriptor],
-            encoding="utf-8",
             env=environment,
             start_new_session=True,  # Ctrl-C is for this process, which tells them
         )
-    worker = _Worker(device, process, output, log)
-    threading.Thread(target=_listen, args=(worker, inbox), daemon=True).start()
-    return worker
+    return _Worker(device, process, connection, log)
 
 
-def _listen(worker: _Worker, inbox: Inbox) -> None:
-    try:
-        with worker.output, suppress(EOFError, OSError):  # it has ended, perhaps within a message
-            while True:
-                inbox.put((worker, worker.output.recv()))
-    finally:  # whatever it has sent: a run that is not told of its end would wait for it for ever
-        worker.process.wait()
-        inbox.put((worker, EOFError()))
-
-
-def _replacement(worker: _Worker, deaths: int, run: Run, inbox: Inbox, notify: Notify) -> _Worker:
+def _replacement(worker: _Worker, deaths: int, run: Run, notify: Notify) -> _Worker:
     """Another worker in the place of one that has died. Raises RunError where its task has had enough of them."""
-    code, task = worker.process.returncode, worker.task
+    code, task = _end_of(worker), worker.task
     how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
     if deaths >= ATTEMPTS:
         what = f"Stage {task.stage} in round {task.round}" if task else "A worker without a task"
@@ -147,26 +134,32 @@ def _replacement(worker: _Worker, deaths: int, run: Run, inbox: Inbox, notify: N
             f"The end of its log, {worker.log}:\n{log}"
         )
     notify(Message(f"the worker on {worker.device} {how}; another takes its place"))
-    return _start(worker.device, worker.log, run, inbox)
+    return _start(worker.device, worker.log, run)
 
 
-def _end(workers: list[_Worker], inbox: Inbox, notify: Notify) -> None:
-    """Every worker saves and ends, as its input does; what they still tell is passed on."""
+def _end_of(worker: _Worker) -> int:
+    """The exit code of a worker whose connection has ended; what it does after that is not waited for long."""
+    try:
+        return worker.process.wait(PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        worker.process.kill()
+        return worker.process.wait()
+
+
+def _end(workers: Sequence[_Worker], notify: Notify) -> None:
+    """Every worker saves and ends; what they still tell is passed on."""
     for worker in workers:
-        assert worker.process.stdin is not None
         with suppress(OSError):  # it has died
-            worker.process.stdin.close()
-    running = [worker for worker in workers if worker.process.poll() is None]
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while running:
+            worker.connection.send(None)
+    running, deadline = list(workers), time.monotonic() + PATIENCE_SECONDS
+    while running and time.monotonic() < deadline:
+        for worker, message in _messages(running):
+            if isinstance(message, EOFError):
+                running.remove(worker)
+            elif message is not None and not isinstance(message, LayerwiseError):
+                notify(message)
+    for worker in workers:
         try:
-            worker, message = inbox.get(timeout=max(deadline - time.monotonic(), 0.01))
-        except Empty:
-            for worker in running:
-                worker.process.kill()
-            break
-        if isinstance(message, EOFError):
-            running = [each for each in running if each is not worker]
-        elif message is not None and not isinstance(message, LayerwiseError):
-            notify(message)
-    workers.clear()
+            worker.process.wait(max(deadline - time.monotonic(), 0.01))
+        except subprocess.TimeoutExpired:
+            worker.process.kill()

@@ -87,7 +87,12 @@ def queue_again(stopped_by: str | None, store: RunStore, say: Callable[[str], No
                 say(f"Slurm is ending job {job.number} for good, as scancel does; it is not queued again.")
                 return
             count_restart(store, job.restarts)
-            _requeue(job)
+            try:
+                _scontrol(job, "requeue", job.number)
+            except SlurmError:
+                # Slurm ends all processes of the job as soon as it has queued it, scontrol among them.
+                if state_of(job).restarts <= job.restarts:
+                    raise
         except SlurmError as error:
             say(str(error))
             return
@@ -107,16 +112,6 @@ def state_of(job: BatchJob) -> JobState:
         raise SlurmError(
             f"What scontrol says of job {job.number} cannot be understood, so it is not queued again; submit it anew."
         ) from None
-
-
-def _requeue(job: BatchJob) -> None:
-    """Raises SlurmError where the job is not queued again."""
-    try:
-        _scontrol(job, "requeue", job.number)
-    except SlurmError:
-        # Slurm ends all processes of the job as soon as it has queued it, scontrol among them.
-        if state_of(job).restarts <= job.restarts:
-            raise
 
 
 def _scontrol(job: BatchJob, *words: str) -> str:

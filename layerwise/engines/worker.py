@@ -1,8 +1,8 @@
 """Performs tasks of a run that another process has prepared: `python -m layerwise.engines.worker DIR FUNCTIONS DEVICE FD`.
 
-FUNCTIONS are those that the run may call, as JSON: `config.named_functions`. It reads tasks from its standard input, one a
-line, and writes pickles to the file descriptor FD: events as they come, then how the task ended. Where the input ends, so does
-the worker, after saving: it does not outlive whoever sent it tasks.
+FUNCTIONS are those that the run may call, as JSON: `config.named_functions`. The file descriptor FD is a connection: tasks come
+from it, events go back as they come, then how the task ended. Where it ends, or gives None, the worker saves and ends: it does
+not outlive whoever sent it tasks.
 """
 
 import json
@@ -12,7 +12,6 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TextIO
 
 from layerwise.engines.task_runner import open_prepared_run, perform_task
 from layerwise.errors import LayerwiseError
@@ -26,34 +25,33 @@ Answer = LayerwiseError | None
 
 
 def main(out: str, functions: str, device: str, descriptor: str) -> None:
-    """Until the input ends."""
-    with (
-        standard_streams_may_fail(),
-        stop_on_signals() as stop,
-        Connection(int(descriptor), readable=False) as output,
-    ):
-        lines: SimpleQueue[str] = SimpleQueue()
-        threading.Thread(target=_listen, args=(sys.stdin, lines, stop), daemon=True).start()
+    """Until no more tasks come."""
+    with standard_streams_may_fail(), stop_on_signals() as stop, Connection(int(descriptor)) as connection:
+        tasks: SimpleQueue[Task | None] = SimpleQueue()
+        threading.Thread(target=_listen, args=(connection, tasks, stop), daemon=True).start()
         run = None
-        while line := lines.get():
+        while task := tasks.get():
             try:
                 run = run or open_prepared_run(Path(out), json.loads(functions), device)
-                perform_task(Task(*json.loads(line)), run, stop, lambda event: _tell(output, event))
-                _tell(output, None)
+                perform_task(task, run, stop, lambda event: _tell(connection, event))
+                _tell(connection, None)
             except LayerwiseError as error:
-                _tell(output, error)
+                _tell(connection, error)
 
 
-def _tell(output: Connection, message: Event | Answer) -> None:
-    with suppress(BrokenPipeError):  # whoever sent the task is gone, and the task is about to save
-        output.send(message)
+def _tell(connection: Connection, message: Event | Answer) -> None:
+    with suppress(ConnectionError):  # whoever sent the task is gone, and the task is about to save
+        connection.send(message)
 
 
-def _listen(stream: TextIO, lines: "SimpleQueue[str]", stop: StopFlag) -> None:
-    for line in stream:
-        lines.put(line)
-    stop.ask("the process that sent it tasks")
-    lines.put("")
+def _listen(connection: Connection, tasks: "SimpleQueue[Task | None]", stop: StopFlag) -> None:
+    try:
+        with suppress(EOFError, OSError):  # whoever sent tasks has ended
+            while task := connection.recv():
+                tasks.put(task)
+    finally:
+        stop.ask("the process that sent it tasks")
+        tasks.put(None)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from layerwise.evaluate.examples import Examples, FeatureRows, Poll
 from layerwise.evaluate.targets import ProbeTargets
-from layerwise.run_store.probe_results import Confusion
+from layerwise.run_store.state import Confusion
 
 NEIGHBOURS = (1, 5, 20, 100)
 TEMPERATURE = 0.07

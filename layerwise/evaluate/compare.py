@@ -14,7 +14,7 @@ from layerwise.data.source import DataSet
 from layerwise.engines.run import UserObjects, run
 from layerwise.errors import ConfigError, RunError, did_you_mean
 from layerwise.evaluate.classifiers import fit_and_test
-from layerwise.evaluate.forward import features_under_budget
+from layerwise.evaluate.features import features_under_budget
 from layerwise.evaluate.results import COMPARISON, GREEDY, METHODS, UNTRAINED, Comparison, Outcome, load_comparison
 from layerwise.evaluate.targets import ProbeTask, probe_targets, probe_task
 from layerwise.events import Notify, silent
@@ -82,7 +82,10 @@ def compare(
     holds a comparison with other options, RunError where it holds something else or the data have changed, Interrupted
     after saving when asked to stop.
     """
-    _check_methods(methods)
+    if unknown := next((method for method in methods if method not in METHODS), None):
+        raise ConfigError(
+            f"There is no method {unknown!r} to compare; there are {', '.join(METHODS)}.{did_you_mean(unknown, METHODS)}"
+        )
     stop, out = stop or StopFlag(), Path(config.out)
     wanted = [(method, seed) for seed in seeds for method in METHODS if method in methods]
     config = with_options(config, {"objective.label": "", "training.seed": 0})  # each run has its own
@@ -105,14 +108,6 @@ def compare(
         comparison.finished = len({tuple(sorted(method.seeds)) for method in comparison.methods}) == 1
         comparison.save(out)
     return comparison
-
-
-def _check_methods(methods: Sequence[str]) -> None:
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown:
-        raise ConfigError(
-            f"There is no method {unknown[0]!r} to compare; there are {', '.join(METHODS)}.{did_you_mean(unknown[0], METHODS)}"
-        )
 
 
 def _check_request(config: Config, label: str, data: DataSet, seeds: Sequence[int], methods: Sequence[str]) -> None:

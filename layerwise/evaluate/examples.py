@@ -5,7 +5,6 @@ The features lie in a file on the disk, so that the host memory of a probe does 
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from layerwise.errors import RunError
-from layerwise.files import unwritable
+from layerwise.files import errors_of_writing
 
 
 class FeatureRows:
@@ -24,35 +23,28 @@ class FeatureRows:
         """Raises RunError where the folder does not take it."""
         self.channels = self.rows = 0
         self._folder = folder
-        with self._run_errors():
+        with errors_of_writing(folder / "features", RunError):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - it is open for as long as this object lives
 
     def append(self, rows: np.ndarray) -> None:
         """More rows float32 [n, C]. Raises RunError where the disk is full."""
         self.channels = rows.shape[1]
-        with self._run_errors():
+        with errors_of_writing(self._folder / "features", RunError):
             self._file.write(np.ascontiguousarray(rows, dtype=np.float32).tobytes())
         self.rows += len(rows)
 
-    def read(self, first: int, stop: int) -> np.ndarray:
-        """float32 [stop - first, C]"""
-        with self._run_errors():
+    def read(self, rows: range) -> np.ndarray:
+        """float32 [rows, C]"""
+        with errors_of_writing(self._folder / "features", RunError):
             self._file.flush()
             row_bytes = 4 * self.channels
-            content = os.pread(self._file.fileno(), (stop - first) * row_bytes, first * row_bytes)
-        return np.frombuffer(content, dtype=np.float32).reshape(stop - first, self.channels)
+            content = os.pread(self._file.fileno(), len(rows) * row_bytes, rows.start * row_bytes)
+        return np.frombuffer(content, dtype=np.float32).reshape(len(rows), self.channels)
 
     def close(self) -> None:
         """Frees its room on the disk."""
         self._file.close()
-
-    @contextmanager
-    def _run_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RunError(unwritable(self._folder / "features", error)) from None
 
 
 Poll = Callable[[], None]
@@ -110,7 +102,7 @@ class Examples:
             yield range(first, min(first + self._step, rows.stop))
 
     def _read(self, rows: range) -> torch.Tensor:
-        centred = self._features.read(rows.start, rows.stop) - self._mean
+        centred = self._features.read(rows) - self._mean
         # A channel that never varies carries nothing; dividing by its spread would turn rounding into a feature.
         varies = self._spread > 1e-6 * (np.abs(self._mean) + self._spread.max())
         return torch.from_numpy(np.where(varies, centred / np.maximum(self._spread, 1e-12), 0).astype(np.float32))
@@ -118,8 +110,6 @@ class Examples:
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and spread float32 [C] of the training rows."""
         train, read = self.parts.train, self._features.read
-        mean = sum(read(piece.start, piece.stop).sum(0, dtype=np.float64) for piece in self._pieces(train)) / len(train)
-        squares = sum(
-            np.square(read(piece.start, piece.stop) - mean).sum(0, dtype=np.float64) for piece in self._pieces(train)
-        )
+        mean = sum(read(piece).sum(0, dtype=np.float64) for piece in self._pieces(train)) / len(train)
+        squares = sum(np.square(read(piece) - mean).sum(0, dtype=np.float64) for piece in self._pieces(train))
         return mean.astype(np.float32), np.sqrt(squares / len(train)).astype(np.float32)

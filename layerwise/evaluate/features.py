@@ -1,18 +1,28 @@
-"""What a probe sees of a sample: the mean over its frames, or single frames where the label is per frame."""
+"""What a probe sees of a sample: the mean over its frames, or single frames where the label is per frame.
 
+They come from a cache, or pass through trained or random stages from the data on, under the budget; nothing is cached then.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from layerwise.cache import ActivationCache
-from layerwise.data.batches import stream
+from layerwise.config import Config
+from layerwise.data.batches import group_renderings
+from layerwise.data.source import Subset
+from layerwise.errors import BudgetError
 from layerwise.evaluate.examples import FeatureRows, Poll
+from layerwise.evaluate.targets import ProbeTask, choose_frames
 from layerwise.memory.meter import host_tensor, uncounted
 from layerwise.nets.layer import vectors
-
-FRAMES_PER_SAMPLE = 32
-"""Most frames of a sample that a per-frame probe sees; enough for a stable error and bounded memory."""
+from layerwise.stop import StopFlag
+from layerwise.training.context import RunContext
+from layerwise.training.forward import InferenceStage, forward_all, within_budget
+from layerwise.training.loader import SourceLoader
 
 READ_FRAMES = 65_536
 """Frames that are read from a cache at once."""
@@ -41,27 +51,11 @@ class SampleSummary:
         self.frames += len(frames)
 
     def features(self, per_frame: bool) -> np.ndarray:
-        """float32 [1, C], or [F, C] where per_frame."""
-        return self.chosen_frames if per_frame else self.mean[None]
-
-    @property
-    def mean(self) -> np.ndarray:
-        """float32 [C]"""
+        """float32 [1, C], the mean of the frames; or [F, C], the chosen ones, where per_frame."""
+        if per_frame:
+            return torch.cat(self.kept).numpy()
         assert self.total is not None
-        return (self.total / self.frames).cpu().numpy()
-
-    @property
-    def chosen_frames(self) -> np.ndarray:
-        """float32 [F, C]"""
-        return torch.cat(self.kept).numpy()
-
-
-def choose_frames(sample: int, length: int, per_frame: bool) -> np.ndarray:
-    """The frames of a sample that a per-frame probe sees, the same for every encoder; none for other probes."""
-    if not per_frame:
-        return np.zeros(0, dtype=np.int64)
-    count = min(length, FRAMES_PER_SAMPLE)
-    return np.sort(stream(0, "probe frames", sample).choice(length, count, replace=False))
+        return (self.total / self.frames).cpu().numpy()[None]
 
 
 def cached_features(
@@ -78,3 +72,46 @@ def cached_features(
         for start in range(0, length, READ_FRAMES):
             summary.add(cache.read(sample, start, min(start + READ_FRAMES, length)))
         into.append(summary.features(per_frame))
+
+
+def features_under_budget(
+    config: Config, task: ProbeTask, stages: Sequence[InferenceStage], folder: Path, stop: StopFlag
+) -> tuple[list[FeatureRows], int]:
+    """Features of each stage, in files in the folder, and the bytes on the device that they took.
+
+    Each file has a row for each sample of the task, or one per chosen frame where it asks per frame; of view 0, in the
+    samples' order. stages: the first ones of the network. Raises BudgetError where --gpu-mem does not hold even short
+    pieces, Interrupted between two pieces.
+    """
+    data = Subset(task.data, task.samples)
+
+    def pass_all(piece: int, context: RunContext) -> list[FeatureRows]:
+        files = [FeatureRows(folder) for _ in stages]
+        summaries: dict[tuple[int, int], SampleSummary] = {}
+        lengths, of_stages = data.lengths, []
+        for stage in stages:
+            lengths = stage.module.out_length(lengths)
+            of_stages.append(lengths)
+
+        def keep(number: int, sample: int, frames: torch.Tensor) -> None:
+            if (number, sample) not in summaries:
+                length = int(of_stages[number][sample])
+                chosen = choose_frames(int(task.samples[sample]), length, task.per_frame)
+                summaries[number, sample] = SampleSummary(chosen)
+            summaries[number, sample].add(frames)
+
+        loader = SourceLoader(data, context.device)
+        for sample, _, last in forward_all(stages, loader, group_renderings(data.lengths, piece), keep, context):
+            context.stop.raise_if_set("while probing")
+            if last:
+                for number, file in enumerate(files):
+                    file.append(summaries.pop((number, sample)).features(task.per_frame))
+        return files
+
+    try:
+        return within_budget(pass_all, config, task.data, stop)
+    except BudgetError as error:
+        raise BudgetError(
+            f"The run's --gpu-mem of {config.memory.gpu_mem} bytes cannot hold the probe: {error} Start the run again with a "
+            "larger --gpu-mem, which changes nothing else, and probe then."
+        ) from None

@@ -7,21 +7,23 @@ are there; those of other stages are made again from the data.
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from layerwise.cache import ActivationCache
 from layerwise.config import Config, named_here
-from layerwise.data.open import open_data
-from layerwise.data.source import DataSet
+from layerwise.data.open import as_data, open_data
 from layerwise.errors import CacheError, ConfigError, DataError, RunError, did_you_mean
 from layerwise.evaluate.classifiers import CLASSIFIERS, fit_and_test
 from layerwise.evaluate.examples import FeatureRows
-from layerwise.evaluate.features import cached_features
-from layerwise.evaluate.forward import features_under_budget
+from layerwise.evaluate.features import cached_features, features_under_budget
 from layerwise.evaluate.targets import ProbeTask, probe_targets, probe_task
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network, ranges
+from layerwise.nets.traced import traced_network
 from layerwise.run_store import RunState, RunStore, open_run
-from layerwise.run_store.probe_results import ProbeResult, StageError
+from layerwise.run_store.state import ProbeResult, StageError
 from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import load_stages
 from layerwise.training.forward import OutputFormat, random_stages, trained_stages
@@ -33,32 +35,45 @@ def probe(
     label: str,
     *,
     classifier: str = "linear",
-    network: Network | str | None = None,
-    data: DataSet | str | None = None,
+    network: nn.Module | Network | str | None = None,
+    data: Any = None,
     stop: StopFlag | None = None,
     notify: Callable[[str], None] = lambda line: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> ProbeResult:
-    """Fits a classifier for `label` on each finished stage; also written to probes/LABEL.json, or LABEL-knn.json.
+    """How well a classifier on the frozen features of each stage tells a label, beside the same stage with random weights.
 
-    classifier: linear, or knn (nearest neighbours). network, data: those of the run, where it was given objects or a
-    package.module:function, which is not called otherwise; data may also say where they lie now. notify: is told what it is
-    at; warn: which caches cannot be used; their stages are passed through anew. Raises RunError where no stage is done,
-    ConfigError for network and data, DataError where the label does not exist or has one value only.
+    Also written to probes/LABEL.json, or LABEL-knn.json. classifier: linear, or knn (nearest neighbours). network, data: those
+    of the run, where it was given objects or a package.module:function, which is not called otherwise; data may also say where
+    they lie now. stop: ends it when its reason is set. notify: is told what it is at; warn: which caches cannot be used; their
+    stages are passed through anew. Raises RunError where no stage is done, ConfigError for network and data, DataError where
+    the label does not exist or has one value only.
     """
     stop, run_directory = stop or StopFlag(), Path(run_directory)
     if classifier not in CLASSIFIERS:
         raise ConfigError(
             f"There is no probe {classifier!r}; there are {', '.join(CLASSIFIERS)}.{did_you_mean(classifier, CLASSIFIERS)}"
         )
+    if isinstance(network, Config):
+        raise ConfigError("A probe knows the options of its run; give it a network alone, or leave it out.")
     store, state = open_run(run_directory)
     done = [record.stage for record in state.stages if record.status == "done"]
     if not done:
         raise RunError(f"No stage of {run_directory} is done yet; go on with the run first.")
     config = named_here(state.config, {"net.name": network, "data.source": data}, store.state)
-    data = _data_of_the_run(config, state, None if isinstance(data, str) else data)
+    named = data is None or isinstance(data, str)
+    if named and isinstance(network, nn.Module):
+        raise ConfigError("A probe needs the data of the run beside its network: give data= too, as an object.")
+    data = open_data(config.data, shortest_sample(config)) if named else as_data(data, config.data)
+    if data.identity != state.data_identity:
+        raise DataError(
+            f"The data at {config.data.source} are not those of the run any more; the comparison with random weights "
+            "needs them. Bring the old ones back."
+        )
     if network is None or isinstance(network, str):
         network = build_network(config.net, data.frame_shape, config.training.seed)
+    elif isinstance(network, nn.Module):
+        network = traced_network(network, tuple(data.frame_shape))
     if network.identity != state.network:
         raise RunError(
             f"The network given is not the one that {run_directory} was trained with; give that one, as it was."
@@ -93,16 +108,6 @@ def probe(
     name = label if classifier == "linear" else f"{label}-{classifier}"
     store.write_probe(name, result)
     return result
-
-
-def _data_of_the_run(config: Config, state: RunState, given: DataSet | None) -> DataSet:
-    data = given or open_data(config.data, shortest_sample(config))
-    if data.identity != state.data_identity:
-        raise DataError(
-            f"The data at {config.data.source} are not those of the run any more; the comparison with random weights "
-            "needs them. Bring the old ones back."
-        )
-    return data
 
 
 def _cached_features(

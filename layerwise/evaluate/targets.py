@@ -6,12 +6,15 @@ import numpy as np
 
 from layerwise.cache import SPLITS
 from layerwise.config import Config
+from layerwise.data.batches import stream
 from layerwise.data.source import DataSet
 from layerwise.errors import DataError, did_you_mean
 from layerwise.evaluate.examples import Parts
-from layerwise.evaluate.features import choose_frames
 from layerwise.training.samples import split_samples
 from layerwise.training.spec import StageSpec, frame_labels
+
+FRAMES_PER_SAMPLE = 32
+"""Most frames of a sample that a per-frame probe sees; enough for a stable error and bounded memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +53,23 @@ def probe_task(label: str, data: DataSet, config: Config) -> ProbeTask:
 def probe_targets(task: ProbeTask, spec: StageSpec) -> ProbeTargets:
     """The targets for the features of one stage."""
     if task.per_frame:
-        values, split = _frame_values(task, spec)
+        numbers = task.samples.tolist()
+        chosen = [choose_frames(sample, int(spec.output_lengths[sample]), per_frame=True) for sample in numbers]
+        labels = [frame_labels(task.label, spec, task.data, *each) for each in zip(numbers, chosen, strict=True)]
+        values, split = np.concatenate(labels), np.repeat(task.split, [len(frames) for frames in chosen])
     else:
         values, split = task.data.labels[task.label][task.samples], task.split
     names, classes = np.unique(values, return_inverse=True)
     counts = np.bincount(split, minlength=len(SPLITS)).tolist()
     return ProbeTargets(tuple(names.tolist()), classes.astype(np.int64), Parts.of(*counts))
+
+
+def choose_frames(sample: int, length: int, per_frame: bool) -> np.ndarray:
+    """The frames of a sample that a per-frame probe sees, the same for every encoder; none for other probes."""
+    if not per_frame:
+        return np.zeros(0, dtype=np.int64)
+    count = min(length, FRAMES_PER_SAMPLE)
+    return np.sort(stream(0, "probe frames", sample).choice(length, count, replace=False))
 
 
 def _labelled(label: str, data: DataSet, split: np.ndarray) -> np.ndarray:
@@ -75,14 +89,3 @@ def _labelled(label: str, data: DataSet, split: np.ndarray) -> np.ndarray:
         if not (split[samples] == SPLITS.index(part)).any():
             raise DataError(f"No sample of the {part} split carries the label {label!r}.")
     return samples
-
-
-def _frame_values(task: ProbeTask, spec: StageSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Label and split of each chosen frame."""
-    numbers = task.samples.tolist()
-    chosen = [choose_frames(sample, int(spec.output_lengths[sample]), per_frame=True) for sample in numbers]
-    values = [
-        frame_labels(task.label, spec, task.data, sample, frames)
-        for sample, frames in zip(numbers, chosen, strict=True)
-    ]
-    return np.concatenate(values), np.repeat(task.split, [len(frames) for frames in chosen])

@@ -24,12 +24,13 @@ CUDA_WORKSPACE = 2 * 32 * 2**20
 
 OUT_OF_MEMORY = (
     "out of memory",  # CUDA itself, where it loads kernels
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",  # where there is no room for a handle
+    "cudnn_status_alloc_failed",
+    "cudnn_status_internal_error_device_allocation_failed",
     "unable to find an engine to execute this computation",  # cuDNN, where no workspace is to be had
 )
-"""What libraries under torch and the driver say where the device is full, beside torch.OutOfMemoryError."""
+"""What libraries under torch and the driver say where the device is full, beside torch.OutOfMemoryError; in lower case."""
 
 
 def find_device(name: str) -> torch.device:
@@ -116,7 +117,9 @@ def _driver_figure(device: torch.device) -> int | None:
 def why_out_of_memory(error: BudgetError | RuntimeError) -> str:
     """What an error says, where it means that the device is full; any other error is raised again."""
     message = str(error)
-    if isinstance(error, BudgetError | torch.OutOfMemoryError) or any(words in message for words in OUT_OF_MEMORY):
+    if isinstance(error, BudgetError | torch.OutOfMemoryError) or any(
+        words in message.lower() for words in OUT_OF_MEMORY
+    ):
         return message
     raise error
 
@@ -191,6 +194,29 @@ def pack_recurrent_weights(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.RNNBase):
             part.flatten_parameters()
+
+
+def keep_dropout_from_cudnn(module: nn.Module) -> None:
+    """Has recurrent layers with dropout computed without cuDNN wherever they train.
+
+    cuDNN drops out by a generator of its own, which a second pass cannot set back, and whose state never leaves the device.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.RNNBase) and part.dropout:
+            away = _AwayFromCudnn()
+            part.register_forward_pre_hook(away.begin)
+            part.register_forward_hook(away.end, always_call=True)
+
+
+class _AwayFromCudnn:
+    """Hooks around a layer's forward pass."""
+
+    def begin(self, layer: nn.Module, *_: object) -> None:
+        self._was_enabled = torch.backends.cudnn.enabled
+        torch.backends.cudnn.enabled = self._was_enabled and not layer.training
+
+    def end(self, *_: object) -> None:
+        torch.backends.cudnn.enabled = self._was_enabled
 
 
 ARENA_MAX = -8

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_iter
 
 from layerwise.errors import BudgetError
+from layerwise.memory.recurrence import FoldedFrames
 
 Kind = Literal["parameters", "gradients", "optimizer", "activations"]
 KINDS: tuple[Kind, ...] = ("parameters", "gradients", "optimizer", "activations")
@@ -192,7 +193,9 @@ class AllocatorMeter:
     def label(self, kind: Kind, tensors: Iterable[torch.Tensor | None]) -> None:
         """Gradients come one by one and go together, so they are taken as large as the parameters they belong to."""
         if kind != "gradients":
-            held = sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+            storages = (tensor.untyped_storage() for tensor in tensors if tensor is not None)
+            # Once each: cuDNN has all weights of a recurrent layer in one.
+            held = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
             self._labelled[kind] = max(held, self._labelled.get(kind, 0))
             if kind == "parameters":
                 self._labelled["gradients"] = self._labelled[kind]
@@ -234,7 +237,7 @@ def rehearsal(limit: int | None = None) -> Iterator[Meter]:
     The tensors are torch's fake ones, with shapes alone: a step of a large network takes a fraction of a second, and the meter
     counts the very storages that it would count on the device. Raises BudgetError with the first byte beyond the limit.
     """
-    with fake_tensors(), Meter(REHEARSED_ON, limit) as meter:
+    with fake_tensors(), Meter(REHEARSED_ON, limit) as meter, FoldedFrames(lambda: meter.live):
         yield meter
 
 

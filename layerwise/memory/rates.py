@@ -35,10 +35,6 @@ class Rates:
             power *= 4
         return power
 
-    def seconds(self, flops: float, moved: float) -> float:
-        """Time of so much work, nothing of it at the same time."""
-        return flops / self.flops + moved / self.bytes
-
 
 @cache
 def measured_rates(device: torch.device) -> Rates:

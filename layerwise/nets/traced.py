@@ -46,6 +46,7 @@ class FrameUnit(Layer):
         super().__init__()
         self.first = first
         self.unit = copied(unit)
+        self._has_lstm = any(isinstance(part, nn.LSTM) for part in unit.modules())
         self.train()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,7 +55,7 @@ class FrameUnit(Layer):
         if frames.dim() == 3 and not self.first:
             # The unit may rely on the layout that the network itself would have given it, as .view() does.
             frames = frames.transpose(1, 2).contiguous()
-        with same_attention():
+        with same_attention(), same_recurrence() if self._has_lstm else contextlib.nullcontext():
             y = self.unit(frames)
         return (y.transpose(1, 2) if y.dim() == 3 else y).unflatten(0, x.shape[:2])
 
@@ -68,6 +69,18 @@ def same_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def same_recurrence() -> Iterator[None]:
+    """LSTMs on a CPU compute step by step, as rehearsed: oneDNN's kernel keeps several times as much for the backward pass."""
+    backend: Any = torch.backends.mkldnn
+    before = backend.enabled
+    backend.enabled = False
+    try:
+        yield
+    finally:
+        backend.enabled = before
 
 
 def identity(units: Iterable[fx.GraphModule]) -> str:

@@ -92,12 +92,9 @@ def inline(svg: bytes, number: int) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
     text = re.sub(r'^<svg([^>]*?) width="[^"]*"([^>]*?) height="[^"]*"|^<svg', r"<svg\1\2", text, count=1)
     text = re.sub(r'((?:id|href)="#?|url\(#)', rf"\1f{number}-", text)
-    return re.sub(r'style="[^"]*"', lambda style: _themed(style[0]), text)
-
-
-def _themed(style: str) -> str:
     themed = {INK: "currentColor", "#ffffff": "none"} | {color: f"var(--c{i})" for i, color in enumerate(PALETTE)}
-    return re.sub("|".join(themed), lambda color: themed[color[0]], style)
+    colors = re.compile("|".join(themed))
+    return re.sub(r'style="[^"]*"', lambda style: colors.sub(lambda color: themed[color[0]], style[0]), text)
 
 
 BYTES = FuncFormatter(lambda count, _: size(max(round(count), 0)))

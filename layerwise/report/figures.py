@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -16,7 +15,7 @@ from layerwise.evaluate.results import Comparison, MethodResult, ModuleError
 from layerwise.forecast import Forecast
 from layerwise.report.drawing import BLUE, BYTES, GRAY, GREEN, INK, OCHRE, ORANGE, PERCENT, PINK, Plot, new_figure
 from layerwise.report.records import Epoch, GatheredRun, MemorySample
-from layerwise.run_store.probe_results import Confusion, ProbeResult
+from layerwise.run_store.state import Confusion, ProbeResult
 from layerwise.units import size
 
 STYLES = {
@@ -113,8 +112,7 @@ def draw_memory(memory: dict[int, list[MemorySample]], budget: int | None) -> Pl
     near = _near(budget, highest)
     if near:
         axes.axhline(near, **BUDGET)
-    axes.set_ylim(0, 1.06 * max(highest, near or 0))
-    axes.set_xlim(0, max(begin, 1e-3) / seconds_per_unit)
+    axes.set(ylim=(0, 1.06 * max(highest, near or 0)), xlim=(0, max(begin, 1e-3) / seconds_per_unit))
     axes.set_xlabel(f"time worked on, {unit}")
     axes.yaxis.set_major_formatter(BYTES)
     axes.yaxis.set_major_locator(MaxNLocator(6))
@@ -164,7 +162,7 @@ def draw_probe(probe: ProbeResult) -> Plot:
     """Error of each stage, trained and with random weights."""
     trained = [ModuleError(entry.stage, entry.error, 0.0) for entry in probe.stages]
     untrained = [ModuleError(entry.stage, entry.untrained_error, 0.0) for entry in probe.stages]
-    curves = [_Curve("trained", BLUE, "o", trained), _Curve("random weights", GRAY, "X", untrained)]
+    curves: list[_Curve] = [("trained", BLUE, "o", trained), ("random weights", GRAY, "X", untrained)]
     caption = f"Error of a {probe.classifier} probe on each frozen stage, on test samples; the axis is logarithmic."
     return _draw_errors(f"errors-{probe.label}", f"Error: {probe.label}", caption, curves)
 
@@ -174,7 +172,7 @@ def draw_comparison(comparison: Comparison) -> Plot | None:
     label, methods = comparison.label, comparison.methods
     if not methods:
         return None
-    curves = [_Curve(method.method, *STYLES[method.method], method.stages) for method in methods]
+    curves: list[_Curve] = [(method.method, *STYLES[method.method], method.stages) for method in methods]
     seeds_of_each = [len(method.seeds) for method in methods]
     fewest, most = min(seeds_of_each), max(seeds_of_each)
     seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
@@ -228,8 +226,7 @@ def draw_sweep(forecasts: Sequence[Forecast]) -> Plot:
         for each, x, y in zip(forecasts, hours, values, strict=True):
             axes.annotate(str(len(each.stages)), (x, y), xytext=(4, 3), textcoords="offset points")
     axes.set_yscale("log")
-    axes.set_xlabel(f"time in {unit} at the full speed of the device")
-    axes.set_ylabel("device memory, by number of stages")
+    axes.set(xlabel=f"time in {unit} at the full speed of the device", ylabel="device memory, by number of stages")
     axes.yaxis.set_major_formatter(BYTES)
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))  # labels of all nine would lie over one another
     axes.yaxis.set_minor_formatter(BYTES)
@@ -265,8 +262,7 @@ def draw_confusion(probe: ProbeResult) -> Plot | None:
     axes.tick_params(length=0)
     axes.set_aspect("equal")
     axes.invert_yaxis()
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("right")
+    axes.set(xlabel="taken for", ylabel="right")
     fewer = len(kept) < len(confusion.classes)
     few = f" The {len(kept)} classes with the most errors of {len(confusion.classes)}." if fewer else ""
     caption = (
@@ -276,29 +272,23 @@ def draw_confusion(probe: ProbeResult) -> Plot | None:
     return Plot(f"confusion-{probe.label}", f"Confusion: {probe.label}", caption, figure)
 
 
-@dataclass(frozen=True, slots=True)
-class _Curve:
-    """Errors from 0 to 1."""
-
-    label: str
-    color: str
-    marker: str
-    stages: Sequence[ModuleError]
+_Curve = tuple[str, str, str, Sequence[ModuleError]]
+"""Label, colour, marker, and errors from 0 to 1."""
 
 
 def _draw_errors(name: str, title: str, caption: str, curves: Sequence[_Curve]) -> Plot:
-    means = [stage.error_mean for curve in curves for stage in curve.stages]
+    means = [error.error_mean for *_, errors in curves for error in errors]
     floor = min((mean for mean in means if mean > 0), default=0.01) / 2
     zero = any(mean <= 0 for mean in means)
     figure = new_figure(3.3)
     axes = figure.subplots()
-    for curve in curves:
-        stages = [stage.stage for stage in curve.stages]
+    for label, color, marker, errors in curves:
+        stages = [error.stage for error in errors]
         low, line, high = (
-            [max(stage.error_mean + side * stage.error_std, floor) for stage in curve.stages] for side in (-1, 0, 1)
+            [max(error.error_mean + side * error.error_std, floor) for error in errors] for side in (-1, 0, 1)
         )
-        axes.fill_between(stages, low, high, color=curve.color, alpha=0.15, linewidth=0)
-        axes.plot(stages, line, color=curve.color, marker=curve.marker, label=curve.label)
+        axes.fill_between(stages, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(stages, line, color=color, marker=marker, label=label)
     axes.set_yscale("log")
     if zero:
         axes.set_ylim(bottom=floor)
@@ -306,8 +296,7 @@ def _draw_errors(name: str, title: str, caption: str, curves: Sequence[_Curve]) 
     axes.yaxis.set_major_formatter(PERCENT)
     axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("module")
-    axes.set_ylabel("error")
+    axes.set(xlabel="module", ylabel="error")
     axes.grid(axis="y")
     figure.legend(loc="outside lower center", ncols=2)
     return Plot(name, title, caption + (" An error of 0 lies on the lower edge." if zero else ""), figure)

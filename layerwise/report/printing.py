@@ -1,8 +1,10 @@
 """All that commands print: lines in which names are shown escaped, tables, and a spinner."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -46,9 +48,14 @@ def answer(*parts: RenderableType) -> None:
 
 
 def answer_exactly(text: str) -> None:
-    """JSON, or a script: text for other programs, to the letter. Raises OutputLost or ReaderGone."""
+    """A script, say: text for other programs, to the letter. Raises OutputLost or ReaderGone."""
     print(text, flush=True)
     refuse_loss(sys.stdout)
+
+
+def answer_json(tree: Any) -> None:
+    """One JSON text, in which dataclasses are objects. Raises OutputLost or ReaderGone."""
+    answer_exactly(json.dumps(tree, default=asdict))
 
 
 def remark(line: str) -> None:

@@ -68,19 +68,18 @@ class PlainLines:
     def __call__(self, event: Event) -> None:
         text = line(event)
         if text is not None:
-            print(printable(text), file=self._stream, flush=True)
+            self.write(text)
+
+    def write(self, text: str) -> None:
+        """One line."""
+        print(printable(text), file=self._stream, flush=True)
 
 
-class LogFile:
+class LogFile(PlainLines):
     """Appends events to a file, each line with its time. The file is opened for each line: lines are few."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-
-    def __call__(self, event: Event) -> None:
-        text = line(event)
-        if text is not None:
-            self.write(text)
 
     def write(self, text: str) -> None:
         """One line; nothing where the folder is not (yet) a run directory, or takes no more: a log decides nothing."""

@@ -12,8 +12,7 @@ from layerwise.errors import RunError
 from layerwise.evaluate.results import COMPARISON, Comparison
 from layerwise.files import json_lines
 from layerwise.records import Count, read_record
-from layerwise.run_store import RunState, RunStore, StageRecord, open_run
-from layerwise.run_store.probe_results import ProbeResult
+from layerwise.run_store import ProbeResult, RunState, RunStore, StageRecord, open_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +115,12 @@ class RoundState:
 
 
 def round_states(store: RunStore, state: RunState) -> list[RoundState]:
-    """Every round that is prepared, in order. state: of the run. Raises RunError where one cannot be read, or is another's."""
+    """Every round that is prepared, in order; an empty list where the run has a single one. state: of the run.
+
+    Raises RunError where one cannot be read, or is another's.
+    """
     rounds, states = state.config.training.rounds, []
-    for number in range(1, rounds + 1):
+    for number in range(1, rounds + 1) if rounds > 1 else ():
         of_round = store.round(number, rounds)
         if of_round.exists:
             found = of_round.load_state()

@@ -4,6 +4,7 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -12,8 +13,7 @@ from layerwise.evaluate.results import Comparison
 from layerwise.forecast import Forecast
 from layerwise.report.progress import outcome
 from layerwise.report.records import RoundState, published_version
-from layerwise.run_store import RunState, RunStore, StageRecord
-from layerwise.run_store.probe_results import ProbeResult
+from layerwise.run_store import ProbeResult, RunState, RunStore, StageRecord
 from layerwise.units import duration, percent, size
 
 FEW_TEST_SAMPLES = 50
@@ -23,11 +23,11 @@ TIMES_OF_A_SWEEP = (
 )
 
 
-def table(rows: Iterable[Mapping[str, str]]) -> Table:
+def table(rows: Iterable[Mapping[str, str]], **style: Any) -> Table:
     """Each row maps names of columns to cells; the first row has every column, and a cell that is left out stays empty."""
     rows = list(rows)
     names = list(rows[0]) if rows else []
-    shown = Table(box=None, pad_edge=False, header_style="bold")
+    shown = Table(box=None, pad_edge=False, header_style="bold", **style)
     for name in names:
         shown.add_column(name, no_wrap=True)
     for row in rows:
@@ -37,7 +37,7 @@ def table(rows: Iterable[Mapping[str, str]]) -> Table:
 
 def stage_table(state: RunState, store: RunStore) -> Table:
     """One row per stage, within 80 columns; the loss is the lowest held-out one."""
-    shown = table(
+    rows = (
         {
             "stage": str(record.stage),
             "status": stage_status(record),
@@ -49,8 +49,7 @@ def stage_table(state: RunState, store: RunStore) -> Table:
         }
         for record in state.stages
     )
-    shown.collapse_padding = True
-    return shown
+    return table(rows, collapse_padding=True)
 
 
 def rounds_table(states: Sequence[RoundState], rounds: int) -> Table:
@@ -168,14 +167,12 @@ def forecast_table(forecast: Forecast) -> Table:
         "cache": size(forecast.cache_bytes),
         "host": size(forecast.host_bytes),
     }
-    shown = table([*rows, together])
-    shown.collapse_padding = True
-    return shown
+    return table([*rows, together], collapse_padding=True)
 
 
 def sweep_table(forecasts: Sequence[Forecast]) -> Table:
     """One row per cut, within 80 columns. GFLOP and moved: of an optimizer step of every stage; time: of all epochs."""
-    shown = table(
+    rows = (
         {
             "stages": "1, end to end" if len(each.stages) == 1 else str(len(each.stages)),
             "smallest budget": _rounded_up(each.smallest_budget_bytes),
@@ -188,8 +185,7 @@ def sweep_table(forecasts: Sequence[Forecast]) -> Table:
         }
         for each in forecasts
     )
-    shown.collapse_padding = True
-    return shown
+    return table(rows, collapse_padding=True)
 
 
 def cheapest_cut(forecasts: Sequence[Forecast]) -> str:

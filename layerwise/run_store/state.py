@@ -1,4 +1,4 @@
-"""What run.json says: how far a run is, stage by stage, and what its files were when it wrote them."""
+"""The records of a run: run.json, which says how far each stage is and what its files were, and the smaller ones beside it."""
 
 import secrets
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from pydantic import Field, TypeAdapter
 
 from layerwise.config import Config
 from layerwise.errors import RunError
-from layerwise.records import STRICT, Count, Digest, read_record, write_record
+from layerwise.records import STRICT, Count, Digest, Share, read_record, write_record
 
 VERSION = 4
 
@@ -146,3 +146,72 @@ class RunState:
         if stages != list(range(1, len(stages) + 1)) or len(state.cut) != len(stages):
             raise RunError(f"{path} is damaged: its stages do not fit its cut; {way_out}")
         return state
+
+
+@dataclass(frozen=True, slots=True)
+class Confusion:
+    """Test rows of each class, by the class that was predicted."""
+
+    __pydantic_config__ = STRICT
+
+    classes: Annotated[tuple[str, ...], Field(min_length=1)]
+    counts: list[list[Count]]
+    """[true class][predicted class]"""
+
+    def __post_init__(self) -> None:
+        if [len(row) for row in self.counts] != [len(self.classes)] * len(self.classes):
+            raise ValueError("counts is not a square of classes")
+
+
+@dataclass(frozen=True, slots=True)
+class StageError:
+    """Error rates from 0 to 1; train and test count samples, or frames where the label is per frame."""
+
+    __pydantic_config__ = STRICT
+
+    stage: Number
+    error: Share
+    untrained_error: Share
+    train: Count
+    test: Count
+    confusion: Confusion | None
+    """Of the trained stage; None where there are too many classes."""
+    weights: Digest
+    """Digest of the weights that were probed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """One probe of every finished stage, as probes/LABEL.json holds it."""
+
+    __pydantic_config__ = STRICT
+
+    label: str
+    stages: Annotated[list[StageError], Field(min_length=1)]
+    peak_bytes: Count
+    """Most that the probe held on the device."""
+    classifier: str
+    """linear or knn."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOwner:
+    """Whose caches lie in a folder."""
+
+    __pydantic_config__ = STRICT
+
+    run_id: RunId
+    run: str
+    """The folder of the run, from the folder of the caches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restarts:
+    """What was noted when the job of a run was queued again."""
+
+    __pydantic_config__ = STRICT
+
+    stands: list[Any]
+    """Where the run stood."""
+    in_vain: Count
+    """Starts in a row that ended there."""

@@ -1,7 +1,11 @@
-"""A run on disk: the name of every file of it, its locks, and all that is read, written and deleted there."""
+"""A run on disk: the name of every file of it, its locks, and all that is read, written and deleted there.
+
+Files of these names alone are deleted, and never behind a link.
+"""
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,46 +15,38 @@ from typing import Any
 from layerwise.config import Config
 from layerwise.errors import RunError
 from layerwise.files import exclusive, is_locked, open_own, read_bytes, read_text, write_atomically
-from layerwise.records import STRICT, Count, read_record, write_record
-from layerwise.run_store.own_files import (
-    CURVES,
-    PLOT_FILES,
-    CacheFile,
-    cache_files,
-    delete,
-    delete_files,
-    delete_files_of_stage,
-    numbered,
-)
-from layerwise.run_store.probe_results import ProbeResult
-from layerwise.run_store.state import RunId, RunState, StageRecord
+from layerwise.records import read_record, write_record
+from layerwise.run_store.state import CacheOwner, ProbeResult, Restarts, RunState, StageRecord
 
 HANDOVER_SECONDS = 120
 """How long a task waits for another process to let go of its round: one that was killed may still be on its way out,
 and over a network a lock outlives a machine by a minute or two."""
 
 
+_CACHE_NAME = re.compile(r"stage-([1-9]\d*)\.h5(\.part|\.journal(?:-[1-9]\d*)?|\.packing|\.copying)?")
+
+STAGE_FILES = tuple(
+    name + end
+    for name in ("weights.safetensors", "checkpoint.safetensors", "metrics.jsonl", "memory.jsonl")
+    for end in ("", ".tmp")
+)
+CURVES, CURVE_FILES = "tensorboard", ("events.out.tfevents.*",)
+PLOT_FILES = tuple(
+    name + end for name in ("losses", "memory", "caches", "errors-*", "confusion-*") for end in (".svg", ".png")
+)
+"""Patterns of the names that a run gives to its files."""
+
+
 @dataclass(frozen=True, slots=True)
-class CacheOwner:
-    """Whose caches lie in a folder."""
+class CacheFile:
+    """A file that a run has written into its folder of caches."""
 
-    __pydantic_config__ = STRICT
-
-    run_id: RunId
-    run: str
-    """The folder of the run, from the folder of the caches."""
-
-
-@dataclass(frozen=True, slots=True)
-class Restarts:
-    """What was noted when the job of a run was queued again."""
-
-    __pydantic_config__ = STRICT
-
-    stands: list[Any]
-    """Where the run stood."""
-    in_vain: Count
-    """Starts in a row that ended there."""
+    path: Path
+    stage: int
+    is_sealed: bool
+    """By its name."""
+    bytes: int
+    """On this disk."""
 
 
 @dataclass(unsafe_hash=True)
@@ -261,17 +257,11 @@ class RunStore:
 
     def refuse_links(self) -> None:
         """Raises RunError where a folder of the run, or of its caches, is a link: nothing is written or deleted behind one."""
-        stages, rounds = numbered(self.out / "stages"), numbered(self.out / "rounds")
-        folders = [
-            self.out / "stages",
-            self.out / "rounds",
-            self.probes,
-            self.plots,
-            self.jobs,
-            self.workers,
-            self.caches,
-        ]
-        for folder in (*folders, *stages, *rounds, *(stage / CURVES for stage in stages), *self.caches.glob("round-*")):
+        folders = [self.out / name for name in ("stages", "rounds", "probes", "plots", "jobs", "workers")]
+        stages = _numbered(self.out / "stages")
+        folders += [self.caches, *stages, *(stage / CURVES for stage in stages)]
+        folders += [*_numbered(self.out / "rounds"), *self.caches.glob("round-*")]
+        for folder in folders:
             if folder.is_symlink():
                 raise RunError(
                     f"{folder} is a link, and a run keeps its files in its own folders; put the folder in its place."
@@ -349,7 +339,7 @@ class RunStore:
         """Gives the bytes that are free now on the disk."""
         freed = 0
         for file in files:
-            delete(file.path)
+            _delete(file.path)
             freed += file.bytes
         return freed
 
@@ -359,13 +349,13 @@ class RunStore:
 
     def delete_caches_owner(self) -> None:
         """To be called when no cache is left that could be taken for another run's."""
-        delete(self.cache_owner)
+        _delete(self.cache_owner)
 
     def delete_stage(self, stage: int) -> None:
         """Deletes what a stage has written, and what was made of it: the encoder and the probes."""
-        delete(self.encoder)
+        _delete(self.encoder)
         self.delete_cache(stage)
-        delete_files_of_stage(self.stage(stage))
+        _delete_files_of_stage(self.stage(stage))
         self._delete_probes()
 
     def _delete_probes(self) -> None:
@@ -373,8 +363,8 @@ class RunStore:
         for path in self.probes.glob("*.json"):
             with contextlib.suppress(RunError):
                 read_record(ProbeResult, path)
-                delete(path)
-        delete_files(self.probes, ("*.json.tmp",))
+                _delete(path)
+        _delete_files(self.probes, ("*.json.tmp",))
 
     def delete_pending_stages(self, state: RunState) -> None:
         """Of stages that are not begun: a stage leaves "pending" before it writes its first file, so these are left over."""
@@ -403,20 +393,20 @@ class RunStore:
                 earlier.delete_run(state_of_earlier)
             RunStore(folder, self.caches)._delete_files_of_stages()
             # The lock stays: whoever waits for it must meet the next to hold it.
-            delete_files(folder, ("run.json", "run.json.tmp"))
+            _delete_files(folder, ("run.json", "run.json.tmp"))
 
     def _delete_files_of_stages(self) -> None:
-        for folder in numbered(self.out / "stages"):
-            delete_files_of_stage(folder)
+        for folder in _numbered(self.out / "stages"):
+            _delete_files_of_stage(folder)
         self._delete_probes()
         for folder, names in ((self.out / "stages", ()), (self.plots, PLOT_FILES)):
-            delete_files(folder, names)
+            _delete_files(folder, names)
         for path in (self.encoder, self.config, self.log, self.machine, self.report):
-            delete(path)
+            _delete(path)
 
     def _round_folders(self) -> list[Path]:
         """Of rounds before the last one, those of an earlier start with more rounds included."""
-        return numbered(self.out / "rounds")
+        return _numbered(self.out / "rounds")
 
 
 def _is_same(one: Path, other: Path) -> bool:
@@ -434,3 +424,42 @@ def open_run(out: Path) -> tuple[RunStore, RunState]:
     here.refuse_links()
     state = here.load_state()
     return RunStore(out, here.recorded_caches(state) or here.caches), state
+
+
+def cache_files(folder: Path) -> list[CacheFile]:
+    """All of them; files of other names are a user's own."""
+    files = []
+    for path in folder.glob("stage-*.h5*"):
+        name = _CACHE_NAME.fullmatch(path.name)
+        if name and (path.is_symlink() or not path.is_dir()):
+            with contextlib.suppress(FileNotFoundError):  # gone by now
+                files.append(CacheFile(path, int(name[1]), name[2] is None, path.lstat().st_blocks * 512))
+    return files
+
+
+def _delete_files(folder: Path, patterns: Iterable[str]) -> None:
+    """Deletes the files of these names, and the folder where nothing else is in it. Links are not followed."""
+    if folder.is_symlink():
+        return
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
+        _delete(path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _delete_files_of_stage(folder: Path) -> None:
+    if not folder.is_symlink():
+        _delete_files(folder / CURVES, CURVE_FILES)
+    _delete_files(folder, STAGE_FILES)
+
+
+def _delete(path: Path) -> None:
+    """Deletes a file or a link. A folder of that name is not the run's, and stays."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """The folders, and links, in it whose names are numbers."""
+    children = sorted(folder.glob("*")) if folder.is_dir() and not folder.is_symlink() else []
+    return [child for child in children if child.name.isdecimal()]

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from layerwise.config import Config
+from layerwise.config.options import PAPER_NETWORKS
 from layerwise.errors import BudgetError
 from layerwise.memory.device import context_bytes, workspace_bytes
 from layerwise.memory.plan import MemoryPlan, cheapest, families
@@ -56,6 +57,10 @@ def fit_stage(config: Config, spec: StageSpec, device: torch.device, below: Belo
     if config.memory.gpu_mem is None:
         return replace(first, piece=longest, windows=windows)
     room = _tensor_room(config, device)
+
+    # No plan takes less, and trying all of them one by one would find that out late.
+    if training_peak(config, spec, smallest_plan(config, spec)).bytes > room:
+        return None
 
     def fits(plan: MemoryPlan) -> bool:
         return step_least_bytes(config, spec, plan) <= room and training_fits(config, spec, plan, room)
@@ -162,10 +167,11 @@ def _too_small(config: Config, spec: StageSpec, needed: int) -> str:
     budget, last = config.memory.gpu_mem, smallest_plan(config, spec)
     whole = batch_effects(spec).why_unsliceable
     why = f" ({whole}, so the batch cannot be sliced)" if whole else ""
-    finer = ", or cut into more --stages" if len(spec.layers) > 1 else ""
-    window = "data.window" if spec.window.columns == 1 else "data.crop"
-    smaller = f"--batch-size, {window} or net.width" if whole else f"{window} or net.width"
+    lower = {"steps": ["data.window"], "patches": ["data.crop"], "whole": []}[config.data.frames]
+    lower += ["net.width"] if config.net.name in PAPER_NETWORKS else []
+    ways = [f"lower {' or '.join(['--batch-size', *lower] if whole else lower)}"] if whole or lower else []
+    ways += ["cut into more --stages"] if len(spec.layers) > 1 else []
     return (
         f"--gpu-mem {(budget or 0) / 1e6:g} MB is too small: stage {spec.stage} needs {math.ceil(needed / 1e4) / 100:g} MB "
-        f"even as {last}{why}. Give at least that, or lower {smaller}{finer}."
+        f"even as {last}{why}. {', or '.join(['Give at least that', *ways])}."
     )

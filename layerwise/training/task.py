@@ -64,6 +64,8 @@ def _perform_stage(stage: int, round: Round, context: RunContext) -> None:
     written_at(round.store.cache(stage), round)  # an impossible cache.scratch is refused before the training
     cached_stage = round.run.cache_plan.source(stage)
     source = open_cache(cached_stage, round) if cached_stage else round.run.data
+    # What came before and goes during the stage would be taken for memory that the stage gives back.
+    _release_where_left(lambda: _allocated(device), device)
     cap(device, budget)  # again for each stage: the driver's own memory grows as kernels are loaded
     allocated_before = _allocated(device)
     meter = meter_for(device, budget)
@@ -81,7 +83,7 @@ def _perform_stage(stage: int, round: Round, context: RunContext) -> None:
         raise BudgetError(f"Stage {stage} does not fit into the device budget to {what}. {reason}")
 
     def bytes_left() -> int:
-        return max(meter.live, _allocated(device) - allocated_before)
+        return max(meter.live, _allocated(device) - allocated_before, 0)
 
     _release_where_left(bytes_left, device)
     left = bytes_left()
@@ -130,10 +132,13 @@ def _train_and_cache(spec: StageSpec, source: FrameSource, round: Round, context
 
 
 def _record_driver_bytes(device: torch.device, record: StageRecord) -> None:
-    """On CUDA, what the allocator and the driver report, beside the meter."""
+    """On CUDA, the most that the allocator and the driver have had in the pass that has ended, beside the meter."""
     if device.type == "cuda":
-        record.allocator_bytes = max(torch.cuda.max_memory_reserved(device), record.allocator_bytes or 0)
-        record.driver_bytes = max(process_bytes(device), record.driver_bytes or 0)
+        reserved = torch.cuda.max_memory_reserved(device)
+        record.allocator_bytes = max(reserved, record.allocator_bytes or 0)
+        # The driver's own figure is that of now, when the tensors are gone.
+        beside = process_bytes(device) - torch.cuda.memory_reserved(device)
+        record.driver_bytes = max(beside + reserved, record.driver_bytes or 0)
 
 
 def _loader(stage: int, source: FrameSource, round: Round, context: RunContext) -> Loader:

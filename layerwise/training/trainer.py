@@ -22,7 +22,14 @@ from layerwise.config import Config
 from layerwise.data.batches import Batch
 from layerwise.errors import BudgetError
 from layerwise.memory import microbatch
-from layerwise.memory.device import autocast, offloaded, pack_recurrent_weights, release, why_out_of_memory
+from layerwise.memory.device import (
+    autocast,
+    keep_dropout_from_cudnn,
+    offloaded,
+    pack_recurrent_weights,
+    release,
+    why_out_of_memory,
+)
 from layerwise.memory.meter import metered, uncounted
 from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.plan import NARROW_ROOM, MemoryPlan
@@ -129,7 +136,9 @@ class StageTrainer:
         seed, on_host = self.config.training.seed, self.memory_plan.optimizer_on_host
         place = torch.device("cpu") if on_host else self.context.device
         with self._beside_parameters():
-            return self.spec.build_module(seed, place), self.spec.build_objective(self.config, place)
+            module, objective = self.spec.build_module(seed, place), self.spec.build_objective(self.config, place)
+        keep_dropout_from_cudnn(module)
+        return module, objective
 
     def _beside_parameters(self) -> contextlib.AbstractContextManager[object]:
         """The context of work on parameters where they lie between two steps."""

@@ -104,12 +104,17 @@ class StageWork:
 
 
 @memoised_per(StageSpec)
-def step_cost(config: Config, spec: StageSpec, plan: MemoryPlan, flops_per_byte: int) -> tuple[float, ...]:
+def step_cost(config: Config, spec: StageSpec, plan: MemoryPlan, flops_per_byte: float) -> tuple[float, ...]:
     """What plans are ordered by: the predicted time of a step, in operations; of the same time, the plan in fewer pieces."""
-    flops, moved = step_flops(config, spec, plan), step_moved(config, spec, plan)
-    flops += stage_work(config, spec).lost_in_slices(plan)
     pieces = plan.batch_size / plan.micro_batch, plan.parts, plan.predictors and 1 / plan.predictors
-    return flops + flops_per_byte * moved, *pieces, plan.recompute, plan.gradients_wait, plan.gradients_at_once
+    operations = step_operations(config, spec, plan, flops_per_byte)
+    return operations, *pieces, plan.recompute, plan.gradients_wait, plan.gradients_at_once
+
+
+def step_operations(config: Config, spec: StageSpec, plan: MemoryPlan, flops_per_byte: float) -> float:
+    """Operations that the device could do in the predicted time of a step, in which nothing is done at the same time."""
+    lost, moved = stage_work(config, spec).lost_in_slices(plan), step_moved(config, spec, plan)
+    return step_flops(config, spec, plan) + lost + flops_per_byte * moved
 
 
 def step_least_bytes(config: Config, spec: StageSpec, plan: MemoryPlan) -> int:
@@ -192,8 +197,8 @@ def _module_flops(spec: StageSpec) -> tuple[list[int], int]:
 def _loss_flops(config: Config, spec: StageSpec) -> int:
     """Of the loss of a batch and its gradients."""
     (draw,) = _draws(config, spec, parts=1)
-    with fake_tensors(), FlopCounter() as counter:
-        objective = spec.build_objective(config, REHEARSED_ON)
+    with torch.device("meta"), FlopCounter() as counter:
+        objective = spec.build_objective(config, torch.device("meta"))
         contexts = torch.zeros(len(draw.rows), spec.output_shape[0], requires_grad=True)
         targets = torch.zeros(len(draw.rows), spec.target_channels, requires_grad=True)
         objective(targets, contexts, draw, UNLIMITED).loss.backward()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from layerwise.commands import main
-from layerwise.doctor import examine, host, software, torch_checks
+from layerwise.doctor import examine, host, torch_checks
 from layerwise.doctor.torch_checks import TorchReport, ask_torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,9 +176,9 @@ def test_the_least_limit_of_the_control_groups_counts(tmp_path: Path) -> None:
 
 
 def test_whether_cache_reads_are_compiled_is_said(tmp_path: Path) -> None:
-    missing = software.cache_reads(tmp_path)
+    missing = examine.cache_reads(tmp_path)
     (tmp_path / "compiled_reads.abi3.so").write_bytes(b"for another machine")
-    broken = software.cache_reads(tmp_path)
+    broken = examine.cache_reads(tmp_path)
     assert [finding.verdict for finding in (missing, broken)] == ["note", "note"]
     assert "could not be built" in missing.found
     assert "does not load" in broken.found
@@ -189,10 +189,10 @@ def test_whether_cache_reads_are_compiled_is_said(tmp_path: Path) -> None:
     find_spec("layerwise.cache.compiled_reads") is None, reason="layerwise was installed without a compiler"
 )
 def test_compiled_cache_reads_are_found() -> None:
-    assert software.cache_reads().verdict == "ok"
+    assert examine.cache_reads().verdict == "ok"
 
 
 def test_the_extras_are_those_of_setup_py() -> None:
     declared = re.search(r"extras_require=\{(.*)\n    \},", (ROOT / "setup.py").read_text(), re.DOTALL)
     assert declared
-    assert set(software.EXTRAS) == set(re.findall(r'^        "(\w+)": ', declared[1], re.MULTILINE)) - {"dev", "docs"}
+    assert set(examine.EXTRAS) == set(re.findall(r'^        "(\w+)": ', declared[1], re.MULTILINE)) - {"dev", "docs"}

@@ -19,7 +19,7 @@ from torch import nn
 
 import layerwise
 from layerwise.encoder import export as formats
-from layerwise.encoder.card import Exported
+from layerwise.encoder.export import Exported
 from layerwise.encoder.load import load
 from layerwise.encoder.program import StepwiseRecurrence
 from layerwise.engines.run import RunResult, UserObjects

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from layerwise.commands.plan import plan as plan_command
+from layerwise.commands.before_run import plan as plan_command
 from layerwise.config import Config, resolve, with_options
 from layerwise.engines.plan import plan, sweep
 from layerwise.engines.run import run

@@ -16,14 +16,13 @@ from layerwise.data.batches import Group, group_renderings
 from layerwise.data.open import as_data, open_data
 from layerwise.engines.run import RunResult, run
 from layerwise.evaluate.examples import FeatureRows
-from layerwise.evaluate.features import cached_features
-from layerwise.evaluate.forward import features_under_budget
+from layerwise.evaluate.features import cached_features, features_under_budget
 from layerwise.evaluate.probe import probe
 from layerwise.evaluate.targets import probe_task
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import ranges
 from layerwise.nets.traced import traced_network
-from layerwise.run_store.probe_results import ProbeResult
+from layerwise.run_store.state import ProbeResult
 from layerwise.stop import StopFlag
 from layerwise.training.encoder import load_encoder
 from layerwise.training.forward import OutputFormat, longest_piece, random_stages, trained_stages
@@ -81,7 +80,7 @@ def features_of_the_cache(result: RunResult, stage: int, folder: Path) -> np.nda
 
 
 def everything(file: FeatureRows) -> np.ndarray:
-    return file.read(0, file.rows)
+    return file.read(range(file.rows))
 
 
 def test_each_stage_hands_over_in_the_dtype_that_it_was_cached_in(trained: RunResult, tmp_path: Path) -> None:
@@ -142,7 +141,7 @@ def test_a_probe_of_whole_samples_takes_no_more_at_once_than_their_caching(
         sizes.extend((group.stop - group.first) * group.longest for group in groups)
         return groups
 
-    monkeypatch.setattr("layerwise.evaluate.forward.group_renderings", note_sizes)
+    monkeypatch.setattr("layerwise.evaluate.features.group_renderings", note_sizes)
     features_under_budget(config, probe_task("label", data, config), stages, tmp_path, StopFlag())
     assert sum(sizes) == 64
     assert max(sizes) <= longest_piece(specs[0], config) == 4

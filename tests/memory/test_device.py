@@ -1,4 +1,4 @@
-"""What is offloaded leaves the device and comes back to the bit; the C library's heaps are shared by all threads."""
+"""What is offloaded comes back to the bit; a full device is told from other errors; threads share a heap."""
 
 import ctypes
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from layerwise.memory.device import offloaded
+from layerwise.memory.device import offloaded, why_out_of_memory
 from layerwise.memory.meter import Meter
 
 CPU = torch.device("cpu")
@@ -32,6 +32,28 @@ def test_they_come_back_after_an_error_too() -> None:
     except ValueError:
         pass
     assert tensor.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "GET was unable to find an engine to execute this computation",
+        "Unable to find an engine to execute this computation",
+    ],
+)
+def test_what_libraries_say_where_the_device_is_full_is_known(message: str) -> None:
+    assert why_out_of_memory(RuntimeError(message)) == message
+
+
+def test_other_errors_are_raised_again() -> None:
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED")
+    with pytest.raises(RuntimeError) as raised:
+        why_out_of_memory(error)
+    assert raised.value is error
 
 
 COUNT_HEAPS = """

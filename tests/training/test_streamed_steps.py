@@ -84,6 +84,17 @@ def spectral_norm() -> nn.Module:
     return nn.utils.parametrizations.spectral_norm(nn.Conv2d(16, 16, 1))
 
 
+class Scanning(nn.Module):
+    """An LSTM that goes over a picture point by point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(16, 16, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lstm(x.flatten(2).transpose(1, 2))[0].transpose(1, 2).unflatten(2, (8, 8))
+
+
 SPEECH = {"net.width": 32, "net.context": 32, "data.window": 800, "objective.anchors": 64}
 """Every frame is an anchor, so that a draw has no accidents."""
 PICTURES = {"training.batch_size": 4, "training.stages": 1}
@@ -92,6 +103,7 @@ STAGES: dict[str, tuple[str, int, dict[str, object], Callable[[], Network] | Non
     "convolutions": ("speech", 1, SPEECH | {"training.stages": 2, "net.context": 0}, None),
     "GRU": ("speech", 4, SPEECH, None),
     "picture blocks": ("vision", 1, PICTURES | {"net.width": 8, "net.blocks": [1, 1]}, None),
+    "LSTM": ("vision", 1, PICTURES, partial(pictures, Scanning)),
     "batch norm": ("vision", 1, PICTURES, partial(pictures, partial(nn.BatchNorm2d, 16))),
     "spectral norm": ("vision", 1, PICTURES, partial(pictures, spectral_norm)),
     "dropout": ("vision", 1, PICTURES, partial(pictures, partial(nn.Dropout, 0.3))),

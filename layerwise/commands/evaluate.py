@@ -1,19 +1,50 @@
-"""`layerwise compare`: the methods of the paper side by side."""
+"""`layerwise probe` and `layerwise compare`: classifiers on frozen stages, of one run or of the methods of the paper."""
 
-import json
-from dataclasses import asdict
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import click
 
-from layerwise.commands.options import configured, json_option
+from layerwise.commands.options import configured, data_option, directory_argument, json_option, network_option
 from layerwise.config import Config
 from layerwise.errors import ConfigError
 from layerwise.evaluate.results import METHODS
 from layerwise.events import EpochDone, Event
-from layerwise.report.printing import answer_exactly, remark, say, working
-from layerwise.report.tables import comparison_table
+from layerwise.report.printing import answer_json, remark, say, working
+from layerwise.report.tables import comparison_table, few_test_samples, probe_table
 from layerwise.stop import stop_in_time, stop_on_signals
+from layerwise.units import size
+
+
+@click.command(short_help="Test a label on every frozen stage.")
+@directory_argument
+@click.option(
+    "--label", required=True, help="What to tell apart: speaker, phone, digit, class, or a label of your own."
+)
+@click.option(
+    "--classifier", default="linear", metavar="NAME", help="linear, or knn: nearest neighbours. [default: linear]"
+)
+@network_option
+@data_option
+@json_option
+def probe(directory: Path, label: str, as_json: bool, **options: Any) -> None:
+    """Fit a classifier for a label on every frozen stage of the run in DIR.
+
+    Prints the error on the test samples, beside that of the same network with random weights.
+    """
+    from layerwise.evaluate.probe import probe as probe_library  # imports torch, which --help need not wait for
+
+    with stop_on_signals() as stop, working("probing") as show:
+        result = probe_library(
+            directory, label, stop=stop, notify=lambda line: show(f"probing: {line}"), warn=remark, **options
+        )
+    if as_json:
+        answer_json(result)
+        return
+    say(probe_table(result), f"device peak {size(result.peak_bytes)}")
+    if warning := few_test_samples(result):
+        say(warning)
 
 
 @click.command(short_help="Compare the methods of the paper on one data set.")
@@ -58,7 +89,7 @@ def compare(config: Config, seeds: int, methods: str | None, as_json: bool) -> N
             tell=tell,
         )
     if as_json:
-        answer_exactly(json.dumps({"label": found.label, "methods": [asdict(method) for method in found.methods]}))
+        answer_json({"label": found.label, "methods": found.methods})
         return
     say(f"test error of a linear probe for {found.label} after each module, {found.epochs} epochs a module")
     say(comparison_table(found))

@@ -1,0 +1,302 @@
+"""A CUDA device that is none: its tensors are ordinary ones of the CPU with real values, of which is noted that they lie there.
+
+What is noted hangs on the storage, so views, parameters whose data are exchanged and what a backward pass makes need nothing
+of their own. A dispatch mode sees each operation: it refuses tensors of the host beside those of the device, notes where
+results lie, asks the model of the allocator for their bytes, and counts kernels, copies and waits. `torch_cuda.py` lets torch
+say what lies where, and answer for the device.
+
+What it cannot show: the values and the order of real kernels, CUDA's own lists of autocast, workspaces of cuDNN, streams, time.
+Bytes of a result are asked for when it has been computed; without room it is thrown away. Numbers of the host (tensors
+without dimensions) are let through beside any tensor of the device. `new_zeros` and the like with device="cpu" beside a tensor
+of the device are taken to mean the device, for that is how torch's C++ says it.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from caching_allocator import Block, CachingAllocator
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_iter
+
+GPU = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+aten = torch.ops.aten
+
+TAKES_EITHER = {
+    aten.index.Tensor: (1,),
+    aten.index_put_.default: (1,),
+    aten._index_put_impl_.default: (1,),
+    aten.copy_.default: (0, 1),
+    aten._to_copy.default: (0,),
+}
+"""Operations of the device that take tensors of the host, and at which arguments."""
+
+WAITS = {
+    aten._local_scalar_dense,
+    aten.equal,
+    aten.masked_select,
+    aten.nonzero,
+    aten.repeat_interleave,
+    aten._unique2,
+    aten.unique_dim,
+    aten.unique_consecutive,
+}
+"""What the host must know the result of before it goes on."""
+
+NO_KERNEL = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+"""What makes a storage and writes nothing."""
+
+MATRIX_PRODUCTS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_, aten.mv, aten.addmv}
+
+CUBLAS_WORKSPACE, ON_HOPPER = (2 * 4096 + 8 * 16) * 2**10, 32 * 2**20
+"""Bytes of the allocator that torch gives cuBLAS before compute capability 9 and from there on, to each of two threads: the one
+that calls, and that of the backward pass (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
+
+
+class MixedDevices(RuntimeError):
+    """What torch says of an operation with tensors of the host beside those of the device."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since they were last set to zero."""
+
+    kernels: int = 0
+    """Operations that write; a view is none."""
+    to_device: int = 0
+    """Copies from the host."""
+    to_host: int = 0
+    waits: int = 0
+    """How often the host waits for the device: copies in pageable memory, values that it reads, synchronize()."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """A storage of the device."""
+
+    storage: weakref.ref
+    size: int
+    block: Block | None
+
+
+class DeviceGenerator(torch.Generator):
+    """Says whether it has been seeded anew, which cuDNN's recurrent layers ask."""
+
+    seeded = True
+
+    def manual_seed(self, seed: int) -> torch.Generator:
+        self.seeded = True
+        return super().manual_seed(seed)
+
+    def set_state(self, state: torch.Tensor) -> torch.Generator:
+        self.seeded = True
+        return super().set_state(state)
+
+
+class SimulatedGPU(TorchDispatchMode):
+    """The one device, cuda:0."""
+
+    def __init__(
+        self,
+        total: int = 4 * 2**30,
+        context: int = 400 * 2**20,
+        others: int = 0,
+        capability: tuple[int, int] = (8, 6),
+    ) -> None:
+        """Bytes of memory, of this process' context, and of other processes."""
+        super().__init__()
+        self.total, self.context, self.others, self.capability = total, context, others, capability
+        self.allocator = CachingAllocator(total - context - others)
+        self.counts = Counts()
+        self.generator = self._drawn_from = DeviceGenerator()
+        """Of what is drawn on the device."""
+        self._held: dict[int, _Held] = {}
+        self._pinned: dict[int, weakref.ref] = {}
+        self._workspaces: dict[bool, Block | None] = {}
+        """Of cuBLAS, forward and backward."""
+        self._to_host = self._as_one_kernel = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Otherwise torch wraps every dispatch in a guard for its compiler.
+        return False
+
+    @property
+    def free(self) -> int:
+        """Bytes, as the driver has them."""
+        return self.total - self.context - self.others - self.allocator.figures.reserved_bytes.current
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor lies on the device."""
+        return tensor.layout is torch.strided and tensor.untyped_storage()._cdata in self._held
+
+    @property
+    def live(self) -> int:
+        """Bytes of tensors on the device, without workspaces."""
+        return sum(held.size for held in self._held.values())
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Notes that the tensor lies on the device, and asks for its bytes."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        held = self._held.get(key)
+        if held is not None and held.size == size:
+            return
+        block = self.allocator.allocate(size)
+        if held is not None:
+            self.allocator.free(held.block)
+        self._held[key] = _Held(weakref.ref(storage, lambda _: self._drop(key)), size, block)
+
+    def _drop(self, key: int) -> None:
+        self.allocator.free(self._held.pop(key).block)
+
+    def pin(self, tensor: torch.Tensor) -> None:
+        """Notes that a tensor of the host lies in pinned memory."""
+        storage, pinned = tensor.untyped_storage(), self._pinned
+        key = storage._cdata
+        pinned[key] = weakref.ref(storage, lambda _: pinned.pop(key))
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor lies in pinned memory of the host."""
+        return tensor.layout is torch.strided and tensor.untyped_storage()._cdata in self._pinned
+
+    def clear_workspaces(self) -> None:
+        """As torch._C._cuda_clearCublasWorkspaces does."""
+        while self._workspaces:
+            self.allocator.free(self._workspaces.popitem()[1])
+
+    @contextmanager
+    def copying_to_host(self) -> Iterator[None]:
+        """What is copied inside is to lie on the host."""
+        self._to_host = True
+        try:
+            yield
+        finally:
+            self._to_host = False
+
+    @contextmanager
+    def as_one_kernel(self) -> Iterator[None]:
+        """What is done inside counts as one kernel, that of a library."""
+        self.counts.kernels += 1
+        outer, self._as_one_kernel = self._as_one_kernel, True
+        try:
+            yield
+        finally:
+            self._as_one_kernel = outer
+
+    @contextmanager
+    def drawing_from(self, generator: torch.Generator) -> Iterator[None]:
+        """What is drawn inside comes from this generator."""
+        outer, self._drawn_from = self._drawn_from, generator
+        try:
+            yield
+        finally:
+            self._drawn_from = outer
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """All other dispatch modes are off inside: of tensors on the host nobody counts anything, of the device it does."""
+        with _disable_current_modes(), self:
+            yield
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        to_device = device is not None and torch.device(device).type == "cuda"
+        if not self._held and not to_device:  # most of what plans are made from
+            return func(*args, **kwargs)
+        on_device, on_host = self._places(func, args, kwargs)
+        if not on_device and not to_device:
+            return func(*args, **kwargs)
+        if on_host and on_device:
+            where, shape = on_host[0]
+            raise MixedDevices(
+                f"Expected all tensors to be on the same device, but argument {where} of {func}, {shape}, is on cpu, "
+                "different from other tensors on cuda:0"
+            )
+        if to_device:
+            kwargs = {**kwargs, "device": CPU}
+        packet = func.overloadpacket
+        if packet in MATRIX_PRODUCTS and not self._as_one_kernel:
+            self._need_workspace()
+        writes = not func.is_view and packet not in NO_KERNEL
+        comes_to_host = writes and not self._count(packet, args, kwargs, on_device)
+        result = self._run(func, args, kwargs)
+        if not comes_to_host:
+            for value in (result,) if isinstance(result, torch.Tensor) else tree_iter(result):
+                if isinstance(value, torch.Tensor):
+                    self.put(value)
+        return result
+
+    def _places(self, func: Any, args: Any, kwargs: Any) -> tuple[bool, list[tuple[object, tuple[int, ...]]]]:
+        """Whether any tensor lies on the device; and those of the host that may not lie beside it, with their shapes."""
+        on_device, on_host = False, []
+        either = TAKES_EITHER.get(func, ())
+        for where, value in (*enumerate(args), *kwargs.items()):
+            values = value if isinstance(value, list | tuple) else (value,)
+            for tensor in values:
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                if self.holds(tensor):
+                    on_device = True
+                elif tensor.dim() and where not in either:
+                    on_host.append((where, tuple(tensor.shape)))
+        return on_device, on_host
+
+    def _count(self, packet: Any, args: Any, kwargs: Any, on_device: bool) -> bool:
+        """Counts an operation that writes. Gives whether its results lie on the device."""
+        counts = self.counts
+        if packet is aten._to_copy:
+            if self._to_host:
+                counts.to_host += 1
+                counts.waits += not kwargs.get("non_blocking")
+                return False
+            if not on_device:
+                self._count_to_device(args[0], kwargs.get("non_blocking", False))
+                return True
+        if packet is aten.copy_:
+            into, source = args[:2]
+            if not self.holds(into):
+                counts.to_host += 1
+                counts.waits += 1
+                return False
+            if not self.holds(source):
+                self._count_to_device(source, args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+                return True
+        if packet in (aten.index, aten.index_put_, aten._index_put_impl_):
+            for index in args[1]:
+                if index is not None and not self.holds(index):
+                    self._count_to_device(index, False)
+                elif index is not None and index.dtype in (torch.bool, torch.uint8):
+                    counts.waits += 1
+        counts.waits += packet in WAITS
+        counts.to_host += packet is aten._local_scalar_dense
+        counts.kernels += not self._as_one_kernel and packet is not aten._local_scalar_dense
+        return True
+
+    def _count_to_device(self, source: torch.Tensor, non_blocking: bool) -> None:
+        self.counts.to_device += 1
+        self.counts.waits += not (non_blocking and self.is_pinned(source))
+
+    def _need_workspace(self) -> None:
+        backward = torch._C._current_graph_task_id() != -1
+        if backward not in self._workspaces:
+            self._workspaces[backward] = self.allocator.allocate(
+                ON_HOPPER if self.capability >= (9, 0) else CUBLAS_WORKSPACE
+            )
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Random numbers come from a generator of the device."""
+        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        of_host = torch.default_generator.get_state()
+        torch.default_generator.set_state(self._drawn_from.get_state())
+        try:
+            return func(*args, **kwargs)
+        finally:
+            torch.Generator.set_state(self._drawn_from, torch.default_generator.get_state())
+            torch.default_generator.set_state(of_host)
