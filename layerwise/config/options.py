@@ -217,12 +217,15 @@ class TrainingOptions(Section):
         return self
 
 
+_SIZE = TypeAdapter[ByteSize | None](ByteSize | None)
+
+
 def _size(value: Any) -> Any:
     """A budget in bytes, from text with a unit. Raises ValueError."""
     if isinstance(value, str) and value.strip().isdigit() and int(value):
         raise ValueError(f"{value} has no unit; write it like 4GB, 3.5GiB or 800MB")
     try:
-        size = TypeAdapter(ByteSize | None).validate_python(value)
+        size = _SIZE.validate_python(value)
     except ValidationError:
         raise ValueError(f"{value!r} is not a size; write it like 4GB, 3.5GiB or 800MB") from None
     if size is not None and size <= 0:

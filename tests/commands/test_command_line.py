@@ -201,7 +201,6 @@ BAD_REQUESTS = {
     "budget of nothing": (["--gpu-mem", "0"], "--gpu-mem: a budget of 0"),
     "budget of fruit": (["--gpu-mem", "4 bananas"], "'4 bananas' is not a size"),
     "negative budget": (["--gpu-mem=-4GB"], "--gpu-mem: "),
-    "budget too small": (["--gpu-mem", "10kB", "--set", "net.context=0"], "is too small: stage"),
     "too many stages": (["--stages", "9"], "at most 4 stages"),
     "no stages": (["--stages", "0"], "--stages: "),
     "stages in words": (["--stages", "six"], "--stages: "),
@@ -417,13 +416,13 @@ def test_the_public_api_is_there() -> None:
 def test_a_run_stops_by_itself_before_its_time_is_over_and_goes_on(call: Callable, digits: Path) -> None:
     options = ["run", *TINY, "--data", f"fsdd:{digits}", "--out", "limited", "--max-epochs", "100000"]
     options += ["--patience", "100000"]
-    code, _, err = call(*options, "--time", "6s")
+    code, _, err = call(*options, "--time", "4s")
     assert code == 75
-    assert "Stopped by --time 6s in stage 1" in err
-    code, out, err = call(*options, "--time", "00:00:05")
+    assert "Stopped by --time 4s in stage 1" in err
+    code, out, err = call(*options, "--time", "00:00:03")
     assert code == 75
     assert "going on in epoch" in out
-    assert "Stopped by --time 00:00:05" in err
+    assert "Stopped by --time 00:00:03" in err
 
 
 def test_a_batch_job_that_gets_nowhere_is_not_started_for_ever(

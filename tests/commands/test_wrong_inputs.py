@@ -54,7 +54,7 @@ WRONG = [
     ("layerwise run --from-stage 2 --config tiny.toml --data speech:recordings", "would begin anew"),
     ("layerwise run --dry-run", "give --engine slurm, too"),
     ("layerwise run --config tiny.toml --data speech:recordings --stages 99", "--stages 99"),
-    ("layerwise run --config small.toml --data speech:recordings --gpu-mem 10kB", "is too small: stage"),
+    ("layerwise run --config small.toml --data speech:recordings --gpu-mem 10kB --batch-size 1", "is too small: stage"),
     ("layerwise plan --config tiny.toml --data speech:recordings --net vision", "--net vision trains on pictures"),
     ("layerwise plan --config tiny.toml --data speech:recordings --set data.window=60", "data.window 60 is too small"),
     ("layerwise compare --config tiny.toml --data speech:recordings", "compare needs --label NAME"),

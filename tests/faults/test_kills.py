@@ -1,5 +1,6 @@
 """Real processes, really killed: the next start ends with the bits of a run that nobody disturbed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,22 +13,35 @@ import pytest
 from forked_python import ForkedPython
 from safetensors.numpy import load_file
 
-OPTIONS = [
-    *("--set", "net.width=16", "--set", "net.context=16", "--set", "net.kernels=[10,8]", "--set", "net.strides=[5,4]"),
-    *("--set", "net.paddings=[2,2]", "--set", "objective.steps=3", "--set", "objective.anchors=32"),
-    *("--set", "data.sample_rate=8000", "--set", "data.window=1600", "--max-epochs", "8", "--batch-size", "4"),
-    *("--set", "cache.block=512", "--set", "training.checkpoint_seconds=0.02", "--out", "run"),
-]
+from layerwise.config import Config, resolve
+
+OPTIONS = {
+    "net.width": 16,
+    "net.context": 16,
+    "net.kernels": [10, 8],
+    "net.strides": [5, 4],
+    "net.paddings": [2, 2],
+    "objective.steps": 3,
+    "objective.anchors": 32,
+    "data.sample_rate": 8000,
+    "data.window": 1600,
+    "training.max_epochs": 8,
+    "training.batch_size": 4,
+    "training.checkpoint_seconds": 0.02,
+    "cache.block": 512,
+}
 
 
 @pytest.fixture
-def start(tmp_path: Path, digits: Path) -> Callable[..., subprocess.Popen]:
+def start(tmp_path: Path, digits: Path, plan_ahead: Callable[[Config], None]) -> Callable[..., subprocess.Popen]:
     """start(folder, python=ForkedPython) begins or resumes a run there, in a process of its own."""
+    plan_ahead(resolve(overrides={**OPTIONS, "data.source": f"fsdd:{digits}"}))
+    sets = [word for key, value in OPTIONS.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def begin(folder: str, python: type[subprocess.Popen] = ForkedPython) -> subprocess.Popen:
         (tmp_path / folder).mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "layerwise", "run", "--data", f"fsdd:{digits}", *OPTIONS]
+        command = [sys.executable, "-m", "layerwise", "run", "--data", f"fsdd:{digits}", *sets, "--out", "run"]
         return python(
             command, cwd=tmp_path / folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
