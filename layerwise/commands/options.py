@@ -58,4 +58,6 @@ def _flag(option: configuration.Option, flag: str) -> Callable[..., Any]:
     said = option.default in (None, "") or "default:" in option.help.lower()
     default = "" if said else f" [default: {option.default}]"
     name = option.key.replace(".", "__")
+    if isinstance(option.default, bool):
+        return click.option(flag, name, is_flag=True, default=None, help=f"{option.help}.")
     return click.option(flag, name, help=f"{option.help}{default}", metavar="VALUE")
