@@ -1,13 +1,15 @@
 """Bytes that CUDA's allocator reserves for training steps: predicted from a rehearsal, against the model of the allocator under
 the very steps, on the simulated GPU; and whether the steps go through with no more than what was predicted.
 
-python benchmarks/reserved.py
+python benchmarks/reserved.py [--first 1] [--last 20]
 """
 
+import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -121,13 +123,17 @@ def _take_steps(case: Case, segments: Segments, log: Allocations | None) -> int:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first", type=int, default=1, help="the case to begin with")
+    parser.add_argument("--last", type=int, help="the case to end with")
+    options = parser.parse_args()
     print(f"{machine(torch.device('cpu'))}, on the simulated GPU\n")
     print(
         "| network | stage | layout | segments | requested MB | modelled MB | predicted MB | ratio | retries | holds |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     ratios = []
-    for case in cases():
+    for case in islice(cases(), options.first - 1, options.last):
         found = measured(case)
         ratios.append(found.predicted / found.modelled)
         sizes = " | ".join(f"{size / 1e6:.1f}" for size in (found.requested, found.modelled, found.predicted))
