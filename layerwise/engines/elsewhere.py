@@ -17,7 +17,12 @@ PATIENCE_SECONDS = 300
 
 
 def measure_elsewhere(device: torch.device) -> None:
-    """From now on this process knows what it would measure. Where that fails, it measures by itself when it needs to."""
+    """From now on this process knows what it would measure. Where that fails, it measures by itself when it needs to.
+
+    One that uses GPUs already has a context, and measures by itself, too.
+    """
+    if torch.cuda.is_initialized():
+        return
     command = [*python_module("layerwise.engines.elsewhere"), str(device)]
     try:
         printed = subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE_SECONDS).stdout

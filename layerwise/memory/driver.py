@@ -52,7 +52,7 @@ def cap(device: torch.device, budget: int | None, segments: Segments | None = No
     """
     if device.type != "cuda":
         return
-    segments = segments or Segments(expandable=False)
+    segments = segments or possible_segments(device)[0] or Segments(expandable=False)
     context = context_bytes(device)  # measured now, whatever the budget: later that would disturb other figures
     _, total = torch.cuda.mem_get_info(device)
     allowed = total if budget is None else segments.allowed(budget - context - margin)

@@ -174,7 +174,7 @@ def _covers(larger: tuple[int, ...], smaller: tuple[int, ...]) -> bool:
 class AllocatorMeter:
     """Answers as `Meter` does, from the figures of CUDA's allocator, about tensors that are made after it is entered.
 
-    It counts what tensors asked for; what the allocator rounds up and keeps in reserve comes on top, and `device.cap` bounds
+    It counts what tensors asked for; what the allocator rounds up and keeps in reserve comes on top, and `driver.cap` bounds
     both.
     """
 

@@ -42,7 +42,7 @@ class StageRecord:
     allocator_bytes: Count | None = None
     """On CUDA: most that the allocator has held for the stage, in use or in reserve."""
     driver_bytes: Count | None = None
-    """On CUDA: what the driver reported for the process, the context included, after training or after caching."""
+    """On CUDA: that and the context, which is what the driver has shown for the process at most."""
     micro_batch: Count | None = None
     input: Literal["data", "cache", "recompute"] | None = None
     """Where its samples come from: data, cache, or recompute where the stage below is not cached."""

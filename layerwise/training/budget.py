@@ -89,6 +89,9 @@ def fit_stage(config: Config, spec: StageSpec, device: torch.device, below: Belo
         if piece is not None and at_once is not None:
             why = "" if plan == first else _why(config, spec, plan, first, device)
             expandable = segments is not None and segments.expandable
+            if expandable and not why:
+                fixed = training_peak(config, spec, plan, ways[0]).bytes
+                why = f"segments of a fixed size would take {fixed / 1e6:.1f} MB" if len(ways) > 1 else ""
             return replace(plan, piece=piece, windows=at_once, expandable=expandable, why=why)
     return None
 
