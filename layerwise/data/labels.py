@@ -138,8 +138,13 @@ def _delimiter(text: str) -> str:
 
 
 def _naming_column(table: Table, ids: Sequence[str]) -> tuple[int, list[int]]:
-    """The column that names the most samples, and the number of the sample in each of its rows. Raises DataError."""
+    """The column that names the most samples, and the number of the sample in each of its rows. Raises DataError.
+
+    Any column may do so, but where samples are called 0, 1, 2: these may stand for anything.
+    """
     chosen = [number for number, name in enumerate(table.columns) if name.lower() in NAME_COLUMNS]
+    if not chosen and not all(name.isdigit() for name in ids):
+        chosen = list(range(len(table.columns)))
     if not chosen or not table.rows:
         raise DataError(
             f"{table.path} has {len(table.rows)} rows with the columns {', '.join(table.columns) or 'none'}; it needs a row "
@@ -150,7 +155,7 @@ def _naming_column(table: Table, ids: Sequence[str]) -> tuple[int, list[int]]:
     if not any(sample != NOWHERE for sample in found[column]):
         raise DataError(
             f"{table.path} names no sample: its column {table.columns[column]} begins with {table.rows[0][column]!r}, and "
-            f"the first sample is called {ids[0]!r}."
+            f"the first sample is called {ids[0]!r}; give the names of the samples in a column id or path."
         )
     return column, found[column]
 

@@ -39,14 +39,15 @@ class DataChunk:
     """Of `struct`."""
     extra: int
     """Bytes that the size counts besides the sound."""
-    ends: bool
-    """Whether the size of the whole file that the header declares is that of the file."""
+    chunks_follow: bool
+    """Whether other chunks stand behind it, up to the end of the file."""
 
     @property
     def goes_to_the_end(self) -> bool:
         """Whether the program that wrote it could not know how long it would be."""
-        empty = self.declared == 0 and not self.ends
-        return empty or any(abs(self.declared - size) <= NEAR for size in TO_THE_END)
+        if self.declared == 0:
+            return not self.chunks_follow
+        return any(abs(self.declared - size) <= NEAR for size in TO_THE_END)
 
     @property
     def is_cut_off(self) -> bool:
@@ -65,43 +66,60 @@ class DataChunk:
 def data_chunk(path: Path) -> DataChunk | None:
     """What the header of a WAV file says of its sound; None of other files. Raises OSError."""
     with open(path, "rb") as file:
-        length = os.fstat(file.fileno()).st_size
         kind = file.read(16)
         if kind == _W64:
-            (whole,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-            return _find(file, "<4s12xQ", first=40, extra=24, whole=whole, length=length)
-        if kind[:4] not in (b"RIFF", b"RIFX", b"RF64"):
+            chunks = _Chunks(file, "<4s12xQ", first=40, extra=24)
+        elif kind[:4] in (b"RIFF", b"RIFX", b"RF64"):
+            chunks = _Chunks(file, f"{'>' if kind[:4] == b'RIFX' else '<'}4sI", first=12, extra=0)
+        else:
             return None
-        order = ">" if kind[:4] == b"RIFX" else "<"
-        (whole,) = struct.unpack(f"{order}I", kind[4:8].ljust(4, b"\0"))
-        return _find(file, f"{order}4sI", first=12, extra=0, whole=whole + 8, length=length)
+        longer, longer_at = None, 0
+        for name, size, begins in chunks.walk(chunks.first):
+            if name == b"ds64":  # of RF64: the sizes for which 32 bits are too few
+                longer_at = begins + 8
+                longer = struct.unpack("<8xQ", file.read(16).ljust(16, b"\0"))[0]
+            if name == b"data":
+                there, follow = chunks.length - begins, size == 0 and chunks.are_all_behind(begins)
+                if longer is not None and size == 0xFFFFFFFF:
+                    return DataChunk(longer, there, longer_at, "<Q", 0, longer == 0 and chunks.are_all_behind(begins))
+                size_at = begins - struct.calcsize(chunks.size_layout)
+                return DataChunk(size, there, size_at, chunks.size_layout, chunks.extra, follow)
+        return None
 
 
-def _find(file: BinaryIO, header: str, first: int, extra: int, whole: int, length: int) -> DataChunk | None:
-    """header: of each chunk: its name, and its size at the end; first: place of the first one; extra: bytes of its header that
-    a size counts; whole: that the file should have."""
-    size_layout, place, longer, longer_at = header[0] + header[-1], first, None, 0
-    while True:
-        file.seek(place)
-        content = file.read(struct.calcsize(header))
-        if len(content) < struct.calcsize(header):
-            return None
-        name, size = struct.unpack(header, content)
-        begins = file.tell()
-        if name == b"ds64":  # of RF64: the sizes for which 32 bits are too few
-            long_sizes = file.read(16).ljust(16, b"\0")
-            whole, longer = struct.unpack("<Q", long_sizes[:8])[0] + 8, struct.unpack("<Q", long_sizes[8:])[0]
-            longer_at = begins + 8
-        if name == b"data":
-            ends = abs(whole - length) <= 1
-            if longer is not None and size == 0xFFFFFFFF:
-                return DataChunk(longer, length - begins, longer_at, "<Q", 0, ends)
-            at = begins - struct.calcsize(size_layout)
-            return DataChunk(max(size - extra, 0), length - begins, at, size_layout, extra, ends)
-        inside = max(size - extra, 0)
-        place = begins + inside + -inside % (8 if extra else 2)
-        if place >= length:
-            return None
+class _Chunks:
+    """The chunks of a file, one behind another."""
+
+    def __init__(self, file: BinaryIO, header: str, first: int, extra: int) -> None:
+        """header: of each chunk: its name, and its size at the end. first: place of the first one. extra: bytes of the header
+        that a size counts."""
+        self._file, self._header, self.first, self.extra = file, header, first, extra
+        self.size_layout = header[0] + header[-1]
+        self.length = os.fstat(file.fileno()).st_size
+
+    def walk(self, place: int) -> Iterator[tuple[bytes, int, int]]:
+        """Name, bytes inside, and the place where these begin, of the chunks from a place on."""
+        while place < self.length:
+            self._file.seek(place)
+            content = self._file.read(struct.calcsize(self._header))
+            if len(content) < struct.calcsize(self._header):
+                return
+            name, size = struct.unpack(self._header, content)
+            inside, begins = max(size - self.extra, 0), self._file.tell()
+            yield name, inside, begins
+            place = begins + inside + -inside % (8 if self.extra else 2)
+
+    def are_all_behind(self, place: int) -> bool:
+        """Whether nothing but chunks stands from a place on."""
+        ends = [
+            (name.isascii() and name.decode().isprintable(), begins + size) for name, size, begins in self.walk(place)
+        ]
+        return (
+            bool(ends)
+            and all(named for named, _ in ends)
+            and self.length <= ends[-1][1] + 1
+            and ends[-1][1] <= self.length
+        )
 
 
 class PatchedFile(io.FileIO):

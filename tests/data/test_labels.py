@@ -54,6 +54,7 @@ def found(data: DataSet) -> dict[str, list[str]]:
         "path,who\na/one.wav, ada \n\nb/two.wav,bob\na/two.wav\n",
         "id,path,who\n7,a/one.wav,ada\n8,b/two.wav,bob\n9,a/two.wav,\n",
         "path,who\na/one.wav,ada\na/one.wav,ada\nb/two.wav,bob\nc/three.wav,eve\n",
+        "number,fname,who\n1,one.wav,ada\n2,b/two.wav,bob\n",
     ],
 )
 def test_a_row_names_its_sample_as_people_do(tmp_path: Path, text: str) -> None:
@@ -76,7 +77,7 @@ def test_labels_of_the_file_come_before_those_of_the_data(tmp_path: Path) -> Non
     [
         ("", "has 0 rows with the columns none"),
         ("path,who\n", "has 0 rows with the columns path, who"),
-        ("clip,who\na/one.wav,ada\n", "it needs a row for each sample, and a column id or path"),
+        ("clip,who\nx.wav,ada\n", r"names no sample: its column clip begins with 'x\.wav'"),
         ("path,who\nx.wav,ada\n", r"names no sample: its column path begins with 'x\.wav'.* called 'a/one\.wav'"),
         ("path,who\ntwo.wav,ada\n", r"'two\.wav' is the name of several samples"),
         ("path,who\na/one.wav,ada\na/one.wav,bob\n", r"two rows for 'a/one\.wav' that differ"),
@@ -89,6 +90,13 @@ def test_labels_of_the_file_come_before_those_of_the_data(tmp_path: Path) -> Non
 def test_a_file_that_cannot_be_meant_is_refused(tmp_path: Path, text: str | bytes, complaint: str) -> None:
     with pytest.raises(DataError, match=complaint):
         labelled(tmp_path, text)
+
+
+def test_numbers_are_names_of_samples_in_a_column_of_that_name_alone(tmp_path: Path) -> None:
+    numbered = samples("0", "1")
+    with pytest.raises(DataError, match="needs a row for each sample, and a column id or path"):
+        labelled(tmp_path, "age,who\n0,ada\n1,bob\n", numbered)
+    assert labelled(tmp_path, "age,id\n7,1\n8,0\n", numbered).labels["age"].tolist() == ["8", "7"]
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

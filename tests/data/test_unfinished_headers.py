@@ -61,6 +61,17 @@ def test_a_recording_from_a_pipe_is_read_to_its_end(tmp_path: Path, sound: np.nd
     assert np.array_equal(data.read(0, 1000, 1500)[:, 0].numpy() * np.float32(data.level), read[1000:1500])
 
 
+@pytest.mark.parametrize("kind", ["riff", "rifx"])
+def test_a_size_of_zero_alone_is_seen_through(tmp_path: Path, sound: np.ndarray, kind: str) -> None:
+    """Though the size of the whole file is right."""
+    for name in ("a.wav", "b.wav"):
+        content = written(tmp_path / name, sound, kind)
+        chunk = data_chunk(tmp_path / name)
+        struct.pack_into(chunk.size_layout, content, chunk.size_at, 0)
+        (tmp_path / name).write_bytes(content)
+    assert open_recordings(tmp_path, 8000).lengths.tolist() == [COUNT, COUNT]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.999])
 def test_a_file_that_was_cut_off_is_named(tmp_path: Path, sound: np.ndarray, kind: str, part: float) -> None:
@@ -77,9 +88,9 @@ def test_a_file_without_sound_holds_none_whatever_stands_behind(tmp_path: Path, 
     for name in ("a.wav", "b.wav"):
         written(tmp_path / name, sound, kind)
     soundfile.write(tmp_path / "empty.wav", sound[:0], 8000, subtype="PCM_16", **KINDS[kind])
-    if kind == "riff":
-        content = (tmp_path / "empty.wav").read_bytes() + b"LIST" + struct.pack("<I", 4) + b"INFO"
-        (tmp_path / "list.wav").write_bytes(content[:4] + struct.pack("<I", len(content) - 8) + content[8:])
+    if kind in ("riff", "rifx"):
+        more = struct.pack(f"{'<' if kind == 'riff' else '>'}4sI4s", b"LIST", 4, b"INFO")
+        (tmp_path / "list.wav").write_bytes((tmp_path / "empty.wav").read_bytes() + more)
     data = open_recordings(tmp_path, 8000)
     assert data.ids == ["a.wav", "b.wav"]
     assert {entry.reason for entry in data.skipped} == {"holds no sound"}
