@@ -67,6 +67,7 @@ setup(
     extras_require={
         "gpu": ["nvidia-ml-py>=12"],  # tells this process's memory from that of others on the GPU
         "compression": COMPRESSION,
+        "parquet": ["pyarrow>=18"],  # features as a table
         "tensorboard": ["tensorboard>=2.18"],
         "wandb": ["wandb>=0.19"],
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],

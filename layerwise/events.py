@@ -104,3 +104,20 @@ def broadcast(*receivers: Notify) -> Notify:
             receiver(event)
 
     return notify
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a command other than a run is at, such as a probe or an extraction."""
+
+    doing: str
+    done: int
+    total: int
+    """Of the same: samples, or steps of the work."""
+
+
+NotifyProgress = Callable[[Progress], None]
+
+
+def unseen(progress: Progress) -> None:
+    """Shows nothing."""

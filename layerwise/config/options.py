@@ -63,6 +63,8 @@ class DataOptions(Section):
 
     source: str = _option("demo", "place", "--data")
     """demo, KIND:PATH (speech, fsdd, librispeech, images, stl10, cifar10, npy, h5), or package.module:function"""
+    labels: str = _option("", "place", "--labels")
+    """CSV file of labels: a column id or path names the sample, every other column is a label; default: those of the data"""
     frames: Literal["steps", "patches", "whole"] = _option("steps", "shape", "--frames")
     """what a frame is: steps of a recording, a stream or an array; patches of a picture; or whole samples; default: what
     --net reads, steps for recordings, whole samples for a network of your own"""

@@ -265,6 +265,7 @@ def _described(run: Run) -> list[str]:
         if plan.why:
             lines.append(f"stage {spec.stage}: {plan}, because {plan.why}")
     lines += run.cache_plan.notes
+    lines += getattr(data, "notes", ())
     if data.skipped:
         lines.append(f"{len(data.skipped)} files skipped:")
         lines += [f"  {entry.path}: {entry.reason}" for entry in data.skipped]

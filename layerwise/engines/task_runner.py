@@ -23,6 +23,7 @@ from layerwise.training.cache_plan import CachePlan
 from layerwise.training.context import RunContext
 from layerwise.training.cut import cut_network
 from layerwise.training.encoder import stitch
+from layerwise.training.resume import refuse_other_classes
 from layerwise.training.run import Round, Run
 from layerwise.training.samples import split_samples
 from layerwise.training.schedule import Task
@@ -82,6 +83,7 @@ def open_prepared_run(out: Path, functions: Mapping[str, str | None], device: st
     on, data = find_device(config.training.device), open_data(config.data, shortest_sample(config))
     if data.identity != main.data_identity:
         raise RunError(f"The data of {out} have changed since it was prepared; bring the old ones back.")
+    refuse_other_classes(main, config, data)
     cache_plan = CachePlan.of(store.furthest_round(config.training.rounds).load_state().stages)
     specs = cut_network(config, data, on, None, main.cut)
     if specs[0].network.identity != main.network:

@@ -99,6 +99,8 @@ class RunState:
     """Identity of a network that is none of the paper's; empty where options say all about it."""
     optimization: str = ""
     """Identity of an optimizer that was given as an object."""
+    classes: str = ""
+    """Digest of the class of each sample, where a label is learnt."""
     from_stage: Number | None = None
     """The `--from-stage` that is being carried out; None where there is none or it is finished."""
     kept_stages: Count = 0

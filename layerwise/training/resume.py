@@ -14,11 +14,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from layerwise.config import Config, Option, changed_options
+from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, RunError
 from layerwise.run_store import RunState, RunStore, StageRecord, cache_files
 from layerwise.training.cache_plan import CachePlan, retained_caches
 from layerwise.training.checkpoint import load_stages
 from layerwise.training.run import Run
+from layerwise.training.samples import learnt_classes
 
 Change = tuple[Option, object, object]
 """An option, its old value and its new one."""
@@ -110,6 +112,7 @@ def _prepare(store: RunStore, run: Run, request: StartRequest, keep: str) -> Run
             store.delete_run(old)
         state = _new_state(store, run)
     state.config, state.budget_bytes, state.device = run.config, run.config.memory.gpu_mem, str(run.device)
+    state.classes = learnt_classes(run.config, run.data)
     state.caches = os.path.relpath(store.caches, store.out.resolve())
     if store.is_copy(state):
         state.copy_of, state.run_id = state.run_id, secrets.token_hex(8)
@@ -191,12 +194,13 @@ def _check_shape(state: RunState, store: RunStore, config: Config) -> None:
 
 
 def _check_same_objects(state: RunState, store: RunStore, run: Run) -> None:
-    """Raises RunError where the data set, the network or the optimizer is not the run's."""
+    """Raises RunError where the data set, the label learnt, the network or the optimizer is not the run's."""
     if state.data_identity != run.data.identity:
         raise RunError(
             f"The data set is not the one that {store.out} was trained on: files or their sizes have changed. Bring the "
             "old ones back, or start anew with --overwrite or another --out."
         )
+    refuse_other_classes(state, run.config, run.data)
     if state.network != run.specs[0].network.identity:
         raise RunError(
             f"The network is not the one that {store.out} was begun with, its first weights included; give that one (seed "
@@ -206,6 +210,16 @@ def _check_same_objects(state: RunState, store: RunStore, run: Run) -> None:
         raise RunError(
             f"The optimizer or its schedule is not the one that {store.out} was begun with; give that one, or start anew with "
             "--overwrite or another --out."
+        )
+
+
+def refuse_other_classes(state: RunState, config: Config, data: DataSet) -> None:
+    """Raises RunError where the label that is learnt has other values than when the run was begun."""
+    classes, label = learnt_classes(config, data), config.objective.label
+    if state.classes and label == state.config.objective.label and state.classes != classes:
+        raise RunError(
+            f"The label {label!r} has other values than when the run was begun: --labels {config.data.labels} "
+            "has changed, or is another file. Bring the old one back, or start anew with --overwrite or another --out."
         )
 
 
