@@ -21,6 +21,7 @@ from layerwise.data.batches import Batch, Epoch, ordered_epoch, stream, training
 from layerwise.errors import RunError, TrainingError
 from layerwise.events import EpochDone, StageStarted, StepDone
 from layerwise.files import write_atomically
+from layerwise.memory.meter import uncounted
 from layerwise.training.checkpoint import (
     Arrays,
     Progress,
@@ -186,7 +187,9 @@ def _resume(round: Round, trainer: AnyTrainer) -> tuple[Progress, Arrays | None]
     if saved is not None:
         return saved
     if (first := load_first_weights(round.run.store)) is not None:
-        load_weights(trainer.module, {name: first[name] for name in trainer.module.state_dict()})
+        with uncounted():  # the meter would take what lies on the host for what is on the device
+            names = trainer.module.state_dict().keys()
+        load_weights(trainer.module, {name: first[name] for name in names})
     return Progress(), None
 
 
