@@ -1,6 +1,6 @@
 """Fine-tuning on a tenth of the labels: from a layerwise encoder against from random weights.
 
-python benchmarks/fine_tuning.py --fsdd DIR [--cifar10 DIR] [--seeds 3] [--epochs 40] [--out runs/fine-tuning]
+python benchmarks/fine_tuning.py [--fsdd DIR] [--cifar10 DIR] [--seeds 3] [--epochs 40] [--out runs/fine-tuning]
 
 The encoder learns from all training samples without labels: of Free Spoken Digits from the 2700 that are no customary test
 recordings, of CIFAR-10 from --pictures of the training pictures. Then encoder and a linear layer on the mean of its frames are
@@ -15,7 +15,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +194,9 @@ def main() -> None:
     parser.add_argument("--cifar10", type=Path)
     parser.add_argument("--pictures", type=int, default=10_000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--module-epochs", type=int, help="without labels, of each module; default: 8 for FSDD, 2 for CIFAR-10"
+    )
     parser.add_argument("--epochs", type=int, default=40, help="with labels")
     parser.add_argument("--out", type=Path, default=Path("runs/fine-tuning"))
     options = parser.parse_args()
@@ -204,6 +207,8 @@ def main() -> None:
         *([fsdd(options.fsdd)] if options.fsdd else []),
         *([cifar10(options.cifar10, options.pictures, options.out)] if options.cifar10 else []),
     ]
+    if options.module_epochs:
+        experiments = [replace(each, epochs=options.module_epochs) for each in experiments]
     for experiment in experiments:
         for seed in range(options.seeds):
             name = f"{experiment.name}, {options.epochs} epochs, seed {seed}"

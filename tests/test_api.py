@@ -103,6 +103,21 @@ def test_a_stop_leaves_the_model_and_a_network_of_other_weights_goes_on_with_tho
     assert any("goes on from its own" in str(event) for event in said)
 
 
+def test_a_run_that_was_killed_before_it_had_kept_its_first_weights_keeps_them_at_the_next_start(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, stop = run(out="whole"), StopFlag()
+    with monkeypatch.context() as patch:
+        patch.setattr("layerwise.training.first_weights.save_arrays", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run()
+    with pytest.raises(RunError, match="The network is not the one that"):
+        run(other_weights())
+    with pytest.raises(Interrupted):
+        run(stop=stop, on_stage=lambda done: setattr(stop, "reason", "the test"))
+    assert bits(run(other_weights())) == bits(undisturbed)
+
+
 def test_a_network_that_was_cut_hands_the_weights_to_its_model_and_starts_anew_from_them(run: Run) -> None:
     model = network()
     stages = layerwise.cut(model, torch.zeros(8, 2), stages=2)
@@ -171,6 +186,12 @@ def test_an_own_optimizer_that_was_stopped_ends_with_the_bits_of_one_that_was_no
         run(out="stopped", **OWN, options=options, stop=stop, notify=stop_in_the_third_epoch)
     assert bits(run(out="stopped", **OWN, options=options)) == bits(undisturbed)
     assert bits(run(out="adam", max_epochs=4, stages=2, options=options)) != bits(undisturbed)
+
+
+def test_an_own_schedule_goes_on_where_more_epochs_are_asked_for(run: Run) -> None:
+    own = OWN | {"stages": 1}
+    run(out="further", **own | {"max_epochs": 2})
+    assert bits(run(out="further", **own)) == bits(run(out="at-once", **own))
 
 
 class Counting(torch.optim.SGD):

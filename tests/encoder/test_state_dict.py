@@ -66,7 +66,7 @@ def test_weights_fit_a_fresh_network_of_ones_own(
 def test_weights_fit_a_fresh_network_of_torchvision(
     run_tiny: Callable[..., RunResult], pictures: Path, tmp_path: Path
 ) -> None:
-    options = {"net.name": "torchvision:resnet18", "training.stages": 1}
+    options = {"net.name": "torchvision:resnet18", "training.stages": "fewest"}
     result = run_tiny("vision", f"images:{pictures}", **options)
     fresh = named_network("torchvision:resnet18", FRAME, seed=7).model
     assert fresh is not None
