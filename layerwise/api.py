@@ -27,14 +27,15 @@ from layerwise.events import EpochDone, Event, Message, Notify, StageDone
 from layerwise.forecast import Forecast
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
-from layerwise.nets.traced import traced_network
+from layerwise.nets.traced import give_weights, traced_network, with_present_weights
 from layerwise.report.printing import PlainConsole
 from layerwise.report.progress import LogFile, display
 from layerwise.report.tables import stages_at_chance
-from layerwise.run_store import RunStore
+from layerwise.run_store import RunStore, own_options
 from layerwise.screen import Screen
 from layerwise.stop import StopFlag, stop_on_signals
 from layerwise.training.cut import cut_network
+from layerwise.training.encoder import load_encoder
 from layerwise.training.optimizer import Make, Optimization, Schedule
 
 Model = nn.Module | Network | str | Config | None
@@ -96,7 +97,8 @@ def run(
 ) -> RunResult:
     """Trains every stage that is not done yet, each from the cache of the one below; the same call goes on where it stopped.
 
-    network: see `Model`; a module is applied to each frame, and its weights are where training starts. data: see `Data`.
+    network: see `Model`; a module is applied to each frame. Its weights are where a new run starts, and once all stages are
+    done it has the trained ones, also where nothing was left to train. data: see `Data`.
     optimizer: makes a torch optimizer of a stage's parameters, in place of Adam; schedule: makes a scheduler of that
     optimizer, stepped once an epoch. on_epoch, on_stage: are told when one is over; notify: is told of everything, and then no
     progress is shown. from_stage, overwrite: as the flags. stop: ends the run after the step in hand, when its reason is set.
@@ -122,6 +124,8 @@ def run(
                 on_stage(event)
 
         result = run_config(config, given, from_stage=from_stage, overwrite=overwrite, stop=flag, notify=tell)
+        if given.network is not None and given.network.model is not None:
+            give_weights(given.network.model, load_encoder(result.paths.encoder, result.state.encoder)[0])
         if warning := stages_at_chance(result.state, result.config.objective):
             tell(Message(warning))
         return result
@@ -155,8 +159,12 @@ def _request(
     if network is not None:
         overrides["net.name"] = network if isinstance(network, str) else OWN
     if isinstance(network, Network):
+        network = with_present_weights(network)
         overrides.setdefault("training.stages", len(network.natural_cut))
-    config = resolve(recipe, None if config_file is None else Path(config_file), overrides)
+    own = (
+        own_options(overrides) if recipe is None and config_file is None and network is None and data is None else None
+    )
+    config = own or resolve(recipe, None if config_file is None else Path(config_file), overrides)
     samples = None if data is None or isinstance(data, str) else as_data(data, config.data)
     if isinstance(network, nn.Module):
         reading = samples if samples is not None else open_data(config.data, shortest_sample(config))

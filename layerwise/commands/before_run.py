@@ -84,7 +84,9 @@ def init(config: Config, output: Path) -> None:
     say(f"labels for probes: {', '.join((*data.labels, *data.frame_label_names)) or 'none'}")
     if config.training.stages == 1:
         say(END_TO_END)
-    options = shlex.join(["--config", str(output), *function_flags(config)])
+    scheduler = config.engine.scheduler
+    named = [*function_flags(config), *(["--scheduler", scheduler] if scheduler else [])]
+    options = shlex.join(["--config", str(output), *named])
     say("next:", f"  layerwise plan {options}", f"  layerwise run {options}")
 
 

@@ -57,9 +57,15 @@ def _with_ending(output: Path, format: str | None) -> Path:
     return output.with_name(f"{output.name}.{format}")
 
 
-@click.command(short_help="Hand the encoder over as safetensors, pt2 or ONNX.")
+@click.command(short_help="Hand the encoder over as safetensors, a state dict, pt2 or ONNX.")
 @directory_argument
-@click.option("--format", default="safetensors", show_default=True, metavar="FORMAT", help="safetensors, pt2 or onnx.")
+@click.option(
+    "--format",
+    default="safetensors",
+    show_default=True,
+    metavar="FORMAT",
+    help="safetensors, for layerwise.load; state-dict, for load_state_dict of the network's own module; pt2 or onnx.",
+)
 @click.option("-o", "--output", metavar="FOLDER", type=click.Path(path_type=Path), required=True, help="A new folder.")
 @network_option
 def export(directory: Path, format: str, output: Path, network: str | None) -> None:
@@ -74,5 +80,7 @@ def export(directory: Path, format: str, output: Path, network: str | None) -> N
     same = f"differ from the encoder's by at most {exported.difference:.1g} of the largest"
     agreement = same if exported.difference else "are those of the encoder, bit by bit"
     say(f"{output}: {format}, README.md says how to use it; its features {agreement}")
+    if exported.left_out:
+        say(f"left out, as the cut does not reach them: {', '.join(exported.left_out)}")
     if exported.fixed:
         say(f"its input has a fixed size: {exported.fixed}")

@@ -2,6 +2,7 @@
 
 from layerwise.config.commented import commented
 from layerwise.config.functions import (
+    flags_elsewhere,
     function_flags,
     named_functions,
     named_here,
@@ -34,6 +35,7 @@ from layerwise.config.resolving import (
     recipe_names,
     recipe_text,
     resolve,
+    resolve_again,
     result_toml,
     with_options,
     without_places,

@@ -197,6 +197,9 @@ class TrainingOptions(Section):
     """float32, or autocast to bfloat16 or float16"""
     seed: int = _option(0, "shape", "--seed", ge=0, le=2**63 - 1)
     """seed of weights, splits, windows and negatives"""
+    warm_start: str | None = _option(None, "place", "--warm-start")
+    """a new run begins with the weights of this finished run, or exported folder, of the same network: for more data; default:
+    with random ones, or those that your network has"""
     device: str = _option("auto", "place", "--device", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto, cpu, cuda or cuda:N"""
     checkpoint_seconds: float = _option(60, "place", ge=0, le=10**9)
@@ -336,7 +339,17 @@ class Config(Section):
         """Runs in which this is equal take the same on the device, stage by like stage: however long they train, from whatever
         seed and under whatever budget."""
         settings = [*vars(self.training).items(), *vars(self.memory).items()]
-        apart = {"stages", "max_epochs", "rounds", "patience", "seed", "device", "checkpoint_seconds", "log"}
+        apart = {
+            "stages",
+            "max_epochs",
+            "rounds",
+            "patience",
+            "seed",
+            "device",
+            "checkpoint_seconds",
+            "log",
+            "warm_start",
+        }
         apart |= {"gpu_mem", "flops_per_byte"}
         return self.objective, self.cache.dtype, *[value for name, value in settings if name not in apart]
 

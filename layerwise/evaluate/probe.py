@@ -23,11 +23,12 @@ from layerwise.evaluate.targets import ProbeTask, probe_targets, probe_task
 from layerwise.events import NotifyProgress, Progress, unseen
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network, ranges
-from layerwise.nets.traced import traced_network
+from layerwise.nets.traced import traced_network, with_present_weights
 from layerwise.run_store import RunState, RunStore, open_run
 from layerwise.run_store.state import ProbeResult, StageError
 from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import load_stages
+from layerwise.training.first_weights import is_network_of, load_first_weights
 from layerwise.training.forward import OutputFormat, random_stages, trained_stages
 from layerwise.training.spec import stage_specs
 
@@ -84,10 +85,9 @@ def probe(
         network = build_network(config.net, data.frame_shape, config.training.seed)
     elif isinstance(network, nn.Module):
         network = traced_network(network, tuple(data.frame_shape))
-    if network.identity != state.network:
-        raise RunError(
-            f"The network given is not the one that {run_directory} was trained with; give that one, as it was."
-        )
+    network = with_present_weights(network)
+    if not is_network_of(state, store, network):
+        raise RunError(f"The network given is not the one that {run_directory} was trained with; give that one.")
     specs = stage_specs(config, data, network, ranges(state.cut))[: max(done)]
     task = probe_task(label, data, config)
     records = state.stages[: len(specs)]
@@ -97,7 +97,13 @@ def probe(
         notify(Progress(doing, 0, len(task.samples)))
         return lambda done: notify(Progress(doing, done, len(task.samples)))
 
-    random = random_stages(specs, output_formats, config.training.seed)
+    # What was given may be trained by now, or have other weights: then those that the run has kept are the untrained ones.
+    first = None if network.identity == state.network else load_first_weights(store)
+    random = (
+        random_stages(specs, output_formats, config.training.seed)
+        if first is None
+        else trained_stages(specs, output_formats, first)
+    )
     show_samples = show("features of the same network with random weights")
     untrained, peak = features_under_budget(config, task, random, store.probes, stop, show_samples)
     recomputed: list[FeatureRows] = []

@@ -65,6 +65,8 @@ class Network:
     """The same without its weights."""
     why_no_finer: Callable[[], str] = str
     """A sentence on what forbids more layers, or nothing."""
+    model: nn.Module | None = None
+    """The module that it was recorded from, which keeps the weights; None where the layers are ours."""
 
     @property
     def natural_ranges(self) -> list[range]:

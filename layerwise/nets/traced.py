@@ -6,16 +6,20 @@ Its identity is a hash of everything that it computes with: operations, settings
 import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import replace
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import fx, nn
 
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network, copied, named_tensors
 from layerwise.nets.tracing import trace, why_uncut
+
+T = TypeVar("T")
 
 
 def traced_network(model: nn.Module, frame_shape: tuple[int, ...]) -> Network:
@@ -32,7 +36,42 @@ def traced_network(model: nn.Module, frame_shape: tuple[int, ...]) -> Network:
         identity=identity(units),
         structure=structure(units),
         why_no_finer=partial(why_uncut, model, example),
+        model=model,
     )
+
+
+def with_present_weights(network: Network) -> Network:
+    """The network with the identity that its module has now: it may have been trained since it was cut."""
+    if network.model is None:
+        return network
+    present = identity(cast(FrameUnit, build()).unit for build in network.layers)
+    return network if present == network.identity else replace(network, identity=present)
+
+
+def by_own_names(model: nn.Module, weights: Mapping[str, T]) -> dict[str, T]:
+    """An encoder's weights by the names that the model itself has for them, in the model's order.
+
+    A weight of several names stands under each of them. What the cut does not reach, such as a head that the forward does not
+    call, is left out.
+    """
+    found = {name.split(".", 3)[3]: value for name, value in weights.items()}  # without layers.INDEX.unit
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    for shared in names.values():
+        for name in shared:
+            if name in found:
+                found |= dict.fromkeys(shared, found[name])
+                break
+    return {name: found[name] for name in model.state_dict() if name in found}
+
+
+@torch.no_grad()
+def give_weights(model: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
+    """Copies an encoder's weights into the model's own tensors, wherever these lie."""
+    tensors = model.state_dict()
+    for name, value in by_own_names(model, weights).items():
+        tensors[name].copy_(torch.from_numpy(value))
 
 
 class FrameUnit(Layer):

@@ -21,7 +21,18 @@ from layerwise.data.batches import Batch, Epoch, ordered_epoch, stream, training
 from layerwise.errors import RunError, TrainingError
 from layerwise.events import EpochDone, StageStarted, StepDone
 from layerwise.files import write_atomically
-from layerwise.training.checkpoint import Arrays, Progress, load_checkpoint, save_checkpoint, weights_of
+from layerwise.memory.meter import uncounted
+from layerwise.training.checkpoint import (
+    Arrays,
+    Progress,
+    load_checkpoint,
+    load_stages,
+    load_weights,
+    purpose_of,
+    save_checkpoint,
+    weights_of,
+)
+from layerwise.training.first_weights import load_first_weights
 from layerwise.training.loader import Loader, augmented
 from layerwise.training.run import Round
 from layerwise.training.samples import HELD_OUT, TRAIN, sample_classes
@@ -43,6 +54,8 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Prog
     classes = sample_classes(trainer.config, round.run.data)
     progress, best = _resume(round, trainer)
     epochs = epochs_of_round(options, round.number)
+    if record.earlier:  # at least one: the weights of another input are not those of this one
+        epochs = max(options.max_epochs - progress.first_epoch, 1)
     context.notify(StageStarted(stage, progress.epoch, progress.step, round.number))
     started = time.monotonic() - progress.seconds
     last_save = time.monotonic()
@@ -159,16 +172,44 @@ def _check_finite(loss: float, stage: int, epoch: int, lr: float) -> None:
 
 
 def _resume(round: Round, trainer: AnyTrainer) -> tuple[Progress, Arrays | None]:
-    """The checkpoint of this round, else the last one of the round before, else the beginning."""
+    """The checkpoint of this round, else what came before it: an earlier training, the last one of the round before, or
+    nothing."""
     stage, earlier = trainer.spec.stage, round.earlier
+    if further := _resume_further(round, trainer):
+        return further
     saved = load_checkpoint(round.store.checkpoint(stage), round.training_key(stage), trainer)
     if saved is None and earlier is not None:
         path = earlier.store.checkpoint(stage)
         before = load_checkpoint(path, earlier.training_key(stage), trainer)
         if before is None:
             raise RunError(f"{path} is gone, with which the next round begins; start the same command again.")
-        saved = before[0].in_next_round(), None
-    return saved or (Progress(), None)
+        saved = before[0].on_other_input(), None
+    if saved is not None:
+        return saved
+    if (first := load_first_weights(round.run.store)) is not None:
+        with uncounted():  # the meter would take what lies on the host for what is on the device
+            names = trainer.module.state_dict().keys()
+        load_weights(trainer.module, {name: first[name] for name in names})
+    return Progress(), None
+
+
+def _resume_further(round: Round, trainer: AnyTrainer) -> tuple[Progress, Arrays | None] | None:
+    """Where the stage stood when more epochs were asked for; None where there is no such, or it has gone on from there."""
+    stage, store = trainer.spec.stage, round.store
+    record, purpose = round.state.record(stage), purpose_of(store.checkpoint(stage))
+    earlier = record.earlier
+    if earlier is None or purpose == round.training_key(stage):
+        return None
+    if earlier.checkpoint is not None and purpose == earlier.checkpoint:
+        saved = load_checkpoint(store.checkpoint(stage), purpose, trainer)
+        assert saved is not None
+        return saved if earlier.same_input else (saved[0].on_other_input(), None)
+    if earlier.weights is None:
+        raise RunError(
+            f"{store.checkpoint(stage)} is gone, from which stage {stage} goes on; train it anew with --from-stage {stage}."
+        )
+    load_weights(trainer.module, load_stages(store, [replace(record, weights=earlier.weights)]))
+    return Progress(epoch=earlier.epochs, first_epoch=earlier.epochs), None
 
 
 def _close_epoch(progress: Progress, entry: dict[str, Any], options: TrainingOptions) -> bool:

@@ -185,8 +185,8 @@ def _record_done(round: Round, record: StageRecord) -> None:
     round.save()
     if not round.run.ranks.first:
         return
-    if round.is_last:
-        round.store.checkpoint(record.stage).unlink(missing_ok=True)  # the next round begins from earlier ones
+    if round.is_last and round.run.rounds > 1:
+        round.store.checkpoint(record.stage).unlink(missing_ok=True)  # that of a run in one round is for more epochs
     if round.earlier:
         round.earlier.store.checkpoint(record.stage).unlink(missing_ok=True)
 

@@ -77,7 +77,7 @@ def test_extract_says_what_it_wrote_and_what_it_skipped(
         (["extract", "{run}", "{data}", "-o", "x.h5", "--device", "cuda:7"], "--device cuda:7"),
         (["extract", "nowhere", "{data}", "-o", "x.h5"], "There is no nowhere"),
         (["export", "{run}", "-o", "empty"], "empty exists"),
-        (["export", "{run}", "-o", "x", "--format", "tflite"], "there are safetensors, pt2, onnx"),
+        (["export", "{run}", "-o", "x", "--format", "tflite"], "there are safetensors, state-dict, pt2, onnx"),
         (["export", "empty", "-o", "x"], "not a run directory"),
     ],
 )
