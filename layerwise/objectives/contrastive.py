@@ -135,7 +135,7 @@ class Contrastive(nn.Module):
         target = np.where(real, starts[:-1][:, None] + anchors % frames, starts[-1])
         drawn = rng.integers(0, max(starts[-1] - 1, 1), size=(*anchors.shape, self.negatives))
         drawn = np.minimum(drawn + (drawn >= target[:, :, None]), starts[-1] - 1)
-        sample = np.searchsorted(starts, drawn, side="right") - 1
+        sample = np.repeat(np.arange(len(lengths)), lengths)[drawn]
         return sample * frames + drawn - starts[sample]
 
     def forward(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int) -> Score:
@@ -187,9 +187,14 @@ def _compact(anchors: np.ndarray, negatives: np.ndarray, weights: np.ndarray, ap
     """
     samples, window, count = negatives.shape
     scored = np.concatenate([anchors[:, :, None], negatives], axis=2).swapaxes(0, 1)[::-1]
-    rows, numbers = np.unique(scored, return_inverse=True)
-    numbers = numbers.reshape(window * samples, 1 + count)
-    steps = weights.shape[2]
+    scored = scored.reshape(window * samples, 1 + count)
+    # By a table of all frames, which np.unique would sort.
+    occurs = np.zeros(scored.max() + 1, dtype=bool)
+    occurs[scored] = True
+    rows = np.flatnonzero(occurs)
+    number_of = np.empty(len(occurs), dtype=np.int64)
+    number_of[rows] = np.arange(len(rows))
+    numbers, steps = number_of[scored], weights.shape[2]
     apart, first = apart * samples, first * samples
     targets = max(len(numbers) - first, 0)
     behind = np.arange(first, first + targets + (steps - 1) * apart * (targets > 0))
