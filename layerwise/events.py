@@ -35,7 +35,10 @@ class StageStarted:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """One optimizer step; `steps` is the number in an epoch, `live_bytes` what the device holds after it."""
+    """One optimizer step; `steps` is the number in an epoch, `live_bytes` what the device holds after it.
+
+    A GPU goes on meanwhile: it tells of several steps at once, some later than they were taken.
+    """
 
     stage: int
     epoch: int

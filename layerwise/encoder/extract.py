@@ -114,7 +114,7 @@ def _fill(
         nonlocal done
         file.drop()  # what an earlier attempt has left of a sample
         first, source = done, Subset(data, np.arange(done, len(data.ids)))
-        loader, groups = _ReadableLoader(source, context.device), group_renderings(source.lengths, piece)
+        loader, groups = _ReadableLoader(source), group_renderings(source.lengths, piece)
 
         def skip_to(sample: int) -> None:
             """Those that are passed over could not be read, or not to their end."""
@@ -150,8 +150,8 @@ def _fill(
 class _ReadableLoader(SourceLoader):
     """Leaves out what cannot be read; of a sample that is read in pieces, those behind it too."""
 
-    def __init__(self, source: Subset, device: torch.device) -> None:
-        super().__init__(source, device)
+    def __init__(self, source: Subset) -> None:
+        super().__init__(source)
         self.faults: dict[int, str] = {}
         """Number of a sample to why it cannot be read."""
 

@@ -105,7 +105,7 @@ def features_under_budget(
                 summaries[number, sample] = SampleSummary(chosen)
             summaries[number, sample].add(frames)
 
-        loader = SourceLoader(data, context.device)
+        loader = SourceLoader(data)
         for sample, _, last in forward_all(stages, loader, group_renderings(data.lengths, piece), keep, context):
             context.stop.raise_if_set("while probing")
             if last:

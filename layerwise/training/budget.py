@@ -9,8 +9,8 @@ import torch
 from layerwise.config import Config
 from layerwise.config.options import PAPER_NETWORKS
 from layerwise.errors import BudgetError
-from layerwise.memory.device import context_bytes, workspace_bytes
-from layerwise.memory.plan import MemoryPlan, cheapest, families
+from layerwise.memory.device import context_bytes, find_device, workspace_bytes
+from layerwise.memory.plan import ROOMS_OF_GPU, MemoryPlan, cheapest, families
 from layerwise.memory.rates import measured_rates
 from layerwise.nets.network import memoised_per
 from layerwise.stop import StopFlag
@@ -117,6 +117,7 @@ def allowed_plans(config: Config, spec: StageSpec) -> list[list[MemoryPlan]]:
         repeatable=effects.repeatable,
         layers=len(spec.layers),
         stacked=stage_work(config, spec).stacked,
+        wider=ROOMS_OF_GPU if find_device(config.training.device).type == "cuda" else (),
     )
     return [family for family in every if family]
 

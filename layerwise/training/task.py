@@ -148,7 +148,7 @@ def _loader(stage: int, source: FrameSource, round: Round, context: RunContext) 
     # input_noise is relative to the level of the whole batch, so every rank reads all of it.
     ranks = ALONE if run.config.training.input_noise else context.ranks
     if not specs:
-        return SourceLoader(source, context.device, ranks)
+        return SourceLoader(source, ranks)
     records = [round.state.record(spec.stage) for spec in specs]
     formats = [OutputFormat.of(record.trained_with) for record in records]
     stages = trained_stages(specs, formats, load_stages(round.store, records))
