@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from layerwise.memory.device import process_bytes
+from layerwise.memory.driver import process_bytes
 
 EVERY = 0.002
 """Seconds between two looks."""

@@ -33,7 +33,8 @@ from layerwise.engines.plan import plan
 from layerwise.engines.run import RunResult, UserObjects, run
 from layerwise.errors import Interrupted
 from layerwise.events import EpochDone, Event, StageDone, StageStarted, StepDone
-from layerwise.memory.device import context_bytes, release
+from layerwise.memory.device import release
+from layerwise.memory.driver import context_bytes
 from layerwise.memory.meter import meter_for
 from layerwise.memory.plan import NARROW_ROOM, ROOMS, MemoryPlan
 from layerwise.nets import build_network

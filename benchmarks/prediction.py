@@ -17,7 +17,7 @@ from torchvision.models import VisionTransformer, resnet50
 
 from layerwise.config import Config
 from layerwise.data.source import DataSet
-from layerwise.memory.device import context_bytes, workspace_bytes
+from layerwise.memory.driver import beside_tensors, workspace_bytes
 from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.rates import measured_rates
 from layerwise.nets.network import Network
@@ -111,7 +111,7 @@ def _cases(name: str, config: Config, spec: StageSpec, device: torch.device, rou
     found: dict[MemoryPlan, str] = {}
     budgets: dict[MemoryPlan, int] = {}
     for part in BUDGETS:
-        budget = max(int(part * full) + context_bytes(device) + workspace_bytes(device), smallest)
+        budget = max(int(part * full) + beside_tensors(device) + workspace_bytes(device), smallest)
         memory = config.memory.model_copy(update={"gpu_mem": budget, "flops_per_byte": flops_per_byte})
         started = time.perf_counter()
         memory_plan = fit_stage(config.model_copy(update={"memory": memory}), spec, device)

@@ -21,7 +21,7 @@ class StageForecast:
     layers: int
     parameters: int
     train_peak_bytes: int
-    """Of tensors in training; on CUDA the context comes on top."""
+    """Of tensors in training; on CUDA what the allocator reserves for them, and context and margin come on top."""
     train_peak_by_kind: dict[str, int]
     cache_peak_bytes: int
     micro_batch: int
@@ -49,7 +49,7 @@ class Forecast:
     fits: bool
     smallest_budget_bytes: int
     peak_bytes: int
-    """Largest of all stages, on CUDA with the context."""
+    """Largest of all stages, on CUDA with context and margin."""
     cache_bytes: int
     """Of all caches that are written."""
     disk_bytes: int

@@ -90,4 +90,6 @@ def configured(
 def _flag(option: configuration.Option, flag: str) -> Callable[..., Any]:
     # The help is eager too: it is to know the data where these stand before it.
     name, eager = option.key.replace(".", "__"), option.key == "data.source"
+    if isinstance(option.default, bool):
+        return click.option(flag, name, is_flag=True, default=None, help=f"{option.help}.")
     return click.option(flag, name, help=option.help, metavar=option.kind, is_eager=eager)

@@ -194,7 +194,9 @@ class TrainingOptions(Section):
     frame_dropout: float = _option(0.0, "training", ge=0, lt=1)
     """part of the input frames of stages above the first that is dropped in each step"""
     precision: Literal["float32", "bfloat16", "float16"] = _option("float32", "training", "--precision")
-    """float32, or autocast to bfloat16 or float16"""
+    """float32, or autocast to bfloat16 or float16; recurrent layers compute in float32 under bfloat16"""
+    deterministic: bool = _option(False, "place", "--deterministic")
+    """on a GPU: only operations that give the same bits every time, and float32 without TF32; slower"""
     seed: int = _option(0, "shape", "--seed", ge=0, le=2**63 - 1)
     """seed of weights, splits, windows and negatives"""
     warm_start: str | None = _option(None, "place", "--warm-start")
@@ -349,6 +351,7 @@ class Config(Section):
             "checkpoint_seconds",
             "log",
             "warm_start",
+            "deterministic",
         }
         apart |= {"gpu_mem", "flops_per_byte"}
         return self.objective, self.cache.dtype, *[value for name, value in settings if name not in apart]

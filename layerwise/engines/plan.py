@@ -13,7 +13,9 @@ from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError
 from layerwise.forecast import END_TO_END, Forecast, StageForecast, is_end_to_end
-from layerwise.memory.device import context_bytes, find_device
+from layerwise.memory.determinism import settle_products
+from layerwise.memory.device import find_device
+from layerwise.memory.driver import beside_tensors, segments_of, why_less_than_budget
 from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.rates import measured_rates
 from layerwise.nets import build_network, shortest_sample
@@ -52,6 +54,7 @@ def plan(
     """
     if config.training.schedule == "simultaneous":
         raise ConfigError("plan predicts one stage at a time; leave training.schedule simultaneous out.")
+    settle_products(config.training.deterministic)
     device = find_device(config.training.device)
     data = data or open_data(config.data, shortest_sample(config))
     specs = cut_network(config, data, device, network, optimization=optimization)
@@ -63,7 +66,7 @@ def plan(
         notify(f"rehearsing stage {spec.stage} of {len(specs)}")
         below = cache_plan.below(spec.stage, specs)
         fitting = fit_stage(config, spec, device, below)
-        plans.append(fitting or smallest_plan(config, spec, below))
+        plans.append(fitting or smallest_plan(config, spec, below, device))
         stages.append(_forecast(config, specs, cache_plan, sizes, device, spec, plans[-1], fitting is not None))
     return Forecast(
         budget_bytes=config.memory.gpu_mem,
@@ -71,18 +74,22 @@ def plan(
         smallest_budget_bytes=max(
             smallest_budget(config, spec, device, cache_plan.below(spec.stage, specs)) for spec in specs
         ),
-        peak_bytes=max(max(s.train_peak_bytes, s.cache_peak_bytes) for s in stages) + context_bytes(device),
+        peak_bytes=max(max(s.train_peak_bytes, s.cache_peak_bytes) for s in stages) + beside_tensors(device),
         cache_bytes=sum(stage.cache_bytes for stage in stages if stage.cached),
         disk_bytes=disk_peak(config.cache, sizes, cache_plan) * rounds_under_way(config, len(specs)),
         disk_budget_bytes=config.cache.disk,
-        notes=[END_TO_END, *cache_plan.notes]
-        if is_end_to_end([len(s.layers) for s in specs])
-        else list(cache_plan.notes),
+        notes=_notes(config, specs, cache_plan, device),
         host_bytes=max(stage.host_bytes for stage in stages),
         hours=_hours(config, data, specs, plans, device),
         device=str(device),
         stages=stages,
     )
+
+
+def _notes(config: Config, specs: Sequence[StageSpec], cache_plan: CachePlan, device: torch.device) -> list[str]:
+    less = why_less_than_budget(device, config.memory.gpu_mem)
+    end_to_end = is_end_to_end([len(spec.layers) for spec in specs])
+    return [less] * bool(less) + [END_TO_END] * end_to_end + list(cache_plan.notes)
 
 
 def sweep(config: Config, notify: Callable[[str], None] = lambda line: None) -> list[Forecast]:
@@ -125,7 +132,7 @@ def _forecast(
 ) -> StageForecast:
     below = cache_plan.below(spec.stage, specs)
     training, caching = peaks_of_plan(config, spec, device, below, memory_plan)
-    by_kind = training_peak(config, spec, memory_plan).by_kind
+    by_kind = training_peak(config, spec, memory_plan, segments_of(device, memory_plan.expandable)).by_kind
     return StageForecast(
         stage=spec.stage,
         layers=len(spec.layers),
@@ -139,14 +146,14 @@ def _forecast(
         fits=fits,
         cache_bytes=sizes[spec.stage - 1].activations,
         cached=cache_plan.cached[spec.stage - 1],
-        host_bytes=_host_bytes(config, spec, memory_plan),
+        host_bytes=_host_bytes(config, spec, memory_plan, device),
         flops=step_flops(config, spec, memory_plan),
         moved_bytes=step_moved(config, spec, memory_plan),
         input=cache_plan.input_kind(spec.stage),
     )
 
 
-def _host_bytes(config: Config, spec: StageSpec, memory_plan: MemoryPlan) -> int:
+def _host_bytes(config: Config, spec: StageSpec, memory_plan: MemoryPlan, device: torch.device) -> int:
     """What the process holds in host memory: itself, batches that are read ahead, blocks that are written, checkpoints."""
     stored = 4 if spec.stage == 1 else STORED[config.cache.dtype].tensor.itemsize
     batch = config.training.batch_size * spec.window.frames * math.prod(spec.frame_shape) * stored
@@ -158,8 +165,18 @@ def _host_bytes(config: Config, spec: StageSpec, memory_plan: MemoryPlan) -> int
     itself = psutil.Process().memory_info().rss
     on_host = 4 * trained if memory_plan.optimizer_on_host else 0
     recomputing = BLOCK_BYTES + 3 * trained if memory_plan.windows else 0
-    reading, writing = (READ_AHEAD + 2) * batch, 2 * int(config.cache.block)
+    reading, writing = reading_bytes(batch, device), 2 * int(config.cache.block)
     return itself + recomputing + reading + writing + checkpoint + on_host + waiting_bytes(config, spec, memory_plan)
+
+
+def reading_bytes(batch: int, device: torch.device) -> int:
+    """Of batches of so many bytes that are read ahead, in host memory.
+
+    For a GPU they lie in pinned memory, which torch rounds up to a power of two and never gives back, and are read before.
+    """
+    if device.type != "cuda":
+        return (READ_AHEAD + 2) * batch
+    return (READ_AHEAD + 2) * 2 ** math.ceil(math.log2(batch)) + batch
 
 
 def look(config: Config) -> DataSet:

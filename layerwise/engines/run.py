@@ -13,6 +13,7 @@ from layerwise.config import OWN, Config, with_options
 from layerwise.data.open import open_data
 from layerwise.data.source import DataSet
 from layerwise.engines import dask, processes, torchrun
+from layerwise.engines.elsewhere import measure_elsewhere
 from layerwise.engines.machine import machine
 from layerwise.engines.sbatch import refuse_while_queued
 from layerwise.engines.task_runner import perform_tasks, write_encoder
@@ -21,7 +22,9 @@ from layerwise.errors import ConfigError, RunError, UnusableCache
 from layerwise.events import Message, Notify, RunStarted, silent
 from layerwise.files import refuse_unwritable
 from layerwise.forecast import END_TO_END, is_end_to_end
+from layerwise.memory.determinism import said_of_float32, settle_products
 from layerwise.memory.device import share_one_heap
+from layerwise.memory.driver import why_less_than_budget
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.memory.rates import measured_rates
 from layerwise.nets import shortest_sample
@@ -123,9 +126,12 @@ def prepared_run(
     whoever started the run, and the tracking service.
     """
     share_one_heap()
+    settle_products(config.training.deterministic)
     service = find_service(config.training.log)
     _refuse_objects_elsewhere(config, objects, ranks)
     device = device_of(config.engine.devices[0] if config.engine.devices else config.training.device, ranks)
+    if device.type == "cuda" and (config.engine.devices or config.engine.name != "local"):
+        measure_elsewhere(device)
     store, rounds = RunStore.of(config.out, config.cache.dir), config.training.rounds
     data = objects.data or open_data(config.data, shortest_sample(config))
     planned_for = store.state_bytes()
@@ -276,6 +282,10 @@ def _described(run: Run) -> list[str]:
     lines = [f"{len(data.ids)} samples from {config.data.source}, {stages}"]
     if is_end_to_end([len(spec.layers) for spec in specs]):
         lines.append(END_TO_END)
+    options = config.training
+    lines.append(said_of_float32(run.device, options.precision, options.deterministic))
+    lines.append(why_less_than_budget(run.device, config.memory.gpu_mem))
+    lines = [line for line in lines if line]
     for spec, plan in zip(specs, memory_plans, strict=True):
         if plan.why:
             lines.append(f"stage {spec.stage}: {plan}, because {plan.why}")

@@ -13,6 +13,7 @@ from layerwise.config import named_here, with_options
 from layerwise.data.open import open_data
 from layerwise.errors import RunError
 from layerwise.events import Notify
+from layerwise.memory.determinism import same_bits, settle_products
 from layerwise.memory.device import find_device, share_one_heap
 from layerwise.memory.meter import meter_for
 from layerwise.nets import shortest_sample
@@ -50,7 +51,8 @@ def perform_task(task: Task, run: Run, stop: StopFlag, notify: Notify) -> None:
         round = run.round(task.round)
         _check_needs(task, round)
         run.ranks.barrier()  # all ranks have read the state before the first one changes it
-        perform(task, round, context)
+        with same_bits(run.config.training.deterministic):
+            perform(task, round, context)
 
 
 def write_encoder(run: Run) -> None:
@@ -73,6 +75,7 @@ def open_prepared_run(out: Path, functions: Mapping[str, str | None], device: st
     share_one_heap()
     store, main = open_run(out)
     config = named_here(main.config, functions, store.state)
+    settle_products(config.training.deterministic)
     if device is not None:
         config = with_options(config, {"training.device": device})
     if main.network and ":" not in config.net.name:

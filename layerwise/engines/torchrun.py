@@ -30,6 +30,9 @@ SILENCE = timedelta(hours=2)
 """How long a rank waits for another that lives but does not answer: the first one may be packing a cache. One that has ended
 is noticed at once."""
 
+STUCK = timedelta(minutes=10)
+"""How long GPUs wait for another one within a step; then torch ends the process, and torchrun starts all of them again."""
+
 PARTING = timedelta(seconds=10)
 
 _SET_BY_TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -56,9 +59,9 @@ def join_ranks(config: Config) -> Iterator[Ranks]:
     found, rank, count = next(dist.rendezvous("env://"))
     # torchrun keeps its store when it starts all again, and in it the addresses of those that are gone.
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", found)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=SILENCE)
-    ranks = Ranks(rank, count)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=SILENCE)
+    on_gpus = device_of(config.training.device, Ranks(rank, count)).type == "cuda"
+    ranks = Ranks(rank, count, dist.new_group(backend="nccl", timeout=STUCK) if on_gpus else None)
     _JOINED.append((store, ranks))
     # What the exchange itself takes of a GPU is taken now, before the budget is shared out.
     ranks.all_reduce([torch.zeros(1, device=device_of(config.training.device, ranks))])

@@ -1,26 +1,23 @@
-"""The device of a run: which one it is, how much of it a process may take, and how tensors get onto it and off it again.
+"""The device of a run: which one it is, what to do where it is full, and how tensors get onto it and off it again.
 
 On a CPU the device is host memory itself; the meter alone tells the two apart (`memory.meter.uncounted`)."""
 
 import contextlib
 import ctypes
 import gc
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from layerwise.errors import BudgetError, ConfigError
 from layerwise.memory.meter import uncounted
 
 T = TypeVar("T")
-
-CUDA_WORKSPACE = 2 * 32 * 2**20
-"""Bytes; what torch gives cuBLAS at most by default (on Hopper; 8 MiB elsewhere), forward and in autograd's own thread."""
 
 OUT_OF_MEMORY = (
     "out of memory",  # CUDA itself, where it loads kernels
@@ -43,75 +40,6 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
-def cap(device: torch.device, budget: int | None) -> None:
-    """On CUDA the allocator itself refuses to pass the budget (bytes; None: all there is); elsewhere the meter does.
-
-    The context counts too: what the driver's own tool shows for the process stays under the budget.
-    """
-    if device.type == "cuda":
-        _, total = torch.cuda.mem_get_info(device)
-        tensors = total if budget is None else max(budget - context_bytes(device), 0)
-        torch.cuda.set_per_process_memory_fraction(min(tensors / total, 1.0), device)
-
-
-def context_bytes(device: torch.device) -> int:
-    """What this process holds on the device beside tensors: CUDA's context and the kernels it has loaded; 0 on a CPU."""
-    if device.type != "cuda":
-        return 0
-    _load_kernels(device)
-    return max(process_bytes(device) - torch.cuda.memory_reserved(device), 0)
-
-
-@cache
-def _load_kernels(device: torch.device) -> None:
-    """CUDA loads kernels at their first use, into memory that no allocator sees: a tiny step of each kind loads them."""
-    x = torch.randn(2, 32, 16, 16, device=device)
-    layers = [nn.Conv2d(32, 32, 3), nn.GRU(14, 14, batch_first=True)]
-    parameters = [parameter for layer in layers for parameter in layer.to(device).parameters()]
-    picture = nn.functional.relu_(layers[0](x))
-    rows = layers[1](picture.flatten(0, 1).flatten(0, 1).unflatten(0, (-1, 14)))[0].flatten(0, 1)
-    rows = rows.index_select(0, torch.arange(0, len(rows), 2, device=device))
-    torch.bmm(rows[None], rows.t()[None]).log_softmax(1).sum().backward()
-    torch.optim.Adam(parameters, fused=True).step()
-    torch.cuda.synchronize(device)
-    del x, layers, parameters, picture, rows
-    release(device)
-
-
-def workspace_bytes(device: torch.device) -> int:
-    """What CUDA's matrix products take of the allocator beside the tensors of a step; 0 on a CPU."""
-    return CUDA_WORKSPACE if device.type == "cuda" else 0
-
-
-def process_bytes(device: torch.device) -> int:
-    """What the driver reports for this process; 0 on a CPU.
-
-    Where the driver does not tell processes apart (containers hide them from it), all that is taken on the device: with
-    others on it that is too much, and the cap is lower than it need be, never higher.
-    """
-    if device.type != "cuda":
-        return 0
-    torch.cuda.init()
-    torch.zeros(1, device=device)
-    free, total = torch.cuda.mem_get_info(device)
-    return _driver_figure(device) or total - free
-
-
-def _driver_figure(device: torch.device) -> int | None:
-    """NVML's figure for this process, or None where NVML or the process cannot be found."""
-    try:
-        import pynvml  # of the extra "gpu"
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        return next((p.usedGpuMemory for p in processes if p.pid == os.getpid()), None)
-    except pynvml.NVMLError:
-        return None
 
 
 def why_out_of_memory(error: BudgetError | RuntimeError) -> str:
@@ -139,6 +67,19 @@ def halve_until_it_fits(work: Callable[[int], T], size: int, smallest: int, devi
             raise BudgetError(reason)
         size = max(size // 2, smallest)
         release(device)
+
+
+def once_more_where_full(work: Callable[[], T], device: torch.device) -> T:
+    """What work() gives; where the device is full, what it gives when all that is free has been given back.
+
+    `work` changes nothing before it has all the memory that it needs.
+    """
+    try:
+        return work()
+    except (BudgetError, RuntimeError) as error:
+        why_out_of_memory(error)
+    release(device)
+    return work()
 
 
 def release(device: torch.device) -> None:
@@ -206,6 +147,41 @@ def keep_dropout_from_cudnn(module: nn.Module) -> None:
             away = _AwayFromCudnn()
             part.register_forward_pre_hook(away.begin)
             part.register_forward_hook(away.end, always_call=True)
+
+
+def keep_recurrence_in_float32(module: nn.Module) -> None:
+    """Has recurrent layers computed in float32 wherever the rest is autocast to bfloat16.
+
+    CUDA's autocast would give them float16 there (ATen/autocast_mode and cudnn/RNN.cpp), and nothing scales its gradients then.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.RNNBase):
+            aside = _Float32()
+            part.register_forward_pre_hook(aside.begin, with_kwargs=True)
+            part.register_forward_hook(aside.end, always_call=True)
+
+
+class _Float32:
+    """Hooks around a layer's forward pass."""
+
+    _autocast: torch.autocast | None = None
+
+    def begin(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        kind = next(layer.parameters()).device.type
+        if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) != torch.bfloat16:
+            return None
+        self._autocast = torch.autocast(kind, enabled=False)
+        self._autocast.__enter__()
+        return tree_map_only(torch.Tensor, _widened, (args, kwargs))
+
+    def end(self, *_: object) -> None:
+        if self._autocast is not None:
+            self._autocast.__exit__(None, None, None)
+            self._autocast = None
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 class _AwayFromCudnn:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_iter
 
 from layerwise.errors import BudgetError
 from layerwise.memory.recurrence import FoldedFrames
+from layerwise.memory.reserved import Allocations
 
 Kind = Literal["parameters", "gradients", "optimizer", "activations"]
 KINDS: tuple[Kind, ...] = ("parameters", "gradients", "optimizer", "activations")
@@ -49,6 +50,9 @@ class Meter(TorchDispatchMode):
     A dispatch mode: it sees the output of every operation, forward and backward. A storage is counted once, from its first
     sight until it is freed.
     """
+
+    allocations: Allocations | None = None
+    """Takes down what is asked for, where somebody wants to know."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -122,6 +126,8 @@ class Meter(TorchDispatchMode):
         self._storages[key] = (weakref.ref(storage, lambda _: self._release(key)), size, kind)
         self.live += size
         self._live_by_kind[kind] += size
+        if self.allocations is not None:
+            self.allocations.made(key, size)
         if self.live > self.peak:
             self.peak, self._peak_by_kind = self.live, self._live_by_kind.copy()
         if self.limit is not None and self.live > self.limit:
@@ -134,6 +140,18 @@ class Meter(TorchDispatchMode):
         _, size, kind = self._storages.pop(key)
         self.live -= size
         self._live_by_kind[kind] -= size
+        if self.allocations is not None:
+            self.allocations.gone(key)
+
+
+class RehearsalMeter(Meter):
+    """Also takes down what is asked for, in which order."""
+
+    allocations: Allocations
+
+    def __init__(self, device: torch.device, limit: int | None = None) -> None:
+        super().__init__(device, limit)
+        self.allocations = Allocations()
 
 
 class _Steps:
@@ -222,7 +240,7 @@ def meter_for(device: torch.device, limit: int | None) -> AnyMeter:
 
 REHEARSED_ON = torch.device("cpu")
 """Where rehearsals take place, whatever the device of the run: on fake CUDA tensors torch calls cuDNN's recurrent kernels
-for real. A GPU's own workspaces come on top (`memory.device.workspace_bytes`)."""
+for real."""
 
 
 @contextlib.contextmanager
@@ -234,13 +252,13 @@ def in_host_memory() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def rehearsal(limit: int | None = None) -> Iterator[Meter]:
+def rehearsal(limit: int | None = None) -> Iterator[RehearsalMeter]:
     """What is built inside, on REHEARSED_ON, has no values; the meter that the block is given counts it.
 
     The tensors are torch's fake ones, with shapes alone: a step of a large network takes a fraction of a second, and the meter
     counts the very storages that it would count on the device. Raises BudgetError with the first byte beyond the limit.
     """
-    with fake_tensors(), Meter(REHEARSED_ON, limit) as meter, FoldedFrames(lambda: meter.live):
+    with fake_tensors(), RehearsalMeter(REHEARSED_ON, limit) as meter, FoldedFrames(lambda: meter.live):
         yield meter
 
 

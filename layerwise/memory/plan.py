@@ -51,6 +51,8 @@ class MemoryPlan:
     """Input frames that are on the device at once in the caching pass; 0 until it is planned."""
     windows: int = field(default=0, compare=False)
     """Windows of the input that are on the device at once while they are recomputed; 0 where a cache or data are read."""
+    expandable: bool = field(default=False, compare=False)
+    """On CUDA: whether the allocator's segments grow and shrink by pages, which takes less room for some stages."""
     why: str = field(default="", compare=False)
     """Why the stage does not train in the cheapest way; empty where it does."""
 
@@ -104,6 +106,8 @@ class MemoryPlan:
             words.append(f"loss in {self.loss_room / 2**20:g} MiB")
         if self.predictors:
             words.append("1 predictor at a time" if self.predictors == 1 else f"{self.predictors} predictors at a time")
+        if self.expandable:
+            words.append("expandable segments")
         return ", ".join(words)
 
 

@@ -27,6 +27,8 @@ class Ranks:
 
     rank: int = 0
     count: int = 1
+    between_gpus: "dist.ProcessGroup | None" = None
+    """What exchanges tensors of GPUs, on GPUs: the other group would copy them to the host."""
 
     @property
     def first(self) -> bool:
@@ -46,18 +48,29 @@ class Ranks:
         # One broadcast each: shares differ in length, which gathering in one call does not take everywhere.
         with uncounted():
             parts = [(whole[rows], rank) for rank, rows in enumerate(places) if rows.start < rows.stop]
-        _exchange(lambda: _wait([dist.broadcast(part, rank, async_op=True) for part, rank in parts]))
+        if own.is_cuda:
+            # Between GPUs the host does not wait, so nobody would notice there that another rank has ended.
+            self.barrier()
+        _exchange(lambda: _wait([self._broadcast(part, rank) for part, rank in parts]))
         return whole
 
     def all_reduce(self, tensors: Iterable[torch.Tensor]) -> None:
         """Puts the sum over all ranks into each tensor."""
         if self.count > 1:
-            _exchange(lambda: _wait([dist.all_reduce(tensor, async_op=True) for tensor in tensors]))
+            _exchange(
+                lambda: _wait([dist.all_reduce(tensor, group=self._group(tensor), async_op=True) for tensor in tensors])
+            )
 
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Puts the first rank's values into each tensor."""
         if self.count > 1:
-            _exchange(lambda: _wait([dist.broadcast(tensor, 0, async_op=True) for tensor in tensors]))
+            _exchange(lambda: _wait([self._broadcast(tensor, 0) for tensor in tensors]))
+
+    def _broadcast(self, tensor: torch.Tensor, rank: int) -> Any:
+        return dist.broadcast(tensor, rank, group=self._group(tensor), async_op=True)
+
+    def _group(self, tensor: torch.Tensor) -> "dist.ProcessGroup | None":
+        return self.between_gpus if tensor.is_cuda else None
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on any rank."""

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -36,12 +35,16 @@ class Rates:
         return power
 
 
-@cache
+RATES: dict[torch.device, Rates] = {}
+"""Those that this process knows of."""
+
+
 def measured_rates(device: torch.device) -> Rates:
     """Measured once in a process; takes about a tenth of a second, and leaves nothing on the device."""
-    rates = _measured(device)
-    return_free_blocks(device)  # CUDA's allocator would keep them, beyond a small budget
-    return rates
+    if device not in RATES:
+        RATES[device] = _measured(device)
+        return_free_blocks(device)  # CUDA's allocator would keep them, beyond a small budget
+    return RATES[device]
 
 
 def _measured(device: torch.device) -> Rates:

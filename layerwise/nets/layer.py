@@ -25,6 +25,9 @@ class Layer(nn.Module):
         """(B, L, *frame) to (B, out_length(L), *output frame)."""
         raise TypeError(f"{type(self).__name__} defines no forward.")
 
+    def arrange_for_gpu(self) -> None:
+        """Puts the weights into the order in which a GPU's kernels read them: these would copy them at each call otherwise."""
+
     def valid(self, x: torch.Tensor) -> torch.Tensor:
         """The outputs that a piece (B, n, *frame) of the input determines by itself: `forward` without the padding."""
         if self.padding or self.recurrent:

@@ -123,6 +123,8 @@ def copied(module: AnyModule, device: torch.device | None = None) -> AnyModule:
         part._non_persistent_buffers_set = set(originals[path]._non_persistent_buffers_set)
         if isinstance(part, nn.RNNBase):  # packs the weights for cuDNN, as its constructor does
             part.flatten_parameters()
+        if isinstance(part, Layer) and device is not None and device.type == "cuda":
+            part.arrange_for_gpu()
     return twin
 
 

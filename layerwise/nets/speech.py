@@ -43,6 +43,10 @@ class Convolution(Layer):
         # In place before the views of it are made: autograd would copy a view twice on its way back.
         return _frames(F.relu_(self._convolve(x, self.padding)))
 
+    def arrange_for_gpu(self) -> None:
+        """Channels last, as the input is."""
+        self.weight.data = self.weight.data.transpose(1, 2).contiguous().transpose(1, 2)
+
     def valid(self, x: torch.Tensor) -> torch.Tensor:
         return _frames(F.relu_(self._convolve(x, padding=0)))
 

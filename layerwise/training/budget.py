@@ -3,15 +3,25 @@
 import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from layerwise.config import Config
 from layerwise.config.options import PAPER_NETWORKS
 from layerwise.errors import BudgetError
-from layerwise.memory.device import context_bytes, find_device, workspace_bytes
+from layerwise.memory.device import find_device
+from layerwise.memory.driver import (
+    beside_tensors,
+    possible_segments,
+    room_for_tensors,
+    segments_of,
+    why_less_than_budget,
+)
+from layerwise.memory.meter import REHEARSED_ON
 from layerwise.memory.plan import ROOMS_OF_GPU, MemoryPlan, cheapest, families
 from layerwise.memory.rates import measured_rates
+from layerwise.memory.reserved import Segments
 from layerwise.nets.network import memoised_per
 from layerwise.stop import StopFlag
 from layerwise.training.cache_plan import CachePlan
@@ -40,10 +50,10 @@ def fit_to_budget(
         plan = fit_stage(config, spec, device, recomputed)
         if plan is None and spec.stage not in done:
             refused[smallest_budget(config, spec, device, recomputed)] = spec
-        plans.append(plan or smallest_plan(config, spec, recomputed))
+        plans.append(plan or smallest_plan(config, spec, recomputed, device))
     if refused:
         needed = max(refused)
-        raise BudgetError(_too_small(config, refused[needed], needed))
+        raise BudgetError(_too_small(config, refused[needed], needed, device))
     return plans
 
 
@@ -56,27 +66,32 @@ def fit_stage(config: Config, spec: StageSpec, device: torch.device, below: Belo
     first, longest, windows = allowed[0][0], longest_piece(spec, config), config.training.batch_size if below else 0
     if config.memory.gpu_mem is None:
         return replace(first, piece=longest, windows=windows)
-    room = _tensor_room(config, device)
+    room, ways = room_for_tensors(device, config.memory.gpu_mem), possible_segments(device)
 
     # No plan takes less, and trying all of them one by one would find that out late.
-    if training_peak(config, spec, smallest_plan(config, spec)).bytes > room:
+    if _least_peak(config, spec, _smallest_in_training(config, spec, device), device) > room:
         return None
 
     def fits(plan: MemoryPlan) -> bool:
-        return step_least_bytes(config, spec, plan) <= room and training_fits(config, spec, plan, room)
+        return step_least_bytes(config, spec, plan) <= room and any(
+            training_fits(config, spec, plan, room, segments) for segments in ways
+        )
 
     plan = cheapest(allowed, fits)
     if plan is None:
         return None
-    piece = _largest_that_fits(
-        longest, shortest_piece(spec, config), lambda piece: _piece_peak(config, spec, below, piece) <= room
-    )
-    at_once = _largest_that_fits(
-        windows, min(windows, 1), lambda count: recomputing_peak(config, below, count, spec.window.frames) <= room
-    )
-    if piece is None or at_once is None:
-        return None
-    return replace(plan, piece=piece, windows=at_once, why="" if plan == first else _why(config, spec, plan, first))
+    for segments in ways:
+        if not training_fits(config, spec, plan, room, segments):
+            continue
+        piece_peak = partial(_piece_peak, config, spec, below, segments)
+        windows_peak = partial(_windows_peak, config, spec, below, segments)
+        piece = _largest_that_fits(longest, shortest_piece(spec, config), piece_peak, room)
+        at_once = _largest_that_fits(windows, min(windows, 1), windows_peak, room)
+        if piece is not None and at_once is not None:
+            why = "" if plan == first else _why(config, spec, plan, first, device)
+            expandable = segments is not None and segments.expandable
+            return replace(plan, piece=piece, windows=at_once, expandable=expandable, why=why)
+    return None
 
 
 def held_at_all(config: Config, spec: StageSpec, device: torch.device) -> bool:
@@ -86,19 +101,35 @@ def held_at_all(config: Config, spec: StageSpec, device: torch.device) -> bool:
 
 def smallest_budget(config: Config, spec: StageSpec, device: torch.device, below: Below = ()) -> int:
     """Bytes below which the stage cannot be trained or cached under any plan that the options allow."""
-    return max(peaks_of_plan(config, spec, device, below, smallest_plan(config, spec, below))) + context_bytes(device)
+    smallest = smallest_plan(config, spec, below, device)
+    return max(peaks_of_plan(config, spec, device, below, smallest)) + beside_tensors(device)
 
 
-def smallest_plan(config: Config, spec: StageSpec, below: Below = ()) -> MemoryPlan:
+def smallest_plan(
+    config: Config, spec: StageSpec, below: Below = (), device: torch.device = REHEARSED_ON
+) -> MemoryPlan:
     """The plan that takes the least memory."""
+    smallest = _smallest_in_training(config, spec, device)
+    plan = replace(
+        smallest, piece=shortest_piece(spec, config), windows=min(len(below), 1), why="nothing smaller is left"
+    )
+    ways = [segments for segments in possible_segments(device) if segments is not None]
+    plans = [replace(plan, expandable=segments.expandable) for segments in ways]
+    return min(plans, key=lambda each: max(peaks_of_plan(config, spec, device, below, each))) if plans else plan
+
+
+def _smallest_in_training(config: Config, spec: StageSpec, device: torch.device) -> MemoryPlan:
     least: list[MemoryPlan] = []
     for family in allowed_plans(config, spec):
         plan = family[-1]
         if not any(other.takes_at_most(plan) for other in least):
             least = [other for other in least if not plan.takes_at_most(other)] + [plan]
-    smallest = min(least, key=lambda plan: training_peak(config, spec, plan).bytes)
-    piece, windows = shortest_piece(spec, config), min(len(below), 1)
-    return replace(smallest, piece=piece, windows=windows, why="nothing smaller is left")
+    return min(least, key=lambda plan: _least_peak(config, spec, plan, device))
+
+
+def _least_peak(config: Config, spec: StageSpec, plan: MemoryPlan, device: torch.device) -> int:
+    """Of training, in the way in which the device reserves the least for it."""
+    return min(training_peak(config, spec, plan, segments).bytes for segments in possible_segments(device))
 
 
 def plans_by_cost(config: Config, spec: StageSpec, flops_per_byte: int) -> list[list[MemoryPlan]]:
@@ -125,37 +156,39 @@ def allowed_plans(config: Config, spec: StageSpec) -> list[list[MemoryPlan]]:
 def peaks_of_plan(
     config: Config, spec: StageSpec, device: torch.device, below: Below, plan: MemoryPlan
 ) -> tuple[int, int]:
-    """Predicted bytes of the training and of the caching pass, the recomputing of their input and workspaces included."""
-    training = training_peak(config, spec, plan).bytes
-    recomputing = recomputing_peak(config, below, plan.windows, spec.window.frames)
-    workspace = workspace_bytes(device)
-    return max(training, recomputing) + workspace, _piece_peak(config, spec, below, plan.piece) + workspace
+    """Predicted bytes of the training and of the caching pass, the recomputing of their input included."""
+    segments = segments_of(device, plan.expandable)
+    training = training_peak(config, spec, plan, segments).bytes
+    recomputing = _windows_peak(config, spec, below, segments, plan.windows)
+    return max(training, recomputing), _piece_peak(config, spec, below, segments, plan.piece)
 
 
-def _tensor_room(config: Config, device: torch.device) -> int:
-    """Bytes of the budget that are left for tensors."""
-    return (config.memory.gpu_mem or 0) - context_bytes(device) - workspace_bytes(device)
-
-
-def _piece_peak(config: Config, spec: StageSpec, below: Below, piece: int) -> int:
+def _piece_peak(config: Config, spec: StageSpec, below: Below, segments: Segments | None, piece: int) -> int:
     """Of one piece of the caching pass, its recomputing included: one long window, or short ones side by side."""
-    recomputing = (recomputing_peak(config, below, n, -(-piece // n)) for n in (1, config.training.batch_size))
-    return max(caching_peak(config, spec, piece), *recomputing)
+    recomputing = (
+        recomputing_peak(config, below, n, -(-piece // n), segments) for n in (1, config.training.batch_size)
+    )
+    return max(caching_peak(config, spec, piece, segments), *recomputing)
 
 
-def _largest_that_fits(largest: int, smallest: int, fits: Callable[[int], bool]) -> int | None:
+def _windows_peak(config: Config, spec: StageSpec, below: Below, segments: Segments | None, windows: int) -> int:
+    """Of so many windows whose input is recomputed."""
+    return recomputing_peak(config, below, windows, spec.window.frames, segments)
+
+
+def _largest_that_fits(largest: int, smallest: int, peak: Callable[[int], int], room: int) -> int | None:
     """The largest number by halves, or None where not even the smallest fits."""
     number = largest
-    while not fits(number):
+    while peak(number) > room:
         if number == smallest:
             return None
         number = max(number // 2, smallest)
     return number
 
 
-def _why(config: Config, spec: StageSpec, chosen: MemoryPlan, first: MemoryPlan) -> str:
+def _why(config: Config, spec: StageSpec, chosen: MemoryPlan, first: MemoryPlan, device: torch.device) -> str:
     """Why a stage does not train in the cheapest way, its first plan."""
-    needed, effects = training_peak(config, spec, first).bytes, batch_effects(spec)
+    needed, effects = _least_peak(config, spec, first, device), batch_effects(spec)
     why = f"the cheapest way ({first}) would take {needed / 1e6:.1f} MB"
     if effects.why_unsliceable:
         why += f"; {effects.why_unsliceable}, so the batch cannot be sliced"
@@ -164,15 +197,17 @@ def _why(config: Config, spec: StageSpec, chosen: MemoryPlan, first: MemoryPlan)
     return why
 
 
-def _too_small(config: Config, spec: StageSpec, needed: int) -> str:
-    budget, last = config.memory.gpu_mem, smallest_plan(config, spec)
+def _too_small(config: Config, spec: StageSpec, needed: int, device: torch.device) -> str:
+    budget, last = config.memory.gpu_mem, smallest_plan(config, spec, (), device)
     whole = batch_effects(spec).why_unsliceable
     why = f" ({whole}, so the batch cannot be sliced)" if whole else ""
     lower = {"steps": ["data.window"], "patches": ["data.crop"], "whole": []}[config.data.frames]
     lower += ["net.width"] if config.net.name in PAPER_NETWORKS else []
     ways = [f"lower {' or '.join(['--batch-size', *lower] if whole else lower)}"] if whole or lower else []
     ways += ["cut into more --stages"] if len(spec.layers) > 1 else []
+    less = why_less_than_budget(device, budget)
+    less += " " if less else ""
     return (
         f"--gpu-mem {(budget or 0) / 1e6:g} MB is too small: stage {spec.stage} needs {math.ceil(needed / 1e4) / 100:g} MB "
-        f"even as {last}{why}. {', or '.join(['Give at least that', *ways])}."
+        f"even as {last}{why}. {less}{', or '.join(['Give at least that', *ways])}."
     )

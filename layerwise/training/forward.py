@@ -20,13 +20,13 @@ from layerwise.data.source import DataSet
 from layerwise.errors import TrainingError
 from layerwise.memory.device import (
     autocast,
-    cap,
     find_device,
     halve_until_it_fits,
     offloaded,
     on_device,
     pack_recurrent_weights,
 )
+from layerwise.memory.driver import cap
 from layerwise.memory.meter import AnyMeter, meter_for, metered, uncounted
 from layerwise.nets.module import Module
 from layerwise.nets.network import copied

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -24,6 +24,7 @@ from layerwise.memory.device import autocast, on_device
 from layerwise.memory.meter import REHEARSED_ON, Kind, in_host_memory, rehearsal
 from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.plan import MemoryPlan
+from layerwise.memory.reserved import Allocations, Segments
 from layerwise.nets.module import Module
 from layerwise.nets.network import memoised_per
 from layerwise.objectives.protocol import Draw, Group, ObjectiveModule
@@ -45,23 +46,50 @@ def _stored_input(config: Config, spec: StageSpec, samples: int, frames: int) ->
     return torch.zeros(samples, frames, *spec.frame_shape, dtype=dtype, device="meta")
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What passing frames through a module takes."""
+
+    peak: int
+    """Most bytes that tensors request."""
+    allocations: tuple[Allocations, ...]
+    """Of what is rehearsed by itself."""
+    more: int = 0
+    """Bytes that the first of them may take on top."""
+
+    def bytes(self, segments: Segments | None) -> int:
+        """Of the peak, as they count on the device."""
+        return self.peak if segments is None else self.reserved(segments, 1)
+
+    def reserved(self, segments: Segments, times: float) -> int:
+        """Where as many frames pass at once, times as many as were rehearsed."""
+        first, *others = (each.scaled(times).least(segments) for each in self.allocations)
+        return max(first + self.more, *others)
+
+
 @memoised_per(StageSpec)
-def caching_peak(config: Config, spec: StageSpec, piece: int) -> int:
-    """Predicted bytes of the caching pass of a stage: of a long sample that is streamed, or of short ones with padding."""
+def caching_peak(config: Config, spec: StageSpec, piece: int, segments: Segments | None = None) -> int:
+    """Predicted bytes of the caching pass of a stage: of a long sample that is streamed, or of short ones with padding.
+
+    segments: how the device reserves memory, None: what tensors request is what counts.
+    """
     module = spec.shapes
     *below, last = module.layers.values()
     if not last.recurrent or module.out_length(piece) <= 2 * REHEARSED_STEPS:
-        return _rehearsed_caching(config, spec, piece, len(module.layers))
+        return _rehearsed_caching(config, spec, piece, len(module.layers)).bytes(segments)
     # A recurrent layer takes its time for every frame, fake ones too, and the same room: two short pieces give the line
     # that a long one lies on, and the layers below it are rehearsed at full length.
     short = -(-REHEARSED_STEPS * piece // int(module.out_length(piece)))
     first, second = (_rehearsed_caching(config, spec, n * short, len(module.layers)) for n in (1, 2))
-    whole = first + math.ceil((second - first) * (piece - short) / short)
-    return max(whole, _rehearsed_caching(config, spec, piece, len(below)) if below else 0)
+    if segments is None:
+        whole = first.peak + math.ceil((second.peak - first.peak) * (piece - short) / short)
+    else:
+        whole = second.reserved(segments, piece / (2 * short))
+    return max(whole, _rehearsed_caching(config, spec, piece, len(below)).bytes(segments) if below else 0)
 
 
 @memoised_per(StageSpec)
-def _rehearsed_caching(config: Config, spec: StageSpec, piece: int, layers: int) -> int:
+def _rehearsed_caching(config: Config, spec: StageSpec, piece: int, layers: int) -> _Pass:
     """Of the first layers of a stage."""
     cached, precision = STORED[config.cache.dtype].tensor, config.training.precision
 
@@ -71,6 +99,7 @@ def _rehearsed_caching(config: Config, spec: StageSpec, piece: int, layers: int)
 
     with rehearsal() as streaming:
         module, states = build(), None
+        streaming.allocations.begin_step()
         with torch.no_grad(), autocast(REHEARSED_ON, precision):
             # How much input a layer carries over depends on where a piece ends within its stride: every place once.
             pieces = 2 + max(layer.stride for layer in module.layers.values())
@@ -82,6 +111,7 @@ def _rehearsed_caching(config: Config, spec: StageSpec, piece: int, layers: int)
                 del outputs
     with rehearsal() as padding:
         module = build()
+        padding.allocations.begin_step()
         lengths = np.array([piece - piece // 2, max(piece // 2 - 1, 0)])
         if module.out_length(lengths[0]) >= 1:  # otherwise no two samples are that short
             with torch.no_grad(), autocast(REHEARSED_ON, precision):
@@ -89,7 +119,8 @@ def _rehearsed_caching(config: Config, spec: StageSpec, piece: int, layers: int)
                 outputs = module(frames, lengths)[1]
                 del frames
                 outputs.to(cached).isfinite().all()
-    return max(streaming.peak + _carried_more(spec, layers), padding.peak)
+    more = _carried_more(spec, layers)
+    return _Pass(max(streaming.peak + more, padding.peak), (streaming.allocations, padding.allocations), more)
 
 
 def _carried_more(spec: StageSpec, layers: int) -> int:
@@ -109,31 +140,32 @@ def _carried_more(spec: StageSpec, layers: int) -> int:
     return more
 
 
-def recomputing_peak(config: Config, below: Below, windows: int, frames: int) -> int:
+def recomputing_peak(config: Config, below: Below, windows: int, frames: int, segments: Segments | None = None) -> int:
     """Predicted bytes of passing windows up through the stages below, each alone on the device; 0 where there are none.
 
-    windows: on the device at once; frames: of the outcome.
+    windows: on the device at once; frames: of the outcome; segments: as in `caching_peak`.
     """
     peak = 0
     firsts, stops = 0, frames
     for spec in reversed(below):
         firsts, stops = spec.shapes.inputs_of(firsts, stops)
-        peak = max(peak, _passing_peak(config, spec, windows, stops - firsts))
+        peak = max(peak, _passing(config, spec, windows, stops - firsts).bytes(segments))
     return peak
 
 
 @memoised_per(StageSpec)
-def _passing_peak(config: Config, spec: StageSpec, windows: int, frames: int) -> int:
+def _passing(config: Config, spec: StageSpec, windows: int, frames: int) -> _Pass:
     """Of windows of `frames` input frames through one stage, at the beginning of their samples, where they are masked."""
     with rehearsal() as meter:
         module = spec.build_module(config.training.seed, REHEARSED_ON).eval()
+        meter.allocations.begin_step()
         firsts, lengths = np.full(windows, -module.inputs_of(0, 1)[1]), np.full(windows, 2 * frames)
         with torch.no_grad(), autocast(REHEARSED_ON, config.training.precision):
             x = on_device(_stored_input(config, spec, windows, frames), REHEARSED_ON)
             outputs = module.window(x, firsts, lengths)[0]
             del x
             outputs.to(STORED[config.cache.dtype].tensor).isfinite().all()
-    return meter.peak
+    return _Pass(meter.peak, (meter.allocations,))
 
 
 REHEARSED_PARTS = 2
@@ -148,6 +180,13 @@ class Peak:
 
     bytes: int
     by_kind: dict[Kind, int]
+    allocations: Allocations = field(default_factory=Allocations, compare=False, repr=False)
+    """Of the step that takes it."""
+
+    def reserved(self, reserved: int) -> "Peak":
+        """The same where so many bytes are reserved; what tensors do not request of them counts as activations."""
+        by_kind = self.by_kind | {"activations": self.by_kind["activations"] + reserved - self.bytes}
+        return replace(self, bytes=reserved, by_kind=by_kind)
 
 
 @dataclass(slots=True)
@@ -179,18 +218,22 @@ def _phases(plan: MemoryPlan) -> list[tuple[_Phase, MemoryPlan]]:
     return [("loss", of_loss), ("replay", replace(plan, parts=1, predictors=0, loss_room=0))]
 
 
-def training_peak(config: Config, spec: StageSpec, plan: MemoryPlan) -> Peak:
-    """Predicted peak of the training pass of a stage, at full windows."""
+def training_peak(config: Config, spec: StageSpec, plan: MemoryPlan, segments: Segments | None = None) -> Peak:
+    """Predicted peak of the training pass of a stage, at full windows; segments: as in `caching_peak`."""
     peaks = []
     for phase, part_of_plan in _phases(plan):
         known = _rehearsal(config, spec, phase, part_of_plan)
         if known.peak is None:
             known.peak = _rehearsed(config, spec, phase, part_of_plan)
         peaks.append(known.peak)
+    if segments is not None:
+        peaks = [peak.reserved(peak.allocations.least(segments)) for peak in peaks]
     return max(peaks, key=lambda peak: peak.bytes)
 
 
-def training_fits(config: Config, spec: StageSpec, plan: MemoryPlan, room: int) -> bool:
+def training_fits(
+    config: Config, spec: StageSpec, plan: MemoryPlan, room: int, segments: Segments | None = None
+) -> bool:
     """Whether that peak is at most `room` bytes; where it is not, the rehearsal ends with the first byte beyond."""
     for phase, part_of_plan in _phases(plan):
         known = _rehearsal(config, spec, phase, part_of_plan)
@@ -200,6 +243,8 @@ def training_fits(config: Config, spec: StageSpec, plan: MemoryPlan, room: int) 
             except BudgetError:
                 known.more_than = room
         if known.peak is None or known.peak.bytes > room:
+            return False
+        if segments is not None and not known.peak.allocations.fit(room, segments):
             return False
     return True
 
@@ -211,6 +256,7 @@ def _rehearsed(config: Config, spec: StageSpec, phase: _Phase, plan: MemoryPlan,
         trainer = _RehearsedTrainer(spec, config, plan, RunContext(REHEARSED_ON, meter))
         # As in training, loss and accuracy of a step live until those of the next one take their place.
         before = _score()
+        meter.allocations.begin_step()
         frames = _stored_input(config, spec, size, window)
         lengths = np.full(size, window)
         # Padding is masked, and masks take room, in whichever slice it comes.
@@ -218,7 +264,7 @@ def _rehearsed(config: Config, spec: StageSpec, phase: _Phase, plan: MemoryPlan,
         batch = Batch(frames, lengths, np.zeros(size, dtype=np.int64))
         trainer.rehearse(phase, batch)
         del before
-    return Peak(meter.peak, meter.peak_by_kind)
+    return Peak(meter.peak, meter.peak_by_kind, meter.allocations)
 
 
 def _score() -> Total:

@@ -12,6 +12,7 @@ from layerwise.config import Config
 from layerwise.data.batches import Window
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, DataError
+from layerwise.memory.device import keep_recurrence_in_float32
 from layerwise.memory.meter import first_backward_pass, uncounted
 from layerwise.memory.ranks import Ranks
 from layerwise.nets import shortest_window
@@ -67,7 +68,9 @@ class StageSpec:
 
     def build_module(self, seed: int, device: torch.device) -> Module:
         """The module with its first weights, on the device."""
-        return self.network.build(self.layers, seed, device)
+        module = self.network.build(self.layers, seed, device)
+        keep_recurrence_in_float32(module)
+        return module
 
     def build_objective(self, config: Config, device: torch.device) -> ObjectiveModule:
         """The objective with its first weights, on the device."""

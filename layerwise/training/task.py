@@ -14,10 +14,12 @@ import torch
 from layerwise.cache import ActivationCache
 from layerwise.data.source import FrameSource
 from layerwise.errors import BudgetError, UnusableCache
-from layerwise.events import Notify, StageDone
-from layerwise.memory.device import cap, process_bytes, release, return_free_blocks, why_out_of_memory
+from layerwise.events import CachingProgress, EpochDone, Event, Notify, StageDone, StepDone
+from layerwise.memory.device import release, return_free_blocks, why_out_of_memory
+from layerwise.memory.driver import cap, cap_again, context_bytes, segments_of, segments_used, take_workspaces
 from layerwise.memory.meter import meter_for
 from layerwise.memory.ranks import ALONE
+from layerwise.memory.reserved import Segments
 from layerwise.run_store import StageRecord
 from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend, open_cache
 from layerwise.training.checkpoint import digest, load_stages, save_arrays
@@ -66,12 +68,15 @@ def _perform_stage(stage: int, round: Round, context: RunContext) -> None:
     source = open_cache(cached_stage, round) if cached_stage else round.run.data
     # What came before and goes during the stage would be taken for memory that the stage gives back.
     _release_where_left(lambda: _allocated(device), device)
-    cap(device, budget)  # again for each stage: the driver's own memory grows as kernels are loaded
+    segments = segments_of(device, round.run.memory_plans[stage - 1].expandable)
     allocated_before = _allocated(device)
     meter = meter_for(device, budget)
     reason = None
     try:
-        with meter, _memory_log(stage, round, replace(context, meter=meter)) as notify:
+        log = _memory_log(stage, round, replace(context, meter=meter))
+        cap(device, budget, segments)
+        with segments_used(device, segments), meter, log as notify:
+            notify = _Capping(device, budget, segments, notify) if segments is not None else notify
             _train_and_cache(spec, source, round, replace(context, meter=meter, notify=notify))
     except (BudgetError, RuntimeError) as error:
         reason = why_out_of_memory(error)
@@ -114,15 +119,31 @@ def _memory_log(stage: int, round: Round, context: RunContext) -> AbstractContex
     return nullcontext(context.notify)
 
 
+class _Capping:
+    """Caps the allocator again behind the first step of each kind, when all kernels that it needs have been loaded."""
+
+    def __init__(self, device: torch.device, budget: int | None, segments: Segments, notify: Notify) -> None:
+        self._device, self._budget, self._segments, self._notify = device, budget, segments, notify
+        self._seen: set[type[Event]] = set()
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StepDone | EpochDone | CachingProgress) and type(event) not in self._seen:
+            self._seen.add(type(event))
+            cap_again(self._device, self._budget, self._segments)
+        self._notify(event)
+
+
 def _train_and_cache(spec: StageSpec, source: FrameSource, round: Round, context: RunContext) -> None:
     record = round.state.record(spec.stage)
     loader = _loader(spec.stage, source, round, context)
     live_before = context.meter.live
+    take_workspaces(context.device)
     if record.status != "caching" or not round.store.weights(spec.stage).exists():
         _train(spec, loader, round, context)
     _release_where_left(lambda: context.meter.live - live_before, context.device)
     _record_driver_bytes(context.device, record)
     context.meter.reset_peak()
+    take_workspaces(context.device)
     # Probes read the outputs of the last stage in the last round only.
     nobody_reads_it = spec.stage == len(round.run.specs) and not round.is_last
     if round.run.cache_plan.cached[spec.stage - 1] and not nobody_reads_it:
@@ -136,9 +157,7 @@ def _record_driver_bytes(device: torch.device, record: StageRecord) -> None:
     if device.type == "cuda":
         reserved = torch.cuda.max_memory_reserved(device)
         record.allocator_bytes = max(reserved, record.allocator_bytes or 0)
-        # The driver's own figure is that of now, when the tensors are gone.
-        beside = process_bytes(device) - torch.cuda.memory_reserved(device)
-        record.driver_bytes = max(beside + reserved, record.driver_bytes or 0)
+        record.driver_bytes = max(context_bytes(device) + reserved, record.driver_bytes or 0)
 
 
 def _loader(stage: int, source: FrameSource, round: Round, context: RunContext) -> Loader:

@@ -26,6 +26,7 @@ from layerwise.memory.device import (
     autocast,
     keep_dropout_from_cudnn,
     offloaded,
+    once_more_where_full,
     pack_recurrent_weights,
     release,
     why_out_of_memory,
@@ -125,8 +126,9 @@ class StageTrainer:
             score = self._repeat_in_smaller_slices(self._attempt, drawn, batch, randomness)
             with self._beside_parameters():
                 self._add_gradients()
-                if self.scale.unscale(self.module.parameters()):
-                    self.optimizer.step()
+                unscale = partial(self.scale.unscale, [*self.module.parameters()])
+                if once_more_where_full(unscale, self.context.device):
+                    _step(self.optimizer)
                 self._forget_gradients()
         return self._agreed(score)
 
@@ -173,6 +175,9 @@ class StageTrainer:
         place = torch.device("cpu") if on_host else self.context.device
         with self._beside_parameters():
             module, objective = self.spec.build_module(seed, place), self.spec.build_objective(self.config, place)
+            if on_host and self.context.device.type == "cuda":  # elsewhere the one that is on the device is arranged
+                for layer in module.layers.values():
+                    layer.arrange_for_gpu()
         keep_dropout_from_cudnn(module)
         return module, objective
 
@@ -278,7 +283,7 @@ class StageTrainer:
         self.context.ranks.broadcast(
             parameter.grad for parameter in self.objective.parameters() if parameter.grad is not None
         )
-        self.predictor_optimizer.step()
+        _step(self.predictor_optimizer)
 
     def _add_gradients(self) -> None:
         """Each rank has the part of the module's gradients that comes through its own samples."""
@@ -297,6 +302,7 @@ class StageTrainer:
 
     def _run_back(self, pending: Pending, batch: microbatch.SlicedBatch) -> None:
         """Cannot be left half done once the predictors have stepped, so it sees to its own memory."""
+        as_it_is = self._may_lie_otherwise
         while True:
             try:
                 self._replay(pending, batch)
@@ -304,7 +310,10 @@ class StageTrainer:
             except (BudgetError, RuntimeError) as error:
                 reason = why_out_of_memory(error)
             self.module.zero_grad()
-            if self.memory_plan.micro_batch > 1 or self.effects.why_unsliceable:
+            if as_it_is:
+                as_it_is = False
+                release(self.context.device)
+            elif self.memory_plan.micro_batch > 1 or self.effects.why_unsliceable:
                 self._shrink(reason)
                 batch = replace(batch, micro_batch=self.memory_plan.micro_batch)
             elif not pending.on_host:
@@ -325,6 +334,7 @@ class StageTrainer:
         batch: Batch,
         randomness: StepRandomness,
     ) -> Total:
+        as_it_is = self._may_lie_otherwise
         while True:
             try:
                 return self._once(work, drawn, batch, randomness.seed)
@@ -339,6 +349,10 @@ class StageTrainer:
                     f"{reason} Several processes share the batches and cannot make their slices smaller on the way: give "
                     f"--set memory.micro_batch={max(self._samples_at_once(batch) // 2, 1)}."
                 )
+            if as_it_is:
+                as_it_is = False
+                release(self.context.device)
+                continue
             self._shrink(reason)
             drawn = self._draw(batch, randomness)
 
@@ -356,6 +370,11 @@ class StageTrainer:
         there = _There(arrays["rows"], [] if frames is None else [frames])
         del frames
         return work(self._sliced(batch, seed, there), [_OnDevice(part.rows, replace(cast(Any, part), **arrays))])
+
+    @property
+    def _may_lie_otherwise(self) -> bool:
+        """Whether what did not fit may fit once everything free has been given back, for then it comes to lie elsewhere."""
+        return self.context.device.type == "cuda"
 
     def _shrink(self, reason: str) -> None:
         if self.effects.why_unsliceable:
@@ -465,6 +484,18 @@ class StageTrainer:
 def _draw_of(part: Part) -> Any:
     """What the objective takes."""
     return part.draw if isinstance(part, _OnDevice) else part
+
+
+def _step(optimizer: Optimizer) -> None:
+    """Half of a step cannot be taken back, so it is not repeated where memory runs out; torch's fused Adam needs none."""
+    try:
+        optimizer.step()
+    except (BudgetError, RuntimeError) as error:
+        reason = why_out_of_memory(error)
+        raise NoSmallerSlices(
+            f"{reason} That was within a step of the optimizer, which cannot be repeated: set memory.optimizer to host, and "
+            "start the same command again."
+        ) from None
 
 
 def _tensors_of(module: nn.Module) -> list[torch.Tensor]:

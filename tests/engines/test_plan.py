@@ -18,8 +18,9 @@ from torchvision.models.resnet import Bottleneck
 
 from layerwise.cache import ActivationCache
 from layerwise.config import Config
+from layerwise.data.batches import READ_AHEAD
 from layerwise.data.open import open_data
-from layerwise.engines.plan import plan
+from layerwise.engines.plan import plan, reading_bytes
 from layerwise.engines.run import RunResult, UserObjects, run
 from layerwise.errors import BudgetError, ConfigError, Interrupted, LayerwiseError
 from layerwise.events import CachingProgress, Event, StageDone, StepDone
@@ -253,3 +254,9 @@ def test_a_run_is_not_continued_with_another_network_of_the_same_shape(
     with pytest.raises(LayerwiseError, match="network is not the one that"):
         run(config, UserObjects(other))
     assert run(config, UserObjects(narrow)).state.done
+
+
+def test_batches_that_a_gpu_fetches_are_counted_as_torch_pins_them() -> None:
+    """In powers of two; each is read before it is pinned."""
+    assert reading_bytes(5_000_000, torch.device("cpu")) == (READ_AHEAD + 2) * 5_000_000
+    assert reading_bytes(5_000_000, torch.device("cuda", 0)) == (READ_AHEAD + 2) * 2**23 + 5_000_000

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from simulated_gpu import GPU, MixedDevices, SimulatedGPU
+from torch.utils._pytree import tree_map
 
 
 def use_recurrent_layers(gpu: SimulatedGPU, patch: pytest.MonkeyPatch) -> None:
@@ -55,6 +56,10 @@ def _on(gpu: SimulatedGPU, dropout: _Dropout, compute: Callable[..., Any]) -> Ca
             raise MixedDevices("Input, hidden and parameter tensors are not at the same device")
         if not torch.backends.cudnn.enabled:
             return compute(x, state, weights, *how)
+        if torch.is_autocast_enabled("cuda"):  # float16, whatever the rest is cast to
+            x, state, weights = tree_map(torch.Tensor.half, (x, state, weights))
+            given = (x, *(state if isinstance(state, tuple) else (state,)), *weights)
+        gpu.recurrent_in.add(x.dtype)
         _, _, rate, train, *_ = how
         with dropout.drawn(rate, train):
             if not torch.is_grad_enabled():  # for which the CPU has kernels of its own

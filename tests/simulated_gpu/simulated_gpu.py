@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from caching_allocator import Block, CachingAllocator
+from counted_allocator import CountedAllocator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
+
+from layerwise.memory.caching_allocator import Block
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -110,10 +112,12 @@ class SimulatedGPU(TorchDispatchMode):
         """Bytes of memory, of this process' context, and of other processes."""
         super().__init__()
         self.total, self.context, self.others, self.capability = total, context, others, capability
-        self.allocator = CachingAllocator(total - context - others)
+        self.allocator = CountedAllocator(total - context - others)
         self.counts = Counts()
         self.generator = self._drawn_from = DeviceGenerator()
         """Of what is drawn on the device."""
+        self.recurrent_in: set[torch.dtype] = set()
+        """What recurrent layers have been computed in."""
         self._held: dict[int, _Held] = {}
         self._pinned: dict[int, weakref.ref] = {}
         self._workspaces: dict[bool, Block | None] = {}

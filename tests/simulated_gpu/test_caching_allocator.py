@@ -5,14 +5,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from caching_allocator import Block, CachingAllocator
+from counted_allocator import CountedAllocator
+
+from layerwise.memory.caching_allocator import BEYOND_CAP, Block
 
 MiB = 2**20
 SMALL_SEGMENT, LARGE_SEGMENT = 2 * MiB, 20 * MiB
 
 
-def allocator(most: int = 2**40) -> CachingAllocator:
-    return CachingAllocator(most)
+def allocator(most: int = 2**40) -> CountedAllocator:
+    return CountedAllocator(most)
 
 
 @pytest.mark.parametrize(
@@ -80,21 +82,20 @@ def test_small_and_large_blocks_do_not_share_segments() -> None:
     made.free(made.allocate(5 * MiB))
     made.allocate(1000)
     assert made.figures.reserved_bytes.current == LARGE_SEGMENT + SMALL_SEGMENT
-    assert made.figures.segment.current == 2
 
 
 def test_free_neighbours_are_joined_and_a_segment_without_blocks_goes_back() -> None:
     made = allocator()
     blocks = [made.allocate(5 * MiB) for _ in range(4)]
     for number in (0, 2, 3, 1):
-        made.empty_cache()
+        made.release()
         assert made.figures.reserved_bytes.current == LARGE_SEGMENT
         made.free(blocks[number])
     assert made.figures.reserved_bytes.current == LARGE_SEGMENT
     again = made.allocate(8 * MiB)
     assert again is not None and again.address == 0
     made.free(again)
-    made.empty_cache()
+    made.release()
     assert made.figures.reserved_bytes.current == 0
     assert made.figures.reserved_bytes.peak == LARGE_SEGMENT
 
@@ -150,9 +151,56 @@ def test_a_chosen_allocation_is_refused_once() -> None:
     assert made.allocate(10) is not None
 
 
+def expandable(allowed: int = 2**40) -> CountedAllocator:
+    made = allocator()
+    made.expandable, made.allowed = True, allowed
+    return made
+
+
+def test_expandable_segments_grow_by_pages_and_hold_blocks_side_by_side() -> None:
+    made = expandable()
+    blocks = [made.allocate(size) for size in (11 * MiB, 11 * MiB, 19 * MiB, 512)]
+    places = [block.address for block in blocks if block]
+    assert places[1:3] == [places[0] + 11 * MiB, places[0] + 22 * MiB]
+    assert made.reserved == 3 * LARGE_SEGMENT + SMALL_SEGMENT
+    for block in blocks:
+        made.free(block)
+    again = made.allocate(41 * MiB)
+    assert again is not None and again.address == places[0]
+
+
+def test_what_is_free_at_the_end_of_an_expandable_segment_is_a_part_of_what_it_grows_to() -> None:
+    made = expandable()
+    first, second = made.allocate(15 * MiB), made.allocate(15 * MiB)
+    made.free(second)
+    grown = made.allocate(60 * MiB)
+    assert first is not None and grown is not None and grown.address == first.address + 15 * MiB
+    assert made.reserved == 4 * LARGE_SEGMENT
+
+
+def test_pages_in_the_middle_of_an_expandable_segment_go_back_and_are_filled_again() -> None:
+    made = expandable()
+    first, middle, last = (made.allocate(size) for size in (20 * MiB, 40 * MiB, 20 * MiB))
+    made.free(middle)
+    made.release()
+    assert made.reserved == 2 * LARGE_SEGMENT
+    again = made.allocate(30 * MiB)
+    assert first is not None and again is not None and again.address == first.address + 20 * MiB
+    assert made.reserved == 4 * LARGE_SEGMENT
+    assert last is not None
+
+
+def test_a_cap_is_compared_in_units_though_expandable_segments_grow_in_pages() -> None:
+    made = expandable(allowed=22 * MiB)
+    made.allocate(22 * MiB)
+    assert made.reserved == 2 * LARGE_SEGMENT <= made.allowed + BEYOND_CAP
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["fixed", "expandable"])
 @pytest.mark.parametrize("seed", range(5))
-def test_blocks_never_overlap_and_nothing_is_lost(seed: int) -> None:
+def test_blocks_never_overlap_and_nothing_is_lost(seed: int, mode: bool) -> None:
     made, draw = allocator(), random.Random(seed)
+    made.expandable = mode
     held: list[Block] = []
     for _ in range(2000):
         if held and draw.random() < 0.5:
@@ -162,14 +210,14 @@ def test_blocks_never_overlap_and_nothing_is_lost(seed: int) -> None:
             assert block is not None
             held.append(block)
         if draw.random() < 0.01:
-            made.empty_cache()
+            made.release()
     spans = sorted((block.address, block.address + block.size) for block in held)
     assert all(stop <= start for (_, stop), (start, _) in pairwise(spans))
     assert made.figures.allocated_bytes.current == sum(block.size for block in held)
     assert made.figures.requested_bytes.current == sum(block.requested for block in held)
     for block in held:
         made.free(block)
-    made.empty_cache()
+    made.release()
     assert {name: figure.current for name, figure in made.figures.each().items()} == dict.fromkeys(
         made.figures.each(), 0
     )

@@ -1,13 +1,15 @@
 """Where an allocation fails once, the step is repeated in smaller slices or the run is refused and goes on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gpu_cases import CASES, NO_RECURRENCE, SPEECH, Case, Task, run_case
 from safetensors.numpy import load_file
 from simulated_gpu import GPU, SimulatedGPU
@@ -15,6 +17,8 @@ from torch_cuda import installed
 
 from layerwise.errors import BudgetError
 from layerwise.memory.plan import MemoryPlan
+from layerwise.training.optimizer import LossScale, Optimization, Optimizer
+from layerwise.training.trainer import NoSmallerSlices
 
 LAYOUTS = {
     "whole batch": {},
@@ -59,6 +63,38 @@ def test_a_step_survives_an_allocation_that_fails(name: str) -> None:
             assert gpu.allocator.figures.num_ooms == 1
         np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-5)
         assert weights(found) == pytest.approx(weights(expected), rel=1e-4, abs=1e-5)
+
+
+def test_scaled_gradients_survive_an_allocation_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm of all gradients is the first thing behind the slices, which could be made smaller."""
+    made, begun, unscale = Task.of(CASES["hinge, float16, noise"], 1), [], LossScale.unscale
+    monkeypatch.setattr(
+        LossScale, "unscale", lambda *args: [begun.append(gpu.allocator.allocations), unscale(*args)][1]
+    )
+    with failing(0) as gpu:
+        expected = made.steps(made.plans[0], GPU)
+    with failing(begun[0] + 1) as gpu:
+        assert made.steps(made.plans[0], GPU) == expected
+        assert gpu.allocator.figures.num_ooms == 1
+
+
+def test_an_optimizer_that_runs_out_of_memory_within_a_step_is_not_asked_again() -> None:
+    made = Task.of(Case(SPEECH | NO_RECURRENCE, cut=(2,)), 1)
+    sgd = Optimization.of(lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9), None, 1)
+    spec, begun = replace(made.spec, optimization=sgd), []
+    with failing(0) as gpu, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Optimizer, "step", _noting(Optimizer.step, begun, gpu))
+        Task(made.config, spec).steps(made.plans[0], GPU)
+    with failing(begun[1] + 1) as gpu, pytest.raises(NoSmallerSlices, match=r"set memory\.optimizer to host"):
+        Task(made.config, spec).steps(made.plans[0], GPU)
+
+
+def _noting(step: Callable[[Optimizer], None], begun: list[int], gpu: SimulatedGPU) -> Callable[[Optimizer], None]:
+    def noted(optimizer: Optimizer) -> None:
+        begun.append(gpu.allocator.allocations)
+        step(optimizer)
+
+    return noted
 
 
 def weights(steps: dict[str, Any]) -> np.ndarray:

@@ -43,9 +43,10 @@ def test_what_a_run_has_left_that_ran_out_of_memory_goes_unnoticed(
     gpu: SimulatedGPU, expected: dict[str, Any], tmp_path: Path
 ) -> None:
     stop = gpu.allocator.allocations + 98
-    gpu.allocator.refuse = lambda number: number == stop
+    gpu.allocator.refuse = lambda number: number >= stop
     with pytest.raises(BudgetError):
         outcome(TIED, "cuda", tmp_path / "failed")
+    gpu.allocator.refuse = lambda number: False
     assert outcome(CASE, "cuda", tmp_path / "second") == expected
     assert gpu.live == 0
 

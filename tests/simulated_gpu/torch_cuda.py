@@ -10,7 +10,7 @@ from recurrent_layers import use_recurrent_layers
 from simulated_gpu import CPU, GPU, MixedDevices, SimulatedGPU
 from torch.utils._device import _device_constructors
 
-from layerwise.memory import device, meter, rates
+from layerwise.memory import driver, meter, rates
 
 T = torch.Tensor
 
@@ -30,21 +30,16 @@ class Properties:
 @contextmanager
 def installed(gpu: SimulatedGPU) -> Iterator[SimulatedGPU]:
     """Inside, the GPU is torch's cuda:0. Behind the block all is as it was; tensors that outlive it lie on the host."""
-    remembered = device._load_kernels, rates.measured_rates
     with pytest.MonkeyPatch.context() as patch:
         _use_tensors(gpu, patch)
         _use_device(gpu, patch)
         use_recurrent_layers(gpu, patch)
         # What the package does beside its meter the device still sees: on a real one no mode is in between.
         patch.setattr(meter, "_disable_current_modes", gpu.alone)
-        for each in remembered:
-            each.cache_clear()
-        try:
-            with gpu:
-                yield gpu
-        finally:
-            for each in remembered:
-                each.cache_clear()
+        patch.setattr(driver, "CARDS", {})
+        patch.setattr(rates, "RATES", {})
+        with gpu:
+            yield gpu
 
 
 def _use_tensors(gpu: SimulatedGPU, patch: pytest.MonkeyPatch) -> None:
@@ -116,6 +111,10 @@ def _use_tensors(gpu: SimulatedGPU, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch, "empty", _pinned_by(gpu, torch.empty))
 
 
+def _of_cpu(ask: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda kind: ask("cpu" if kind == "cuda" else kind)
+
+
 def _copied_afterwards(make: Callable[..., T]) -> Callable[..., T]:
     def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> T:
         if device is None or torch.device(device).type != "cuda":
@@ -160,7 +159,10 @@ def _use_device(gpu: SimulatedGPU, patch: pytest.MonkeyPatch) -> None:
     allocator = gpu.allocator
 
     def set_fraction(fraction: float, _: int) -> None:
-        allocator.allowed = int(fraction * gpu.total)
+        allocator.allowed = min(int(fraction * gpu.total), allocator.most)
+
+    def set_allocator(settings: str) -> None:
+        allocator.expandable = settings == "expandable_segments:True"
 
     def statistics(_: int) -> dict[str, Any]:
         figures = allocator.figures
@@ -197,13 +199,16 @@ def _use_device(gpu: SimulatedGPU, patch: pytest.MonkeyPatch) -> None:
         "setDevice": lambda _: None,
         "memoryStats": statistics,
         "resetPeakMemoryStats": lambda _: allocator.reset_peak(),
-        "emptyCache": allocator.empty_cache,
+        "emptyCache": allocator.release,
         "setMemoryFraction": set_fraction,
-        "getMemoryFraction": lambda _: (allocator.allowed or gpu.total) / gpu.total,
+        "getMemoryFraction": lambda _: allocator.allowed / gpu.total,
         "clearCublasWorkspaces": gpu.clear_workspaces,
     }.items():
         patch.setattr(torch._C, f"_cuda_{name}", value, raising=False)
+    patch.setattr(torch._C, "_accelerator_setAllocatorSettings", set_allocator)
     patch.setattr(torch.cuda.random, "device_count", lambda: 1)
     patch.setattr(torch.accelerator, "is_available", lambda: True)
+    for name in ("is_autocast_enabled", "get_autocast_dtype"):
+        patch.setattr(torch, name, _of_cpu(getattr(torch, name)))
     patch.setattr(torch, "autocast", Autocast)
     patch.setattr(torch.amp, "autocast", Autocast)
