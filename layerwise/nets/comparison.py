@@ -102,8 +102,8 @@ def _compare(model: nn.Module, units: Sequence[fx.GraphModule], x: torch.Tensor,
     known = [value for value in expected.gradients.values() if value is not None]
     largest = max((float(value.abs().max()) for value in known), default=0.0)
     for name, parameter in model.named_parameters():
-        gradient, other = (given.gradients.get(id(parameter)) for given in (expected, found))
-        if gradient is not None and (other is None or not _close(gradient, other, largest)):
+        gradient, learnt = (given.gradients.get(id(parameter)) for given in (expected, found))
+        if gradient is not None and (learnt is None or not _close(gradient, learnt, largest)):
             raise ConfigError(
                 f"The stages of the network would learn otherwise than it does: the gradient of '{name}' differs. A hook or a "
                 "torch.autograd.Function on its way cannot be recorded; move it into an nn.Module of its own, or take it out."

@@ -214,7 +214,11 @@ class _Recorder(TorchFunctionMode):
             raise (self._decides(line) if name in READS else self._failure(f"'{_plain(name)}'{line}", error)) from error
         if any(isinstance(value, torch.Tensor) for value in _parts(result)):
             self._note(*self._as_node(func, name, args, kwargs), result)
-        elif name in UNSEEN and any(isinstance(value, torch.Tensor) for value in _parts(args)):
+        elif (
+            name in UNSEEN
+            and (name, args[1:]) != ("__set__", (True,))
+            and any(isinstance(value, torch.Tensor) for value in _parts(args))
+        ):
             raise self._not_recorded(UNSEEN[name])
         elif func is torch.Tensor.__setitem__:
             self._note("call_function", assigned, self._argument(args), {}, args[0])
@@ -515,8 +519,8 @@ def _owner(node: fx.Node) -> list[str]:
 def _mode_error(node: fx.Node, paths: Iterable[str]) -> NotRecorded:
     return NotRecorded(
         paths,
-        f"The network does other operations in training than in evaluation, from {description(node)} on; put the difference "
-        "into a module that has a mode, such as nn.Dropout, or switch the auxiliary branch off.",
+        f"The network does other operations in training than in evaluation, from {description(node)} on; move the "
+        "difference into an nn.Module of its own, which is kept whole, or switch the auxiliary branch off.",
     )
 
 

@@ -5,7 +5,6 @@ Imported by the tests, and by benchmarks/networks.py, which tries all of them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +17,10 @@ class Brought:
 
     build: Callable[[], nn.Module]
     frame_shape: tuple[int, ...]
+    at: str
+    """The module that begins the second of two stages."""
     ids: int = 0
     """How many different whole numbers it reads; 0 where it reads any numbers."""
-    units: int | None = None
-    """Into how many it can be cut."""
 
 
 PICTURE, WAVE, WORDS = (3, 32, 32), (1, 400), (1, 12)
@@ -42,26 +41,26 @@ TIMM = {
             "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, drop_path_rate=0.2
         ),
         PICTURE,
+        at="blocks.1",
     ),
-    "timm resnet": Brought(of_timm("resnet10t", channels=(8, 8, 16, 16)), PICTURE),
+    "timm resnet": Brought(of_timm("resnet10t", channels=(8, 8, 16, 16)), PICTURE, at="layer3"),
     "timm convnext": Brought(
-        of_timm("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 8, 16, 16), drop_path_rate=0.1), PICTURE
+        of_timm("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 8, 16, 16), drop_path_rate=0.1), PICTURE, at="stages.2"
     ),
     "timm swin": Brought(
         of_timm(
             "swin_tiny_patch4_window7_224",
-            **{
-                "img_size": 32,
-                "patch_size": 2,
-                "window_size": 4,
-                "embed_dim": 16,
-                "depths": (2, 2),
-                "num_heads": (1, 2),
-            },
+            img_size=32,
+            patch_size=2,
+            window_size=4,
+            embed_dim=16,
+            depths=(2, 2),
+            num_heads=(1, 2),
         ),
         PICTURE,
+        at="layers.1",
     ),
-    "timm efficientnet": Brought(of_timm("test_efficientnet"), PICTURE),
+    "timm efficientnet": Brought(of_timm("test_efficientnet"), PICTURE, at="blocks.3"),
 }
 
 
@@ -87,12 +86,16 @@ CONVOLUTIONS = {"conv_dim": (16, 16), "conv_kernel": (10, 4), "conv_stride": (5,
 SOUND = SMALL | CONVOLUTIONS | {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.0}
 
 TRANSFORMERS = {
-    "transformers vit": Brought(of_transformers("ViT", **SMALL, image_size=32, patch_size=8), PICTURE),
-    "transformers wav2vec2": Brought(of_transformers("Wav2Vec2", **SOUND, apply_spec_augment=False), WAVE),
-    "transformers hubert": Brought(of_transformers("Hubert", **SOUND, apply_spec_augment=False), WAVE),
-    "transformers bert": Brought(of_transformers("Bert", **SMALL, vocab_size=50), WORDS, ids=50),
+    "transformers vit": Brought(of_transformers("ViT", **SMALL, image_size=32, patch_size=8), PICTURE, at="layers.1"),
+    "transformers wav2vec2": Brought(
+        of_transformers("Wav2Vec2", **SOUND, apply_spec_augment=False), WAVE, at="encoder.layers.1"
+    ),
+    "transformers hubert": Brought(
+        of_transformers("Hubert", **SOUND, apply_spec_augment=False), WAVE, at="encoder.layers.1"
+    ),
+    "transformers bert": Brought(of_transformers("Bert", **SMALL, vocab_size=50), WORDS, at="encoder.layer.1", ids=50),
     "transformers gpt2": Brought(
-        of_transformers("GPT2", n_embd=32, n_layer=3, n_head=2, n_positions=16, vocab_size=50), WORDS, ids=50
+        of_transformers("GPT2", n_embd=32, n_layer=3, n_head=2, n_positions=16, vocab_size=50), WORDS, at="h.1", ids=50
     ),
 }
 
@@ -122,10 +125,10 @@ def tv_convnext() -> nn.Module:
 
 
 TORCHVISION = {
-    "torchvision resnet": Brought(tv_resnet, PICTURE),
-    "torchvision vit": Brought(tv_vit, PICTURE),
-    "torchvision swin": Brought(tv_swin, PICTURE),
-    "torchvision convnext": Brought(tv_convnext, PICTURE),
+    "torchvision resnet": Brought(tv_resnet, PICTURE, at="layer3"),
+    "torchvision vit": Brought(tv_vit, PICTURE, at="encoder.layers.encoder_layer_1"),
+    "torchvision swin": Brought(tv_swin, PICTURE, at="features.2"),
+    "torchvision convnext": Brought(tv_convnext, PICTURE, at="features.3"),
 }
 
 
@@ -198,15 +201,19 @@ class Counted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.noise = Noise()
         self.body = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 16), Whitening(16), nn.Linear(16, 8))
         self.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
         self.register_forward_hook(lambda module, inputs, output: output + 1)
         self.body[0].register_forward_hook(lambda module, inputs, output: output.sin())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            x = x + 0.1 * torch.randn(x.shape)
-        return self.body(x)
+        return self.body(self.noise(x) * torch.empty(x.shape).uniform_(0.5, 1))
+
+
+class Noise(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.1 * torch.randn(x.shape) if self.training else x
 
 
 class Whitening(nn.Module):
@@ -224,12 +231,12 @@ class Whitening(nn.Module):
 
 
 OWN = {
-    "own 1-D": Brought(one_dimensional, (6, 50)),
-    "own 3-D": Brought(three_dimensional, (1, 8, 8, 8)),
-    "own tokens": Brought(Tokens, WORDS, ids=30),
-    "own tied": Brought(Tied, (10,)),
-    "own recurrent": Brought(Recurrent, (2, 20)),
-    "own with hooks": Brought(Counted, (10,)),
+    "own 1-D": Brought(one_dimensional, (6, 50), at="3"),
+    "own 3-D": Brought(three_dimensional, (1, 8, 8, 8), at="1"),
+    "own tokens": Brought(Tokens, WORDS, at="layers.1", ids=30),
+    "own tied": Brought(Tied, (10,), at="out"),
+    "own recurrent": Brought(Recurrent, (2, 20), at="gru"),
+    "own with hooks": Brought(Counted, (10,), at="body.2"),
 }
 
 NETWORKS = TIMM | TRANSFORMERS | TORCHVISION | OWN

@@ -10,6 +10,8 @@ from networks import NETWORKS, Brought, built
 
 import layerwise
 from layerwise.errors import Interrupted
+from layerwise.events import silent
+from layerwise.nets.network import Network
 from layerwise.stop import StopFlag
 
 
@@ -33,29 +35,36 @@ def options_of(brought: Brought) -> dict[str, Any]:
     return {"frames": "steps", "batch_size": 8, "max_epochs": 1, "options": framing}
 
 
-def row(name: str, folder: Path) -> tuple[int, list[int]]:
-    """Takes the network from the cut to the features of its encoder, with a stop between two stages.
-
-    Gives the number of units and the units in each stage. Raises what goes wrong.
-    """
-    brought, out = NETWORKS[name], folder / "run"
+def request(name: str, folder: Path) -> tuple[Network, dict[str, Any]]:
+    """The network in two stages, and what else a plan and a run are given; the samples lie in the folder."""
+    brought = NETWORKS[name]
     np.save(folder / "samples.npy", samples_of(brought))
-    data = f"npy:{folder / 'samples.npy'}"
-    asked: dict[str, Any] = options_of(brought) | {"out": str(out), "cache_dir": str(folder / "cache")}
-    model = built(name)
-    network = layerwise.cut(model, torch.zeros(8, *brought.frame_shape), stages=2)
-    assert len(layerwise.plan(network, data, **asked).stages) == 2
+    places = {"out": str(folder / "run"), "cache_dir": str(folder / "cache"), "data": f"npy:{folder / 'samples.npy'}"}
+    network = layerwise.cut(built(name), torch.zeros(8, *brought.frame_shape), at=[brought.at])
+    return network, options_of(brought) | places
+
+
+def planned(name: str, folder: Path) -> layerwise.Forecast:
+    """What a run would take."""
+    network, asked = request(name, folder)
+    return layerwise.plan(network, **asked)
+
+
+def trained(name: str, folder: Path) -> tuple[int, ...]:
+    """Trains the network, with a stop between two stages, as another process would go on; and extracts features.
+
+    Gives the number of units in each stage. Raises what goes wrong.
+    """
+    network, asked = request(name, folder)
     stop = StopFlag()
     with pytest.raises(Interrupted):
-        layerwise.run(
-            network, data, **asked, stop=stop, on_stage=lambda done: stop.ask("the test"), notify=lambda event: None
-        )
-    again = layerwise.cut(built(name), torch.zeros(8, *brought.frame_shape), stages=2)
-    result = layerwise.run(again, data, **asked, notify=lambda event: None)
+        layerwise.run(network, **asked, stop=stop, on_stage=lambda done: stop.ask("the test"), notify=silent)
+    again, asked = request(name, folder)
+    result = layerwise.run(again, **asked, notify=silent)
     assert [stage.status for stage in result.state.stages] == ["done", "done"]
-    layerwise.extract(out, folder / "samples.npy", folder / "features.npy", network=built(name))
+    layerwise.extract(asked["out"], folder / "samples.npy", folder / "features.npy", network=network)
     features = np.load(folder / "features.npy")
-    assert len(features) == 16 * (12 if brought.ids else 1)
+    assert len(features) == 16 * (12 if NETWORKS[name].ids else 1)
     assert np.isfinite(features).all()
     assert features.std() > 0
-    return len(network.layers), list(network.natural_cut)
+    return network.natural_cut

@@ -139,7 +139,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, Callable[[], nn.Module] |
     "traced": (lambda: torch.jit.trace(plain(), EXAMPLE), r"is scripted.* before .*torch\.jit\.trace", plain),
     "a part scripted": (lambda: nn.Sequential(torch.jit.script(plain())), r"'0' .*is scripted", plain),
     "for several devices": (lambda: nn.DataParallel(plain()), r"several devices; give the module inside", plain),
-    "bfloat16": (lambda: plain().bfloat16(), r"'0.weight' is bfloat16.*network\.float\(\).*--precision bfloat16", plain),
+    "bfloat16": (
+        lambda: plain().bfloat16(),
+        r"'0.weight' is bfloat16.*network\.float\(\).*--precision bfloat16",
+        plain,
+    ),
     "float16": (lambda: plain().half(), r"is float16.*network\.float\(\).*--precision float16", plain),
     "float64": (lambda: plain().double(), r"is float64.*give network\.float\(\)\.$", lambda: plain().double().float()),
     "one layer in float64": (
@@ -147,7 +151,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, Callable[[], nn.Module] |
         r"'2.weight' is float64",
         lambda: changed(lambda model: model[2].double()).float(),
     ),
-    "complex": (lambda: Complex(parts=False), r"'diagonal' is complex64.*torch\.view_as_complex", lambda: Complex(parts=True)),
+    "complex": (
+        lambda: Complex(parts=False),
+        r"'diagonal' is complex64.*torch\.view_as_complex",
+        lambda: Complex(parts=True),
+    ),
     "without values": (lambda: plain().to("meta"), r"has no values \(its device is meta\)", plain),
     "old weight_norm": (old_weight_norm, r"'0' \(Linear\) has the old weight_norm.*parametrizations", new_weight_norm),
     "old spectral_norm": (

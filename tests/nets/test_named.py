@@ -50,7 +50,9 @@ def test_a_function_makes_the_network(name: str, layers: int) -> None:
 
 def test_the_seed_decides_on_its_first_weights_and_leaves_the_generator_alone() -> None:
     state = torch.get_rng_state()
-    first, again, other = (named_network(NetOptions(name="my_networks:plain"), (4,), seed).identity for seed in (1, 1, 2))
+    first, again, other = (
+        named_network(NetOptions(name="my_networks:plain"), (4,), seed).identity for seed in (1, 1, 2)
+    )
     assert first == again != other
     assert torch.equal(torch.get_rng_state(), state)
     structures = {named_network(NetOptions(name="my_networks:plain"), (4,), seed).structure for seed in (1, 2)}

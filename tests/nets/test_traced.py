@@ -373,7 +373,7 @@ REFUSED = {
     ),
     loops: (r"sample by sample \(test_traced.py, line \d+: `for row in x:`\)", "torch.where"),
     without_gradients: (r"torch.no_grad.* \(test_traced.py, line \d+: `x = net.a\(x\)`\)", "nn.Module of its own"),
-    other_in_training: (r"in training than in evaluation, from 'b' \(test_traced.py, line", "nn.Dropout"),
+    other_in_training: (r"in training than in evaluation, from 'b' \(test_traced.py, line", "nn.Module of its own"),
     lambda net, x: {"features": net.a(x)}: ("gives a dict", "wrap the network"),
     lambda net, x: (net.a(x), net.b(x)): ("gives a tuple", "wrap the network"),
     lambda net, x: net.a(x).sum(): (r"gives \(\) for N samples", "batch comes first"),
