@@ -7,7 +7,7 @@ those without a flag, as --set does.
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,15 +45,18 @@ Data = Any
 """A torch.utils.data.Dataset, an array or tensor [N, ...], a `DataSet`, the text that --data takes, or None: the demo."""
 
 
-def cut(model: nn.Module, example: torch.Tensor, stages: int | None = None) -> Network:
+def cut(model: nn.Module, example: torch.Tensor, stages: int | None = None, at: Sequence[str] = ()) -> Network:
     """The model as gradient-isolated stages, for frames like those of the example: (N, C, ...), N of them.
 
-    stages: how many, cut so that the largest takes the least memory at this N; default: as many as there can be. Nothing is
-    computed, and the model keeps its weights, from which training starts. Raises ConfigError, naming the operation, where the
-    model cannot be recorded or cut so.
+    stages: how many, cut so that the largest takes the least memory at this N; default: as many as there can be. at: in place
+    of a number, the names of the modules that begin a stage, as in named_modules(). The stages are compared with the model on
+    a sample of noise, and the model keeps its weights, from which training starts. Raises ConfigError, naming the operation,
+    where the model cannot be recorded or cut so, or the stages would not give what it gives.
     """
+    if stages is not None and at:
+        raise ConfigError(f"at={list(at)} says where the stages begin, so leave stages={stages} out.")
     shape = tuple(example.shape[1:])
-    network = traced_network(model, shape)
+    network = traced_network(model, shape, at)
     if stages is None:
         return network
     given = {"training.stages": stages, "training.batch_size": max(len(example) // 2 * 2, 4)}
@@ -168,7 +171,7 @@ def _request(
     samples = None if data is None or isinstance(data, str) else as_data(data, config.data)
     if isinstance(network, nn.Module):
         reading = samples if samples is not None else open_data(config.data, shortest_sample(config))
-        network = traced_network(network, tuple(reading.frame_shape))
+        network = traced_network(network, tuple(reading.frame_shape), config.net.at)
     optimization = _optimization(optimizer, schedule, config)
     return config, UserObjects(None if isinstance(network, str) else network, None, samples, optimization)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerwise.config.options import DATA_KINDS, OWN, PAPER_NETWORKS, TORCHVISION, Config, options, value_of
+from layerwise.config.options import DATA_KINDS, LIBRARIES, OWN, PAPER_NETWORKS, Config, options, value_of
 from layerwise.errors import ConfigError
 
 FUNCTIONS = {"net.name": "--net", "data.source": "--data"}
@@ -31,7 +31,7 @@ def named_functions(config: Config) -> dict[str, str]:
     """The functions that the options name, package.module:function, by dotted keys."""
     net, source = config.net.name, config.data.source
     named = {}
-    if net not in (*PAPER_NETWORKS, OWN) and not net.startswith(TORCHVISION):
+    if net not in (*PAPER_NETWORKS, OWN) and not net.startswith(LIBRARIES):
         named["net.name"] = net
     if source != OWN and source.partition(":")[0] not in DATA_KINDS:
         named["data.source"] = source

@@ -237,7 +237,7 @@ _PLAIN_WORDS = {
 
 _PATTERNS = {
     "training.device": "must be auto, cpu, cuda or cuda:N",
-    "net.name": "must be speech, vision, torchvision:NAME or package.module:function",
+    "net.name": "must be speech, vision, torchvision:NAME, timm:NAME, hf:PATH or package.module:function",
 }
 
 _UNIONS = {"training.stages": "must be a whole number from 1 to 10000, or fewest"}

@@ -63,6 +63,8 @@ class Network:
     """A hash of what it computes and of its first weights, where options do not say it."""
     structure: str = ""
     """The same without its weights."""
+    reads_ids: bool = False
+    """Whether its input are whole numbers, such as those of words in a table."""
     why_no_finer: Callable[[], str] = str
     """A sentence on what forbids more layers, or nothing."""
     model: nn.Module | None = None
