@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import layerwise
+from layerwise.config import NetOptions
 from layerwise.engines.run import RunResult, UserObjects
 from layerwise.nets import build_network
 from layerwise.nets.module import Module
@@ -68,7 +69,7 @@ def test_weights_fit_a_fresh_network_of_torchvision(
 ) -> None:
     options = {"net.name": "torchvision:resnet18", "training.stages": "fewest"}
     result = run_tiny("vision", f"images:{pictures}", **options)
-    fresh = named_network("torchvision:resnet18", FRAME, seed=7).model
+    fresh = named_network(NetOptions(name="torchvision:resnet18"), FRAME, seed=7).model
     assert fresh is not None
     fits(fresh, result.paths.out, tmp_path / "exported", ())
     assert "conv1.weight" in fresh.state_dict()
