@@ -67,8 +67,11 @@ setup(
     extras_require={
         "gpu": ["nvidia-ml-py>=12"],  # tells this process's memory from that of others on the GPU
         "compression": COMPRESSION,
+        "parquet": ["pyarrow>=18"],  # features as a table
         "tensorboard": ["tensorboard>=2.18"],
         "wandb": ["wandb>=0.19"],
+        "timm": ["timm>=1.0.20"],  # --net timm:NAME
+        "transformers": ["transformers>=4.57"],  # --net hf:PATH
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.20"],
         "mlflow": ["mlflow>=3.0"],
         "dask": ["distributed>=2025.1"],
@@ -85,7 +88,7 @@ setup(
             *DOCS,
             "playwright>=1.50",  # drives the system's Chromium, where there is one
             "tensorboard>=2.18",
-            "layerwise[onnx,dask]",
+            "layerwise[onnx,dask,timm,transformers]",
         ],
     },
     entry_points={"console_scripts": ["layerwise = layerwise.commands:main"]},

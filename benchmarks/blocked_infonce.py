@@ -14,29 +14,27 @@ from layerwise.objectives.contrastive import Draw
 
 @dataclass(frozen=True)
 class Scored:
-    """What is scored, on the device; A anchors, N negatives of each."""
+    """What is scored, on the device; T targets, N negatives of each."""
 
-    anchors: torch.Tensor
-    """int64 [A], rows of the representations; contexts and targets of each other."""
+    contexts: torch.Tensor
+    """int64 [T + (K - 1) * apart], rows of the representations: of target i at step k, from 0, it is number i + k * apart."""
     candidates: torch.Tensor
-    """int64 [A, 1 + N], rows of the target and its negatives."""
+    """int64 [T, 1 + N], rows of the target and its negatives."""
     weights: torch.Tensor
-    """float32 [A, K], of each target at each step."""
-    offsets: tuple[int, ...]
-    """[K], anchors between a context and its target."""
+    """float32 [T, K], of each target at each step."""
+    apart: int
 
     @classmethod
     def of(cls, draw: Draw, device: torch.device) -> "Scored":
-        anchors = torch.as_tensor(draw.anchors, device=device)
-        candidates = torch.cat([anchors[:, None], torch.as_tensor(draw.negatives, device=device)], dim=1)
-        return cls(anchors, candidates, torch.as_tensor(draw.weights, device=device), draw.offsets)
+        numbers = (torch.as_tensor(each, device=device) for each in (draw.contexts, draw.candidates, draw.weights))
+        return cls(*numbers, draw.apart)
 
 
 class Contexts(Protocol):
-    """Contexts by their anchors, wherever they lie, and their gradients."""
+    """Contexts by their numbers, wherever they lie, and their gradients."""
 
     def take(self, piece: slice) -> torch.Tensor:
-        """(n, D) on the device, of these anchors."""
+        """(n, D) on the device, of these contexts."""
 
     def add(self, piece: slice, gradients: torch.Tensor) -> None:
         """(n, D), to what there is."""
@@ -48,13 +46,13 @@ class OnDevice:
 
     contexts: torch.Tensor
     gradients: torch.Tensor
-    anchors: torch.Tensor
+    numbers: torch.Tensor
 
     def take(self, piece: slice) -> torch.Tensor:
-        return self.contexts[self.anchors[piece]]
+        return self.contexts[self.numbers[piece]]
 
     def add(self, piece: slice, gradients: torch.Tensor) -> None:
-        self.gradients.index_add_(0, self.anchors[piece], gradients)
+        self.gradients.index_add_(0, self.numbers[piece], gradients)
 
 
 @dataclass(frozen=True)
@@ -65,21 +63,21 @@ class OnHost:
     host: Host
     contexts: torch.Tensor
     gradients: torch.Tensor
-    anchors: torch.Tensor
+    numbers: torch.Tensor
 
     @classmethod
     def of(cls, host: Host, contexts: torch.Tensor, gradients: torch.Tensor, draw: Draw) -> "OnHost":
         """contexts and gradients (B, L, D) on the host."""
-        return cls(host, contexts.flatten(0, 1), gradients.flatten(0, 1), torch.from_numpy(draw.anchors))
+        return cls(host, contexts.flatten(0, 1), gradients.flatten(0, 1), torch.from_numpy(draw.contexts))
 
     def take(self, piece: slice) -> torch.Tensor:
         with uncounted():
-            rows = self.anchors[piece]
+            rows = self.numbers[piece]
         return self.host.up_rows(self.contexts, rows)
 
     def add(self, piece: slice, gradients: torch.Tensor) -> None:
         with uncounted():
-            rows = self.anchors[piece]
+            rows = self.numbers[piece]
         self.host.add(gradients, self.gradients, rows)
 
 
@@ -96,18 +94,19 @@ def add_gradients(
     """The loss of some steps, at targets (R, C), contexts and the steps' predictors (k, C, D); adds to the gradients of the
     three. room: bytes that a block may take."""
     count, channels, _ = predictors.shape
-    offsets = scored.offsets[steps]
+    first = range(scored.weights.shape[1])[steps].start
+    targets_left = len(scored.candidates) - first * scored.apart
     candidates = scored.candidates.shape[1]
     size = max(room // (4 * channels * (candidates + 2 * count)), 1)
     loss = targets.new_zeros(())
-    for start in range(min(offsets), len(scored.anchors), size):
-        rows = scored.candidates[start : start + size]
-        weights = scored.weights[start : start + size, steps]
+    for start in range(0, targets_left, size):
+        rows = scored.candidates[start : min(start + size, targets_left)]
+        weights = scored.weights[start : start + len(rows), steps]
         z = targets[rows]
         predictions = targets.new_zeros(len(rows), count, channels)
-        of_steps = [contexts.take(piece) for _, piece in _pairs(predictions, start, offsets)]
+        of_steps = [contexts.take(piece) for _, piece in _pairs(predictions, start, first, scored)]
         for (prediction, _), predictor, context in zip(
-            _pairs(predictions, start, offsets), predictors, of_steps, strict=True
+            _pairs(predictions, start, first, scored), predictors, of_steps, strict=True
         ):
             torch.mm(context, predictor.t(), out=prediction)
         scores = torch.bmm(z, predictions.transpose(1, 2))
@@ -119,16 +118,16 @@ def add_gradients(
         grad_predictions = torch.bmm(grad_scores.transpose(1, 2), z)
         torch.bmm(grad_scores, predictions, out=z)  # the gradients of the candidates take their room
         grad_targets.index_add_(0, rows.flatten(), z.flatten(0, 1))
-        for step, (gradient, piece) in enumerate(_pairs(grad_predictions, start, offsets)):
+        for step, (gradient, piece) in enumerate(_pairs(grad_predictions, start, first, scored)):
             grad_predictors[step].addmm_(gradient.t(), of_steps[step])
             contexts.add(piece, gradient @ predictors[step])
     return loss
 
 
-def _pairs(at_targets: torch.Tensor, start: int, offsets: tuple[int, ...]) -> Iterator[tuple[torch.Tensor, slice]]:
-    """For each step, its column of at_targets (n, k, C), which belongs to the anchors from `start` on, and the anchors that
-    are its contexts; without targets that stand too near the beginning to have one."""
-    stop = start + len(at_targets)
-    for step, offset in enumerate(offsets):
-        first = min(max(offset, start), stop)
-        yield at_targets[first - start :, step], slice(first - offset, stop - offset)
+def _pairs(at_targets: torch.Tensor, start: int, first: int, scored: Scored) -> Iterator[tuple[torch.Tensor, slice]]:
+    """For each step from `first` on, its column of at_targets (n, k, C), which belongs to the targets from `start` on, and
+    their contexts; without the last targets, which have none at later steps."""
+    for step in range(at_targets.shape[1]):
+        ahead = (first + step) * scored.apart
+        stop = max(min(start + len(at_targets), len(scored.candidates) - ahead), start)
+        yield at_targets[: stop - start, step], slice(start + ahead, stop + ahead)

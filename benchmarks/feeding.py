@@ -56,7 +56,7 @@ def main() -> None:
                 kept = [host_batch(config, plan) for _ in range(3)]
                 ways = {
                     "memory": (kept[number % 3] for number in range(10**9)),
-                    "cache": endless(SourceLoader(cache, device), plan, options.batch_size),
+                    "cache": endless(SourceLoader(cache), plan, options.batch_size),
                 }
                 seconds = {name: [] for name in ways}
                 for turn in range(options.rounds + 1):

@@ -1,6 +1,5 @@
 """InfoNCE by plain autograd, as one would write it first: what the lean version is measured and tested against."""
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -12,14 +11,13 @@ def plain_infonce(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and accuracy. targets (B, L, C), contexts (B, L, D), predictors (K, C, D); the draw of one whole batch."""
     device = targets.device
-    anchors = torch.as_tensor(draw.rows[draw.anchors], device=device)
-    candidates = torch.as_tensor(draw.rows[np.column_stack([draw.anchors, draw.negatives])], device=device)
+    rows_of_contexts = torch.as_tensor(draw.rows[draw.contexts], device=device)
+    candidates = torch.as_tensor(draw.rows[draw.candidates], device=device)
     weights = torch.as_tensor(draw.weights, device=device)
     z = F.embedding(candidates, targets.flatten(0, 1))
-    windows = F.embedding(anchors, contexts.flatten(0, 1))
+    run = F.embedding(rows_of_contexts, contexts.flatten(0, 1))
     shifted = [
-        F.pad(windows[: max(len(windows) - offset, 0)] @ predictor.t(), (0, 0, min(offset, len(windows)), 0))
-        for predictor, offset in zip(predictors, draw.offsets, strict=True)
+        run[step * draw.apart : step * draw.apart + len(z)] @ predictor.t() for step, predictor in enumerate(predictors)
     ]
     logits = z @ torch.stack(shifted, dim=2)
     loss = (weights * -F.log_softmax(logits, dim=1)[:, 0]).sum()

@@ -90,7 +90,7 @@ class LossInBlocks(Resident):
         scored = Scored.of(draw, self.host.device)
         add_gradients(
             targets.flatten(0, 1),
-            OnDevice(contexts.flatten(0, 1), grad_contexts.flatten(0, 1), scored.anchors),
+            OnDevice(contexts.flatten(0, 1), grad_contexts.flatten(0, 1), scored.contexts),
             self.predictors.detach(),
             scored,
             slice(None),

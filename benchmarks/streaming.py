@@ -99,7 +99,7 @@ class Streaming:
             access = host.build(lambda: OnHost.of(host, self.passed[-1], grad_contexts, draw))
         else:
             grad_contexts = torch.zeros_like(contexts) if self.targets_below else grad_targets
-            access = OnDevice(contexts.flatten(0, 1), grad_contexts.flatten(0, 1), scored.anchors)
+            access = OnDevice(contexts.flatten(0, 1), grad_contexts.flatten(0, 1), scored.contexts)
         for steps, predictors, adam in zip(self.steps, self.predictors, self.adams_of_predictors, strict=True):
             here = host.up(predictors)
             gradient = torch.zeros_like(here)

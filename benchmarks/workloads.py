@@ -86,7 +86,7 @@ class Workload:
         lengths = np.full(self.batch_size, frames)
         draw = objective.draw(lengths, frames, self.columns, np.random.default_rng(number))[0]
         everything = np.arange(self.batch_size * frames)
-        return Draw(everything, draw.rows[draw.anchors], draw.rows[draw.negatives], draw.weights, draw.offsets)
+        return Draw(everything, draw.rows[draw.candidates], draw.rows[draw.contexts], draw.weights, draw.apart)
 
     def adam(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """For parameters on the device."""

@@ -5,7 +5,7 @@ The public API, in the words of the command line. A network of your own on data 
     stages = layerwise.cut(model, example, stages=6)
     layerwise.plan(stages, dataset, gpu_mem="4GB")
     result = layerwise.run(stages, dataset, gpu_mem="4GB", out="runs/mine")
-    encoder = layerwise.load("runs/mine", network=stages)
+    encoder = layerwise.load("runs/mine", network=stages)  # and the model has the trained weights
 
 The paper's networks on folders, as the command line does it:
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # for type checkers and editors; "as" says that the name is p
     from layerwise.encoder.extract import Extracted as Extracted
     from layerwise.encoder.extract import extract as extract
     from layerwise.encoder.load import load as load
+    from layerwise.encoder.load import state_dict as state_dict
     from layerwise.encoder.model import Encoder as Encoder
     from layerwise.engines.run import RunResult as RunResult
     from layerwise.errors import BudgetError as BudgetError
@@ -64,7 +65,7 @@ _PUBLIC = {
     "layerwise.config": ("Config", "resolve"),
     "layerwise.encoder.export": ("Exported", "export"),
     "layerwise.encoder.extract": ("Extracted", "extract"),
-    "layerwise.encoder.load": ("load",),
+    "layerwise.encoder.load": ("load", "state_dict"),
     "layerwise.encoder.model": ("Encoder",),
     "layerwise.engines.run": ("RunResult",),
     "layerwise.errors": ("BudgetError", "ConfigError", "DataError", "Interrupted", "LayerwiseError"),

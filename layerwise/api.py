@@ -7,7 +7,7 @@ those without a flag, as --set does.
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,15 @@ from layerwise.events import EpochDone, Event, Message, Notify, StageDone
 from layerwise.forecast import Forecast
 from layerwise.nets import shortest_sample
 from layerwise.nets.network import Network
-from layerwise.nets.traced import traced_network
+from layerwise.nets.traced import give_weights, traced_network, with_present_weights
 from layerwise.report.printing import PlainConsole
 from layerwise.report.progress import LogFile, display
 from layerwise.report.tables import stages_at_chance
-from layerwise.run_store import RunStore
+from layerwise.run_store import RunStore, own_options
 from layerwise.screen import Screen
 from layerwise.stop import StopFlag, stop_on_signals
 from layerwise.training.cut import cut_network
+from layerwise.training.encoder import load_encoder
 from layerwise.training.optimizer import Make, Optimization, Schedule
 
 Model = nn.Module | Network | str | Config | None
@@ -44,15 +45,18 @@ Data = Any
 """A torch.utils.data.Dataset, an array or tensor [N, ...], a `DataSet`, the text that --data takes, or None: the demo."""
 
 
-def cut(model: nn.Module, example: torch.Tensor, stages: int | None = None) -> Network:
+def cut(model: nn.Module, example: torch.Tensor, stages: int | None = None, at: Sequence[str] = ()) -> Network:
     """The model as gradient-isolated stages, for frames like those of the example: (N, C, ...), N of them.
 
-    stages: how many, cut so that the largest takes the least memory at this N; default: as many as there can be. Nothing is
-    computed, and the model keeps its weights, from which training starts. Raises ConfigError, naming the operation, where the
-    model cannot be recorded or cut so.
+    stages: how many, cut so that the largest takes the least memory at this N; default: as many as there can be. at: in place
+    of a number, the names of the modules that begin a stage, as in named_modules(). The stages are compared with the model on
+    a sample of noise, and the model keeps its weights, from which training starts. Raises ConfigError, naming the operation,
+    where the model cannot be recorded or cut so, or the stages would not give what it gives.
     """
+    if stages is not None and at:
+        raise ConfigError(f"at={list(at)} says where the stages begin, so leave stages={stages} out.")
     shape = tuple(example.shape[1:])
-    network = traced_network(model, shape)
+    network = traced_network(model, shape, at)
     if stages is None:
         return network
     given = {"training.stages": stages, "training.batch_size": max(len(example) // 2 * 2, 4)}
@@ -96,7 +100,8 @@ def run(
 ) -> RunResult:
     """Trains every stage that is not done yet, each from the cache of the one below; the same call goes on where it stopped.
 
-    network: see `Model`; a module is applied to each frame, and its weights are where training starts. data: see `Data`.
+    network: see `Model`; a module is applied to each frame. Its weights are where a new run starts, and once all stages are
+    done it has the trained ones, also where nothing was left to train. data: see `Data`.
     optimizer: makes a torch optimizer of a stage's parameters, in place of Adam; schedule: makes a scheduler of that
     optimizer, stepped once an epoch. on_epoch, on_stage: are told when one is over; notify: is told of everything, and then no
     progress is shown. from_stage, overwrite: as the flags. stop: ends the run after the step in hand, when its reason is set.
@@ -122,6 +127,8 @@ def run(
                 on_stage(event)
 
         result = run_config(config, given, from_stage=from_stage, overwrite=overwrite, stop=flag, notify=tell)
+        if given.network is not None and given.network.model is not None:
+            give_weights(given.network.model, load_encoder(result.paths.encoder, result.state.encoder)[0])
         if warning := stages_at_chance(result.state, result.config.objective):
             tell(Message(warning))
         return result
@@ -155,12 +162,16 @@ def _request(
     if network is not None:
         overrides["net.name"] = network if isinstance(network, str) else OWN
     if isinstance(network, Network):
+        network = with_present_weights(network)
         overrides.setdefault("training.stages", len(network.natural_cut))
-    config = resolve(recipe, None if config_file is None else Path(config_file), overrides)
+    own = (
+        own_options(overrides) if recipe is None and config_file is None and network is None and data is None else None
+    )
+    config = own or resolve(recipe, None if config_file is None else Path(config_file), overrides)
     samples = None if data is None or isinstance(data, str) else as_data(data, config.data)
     if isinstance(network, nn.Module):
         reading = samples if samples is not None else open_data(config.data, shortest_sample(config))
-        network = traced_network(network, tuple(reading.frame_shape))
+        network = traced_network(network, tuple(reading.frame_shape), config.net.at)
     optimization = _optimization(optimizer, schedule, config)
     return config, UserObjects(None if isinstance(network, str) else network, None, samples, optimization)
 

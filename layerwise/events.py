@@ -35,7 +35,10 @@ class StageStarted:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """One optimizer step; `steps` is the number in an epoch, `live_bytes` what the device holds after it."""
+    """One optimizer step; `steps` is the number in an epoch, `live_bytes` what the device holds after it.
+
+    A GPU goes on meanwhile: it tells of several steps at once, some later than they were taken.
+    """
 
     stage: int
     epoch: int
@@ -104,3 +107,20 @@ def broadcast(*receivers: Notify) -> Notify:
             receiver(event)
 
     return notify
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a command other than a run is at, such as a probe or an extraction."""
+
+    doing: str
+    done: int
+    total: int
+    """Of the same: samples, or steps of the work."""
+
+
+NotifyProgress = Callable[[Progress], None]
+
+
+def unseen(progress: Progress) -> None:
+    """Shows nothing."""

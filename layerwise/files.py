@@ -35,13 +35,18 @@ def write_atomically(path: Path, *content: bytes | memoryview) -> None:
 
     Raises RunError where the folder cannot be written, the disk is full, or another process is writing the file.
     """
+    replace_atomically(path, lambda file: file.writelines(content))
+
+
+def replace_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """The same for content that is written piece by piece: `write` is given the new file."""
     temporary = path.with_name(path.name + ".tmp")
     busy = RunError(f"Another process is writing {path}; wait for it, and start the same command again.")
     with errors_of_writing(path, RunError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_new(temporary, busy) as file:
             try:
-                file.writelines(content)
+                write(file)
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Imports that may fail: a function of the user's own, which an option names as package.module:function; torchvision."""
+"""Imports that may fail: a function of the user's own, which an option names as package.module:function; and libraries."""
 
 import contextlib
 import importlib
@@ -38,6 +38,20 @@ def import_torchvision(raises: type[LayerwiseError]) -> Any:
             f"to it: {install_beside('torchvision', torch.__version__)}."
         ) from error
     return torchvision
+
+
+def import_library(name: str) -> Any:
+    """timm or transformers. Raises ConfigError where it is not installed, or does not load beside torch."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise ConfigError(f"{name} needs {error.name}, which is not installed; install it.") from error
+        raise ConfigError(
+            f"{name} is not installed; install it: pip install -c constraints.txt 'layerwise[{name}]'"
+        ) from None
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ConfigError(f"{name} cannot be imported ({error}); install a version that fits torch.") from error
 
 
 def named_function(text: str, flag: str, others: Iterable[str]) -> Callable[..., Any]:

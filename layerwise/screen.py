@@ -5,9 +5,10 @@ import io
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 from layerwise.errors import OutputLost, ReaderGone
 
@@ -88,8 +89,8 @@ def standard_streams_may_fail() -> Iterator[Screen]:
             os.fstat(descriptor)
         except OSError:  # closed: the next file that is opened, a cache say, would take what libraries print
             os.open(os.devnull, os.O_RDWR)
-    before = sys.stdout, sys.stderr
-    out, err = Screen(sys.stdout), Screen(sys.stderr)
+    before, apart = (sys.stdout, sys.stderr), _apart_from_libraries(sys.stderr)
+    out, err = Screen(sys.stdout), Screen(apart)
     sys.stdout, sys.stderr = out, err
     try:
         yield out
@@ -99,6 +100,53 @@ def standard_streams_may_fail() -> Iterator[Screen]:
             screen.flush()
             if screen.lost:
                 _forget_what_is_left(screen)
+        if apart is not None and apart is not before[1]:
+            with suppress(OSError):
+                apart.close()
+
+
+def _apart_from_libraries(stream: TextIO | None) -> TextIO | None:
+    """The same by another descriptor, where it has that to which C code prints: see `quiet`."""
+    try:
+        if stream is None or stream.fileno() != STANDARD_ERROR:
+            return stream
+        stream.flush()
+        return open(os.dup(STANDARD_ERROR), "w", buffering=1, encoding=stream.encoding, errors=stream.errors)
+    except (OSError, ValueError):
+        return stream
+
+
+STANDARD_ERROR = 2
+_lock = threading.Lock()
+_silencing: list[int] = []
+"""The descriptor under which the standard error output is kept meanwhile, once for each thread that wants it quiet."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What C code prints to the standard error output meanwhile is lost; not where Python itself prints to that descriptor."""
+    try:
+        mixed = sys.stderr is not None and sys.stderr.fileno() == STANDARD_ERROR
+    except (OSError, ValueError, AttributeError):  # of a notebook, say: none
+        mixed = False
+    if mixed:
+        yield
+        return
+    with _lock:
+        kept = _silencing[0] if _silencing else os.dup(STANDARD_ERROR)
+        if not _silencing:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, STANDARD_ERROR)
+            os.close(nowhere)
+        _silencing.append(kept)
+    try:
+        yield
+    finally:
+        with _lock:
+            _silencing.pop()
+            if not _silencing:
+                os.dup2(kept, STANDARD_ERROR)
+                os.close(kept)
 
 
 def _forget_what_is_left(screen: Screen) -> None:

@@ -64,11 +64,81 @@ def test_an_own_network_on_own_data_is_trained_probed_and_loaded(run: Run) -> No
     assert not together[1, 50:].any()
 
 
-def test_the_model_is_left_as_it_is(run: Run) -> None:
+def weights(model: nn.Module) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
+
+
+def test_a_model_has_the_trained_weights_after_a_run_and_after_one_that_finds_nothing_to_do(run: Run) -> None:
+    model, before = network(), weights(network())
+    result = run(model)
+    trained = {
+        name: value.numpy().tobytes() for name, value in layerwise.state_dict(result.paths.out, network=model).items()
+    }
+    assert weights(model) == trained
+    assert all(trained[name] != before[name] for name in before)
+    epochs: list[object] = []
+    for again in (model, network(), other_weights()):
+        run(again, on_epoch=epochs.append)
+        assert weights(again) == trained
+    assert not epochs
+
+
+def other_weights() -> nn.Module:
+    """The network as an unseeded start would make it."""
     model = network()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    run(model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    torch.manual_seed(99)
+    for part in model:
+        if isinstance(part, nn.Linear):
+            part.reset_parameters()
+    return model
+
+
+def test_a_stop_leaves_the_model_and_a_network_of_other_weights_goes_on_with_those_of_the_run(run: Run) -> None:
+    undisturbed, model, stop = run(out="whole"), network(), StopFlag()
+    with pytest.raises(Interrupted):
+        run(model, stop=stop, on_stage=lambda done: setattr(stop, "reason", "the test"))
+    assert weights(model) == weights(network())
+    said: list[object] = []
+    assert bits(run(other_weights(), notify=said.append)) == bits(undisturbed)
+    assert any("goes on from its own" in str(event) for event in said)
+
+
+def test_a_run_that_was_killed_before_it_had_kept_its_first_weights_keeps_them_at_the_next_start(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, stop = run(out="whole"), StopFlag()
+    with monkeypatch.context() as patch:
+        patch.setattr("layerwise.training.first_weights.save_arrays", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run()
+    with pytest.raises(RunError, match="The network is not the one that"):
+        run(other_weights())
+    with pytest.raises(Interrupted):
+        run(stop=stop, on_stage=lambda done: setattr(stop, "reason", "the test"))
+    assert bits(run(other_weights())) == bits(undisturbed)
+
+
+def test_a_network_that_was_cut_hands_the_weights_to_its_model_and_starts_anew_from_them(run: Run) -> None:
+    model = network()
+    stages = layerwise.cut(model, torch.zeros(8, 2), stages=2)
+    first = run(stages)
+    assert weights(model) != weights(network())
+    loaded = network()
+    loaded.load_state_dict(layerwise.state_dict(first.paths.out, network=model))
+    second = run(stages, out="second")
+    third = run(layerwise.cut(loaded, torch.zeros(8, 2), stages=2), out="third")
+    assert bits(third) == bits(second)
+
+
+def test_a_probe_takes_a_fresh_network_and_the_trained_one(run: Run) -> None:
+    model = network()
+    out = run(model, stages=2).paths.out
+    trained = layerwise.cut(model, torch.zeros(8, 2))
+    probed = [network(), model, trained, other_weights()]
+    first, *others = [layerwise.probe(out, "label", network=each, data=STREAMS).stages for each in probed]
+    assert others == [first] * 3
+    with pytest.raises(RunError, match="not the one that"):
+        layerwise.probe(out, "label", network=nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 6)), data=STREAMS)
 
 
 def test_a_network_with_other_weights_loads_what_was_trained(run: Run) -> None:
@@ -116,6 +186,12 @@ def test_an_own_optimizer_that_was_stopped_ends_with_the_bits_of_one_that_was_no
         run(out="stopped", **OWN, options=options, stop=stop, notify=stop_in_the_third_epoch)
     assert bits(run(out="stopped", **OWN, options=options)) == bits(undisturbed)
     assert bits(run(out="adam", max_epochs=4, stages=2, options=options)) != bits(undisturbed)
+
+
+def test_an_own_schedule_goes_on_where_more_epochs_are_asked_for(run: Run) -> None:
+    own = OWN | {"stages": 1}
+    run(out="further", **own | {"max_epochs": 2})
+    assert bits(run(out="further", **own)) == bits(run(out="at-once", **own))
 
 
 class Counting(torch.optim.SGD):

@@ -13,7 +13,7 @@ LEAVES = {
 }
 ROOMS = {
     "cache": {"errors", "files"},
-    "data": {"errors", "config", "files", "importing"},
+    "data": {"errors", "config", "files", "importing", "screen"},
     "nets": {"errors", "config", "importing"},
     "objectives": {"errors", "config"},
     "memory": {"errors", "config"},

@@ -1,31 +1,24 @@
-"""Writes the features of samples to a file for other programs, sample after sample in constant memory.
+"""Writes the features of samples to a file for other programs, sample after sample; see feature_formats.py."""
 
-NAME.npy: one array [frames of all samples, *frame shape]; which rows are whose is in NAME.index.npz beside it: `ids` [N],
-`offsets` int64 [N + 1] and `labels_NAME`. NAME.h5: `features`, `offsets`, `ids` and `labels/NAME` in one file.
-"""
-
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from io import BytesIO
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Self
 
 import numpy as np
 
-from layerwise.cache.hdf5_file import writable
-from layerwise.cache.layout import as_bytes
+from layerwise.cache.feature_formats import FORMATS, Index, RowPlaces, index_of, part_of, whole_of
 from layerwise.cache.reader import ActivationCache
 from layerwise.errors import CacheError
-from layerwise.files import errors_of_writing, open_new, write_atomically
+from layerwise.files import errors_of_writing, open_new
 
 READ_BYTES = 32 * 2**20
 """Read at once."""
 
 
 def export(cache: ActivationCache, path: Path, mean: bool = False) -> None:
-    """View 0 of every sample as .npy or .h5, by the name of `path`; bfloat16 and int8 become float32.
+    """View 0 of every sample as .npy, .h5, .npz or .parquet, by the name of `path`; bfloat16 and int8 become float32.
 
     mean: one row per sample instead of its frames. Raises CacheError where the file exists or the name has another ending.
     """
@@ -47,35 +40,40 @@ def _pieces(cache: ActivationCache, sample: int, length: int) -> Iterator[np.nda
         yield (frames if cache.layout.dtype == "float16" else frames.float()).numpy()
 
 
-CHUNK_BYTES = 2**20
-"""Of a chunk of the array in an HDF5 file: rows are added to it, so it cannot be contiguous."""
-
-
 class FeatureFile:
     """Takes the rows of one sample after another; the file bears its name once it is whole, and is gone otherwise."""
 
-    def __init__(self, path: Path, frame_shape: tuple[int, ...], dtype: np.dtype, stage: int) -> None:
-        """Raises CacheError where the file exists, another process is writing it, or the name has another ending."""
-        if path.suffix not in (".npy", ".h5"):
-            raise CacheError(f"{path}: features go into a .npy or a .h5 file; name one of these.")
+    def __init__(
+        self,
+        path: Path,
+        frame_shape: tuple[int, ...],
+        dtype: np.dtype,
+        stage: int,
+        places: RowPlaces | None = None,
+    ) -> None:
+        """places: where the rows of a sample lie, if that is known.
+
+        Raises CacheError where the file exists, another process is writing it, or the name has another ending.
+        """
+        if path.suffix not in FORMATS:
+            raise CacheError(f"{path}: features go into a file that ends in {', '.join(FORMATS)}; name one of these.")
         if not path.parent.is_dir():
             raise CacheError(f"{path}: there is no folder {path.parent}; make it, or name another one.")
         self.rows = 0
         """Written so far, those of the sample in hand included."""
-        self._path, self._temporary = path, path.with_name(path.name + ".part")
+        self._path, self._temporary, self._places = path, part_of(path), places
         self._ids: list[str] = []
         self._offsets = [0]
-        index = [_index_of(path)] if path.suffix == ".npy" else []
+        index = [index_of(path)] if path.suffix == ".npy" else []
         _refuse_existing(path)
         busy = CacheError(f"Another process is writing {path}; wait for it, or name another file.")
         with errors_of_writing(path, CacheError):
-            self._file = open_new(self._temporary, busy, leftovers=index)
-        array = _NpyArray if path.suffix == ".npy" else _HDF5Array
+            self._file = open_new(self._temporary, busy, leftovers=[*index, whole_of(path)])
         try:
             for there in (path, *index):
                 _refuse_existing(there)
             with errors_of_writing(path, CacheError):
-                self._array: _NpyArray | _HDF5Array = array(self._file, frame_shape, np.dtype(dtype), stage)
+                self._array = FORMATS[path.suffix](self._file, frame_shape, np.dtype(dtype), stage)
         except BaseException:
             self._let_go()
             raise
@@ -97,8 +95,9 @@ class FeatureFile:
 
     def finish(self, labels: Mapping[str, np.ndarray]) -> None:
         """Adds the index, and puts the file in place. labels: label name to str [N], for the samples that were kept."""
+        index = Index(self._ids, np.array(self._offsets, dtype=np.int64), labels, self._places)
         with errors_of_writing(self._path, CacheError):
-            self._array.finish(self.rows, self._path, self._ids, np.array(self._offsets, dtype=np.int64), labels)
+            self._array.finish(self._path, index)
             self._temporary.rename(self._path)
 
     def __enter__(self) -> Self:
@@ -114,10 +113,6 @@ class FeatureFile:
             self._file.close()
 
 
-def _index_of(path: Path) -> Path:
-    return path.with_suffix(".index.npz")
-
-
 def _refuse_existing(path: Path) -> None:
     if os.path.lexists(path):
         raise CacheError(f"{path} exists; delete it, or name another file.")
@@ -126,7 +121,14 @@ def _refuse_existing(path: Path) -> None:
 class MeanFile(FeatureFile):
     """One row per sample instead: the mean of its frames, float32; not-a-number where it has none."""
 
-    def __init__(self, path: Path, frame_shape: tuple[int, ...], dtype: np.dtype, stage: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        frame_shape: tuple[int, ...],
+        dtype: np.dtype,
+        stage: int,
+        places: RowPlaces | None = None,
+    ) -> None:
         super().__init__(path, frame_shape, np.dtype(np.float32), stage)
         self._shape = frame_shape
         self._forget()
@@ -147,68 +149,3 @@ class MeanFile(FeatureFile):
 
     def _forget(self) -> None:
         self._sum, self._count = np.zeros(self._shape), 0
-
-
-class _NpyArray:
-    """Rows behind a header that is written anew at the end; numpy leaves room in it for the first axis to grow."""
-
-    def __init__(self, file: BinaryIO, frame_shape: tuple[int, ...], dtype: np.dtype, stage: int) -> None:
-        self._file, self._shape, self._dtype = file, frame_shape, dtype
-        self._write_header(0)
-        self._start = self._file.tell()
-
-    def write(self, row: int, rows: np.ndarray) -> None:
-        self._file.seek(self._start + row * math.prod(self._shape) * self._dtype.itemsize)
-        self._file.write(np.ascontiguousarray(rows, self._dtype).data)
-
-    def finish(
-        self, rows: int, path: Path, ids: Sequence[str], offsets: np.ndarray, labels: Mapping[str, np.ndarray]
-    ) -> None:
-        self._file.truncate(self._start + rows * math.prod(self._shape) * self._dtype.itemsize)
-        self._file.seek(0)
-        self._write_header(rows)
-        self._file.flush()
-        index: dict[str, Any] = {f"labels_{name}": values.astype(str) for name, values in labels.items()}
-        content = BytesIO()
-        np.savez(content, ids=np.array(ids), offsets=offsets, **index)
-        write_atomically(_index_of(path), content.getbuffer())
-
-    def close(self) -> None:
-        pass
-
-    def _write_header(self, rows: int) -> None:
-        described = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False}
-        np.lib.format.write_array_header_1_0(self._file, described | {"shape": (rows, *self._shape)})
-
-
-class _HDF5Array:
-    """Rows in chunks."""
-
-    def __init__(self, file: BinaryIO, frame_shape: tuple[int, ...], dtype: np.dtype, stage: int) -> None:
-        chunk = max(CHUNK_BYTES // (math.prod(frame_shape) * dtype.itemsize), 1)
-        with ExitStack() as opened:
-            self._file, self._target = opened.enter_context(writable(file.fileno(), "w"))
-            self._file.attrs["stage"] = stage
-            self._rows = self._file.create_dataset(
-                "features", (0, *frame_shape), dtype, maxshape=(None, *frame_shape), chunks=(chunk, *frame_shape)
-            )
-            self._opened = opened.pop_all()
-
-    def write(self, row: int, rows: np.ndarray) -> None:
-        self._rows.resize(row + len(rows), axis=0)
-        self._rows[row:] = rows
-        self._target.raise_if_failed()
-
-    def finish(
-        self, rows: int, path: Path, ids: Sequence[str], offsets: np.ndarray, labels: Mapping[str, np.ndarray]
-    ) -> None:
-        self._rows.resize(rows, axis=0)
-        self._file["offsets"] = offsets
-        self._file["ids"] = as_bytes(ids)
-        for name, values in labels.items():
-            self._file[f"labels/{name}"] = as_bytes(values)
-        self._opened.close()
-
-    def close(self) -> None:
-        with suppress(OSError):  # told by now, or of a file that is given up
-            self._opened.close()

@@ -1,9 +1,11 @@
 """The command line: options in, library calls, text out. Errors become one sentence and an exit code here."""
 
 import errno
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 import click
@@ -58,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     if arguments is None:
         _start_again_in_utf8()
+    # What decoders have to say about a file is none of the user's business: a file that they cannot read is named.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
     with standard_streams_may_fail() as out:
         exit_code = _exit_code(arguments)
         if exit_code in (0, Interrupted.exit_code) and out.lost and out.lost.errno not in (errno.EPIPE, errno.EBADF):

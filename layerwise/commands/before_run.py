@@ -80,11 +80,13 @@ def init(config: Config, output: Path) -> None:
         raise RunError(f"{output} cannot be written: there is no folder {output.parent}; make it, or name another one.")
     write_atomically(output, commented(config).encode())
     skipped = f", {len(data.skipped)} files skipped" if data.skipped else ""
-    say(f"{output}: for {len(data.ids)} samples from {config.data.source}{skipped}")
+    say(f"{output}: for {len(data.ids)} samples from {config.data.source}{skipped}", *getattr(data, "notes", ()))
     say(f"labels for probes: {', '.join((*data.labels, *data.frame_label_names)) or 'none'}")
     if config.training.stages == 1:
         say(END_TO_END)
-    options = shlex.join(["--config", str(output), *function_flags(config)])
+    scheduler = config.engine.scheduler
+    named = [*function_flags(config), *(["--scheduler", scheduler] if scheduler else [])]
+    options = shlex.join(["--config", str(output), *named])
     say("next:", f"  layerwise plan {options}", f"  layerwise run {options}")
 
 

@@ -115,10 +115,10 @@ def rm(directory: Path, stages: tuple[int, ...], everything: bool) -> None:
     say(f"{size(remove_caches(directory, None if everything else stages))} freed")
 
 
-@cache.command(short_help="Hand features over as .npy or .h5.")
+@cache.command(short_help="Hand features over as .npy, .h5, .npz or .parquet.")
 @click.argument("place", metavar="DIR|FILE", type=click.Path(path_type=Path))
 @click.option("--stage", type=int, help="Of this stage of the run in DIR; default: the last that is cached.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="NAME.npy or NAME.h5")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="NAME.npy, .h5, .npz or .parquet")
 @click.option("--mean", is_flag=True, help="One row per sample, the mean of its frames.")
 def export(place: Path, stage: int | None, output: Path, mean: bool) -> None:
     """Write the features of a stage, in view 0, for other programs: frame after frame, sample after sample.

@@ -18,7 +18,7 @@ from layerwise.config import Config
 from layerwise.errors import ConfigError
 from layerwise.evaluate.results import METHODS
 from layerwise.events import EpochDone, Event
-from layerwise.report.printing import answer_json, remark, say, working
+from layerwise.report.printing import answer_json, measuring, remark, say, working
 from layerwise.report.tables import comparison_table, few_test_samples, probe_table
 from layerwise.stop import stop_in_time, stop_on_signals
 from layerwise.units import size
@@ -34,6 +34,7 @@ from layerwise.units import size
 )
 @network_option
 @data_option
+@click.option("--labels", help="CSV file of labels, as run takes it; default: that of the run.")
 @json_option
 def probe(directory: Path, label: str, as_json: bool, **options: Any) -> None:
     """Fit a classifier for a label on every frozen stage of the run in DIR.
@@ -42,10 +43,8 @@ def probe(directory: Path, label: str, as_json: bool, **options: Any) -> None:
     """
     from layerwise.evaluate.probe import probe as probe_library  # imports torch, which --help need not wait for
 
-    with stop_on_signals() as stop, working("probing") as show:
-        result = probe_library(
-            directory, label, stop=stop, notify=lambda line: show(f"probing: {line}"), warn=remark, **options
-        )
+    with stop_on_signals() as stop, measuring("probing") as show:
+        result = probe_library(directory, label, stop=stop, notify=show, warn=remark, **options)
     if as_json:
         answer_json(result)
         return

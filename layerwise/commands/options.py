@@ -47,8 +47,17 @@ class ConfiguredCommand(click.Command):
                     formatter.write_dl(records)
 
 
-def configured(command: Callable[..., None], default_out: str = "runs/{recipe}") -> Callable[..., None]:
-    """Adds --recipe, --config, every flag of the configuration and --set; the command is called with `config`."""
+Resolve = Callable[[str | None, Path | None, dict[str, Any], str], configuration.Config]
+"""From recipe, file of options, options by dotted keys and where --out lies by default, to all options."""
+
+
+def configured(
+    command: Callable[..., None], default_out: str = "runs/{recipe}", resolve: Resolve | None = None
+) -> Callable[..., None]:
+    """Adds --recipe, --config, every flag of the configuration and --set; the command is called with `config`.
+
+    resolve: in place of `config.resolve`.
+    """
 
     @functools.wraps(command)
     def with_options(recipe: str | None, config_file: Path | None, assignments: tuple[str, ...], **flags: Any) -> None:
@@ -56,7 +65,7 @@ def configured(command: Callable[..., None], default_out: str = "runs/{recipe}")
         overrides = {named[name]: flags[name] for name in named if flags[name] is not None}
         overrides |= dict(configuration.parse_assignment(text) for text in assignments)
         others = {name: value for name, value in flags.items() if name not in named}
-        command(config=configuration.resolve(recipe, config_file, overrides, default_out), **others)
+        command(config=(resolve or configuration.resolve)(recipe, config_file, overrides, default_out), **others)
 
     recipes = f"Defaults of an experiment: {', '.join(configuration.recipe_names())}."
     added = [

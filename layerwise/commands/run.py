@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from layerwise import config as configuration
 from layerwise.commands.options import ConfiguredCommand, configured, data_option, directory_argument, network_option
 from layerwise.config import Config
 from layerwise.engines.requeue import queue_again
@@ -16,28 +18,35 @@ from layerwise.events import broadcast, silent
 from layerwise.report.printing import answer_exactly, console_for_results, remark, say
 from layerwise.report.progress import LogFile, PlainLines, display
 from layerwise.report.tables import (
+    more_epochs,
     stage_table,
     stages_at_chance,
     totals,
     what_next,
     where_things_lie,
 )
-from layerwise.run_store import RunStore, open_run
+from layerwise.run_store import RunStore, open_run, own_options
 from layerwise.stop import StopFlag, stop_in_time, stop_on_signals, too_late_to_stop
 
 if TYPE_CHECKING:
     from layerwise.engines.run import RunResult
 
 
+def _own_or_resolved(recipe: str | None, file: Path | None, given: dict[str, Any], default_out: str) -> Config:
+    own = own_options(given) if recipe is None and file is None else None
+    return own or configuration.resolve(recipe, file, given, default_out)
+
+
 @click.command(cls=ConfiguredCommand, short_help="Train every stage that is not done yet.")
-@configured
+@partial(configured, resolve=_own_or_resolved)
 @click.option("--from-stage", type=int, help="Retrain this stage and those above it from the cache of the stage below.")
 @click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")
 @click.option("--dry-run", is_flag=True, help="With --engine slurm: print the batch scripts, and do nothing.")
 def run(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) -> None:
     """Train every stage that is not done yet, each from the activation cache of the one below.
 
-    The same command starts a run and goes on with it. With no --data it trains the demo.
+    The same command starts a run and goes on with it, and so does --out DIR alone, by the run's own options. With no --data it
+    trains the demo.
     """
     if config.engine.name == "slurm":
         _submit(config, from_stage, overwrite, dry_run)
@@ -152,4 +161,5 @@ def _print_summary(result: "RunResult") -> None:
         *where_things_lie(result.paths, result.state),
         "next:",
         *(f"  {command}" for command in what_next(result.paths, result.labels, result.config)),
+        *more_epochs(result.paths, result.state),
     )

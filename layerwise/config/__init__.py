@@ -2,6 +2,7 @@
 
 from layerwise.config.commented import commented
 from layerwise.config.functions import (
+    flags_elsewhere,
     function_flags,
     named_functions,
     named_here,
@@ -12,8 +13,11 @@ from layerwise.config.options import (
     ARRAYS,
     DATA_KINDS,
     FUNCTION,
+    HUGGING_FACE,
+    LIBRARIES,
     OWN,
     PICTURES,
+    TIMM,
     TORCHVISION,
     CacheOptions,
     Config,
@@ -34,6 +38,7 @@ from layerwise.config.resolving import (
     recipe_names,
     recipe_text,
     resolve,
+    resolve_again,
     result_toml,
     with_options,
     without_places,

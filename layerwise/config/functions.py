@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerwise.config.options import DATA_KINDS, OWN, PAPER_NETWORKS, TORCHVISION, Config
+from layerwise.config.options import DATA_KINDS, LIBRARIES, OWN, PAPER_NETWORKS, Config, options, value_of
 from layerwise.errors import ConfigError
 
 FUNCTIONS = {"net.name": "--net", "data.source": "--data"}
@@ -17,11 +17,21 @@ FUNCTIONS = {"net.name": "--net", "data.source": "--data"}
 _KEYWORDS = {"net.name": "network", "data.source": "data", "engine.scheduler": "scheduler"}
 
 
+_PERFORMED = (
+    *("cache.scratch", "training.log"),
+    *(option.key for option in options() if option.key.startswith("engine.")),
+)
+"""Options on who performs the tasks of a run, and whom the curves are shown."""
+
+SAID_ANEW = ("out", "cache.dir", "training.warm_start", *_PERFORMED)
+"""Options that a command does not take from the file of a run that it goes on with."""
+
+
 def named_functions(config: Config) -> dict[str, str]:
     """The functions that the options name, package.module:function, by dotted keys."""
     net, source = config.net.name, config.data.source
     named = {}
-    if net not in (*PAPER_NETWORKS, OWN) and not net.startswith(TORCHVISION):
+    if net not in (*PAPER_NETWORKS, OWN) and not net.startswith(LIBRARIES):
         named["net.name"] = net
     if source != OWN and source.partition(":")[0] not in DATA_KINDS:
         named["data.source"] = source
@@ -31,6 +41,20 @@ def named_functions(config: Config) -> dict[str, str]:
 def function_flags(config: Config) -> list[str]:
     """What a command that goes on with a run of these options must say: --net and --data where they name a function."""
     return [word for key, function in named_functions(config).items() for word in (FUNCTIONS[key], function)]
+
+
+def flags_elsewhere(config: Config) -> list[str]:
+    """What a command that goes on with a run of these options must say besides, so that it does so in the same way."""
+    words = []
+    for option in options():
+        value = value_of(config, option.key)
+        if option.key not in _PERFORMED or value == option.default:
+            continue
+        if option.flag:
+            words += [option.flag, ",".join(value) if isinstance(value, tuple) else str(value)]
+        else:
+            words += ["--set", f"{option.key}={list(value) if isinstance(value, tuple) else value}"]
+    return words
 
 
 def refuse_function(config: Config, key: str, path: Path) -> None:

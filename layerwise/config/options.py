@@ -35,8 +35,9 @@ DATA_KINDS = (*RECORDINGS, *PICTURES, *ARRAYS)
 
 PAPER_NETWORKS = ("speech", "vision")
 
-TORCHVISION = "torchvision:"
-"""What stands before the name of one of torchvision's networks."""
+TORCHVISION, TIMM, HUGGING_FACE = "torchvision:", "timm:", "hf:"
+LIBRARIES = (TORCHVISION, TIMM, HUGGING_FACE)
+"""What stands before a network of a library: its name, or for hf: a folder or file with its configuration."""
 
 FUNCTION = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
 """How a function of the user's is named: package.module:function."""
@@ -63,6 +64,8 @@ class DataOptions(Section):
 
     source: str = _option("demo", "place", "--data")
     """demo, KIND:PATH (speech, fsdd, librispeech, images, stl10, cifar10, npy, h5), or package.module:function"""
+    labels: str = _option("", "place", "--labels")
+    """CSV file of labels: a column id or path names the sample, every other column is a label; default: those of the data"""
     frames: Literal["steps", "patches", "whole"] = _option("steps", "shape", "--frames")
     """what a frame is: steps of a recording, a stream or an array; patches of a picture; or whole samples; default: what
     --net reads, steps for recordings, whole samples for a network of your own"""
@@ -99,8 +102,13 @@ class DataOptions(Section):
 class NetOptions(Section):
     """The network. Defaults: the speech network of Löwe et al. 2019, appendix A.2."""
 
-    name: str = _option("speech", "shape", "--net", pattern=f"^(speech|vision|own|{FUNCTION})$")
-    """network: speech, vision, torchvision:NAME (without its classifier), or package.module:function"""
+    name: str = _option("speech", "shape", "--net", pattern=f"^(speech|vision|own|{FUNCTION}|timm:[\\w.]+|hf:.+)$")
+    """network: speech, vision, torchvision:NAME or timm:NAME (without its classifier), hf:PATH (a folder or config.json), or
+    package.module:function"""
+    weights: str = _option("", "shape", "--weights")
+    """torchvision, timm: file of weights to start from, .safetensors or a state dict; default: random ones"""
+    at: tuple[str, ...] = _option((), "shape", "--at")
+    """modules that begin a stage, such as layer2,layer3.0; default: cut everywhere that it can be, or as --stages says"""
     width: int = _option(512, "shape", ge=1, le=2**24)
     """channels of the speech layers; of the first vision module before its expansion by 4"""
     kernels: tuple[int, ...] = _option((10, 8, 4, 4, 4), "shape", max_length=1000)
@@ -115,6 +123,11 @@ class NetOptions(Section):
     """vision: residual blocks of each module"""
     stem_stride: int = _option(1, "shape", ge=1)
     """vision: stride of the 5x5 stem inside a patch"""
+
+    @field_validator("at", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one_geometry_per_convolution(self) -> "NetOptions":
@@ -197,6 +210,9 @@ class TrainingOptions(Section):
     """on a GPU: only operations that give the same bits every time, and float32 without TF32; slower"""
     seed: int = _option(0, "shape", "--seed", ge=0, le=2**63 - 1)
     """seed of weights, splits, windows and negatives"""
+    warm_start: str | None = _option(None, "place", "--warm-start")
+    """a new run begins with the weights of this finished run, or exported folder, of the same network: for more data; default:
+    with random ones, or those that your network has"""
     device: str = _option("auto", "place", "--device", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto, cpu, cuda or cuda:N"""
     checkpoint_seconds: float = _option(60, "place", ge=0, le=10**9)
@@ -345,6 +361,7 @@ class Config(Section):
             "device",
             "checkpoint_seconds",
             "log",
+            "warm_start",
             "deterministic",
         }
         apart |= {"gpu_mem", "flops_per_byte"}

@@ -10,7 +10,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from layerwise.config.functions import named_here, refuse_scheduler
+from layerwise.config.functions import FUNCTIONS, SAID_ANEW, named_here, refuse_scheduler
 from layerwise.config.options import DATA_KINDS, FUNCTION, OWN, PAPER_NETWORKS, PICTURES, RECORDINGS, Config, options
 from layerwise.errors import ConfigError, UnreadableFile, did_you_mean, near
 from layerwise.files import read_bytes
@@ -73,6 +73,19 @@ def resolve(
         if _in(flags, "engine", "scheduler") is None:
             refuse_scheduler(config, config_file)
     return config
+
+
+def resolve_again(own: Config, path: Path, given: Mapping[str, Any]) -> Config:
+    """The options of a run, which path, its run.json, holds, with those that are given now in place of its own.
+
+    given: values by dotted keys. Where things are written, who performs the tasks and who is shown the curves is never taken
+    from the file, which may be somebody else's: see `SAID_ANEW`. Raises ConfigError as `resolve`.
+    """
+    tree = named_here(own, {key: given.get(key) for key in FUNCTIONS}, path).model_dump(mode="json", exclude_none=True)
+    for key in SAID_ANEW:
+        section, _, name = key.rpartition(".")
+        (tree[section] if section else tree).pop(name, None)
+    return validated(_merge(tree, _nested(given)))
 
 
 def data_kind(source: str) -> str:
@@ -224,7 +237,7 @@ _PLAIN_WORDS = {
 
 _PATTERNS = {
     "training.device": "must be auto, cpu, cuda or cuda:N",
-    "net.name": "must be speech, vision, torchvision:NAME or package.module:function",
+    "net.name": "must be speech, vision, torchvision:NAME, timm:NAME, hf:PATH or package.module:function",
 }
 
 _UNIONS = {"training.stages": "must be a whole number from 1 to 10000, or fewest"}

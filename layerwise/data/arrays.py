@@ -32,7 +32,7 @@ PROBES, PROBE_BYTES = 64, 2**16
 BESIDE_BYTES = 2**32
 """Most that what says what lies in an array may take in memory."""
 
-BESIDE = ("offsets", "ids", "labels")
+BESIDE = ("offsets", "ids", "labels", "frame_times", "frame_places")
 """Data sets of a file that say what lies in the others."""
 
 

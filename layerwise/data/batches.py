@@ -58,6 +58,8 @@ class Batch:
     """int64 [B], for objectives that learn a label; -1 where a sample has none."""
     renderings: np.ndarray | None = None
     """int64 [B], which renderings of a group a piece is of, in order; None: all of them."""
+    drawn: object = None
+    """What whoever takes a step with it has drawn for it ahead; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ since a mismatched one fails at import.
 """
 
 import hashlib
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -59,17 +60,34 @@ class Item:
     sample: Any
     """A picture, or an array."""
     labels: dict[str, str]
-    rate: int | None = None
+    rate: int | None
     """Of a waveform, Hz."""
+    where: str
+    """What of the item the sample is."""
+    left_out: dict[str, str]
+    """Names of values that are neither sample nor label, and what they are."""
+
+    @property
+    def described(self) -> str:
+        """The sample in a few words."""
+        if isinstance(self.sample, Image.Image):
+            return f"a picture of {self.sample.width} x {self.sample.height}"
+        return f"{self.sample.dtype} {self.sample.shape}{f', sound at {self.rate} Hz' if self.rate else ''}"
 
 
 def open_dataset(items: Items, options: DataOptions) -> SampleSet:
     """The items as the options frame them. Raises DataError where they cannot be used, naming the first that cannot."""
     count, first = _count(items), item_of(items, 0)
     shape = _values(first, options, 0).shape[1:]
-    contents, lengths, labels = hashlib.sha256(), [], []
+    contents, lengths = hashlib.sha256(), []
+    labels: list[dict[str, str]] = []
+    left_out: dict[str, str] = {}
     for number in range(count):
         item = item_of(items, number)
+        if item.where != first.where:
+            raise DataError(
+                f"The sample of item {number} of the data set is {item.where}, and of the first {first.where}; all must agree."
+            )
         values = _values(item, options, number)
         if values.shape[1:] != shape:
             raise DataError(
@@ -82,6 +100,7 @@ def open_dataset(items: Items, options: DataOptions) -> SampleSet:
             )
         lengths.append(len(values))
         labels.append(item.labels)
+        left_out |= item.left_out
         contents.update(f"{values.dtype} {values.shape} {sorted(item.labels.items())}".encode())
         contents.update(np.ascontiguousarray(values).tobytes())
         if number < READ_TWICE and not np.array_equal(values, _values(item_of(items, number), options, number)):
@@ -89,14 +108,17 @@ def open_dataset(items: Items, options: DataOptions) -> SampleSet:
                 "The data set gives another sample at each call: it augments at random, and a cache would keep one rendering "
                 "for ever. Leave the augmentation out; --views N makes renderings that are cached side by side."
             )
-    names = dict.fromkeys(name for each in labels for name in each)
+    names = dict.fromkeys(name for each in labels for name in each if name not in left_out)
     named = {name: np.array([each.get(name, "") for each in labels]) for name in names}
+    notes = [_what_was_taken(first, list(names), left_out)]
     ids = [str(number) for number in range(count)]
     newest = lru_cache(maxsize=4)(lambda number: _values(item_of(items, number), options, number))
     if isinstance(first.sample, Image.Image):
         framing = patch_options(options)
         identity = picture_identity("dataset", framing, [(contents.hexdigest(), count)])
-        return picture_set(lambda number: torch.from_numpy(newest(number)), framing, ids, identity, named)
+        pictures = picture_set(lambda number: torch.from_numpy(newest(number)), framing, ids, identity, named)
+        pictures.notes = notes
+        return pictures
     return SampleSet(
         takes="arrays" if first.rate is None else "waveforms",
         ids=ids,
@@ -106,6 +128,16 @@ def open_dataset(items: Items, options: DataOptions) -> SampleSet:
         read_values=lambda number, start, stop, view: newest(number)[start:stop],
         measure_level=measure_level,
         labels=named,
+        notes=notes,
+    )
+
+
+def _what_was_taken(first: Item, labels: Sequence[str], left_out: Mapping[str, str]) -> str:
+    """A line about the items."""
+    others = ", ".join(f"{name} ({kind})" for name, kind in left_out.items())
+    return (
+        f"the sample is {first.where} of each item, {first.described} in the first; labels: {', '.join(labels) or 'none'}"
+        f"{f'; left out: {others}' if others else ''}"
     )
 
 
@@ -119,39 +151,77 @@ def item_of(items: Items, number: int) -> Item:
         return _of_mapping(item, number)
     if isinstance(item, tuple) and item:
         return _of_tuple(item, number)
-    return Item(_array(item, number), {})
+    return _item(_array(item, number), "all of it", {}, None)
 
 
 def _of_mapping(item: Mapping[str, Any], number: int) -> Item:
-    plain = {name: _plain(value) for name, value in item.items()}
-    samples = [value for value in plain.values() if not isinstance(value, Known | float | None)]
-    if not samples:
+    """The sample is the first array or picture that is no label."""
+    labels = {name: label_of(value) for name, value in item.items()}
+    usable = [name for name, value in item.items() if _may_be_sample(value)]
+    found = next((name for name in usable if labels[name] is None), usable[0] if usable else None)
+    if found is None:
         raise DataError(f"Item {number} of the data set holds no array and no picture, only {', '.join(item)}.")
-    sample, rate = samples[0], None
-    if isinstance(sample, Mapping) and "array" in sample:  # audio of Hugging Face
+    sample, rate = item[found], None
+    if isinstance(sample, Mapping):  # audio of Hugging Face
         sample, rate = sample["array"], int(sample["sampling_rate"])
-    labels = {name: str(value) for name, value in plain.items() if isinstance(value, Known)}
-    return Item(_array(sample, number), labels, rate)
+    others = {name: value for name, value in item.items() if name != found}
+    return _item(_array(sample, number), repr(found), others, rate)
 
 
 def _of_tuple(item: tuple[Any, ...], number: int) -> Item:
-    array, others, rate = _array(item[0], number), [_plain(value) for value in item[1:]], None
-    if others and _is_rate(others[0]) and isinstance(item[0], torch.Tensor) and _is_sound(array):
+    """The sample comes first; what stands behind it is named by its place."""
+    array, others, rate = _array(item[0], number), list(item[1:]), None
+    if others and _is_rate(_plain(others[0])) and isinstance(item[0], torch.Tensor) and _is_sound(array):
         rate, *others = others
-    known = [str(value) for value in others if isinstance(value, Known)]
-    names = ["label", *(f"label_{number}" for number in range(2, len(known) + 1))]
-    return Item(array, dict(zip(names, known, strict=False)), rate)
+    names = ["label", *(f"label_{place}" for place in range(2, len(others) + 1))]
+    return _item(array, "the first value", dict(zip(names, others, strict=False)), None if rate is None else int(rate))
 
 
-Known = str | int | bool
-"""What a label may be."""
+def _item(sample: Any, where: str, others: Mapping[str, Any], rate: int | None) -> Item:
+    labels = {name: label_of(value) for name, value in others.items()}
+    known = {name: label for name, label in labels.items() if label}
+    return Item(sample, known, rate, where, {name: _kind(others[name]) for name in labels if labels[name] is None})
+
+
+def label_of(value: Any) -> str | None:
+    """The label that a value is: a word, or a whole number; of a one-hot vector the place of its one. None where it is none.
+
+    Empty where it is missing: None, or not a number, as tables have it.
+    """
+    value = _plain(value)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, str | int):
+        return str(value)
+    return _place_of_one(value)
+
+
+def _place_of_one(value: Any) -> str | None:
+    vector = _numbers(value) if isinstance(value, np.ndarray | torch.Tensor | list) else None
+    if vector is None or vector.size != max(vector.shape) or np.count_nonzero(vector) != 1 or vector.sum() != 1:
+        return None
+    return str(int(vector.argmax()))
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy or torch as Python's."""
-    if isinstance(value, np.generic) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0):
+    """What an array or a tensor of one value holds, and a number of numpy's or torch's, as Python's."""
+    one = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.size == 1)
+    if one or (isinstance(value, torch.Tensor) and value.numel() == 1):
         return value.item()
     return value
+
+
+def _may_be_sample(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "array" in value
+    return isinstance(value, Image.Image) or (not isinstance(value, str | bytes) and _numbers(value) is not None)
+
+
+def _kind(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"{type(value).__name__} {tuple(shape)}"
 
 
 def _is_rate(value: Any) -> bool:
@@ -167,11 +237,8 @@ def _array(sample: Any, number: int) -> Any:
     """A picture as it is; anything else as an array of numbers."""
     if isinstance(sample, Image.Image):
         return sample
-    try:
-        array = np.asarray(sample.detach().cpu() if isinstance(sample, torch.Tensor) else sample)
-    except Exception:
-        array = np.empty(0, dtype=object)
-    if array.dtype.kind not in "fiub" or array.ndim == 0 or isinstance(sample, tuple):
+    array = None if isinstance(sample, tuple) else _numbers(sample)
+    if array is None:
         raise DataError(
             f"Item {number} of the data set begins with a {type(sample).__name__}; give a tensor, an array or a picture first, "
             "and what is known about it behind."
@@ -193,6 +260,15 @@ def _values(item: Item, options: DataOptions, number: int) -> np.ndarray:
     if options.frames == "whole":
         return array[None]
     return array[:, None] if array.ndim == 1 else array
+
+
+def _numbers(value: Any) -> np.ndarray | None:
+    """A tensor, an array or a list as an array of numbers; None where it is none."""
+    try:
+        array = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
+    except Exception:  # a ragged list, or whatever an object of the user's raises
+        return None
+    return array if array.dtype.kind in "fiub" and array.ndim else None
 
 
 def _waveform(array: np.ndarray, rate: int, wanted: int) -> np.ndarray:

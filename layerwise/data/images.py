@@ -14,21 +14,34 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from layerwise.config import DataOptions
-from layerwise.data.files import usable_files
-from layerwise.data.source import SampleSet, Skipped, digest
+from layerwise.data.files import Extensions, usable_files
+from layerwise.data.source import SampleSet, Skipped, digest, several
+from layerwise.data.splits import folder_split
 from layerwise.errors import ConfigError, DataError
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
+OTHER_FORMATS = {".heic", ".heif", ".avif", ".jxl", ".jp2"}
+"""Of pictures that are not read."""
+
 # Pillow looks at the contents, not at the name. Without this list an EPS file called x.jpg would run Ghostscript.
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
+
+# Text in a PNG may say anything, such as how the picture was made. Pillow's own limit of 1 MiB refuses the picture with it.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 # Mean and standard deviation of STL-10, pixels from 0 to 1, as in the reference code of Greedy InfoMax. They serve for
 # every data set: they only have to bring pixels near zero mean and unit variance, and to be the same at every reading.
 GRAY_MEAN, GRAY_STD = (0.4120,), (0.2570,)
 COLOUR_MEAN, COLOUR_STD = (0.4313, 0.4156, 0.3663), (0.2683, 0.2610, 0.2687)
+
+
+HEIC_BRANDS = ("heic", "heix", "hevc", "heim", "heis", "mif1", "msf1")
+
+MOST_OF_FEW_BITS = 14
+"""A set of pictures of 16 bits whose values need no more is likely to come from a device of so many."""
 
 
 @dataclass(frozen=True)
@@ -122,27 +135,44 @@ def _read_patches(
 def open_images(place: Path, options: PatchOptions, fewest: int = 2) -> SampleSet:
     """The pictures anywhere below a folder, sorted by id, which is the path below the folder, with '/'.
 
-    Each sub-folder is a class, found in the label "class"; without sub-folders there is no such label. Where
-    `train` and `test` both hold pictures, those are the customary split, and the classes lie one level further down.
-    Names that start with a dot are ignored, linked folders are not entered. What cannot be decoded is in `skipped`.
+    Each sub-folder is a class, found in the label "class"; without sub-folders there is no such label. Where the sub-folders
+    are parts (see `folder_split`), those are the customary split, and the classes lie one level further down.
+    Names that start with a dot are ignored. What cannot be decoded is in `skipped`.
 
     fewest: pictures that must be usable; where one is enough, `place` may be a picture.
     Raises DataError where the folder is missing or too few can be used.
     """
-    files = usable_files(place, EXTENSIONS, "pictures", partial(_inspect, options), fewest)
-    names = [*files.ids, *(file.path for file in files.skipped)]
-    split = {"train", "test"} <= {name.split("/")[0] for name in names if "/" in name}
+    kinds = Extensions(EXTENSIONS, OTHER_FORMATS, "PNG or JPEG")
+    files = usable_files(place, kinds, "pictures", partial(_inspect, options), fewest)
+    split = folder_split(files.ids)
     folders = [name.split("/")[1 if split else 0 : -1] for name in files.ids]
     classes = np.array([each[0] if each else "" for each in folders])
-    return picture_set(
+    named = list(zip(files.ids, files.details, strict=True))
+    # What was called otherwise than train and test were classes once, and were trained on.
+    kind = " ".join(["images", *sorted(set(split.folders if split else ()) - {"train", "test"})])
+    pictures = picture_set(
         pixels=partial(_read_file, files.folder, options, files.ids),
         options=options,
         ids=files.ids,
-        identity=picture_identity("images", options, zip(files.ids, files.details, strict=True)),
+        identity=picture_identity(kind, options, [(name, each.size) for name, each in named]),
         labels={"class": classes} if any(classes) else {},
-        test=np.array([name.startswith("test/") for name in files.ids]) if split else None,
+        test=split.test if split else None,
         skipped=files.skipped,
     )
+    pictures.held_out = split.held_out if split else None
+    pictures.notes = _few_bits({name: each.largest for name, each in named if each.largest is not None})
+    return pictures
+
+
+def _few_bits(largest: dict[str, int]) -> list[str]:
+    """Says where all values of 16 bits are small. largest: value of each such picture, by its id."""
+    bits = max(largest.values(), default=0).bit_length()
+    if not 8 < bits <= MOST_OF_FEW_BITS:
+        return []
+    return [
+        f"{len(largest)} pictures of 16 bits hold values up to {max(largest.values())} only, as if of {bits} bits, and are "
+        f"nearly black: {several(list(largest))}; store them times {2 ** (16 - bits)}, if they are not meant to be"
+    ]
 
 
 def square_pixels(image: Image.Image, options: PatchOptions) -> torch.Tensor:
@@ -188,15 +218,38 @@ def picture_identity(kind: str, options: PatchOptions, files: Iterable[tuple[str
     return digest(json.dumps([kind, asdict(options), constants, sorted(files)]))
 
 
-def _inspect(options: PatchOptions, path: Path) -> int | str:
-    """The size of a file in bytes, or why it cannot be decoded."""
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One file."""
+
+    size: int
+    """Bytes."""
+    largest: int | None
+    """Value, where it has 16 bits."""
+
+
+def _inspect(options: PatchOptions, path: Path) -> Picture | str:
+    """What there is to know of a file, or why it cannot be decoded."""
     try:
         _decode(path, options)
-        return path.stat().st_size
+        with Image.open(path, formats=FORMATS) as image:
+            largest = int(np.asarray(image).max()) if image.mode.startswith("I") else None
+        return Picture(path.stat().st_size, largest)
     except UnidentifiedImageError:
-        return "not a picture"
+        return _unknown_format(path)
     except Exception as error:  # damaged files make Pillow raise nearly anything: OSError, SyntaxError, struct.error
         return str(error) or type(error).__name__
+
+
+def _unknown_format(path: Path) -> str:
+    """Telephones call their HEIC files x.jpg, too."""
+    with path.open("rb") as file:
+        start = file.read(12)
+    brand = start[8:12].decode("ascii", "replace").strip()
+    if start[4:8] != b"ftyp":
+        return "not a picture"
+    kind = "HEIC" if brand in HEIC_BRANDS else f"a file of the kind {brand!r}"
+    return f"{kind} is not read; convert it to PNG or JPEG"
 
 
 def _read_file(folder: Path, options: PatchOptions, ids: Sequence[str], sample: int) -> torch.Tensor:

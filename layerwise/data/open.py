@@ -1,4 +1,4 @@
-"""Opens the data set that `--data` names, framed and in as many views as the options say."""
+"""Opens the data set that `--data` names, framed, in as many views and with the labels that the options say."""
 
 import re
 from pathlib import Path
@@ -10,6 +10,7 @@ from layerwise.config import ARRAYS, DATA_KINDS, FUNCTION, OWN, PICTURES, Config
 from layerwise.data.arrays import open_h5, open_npy
 from layerwise.data.dataset import open_cifar10, open_dataset, open_stl10
 from layerwise.data.images import open_images, patch_options
+from layerwise.data.labels import with_labels
 from layerwise.data.source import DataSet, SampleSet, digest
 from layerwise.data.synthesis import Utterance, synthesise_corpus
 from layerwise.data.views import Framed, WithViews
@@ -22,7 +23,7 @@ def open_data(options: DataOptions, shortest: int) -> DataSet:
 
     Raises DataError where it cannot be read, ConfigError where the name is none.
     """
-    return _framed(_open(options, shortest), options)
+    return with_labels(_framed(_open(options, shortest), options), options.labels)
 
 
 def as_data(given: Any, options: DataOptions) -> DataSet:
@@ -30,7 +31,7 @@ def as_data(given: Any, options: DataOptions) -> DataSet:
 
     Raises DataError where it is none of these.
     """
-    return _framed(_as_data_set(given, options), options)
+    return with_labels(_framed(_as_data_set(given, options), options), options.labels)
 
 
 def _as_data_set(given: Any, options: DataOptions) -> DataSet:

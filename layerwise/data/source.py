@@ -10,6 +10,9 @@ import torch
 
 from layerwise.errors import DataError
 
+NAMED = 5
+"""Names in a sentence about many samples."""
+
 Place = tuple[int, int, int, int]
 """Of a window: sample, first frame, frame behind the last one, view."""
 
@@ -77,7 +80,11 @@ class FrameSource(Readable, Protocol):
 
 
 class DataSet(FrameSource, Protocol):
-    """A FrameSource at the bottom of the network: what a user names with --data."""
+    """A FrameSource at the bottom of the network: what a user names with --data.
+
+    It may have two more fields: `notes`, lines that are said at the start, and `held_out`, bool [N], the customary samples to
+    stop the training by.
+    """
 
     takes: str
     """What an encoder that is trained on it takes: waveforms, pictures or arrays."""
@@ -137,7 +144,9 @@ class SampleSet:
     """Called when the level is first needed, unless it was set. Raises DataError where nothing can be learnt."""
     labels: dict[str, np.ndarray] = field(default_factory=dict)
     test: np.ndarray | None = None
+    held_out: np.ndarray | None = None
     skipped: Sequence[Skipped] = ()
+    notes: Sequence[str] = ()
     columns: int = 1
     views: int = 1
     frame_label_names: tuple[str, ...] = ()
@@ -165,6 +174,12 @@ class SampleSet:
         if self.read_frame_labels is None:
             raise DataError(f"These data have no label {name!r} per frame; use a label of whole samples.")
         return self.read_frame_labels(name, sample, positions)
+
+
+def several(names: Sequence[str]) -> str:
+    """The first few of them, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def digest(text: str) -> str:

@@ -9,9 +9,7 @@ file names.
 
 import json
 import math
-import os
 import re
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,18 +19,32 @@ import numpy as np
 import soundfile
 import torch
 
-from layerwise.data.files import usable_files
-from layerwise.data.source import SampleSet, digest
+from layerwise.data.files import Extensions, UsableFiles, usable_files
+from layerwise.data.source import SampleSet, Skipped, digest, several
+from layerwise.data.splits import folder_split
+from layerwise.data.wav import data_chunk, open_sound
 from layerwise.errors import ConfigError, DataError
 from layerwise.importing import install_beside
 
-EXTENSIONS = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
+EXTENSIONS = {".wav", ".w64", ".rf64", ".flac", ".ogg", ".opus", ".mp3"}
+OTHER_FORMATS = {".m4a", ".aac", ".wma", ".amr", ".aif", ".aiff", ".caf", ".au"}
+"""Of recordings that are not read."""
+
 _FILTER_WIDTH = 6
 _ROLLOFF = 0.99
 
 LEVEL_RECORDINGS = 200
 LEVEL_SECONDS = 10
 """The level of a set is measured on this many recordings, spread over the set, and this much of each."""
+
+ABSURD = 1000
+"""A recording with samples so many times as large as those of the others is left out."""
+
+LEFT_OF_CHANNELS = 0.01
+"""Channels cancel where their mean has less than this part of their energy. Of N channels with nothing in common it has 1/N."""
+
+BLOCK_FRAMES = 2**18
+"""Decoded at once where a file is gone through."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +58,12 @@ class Recording:
     """Of the file, samples per channel."""
     length: int
     """At the rate of the set, samples."""
+    patch: tuple[int, bytes] | None
+    """What its header must be read as, see `DataChunk`."""
+    peak: float
+    """Of its samples; 1 where its format holds no larger ones."""
+    cancels: bool
+    """Whether hardly anything is left of it when its channels are mixed."""
 
 
 def open_recordings(
@@ -59,24 +77,29 @@ def open_recordings(
     """Every audio file below a folder, in the order of its path; a frame is one audio sample, of shape (1,).
 
     pattern: a regular expression searched in each path relative to the folder, with / between its parts; its named
-    groups become labels. Empty: the label `speaker` is the name of the folder that holds the file.
+    groups become labels. Empty: the label `speaker` is the name of the folder that holds the file. Outermost folders that are
+    parts (see `folder_split`) are the customary split, and no speakers.
     shortest: recordings with fewer samples at `rate` are skipped. mismatch: what is said where no path matches.
     fewest: recordings that must be usable; where one is enough, `place` may be a file.
     Raises DataError where the folder is missing or too few recordings can be used, ConfigError for the pattern.
     """
     expression = _compiled(pattern)
-    files = usable_files(place, EXTENSIONS, "recordings", partial(_inspect, rate, shortest), fewest)
-    recordings = files.details
+    kinds = Extensions(EXTENSIONS, OTHER_FORMATS, "WAV or FLAC")
+    files = _without_absurd(usable_files(place, kinds, "recordings", partial(_inspect, rate, shortest), fewest))
+    recordings, split = files.details, folder_split(files.ids)
     if expression:
         labels = _labels(files.ids, expression, mismatch)
     else:
-        labels = {"speaker": np.array([Path(name).parent.name for name in files.ids], dtype=str)}
+        folders = [Path(name).parts[1 if split else 0 : -1] for name in files.ids]
+        labels = {"speaker": np.array([each[-1] if each else "" for each in folders], dtype=str)}
     # Without the contents: to hash those would read the whole set.
     described = {
         "rate": rate,
         "files": [(name, each.rate, each.frames) for name, each in zip(files.ids, recordings, strict=True)],
         "labels": {name: values.tolist() for name, values in labels.items()},
     }
+    if split:
+        described["split"] = split.folders
     return SampleSet(
         takes="waveforms",
         ids=files.ids,
@@ -86,8 +109,35 @@ def open_recordings(
         read_values=partial(_read, recordings, rate),
         measure_level=lambda data: _measure_level(recordings),
         labels=labels,
+        test=split.test if split else None,
+        held_out=split.held_out if split else None,
         skipped=files.skipped,
+        notes=_cancelling([name for name, each in zip(files.ids, recordings, strict=True) if each.cancels]),
     )
+
+
+def _without_absurd(files: UsableFiles[Recording]) -> UsableFiles[Recording]:
+    """Without those whose samples are far beyond those of the others: one would set the level of them all."""
+    peaks = sorted(each.peak for each in files.details if each.peak)
+    usual = max(peaks[(len(peaks) - 1) // 2], 1.0) if peaks else 1.0
+    kept, absurd = [], []
+    for name, recording in zip(files.ids, files.details, strict=True):
+        if recording.peak > ABSURD * usual:
+            absurd.append(
+                Skipped(name, f"its samples reach {recording.peak:.3g}, those of the others about {usual:.3g}")
+            )
+        else:
+            kept.append((name, recording))
+    return UsableFiles(files.folder, [name for name, _ in kept], [each for _, each in kept], [*files.skipped, *absurd])
+
+
+def _cancelling(ids: Sequence[str]) -> list[str]:
+    if not ids:
+        return []
+    return [
+        f"the channels of {len(ids)} recordings cancel where they are mixed to one, so that hardly anything is left of them: "
+        f"{several(ids)}; store one channel alone"
+    ]
 
 
 def _compiled(pattern: str) -> re.Pattern[str] | None:
@@ -103,7 +153,11 @@ def _compiled(pattern: str) -> re.Pattern[str] | None:
 def _inspect(rate: int, shortest: int, path: Path) -> Recording | str:
     """The recording, or why it cannot be used."""
     try:
-        with soundfile.SoundFile(path) as file:
+        chunk = data_chunk(path)
+        if chunk and chunk.is_cut_off:
+            return "is cut off"
+        patch = chunk.patch if chunk else None
+        with open_sound(path, patch) as file:
             frames, file_rate = file.frames, file.samplerate
             if frames <= 0:
                 return "holds no sound"
@@ -111,33 +165,45 @@ def _inspect(rate: int, shortest: int, path: Path) -> Recording | str:
             file.seek(frames - 1)
             if len(file.read(1)) != 1:
                 return "is cut off"
-        if _wav_is_cut_off(path):
-            return "is cut off"
+            # Only these can hold what is no number, or out of all bounds.
+            peak = _peak(file) if file.subtype in ("FLOAT", "DOUBLE") else 1.0
+            if isinstance(peak, str):
+                return peak
+            cancels = file.channels > 1 and _cancels(file)
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
         return f"cannot be decoded ({_reason(error)})"
     length = -(-frames * rate // file_rate)
     if length < shortest:
         return f"lasts {length / rate:.3f} s, less than the {shortest / rate:.3f} s that the network needs"
-    return Recording(path, file_rate, frames, length)
+    return Recording(path, file_rate, frames, length, patch, peak, cancels)
+
+
+def _peak(file: soundfile.SoundFile) -> float | str:
+    """The largest absolute value of all samples; or why the file cannot be used, where one is no number."""
+    file.seek(0)
+    peak, read = 0.0, 0
+    for block in file.blocks(BLOCK_FRAMES, dtype="float32", always_2d=True):
+        largest = float(np.abs(block).max())
+        if not math.isfinite(largest):
+            first = read + int(np.argmin(np.isfinite(block).all(axis=1)))
+            return f"holds samples that are not numbers, the first at {first / file.samplerate:.3f} s"
+        peak, read = max(peak, largest), read + len(block)
+    return peak
+
+
+def _cancels(file: soundfile.SoundFile) -> bool:
+    """Whether hardly anything is left of its channels when they are mixed, at its beginning, in its middle and at its end."""
+    each = mixed = 0.0
+    for start in np.linspace(0, max(file.frames - file.samplerate, 0), 3).astype(int).tolist():
+        file.seek(start)
+        block = file.read(file.samplerate, dtype="float64", always_2d=True)
+        each += float(np.square(block).mean())
+        mixed += float(np.square(block.mean(axis=1)).mean())
+    return mixed < LEFT_OF_CHANNELS * each
 
 
 def _reason(error: Exception) -> str:
-    return str(getattr(error, "error_string", error)).rstrip(".")
-
-
-def _wav_is_cut_off(path: Path) -> bool:
-    """Whether the data chunk of a WAV file declares more bytes than follow; libsndfile reads such a file in silence."""
-    with open(path, "rb") as file:
-        if file.read(4) != b"RIFF":
-            return False
-        file.seek(12)
-        while len(header := file.read(8)) == 8:
-            kind, size = struct.unpack("<4sI", header)
-            if kind == b"data":
-                streamed = size in (0, 0xFFFFFFFF)
-                return not streamed and file.tell() + size > os.fstat(file.fileno()).st_size
-            file.seek(size + size % 2, os.SEEK_CUR)
-    return False
+    return str(getattr(error, "error_string", error)).rstrip(".") or "it is damaged"
 
 
 def _labels(ids: Sequence[str], expression: re.Pattern[str], mismatch: str) -> dict[str, np.ndarray]:
@@ -165,7 +231,7 @@ def _measure_level(recordings: Sequence[Recording]) -> float:
 def _decode(recording: Recording, start: int, stop: int) -> np.ndarray:
     """Samples start to stop of the file at its own rate: float32 [stop - start], the mean of its channels."""
     try:
-        with soundfile.SoundFile(recording.path) as file:
+        with open_sound(recording.path, recording.patch) as file:
             file.seek(start)
             samples = file.read(stop - start, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, RuntimeError) as error:

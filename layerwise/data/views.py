@@ -39,6 +39,15 @@ class Derived:
         self._data = data
         self.identity = digest(f"{data.identity} in {how}")
 
+    @property
+    def level(self) -> float:
+        """What values are divided by."""
+        return self._data.level
+
+    @level.setter
+    def level(self, level: float) -> None:
+        self._data.level = level
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what copying and pickling look for
             raise AttributeError(name)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from layerwise.cache.feature_formats import RowPlaces
 from layerwise.config import DataOptions
 from layerwise.data.images import cut_patches, mean_and_deviation, patch_options
 from layerwise.data.views import in_frames
@@ -29,6 +30,10 @@ class Entry(nn.Module):
     def frames_of(self, steps: Any) -> Any:
         """Frames that come of so many steps of a sequence, or patches (an int or an int64 array)."""
         return steps
+
+    def row_places(self, geometry: Geometry) -> RowPlaces | None:
+        """Where the features of a sample lie; None where it has one row of them. geometry: theirs on the steps of the input."""
+        return None
 
     wanted: str
     """Words on what a batch must be."""
@@ -70,6 +75,9 @@ class Steps(Entry):
         x = x / self.level
         return in_frames(x, self.length, self.step) if self.framed else x
 
+    def row_places(self, geometry: Geometry) -> RowPlaces | None:
+        return RowPlaces(geometry.hop, geometry.offset, "steps")
+
     def frames_of(self, steps: Any) -> Any:
         return np.maximum((steps - self.length) // self.step + 1, 0)
 
@@ -97,6 +105,9 @@ class Waveforms(Steps):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x[..., None])
+
+    def row_places(self, geometry: Geometry) -> RowPlaces | None:
+        return RowPlaces(geometry.hop / self.rate, geometry.offset / self.rate, "seconds")
 
     def fits(self, x: torch.Tensor) -> bool:
         return x.dim() == 2 and x.is_floating_point()
@@ -138,7 +149,7 @@ class Pictures(Entry):
         super().__init__()
         options = patch_options(data)
         self.channels, self.patch, self.stride = options.channels, options.patch, options.patch_stride
-        self.picture, self.whole = data.picture, data.frames == "whole"
+        self.picture, self.whole, self.columns = data.picture, data.frames == "whole", options.columns
         self.frame_shape = (self.channels, self.patch, self.patch)
         for name, constant in zip(("mean", "deviation"), mean_and_deviation(self.channels), strict=True):
             self.register_buffer(name, constant, persistent=False)
@@ -152,6 +163,10 @@ class Pictures(Entry):
         values = x if x.is_floating_point() else x / 255
         normal = (values - self.mean) / self.deviation
         return normal[:, None] if self.whole else cut_patches(normal, self.patch, self.stride)
+
+    def row_places(self, geometry: Geometry) -> RowPlaces | None:
+        """On the picture as it was resized and cropped."""
+        return None if self.whole else RowPlaces(self.stride, (self.patch - 1) / 2, "pixels", self.columns)
 
     def fits(self, x: torch.Tensor) -> bool:
         if x.dim() != 4 or x.shape[1] != self.channels or not (x.is_floating_point() or x.dtype == torch.uint8):

@@ -13,16 +13,19 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from torch import nn
 
 from layerwise.config import result_toml
-from layerwise.encoder.load import Given, entry_of, load, load_stages
+from layerwise.encoder.entry import Entry
+from layerwise.encoder.load import Given, entry_of, load, load_stages, network_of, own_weights
 from layerwise.encoder.model import Encoder
 from layerwise.encoder.program import Computes, largest_difference, record, trial_inputs
 from layerwise.errors import ExportError, did_you_mean
 from layerwise.files import errors_of_writing, exclusive, write_atomically
-from layerwise.nets.network import ranges
+from layerwise.nets.layer import vectors
+from layerwise.nets.network import copied, ranges
 from layerwise.run_store import RunState, RunStore, open_run
-from layerwise.training.checkpoint import to_host
+from layerwise.training.checkpoint import load_arrays, save_arrays, to_host
 from layerwise.training.encoder import Origin, save_encoder
 from layerwise.units import percent, size
 
@@ -37,6 +40,8 @@ class Exported:
     """The largest one found between its output and the encoder's own, in units of the largest feature."""
     fixed: str
     """Sizes of the input that cannot be changed; empty where all can."""
+    left_out: tuple[str, ...]
+    """Of a state dict: weights of the network's own module that the cut does not reach."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,8 @@ class Written:
     """Batches to try it with."""
     fixed: str = ""
     """Sizes of the input that cannot be changed."""
+    left_out: tuple[str, ...] = ()
+    """Of a state dict: weights of the network's own module that the cut does not reach."""
 
 
 def write_safetensors(encoder: Encoder, origin: Origin, network: Given, folder: Path) -> Written:
@@ -56,6 +63,42 @@ def write_safetensors(encoder: Encoder, origin: Origin, network: Given, folder: 
     write_atomically(folder / "config.toml", result_toml(origin.config).encode())
     save_encoder(folder / "encoder.safetensors", to_host(encoder.state_dict()), origin)
     return Written(load(folder, network=network), trial_inputs(encoder))
+
+
+def write_state_dict(encoder: Encoder, origin: Origin, network: Given, folder: Path) -> Written:
+    """model.safetensors, for the load_state_dict of the network's own module.
+
+    Read back into a module with other weights. Raises ExportError where they do not fit it.
+    """
+    path, of = folder / "model.safetensors", network_of(origin, network, folder)
+    save_arrays(path, own_weights(of, to_host(encoder.state_dict())), {"format": "pt"})
+    saved = {name: torch.from_numpy(value) for name, value in load_arrays(path, "export again.")[0].items()}
+    fresh: nn.Module = copied(encoder if of.model is None else of.model)
+    left_out = tuple(name for name in fresh.state_dict() if name not in saved)
+    with torch.no_grad():
+        for name, tensor in fresh.state_dict().items():
+            if name in saved:
+                tensor.zero_()
+    if unexpected := fresh.load_state_dict(saved, strict=False).unexpected_keys:
+        raise ExportError(
+            f"The network's own module has no {unexpected[0]}; export as safetensors, and please report this."
+        )
+    computes = fresh.eval() if of.model is None else OwnModule(encoder.entry, fresh).eval()
+    return Written(computes, trial_inputs(encoder), left_out=left_out)
+
+
+class OwnModule(nn.Module):
+    """A network's own module in the place of an encoder's layers, to be compared with them."""
+
+    def __init__(self, entry: Entry, model: nn.Module) -> None:
+        super().__init__()
+        self.entry, self.model = entry, model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features (B, L, C) of what the encoder takes."""
+        frames = self.entry(x)
+        y = self.model(frames.flatten(0, 1))
+        return vectors((y.transpose(1, 2) if y.dim() == 3 else y).unflatten(0, frames.shape[:2]))
 
 
 def write_pt2(encoder: Encoder, origin: Origin, network: Given, folder: Path) -> Written:
@@ -90,6 +133,7 @@ def _onnx_session(path: Path, takes: str) -> Computes:
 
 FORMATS: dict[str, Callable[[Encoder, Origin, Given, Path], Written]] = {
     "safetensors": write_safetensors,
+    "state-dict": write_state_dict,
     "pt2": write_pt2,
     "onnx": write_onnx,
 }
@@ -101,8 +145,9 @@ def export(
 ) -> Exported:
     """Writes the encoder of a finished run and its model card into a new folder.
 
-    format: safetensors (for `layerwise.load`), pt2 (a torch.export program) or onnx. network: as in `load`. The folder is
-    there only if what it holds computes what the encoder does. Raises RunError, ConfigError and ExportError.
+    format: safetensors (for `layerwise.load`), state-dict (for `load_state_dict` of the network's own module), pt2 (a
+    torch.export program) or onnx. network: as in `load`. The folder is there only if what it holds computes what the encoder
+    does. Raises RunError, ConfigError and ExportError.
     """
     run_directory, folder = Path(run_directory), Path(folder)
     if format not in FORMATS:
@@ -116,7 +161,7 @@ def export(
             warnings.simplefilter("ignore")  # torch about itself; what matters is compared
             written = FORMATS[format](encoder, origin, network, inside)
             difference = largest_difference(written.computes, encoder, written.inputs)
-        exported = Exported(folder, format, difference, written.fixed)
+        exported = Exported(folder, format, difference, written.fixed, written.left_out)
         card = _model_card(encoder, origin, store, state, exported)
         write_atomically(inside / "README.md", card.encode())
         inside.rename(folder)

@@ -1,6 +1,6 @@
 """New recordings or pictures through a trained encoder, under the device budget and in constant host memory."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from layerwise.data.source import DataSet, Skipped, Subset
 from layerwise.encoder.load import Given, entry_of, load_stages
 from layerwise.encoder.model import Encoder
 from layerwise.errors import BudgetError, DataError
+from layerwise.events import NotifyProgress, Progress, unseen
 from layerwise.run_store import RunStore
 from layerwise.stop import StopFlag
 from layerwise.training.context import RunContext
@@ -50,9 +51,9 @@ def extract(
     device: str | None = None,
     network: Given = None,
     stop: StopFlag | None = None,
-    notify: Callable[[str], None] = lambda line: None,
+    notify: NotifyProgress = unseen,
 ) -> Extracted:
-    """Writes the features of new samples as .npy or .h5, by the name of `output`, laid out as `layerwise cache export` does.
+    """Writes the features of new samples as .npy, .h5, .npz or .parquet, by the name of `output`; see cache/feature_formats.py.
 
     source: a file, a folder, or KIND:PATH as --data takes it. stage: whose outputs; default: the last. mean: one row per
     sample instead of its frames. gpu_mem, device: default: those of the run, where it is one. network: as in `load`. A file
@@ -72,8 +73,8 @@ def extract(
         *_, outputs = encoder.frames_of_stages(
             torch.zeros(1, int(encoder.entry.frames_of(encoder.shortest)), *data.frame_shape)
         )
-    kind = MeanFile if mean else FeatureFile
-    with kind(output, tuple(outputs.shape[2:]), dtype, len(stages)) as file:
+    kind, places = MeanFile if mean else FeatureFile, encoder.entry.row_places(encoder.geometry)
+    with kind(output, tuple(outputs.shape[2:]), dtype, len(stages), places) as file:
         kept, skipped, peak = _fill(file, stages, data, config, stop, notify)
         if not kept:
             raise DataError(f"Not one file of {source} could be read to its end; the first: {skipped[0].reason}")
@@ -96,7 +97,7 @@ def _fill(
     data: DataSet,
     config: Config,
     stop: StopFlag,
-    notify: Callable[[str], None],
+    notify: NotifyProgress,
 ) -> tuple[list[int], list[Skipped], int]:
     """Numbers of the samples whose features are in the file, what could not be read, and bytes on the device."""
     kept: list[int] = []
@@ -113,7 +114,7 @@ def _fill(
         nonlocal done
         file.drop()  # what an earlier attempt has left of a sample
         first, source = done, Subset(data, np.arange(done, len(data.ids)))
-        loader, groups = _ReadableLoader(source, context.device), group_renderings(source.lengths, piece)
+        loader, groups = _ReadableLoader(source), group_renderings(source.lengths, piece)
 
         def skip_to(sample: int) -> None:
             """Those that are passed over could not be read, or not to their end."""
@@ -122,7 +123,7 @@ def _fill(
                 file.drop()
                 skipped.append(Skipped(data.ids[done], loader.faults[done - first]))
                 done += 1
-                notify(f"{done} of {len(data.ids)}")
+                notify(Progress("", done, len(data.ids)))
 
         for number, rows, last in forward_all(stages, loader, groups, keep, context):
             stop.raise_if_set("before the features were whole, so none are left")
@@ -133,7 +134,7 @@ def _fill(
                 file.keep(data.ids[sample])
                 kept.append(sample)
                 done = sample + 1
-                notify(f"{done} of {len(data.ids)}")
+                notify(Progress("", done, len(data.ids)))
         skip_to(len(data.ids))
 
     try:
@@ -149,8 +150,8 @@ def _fill(
 class _ReadableLoader(SourceLoader):
     """Leaves out what cannot be read; of a sample that is read in pieces, those behind it too."""
 
-    def __init__(self, source: Subset, device: torch.device) -> None:
-        super().__init__(source, device)
+    def __init__(self, source: Subset) -> None:
+        super().__init__(source)
         self.faults: dict[int, str] = {}
         """Number of a sample to why it cannot be read."""
 

@@ -1,7 +1,10 @@
 """From a run directory, or an exported folder, to the encoder; neither the data set nor the caches are needed."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 from torch import nn
 
 from layerwise.config import refuse_function, refuse_other_network
@@ -9,13 +12,13 @@ from layerwise.encoder.entry import Entry, Pictures, Steps, Waveforms, Whole
 from layerwise.encoder.model import Encoder
 from layerwise.errors import ConfigError, RunError
 from layerwise.nets import build_network
-from layerwise.nets.module import Module
 from layerwise.nets.network import Network, ranges
-from layerwise.nets.traced import traced_network
-from layerwise.run_store import RunStore
+from layerwise.nets.traced import by_own_names, traced_network
 from layerwise.training.checkpoint import Arrays, load_weights
-from layerwise.training.encoder import Origin, load_encoder
+from layerwise.training.encoder import Origin, check_shapes, encoder_file, load_encoder
 from layerwise.training.forward import InferenceStage
+
+T = TypeVar("T")
 
 Given = Network | nn.Module | str | None
 """A network that the run was given as an object, or the package.module:function that made it."""
@@ -35,20 +38,42 @@ def load(place: str | Path, *, stage: int | None = None, network: Given = None) 
 
 def load_stages(place: Path, stage: int | None, network: Given) -> tuple[Origin, list[InferenceStage]]:
     """Stages 1 to `stage`, each by itself; see `load`."""
-    path, expected = _encoder_file(place)
-    weights, origin = load_encoder(path, expected)
-    network = _network(origin, network, path)
+    weights, origin, built_of = _read(place, network)
     stages = len(origin.cut)
     if stage is not None and not 1 <= stage <= stages:
         raise ConfigError(f"--stage {stage}: the encoder in {place} has stages 1 to {stages}.")
     cut = ranges(origin.cut)
-    _check_shapes(network.build(range(cut[-1].stop), 0, "meta"), weights, path)
     built = []
     for number, (layers, output_format) in enumerate(zip(cut[:stage], origin.handings, strict=False), start=1):
-        module = network.build(layers, 0, "cpu").eval()
+        module = built_of.build(layers, 0, "cpu").eval()
         load_weights(module, {name: weights[name] for name in module.state_dict()})
         built.append(InferenceStage(number, module, output_format))
     return origin, built
+
+
+def state_dict(place: str | Path, *, network: Given = None) -> dict[str, torch.Tensor]:
+    """The trained weights of a finished run by the names of the network's own module, for its `load_state_dict`.
+
+    place, network and errors as in `load`. A weight of several names stands under each of them; what the cut does not reach,
+    such as a head that the forward does not call, is not in it. Of the paper's networks the module is the encoder that `load`
+    gives.
+    """
+    weights, _, given = _read(Path(place), network)
+    return {name: torch.from_numpy(value) for name, value in own_weights(given, weights).items()}
+
+
+def own_weights(network: Network, weights: Mapping[str, T]) -> dict[str, T]:
+    """An encoder's weights by the names of the network's own module; where it has none, by those of the encoder."""
+    return dict(weights) if network.model is None else by_own_names(network.model, weights)
+
+
+def _read(place: Path, given: Given) -> tuple[Arrays, Origin, Network]:
+    """What `load` is about: weights, what they come from, and the network that they fit."""
+    path, expected = encoder_file(place)
+    weights, origin = load_encoder(path, expected)
+    network = network_of(origin, given, path)
+    check_shapes(network.build(range(sum(origin.cut)), 0, "meta"), weights, path)
+    return weights, origin, network
 
 
 def entry_of(origin: Origin) -> Entry:
@@ -61,28 +86,8 @@ def entry_of(origin: Origin) -> Entry:
     return Whole(origin.level, frame_shape) if data.frames == "whole" else Steps(data, origin.level, frame_shape)
 
 
-def _encoder_file(place: Path) -> tuple[Path, str | None]:
-    """With the digest that a run has recorded of it."""
-    if not place.exists():
-        raise RunError(f"There is no {place}; name a run directory, or a folder made by layerwise export.")
-    if not place.is_dir():
-        return place, None
-    store = RunStore(place, place)
-    state = store.load_state() if store.exists else None
-    recorded = state.encoder if state else None
-    if store.encoder.exists() and (recorded or state is None):
-        return store.encoder, recorded
-    if state is None:
-        raise RunError(
-            f"{place} holds no encoder.safetensors; name a run directory, or a folder made by layerwise export."
-        )
-    unfinished = [record.stage for record in state.stages if record.status != "done"]
-    why = f": stage {unfinished[0]} is not done" if unfinished else ""
-    raise RunError(f"{place} has no encoder yet{why}; go on with the run first.")
-
-
-def _network(origin: Origin, given: Given, path: Path) -> Network:
-    """The network that the weights belong to."""
+def network_of(origin: Origin, given: Given, path: Path) -> Network:
+    """The network that the weights in path belong to. Raises ConfigError, and RunError where the file is damaged."""
     name = origin.config.net.name
     if isinstance(given, nn.Module):
         given = traced_network(given, tuple(origin.frame_shape))
@@ -104,15 +109,3 @@ def _network(origin: Origin, given: Given, path: Path) -> Network:
             "restore it, or start its run again."
         )
     return network
-
-
-def _check_shapes(described: Module, weights: Arrays, path: Path) -> None:
-    """Raises RunError where weights are missing, left over or of another shape; before any memory is taken for them."""
-    expected = {name: tuple(tensor.shape) for name, tensor in described.state_dict().items()}
-    found = {name: value.shape for name, value in weights.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise RunError(
-                f"{path} does not fit its network: the shape of {name} is {found.get(name, 'missing')} and should be "
-                f"{expected.get(name, 'missing')}; restore the file, or start its run again."
-            )

@@ -36,8 +36,17 @@ from layerwise.training.budget import fit_to_budget
 from layerwise.training.cache_plan import free_for_caches, plan_caches, sealed_bytes
 from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend
 from layerwise.training.cut import cut_network
+from layerwise.training.first_weights import other_weights, refuse_other_warm_start
+from layerwise.training.further import further_trained
 from layerwise.training.optimizer import Optimization
-from layerwise.training.resume import StartRequest, decided, earlier_records, intended, missing_weights, prepare_rounds
+from layerwise.training.resume import (
+    StartRequest,
+    decided,
+    earlier_records,
+    intended,
+    missing_weights,
+    prepare_rounds,
+)
 from layerwise.training.run import Round, Run
 from layerwise.training.samples import split_samples
 from layerwise.training.schedule import Task, tasks_of_run
@@ -151,19 +160,25 @@ def prepared_run(
     if not (store.exists and store.is_copy(store.load_state())):  # of a copy the jobs are those of the original
         refuse_while_queued(store.jobs)
     request.check(store, len(specs))
+    if not request.goes_on(store):
+        refuse_other_warm_start(config, store, specs[0].network)
     # The locks come this late because a request that is refused leaves no folder behind.
     with store.lock_run():
         with store.lock_all_tasks(rounds):
             if store.state_bytes() != planned_for:
                 raise RunError(f"Another process has gone on with {store.out} meanwhile; start the same command again.")
             run = Run(config, store, data, split, specs, memory_plans, cache_plan, device, ranks)
-            missing = missing_weights(store.load_state(), store) if request.goes_on(store) else []
+            lines = []
+            if request.goes_on(store):
+                state = store.load_state()
+                lines = missing_weights(state, store) + other_weights(state, specs[0].network)
             states = prepare_rounds(run, request)
             state = states[rounds]
+            lines += further_trained(state)
             store.write_machine(machine(device))
             tracker = open_service(config.training.log, service, store, state.run_id, config)
         with TrackingCallback(tracker, notify) as notify_all:
-            for line in (*_described(run), *missing):
+            for line in (*_described(run), *lines):
                 notify_all(Message(line))
             done = tuple(record.stage for record in state.stages if record.status == "done")
             notify_all(RunStarted(len(specs), done, config.training.max_epochs, state.budget_bytes, rounds))
@@ -275,6 +290,7 @@ def _described(run: Run) -> list[str]:
         if plan.why:
             lines.append(f"stage {spec.stage}: {plan}, because {plan.why}")
     lines += run.cache_plan.notes
+    lines += getattr(data, "notes", ())
     if data.skipped:
         lines.append(f"{len(data.skipped)} files skipped:")
         lines += [f"  {entry.path}: {entry.reason}" for entry in data.skipped]

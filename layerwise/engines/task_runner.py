@@ -24,6 +24,8 @@ from layerwise.training.cache_plan import CachePlan
 from layerwise.training.context import RunContext
 from layerwise.training.cut import cut_network
 from layerwise.training.encoder import stitch
+from layerwise.training.first_weights import is_network_of
+from layerwise.training.resume import refuse_other_classes
 from layerwise.training.run import Round, Run
 from layerwise.training.samples import split_samples
 from layerwise.training.schedule import Task
@@ -85,12 +87,13 @@ def open_prepared_run(out: Path, functions: Mapping[str, str | None], device: st
     on, data = find_device(config.training.device), open_data(config.data, shortest_sample(config))
     if data.identity != main.data_identity:
         raise RunError(f"The data of {out} have changed since it was prepared; bring the old ones back.")
+    refuse_other_classes(main, config, data)
     cache_plan = CachePlan.of(store.furthest_round(config.training.rounds).load_state().stages)
     specs = cut_network(config, data, on, None, main.cut)
-    if specs[0].network.identity != main.network:
+    if not is_network_of(main, store, specs[0].network):
         raise RunError(
-            f"--net {config.net.name} makes another network than {out} was prepared with: it has been changed, or its weights "
-            "are drawn from another generator than torch's. Bring the old one back, or start anew with --overwrite."
+            f"--net {config.net.name} makes another network than {out} was prepared with: it has been changed. Bring the old "
+            "one back, or start anew with --overwrite."
         )
     done = {record.stage for record in main.stages if record.status == "done"}
     memory_plans = fit_to_budget(config, specs, cache_plan, on, done, StopFlag())

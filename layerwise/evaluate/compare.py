@@ -4,13 +4,14 @@ Each method is a set of options of a run. Every run lies in OUT/runs/METHOD/seed
 outcomes in OUT/compare.json. A second start does only what is missing.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from layerwise.config import Config, changed_options, load, with_options
 from layerwise.data.open import open_data
-from layerwise.data.source import DataSet
+from layerwise.data.source import DataSet, digest
 from layerwise.engines.run import UserObjects, run
 from layerwise.errors import ConfigError, RunError, did_you_mean
 from layerwise.evaluate.classifiers import fit_and_test
@@ -147,7 +148,9 @@ def _load_or_begin(out: Path, config: Config, label: str, data: DataSet) -> Comp
         greedy = config_of(GREEDY, config.training.seed, config, label)
         specs = cut_network(greedy, data, find_device(greedy.training.device))
         write_atomically(out / "config.toml", config.to_toml().encode())
-        return Comparison(label, config.training.max_epochs, data.identity, [len(spec.layers) for spec in specs])
+        return Comparison(
+            label, config.training.max_epochs, _identity(config, label, data), [len(spec.layers) for spec in specs]
+        )
     comparison = load_comparison(out)
     all_changed = changed_options(load(out / "config.toml"), config, {"shape", "training", "place"})
     changed = [change for change in all_changed if change[0].key not in FREE]
@@ -157,12 +160,19 @@ def _load_or_begin(out: Path, config: Config, label: str, data: DataSet) -> Comp
         raise ConfigError(
             f"{listed_changes(changed, f'when {out} was begun')}. Give the old back, or name another --out."
         )
-    if comparison.data_identity != data.identity:
+    if comparison.data_identity != _identity(config, label, data):
         raise RunError(
             f"The data set is not the one that {out} was begun on: files or their sizes have changed. Bring the old ones "
             "back, or name another --out."
         )
     return comparison
+
+
+def _identity(config: Config, label: str, data: DataSet) -> str:
+    """Of the data, with the values of the label where a file says them."""
+    if not config.data.labels or label not in data.labels:
+        return data.identity
+    return digest(json.dumps([data.identity, data.labels[label].tolist()]))
 
 
 def _outcome(

@@ -3,7 +3,7 @@
 They come from a cache, or pass through trained or random stages from the data on, under the budget; nothing is cached then.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,13 +75,18 @@ def cached_features(
 
 
 def features_under_budget(
-    config: Config, task: ProbeTask, stages: Sequence[InferenceStage], folder: Path, stop: StopFlag
+    config: Config,
+    task: ProbeTask,
+    stages: Sequence[InferenceStage],
+    folder: Path,
+    stop: StopFlag,
+    notify: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[FeatureRows], int]:
     """Features of each stage, in files in the folder, and the bytes on the device that they took.
 
     Each file has a row for each sample of the task, or one per chosen frame where it asks per frame; of view 0, in the
-    samples' order. stages: the first ones of the network. Raises BudgetError where --gpu-mem does not hold even short
-    pieces, Interrupted between two pieces.
+    samples' order. stages: the first ones of the network. notify: is told how many samples are done. Raises BudgetError where
+    --gpu-mem does not hold even short pieces, Interrupted between two pieces.
     """
     data = Subset(task.data, task.samples)
 
@@ -100,12 +105,13 @@ def features_under_budget(
                 summaries[number, sample] = SampleSummary(chosen)
             summaries[number, sample].add(frames)
 
-        loader = SourceLoader(data, context.device)
+        loader = SourceLoader(data)
         for sample, _, last in forward_all(stages, loader, group_renderings(data.lengths, piece), keep, context):
             context.stop.raise_if_set("while probing")
             if last:
                 for number, file in enumerate(files):
                     file.append(summaries.pop((number, sample)).features(task.per_frame))
+                notify(sample + 1)
         return files
 
     try:

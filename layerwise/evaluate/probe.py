@@ -12,20 +12,23 @@ from typing import Any
 from torch import nn
 
 from layerwise.cache import ActivationCache
-from layerwise.config import Config, named_here
+from layerwise.config import Config, named_here, with_options
+from layerwise.data.labels import with_labels
 from layerwise.data.open import as_data, open_data
 from layerwise.errors import CacheError, ConfigError, DataError, RunError, did_you_mean
 from layerwise.evaluate.classifiers import CLASSIFIERS, fit_and_test
 from layerwise.evaluate.examples import FeatureRows
 from layerwise.evaluate.features import cached_features, features_under_budget
 from layerwise.evaluate.targets import ProbeTask, probe_targets, probe_task
+from layerwise.events import NotifyProgress, Progress, unseen
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network, ranges
-from layerwise.nets.traced import traced_network
+from layerwise.nets.traced import traced_network, with_present_weights
 from layerwise.run_store import RunState, RunStore, open_run
 from layerwise.run_store.state import ProbeResult, StageError
 from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import load_stages
+from layerwise.training.first_weights import is_network_of, load_first_weights
 from layerwise.training.forward import OutputFormat, random_stages, trained_stages
 from layerwise.training.spec import stage_specs
 
@@ -37,17 +40,19 @@ def probe(
     classifier: str = "linear",
     network: nn.Module | Network | str | None = None,
     data: Any = None,
+    labels: str | Path | None = None,
     stop: StopFlag | None = None,
-    notify: Callable[[str], None] = lambda line: None,
+    notify: NotifyProgress = unseen,
     warn: Callable[[str], None] = lambda line: None,
 ) -> ProbeResult:
     """How well a classifier on the frozen features of each stage tells a label, beside the same stage with random weights.
 
     Also written to probes/LABEL.json, or LABEL-knn.json. classifier: linear, or knn (nearest neighbours). network, data: those
     of the run, where it was given objects or a package.module:function, which is not called otherwise; data may also say where
-    they lie now. stop: ends it when its reason is set. notify: is told what it is at; warn: which caches cannot be used; their
-    stages are passed through anew. Raises RunError where no stage is done, ConfigError for network and data, DataError where
-    the label does not exist or has one value only.
+    they lie now. labels: a CSV file of more labels. stop: ends it when its reason is set. notify: is
+    told what it is at; warn: what was found in labels, and which caches cannot be used; their stages are passed through anew.
+    Raises RunError where no stage is done, ConfigError for network and data, DataError where the label does not exist or has
+    one value only.
     """
     stop, run_directory = stop or StopFlag(), Path(run_directory)
     if classifier not in CLASSIFIERS:
@@ -61,6 +66,8 @@ def probe(
     if not done:
         raise RunError(f"No stage of {run_directory} is done yet; go on with the run first.")
     config = named_here(state.config, {"net.name": network, "data.source": data}, store.state)
+    if labels is not None and not config.objective.label:  # those that were learnt are needed, too
+        config = with_options(config, {"data.labels": ""})
     named = data is None or isinstance(data, str)
     if named and isinstance(network, nn.Module):
         raise ConfigError("A probe needs the data of the run beside its network: give data= too, as an object.")
@@ -70,33 +77,46 @@ def probe(
             f"The data at {config.data.source} are not those of the run any more; the comparison with random weights "
             "needs them. Bring the old ones back."
         )
+    if labels is not None:
+        data = with_labels(data, str(labels))
+        for line in data.notes:
+            warn(line)
     if network is None or isinstance(network, str):
         network = build_network(config.net, data.frame_shape, config.training.seed)
     elif isinstance(network, nn.Module):
         network = traced_network(network, tuple(data.frame_shape))
-    if network.identity != state.network:
-        raise RunError(
-            f"The network given is not the one that {run_directory} was trained with; give that one, as it was."
-        )
+    network = with_present_weights(network)
+    if not is_network_of(state, store, network):
+        raise RunError(f"The network given is not the one that {run_directory} was trained with; give that one.")
     specs = stage_specs(config, data, network, ranges(state.cut))[: max(done)]
     task = probe_task(label, data, config)
     records = state.stages[: len(specs)]
     output_formats = [OutputFormat.of(record.trained_with) for record in records]
 
-    notify("features of the same network with random weights")
-    random = random_stages(specs, output_formats, config.training.seed)
-    untrained, peak = features_under_budget(config, task, random, store.probes, stop)
+    def show(doing: str) -> Callable[[int], None]:
+        notify(Progress(doing, 0, len(task.samples)))
+        return lambda done: notify(Progress(doing, done, len(task.samples)))
+
+    # What was given may be trained by now, or have other weights: then those that the run has kept are the untrained ones.
+    first = None if network.identity == state.network else load_first_weights(store)
+    random = (
+        random_stages(specs, output_formats, config.training.seed)
+        if first is None
+        else trained_stages(specs, output_formats, first)
+    )
+    show_samples = show("features of the same network with random weights")
+    untrained, peak = features_under_budget(config, task, random, store.probes, stop, show_samples)
     recomputed: list[FeatureRows] = []
     cached = {stage: _cached_features(store, state, stage, task, stop, warn) for stage in done}
     if any(features is None for features in cached.values()):
-        notify("features of stages that are not cached")
         stages = trained_stages(specs, output_formats, load_stages(store, records))
-        recomputed, more = features_under_budget(config, task, stages, store.probes, stop)
+        show_samples = show("features of stages that are not cached")
+        recomputed, more = features_under_budget(config, task, stages, store.probes, stop, show_samples)
         peak = max(peak, more)
     results = []
-    for stage, features in cached.items():
+    for number, (stage, features) in enumerate(cached.items()):
         poll = partial(stop.raise_if_set, f"in the probe of stage {stage}")
-        notify(f"stage {stage}")
+        notify(Progress("classifiers", number, len(cached)))
         targets = probe_targets(task, specs[stage - 1])
         trained = recomputed[stage - 1] if features is None else features
         error, confusion = fit_and_test(trained, targets, classifier, poll)

@@ -77,7 +77,8 @@ def _labelled(label: str, data: DataSet, split: np.ndarray) -> np.ndarray:
     if label not in data.labels:
         known = sorted({*data.labels, *data.frame_label_names})
         raise DataError(
-            f"The data have no label {label!r}; they have {', '.join(known) or 'none at all'}.{did_you_mean(label, known)}"
+            f"The data have no label {label!r}; they have {', '.join(known) or 'none at all'}, and --labels FILE.csv can bring "
+            f"more.{did_you_mean(label, known)}"
         )
     values = data.labels[label]
     classes = np.unique(values[values != ""])

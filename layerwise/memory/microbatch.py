@@ -172,7 +172,10 @@ def _gradients_of_part(
     leaves = [_at_least_float32(tensor.detach()).requires_grad_() for tensor in encoded]
     scored = loss(tuple(leaves), part)
     scored.loss.backward()
-    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.mul_(scale) for leaf in leaves]
+    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+    if scale != 1:
+        for gradient in gradients:
+            gradient.mul_(scale)
     return Total(scored.loss.detach(), scored.accuracy), gradients
 
 

@@ -4,7 +4,7 @@ A plan does not change the result beyond rounding: a smaller budget costs time, 
 
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
@@ -15,6 +15,10 @@ ROOMS = (12 * 2**20, 4 * 2**20, 2 * 2**20, 2**20, 2**19)
 """Bytes that the loss may take on top; the first is for the whole batch alone."""
 
 WIDE_ROOM, NARROW_ROOM, *_ = ROOMS
+
+ROOMS_OF_GPU = (2**40, 192 * 2**20, 48 * 2**20)
+"""Wider ones, for the whole batch alone; the first holds any loss. A GPU is kept busy by few and large operations, a CPU by
+those whose tensors stay in its caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +61,16 @@ class MemoryPlan:
         """Whether the batch goes through the module once, in one slice."""
         return self.micro_batch >= self.batch_size and not self.parts
 
+    @property
+    def at_once(self) -> bool:
+        """Whether the loss is worked out in few and large operations; what it needs then comes to the device together."""
+        return self.whole and self.loss_room > WIDE_ROOM
+
     def smaller(self) -> "MemoryPlan | None":
         """The next smaller slices, or None where one sample at a time and one sample's targets at a time are reached."""
         room = min(self.loss_room, NARROW_ROOM)
+        if self.at_once:
+            return replace(self, loss_room=room)
         if self.micro_batch > 1:
             return replace(self, micro_batch=self.micro_batch // 2, loss_room=room)
         if self.parts < self.batch_size:
@@ -101,13 +112,20 @@ class MemoryPlan:
 
 
 def families(
-    batch_size: int, options: MemoryOptions, *, sliceable: bool, repeatable: bool, layers: int, stacked: int
+    batch_size: int,
+    options: MemoryOptions,
+    *,
+    sliceable: bool,
+    repeatable: bool,
+    layers: int,
+    stacked: int,
+    wider: Sequence[int] = (),
 ) -> Iterator[list[MemoryPlan]]:
     """All plans that the options allow, in lists that differ in the micro-batch alone, largest first.
 
     sliceable: False where the module ties the samples of a batch together, so that they go through it at once; repeatable:
     False where it cannot go through it twice either; layers: of the module; stacked: predictors that can be on the device some
-    at a time, 0 where the objective has no such.
+    at a time, 0 where the objective has no such; wider: rooms of the loss for the whole batch, beside those of ROOMS.
     """
     halves = [batch_size >> power for power in range(batch_size.bit_length())]
     micro_batches = [options.micro_batch] if options.micro_batch else halves
@@ -122,7 +140,7 @@ def families(
     for host, again in product(hosts, recomputes):
         some_at_a_time = [stacked >> power for power in range(1, stacked.bit_length())] if host else []
         for parts, predictors in product([0, *all_parts] if repeatable else [0], [0, *some_at_a_time]):
-            rooms = ROOMS[1:] if predictors else ROOMS
+            rooms = ROOMS[1:] if predictors else (*wider, *ROOMS)
             either = [False, True] if host else [False]
             for room, saved in product(rooms, either):
                 wait, at_once = saved and not parts, saved and parts > 0
@@ -132,7 +150,7 @@ def families(
                 ]
                 if not wait:
                     yield [plan for plan in family if plan.whole]
-                if room != WIDE_ROOM:
+                if room < WIDE_ROOM:
                     yield [plan for plan in family if not plan.whole]  # twice through the module
 
 

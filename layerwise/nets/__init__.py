@@ -16,12 +16,16 @@ def build_network(net: NetOptions, frame_shape: tuple[int, ...], seed: int = 0) 
     seed: of the first weights of a network that brings them along. Raises ConfigError.
     """
     if net.name in PAPER:
+        if net.at or net.weights:
+            raise ConfigError(
+                f"--net {net.name} is cut by --stages, and starts from --seed; leave --at and --weights out."
+            )
         return _paper_network(net, frame_shape[0])
     if net.name == OWN:
         raise ConfigError(
             "The network of this run was given as an object, in Python; give it again there, as network=."
         )
-    return named_network(net.name, frame_shape, seed)
+    return named_network(net, frame_shape, seed)
 
 
 @lru_cache(maxsize=8)

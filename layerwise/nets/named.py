@@ -1,60 +1,47 @@
-"""Networks that are no options of ours but a name: torchvision's, and what a function of the user's makes."""
+"""Networks that are no options of ours but a name: those of libraries, and what a function of the user's makes."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
-from layerwise.config import TORCHVISION
-from layerwise.errors import ConfigError, did_you_mean
-from layerwise.importing import called, import_torchvision
+from layerwise.config import HUGGING_FACE, LIBRARIES, TIMM, TORCHVISION, NetOptions
+from layerwise.errors import ConfigError
+from layerwise.importing import called
+from layerwise.nets.hugging_face import hugging_face_model
 from layerwise.nets.network import Network
+from layerwise.nets.pictures import timm_model, torchvision_model
 from layerwise.nets.traced import traced_network
 
 
-def named_network(name: str, frame_shape: tuple[int, ...], seed: int) -> Network:
-    """The network of --net torchvision:NAME or package.module:function, with one stage per unit that it can be cut into.
+def named_network(net: NetOptions, frame_shape: tuple[int, ...], seed: int) -> Network:
+    """The network of --net torchvision:NAME, timm:NAME, hf:PATH or package.module:function, with one stage per unit that it
+    can be cut into, or those of --at.
 
-    Its first weights are those that it is made with after this seed. A function may take the frame shape, channels first, and
-    gives an nn.Module, or the Network that `layerwise.cut` makes of one. Raises ConfigError.
+    Its first weights are those that it is made with after this seed, or given ones. A function may take the frame shape,
+    channels first, and gives an nn.Module, or the Network that `layerwise.cut` makes of one. Raises ConfigError.
     """
+    if net.weights and not net.name.startswith((TORCHVISION, TIMM)):
+        raise ConfigError(
+            f"--weights {net.weights} is for torchvision: and timm:; hf: reads those of its folder, and a function its own."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = (
-            _torchvision_model(name, frame_shape)
-            if name.startswith(TORCHVISION)
-            else called(name, "--net", [TORCHVISION[:-1]], frame_shape)
-        )
+        model = _model(net, frame_shape)
     if isinstance(model, Network):
+        if net.at:
+            raise ConfigError(f"--net {net.name} gives a network that is cut already; leave --at out, or cut there.")
         return model
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"--net {name} gives a {type(model).__name__}; let it return an nn.Module.")
-    return traced_network(model, frame_shape)
+        raise ConfigError(f"--net {net.name} gives a {type(model).__name__}; let it return an nn.Module.")
+    return traced_network(model, frame_shape, net.at)
 
 
-def _torchvision_model(name: str, frame_shape: tuple[int, ...]) -> nn.Module:
-    """With random weights, and without the linear layer that would name the classes of ImageNet."""
-    models = import_torchvision(ConfigError).models
-    wanted, known = name.removeprefix(TORCHVISION), models.list_models(module=models)
-    if wanted not in known:
-        raise ConfigError(f"--net {name}: torchvision has no such model.{did_you_mean(wanted, known)}")
-    if len(frame_shape) != 3 or frame_shape[0] != 3 or frame_shape[1] != frame_shape[2]:
-        shape = " x ".join(map(str, frame_shape))
-        raise ConfigError(
-            f"--net {name} reads square colour pictures, and frames are of {shape}; give --data images:DIR and "
-            "--set data.gray=false."
-        )
-    sized = {"image_size": frame_shape[1]} if wanted.startswith("vit_") else {}
-    model = models.get_model(wanted, weights=None, **sized)
-    _without_classifier(model)
-    return model
-
-
-def _without_classifier(model: nn.Module) -> None:
-    head: Any = next((name for name in ("fc", "classifier", "head", "heads") if hasattr(model, name)), None)
-    linear = [
-        path for path, part in model.named_modules() if isinstance(part, nn.Linear) and path.split(".")[0] == head
-    ]
-    if linear:
-        *path, last = linear[-1].split(".")
-        setattr(model.get_submodule(".".join(path)), last, nn.Identity())
+def _model(net: NetOptions, frame_shape: tuple[int, ...]) -> Any:
+    if net.name.startswith(TORCHVISION):
+        return torchvision_model(net, frame_shape)
+    if net.name.startswith(TIMM):
+        return timm_model(net, frame_shape)
+    if net.name.startswith(HUGGING_FACE):
+        return hugging_face_model(net.name, frame_shape)
+    return called(net.name, "--net", [library[:-1] for library in LIBRARIES], frame_shape)

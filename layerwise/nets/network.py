@@ -63,8 +63,12 @@ class Network:
     """A hash of what it computes and of its first weights, where options do not say it."""
     structure: str = ""
     """The same without its weights."""
+    reads_ids: bool = False
+    """Whether its input are whole numbers, such as those of words in a table."""
     why_no_finer: Callable[[], str] = str
     """A sentence on what forbids more layers, or nothing."""
+    model: nn.Module | None = None
+    """The module that it was recorded from, which keeps the weights; None where the layers are ours."""
 
     @property
     def natural_ranges(self) -> list[range]:

@@ -5,34 +5,98 @@ Its identity is a hash of everything that it computes with: operations, settings
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from enum import Enum
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import fx, nn
 
+from layerwise.errors import ConfigError, did_you_mean
+from layerwise.nets.comparison import check_units, reads_ids
+from layerwise.nets.kernels import same_attention, same_recurrence
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network, copied, named_tensors
 from layerwise.nets.tracing import trace, why_uncut
 
+T = TypeVar("T")
 
-def traced_network(model: nn.Module, frame_shape: tuple[int, ...]) -> Network:
+
+def traced_network(model: nn.Module, frame_shape: tuple[int, ...], at: Sequence[str] = ()) -> Network:
     """The model as a network with one stage per unit, for frames of this shape (channels first).
 
-    Its layers start from the model's present weights, whatever the seed. Raises ConfigError as `trace` does.
+    at: paths of the modules that begin a stage, in place of a stage per unit. Its layers start from the model's present
+    weights, whatever the seed. Raises ConfigError as `trace` and `check_units` do, and where there is no cut before a module.
     """
-    example = torch.zeros(1, *frame_shape)
+    device = next((parameter.device for parameter in model.parameters()), None)
+    example = torch.zeros(1, *frame_shape, device=device)
     units = trace(model, example)
+    check_units(model, units, example)
     layers = [partial(FrameUnit, unit, first=index == 0) for index, unit in enumerate(units)]
     return Network(
         layers,
-        natural_cut=(1,) * len(layers),
+        natural_cut=_cut_at(model, units, at) if at else (1,) * len(layers),
         identity=identity(units),
         structure=structure(units),
+        reads_ids=reads_ids(units[0]),
         why_no_finer=partial(why_uncut, model, example),
+        model=model,
     )
+
+
+def with_present_weights(network: Network) -> Network:
+    """The network with the identity that its module has now: it may have been trained since it was cut."""
+    if network.model is None:
+        return network
+    present = identity(cast(FrameUnit, build()).unit for build in network.layers)
+    return network if present == network.identity else replace(network, identity=present)
+
+
+def by_own_names(model: nn.Module, weights: Mapping[str, T]) -> dict[str, T]:
+    """An encoder's weights by the names that the model itself has for them, in the model's order.
+
+    A weight of several names stands under each of them. What the cut does not reach, such as a head that the forward does not
+    call, is left out.
+    """
+    found = {name.split(".", 3)[3]: value for name, value in weights.items()}  # without layers.INDEX.unit
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    for shared in names.values():
+        for name in shared:
+            if name in found:
+                found |= dict.fromkeys(shared, found[name])
+                break
+    return {name: found[name] for name in model.state_dict() if name in found}
+
+
+@torch.no_grad()
+def give_weights(model: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
+    """Copies an encoder's weights into the model's own tensors, wherever these lie."""
+    tensors = model.state_dict()
+    for name, value in by_own_names(model, weights).items():
+        tensors[name].copy_(torch.from_numpy(value))
+
+
+def _cut_at(model: nn.Module, units: Sequence[fx.GraphModule], at: Sequence[str]) -> tuple[int, ...]:
+    """Units in each stage, where stages begin with these modules."""
+    begins = {path: index for index, unit in enumerate(units) for path in unit.meta["begins"]}
+    modules = dict(model.named_modules())
+    for path in at:
+        if path not in modules:
+            raise ConfigError(f"The network has no module '{path}' to begin a stage with.{did_you_mean(path, modules)}")
+        if path not in begins:
+            possible = ", ".join(list(begins)[:20]) + (", ..." if len(begins) > 20 else "")
+            raise ConfigError(
+                f"The network cannot be cut before '{path}': more than one tensor is needed behind that place, or a weight is "
+                f"used on both sides; stages can begin with {possible}."
+            )
+    starts = sorted({0, *(begins[path] for path in at)})
+    return tuple(stop - start for start, stop in pairwise([*starts, len(units)]))
 
 
 class FrameUnit(Layer):
@@ -58,29 +122,6 @@ class FrameUnit(Layer):
         with same_attention(), same_recurrence() if self._has_lstm else contextlib.nullcontext():
             y = self.unit(frames)
         return (y.transpose(1, 2) if y.dim() == 3 else y).unflatten(0, x.shape[:2])
-
-
-@contextlib.contextmanager
-def same_attention() -> Iterator[None]:
-    """Transformer layers in evaluation compute as in training: their other way has no rehearsal, and rounds differently."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextlib.contextmanager
-def same_recurrence() -> Iterator[None]:
-    """LSTMs on a CPU compute step by step, as rehearsed: oneDNN's kernel keeps several times as much for the backward pass."""
-    backend: Any = torch.backends.mkldnn
-    before = backend.enabled
-    backend.enabled = False
-    try:
-        yield
-    finally:
-        backend.enabled = before
 
 
 def identity(units: Iterable[fx.GraphModule]) -> str:

@@ -21,21 +21,27 @@ def trace(model: nn.Module, example: torch.Tensor) -> list[fx.GraphModule]:
     `example` (N, *frame) shows the shape, type and device of the input; nothing is computed. Each unit maps one tensor
     with a leading batch axis to one such tensor, holds parameters that can be trained, shares them with the model, and
     names them as the model does. Units switch between training and evaluation by their own train() and eval(). The model
-    stays as it is.
+    stays as it is. A unit's `meta["begins"]` has the paths of the modules that begin with it.
 
-    Raises ConfigError, naming the operation and where it stands, for a forward that torch.fx cannot record (decisions
-    by tensor values, for example), that takes several inputs, gives anything but one tensor with a row per sample, or
-    does other operations in training than in evaluation; and for a model that has nothing to train. A model without a cut
-    is one unit: see `why_uncut`.
+    Raises ConfigError, naming the operation and where it stands, for a forward that cannot be recorded (decisions by tensor
+    values, for example), that takes several inputs, gives anything but one tensor with a row per sample, or does other
+    operations in training than in evaluation; and for a model that has nothing to train. A model without a cut is one unit:
+    see `why_uncut`.
     """
     root, nodes = recorded(model, example)
     stops = _unit_stops(root, nodes)
     alive = _alive_after(nodes)
     values = [nodes[0], *(alive[stop][0] for stop in stops)]
-    return [
+    units = [
         _unit(root, nodes[start + 1 : stop + 1], entering, leaving)
         for (start, stop), (entering, leaving) in zip(pairwise([0, *stops]), pairwise(values), strict=True)
     ]
+    seen: set[str] = set()
+    for unit, (start, stop) in zip(units, pairwise([0, *stops]), strict=True):
+        with_weights = [node.meta["modules"] for node in nodes[start + 1 : stop + 1] if _holds_parameters(root, node)]
+        unit.meta["begins"] = [path for path in with_weights[0] if path and path not in seen]
+        seen.update(*with_weights)
+    return units
 
 
 def why_uncut(model: nn.Module, example: torch.Tensor) -> str:
@@ -64,7 +70,8 @@ def why_uncut(model: nn.Module, example: torch.Tensor) -> str:
 def _unit(root: nn.Module, nodes: list[fx.Node], entering: fx.Node, leaving: fx.Node) -> fx.GraphModule:
     """The operations of `nodes` as a module that maps the value of `entering` to that of `leaving`."""
     graph = fx.Graph()
-    copies = {entering: graph.placeholder("input")}
+    # What is read off the network's input, the size of the batch and the device, is that of the unit's.
+    copies = dict.fromkeys((next(iter(entering.graph.nodes)), entering), graph.placeholder("input"))
 
     def copied(node: fx.Node) -> fx.Node:
         if node not in copies:
@@ -89,7 +96,7 @@ def _unit_stops(root: nn.Module, nodes: list[fx.Node]) -> list[int]:
     What has no parameters goes with the unit before it, or the first; what has frozen ones alone with the unit behind it,
     whose gradients then need not run through it, or the last.
     """
-    holds = [any(isinstance(tensor, nn.Parameter) for tensor in _tensors(root, node)) for node in nodes]
+    holds = [_holds_parameters(root, node) for node in nodes]
     trained = _are_trained(root, nodes)
     if not any(trained):
         raise ConfigError(
@@ -105,6 +112,10 @@ def _unit_stops(root: nn.Module, nodes: list[fx.Node]) -> list[int]:
             stops.append(stop)
             start = stop + 1
     return [*stops, last]
+
+
+def _holds_parameters(root: nn.Module, node: fx.Node) -> bool:
+    return any(isinstance(tensor, nn.Parameter) for tensor in _tensors(root, node))
 
 
 def _are_trained(root: nn.Module, nodes: list[fx.Node]) -> list[bool]:
@@ -137,7 +148,8 @@ def _alive_after(nodes: list[fx.Node]) -> list[list[fx.Node]]:
 def _lifetimes(nodes: list[fx.Node]) -> dict[fx.Node, range]:
     """Indices of the operations after which each value is alive."""
     index = {node: position for position, node in enumerate(nodes)}
-    return {node: range(index[node], max((index[user] for user in node.users), default=0)) for node in nodes}
+    last_use = {node: max((index[user] for user in node.users if user in index), default=0) for node in nodes}
+    return {node: range(position, last_use[node]) for node, position in index.items()}
 
 
 def _tied(root: nn.Module, nodes: list[fx.Node]) -> dict[int, range]:

@@ -13,7 +13,7 @@ Where this differs from the code of Greedy InfoMax: negatives are drawn once per
 drawn per step for pictures); steps without a single pair in a batch of short samples leave the mean.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,25 +23,33 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from layerwise.objectives.protocol import Group, Score
+from layerwise.objectives.protocol import Arrays, Group, Score
+
+Numbers = np.ndarray | torch.Tensor
+"""Of the host or of the device; see `Arrays`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """What is scored at once. A, the anchors, are the windows of all samples side by side: frame t of sample b of B
-    is anchor t * B + b, so that the contexts of all targets of a step are one piece of the anchors."""
+class Draw(Arrays):
+    """What is scored at once.
+
+    The windows of all samples lie side by side, the last frames first: before frame t of sample b of B comes that of sample
+    b - 1, and B places on frame t - 1 of sample b. So the contexts of all targets of a step are one run of frames, and those
+    of the next step the same run `apart` places on. A target at step k that has no context there has the weight 0; any frame
+    stands for its context.
+    """
 
     rows: np.ndarray
     """int64 [R], sorted: the frames that are scored, numbered b * L + t over the padded batch."""
-    anchors: np.ndarray
-    """int64 [A], where each anchor lies in `rows`; anchors are targets and contexts of each other."""
-    negatives: np.ndarray
-    """int64 [A, N], where the negatives of each target lie in `rows`."""
-    weights: np.ndarray
-    """float32 [A, K], the weight of each target at each step in the loss; 0 where there is no such pair. Over all parts
+    candidates: Numbers
+    """int64 [T, 1 + N], where each target and its negatives lie in `rows`."""
+    contexts: Numbers
+    """int64 [T + (K - 1) * apart], where contexts lie in `rows`: of target i at step k, from 0, it is number i + k * apart."""
+    weights: Numbers
+    """float32 [T, K], the weight of each target at each step in the loss; 0 where there is no such pair. Over all parts
     of a batch they sum to 1."""
-    offsets: tuple[int, ...]
-    """[K], anchors between a context and its target at each step."""
+    apart: int
+    """Places from one step to the next: a row of all samples."""
 
 
 OfScores = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -117,7 +125,7 @@ class Contrastive(nn.Module):
         # A target without any pair is not scored, and neither are its negatives.
         negatives = np.where(pair.any(2)[:, :, None], negatives, anchors[:, :, None])
         samples = np.array_split(np.arange(len(lengths)), parts)
-        return [_compact(anchors[part], negatives[part], weights[part], offsets) for part in samples]
+        return [_compact(anchors[part], negatives[part], weights[part], columns, int(offsets[0])) for part in samples]
 
     def _draw_negatives(
         self, anchors: np.ndarray, real: np.ndarray, lengths: np.ndarray, frames: int, rng: np.random.Generator
@@ -127,7 +135,7 @@ class Contrastive(nn.Module):
         target = np.where(real, starts[:-1][:, None] + anchors % frames, starts[-1])
         drawn = rng.integers(0, max(starts[-1] - 1, 1), size=(*anchors.shape, self.negatives))
         drawn = np.minimum(drawn + (drawn >= target[:, :, None]), starts[-1] - 1)
-        sample = np.searchsorted(starts, drawn, side="right") - 1
+        sample = np.repeat(np.arange(len(lengths)), lengths)[drawn]
         return sample * frames + drawn - starts[sample]
 
     def forward(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int) -> Score:
@@ -172,18 +180,30 @@ def _projection(channels: int, most: int) -> nn.Module:
     return nn.Linear(channels, most, bias=False) if 0 < most < channels else nn.Identity()
 
 
-def _compact(anchors: np.ndarray, negatives: np.ndarray, weights: np.ndarray, offsets: np.ndarray) -> Draw:
-    """Numbers the frames of [B, T] anchors and [B, T, N] negatives by the rows that occur, time first."""
+def _compact(anchors: np.ndarray, negatives: np.ndarray, weights: np.ndarray, apart: int, first: int) -> Draw:
+    """Numbers the frames of windows [B, W] and their negatives [B, W, N] by the rows that occur, the last frames first.
+
+    apart, first: frames of a window between contexts of neighbouring steps, and between a target and its first context.
+    """
     samples, window, count = negatives.shape
-    scored = np.concatenate([anchors[:, :, None], negatives], axis=2).swapaxes(0, 1)
-    rows, numbers = np.unique(scored, return_inverse=True)
-    numbers = numbers.reshape(window * samples, 1 + count)
+    scored = np.concatenate([anchors[:, :, None], negatives], axis=2).swapaxes(0, 1)[::-1]
+    scored = scored.reshape(window * samples, 1 + count)
+    # By a table of all frames, which np.unique would sort.
+    occurs = np.zeros(scored.max() + 1, dtype=bool)
+    occurs[scored] = True
+    rows = np.flatnonzero(occurs)
+    number_of = np.empty(len(occurs), dtype=np.int64)
+    number_of[rows] = np.arange(len(rows))
+    numbers, steps = number_of[scored], weights.shape[2]
+    apart, first = apart * samples, first * samples
+    targets = max(len(numbers) - first, 0)
+    behind = np.arange(first, first + targets + (steps - 1) * apart * (targets > 0))
     return Draw(
         rows=rows,
-        anchors=np.ascontiguousarray(numbers[:, 0]),
-        negatives=np.ascontiguousarray(numbers[:, 1:]),
-        weights=np.ascontiguousarray(weights.swapaxes(0, 1)).reshape(window * samples, -1),
-        offsets=tuple((offsets * samples).tolist()),
+        candidates=np.ascontiguousarray(numbers[:targets]),
+        contexts=numbers[np.minimum(behind, len(numbers) - 1), 0],
+        weights=np.ascontiguousarray(weights.swapaxes(0, 1)[::-1]).reshape(window * samples, steps)[:targets],
+        apart=apart,
     )
 
 
@@ -232,18 +252,15 @@ def _score(
     gradients: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> Score:
     """The score at targets (R, C) and contexts (R, D); adds to their gradients, where there are any, and to the predictors'."""
-    loss, hits = targets.new_zeros(()), targets.new_zeros(())
+    score = Score(targets.new_zeros(()), targets.new_zeros(()))
     for steps, predictors, gradient in groups:
-        group_loss, group_hits = _score_of_group(
-            targets, contexts, (steps, predictors, gradient), draw, room, of_scores, gradients
-        )
-        loss += group_loss
-        hits += group_hits
+        _add_group(score, targets, contexts, (steps, predictors, gradient), draw, room, of_scores, gradients)
         del predictors, gradient
-    return Score(loss, hits)
+    return score
 
 
-def _score_of_group(
+def _add_group(
+    score: Score,
     targets: torch.Tensor,
     contexts: torch.Tensor,
     group: Group,
@@ -251,54 +268,56 @@ def _score_of_group(
     room: int,
     of_scores: OfScores,
     gradients: tuple[torch.Tensor, torch.Tensor] | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The part of the loss and of the hits that comes from some steps."""
+) -> None:
+    """Adds the part of the score that comes from some steps, and its gradients."""
     steps, predictors, grad_predictors = group
     count, channels, _ = predictors.shape
-    offsets, device = draw.offsets[steps], targets.device
-    candidates = np.concatenate([draw.anchors[:, None], draw.negatives], axis=1)
-
-    size = min(len(candidates), _targets_of_slice(room, predictors, candidates.shape[1]))
-    z_room = targets.new_empty(size, candidates.shape[1], channels)
-    prediction_room = targets.new_empty(size, count, channels)
+    apart, first, device = draw.apart, range(draw.weights.shape[1])[steps].start, targets.device
+    # The last targets have no context at the first of these steps.
+    scored, candidates = max(len(draw.weights) - first * apart, 0), draw.candidates.shape[1]
+    size = min(scored, _targets_of_slice(room, predictors, candidates))
+    z_room = targets.new_empty(size, candidates, channels)
+    prediction_room = targets.new_empty(size * count * channels)
     grad_prediction_room = None if gradients is None else torch.empty_like(prediction_room)
-    loss, hits = targets.new_zeros(()), targets.new_zeros(())
-    starts = range(0, len(candidates), size)
-    if isinstance(targets, FakeTensor):  # a rehearsal: all slices with contexts in front of them take the same
-        full = min(-(-offsets[-1] // size), max(len(starts) - 2, 0))
-        starts = starts[full : full + 2]
+    starts = range(0, scored, max(size, 1))
+    if isinstance(targets, FakeTensor):  # a rehearsal: no slice takes more than the first two
+        starts = starts[:2]
     for start in starts:
-        stop = min(start + size, len(candidates))
-        weight = torch.as_tensor(draw.weights[start:stop, steps], device=device, dtype=targets.dtype)
-        rows = torch.as_tensor(candidates[start:stop], device=device).flatten()
-        # The contexts of these targets: the anchors from `first` on.
-        first = max(start - offsets[-1], 0)
-        of_contexts = torch.as_tensor(draw.anchors[first : max(stop - offsets[0], first)], device=device)
-        windows = contexts.index_select(0, of_contexts)
-        z, predictions = z_room[: len(weight)], prediction_room[: len(weight)]
+        number = min(size, scored - start)
+        at = min(count, -(-(scored - start) // apart))  # steps at which any of these targets has a context
+        weight = torch.as_tensor(
+            draw.weights[start : start + number, first : first + at], device=device, dtype=targets.dtype
+        )
+        rows = torch.as_tensor(draw.candidates[start : start + number], device=device).flatten()
+        begin = start + first * apart
+        of_contexts = torch.as_tensor(draw.contexts[begin : begin + number + (at - 1) * apart], device=device)
+        run = contexts.index_select(0, of_contexts)
+        # (at, number, D): the contexts of each step are a piece of the run, `apart` places behind those of the one before.
+        of_steps = run.as_strided((at, number, run.shape[1]), (apart * run.shape[1], run.shape[1], 1))
+        z = z_room[:number]
         torch.index_select(targets, 0, rows, out=z.flatten(0, 1))
-        for step, (prediction, context) in enumerate(_pairs(predictions, windows, start, first, offsets)):
-            predictions[: len(weight) - len(prediction), step] = 0
-            torch.mm(context, predictors[step].t(), out=prediction)
+        predictions = prediction_room[: number * at * channels].view(at, number, channels)
+        torch.bmm(of_steps, predictors[:at].transpose(1, 2), out=predictions)
+        predictions = predictions.transpose(0, 1)
         scores = torch.bmm(z, predictions.transpose(1, 2))
-        hits += (weight * (scores[:, 0] > scores[:, 1:].amax(1))).sum()
-        slice_loss, grad_scores = of_scores(scores, weight)
-        loss += slice_loss
+        score.accuracy.add_((weight * (scores[:, 0] > scores[:, 1:].amax(1))).sum())
+        loss, grad_scores = of_scores(scores, weight)
+        score.loss.add_(loss)
         if gradients is not None and grad_prediction_room is not None and grad_predictors is not None:
             grad_targets, grad_contexts = gradients
-            grad_predictions = torch.bmm(grad_scores.transpose(1, 2), z, out=grad_prediction_room[: len(weight)])
+            grad_predictions = grad_prediction_room[: number * at * channels].view(number, at, channels)
+            torch.bmm(grad_scores.transpose(1, 2), z, out=grad_predictions)
             # The candidates are not needed any more: their gradients take their room.
             torch.bmm(grad_scores, predictions, out=z)
             grad_targets.index_add_(0, rows, z.flatten(0, 1))
-            for step, (gradient, context) in enumerate(_pairs(grad_predictions, windows, start, first, offsets)):
-                grad_predictors[step].addmm_(gradient.t(), context)
-            grad_windows = torch.zeros_like(windows)
-            for step, (gradient, grad) in enumerate(_pairs(grad_predictions, grad_windows, start, first, offsets)):
-                grad.addmm_(gradient, predictors[step])
-            grad_contexts.index_add_(0, of_contexts, grad_windows)
-            del grad_windows
-        del windows, scores, grad_scores
-    return loss, hits
+            grad_predictors[:at].baddbmm_(grad_predictions.permute(1, 2, 0), of_steps)
+            grad_run = torch.zeros_like(run)
+            for step in range(at):  # the pieces overlap, so they are added up one by one
+                piece = grad_run[step * apart : step * apart + number]
+                piece.addmm_(grad_predictions[:, step], predictors[step])
+            grad_contexts.index_add_(0, of_contexts, grad_run)
+            del grad_run
+        del run, of_steps, scores, grad_scores
 
 
 def _targets_of_slice(room: int, predictors: torch.Tensor, candidates: int) -> int:
@@ -306,17 +325,6 @@ def _targets_of_slice(room: int, predictors: torch.Tensor, candidates: int) -> i
     count, channels, context_channels = predictors.shape
     numbers = (candidates + 2 * count) * channels + 2 * context_channels
     return max(room // (predictors.element_size() * numbers), 1)
-
-
-def _pairs(
-    at_targets: torch.Tensor, windows: torch.Tensor, start: int, first: int, offsets: tuple[int, ...]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """For each step, its column of at_targets (n, K, C), of the anchors from `start` on, beside the contexts' rows of
-    windows (W, D), of the anchors from `first` on; without the targets that stand too near the beginning to have a context."""
-    stop = start + len(at_targets)
-    for step, offset in enumerate(offsets):
-        begin = min(max(offset, start), stop)
-        yield at_targets[begin - start :, step], windows[begin - offset - first : stop - offset - first]
 
 
 class InfoNCE(Contrastive):

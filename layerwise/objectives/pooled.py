@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layerwise.objectives.protocol import Score
+from layerwise.objectives.protocol import Arrays, Score
 
 UNLABELLED = -1
 """Class of a sample that has no label; it is passed over."""
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(Arrays):
     """What is scored at once. Nothing about it is random: two renderings of a sample are drawn with the batch."""
 
     rows: np.ndarray

@@ -1,8 +1,8 @@
 """What a local objective is: it draws what it needs on the host, then scores on the device."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -54,6 +54,21 @@ class Objective(Protocol):
         room: bytes that the work may take on the device beside these, their gradients and the objective's own.
         """
         ...
+
+
+class Arrays:
+    """Base of a draw, a dataclass, whose numpy arrays may be tensors of the device as well when it is scored.
+
+    All of them then come to the device together. Of a draw that does not derive from this, the objective brings them itself.
+    """
+
+    __slots__ = ()
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By the names of their fields."""
+        values = {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
+        return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 
 
 Group = tuple[slice, torch.Tensor, torch.Tensor | None]

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from layerwise import events
 from layerwise.screen import printable, refuse_loss
 
 WIDTH_OF_FILES = 140
@@ -61,6 +62,25 @@ def answer_json(tree: Any) -> None:
 def remark(line: str) -> None:
     """A line on the standard error output."""
     print(printable(line), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def measuring(doing: str) -> Iterator[events.NotifyProgress]:
+    """A bar with the time left on the standard error output where that is a terminal; takes what is done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = PlainConsole(stderr=True)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+        bar = shown.add_task(printable(doing), total=None)
+
+        def show(at: events.Progress) -> None:
+            said = printable(f"{doing}: {at.doing}" if at.doing else doing)
+            if said != shown.tasks[0].description:  # another part of the work, at another pace
+                shown.reset(bar, description=said)
+            shown.update(bar, completed=at.done, total=at.total)
+
+        yield show
 
 
 @contextmanager

@@ -7,8 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from layerwise.errors import LayerwiseError
@@ -92,6 +93,9 @@ class LogFile(PlainLines):
 
 REFRESH_PER_SECOND = 4
 
+BAR_COLUMNS = 30
+"""Of the bar for all stages."""
+
 
 @dataclass(slots=True)
 class _Row:
@@ -102,6 +106,8 @@ class _Row:
     accuracy: str = ""
     peak: str = ""
     left: str = ""
+    part: float = 0.0
+    """Of its epochs that are over; 1 where it is trained."""
     epoch_seconds: list[float] = field(default_factory=list)
     """Of each epoch since the stage was started."""
     epoch_started: float = 0.0
@@ -109,13 +115,17 @@ class _Row:
 
 
 class LiveTable:
-    """One row per stage, redrawn in place. A context manager; takes events while it is open, the RunStarted first."""
+    """One row per stage, and a bar for all of them, redrawn in place.
+
+    A context manager; takes events while it is open, the RunStarted first.
+    """
 
     def __init__(self, console: Console) -> None:
         self._rows: dict[int, _Row] = {}
-        self._max_epochs = 0
+        self._max_epochs, self._rounds = 0, 1
         self._budget: int | None = None
         self._memory = ""
+        self._started, self._part_before = time.monotonic(), 0.0
         # Cleared at the end: the summary, or the sentence of an error, takes its place.
         self._live = Live(console=console, refresh_per_second=REFRESH_PER_SECOND, transient=True)
 
@@ -131,21 +141,26 @@ class LiveTable:
             self._live.console.print(event.text)
             return
         if isinstance(event, RunStarted):
-            self._max_epochs, self._budget = event.max_epochs, event.budget_bytes
-            done = {stage: _Row("done before") for stage in event.done}
+            self._max_epochs, self._rounds, self._budget = event.max_epochs, event.rounds, event.budget_bytes
+            done = {stage: _Row("done before", part=1.0) for stage in event.done}
             self._rows = {stage: done.get(stage, _Row()) for stage in range(1, event.stages + 1)}
+            self._started, self._part_before = time.monotonic(), self._part
             return
         row = self._rows[event.stage]
         match event:
             case StageStarted():
                 row.status, row.epoch = "training", f"{event.epoch + 1}/{self._max_epochs}"
                 row.epoch_seconds, row.epoch_started = [], time.monotonic()
+                if event.epoch and not row.part:  # from a checkpoint: that took no time of this start
+                    row.part = event.epoch / self._max_epochs
+                    self._part_before += row.part / len(self._rows)
             case StepDone():
                 row.epoch = f"{event.epoch + 1}/{self._max_epochs}"
                 row.loss, row.accuracy = f"{event.loss:.4f}", f"{event.accuracy:.3f}"
                 row.peak = size(event.peak_bytes)
                 self._memory = self._against_budget(event.live_bytes, event.peak_bytes)
-                row.left = self._time_left(row, event.epoch, (event.step + 1) / event.steps)
+                over = (event.step + 1) / event.steps
+                row.left, row.part = self._time_left(row, event.epoch, over), (event.epoch + over) / self._max_epochs
             case EpochDone():
                 row.loss, row.held_out = f"{event.loss:.4f}", f"{event.held_out_loss:.4f}"
                 row.accuracy = f"{event.held_out_accuracy:.3f}"
@@ -159,6 +174,7 @@ class LiveTable:
                 row.peak = size(max(event.train_peak_bytes, event.cache_peak_bytes))
                 self._memory = self._against_budget(event.device_bytes_left, event.train_peak_bytes)
                 row.left, row.held_out = "", f"{event.best_loss:.4f}"
+                row.part = 1.0 if event.round == self._rounds else event.epochs / self._max_epochs
         self._live.update(self._render())
 
     def _against_budget(self, live: int, peak: int) -> str:
@@ -171,7 +187,21 @@ class LiveTable:
         per_epoch = sum(last) / len(last) if last else (time.monotonic() - row.epoch_started) / part
         return f"< {duration(max(per_epoch * (self._max_epochs - epoch - part), 0))}"
 
-    def _render(self) -> Table:
+    @property
+    def _part(self) -> float:
+        """Of the epochs of all stages that are over."""
+        return sum(row.part for row in self._rows.values()) / len(self._rows)
+
+    def _overall(self) -> Table:
+        """A bar for all stages; the time left at most, at the pace since the start."""
+        part, passed = self._part, time.monotonic() - self._started
+        here = part - self._part_before
+        left = f"< {duration(passed * (1 - part) / here)} left" if here > 0 and part < 1 else ""
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row("all stages", ProgressBar(total=1.0, completed=part, width=BAR_COLUMNS), f"{part:.0%}", left)
+        return grid
+
+    def _render(self) -> Group:
         table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold", caption_justify="left")
         table.caption = self._memory
         for name in ("stage", "status", "epoch", "loss", "held-out", "accuracy", "peak", "time left"):
@@ -180,7 +210,7 @@ class LiveTable:
             style = "dim" if row.status == "pending" else None
             cells = (row.status, row.epoch, row.loss, row.held_out, row.accuracy, row.peak, row.left)
             table.add_row(str(stage), *cells, style=style)
-        return table
+        return Group(table, self._overall())
 
 
 def display(console: Console) -> contextlib.AbstractContextManager[Notify]:

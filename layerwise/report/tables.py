@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from layerwise.config import Config, ObjectiveOptions, function_flags
+from layerwise.config import Config, ObjectiveOptions, flags_elsewhere, function_flags
 from layerwise.evaluate.results import Comparison
 from layerwise.forecast import Forecast
 from layerwise.report.progress import outcome
@@ -152,8 +152,18 @@ def what_next(store: RunStore, labels: Iterable[str], config: Config) -> list[st
         ),
         f"layerwise report {out}",
         f"layerwise status {out}",
-        f"layerwise run --out {out} … --from-stage S   to retrain from stage S on",
     ]
+
+
+def more_epochs(store: RunStore, state: RunState) -> list[str]:
+    """Lines on the command that trains a finished run further; none where all stages have converged."""
+    config = state.config
+    if config.training.rounds > 1 or all(record.converged for record in state.stages):
+        return []
+    more = ["--max-epochs", str(2 * config.training.max_epochs)]
+    flags = [*more, *function_flags(config), *flags_elsewhere(config)]
+    command = shlex.join(["layerwise", "run", "--out", str(store.out), *flags])
+    return ["more epochs, from where the stages stand:", f"  {command}"]
 
 
 def forecast_table(forecast: Forecast) -> Table:

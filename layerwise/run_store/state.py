@@ -22,6 +22,21 @@ Number = Annotated[int, Field(ge=1, le=MOST_STAGES)]
 RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 
 
+@dataclass(frozen=True, slots=True)
+class EarlierTraining:
+    """What a stage has learnt before more epochs were asked for: they go on from it."""
+
+    __pydantic_config__ = STRICT
+
+    epochs: Count
+    checkpoint: Digest | None
+    """What its checkpoint was saved for; None where that is gone."""
+    weights: Digest | None
+    """Of its trained weights, which it goes on from where the checkpoint is gone; None where it had not ended."""
+    same_input: bool
+    """Whether it reads what it has read before, so that its losses can be compared; else a stage below has learnt more."""
+
+
 @dataclass(slots=True)
 class StageRecord:
     """What run.json says of a stage; sizes in bytes."""
@@ -58,6 +73,8 @@ class StageRecord:
     fingerprint: Digest | None = None
     """Names its cache: a digest of its input, its options and its weights."""
     seconds: Annotated[float, Field(ge=0)] = 0.0
+    earlier: EarlierTraining | None = None
+    """None where its training began with first weights."""
 
     @property
     def is_trained(self) -> bool:
@@ -73,7 +90,7 @@ class StageRecord:
 
     def as_json(self, cache: Path) -> dict[str, Any]:
         """What other programs are told of the stage. cache: where its cache would lie."""
-        tree = TypeAdapter(StageRecord).dump_python(self, mode="json", exclude={"config"})
+        tree = TypeAdapter(StageRecord).dump_python(self, mode="json", exclude={"config", "earlier"})
         return tree | {"cache": str(cache) if cache.exists() else None}
 
 
@@ -97,8 +114,14 @@ class RunState:
     """Layers in each stage."""
     network: str = ""
     """Identity of a network that is none of the paper's; empty where options say all about it."""
+    structure: str = ""
+    """Of that network, without its weights."""
+    first_weights: Digest | None = None
+    """Digest of the weights that it was begun with, in first_weights.safetensors; None where the seed says all about them."""
     optimization: str = ""
     """Identity of an optimizer that was given as an object."""
+    classes: str = ""
+    """Digest of the class of each sample, where a label is learnt."""
     from_stage: Number | None = None
     """The `--from-stage` that is being carried out; None where there is none or it is finished."""
     kept_stages: Count = 0
@@ -130,6 +153,10 @@ class RunState:
         """Sets this stage and those above it back to the beginning; whether they are to be cached stays decided."""
         for record in self.stages[stage - 1 :]:
             self.stages[record.stage - 1] = StageRecord(record.stage, cached=record.cached)
+
+    def train_further(self, stage: int, earlier: EarlierTraining | None) -> None:
+        """Sets a stage back so that it is trained again from where it stands."""
+        self.stages[stage - 1] = StageRecord(stage, cached=self.record(stage).cached, earlier=earlier)
 
     def save(self, path: Path) -> None:
         """Replaces run.json atomically. Raises RunError."""

@@ -75,6 +75,8 @@ class RunStore:
         self.workers = out / "workers"
         """Logs of worker processes."""
         self.encoder = out / "encoder.safetensors"
+        self.first_weights = out / "first_weights.safetensors"
+        """What the training begins with, where the seed does not say it."""
         self.probes = out / "probes"
         self.lock = out / "lock"
         self.caches_lock = caches / "lock"
@@ -351,11 +353,10 @@ class RunStore:
         """To be called when no cache is left that could be taken for another run's."""
         _delete(self.cache_owner)
 
-    def delete_stage(self, stage: int) -> None:
-        """Deletes what a stage has written, and what was made of it: the encoder and the probes."""
+    def _delete_outputs(self, stage: int) -> None:
+        """Deletes what a stage puts out, and what was made of it: the encoder and the probes."""
         _delete(self.encoder)
         self.delete_cache(stage)
-        _delete_files_of_stage(self.stage(stage))
         self._delete_probes()
 
     def _delete_probes(self) -> None:
@@ -367,10 +368,15 @@ class RunStore:
         _delete_files(self.probes, ("*.json.tmp",))
 
     def delete_pending_stages(self, state: RunState) -> None:
-        """Of stages that are not begun: a stage leaves "pending" before it writes its first file, so these are left over."""
+        """Of stages that are not begun: a stage leaves "pending" before it writes its first file, so these are left over.
+
+        Where one is to be trained further, what that goes on from stays.
+        """
         for record in state.stages:
             if record.status == "pending":
-                self.delete_stage(record.stage)
+                self._delete_outputs(record.stage)
+                if record.earlier is None:
+                    _delete_files_of_stage(self.stage(record.stage))
 
     def delete_run(self, state: RunState) -> None:
         """Deletes what a run of this state writes, and nothing else: a user's own notes stay. run.json stays to the end.
@@ -401,7 +407,7 @@ class RunStore:
         self._delete_probes()
         for folder, names in ((self.out / "stages", ()), (self.plots, PLOT_FILES)):
             _delete_files(folder, names)
-        for path in (self.encoder, self.config, self.log, self.machine, self.report):
+        for path in (self.encoder, self.first_weights, self.config, self.log, self.machine, self.report):
             _delete(path)
 
     def _round_folders(self) -> list[Path]:

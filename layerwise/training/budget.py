@@ -10,6 +10,7 @@ import torch
 from layerwise.config import Config
 from layerwise.config.options import PAPER_NETWORKS
 from layerwise.errors import BudgetError
+from layerwise.memory.device import find_device
 from layerwise.memory.driver import (
     beside_tensors,
     possible_segments,
@@ -18,7 +19,7 @@ from layerwise.memory.driver import (
     why_less_than_budget,
 )
 from layerwise.memory.meter import REHEARSED_ON
-from layerwise.memory.plan import MemoryPlan, cheapest, families
+from layerwise.memory.plan import ROOMS_OF_GPU, MemoryPlan, cheapest, families
 from layerwise.memory.rates import measured_rates
 from layerwise.memory.reserved import Segments
 from layerwise.nets.network import memoised_per
@@ -150,6 +151,7 @@ def allowed_plans(config: Config, spec: StageSpec) -> list[list[MemoryPlan]]:
         repeatable=effects.repeatable,
         layers=len(spec.layers),
         stacked=stage_work(config, spec).stacked,
+        wider=ROOMS_OF_GPU if find_device(config.training.device).type == "cuda" else (),
     )
     return [family for family in every if family]
 

@@ -69,11 +69,14 @@ class Progress:
             self.peak_bytes = peak
             self.peak_by_kind = {str(kind): most for kind, most in meter.peak_by_kind.items()}
 
-    def in_next_round(self) -> "Progress":
-        """At the beginning of the next round, whose input is another and whose losses and peak are measured anew."""
+    def on_other_input(self) -> "Progress":
+        """At the beginning of the next round, or behind a stage that has learnt more: losses and peak are measured anew."""
         return replace(
             self,
             first_epoch=self.epoch,
+            step=0,
+            loss_sum=0.0,
+            accuracy_sum=0.0,
             best_loss=None,
             plateau_loss=None,
             plateau_epochs=0,
@@ -218,6 +221,19 @@ def load_checkpoint(path: Path, made_for: str, trainer: AnyTrainer) -> tuple[Pro
     if progress.shrunk and isinstance(trainer, StageTrainer):
         trainer.go_on_shrunk(*progress.shrunk)
     return progress, _under("best/", arrays) or None
+
+
+def purpose_of(checkpoint: Path) -> str | None:
+    """What a checkpoint was saved for, its `made_for`; None where there is none. Raises RunError where it cannot be read."""
+    if not checkpoint.exists():
+        return None
+    way_out = "delete it and start the same command again, which goes on from the trained weights."
+    check_header(checkpoint, way_out)
+    try:
+        with safe_open(checkpoint, "np") as file:
+            return (file.metadata() or {}).get("made_for")
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{checkpoint} cannot be read ({error}); {way_out}") from None
 
 
 def _named(prefix: str, tensors: Mapping[str, T]) -> dict[str, T]:

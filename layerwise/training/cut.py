@@ -84,6 +84,8 @@ def cut_network(
         return [_all_at_once(config, data, network, sizes, optimization)]
     stages_of: StagesOf = partial(stage_specs, config, data, network, optimization=optimization)
     count, natural, most = config.training.stages, network.natural_ranges, len(network.layers)
+    if config.net.at and count is not None:
+        raise ConfigError(f"--at {','.join(config.net.at)} says where the stages begin, so leave --stages {count} out.")
     if sizes is not None and sum(sizes) == most:
         return stages_of(ranges(sizes))
     if count is None or count == len(natural):

@@ -14,7 +14,10 @@ from pydantic import ConfigDict, Field, create_model
 
 from layerwise.config import Config, parsed, result_toml, without_places
 from layerwise.errors import ConfigError, RunError
+from layerwise.nets.module import Module
+from layerwise.nets.network import Network
 from layerwise.records import finding
+from layerwise.run_store import RunStore
 from layerwise.training.checkpoint import Arrays, digest_of_file, load_arrays, load_stages, save_arrays
 from layerwise.training.forward import OutputFormat
 from layerwise.training.run import Run
@@ -119,3 +122,53 @@ def _check_sizes(origin: Origin) -> None:
     window = 1 if data.frames != "steps" else data.window * max(data.frame_step or 1, data.frame_length)
     if math.prod(origin.frame_shape) * window > MOST_VALUES:
         raise ValueError("frame shape or window")
+
+
+def encoder_file(place: Path) -> tuple[Path, str | None]:
+    """With the digest that a run has recorded of it."""
+    if not place.exists():
+        raise RunError(f"There is no {place}; name a run directory, or a folder made by layerwise export.")
+    if not place.is_dir():
+        return place, None
+    store = RunStore(place, place)
+    state = store.load_state() if store.exists else None
+    recorded = state.encoder if state else None
+    if store.encoder.exists() and (recorded or state is None):
+        return store.encoder, recorded
+    if state is None:
+        raise RunError(
+            f"{place} holds no encoder.safetensors; name a run directory, or a folder made by layerwise export."
+        )
+    unfinished = [record.stage for record in state.stages if record.status != "done"]
+    why = f": stage {unfinished[0]} is not done" if unfinished else ""
+    raise RunError(f"{place} has no encoder yet{why}; go on with the run first.")
+
+
+def check_shapes(described: Module, weights: Arrays, path: Path) -> None:
+    """Raises RunError where weights are missing, left over or of another shape; before any memory is taken for them."""
+    expected = {name: tuple(tensor.shape) for name, tensor in described.state_dict().items()}
+    found = {name: value.shape for name, value in weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise RunError(
+                f"{path} does not fit its network: the shape of {name} is {found.get(name, 'missing')} and should be "
+                f"{expected.get(name, 'missing')}; restore the file, or start its run again."
+            )
+
+
+def warm_start(place: Path, network: Network) -> Arrays:
+    """The weights of a finished run, or of an exported folder, for another run of the same network.
+
+    Raises RunError where there is no encoder, ConfigError where it is another network's.
+    """
+    path, expected = encoder_file(place)
+    weights, origin = load_encoder(path, expected)
+    described = network.build(range(len(network.layers)), 0, "meta")
+    same_shapes = {name: tuple(tensor.shape) for name, tensor in described.state_dict().items()} == {
+        name: value.shape for name, value in weights.items()
+    }
+    if origin.network != network.structure or not same_shapes:
+        raise ConfigError(
+            f"--warm-start {place}: its network is not the one of this run; give the same --net and its options."
+        )
+    return weights

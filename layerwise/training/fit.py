@@ -21,10 +21,22 @@ from layerwise.data.batches import Batch, Epoch, ordered_epoch, stream, training
 from layerwise.errors import RunError, TrainingError
 from layerwise.events import EpochDone, StageStarted, StepDone
 from layerwise.files import write_atomically
-from layerwise.training.checkpoint import Arrays, Progress, load_checkpoint, save_checkpoint, weights_of
-from layerwise.training.loader import Loader, augmented
+from layerwise.memory.meter import uncounted
+from layerwise.training.checkpoint import (
+    Arrays,
+    Progress,
+    load_checkpoint,
+    load_stages,
+    load_weights,
+    purpose_of,
+    save_checkpoint,
+    weights_of,
+)
+from layerwise.training.first_weights import load_first_weights
+from layerwise.training.loader import Loader, Prepare, as_read, augmented
 from layerwise.training.run import Round
 from layerwise.training.samples import HELD_OUT, TRAIN, sample_classes
+from layerwise.training.scores import UnreadScores
 from layerwise.training.simultaneous import AnyTrainer
 from layerwise.training.trainer import StepRandomness
 
@@ -43,12 +55,27 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Prog
     classes = sample_classes(trainer.config, round.run.data)
     progress, best = _resume(round, trainer)
     epochs = epochs_of_round(options, round.number)
+    if record.earlier:  # at least one: the weights of another input are not those of this one
+        epochs = max(options.max_epochs - progress.first_epoch, 1)
     context.notify(StageStarted(stage, progress.epoch, progress.step, round.number))
     started = time.monotonic() - progress.seconds
     last_save = time.monotonic()
 
+    unread: UnreadScores[tuple[int, int]] = UnreadScores(context.device)
+
+    def take_in_scores() -> None:
+        """Of the steps since the last time."""
+        progress.note_peak(meter)
+        live = meter.live
+        for (step, steps), loss, accuracy in unread.read():
+            _check_finite(loss, stage, progress.epoch, options.lr)
+            progress.loss_sum += loss
+            progress.accuracy_sum += accuracy
+            context.notify(StepDone(stage, progress.epoch, step, steps, loss, accuracy, live, progress.peak_bytes))
+
     def save() -> None:
         nonlocal last_save
+        take_in_scores()
         progress.seconds = time.monotonic() - started
         if context.ranks.first:
             save_checkpoint(store.checkpoint(stage), training_key, progress, trainer, best)
@@ -66,20 +93,14 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Prog
             optimizer.begin_epoch(progress.epoch)
         rng = stream(options.seed, "epoch", stage, progress.epoch)
         epoch = training_epoch(loader, train, spec.window, options.batch_size, rng, spec.renderings)
-        for step, batch in _batches(epoch, loader, classes, trainer, first=progress.step):
-            key = (stage, progress.epoch, step)
-            if stage > 1:
-                batch = augmented(batch, options, stream(options.seed, "augmentation", *key))
-            module_seed = int(stream(options.seed, "module", *key).integers(2**62))
-            score = trainer.train(batch, StepRandomness(partial(stream, options.seed, "negatives", *key), module_seed))
-            loss, accuracy = score.loss.item(), score.accuracy.item()
-            _check_finite(loss, stage, progress.epoch, options.lr)
+        randomness = partial(_randomness, options.seed, stage, progress.epoch)
+        augment = partial(_augmented, options, stage, progress.epoch) if stage > 1 else as_read
+        for step, batch in _batches(epoch, loader, trainer, classes, progress.step, augment, randomness):
+            score = trainer.train(batch, randomness(step))
             progress.step = step + 1
-            progress.loss_sum += loss
-            progress.accuracy_sum += accuracy
-            progress.note_peak(meter)
-            done = progress.epoch, step, epoch.steps
-            context.notify(StepDone(stage, *done, loss, accuracy, meter.live, progress.peak_bytes))
+            unread.add((step, epoch.steps), score)
+            if unread.due or progress.step == epoch.steps:
+                take_in_scores()
             if time.monotonic() - last_save > options.checkpoint_seconds:
                 save()
             stop_if_asked()
@@ -127,14 +148,16 @@ def evaluate(
     options, spec = trainer.config.training, trainer.spec
     windows = stream(options.seed, "held-out windows", spec.stage)
     epoch = ordered_epoch(loader, held_out, spec.window, options.batch_size, windows, spec.renderings)
+    unread: UnreadScores[float] = UnreadScores(trainer.context.device)
     loss = accuracy = 0.0
-    for step, batch in _batches(epoch, loader, classes, trainer, first=0):
-        negatives = partial(stream, options.seed, "held-out negatives", spec.stage, step)
-        score = trainer.evaluate(batch, StepRandomness(negatives))
+    randomness = partial(_held_out_randomness, options.seed, spec.stage)
+    for step, batch in _batches(epoch, loader, trainer, classes, 0, as_read, randomness):
+        unread.add(len(batch.lengths) / len(epoch.samples), trainer.evaluate(batch, randomness(step)))
         after_batch()
-        share = len(batch.lengths) / len(epoch.samples)
-        loss += share * score.loss.item()
-        accuracy += share * score.accuracy.item()
+        if unread.due or step + 1 == epoch.steps:
+            for share, batch_loss, batch_accuracy in unread.read():
+                loss += share * batch_loss
+                accuracy += share * batch_accuracy
     return loss, accuracy
 
 
@@ -143,11 +166,35 @@ def epochs_of_round(options: TrainingOptions, round: int) -> int:
     return options.max_epochs * round // options.rounds - options.max_epochs * (round - 1) // options.rounds
 
 
+def _randomness(seed: int, stage: int, epoch: int, step: int) -> StepRandomness:
+    negatives = partial(stream, seed, "negatives", stage, epoch, step)
+    return StepRandomness(negatives, int(stream(seed, "module", stage, epoch, step).integers(2**62)))
+
+
+def _held_out_randomness(seed: int, stage: int, step: int) -> StepRandomness:
+    return StepRandomness(partial(stream, seed, "held-out negatives", stage, step))
+
+
+def _augmented(options: TrainingOptions, stage: int, epoch: int, step: int, batch: Batch) -> Batch:
+    return augmented(batch, options, stream(options.seed, "augmentation", stage, epoch, step))
+
+
 def _batches(
-    epoch: Epoch, loader: Loader, classes: np.ndarray | None, trainer: AnyTrainer, first: int
+    epoch: Epoch,
+    loader: Loader,
+    trainer: AnyTrainer,
+    classes: np.ndarray | None,
+    first: int,
+    augment: Prepare,
+    randomness: Callable[[int], StepRandomness],
 ) -> Iterator[tuple[int, Batch]]:
-    for step, batch in zip(range(first, epoch.steps), loader.batches(epoch, first, trainer.offloaded), strict=True):
-        yield step, batch if classes is None else replace(batch, classes=classes[epoch.samples_of(step)])
+    """The batches of steps `first` on, prepared ahead of them."""
+
+    def prepare(step: int, batch: Batch) -> Batch:
+        labelled = batch if classes is None else replace(batch, classes=classes[epoch.samples_of(step)])
+        return trainer.prepared(augment(step, labelled), randomness(step))
+
+    return zip(range(first, epoch.steps), loader.batches(epoch, first, trainer.offloaded, prepare), strict=True)
 
 
 def _check_finite(loss: float, stage: int, epoch: int, lr: float) -> None:
@@ -159,16 +206,44 @@ def _check_finite(loss: float, stage: int, epoch: int, lr: float) -> None:
 
 
 def _resume(round: Round, trainer: AnyTrainer) -> tuple[Progress, Arrays | None]:
-    """The checkpoint of this round, else the last one of the round before, else the beginning."""
+    """The checkpoint of this round, else what came before it: an earlier training, the last one of the round before, or
+    nothing."""
     stage, earlier = trainer.spec.stage, round.earlier
+    if further := _resume_further(round, trainer):
+        return further
     saved = load_checkpoint(round.store.checkpoint(stage), round.training_key(stage), trainer)
     if saved is None and earlier is not None:
         path = earlier.store.checkpoint(stage)
         before = load_checkpoint(path, earlier.training_key(stage), trainer)
         if before is None:
             raise RunError(f"{path} is gone, with which the next round begins; start the same command again.")
-        saved = before[0].in_next_round(), None
-    return saved or (Progress(), None)
+        saved = before[0].on_other_input(), None
+    if saved is not None:
+        return saved
+    if (first := load_first_weights(round.run.store)) is not None:
+        with uncounted():  # the meter would take what lies on the host for what is on the device
+            names = trainer.module.state_dict().keys()
+        load_weights(trainer.module, {name: first[name] for name in names})
+    return Progress(), None
+
+
+def _resume_further(round: Round, trainer: AnyTrainer) -> tuple[Progress, Arrays | None] | None:
+    """Where the stage stood when more epochs were asked for; None where there is no such, or it has gone on from there."""
+    stage, store = trainer.spec.stage, round.store
+    record, purpose = round.state.record(stage), purpose_of(store.checkpoint(stage))
+    earlier = record.earlier
+    if earlier is None or purpose == round.training_key(stage):
+        return None
+    if earlier.checkpoint is not None and purpose == earlier.checkpoint:
+        saved = load_checkpoint(store.checkpoint(stage), purpose, trainer)
+        assert saved is not None
+        return saved if earlier.same_input else (saved[0].on_other_input(), None)
+    if earlier.weights is None:
+        raise RunError(
+            f"{store.checkpoint(stage)} is gone, from which stage {stage} goes on; train it anew with --from-stage {stage}."
+        )
+    load_weights(trainer.module, load_stages(store, [replace(record, weights=earlier.weights)]))
+    return Progress(epoch=earlier.epochs, first_epoch=earlier.epochs), None
 
 
 def _close_epoch(progress: Progress, entry: dict[str, Any], options: TrainingOptions) -> bool:

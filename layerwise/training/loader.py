@@ -24,10 +24,19 @@ Offload = Callable[[], AbstractContextManager[object]]
 """Takes the stage off the device for as long as the block lasts; a feed that works on the device itself asks for it."""
 
 
+Prepare = Callable[[int, Batch], Batch]
+"""Makes a step's batch ready, in the thread that has read it."""
+
+
+def as_read(step: int, batch: Batch) -> Batch:
+    """Changes nothing."""
+    return batch
+
+
 class Loader(Extent, Protocol):
     """The input of a stage."""
 
-    def batches(self, epoch: Epoch, first: int, offloaded: Offload) -> Iterator[Batch]:
+    def batches(self, epoch: Epoch, first: int, offloaded: Offload, prepare: Prepare = as_read) -> Iterator[Batch]:
         """The batches of steps `first` on."""
         ...
 
@@ -37,28 +46,26 @@ class Loader(Extent, Protocol):
 
 
 class SourceLoader:
-    """Reads a data set or a cache; nothing of it is on the device. For a GPU, batches come in pinned host memory."""
+    """Reads a data set or a cache; nothing of it is on the device."""
 
-    def __init__(self, source: Readable, device: torch.device, ranks: Ranks = ALONE) -> None:
+    def __init__(self, source: Readable, ranks: Ranks = ALONE) -> None:
         """ranks: who shares the batches; the windows of the others are zeros, and not read."""
         self._source, self._ranks = source, ranks
         self._threads = source.reading_threads if isinstance(source, OnDisk) else 1
-        self._pins = device.type == "cuda"
         self.lengths, self.columns, self.views = source.lengths, source.columns, source.views
 
-    def batches(self, epoch: Epoch, first: int, offloaded: Offload) -> Iterator[Batch]:
-        return read_ahead(self._reads(epoch, first), self._threads)
+    def batches(self, epoch: Epoch, first: int, offloaded: Offload, prepare: Prepare = as_read) -> Iterator[Batch]:
+        return read_ahead(self._reads(epoch, first, prepare), self._threads)
 
-    def _reads(self, epoch: Epoch, first: int) -> Iterator[Callable[[], Batch]]:
+    def _reads(self, epoch: Epoch, first: int, prepare: Prepare) -> Iterator[Callable[[], Batch]]:
         for step in range(first, epoch.steps):
             epoch.expect(self._source, step, share_of(epoch, step, self._ranks))
-            yield partial(self._read, epoch, step)
+            yield partial(self._read, epoch, step, prepare)
 
-    def _read(self, epoch: Epoch, step: int) -> Batch:
+    def _read(self, epoch: Epoch, step: int, prepare: Prepare) -> Batch:
         share = share_of(epoch, step, self._ranks)
-        batch = in_whole_batch(epoch.read(self._source, step, share), epoch, step, self, self._ranks)
-        # The GPU fetches pinned memory by itself.
-        return Batch(batch.frames.pin_memory(), batch.lengths) if self._pins else batch
+        batch = epoch.read(self._source, step, share)
+        return prepare(step, in_whole_batch(batch, epoch, step, self, self._ranks))
 
     def pieces(self, groups: Sequence[Group], offloaded: Offload) -> Iterator[Batch]:
         return read_ahead(partial(read_piece, self._source, group, start) for group in groups for start in group.starts)
@@ -75,6 +82,11 @@ def in_whole_batch(batch: Batch, epoch: Epoch, step: int, extent: Extent, ranks:
     if ranks.count == 1:
         return batch
     return among_others(batch, epoch.lengths_of(extent, step), share_of(epoch, step, ranks).start)
+
+
+def pinned(batch: Batch, device: torch.device) -> Batch:
+    """The batch in pinned memory, which a GPU fetches by itself; as it is for a CPU."""
+    return replace(batch, frames=batch.frames.pin_memory()) if device.type == "cuda" else batch
 
 
 def augmented(batch: Batch, options: TrainingOptions, rng: np.random.Generator) -> Batch:

@@ -21,7 +21,7 @@ from layerwise.memory.meter import uncounted
 from layerwise.memory.ranks import ALONE, Ranks
 from layerwise.nets.module import Module
 from layerwise.training.forward import InferenceStage
-from layerwise.training.loader import Offload, in_whole_batch, share_of
+from layerwise.training.loader import Offload, Prepare, as_read, in_whole_batch, share_of
 from layerwise.training.spec import StageSpec
 
 BLOCK_BYTES = 256 * 2**20
@@ -58,13 +58,13 @@ class RecomputingLoader:
         self._source, self._specs, self._stages = source, specs, stages
         self._samples, self._device, self._ranks = samples, device, ranks
 
-    def batches(self, epoch: Epoch, first: int, offloaded: Offload) -> Iterator[Batch]:
+    def batches(self, epoch: Epoch, first: int, offloaded: Offload, prepare: Prepare = as_read) -> Iterator[Batch]:
         per_block = max(BLOCK_BYTES // self._bytes(epoch.batch_size, epoch.window.frames), 1)
         for start in range(first, epoch.steps, per_block):
             steps = range(start, min(start + per_block, epoch.steps))
             block = self._block([partial(self._read_windows, epoch, step) for step in steps], offloaded)
             for step, batch in zip(steps, block, strict=True):
-                yield in_whole_batch(batch, epoch, step, self, self._ranks)
+                yield prepare(step, in_whole_batch(batch, epoch, step, self, self._ranks))
 
     def pieces(self, groups: Sequence[Group], offloaded: Offload) -> Iterator[Batch]:
         reads: list[partial[Windows]] = []

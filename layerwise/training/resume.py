@@ -10,18 +10,19 @@ steps then finds nothing that it would wrongly believe in.
 import itertools
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from layerwise.config import Config, Option, changed_options
+from layerwise.config import Config, changed_options
+from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, RunError
 from layerwise.run_store import RunState, RunStore, StageRecord, cache_files
 from layerwise.training.cache_plan import CachePlan, retained_caches
-from layerwise.training.checkpoint import load_stages
+from layerwise.training.checkpoint import digest, load_stages
+from layerwise.training.first_weights import check_warm_start, first_weights, is_network_of, write_first_weights
+from layerwise.training.further import Change, is_in_hand, is_more_epochs, set_back, training_changes
 from layerwise.training.run import Run
-
-Change = tuple[Option, object, object]
-"""An option, its old value and its new one."""
+from layerwise.training.samples import learnt_classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ def prepare_rounds(run: Run, request: StartRequest) -> dict[int, RunState]:
         states[number] = _prepare(of_round, run, request, run.keep(number))
         if number < rounds:
             _find_lost_ends(number, run, states)
+        if number == rounds:
+            write_first_weights(states[number], run)
         if number == rounds and states[number].is_trained:
             break  # what came before has served its purpose, and may have been deleted
     return dict(sorted(states.items()))
@@ -106,10 +109,12 @@ def _prepare(store: RunStore, run: Run, request: StartRequest, keep: str) -> Run
         _go_on(state, store, run, request.from_stage, keep)
     else:
         store.refuse_foreign_caches(old)
+        state = _new_state(store, run)
         if old is not None:
             store.delete_run(old)
-        state = _new_state(store, run)
+    state.optimization = _optimization(run)
     state.config, state.budget_bytes, state.device = run.config, run.config.memory.gpu_mem, str(run.device)
+    state.classes = learnt_classes(run.config, run.data)
     state.caches = os.path.relpath(store.caches, store.out.resolve())
     if store.is_copy(state):
         state.copy_of, state.run_id = state.run_id, secrets.token_hex(8)
@@ -122,6 +127,7 @@ def _prepare(store: RunStore, run: Run, request: StartRequest, keep: str) -> Run
 
 
 def _new_state(store: RunStore, run: Run) -> RunState:
+    first = first_weights(run) if store is run.store else None
     cached = zip(run.specs, run.cache_plan.cached, strict=True)
     return RunState(
         stages=[StageRecord(spec.stage, cached=to_be) for spec, to_be in cached],
@@ -133,16 +139,14 @@ def _new_state(store: RunStore, run: Run) -> RunState:
         inode=store.inode,
         cut=[len(spec.layers) for spec in run.specs],
         network=run.specs[0].network.identity,
-        optimization=_optimization(run),
+        structure=run.specs[0].network.structure,
+        first_weights=None if first is None else digest(first),
     )
 
 
 def _go_on(state: RunState, store: RunStore, run: Run, from_stage: int | None, keep: str) -> None:
     """Makes the state what this start goes on from."""
-    if from_stage is not None and not _is_in_hand(state, run.config, from_stage):
-        # The stages below keep their options from now on.
-        state.from_stage, state.kept_stages = from_stage, from_stage - 1
-        state.reset_from(from_stage)
+    set_back(state, store, run.config, from_stage)
     for record, to_be in zip(state.stages, run.cache_plan.cached, strict=True):
         if not record.is_trained:
             record.cached = to_be
@@ -160,7 +164,7 @@ def _check_going_on(state: RunState, store: RunStore, run: Run, from_stage: int 
     store.refuse_foreign_caches(state)
     _check_shape(state, store, run.config)
     _check_same_objects(state, store, run)
-    if from_stage is None or _is_in_hand(state, run.config, from_stage):
+    if from_stage is None or is_in_hand(state, run.config, from_stage):
         _check_training(state, store, run.config)
         return
     unfinished = [record.stage for record in state.stages[: from_stage - 1] if record.status != "done"]
@@ -191,22 +195,47 @@ def _check_shape(state: RunState, store: RunStore, config: Config) -> None:
 
 
 def _check_same_objects(state: RunState, store: RunStore, run: Run) -> None:
-    """Raises RunError where the data set, the network or the optimizer is not the run's."""
+    """Raises RunError where the data set, the label learnt, the network or the optimizer is not the run's."""
     if state.data_identity != run.data.identity:
+        before, now = state.config.data.source, run.config.data.source
+        if before != now:
+            raise RunError(
+                f"The data set {now} is not the one that {store.out} was trained on, which was {before}; give that one, or "
+                "another --out."
+            )
         raise RunError(
             f"The data set is not the one that {store.out} was trained on: files or their sizes have changed. Bring the "
-            "old ones back, or start anew with --overwrite or another --out."
+            f"old ones back, or begin with what it has learnt on those that are there now: another --out, and --warm-start "
+            f"{store.out}."
         )
-    if state.network != run.specs[0].network.identity:
+    refuse_other_classes(state, run.config, run.data)
+    if not is_network_of(state, run.store, run.specs[0].network):
         raise RunError(
-            f"The network is not the one that {store.out} was begun with, its first weights included; give that one (seed "
-            "torch before it is made), or start anew with --overwrite or another --out."
+            f"The network is not the one that {store.out} was begun with; give that one, or start anew with --overwrite or "
+            "another --out."
         )
-    if state.optimization != _optimization(run):
+    if store is run.store:
+        check_warm_start(state, run)
+    if not _is_same_optimization(state.optimization, _optimization(run)):
         raise RunError(
             f"The optimizer or its schedule is not the one that {store.out} was begun with; give that one, or start anew with "
             "--overwrite or another --out."
         )
+
+
+def refuse_other_classes(state: RunState, config: Config, data: DataSet) -> None:
+    """Raises RunError where the label that is learnt has other values than when the run was begun."""
+    classes, label = learnt_classes(config, data), config.objective.label
+    if state.classes and label == state.config.objective.label and state.classes != classes:
+        raise RunError(
+            f"The label {label!r} has other values than when the run was begun: --labels {config.data.labels} "
+            "has changed, or is another file. Bring the old one back, or start anew with --overwrite or another --out."
+        )
+
+
+def _is_same_optimization(old: str, new: str) -> bool:
+    """Also where a schedule goes on for more epochs: the list of what it does in each of them has become longer."""
+    return old == new or (old.endswith("]]") and new.startswith(f"{old[:-1]}, "))
 
 
 def _optimization(run: Run) -> str:
@@ -217,27 +246,12 @@ def _optimization(run: Run) -> str:
 def _check_training(state: RunState, store: RunStore, config: Config) -> None:
     """Raises ConfigError where a begun stage was trained with other options, unless an earlier start kept it so."""
     for stage in range(state.kept_stages + 1, len(state.stages) + 1):
-        changes = _training_changes(state, config, [stage])
+        changes = [change for change in training_changes(state, config, [stage]) if not is_more_epochs(change, config)]
         if changes:
             raise ConfigError(
                 f"{listed_changes(changes, f'when stage {stage} of {store.out} was trained')}. Give the old back, or retrain "
                 f"with --from-stage {stage}."
             )
-
-
-def _is_in_hand(state: RunState, config: Config, from_stage: int) -> bool:
-    """Whether an earlier start was asked the same and did not end, so that this one goes on."""
-    stages = range(from_stage, len(state.stages) + 1)
-    return state.from_stage == from_stage and not _training_changes(state, config, stages)
-
-
-def _training_changes(state: RunState, config: Config, stages: Iterable[int]) -> list[Change]:
-    return [
-        change
-        for stage in stages
-        if (trained_with := state.record(stage).config)
-        for change in changed_options(trained_with, config, {"training"})
-    ]
 
 
 def listed_changes(changes: list[Change], when: str) -> str:
@@ -258,9 +272,8 @@ def earlier_records(store: RunStore, config: Config, request: StartRequest) -> l
     if not request.goes_on(store):
         return []
     state = store.load_state()
-    if request.from_stage is None or _is_in_hand(state, config, request.from_stage):
-        return state.stages
-    return state.stages[: request.from_stage - 1]
+    again = set_back(state, store, config, request.from_stage)
+    return state.stages[: state.kept_stages] if again else state.stages
 
 
 def decided(records: Sequence[StageRecord]) -> list[bool]:

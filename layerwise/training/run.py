@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -91,12 +91,12 @@ class Round:
             raise RunError(
                 f"{self.store.out} has lost the folder of its round {self.number - 1}; begin anew with --overwrite."
             )
-        config, spec = self.run.config, self.run.specs[stage - 1]
+        config, spec, earlier = self.run.config, self.run.specs[stage - 1], self.state.record(stage).earlier
         return _digest(
             [
                 self.run.data.identity,
                 self.state.record(stage - 1).fingerprint if stage > 1 else None,
-                self.earlier.state.record(stage).fingerprint if self.earlier else None,
+                self.earlier.state.record(stage).fingerprint if self.earlier else earlier and asdict(earlier),
                 stage,
                 spec.layers.start,
                 spec.layers.stop,

@@ -1,5 +1,7 @@
 """Which samples train, which stop the training and which test the probes, fixed by the seed; and their classes."""
 
+import hashlib
+
 import numpy as np
 
 from layerwise.cache import SPLITS
@@ -16,7 +18,8 @@ TRAIN, HELD_OUT, TEST = (SPLITS.index(name) for name in ("train", "held-out", "t
 def split_samples(data: DataSet, config: Config) -> np.ndarray:
     """uint8 [N], an index into SPLITS. The customary test split where there is one, else a random part of the samples.
 
-    Raises DataError where a part would be empty.
+    Held out are the customary samples where there are some, else a random part of those that are left. Raises DataError where
+    a part would be empty.
     """
     count = len(data.ids)
     order = stream(config.training.seed, "split").permutation(count)
@@ -32,7 +35,11 @@ def split_samples(data: DataSet, config: Config) -> np.ndarray:
         )
     # Alone in its batch, a sample has no others to be told from.
     least = renderings_compared(config.objective.name)
-    split[rest[: max(least, round(len(rest) * config.data.held_out))]] = HELD_OUT
+    held_out = getattr(data, "held_out", None)
+    if held_out is not None and held_out.sum() >= least:
+        split[held_out] = HELD_OUT
+    else:
+        split[rest[: max(least, round(len(rest) * config.data.held_out))]] = HELD_OUT
     if not (split == TRAIN).any():
         raise DataError("No sample is left to train on; lower data.held_out.")
     return split
@@ -51,14 +58,20 @@ def sample_classes(config: Config, data: DataSet) -> np.ndarray | None:
         return None
     if label not in data.labels:
         raise DataError(
-            f"--label {label}: the data have no such label; they have {', '.join(data.labels) or 'none'}."
-            f"{did_you_mean(label, data.labels)}"
+            f"--label {label}: the data have no such label; they have {', '.join(data.labels) or 'none'}, and --labels "
+            f"FILE.csv can bring more.{did_you_mean(label, data.labels)}"
         )
     values = data.labels[label]
     known = np.unique(values[values != ""])
     if len(known) < 2:
         raise DataError(f"--label {label} has {len(known)} values in these data; there is nothing to tell apart.")
     return np.where(values == "", UNLABELLED, np.searchsorted(known, values)).astype(np.int64)
+
+
+def learnt_classes(config: Config, data: DataSet) -> str:
+    """A digest of the classes that are learnt; empty where none are. A file of labels is no part of the data's identity."""
+    classes = sample_classes(config, data)
+    return "" if classes is None else hashlib.sha256(classes.tobytes()).hexdigest()
 
 
 def count_classes(config: Config, data: DataSet) -> int:

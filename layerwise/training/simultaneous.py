@@ -21,6 +21,7 @@ from layerwise.memory.microbatch import Total
 from layerwise.memory.plan import MemoryPlan
 from layerwise.nets.module import Module
 from layerwise.training.context import RunContext
+from layerwise.training.loader import pinned
 from layerwise.training.optimizer import Optimizer
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
@@ -46,6 +47,10 @@ class SimultaneousTrainer:
         """Each with what a checkpoint writes before the names of its parameters."""
         modules = [("module/", part.optimizer) for part in self._parts]
         return modules + [(f"objective/{part.spec.stage}.", part.predictor_optimizer) for part in self._parts]
+
+    def prepared(self, batch: Batch, randomness: StepRandomness) -> Batch:
+        """As of a StageTrainer; but each part draws when it is its turn."""
+        return pinned(batch, self.context.device)
 
     def train(self, batch: Batch, randomness: StepRandomness) -> Total:
         """One step of every module. Means over the modules."""

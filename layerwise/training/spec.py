@@ -90,6 +90,8 @@ def stage_specs(
     if sum(map(len, cut)) != len(network.layers):
         raise ConfigError(f"A cut of {sum(map(len, cut))} layers does not fit this network of {len(network.layers)}.")
     window = input_window(config, data)
+    if network.reads_ids:
+        _keep_ids(data)
     check_objective(config.objective.name)
     renderings = renderings_compared(config.objective.name)
     _check_renderings(config, data, renderings)
@@ -167,6 +169,18 @@ def _check_net(config: Config, data: DataSet) -> None:
             f"--net vision trains on pictures in patches, and these frames are of {shape}; for recordings give --net speech, "
             "for others a --net of your own."
         )
+
+
+def _keep_ids(data: DataSet) -> None:
+    """Whole numbers that stand for something are not brought to a level. Raises ConfigError where they would be changed."""
+    if data.takes != "arrays":
+        raise ConfigError(f"This network reads whole numbers, such as those of words, and the data are {data.takes}.")
+    if data.views > 1:
+        raise ConfigError(
+            "This network reads whole numbers, such as those of words, which cannot be rendered in several views; give "
+            "--views 1 and an objective that compares frames, such as --frames steps with --objective infonce."
+        )
+    data.level = 1.0
 
 
 def _check_renderings(config: Config, data: DataSet, renderings: int) -> None:

@@ -167,7 +167,7 @@ def _loader(stage: int, source: FrameSource, round: Round, context: RunContext) 
     # input_noise is relative to the level of the whole batch, so every rank reads all of it.
     ranks = ALONE if run.config.training.input_noise else context.ranks
     if not specs:
-        return SourceLoader(source, context.device, ranks)
+        return SourceLoader(source, ranks)
     records = [round.state.record(spec.stage) for spec in specs]
     formats = [OutputFormat.of(record.trained_with) for record in records]
     stages = trained_stages(specs, formats, load_stages(round.store, records))
@@ -204,8 +204,8 @@ def _record_done(round: Round, record: StageRecord) -> None:
     round.save()
     if not round.run.ranks.first:
         return
-    if round.is_last:
-        round.store.checkpoint(record.stage).unlink(missing_ok=True)  # the next round begins from earlier ones
+    if round.is_last and round.run.rounds > 1:
+        round.store.checkpoint(record.stage).unlink(missing_ok=True)  # that of a run in one round is for more epochs
     if round.earlier:
         round.earlier.store.checkpoint(record.stage).unlink(missing_ok=True)
 

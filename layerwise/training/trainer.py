@@ -32,12 +32,14 @@ from layerwise.memory.device import (
     why_out_of_memory,
 )
 from layerwise.memory.meter import metered, uncounted
-from layerwise.memory.microbatch import Pending, Total
+from layerwise.memory.microbatch import Part, Pending, Total
+from layerwise.memory.packed import Packed
 from layerwise.memory.plan import NARROW_ROOM, MemoryPlan
 from layerwise.nets.module import Module
 from layerwise.nets.network import named_tensors
-from layerwise.objectives.protocol import Draw, Group, ObjectiveModule, Streamed
+from layerwise.objectives.protocol import Arrays, Draw, Group, ObjectiveModule, Streamed
 from layerwise.training.context import RunContext
+from layerwise.training.loader import pinned
 from layerwise.training.optimizer import HostOptimizer, LossScale, Optimizer, adam
 from layerwise.training.spec import StageSpec, batch_effects
 
@@ -52,6 +54,33 @@ class StepRandomness:
 
     negatives: Callable[[], np.random.Generator]
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What is drawn for a batch, on the host."""
+
+    parts: Sequence[Draw]
+    packed: Packed | None = None
+    """The batch and the arrays of its only part, ready to go to the device together; None where they go there bit by bit."""
+
+
+@dataclass(frozen=True, slots=True)
+class _OnDevice:
+    """A part whose arrays are on the device, all of them."""
+
+    rows: np.ndarray
+    draw: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _There:
+    """What the device has of a whole batch."""
+
+    rows: torch.Tensor
+    """int64 [R], those that are scored."""
+    frames: list[torch.Tensor]
+    """One tensor, until it is taken; none where they came otherwise."""
 
 
 class StageTrainer:
@@ -82,12 +111,19 @@ class StageTrainer:
         """Each with what a checkpoint writes before the names of its parameters."""
         return [("module/", self.optimizer), ("objective/", self.predictor_optimizer)]
 
+    def prepared(self, batch: Batch, randomness: StepRandomness) -> Batch:
+        """The batch with all that can be done for its step ahead of it. May be called by another thread."""
+        drawn = self._draw(batch, randomness)
+        frames = drawn.packed.frames if drawn.packed else None
+        batch = pinned(batch, self.context.device) if frames is None else replace(batch, frames=frames)
+        return replace(batch, drawn=drawn)
+
     def train(self, batch: Batch, randomness: StepRandomness) -> Total:
         """One optimizer step; leaves no gradients behind. Raises BudgetError where not even the smallest slices fit."""
         self.module.train()
-        draws = self._draws(batch, randomness)
-        with metered(self._should_meter("training", batch, draws)):
-            score = self._repeat_in_smaller_slices(self._attempt, draws, batch, randomness)
+        drawn = self._drawn(batch, randomness)
+        with metered(self._should_meter("training", batch, drawn.parts)):
+            score = self._repeat_in_smaller_slices(self._attempt, drawn, batch, randomness)
             with self._beside_parameters():
                 self._add_gradients()
                 unscale = partial(self.scale.unscale, [*self.module.parameters()])
@@ -99,9 +135,9 @@ class StageTrainer:
     def evaluate(self, batch: Batch, randomness: StepRandomness) -> Total:
         """The score of a batch, without a step."""
         self.module.eval()
-        draws = self._draws(batch, randomness)
-        with metered(self._should_meter("held-out", batch, draws)):
-            return self._agreed(self._repeat_in_smaller_slices(self._score, draws, batch, randomness))
+        drawn = self._drawn(batch, randomness)
+        with metered(self._should_meter("held-out", batch, drawn.parts)):
+            return self._agreed(self._repeat_in_smaller_slices(self._score, drawn, batch, randomness))
 
     @contextlib.contextmanager
     def offloaded(self) -> Iterator[None]:
@@ -149,14 +185,31 @@ class StageTrainer:
         """The context of work on parameters where they lie between two steps."""
         return uncounted() if self.memory_plan.optimizer_on_host else contextlib.nullcontext()
 
-    def _score(self, batch: microbatch.SlicedBatch, draws: Sequence[Draw]) -> Total:
+    def _drawn(self, batch: Batch, randomness: StepRandomness) -> Drawn:
+        """What was drawn ahead, unless slices have become smaller since."""
+        drawn = batch.drawn
+        if isinstance(drawn, Drawn) and len(drawn.parts) == self._parts(batch):
+            return drawn
+        return self._draw(batch, randomness)
+
+    def _draw(self, batch: Batch, randomness: StepRandomness) -> Drawn:
+        parts = self._draws(batch, randomness)
+        packed = None
+        if self.memory_plan.at_once and isinstance(parts[0], Arrays):
+            # Of a batch that several ranks share, each fetches its own samples alone.
+            whole = self.context.ranks.count == 1 and batch.frames.device.type != "cuda"
+            frames = batch.frames if whole else None
+            packed = Packed.of(parts[0].arrays, frames, self.context.device)
+        return Drawn(parts, packed)
+
+    def _score(self, batch: microbatch.SlicedBatch, draws: Sequence[Part]) -> Total:
         with self._module_unless_streamed():
             with self.module_on_device():
                 encoded = microbatch.encode(batch, self._rows(draws), with_graph=False)
             with contextlib.closing(self._losses()) as losses:
                 return microbatch.score(batch, encoded, losses, draws)
 
-    def _attempt(self, batch: microbatch.SlicedBatch, draws: Sequence[Draw]) -> Total:
+    def _attempt(self, batch: microbatch.SlicedBatch, draws: Sequence[Part]) -> Total:
         """All gradients of the module in place, and the predictors' step taken."""
         with self._module_unless_streamed():
             buffers = self._kept_buffers()
@@ -216,13 +269,13 @@ class StageTrainer:
         at_once, graded = self.memory_plan.predictors or len(stacked), torch.is_grad_enabled()
         return self.context.host.visits(stacked, at_once, self.context.device, graded)
 
-    def _whole_loss(self, representations: tuple[torch.Tensor, ...], draw: Any) -> Total:
-        score = self.objective(representations[0], representations[-1], draw, self.memory_plan.loss_room)
+    def _whole_loss(self, representations: tuple[torch.Tensor, ...], part: Part) -> Total:
+        score = self.objective(representations[0], representations[-1], _draw_of(part), self.memory_plan.loss_room)
         return Total(score.loss, score.accuracy)
 
-    def _loss_of(self, groups: Iterable[Group], representations: tuple[torch.Tensor, ...], draw: Any) -> Total:
-        objective = cast(Streamed, self.objective)
-        score = objective.streamed(representations[0], representations[-1], draw, self.memory_plan.loss_room, groups)
+    def _loss_of(self, groups: Iterable[Group], representations: tuple[torch.Tensor, ...], part: Part) -> Total:
+        objective, room = cast(Streamed, self.objective), self.memory_plan.loss_room
+        score = objective.streamed(representations[0], representations[-1], _draw_of(part), room, groups)
         return Total(score.loss, score.accuracy)
 
     def _step_predictors(self) -> None:
@@ -276,15 +329,15 @@ class StageTrainer:
 
     def _repeat_in_smaller_slices(
         self,
-        work: Callable[[microbatch.SlicedBatch, Sequence[Draw]], Total],
-        draws: Sequence[Draw],
+        work: Callable[[microbatch.SlicedBatch, Sequence[Part]], Total],
+        drawn: Drawn,
         batch: Batch,
         randomness: StepRandomness,
     ) -> Total:
         as_it_is = self._may_lie_otherwise
         while True:
             try:
-                return work(self._sliced(batch, randomness.seed), draws)
+                return self._once(work, drawn, batch, randomness.seed)
             except NoSmallerSlices:
                 raise
             except (BudgetError, RuntimeError) as error:
@@ -301,7 +354,22 @@ class StageTrainer:
                 release(self.context.device)
                 continue
             self._shrink(reason)
-            draws = self._draws(batch, randomness)
+            drawn = self._draw(batch, randomness)
+
+    def _once(
+        self,
+        work: Callable[[microbatch.SlicedBatch, Sequence[Part]], Total],
+        drawn: Drawn,
+        batch: Batch,
+        seed: int,
+    ) -> Total:
+        if not (drawn.packed and self.memory_plan.at_once):
+            return work(self._sliced(batch, seed), drawn.parts)
+        (part,) = drawn.parts
+        arrays, frames = drawn.packed.on_device(self.context.device)
+        there = _There(arrays["rows"], [] if frames is None else [frames])
+        del frames
+        return work(self._sliced(batch, seed, there), [_OnDevice(part.rows, replace(cast(Any, part), **arrays))])
 
     @property
     def _may_lie_otherwise(self) -> bool:
@@ -321,9 +389,11 @@ class StageTrainer:
     def _draws(self, batch: Batch, randomness: StepRandomness) -> Sequence[Draw]:
         lengths = self.module.out_length(batch.lengths)
         frames = int(self.module.out_length(batch.frames.shape[1]))
-        parts = min(max(self.memory_plan.parts, 1), len(lengths))
         columns, rng = self.spec.window.columns, randomness.negatives()
-        return self.objective.draw(lengths, frames, columns, rng, parts, batch.classes)
+        return self.objective.draw(lengths, frames, columns, rng, self._parts(batch), batch.classes)
+
+    def _parts(self, batch: Batch) -> int:
+        return min(max(self.memory_plan.parts, 1), len(batch.lengths))
 
     def _samples(self, batch: Batch) -> int:
         """Samples of the batch that a step goes through."""
@@ -333,20 +403,21 @@ class StageTrainer:
         share = self.context.ranks.share(len(batch.lengths))
         return min(self.memory_plan.micro_batch, share.stop - share.start)
 
-    def _rows(self, draws: Sequence[Draw]) -> np.ndarray:
+    def _rows(self, draws: Sequence[Part]) -> np.ndarray:
         """int64 [R], sorted: all rows that are scored."""
         return microbatch.all_rows(draws)
 
-    def _sliced(self, batch: Batch, seed: int) -> microbatch.SlicedBatch:
+    def _sliced(self, batch: Batch, seed: int, there: _There | None = None) -> microbatch.SlicedBatch:
         def encode(samples: slice, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
             # Checkpoints end a layer's second pass as soon as all tensors are there that its backward pass needs, and torch
             # (2.12) takes the noise of RReLU for there before it is drawn.
             to_the_end = set_checkpoint_early_stop(not self.effects.uses_randomness)
+            whole = there if samples.stop - samples.start == len(batch.lengths) else None
             with self._seeded(seed, samples.start), autocast(device, self.config.training.precision), to_the_end:
                 return self.module.representations(
-                    host.bring(batch.frames, device, samples).float(),
+                    self._frames(batch, samples, whole),
                     batch.lengths[samples],
-                    torch.as_tensor(rows, device=device),
+                    torch.as_tensor(rows, device=device) if whole is None else whole.rows,
                     self.memory_plan.recompute,
                 )
 
@@ -361,9 +432,20 @@ class StageTrainer:
             ranks=self.context.ranks,
         )
 
+    def _frames(self, batch: Batch, samples: slice, whole: _There | None) -> torch.Tensor:
+        """float32 on the device. whole: what it has of the batch, where that is what is asked for."""
+        if whole is not None and whole.frames:
+            frames = whole.frames.pop()
+            self.context.host.moved += frames.nbytes
+            return frames.float()
+        return self.context.host.bring(batch.frames, self.context.device, samples).float()
+
     @contextlib.contextmanager
     def _seeded(self, seed: int, first_sample: int) -> Iterator[None]:
         """What a module draws for some samples is the same at every call, and the caller's generators stay as they are."""
+        if not self.effects.uses_randomness:
+            yield
+            return
         with torch.random.fork_rng(devices=[self.context.device] if self.context.device.type == "cuda" else []):
             number = int(np.random.SeedSequence([seed, first_sample]).generate_state(1)[0])
             torch.default_generator.manual_seed(number)  # torch.manual_seed would seed GPUs that are not ours as well
@@ -397,6 +479,11 @@ class StageTrainer:
     def _forget_gradients(self) -> None:
         self.module.zero_grad()
         self.objective.zero_grad()
+
+
+def _draw_of(part: Part) -> Any:
+    """What the objective takes."""
+    return part.draw if isinstance(part, _OnDevice) else part
 
 
 def _step(optimizer: Optimizer) -> None:

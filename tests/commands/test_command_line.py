@@ -176,6 +176,7 @@ def test_the_command_line_has_exactly_these_options() -> None:
             "--recipe",
             "--config",
             "--data",
+            "--labels",
             "--frames",
             "--net",
             "--stages",
@@ -197,8 +198,7 @@ def test_the_command_line_has_exactly_these_options() -> None:
             "--scheduler",
             "--partition",
         ),
-        "--deterministic",
-        "--dry-run",
+        *("--deterministic", "--dry-run", "--warm-start"),
     }
 
 

@@ -64,7 +64,12 @@ def test_extract_says_what_it_wrote_and_what_it_skipped(
         (["extract", "{run}", "images:nowhere", "-o", "x.h5"], "nowhere does not exist"),
         (["extract", "{run}", "empty", "-o", "x.h5"], "holds no recordings"),
         (["extract", "{run}", "broken.wav", "-o", "x.h5"], "1 files were skipped, the first: broken.wav"),
-        (["extract", "{run}", "{data}", "-o", "x.txt"], "a .npy or a .h5"),
+        (["extract", "{run}", "{data}", "-o", "x.txt"], "ends in .npy, .h5, .npz, .parquet"),
+        (["extract", "{run}", "{data}", "-o", "x.npy", "--format", "npz"], "--format npz: write one of"),
+        (
+            ["extract", "{run}", "{data}", "-o", "x", "--format", "csv"],
+            "--format csv: write one of npy, h5, npz, parquet",
+        ),
         (["extract", "{run}", "{data}", "-o", "there.npy"], "exists"),
         (["extract", "{run}", "{data}", "-o", "x.h5", "--stage", "9"], "--stage 9: "),
         (["extract", "{run}", "{data}", "-o", "x.h5", "--gpu-mem", "4"], "4 has no unit"),
@@ -72,7 +77,7 @@ def test_extract_says_what_it_wrote_and_what_it_skipped(
         (["extract", "{run}", "{data}", "-o", "x.h5", "--device", "cuda:7"], "--device cuda:7"),
         (["extract", "nowhere", "{data}", "-o", "x.h5"], "There is no nowhere"),
         (["export", "{run}", "-o", "empty"], "empty exists"),
-        (["export", "{run}", "-o", "x", "--format", "tflite"], "there are safetensors, pt2, onnx"),
+        (["export", "{run}", "-o", "x", "--format", "tflite"], "there are safetensors, state-dict, pt2, onnx"),
         (["export", "empty", "-o", "x"], "not a run directory"),
     ],
 )

@@ -11,9 +11,10 @@ import pytest
 import layerwise
 from layerwise.commands import main
 from layerwise.config import resolve, with_options
+from layerwise.config.options import EngineOptions
 from layerwise.errors import ConfigError
 from layerwise.importing import named_function, python_module
-from layerwise.run_store import open_run
+from layerwise.run_store import open_run, own_options
 
 FOREIGN = """
 import pathlib
@@ -97,12 +98,30 @@ def test_a_function_that_a_run_folder_names_is_not_called(call: Call, small_run:
     state.config = with_options(state.config, change)
     store.save_state(state)
     refused = f"theirs/run.json names a function that would be called, {next(iter(change.values()))};"
-    for command in (("probe", "theirs", "--label", "digit"), ("task", "theirs", "--round", 1, "--stage", 1)):
+    probe, task = ("probe", "theirs", "--label", "digit"), ("task", "theirs", "--round", 1, "--stage", 1)
+    for command in (probe, task, ("run", "--out", "theirs"), ("run", "--out", "theirs", "--max-epochs", 9)):
         code, out, said = call(*command)
         assert (code, out, refused in said) == (2, "", True), said
     with pytest.raises(ConfigError, match="names a function"):
         layerwise.probe("theirs", "digit")
     assert not Path("ran").exists()
+
+
+def test_where_a_run_folder_would_write_and_who_would_work_for_it_is_not_taken_from_it(
+    call: Call, small_run: Path
+) -> None:
+    shutil.copytree(small_run, "theirs")
+    store, state = open_run(Path("theirs"))
+    theirs = {"cache.scratch": "scratch", "cache.dir": "elsewhere", "training.log": "mlflow", "out": "other"}
+    theirs |= {"engine.name": "dask", "engine.scheduler": "tcp://127.0.0.1:1", "training.warm_start": "old"}
+    state.config = with_options(state.config, theirs)
+    store.save_state(state)
+    taken = own_options({"out": "theirs"})
+    assert taken is not None
+    places = (taken.out, taken.cache.dir, taken.cache.scratch, taken.training.log, taken.training.warm_start)
+    assert places == ("theirs", "cache", None, "none", None)
+    assert taken.engine == EngineOptions()
+    assert (taken.data, taken.net, taken.memory) == (state.config.data, state.config.net, state.config.memory)
 
 
 def test_another_network_than_that_of_the_run_is_not_called_either(call: Call, small_run: Path) -> None:

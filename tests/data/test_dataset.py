@@ -94,7 +94,16 @@ def test_items_of_hugging_face_are_named() -> None:
         ((torch.randn(300, 6), np.int64(3)), {"label": "3"}),
         ({"x": torch.randn(9, 2), "label": torch.tensor(1), "who": np.str_("ada")}, {"label": "1", "who": "ada"}),
         ({"label": np.int64(1), "x": torch.randn(9, 2)}, {"label": "1"}),
-        ((torch.randn(9, 2), None, 2.5, True), {"label": "True"}),
+        ((torch.randn(9, 2), None, 2.5, True), {"label_3": "True"}),
+        ((torch.randn(9, 2), np.array([1])), {"label": "1"}),
+        ((torch.randn(9, 2), np.array(4), torch.tensor([[6]])), {"label": "4", "label_2": "6"}),
+        ((torch.randn(9, 2), b"cat", np.bytes_(b"dog")), {"label": "cat", "label_2": "dog"}),
+        ((torch.randn(9, 2), np.array(["cat"]), np.bool_(True)), {"label": "cat", "label_2": "True"}),
+        ((torch.randn(9, 2), torch.tensor([0, 0, 1]), np.array([1.0, 0.0])), {"label": "2", "label_2": "0"}),
+        ((torch.randn(9, 2), [0, 1, 0], [False, True]), {"label": "1", "label_2": "1"}),
+        ((torch.randn(9, 2), float("nan"), None, "b"), {"label_3": "b"}),
+        ({"label": np.array([1]), "x": torch.randn(9, 2)}, {"label": "1"}),
+        ({"label": torch.tensor([0, 1]), "x": torch.randn(9, 2)}, {"label": "1"}),
         ([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]], {}),
     ],
 )
@@ -103,6 +112,39 @@ def test_labels_are_numbers_and_words_of_any_library(item: Any, labels: dict[str
     assert data.takes == "arrays"
     assert {name: values[0] for name, values in data.labels.items()} == labels
     assert data.lengths[0] in (300, 9, 3)
+    assert all(len(values) == 3 for values in data.labels.values())
+
+
+def test_labels_keep_their_places_where_one_is_missing() -> None:
+    items = [(torch.randn(9, 2), None, "b"), (torch.randn(9, 2), 7, "a"), (torch.randn(9, 2), 7, None)]
+    data = as_data(Items(items), STEPS)
+    assert {name: values.tolist() for name, values in data.labels.items()} == {
+        "label": ["", "7", "7"],
+        "label_2": ["b", "a", ""],
+    }
+
+
+def test_a_vector_that_is_one_hot_for_some_items_alone_is_no_label() -> None:
+    items = [(torch.randn(9, 2), np.array(tags), n) for n, tags in enumerate([[0, 1, 0], [1, 1, 0], [0, 0, 1]])]
+    data = as_data(Items(items), STEPS)
+    assert {name: values.tolist() for name, values in data.labels.items()} == {"label_2": ["0", "1", "2"]}
+    assert "left out: label (ndarray (3,))" in data.notes[0]
+
+
+def test_what_was_taken_and_what_was_left_out_is_said() -> None:
+    item = {"label": 1, "x": torch.randn(9, 2), "more": torch.randn(4, 4), "score": 0.5}
+    (note,) = as_data(Items([item] * 2), STEPS).notes
+    assert note == (
+        "the sample is 'x' of each item, float32 (9, 2) in the first; labels: label; left out: more (Tensor (4, 4)), score "
+        "(float)"
+    )
+    (note,) = as_data(Items([(picture(), 1)] * 2), DataOptions(frames="whole", picture=16)).notes
+    assert note == "the sample is the first value of each item, a picture of 40 x 30 in the first; labels: label"
+
+
+def test_items_whose_samples_have_other_names_are_refused() -> None:
+    with pytest.raises(DataError, match="The sample of item 1 of the data set is 'y', and of the first 'x'"):
+        as_data(Items([{"x": torch.randn(9, 2)}, {"y": torch.randn(9, 2)}]), STEPS)
 
 
 def test_a_waveform_and_its_rate_need_no_label() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from layerwise.config import resolve
 from layerwise.data.images import PatchOptions, cut_patches, normalise, open_images
@@ -221,11 +221,6 @@ def test_what_is_no_picture_is_named_and_skipped(folder: Path):
     }
 
 
-def test_a_linked_folder_is_not_entered(folder: Path):
-    (folder / "loop").symlink_to(folder)
-    assert len(open_images(folder, COLOUR).ids) == 4
-
-
 def test_a_picture_lost_after_opening_is_named(folder: Path):
     pictures = open_images(folder, COLOUR)
     (folder / "cat/1.png").unlink()
@@ -285,3 +280,61 @@ def test_real_pictures(tmp_path: Path):
     assert not pictures.skipped
     assert abs(patches.mean()) < 0.7
     assert 0.5 < patches.std() < 1.5
+
+
+def test_a_long_text_is_no_hindrance(folder: Path):
+    info = PngImagePlugin.PngInfo()
+    for number, letters in enumerate((2**21, 2**22)):
+        info.add_text(f"Comment {number}", "x" * letters, zip=True)
+    save(noise(5), folder / "cat/zipped.png", pnginfo=info)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "x" * 2**21)
+    save(noise(6), folder / "cat/plain.png", pnginfo=info)
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("Comment", "é" * 2**20, zip=True)
+    save(noise(7), folder / "cat/international.png", pnginfo=info)
+    pictures = open_images(folder, COLOUR)
+    assert (len(pictures.ids), pictures.skipped) == (7, [])
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_a_gif_is_read(tmp_path: Path, frames: int):
+    first, *others = [Image.new("L", (32, 32), 128 + number) for number in range(frames)]
+    for name in ("1.gif", "2.GIF"):
+        save(first, tmp_path / name, save_all=True, append_images=others)
+    assert np.allclose(pixels_of(open_images(tmp_path, COLOUR).read(0, 0, 49), gray=False), 128, atol=2)
+
+
+@pytest.mark.parametrize(("largest", "bits"), [(4095, 12), (3000, 12), (1023, 10), (16383, 14)])
+def test_values_of_few_bits_in_pictures_of_16_are_pointed_out(tmp_path: Path, largest: int, bits: int):
+    for number, most in enumerate((largest, 40)):
+        save(Image.fromarray(np.full((32, 32), most, dtype=np.uint16)), tmp_path / f"{number}.png")
+    (note,) = open_images(tmp_path, GRAY).notes
+    assert f"2 pictures of 16 bits hold values up to {largest} only, as if of {bits} bits" in note
+    assert f"store them times {2 ** (16 - bits)}" in note
+
+
+def test_values_of_all_bits_are_as_they_should_be(tmp_path: Path):
+    for number, most in enumerate((65535, 40)):
+        save(Image.fromarray(np.full((32, 32), most, dtype=np.uint16)), tmp_path / f"{number}.png")
+    assert open_images(tmp_path, GRAY).notes == []
+
+
+def test_formats_that_are_not_read_are_named(folder: Path):
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+    for name, content in {
+        "1.HEIC": heic,
+        "2.jpg": heic,
+        "3.jpg": heic.replace(b"heic", b"mif1", 1),
+        "4.png": heic.replace(b"heic", b"avif", 1),
+        "5.avif": b"",
+    }.items():
+        (folder / name).write_bytes(content)
+    reasons = {skip.path: skip.reason for skip in open_images(folder, COLOUR).skipped}
+    assert reasons == {
+        "1.HEIC": "HEIC is not read; convert it to PNG or JPEG",
+        "2.jpg": "HEIC is not read; convert it to PNG or JPEG",
+        "3.jpg": "HEIC is not read; convert it to PNG or JPEG",
+        "4.png": "a file of the kind 'avif' is not read; convert it to PNG or JPEG",
+        "5.avif": "AVIF is not read; convert it to PNG or JPEG",
+    }

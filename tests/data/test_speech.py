@@ -12,8 +12,6 @@ import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerwise.config import DataOptions
-from layerwise.data.open import open_data
 from layerwise.data.speech import open_fsdd, open_librispeech, open_recordings
 from layerwise.errors import ConfigError, DataError
 
@@ -184,11 +182,3 @@ def test_a_name_that_is_not_utf8_is_skipped(write_tone: Write, tmp_path: Path) -
     data = open_recordings(tmp_path, 8000)
     assert data.ids == ["a.wav", "b.wav"]
     assert sorted(entry.reason for entry in data.skipped) == ["its name is not valid UTF-8", "not a regular file"]
-
-
-def test_samples_that_are_not_numbers_are_named(write_tone: Write, tmp_path: Path) -> None:
-    write_tone("a.wav")
-    write_tone("b.wav")
-    soundfile.write(tmp_path / "nan.wav", np.full(2000, np.nan, dtype=np.float32), 8000, subtype="FLOAT")
-    with pytest.raises(DataError, match=r"nan\.wav holds samples that are not numbers"):
-        open_data(DataOptions(source=f"speech:{tmp_path}", sample_rate=8000), 1)

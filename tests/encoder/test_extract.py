@@ -17,6 +17,7 @@ from layerwise.data.source import SampleSet
 from layerwise.encoder import extract as extracting
 from layerwise.engines.run import RunResult
 from layerwise.errors import BudgetError, CacheError, DataError, Interrupted
+from layerwise.events import Progress
 from layerwise.stop import StopFlag
 
 
@@ -129,25 +130,36 @@ def test_a_long_recording_passes_in_pieces_under_the_budget(
     assert left_in(tmp_path) == ["free.h5", "long.wav", "tight.h5"]
 
 
+def write_damaged(path: Path) -> None:
+    """A recording whose middle is damaged, which is found only when it is read; long enough to be read in pieces."""
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(9000), 8000)
+    content = bytearray(path.read_bytes())
+    middle = len(content) * 7 // 10
+    content[middle : middle + 200] = bytes(200)
+    path.write_bytes(content)
+
+
 def test_bad_files_are_skipped_and_named(speech_run: RunResult, digits: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mixed"
     shutil.copytree(digits, folder)
     (folder / "broken.wav").write_bytes(b"RIFF no sound")
     soundfile.write(folder / "a_short.wav", np.zeros(20), 8000)
-    nan = np.full(9000, np.nan, dtype=np.float32)  # found only when it is read; long enough to be read in pieces
+    nan = np.full(9000, np.nan, dtype=np.float32)
     nan[:8000] = 0.1
     soundfile.write(folder / "1_nan.wav", nan, 8000, subtype="FLOAT")
+    write_damaged(folder / "2_middle.flac")
     extracted = layerwise.extract(speech_run.paths.out, folder, tmp_path / "features.h5", gpu_mem="200kB")
     reasons = {entry.path: entry.reason for entry in extracted.skipped}
-    assert reasons.keys() == {"broken.wav", "a_short.wav", "1_nan.wav"}
+    assert reasons.keys() == {"broken.wav", "a_short.wav", "1_nan.wav", "2_middle.flac"}
     assert "not numbers" in reasons["1_nan.wav"]
+    assert "cannot be read any more" in reasons["2_middle.flac"]
     found, cached = features_of(tmp_path / "features.h5"), cached_features(speech_run, 4)
     assert found.keys() == cached.keys()
     for name in cached:
         np.testing.assert_allclose(found[name], cached[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("content", ["nothing", "text", "nan"])
+@pytest.mark.parametrize("content", ["nothing", "text", "nan", "damaged"])
 def test_where_no_file_is_left_that_is_said(speech_run: RunResult, tmp_path: Path, content: str) -> None:
     folder = tmp_path / "bad"
     folder.mkdir()
@@ -155,10 +167,13 @@ def test_where_no_file_is_left_that_is_said(speech_run: RunResult, tmp_path: Pat
         (folder / "a.wav").write_text("no sound")
     elif content == "nan":
         soundfile.write(folder / "a.wav", np.full(3000, np.nan, dtype=np.float32), 8000, subtype="FLOAT")
+    elif content == "damaged":
+        write_damaged(folder / "a.flac")
     message = {
         "nothing": "holds no recordings",
         "text": "1 files were skipped, the first: a.wav",
-        "nan": "Not one file",
+        "nan": "1 files were skipped, the first: a.wav, holds samples that are not numbers",
+        "damaged": "Not one file",
     }
     with pytest.raises(DataError, match=message[content]):
         layerwise.extract(speech_run.paths.out, folder, tmp_path / "features.h5")
@@ -167,10 +182,10 @@ def test_where_no_file_is_left_that_is_said(speech_run: RunResult, tmp_path: Pat
 
 def test_a_wish_to_stop_leaves_nothing(speech_run: RunResult, digits: Path, tmp_path: Path) -> None:
     stop = StopFlag()
-    told: list[str] = []
+    told: list[Progress] = []
 
-    def notify(line: str) -> None:
-        told.append(line)
+    def notify(progress: Progress) -> None:
+        told.append(progress)
         stop.reason = "SIGTERM" if len(told) == 3 else None
 
     for name in ("features.h5", "features.npy"):
@@ -178,13 +193,17 @@ def test_a_wish_to_stop_leaves_nothing(speech_run: RunResult, digits: Path, tmp_
         with pytest.raises(Interrupted, match="Stopped by SIGTERM"):
             layerwise.extract(speech_run.paths.out, digits, tmp_path / name, stop=stop, notify=notify)
         stop.reason = None
-    assert told[-1] == "3 of 48"
+    assert told[-1] == Progress("", 3, 48)
     assert left_in(tmp_path) == []
 
 
 def test_files_that_exist_and_other_endings_are_refused(speech_run: RunResult, digits: Path, tmp_path: Path) -> None:
     (tmp_path / "there.h5").write_text("mine")
-    for name, message in (("there.h5", "exists"), ("x.csv", "a .npy or a .h5"), ("no/x.h5", "there is no folder")):
+    for name, message in (
+        ("there.h5", "exists"),
+        ("x.csv", "ends in .npy, .h5, .npz, .parquet"),
+        ("no/x.h5", "there is no folder"),
+    ):
         with pytest.raises(CacheError, match=message):
             layerwise.extract(speech_run.paths.out, digits, tmp_path / name)
     assert (tmp_path / "there.h5").read_text() == "mine"

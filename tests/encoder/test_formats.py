@@ -244,7 +244,7 @@ def test_missing_packages_are_a_sentence(
 
 
 def test_requests_that_cannot_be_met_are_sentences(speech_run: RunResult, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="--format tflite: there are safetensors, pt2, onnx"):
+    with pytest.raises(ExportError, match="--format tflite: there are safetensors, state-dict, pt2, onnx"):
         layerwise.export(speech_run.paths.out, tmp_path / "encoder", "tflite")
     with pytest.raises(ExportError, match="exists; delete it, or name another folder"):
         layerwise.export(speech_run.paths.out, tmp_path)

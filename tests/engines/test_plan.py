@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
+from torch import nn
 from torchvision.models import ResNet, resnet18
 from torchvision.models.resnet import Bottleneck
 
@@ -247,8 +249,8 @@ def test_a_run_is_not_continued_with_another_network_of_the_same_shape(
 
     with pytest.raises(Interrupted):
         run(config, UserObjects(narrow), stop=stop, notify=notify)
-    torch.manual_seed(1)
-    other = traced_network(ResNet(Bottleneck, [1, 1, 1, 1], num_classes=8, width_per_group=2), FRAME)
+    norm = partial(nn.BatchNorm2d, eps=1e-3)
+    other = traced_network(ResNet(Bottleneck, [1] * 4, num_classes=8, width_per_group=2, norm_layer=norm), FRAME)
     with pytest.raises(LayerwiseError, match="network is not the one that"):
         run(config, UserObjects(other))
     assert run(config, UserObjects(narrow)).state.done

@@ -95,7 +95,7 @@ def bits(config: Config) -> dict[str, bytes]:
     return weights | {path.name: path.read_bytes() for path in caches.glob("*.h5")}
 
 
-@pytest.mark.parametrize("kind", ["run", "from stage", "overwrite", "compressed"])
+@pytest.mark.parametrize("kind", ["run", "from stage", "overwrite", "compressed", "more epochs"])
 def test_a_crash_at_any_call_leaves_what_the_next_start_can_use(
     kind: str, tiny_speech: Callable[..., Config], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,29 +105,35 @@ def test_a_crash_at_any_call_leaves_what_the_next_start_can_use(
         (few / path.name).symlink_to(path)
 
     def config(name: str, **changes: object) -> Config:
-        return tiny_speech(f"fsdd:{few}", out=str(tmp_path / name), **SMALLEST, **changes)
+        return tiny_speech(f"fsdd:{few}", out=str(tmp_path / name), **{**SMALLEST, **changes})
+
+    def copy(name: str) -> None:
+        """Of the run that was begun, and its caches."""
+        shutil.copytree(tmp_path / "begun", tmp_path / name)
+        shutil.copytree(tmp_path / "cache" / "begun", tmp_path / "cache" / name)
 
     for name in SYNCS:
         monkeypatch.setattr(os, name, lambda descriptor: None)  # a process crashes here, not the machine
-    compression = {"cache.compression": "zstd"} if kind == "compressed" else {}
+    changes = {"compressed": {"cache.compression": "zstd"}, "more epochs": {"training.max_epochs": 2}}.get(kind, {})
     arguments = {"from stage": {"from_stage": 2}, "overwrite": {"overwrite": True}}.get(kind, {})
-    begun = kind in ("from stage", "overwrite")
+    begun = kind in ("from stage", "overwrite", "more epochs")
     fresh = places_of_calls(lambda: run(config("fresh")), monkeypatch)
-    run(config("undisturbed", **compression))
-    expected = bits(config("undisturbed"))
     if begun:
-        run(config("counted"))
-    calls = places_of_calls(lambda: run(config("counted", **compression), **arguments), monkeypatch)
+        run(config("begun"))
+        copy("undisturbed")
+        copy("counted")
+    run(config("undisturbed", **changes))
+    expected = bits(config("undisturbed"))
+    calls = places_of_calls(lambda: run(config("counted", **changes), **arguments), monkeypatch)
     total = len(calls)
     numbers = moments(calls, known=[] if kind == "run" else fresh)
     assert len(numbers) > 10
     for number in numbers:
         name = f"crashed-{number}"
         if begun:
-            shutil.copytree(tmp_path / "undisturbed", tmp_path / name)
-            shutil.copytree(tmp_path / "cache" / "undisturbed", tmp_path / "cache" / name)
-        crash_at_call(number, lambda name=name: run(config(name, **compression), **arguments), monkeypatch)
-        run(config(name, **compression), **arguments)
+            copy(name)
+        crash_at_call(number, lambda name=name: run(config(name, **changes), **arguments), monkeypatch)
+        run(config(name, **changes), **arguments)
         assert bits(config(name)) == expected, f"after a crash at call {number} of {total}"
         left = [path.name for path in RunStore.of(config(name).out, config(name).cache.dir).caches.glob("stage-*.h5.*")]
         assert left == [], f"after a crash at call {number} of {total}"

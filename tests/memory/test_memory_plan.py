@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerwise.config.options import MemoryOptions
-from layerwise.memory.plan import ROOMS, MemoryPlan, cheapest, families
+from layerwise.memory.plan import ROOMS, ROOMS_OF_GPU, WIDE_ROOM, MemoryPlan, cheapest, families
 
 
 @st.composite
@@ -52,14 +52,14 @@ def costs(draw: st.DrawFn) -> Callable[[MemoryPlan], int]:
     return cost
 
 
-def listed(asked: dict[str, Any]) -> list[list[MemoryPlan]]:
+def listed(asked: dict[str, Any], wider: tuple[int, ...] = ()) -> list[list[MemoryPlan]]:
     memory = MemoryOptions(
         micro_batch=asked["micro_batch"],
         recompute={None: "auto", False: "never", True: "always"}[asked["recompute"]],
         optimizer={None: "auto", False: "device", True: "host"}[asked["on_host"]],
     )
     of_module = {name: asked[name] for name in ("sliceable", "repeatable", "layers", "stacked")}
-    return [family for family in families(asked["batch_size"], memory, **of_module) if family]
+    return [family for family in families(asked["batch_size"], memory, **of_module, wider=wider) if family]
 
 
 def every_plan(asked: dict[str, Any]) -> list[MemoryPlan]:
@@ -221,3 +221,19 @@ def test_the_loss_has_more_room_where_the_whole_batch_is_on_the_device_alone(ask
     for plan in every_plan(asked):
         assert plan.loss_room in (ROOMS if plan.whole and not plan.predictors else ROOMS[1:])
     assert list(ROOMS) == sorted(ROOMS, reverse=True)
+
+
+@given(options())
+def test_on_a_gpu_the_loss_of_a_whole_batch_may_have_more_room_and_gives_it_up_first(asked: dict[str, Any]) -> None:
+    every = [plan for family in listed(asked, ROOMS_OF_GPU) for plan in family]
+    assert [plan for plan in every if plan.loss_room <= WIDE_ROOM] == every_plan(asked)
+    wide = [plan for plan in every if plan.loss_room > WIDE_ROOM]
+    assert all(plan.at_once and not plan.predictors for plan in wide)
+    assert {replace(plan, loss_room=WIDE_ROOM) for plan in wide} == {
+        plan for plan in every if plan.loss_room == WIDE_ROOM
+    }
+    for plan in wide:
+        smaller = plan.smaller()
+        assert smaller is not None
+        assert (smaller.micro_batch, smaller.parts) == (plan.micro_batch, plan.parts)
+        assert not smaller.at_once

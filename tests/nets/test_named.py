@@ -7,6 +7,7 @@ import pytest
 import torch
 from torchvision import models
 
+from layerwise.config import NetOptions
 from layerwise.errors import ConfigError
 from layerwise.nets.named import named_network
 
@@ -42,22 +43,24 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("name", "layers"), [("plain", 2), ("sized", 1), ("cut", 2)])
 def test_a_function_makes_the_network(name: str, layers: int) -> None:
-    network = named_network(f"my_networks:{name}", (4,), seed=0)
+    network = named_network(NetOptions(name=f"my_networks:{name}"), (4,), seed=0)
     assert len(network.layers) == layers
     assert len(network.natural_cut) == (1 if name == "cut" else layers)
 
 
 def test_the_seed_decides_on_its_first_weights_and_leaves_the_generator_alone() -> None:
     state = torch.get_rng_state()
-    first, again, other = (named_network("my_networks:plain", (4,), seed).identity for seed in (1, 1, 2))
+    first, again, other = (
+        named_network(NetOptions(name="my_networks:plain"), (4,), seed).identity for seed in (1, 1, 2)
+    )
     assert first == again != other
     assert torch.equal(torch.get_rng_state(), state)
-    structures = {named_network("my_networks:plain", (4,), seed).structure for seed in (1, 2)}
+    structures = {named_network(NetOptions(name="my_networks:plain"), (4,), seed).structure for seed in (1, 2)}
     assert len(structures) == 1
 
 
 def test_torchvision_comes_without_its_classifier_and_computes_what_the_model_does() -> None:
-    network = named_network("torchvision:resnet18", (3, 32, 32), seed=3)
+    network = named_network(NetOptions(name="torchvision:resnet18"), (3, 32, 32), seed=3)
     module = network.build(range(len(network.layers)), 0, "cpu").eval()
     torch.manual_seed(3)
     model = models.resnet18()
@@ -68,7 +71,7 @@ def test_torchvision_comes_without_its_classifier_and_computes_what_the_model_do
 
 
 def test_a_vision_transformer_takes_pictures_of_the_size_that_there_are() -> None:
-    network = named_network("torchvision:vit_b_32", (3, 64, 64), seed=0)
+    network = named_network(NetOptions(name="torchvision:vit_b_32"), (3, 64, 64), seed=0)
     assert len(network.layers) > 5
 
 
@@ -85,4 +88,4 @@ def test_a_vision_transformer_takes_pictures_of_the_size_that_there_are() -> Non
 )
 def test_what_names_no_network_is_refused(name: str, shape: tuple[int, ...], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
-        named_network(name, shape, seed=0)
+        named_network(NetOptions(name=name), shape, seed=0)

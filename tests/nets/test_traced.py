@@ -173,14 +173,76 @@ def weights_of_units(model: nn.Module, example: torch.Tensor = VECTORS) -> list[
     return ["".join(name for name, _ in unit.named_children()) for unit in trace(model, example)]
 
 
-def test_a_size_that_is_used_later_forbids_the_cuts_in_between() -> None:
+def test_the_size_of_the_batch_forbids_no_cut_wherever_it_is_used() -> None:
     def flow(net: Flow, x: torch.Tensor) -> torch.Tensor:
         x = net.a(x)
-        samples = x.shape[0]
+        samples, count = x.shape[0], x.shape[0] * 2
         x = net.c(net.b(x))
-        return net.d(x.reshape(samples, -1))
+        x = torch.cat([x.reshape(samples, -1), x]).reshape(count, 4)[: len(x)]
+        return net.d(x * torch.ones(samples, 1))
 
-    assert weights_of_units(Flow(flow)) == ["a", "bc", "d"]
+    model = Flow(flow)
+    assert weights_of_units(model) == ["a", "b", "c", "d"]
+    for samples in (VECTORS, VECTORS[:1]):
+        assert torch.equal(one_after_another(trace(model, VECTORS), samples), model(samples))
+
+
+def test_a_forward_may_loop_and_decide_by_the_shape_of_a_frame() -> None:
+    def flow(net: Flow, x: torch.Tensor) -> torch.Tensor:
+        for layer in [net.a, net.b, net.c, net.d][: x.shape[1] - 1]:
+            x = layer(x) if x.dim() == 2 else x
+        return x
+
+    model = Flow(flow)
+    assert weights_of_units(model) == ["a", "b", "c"]
+    assert torch.equal(one_after_another(trace(model, VECTORS), VECTORS), model(VECTORS))
+
+
+def test_constants_are_made_again_in_each_unit() -> None:
+    def flow(net: Flow, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.arange(4, device=x.device).unsqueeze(0).expand(len(x), 4) < 2
+        for layer in (net.a, net.b, net.c, net.d):
+            x = layer(x).masked_fill(mask, 0.0)
+        return x
+
+    model = Flow(flow)
+    assert weights_of_units(model) == ["a", "b", "c", "d"]
+    assert torch.equal(one_after_another(trace(model, VECTORS), VECTORS), model(VECTORS))
+
+
+def test_numbers_that_a_forward_draws_are_drawn_at_every_call() -> None:
+    model = Flow(lambda net, x: net.b(net.a(x) + torch.rand(4)) * torch.randn(len(x), 1))
+    units = trace(model, VECTORS)
+    torch.manual_seed(5)
+    expected = model(VECTORS)
+    torch.manual_seed(5)
+    assert torch.equal(one_after_another(units, VECTORS), expected)
+    assert not torch.equal(one_after_another(units, VECTORS), expected)
+
+
+class Dropped(nn.Module):
+    """Does in training what it does not in evaluation, as stochastic depth does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return self.linear(x)
+        kept = torch.rand(len(x), 1) < 0.5
+        return torch.where(kept, self.linear(x), x)
+
+
+def test_a_module_that_does_more_in_training_is_kept_whole() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Dropped(), nn.Linear(4, 4))
+    units = trace(model, VECTORS)
+    assert [[name for name, _ in unit.named_children()] for unit in units] == [["0"], ["1"], ["2"]]
+    for training in (True, False):
+        torch.manual_seed(5)
+        expected = model.train(training)(VECTORS)
+        torch.manual_seed(5)
+        assert torch.equal(one_after_another([unit.train(training) for unit in units], VECTORS), expected)
 
 
 def test_a_weight_that_is_used_again_forbids_the_cuts_in_between() -> None:
@@ -289,8 +351,8 @@ def decides(net: Flow, x: torch.Tensor) -> torch.Tensor:
 
 
 def loops(net: Flow, x: torch.Tensor) -> torch.Tensor:
-    for _ in range(x.shape[1]):
-        x = net.a(x)
+    for row in x:
+        x = net.a(x) + row
     return x
 
 
@@ -304,24 +366,19 @@ def other_in_training(net: Flow, x: torch.Tensor) -> torch.Tensor:
     return net.b(x) if net.training else net.a(x)
 
 
-def random(net: Flow, x: torch.Tensor) -> torch.Tensor:
-    return net.a(x) + torch.rand(4)
-
-
 REFUSED = {
     decides: (
         r"decides or loops by the value .* \(test_traced.py, line \d+: `return net.a\(x\) if x.sum",
         "torch.where",
     ),
-    loops: (r"\(test_traced.py, line \d+: `for _ in range\(x.shape\[1\]\):`\): 'TracedValue'", "Write that line with"),
-    without_gradients: (r"\(test_traced.py, line \d+: `x = net.a\(x\)`\): torch.no_grad", r"use \.detach\(\)"),
-    other_in_training: (r"in training than in evaluation, from 'b' \(test_traced.py, line", "nn.Dropout"),
-    random: ("random numbers that do not depend on its input", "torch.rand_like"),
+    loops: (r"sample by sample \(test_traced.py, line \d+: `for row in x:`\)", "torch.where"),
+    without_gradients: (r"torch.no_grad.* \(test_traced.py, line \d+: `x = net.a\(x\)`\)", "nn.Module of its own"),
+    other_in_training: (r"in training than in evaluation, from 'b' \(test_traced.py, line", "nn.Module of its own"),
     lambda net, x: {"features": net.a(x)}: ("gives a dict", "wrap the network"),
     lambda net, x: (net.a(x), net.b(x)): ("gives a tuple", "wrap the network"),
     lambda net, x: net.a(x).sum(): (r"gives \(\) for N samples", "batch comes first"),
     lambda net, x: net.a(x).transpose(0, 1): (r"gives \(4, N\) for N samples", "batch comes first"),
-    lambda net, x: net.a(x["image"]): (r"fails at 'getitem' \(test_traced.py, line", "data of the shape"),
+    lambda net, x: net.a(x["image"]): (r"fails at 'getitem' \(test_traced.py, line", "frames of the shape"),
     lambda net, x: net.a(x[x > 0]): (r"fails at 'getitem' \(test_traced.py, line", "do not depend on values"),
     lambda net, x: net.a(x.relu_()): (r"changes its input in place at 'relu_' \(test_traced.py, line", "a new tensor"),
 }

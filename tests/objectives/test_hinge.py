@@ -38,10 +38,10 @@ def plain_outcome() -> list[torch.Tensor]:
     per_step = []
     for step, predictor in enumerate(objective.predictors):
         losses = []
-        for anchor in np.flatnonzero(draw.weights[:, step]).tolist():
-            context = c[draw.rows[draw.anchors[anchor - draw.offsets[step]]]]
+        for target in np.flatnonzero(draw.weights[:, step]).tolist():
+            context = c[draw.rows[draw.contexts[target + step * draw.apart]]]
             score = z[draw.rows] @ predictor @ context
-            positive, negatives = score[draw.anchors[anchor]], score[draw.negatives[anchor]]
+            positive, negatives = score[draw.candidates[target, 0]], score[draw.candidates[target, 1:]]
             losses.append((1 - positive).clamp(min=0) + (1 + negatives).clamp(min=0).mean())
         per_step.append(torch.stack(losses).mean())
     loss = torch.stack(per_step).mean()

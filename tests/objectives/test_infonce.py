@@ -105,8 +105,9 @@ def plain_outcome(case: Case) -> Outcome:
     losses: list[list[torch.Tensor]] = [[] for _ in predictors]
     hits: list[list[float]] = [[] for _ in predictors]
     for draw in case.draws:
-        window = draw.rows[draw.anchors].tolist()
-        for target, negatives in zip(window, draw.rows[draw.negatives].tolist(), strict=True):
+        scored = draw.rows[draw.candidates].tolist()
+        window = [*draw.rows[draw.contexts].tolist(), *(target for target, *_ in scored)]
+        for target, *negatives in scored:
             sample, position = divmod(target, case.frames)
             if position >= case.lengths[sample]:
                 continue
@@ -223,13 +224,7 @@ def test_a_group_of_predictors_is_let_go_of_before_the_next_comes(graded: bool) 
 @given(cases())
 def test_what_is_drawn_does_not_depend_on_the_parts(case: Case) -> None:
     def drawn(draws: list[Draw]) -> set[tuple[int, ...]]:
-        return {
-            (target, *negatives)
-            for draw in draws
-            for target, negatives in zip(
-                draw.rows[draw.anchors].tolist(), draw.rows[draw.negatives].tolist(), strict=True
-            )
-        }
+        return {tuple(scored) for draw in draws for scored in draw.rows[draw.candidates].tolist()}
 
     assert drawn(case.in_parts(len(case.lengths)).draws) == drawn(case.in_parts(1).draws)
 
@@ -316,7 +311,7 @@ def test_beside_inputs_and_gradients_it_holds_no_more_than_its_room_and_a_little
     channels, steps, rows, room = 256, 6, 64 // columns, kilobytes * 1024
     sizes = {"steps": steps, "negatives": negatives, "channels": channels}
     case = make_case([80] * 4, columns=columns, anchors=rows, shared=True, **sizes)
-    anchors = len(case.draws[0].anchors)
+    anchors = len(case.draws[0].contexts)
     one_target = 4 * channels * (1 + negatives + 2 * steps)
     contexts = 2 * 4 * anchors * channels  # of the windows, and their gradients: whatever the negatives
     numbers = 3 * 8 * anchors * (1 + negatives) + 4 * anchors * steps  # where the candidates lie, and the weights
@@ -345,16 +340,15 @@ def test_a_draw_scores_real_frames_only_and_never_contrasts_a_target_with_itself
     real = {b * frames + t for b, length in enumerate(lengths) for t in range(length)}
     for draw in draws:
         assert (np.diff(draw.rows) > 0).all()  # sorted, each once
-        assert set(np.concatenate([draw.anchors, draw.negatives.ravel()]).tolist()) == set(range(len(draw.rows)))
+        assert set(draw.candidates.ravel().tolist()) | set(draw.contexts.tolist()) <= set(range(len(draw.rows)))
         scored = draw.weights.sum(1) > 0
-        assert set(draw.rows[draw.anchors[scored]].tolist()) <= real
-        assert set(draw.rows[draw.negatives[scored]].ravel().tolist()) <= real
-        assert (draw.negatives[scored] != draw.anchors[scored][:, None]).all()
-        for step, offset in enumerate(draw.offsets):
+        assert set(draw.rows[draw.candidates[scored]].ravel().tolist()) <= real
+        assert (draw.candidates[scored, 1:] != draw.candidates[scored, :1]).all()
+        for step in range(objective.steps):
             target = np.flatnonzero(draw.weights[:, step])
-            above = draw.rows[draw.anchors[target]] - draw.rows[draw.anchors[target - offset]]
-            assert (above == (step + 1) * columns).all()
-            assert set(draw.rows[draw.anchors[target - offset]].tolist()) <= real
+            contexts = draw.rows[draw.contexts[target + step * draw.apart]]
+            assert (draw.rows[draw.candidates[target, 0]] - contexts == (step + 1) * columns).all()
+            assert set(contexts.tolist()) <= real
     assert sum(draw.weights.sum() for draw in draws) == pytest.approx(1, abs=1e-4)
 
 
@@ -369,14 +363,14 @@ def test_negatives_come_from_the_whole_batch_and_all_of_its_frames() -> None:
                 seen, objective.draw(lengths, 8, 1, np.random.default_rng(seed), parts), strict=True
             ):
                 scored = draw.weights.sum(1) > 0
-                found |= set(draw.rows[draw.negatives[scored]].ravel().tolist())
+                found |= set(draw.rows[draw.candidates[scored, 1:]].ravel().tolist())
         assert seen == [real] * parts
 
 
 def test_a_window_slides_over_the_whole_sample() -> None:
     objective = InfoNCE(2, 2, steps=1, negatives=1, anchors=4)
     draws = [objective.draw(np.array([10]), 10, 1, np.random.default_rng(seed))[0] for seed in range(100)]
-    assert {int(draw.rows[draw.anchors[0]]) for draw in draws} == set(range(7))
+    assert {int(draw.rows[draw.contexts[-1]]) for draw in draws} == set(range(7))
 
 
 def test_only_the_rows_that_are_scored_are_asked_for() -> None:

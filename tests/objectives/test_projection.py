@@ -52,10 +52,10 @@ def plain_outcome(kind: type[Contrastive], projection: int, shared: bool) -> lis
     per_step = []
     for step, predictor in enumerate(objective.predictors):
         losses = []
-        for anchor in np.flatnonzero(draw.weights[:, step]).tolist():
-            context = of_contexts @ c[draw.rows[draw.anchors[anchor - draw.offsets[step]]]]
+        for target in np.flatnonzero(draw.weights[:, step]).tolist():
+            context = of_contexts @ c[draw.rows[draw.contexts[target + step * draw.apart]]]
             scores = (z[draw.rows] @ of_targets.T) @ (predictor @ context)
-            ahead, others = scores[draw.anchors[anchor]], scores[draw.negatives[anchor]]
+            ahead, others = scores[draw.candidates[target, 0]], scores[draw.candidates[target, 1:]]
             if kind is Hinge:
                 losses.append((1 - ahead).clamp(min=0) + (1 + others).clamp(min=0).mean())
             else:

@@ -1,6 +1,7 @@
 """What a person sees: units, lines, and the live table on a terminal."""
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -9,11 +10,13 @@ from layerwise.events import (
     CachingProgress,
     EpochDone,
     Message,
+    Progress,
     RunStarted,
     StageDone,
     StageStarted,
     StepDone,
 )
+from layerwise.report import printing
 from layerwise.report.progress import LiveTable, line
 from layerwise.units import duration, percent, size
 
@@ -98,6 +101,49 @@ def test_of_stages_that_train_at_once_each_has_its_own_time_left() -> None:
     first, second = (line for line in screen.getvalue().rsplit("time left", 1)[-1].splitlines() if "2/8" in line)
     assert first.rstrip().endswith(f"< {duration(6.5 * 7200)}")
     assert second.rstrip().endswith(f"< {duration(6.5 * 600)}")
+
+
+def last_bar(screen: io.StringIO) -> str:
+    return next(line for line in reversed(screen.getvalue().splitlines()) if "all stages" in line)
+
+
+def test_a_bar_shows_how_much_of_all_stages_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with LiveTable(Console(file=screen, force_terminal=True, width=130, color_system=None)) as table:
+        for seconds, event in (
+            (0, RunStarted(4, (1,), 8, None)),
+            (0, StageStarted(2, 4, 0)),  # half of it was trained by an earlier start
+            (600, StepDone(2, 5, 3, 4, 1.8, 0.25, 1_000_000, 3_000_000)),
+        ):
+            now[0] = seconds
+            table(event)
+    assert "44%" in last_bar(screen)  # 1.75 of 4 stages, a quarter of one in 10 minutes
+    assert f"< {duration(600 * 2.25 / 0.25)} left" in last_bar(screen)
+
+
+def test_the_bar_is_whole_when_the_last_round_is() -> None:
+    screen = io.StringIO()
+    with LiveTable(Console(file=screen, force_terminal=True, width=130, color_system=None)) as table:
+        table(RunStarted(1, (), 8, None, rounds=2))
+        table(StageDone(1, 4, False, 1.5, 5, 3, 0, 40, 100.0, round=1))
+        table(StageStarted(1, 4, 0, round=2))
+    assert "50%" in last_bar(screen)
+    with LiveTable(Console(file=screen, force_terminal=True, width=130, color_system=None)) as table:
+        table(RunStarted(1, (), 8, None, rounds=2))
+        table(StageDone(1, 8, False, 1.5, 5, 3, 0, 40, 100.0, round=2))
+    assert "100%" in last_bar(screen)
+    assert "left" not in last_bar(screen)
+
+
+def test_a_command_shows_how_much_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(printing, "PlainConsole", lambda stderr: Console(file=screen, force_terminal=True, width=100))
+    with printing.measuring("probing") as show:
+        show(Progress("features", 3, 10))
+        show(Progress("classifiers", 1, 4))
+    assert "probing: classifiers" in screen.getvalue()
+    assert "1/4" in screen.getvalue()
 
 
 def test_the_live_table_ends_with_what_was_reached() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from recurrent_layers import use_recurrent_layers
 from simulated_gpu import CPU, GPU, MixedDevices, SimulatedGPU
+from torch.utils._device import _device_constructors
 
 from layerwise.memory import driver, meter, rates
 
@@ -106,6 +107,8 @@ def _use_tensors(gpu: SimulatedGPU, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(T, name, value, raising=False)
     for name in ("tensor", "as_tensor"):  # both copy past all modes
         patch.setattr(torch, name, _copied_afterwards(getattr(torch, name)))
+    _device_constructors()  # torch looks for them once, and is to find its own
+    patch.setattr(torch, "empty", _pinned_by(gpu, torch.empty))
 
 
 def _of_cpu(ask: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -119,6 +122,16 @@ def _copied_afterwards(make: Callable[..., T]) -> Callable[..., T]:
         needs_gradient = kwargs.pop("requires_grad", False)
         on_host = data if isinstance(data, T) else make(data, *args, **kwargs)
         return on_host.to(device, kwargs.get("dtype")).requires_grad_(needs_gradient)
+
+    return made
+
+
+def _pinned_by(gpu: SimulatedGPU, empty: Callable[..., T]) -> Callable[..., T]:
+    def made(*args: Any, pin_memory: bool = False, **kwargs: Any) -> T:
+        tensor = empty(*args, **kwargs)
+        if pin_memory:
+            gpu.pin(tensor)
+        return tensor
 
     return made
 

@@ -26,6 +26,6 @@ def test_the_same_arrays_and_metadata_make_the_same_bytes_and_come_back(tmp_path
 def test_the_next_round_counts_on_and_measures_its_losses_anew() -> None:
     """Its input is another: what was lowest in this round may never be reached again."""
     ended = Progress(epoch=4, first_epoch=2, best_loss=0.5, plateau_loss=0.6, plateau_epochs=1)
-    begun = ended.in_next_round()
+    begun = ended.on_other_input()
     assert (begun.epoch, begun.first_epoch) == (4, 4)
     assert (begun.best_loss, begun.plateau_loss, begun.plateau_epochs) == (None, None, 0)

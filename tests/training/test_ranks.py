@@ -227,10 +227,10 @@ def test_a_rank_reads_its_own_windows_alone(columns: int) -> None:
     window = Window(4, min(columns, 3))
     source = Counted(lengths=lengths, columns=columns, views=1, seen=[])
     epoch = ordered_epoch(source, np.arange(5), window, 4, np.random.default_rng(0))
-    whole = list(SourceLoader(source, CPU).batches(epoch, 0, nullcontext))
+    whole = list(SourceLoader(source).batches(epoch, 0, nullcontext))
     for rank, own in enumerate(([[0, 1], [4]], [[2, 3], []])):
         source.seen.clear()
-        batches = list(SourceLoader(source, CPU, Ranks(rank, COUNT)).batches(epoch, 0, nullcontext))
+        batches = list(SourceLoader(source, Ranks(rank, COUNT)).batches(epoch, 0, nullcontext))
         assert source.seen == [*own[0], *(own[1] or [4])]  # with none of its own, it looks at one
         for batch, expected, samples in zip(batches, whole, own, strict=True):
             assert batch.lengths.tolist() == expected.lengths.tolist()

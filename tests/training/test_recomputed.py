@@ -62,7 +62,7 @@ def both_feeds(
     output_format = OutputFormat.of(config)
     frozen = [InferenceStage(plan.stage, module, output_format) for plan, module in zip(plans, modules, strict=False)]
     recomputed = RecomputingLoader(data, plans[:stages], frozen, windows, CPU)
-    return recomputed, SourceLoader(Outputs(data, modules), CPU), plans[stages].window, config
+    return recomputed, SourceLoader(Outputs(data, modules)), plans[stages].window, config
 
 
 def lengths_of(plan: StageSpec, plans: list[StageSpec], data: DataSet) -> dict[str, np.ndarray]:

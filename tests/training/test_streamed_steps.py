@@ -17,7 +17,7 @@ from layerwise.data.batches import Batch
 from layerwise.data.source import DataSet
 from layerwise.memory import microbatch
 from layerwise.memory.meter import Meter
-from layerwise.memory.plan import ROOMS, MemoryPlan
+from layerwise.memory.plan import ROOMS, ROOMS_OF_GPU, MemoryPlan
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
@@ -219,6 +219,44 @@ def test_every_layout_takes_the_step_of_the_whole_batch_as_it_is_predicted(
     assert 0.95 <= found.peak / training_peak(made.config, made.spec, plan).bytes <= 1
     assert found.moved == pytest.approx(step_moved(made.config, made.spec, plan), rel=0.02)
     assert found.held == 0 or not plan.optimizer_on_host or name == "an average"  # its new buffer is not the lent one
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [("convolution", "infonce"), ("GRU", "hinge"), ("picture blocks", "ntxent"), ("batch norm", "supervised")],
+)
+def test_a_loss_that_is_worked_out_at_once_takes_the_same_step_as_it_is_predicted(
+    task: Callable[[str, str], Task], name: str, objective: str
+) -> None:
+    made, whole = task(name, objective), MemoryPlan(4, 4)
+    at_once = replace(whole, loss_room=ROOMS_OF_GPU[0])
+    found, expected = steps_of(made, at_once), steps_of(made, whole)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert found.accuracies == pytest.approx(expected.accuracies, abs=1e-6)
+    assert (found.weights - expected.weights).norm() <= 1e-5 * expected.weights.norm()
+    assert 0.95 <= found.peak / training_peak(made.config, made.spec, at_once).bytes <= 1
+    assert found.moved == expected.moved
+
+
+@pytest.mark.parametrize("smaller", [False, True])
+@pytest.mark.parametrize(
+    "plan", [MemoryPlan(4, 4), MemoryPlan(4, 4, loss_room=ROOMS_OF_GPU[0]), MemoryPlan(4, 2, parts=2)], ids=str
+)
+def test_what_was_drawn_ahead_of_a_step_changes_nothing(
+    task: Callable[[str, str], Task], plan: MemoryPlan, smaller: bool
+) -> None:
+    made = task("convolution", "infonce")
+
+    def loss(ahead: bool) -> float:
+        trainer = StageTrainer(made.spec, made.config, plan, RunContext(CPU, Meter(CPU)))
+        batch = made.batch(False)
+        if ahead:
+            batch = trainer.prepared(batch, randomness(0))
+        if smaller:  # as where the step before ran out of memory
+            trainer.memory_plan = replace(plan, micro_batch=1, parts=4)
+        return trainer.train(batch, randomness(0)).loss.item()
+
+    assert loss(ahead=True) == loss(ahead=False)
 
 
 def test_weights_that_a_forward_pass_changes_through_data_come_back_from_the_device(

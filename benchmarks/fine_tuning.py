@@ -1,0 +1,237 @@
+"""Fine-tuning on a tenth of the labels: from a layerwise encoder against from random weights.
+
+python benchmarks/fine_tuning.py [--fsdd DIR] [--cifar10 DIR] [--seeds 3] [--epochs 40] [--out runs/fine-tuning]
+
+The encoder learns from all training samples without labels: of Free Spoken Digits from the 2700 that are no customary test
+recordings, of CIFAR-10 from --pictures of the training pictures. Then encoder and a linear layer on the mean of its frames are
+trained together, in plain PyTorch, on a tenth of these samples with their labels, the same ones for both starts. The learning
+rate is the better of two on a fifth of the labelled samples; with it the training is repeated on all of them. Nothing is chosen
+by the test samples. Goes on where it was stopped: what is done stands in OUT/results.json.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from PIL import Image
+from torch import nn
+
+import layerwise
+from layerwise.config import resolve
+from layerwise.files import write_atomically
+from layerwise.nets import build_network
+from layerwise.nets.network import copied
+
+RATES = (1e-3, 3e-4)
+BATCH = 32
+STARTS = ("layerwise", "random")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a classifier learns or is tested on."""
+
+    inputs: list[torch.Tensor]
+    """Waveforms [samples], or pictures uint8 [3, 32, 32]."""
+    classes: torch.Tensor
+    """int64 [N]"""
+
+    def some(self, numbers: np.ndarray) -> "Samples":
+        return Samples([self.inputs[number] for number in numbers], self.classes[torch.from_numpy(numbers)])
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One data set; its recipe has its name."""
+
+    name: str
+    source: str
+    epochs: int
+    """Of each module, without labels."""
+    train: Samples
+    test: Samples
+
+
+class Classifier(nn.Module):
+    """An encoder and a linear layer on the mean of its frames."""
+
+    def __init__(self, encoder: layerwise.Encoder, classes: int) -> None:
+        super().__init__()
+        self.encoder = copied(encoder)
+        channels = self._mean(encoder.entry.sizes(encoder.shortest, 1)[0]).shape[1]
+        self.head = nn.Linear(channels, classes)
+
+    def _mean(self, size: tuple[int, ...]) -> torch.Tensor:
+        with torch.no_grad():
+            return self.encoder(torch.zeros(size)).mean(1)
+
+    def forward(self, inputs: list[torch.Tensor]) -> torch.Tensor:
+        """Scores [N, classes] of samples, of several lengths where they are waveforms."""
+        if inputs[0].dim() > 1:
+            return self.head(self.encoder(torch.stack(inputs)).mean(1))
+        lengths = torch.tensor([len(each) for each in inputs])
+        features = self.encoder(nn.utils.rnn.pad_sequence(inputs, batch_first=True), lengths)
+        frames = torch.from_numpy(self.encoder.out_length(lengths.numpy()))
+        return self.head(features.sum(1) / frames[:, None])
+
+
+def fsdd(folder: Path) -> Experiment:
+    """Recordings 0 to 4 of each digit and speaker are for the test."""
+    parts: dict[bool, list[tuple[torch.Tensor, int]]] = defaultdict(list)
+    for path in sorted(folder.rglob("*.wav")):
+        digit, _, index = path.stem.split("_")
+        waveform = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
+        parts[int(index) < 5].append((waveform, int(digit)))
+    return Experiment("fsdd", f"fsdd:{folder}", 8, _samples(parts[False]), _samples(parts[True]))
+
+
+def cifar10(folder: Path, pictures: int, out: Path) -> Experiment:
+    """The first training pictures of each class, linked below `out`, and all test pictures."""
+    parts: dict[str, list[tuple[torch.Tensor, int]]] = defaultdict(list)
+    for part, most in (("train", pictures // 10), ("test", None)):
+        for number, kind in enumerate(sorted((folder / part).iterdir())):
+            for path in sorted(kind.iterdir())[:most]:
+                link = out / "pictures" / part / kind.name / path.name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                if not link.exists():
+                    link.symlink_to(path.resolve())
+                pixels = np.array(Image.open(path).convert("RGB"))
+                parts[part].append((torch.from_numpy(pixels).permute(2, 0, 1), number))
+    return Experiment("cifar10", f"images:{out / 'pictures'}", 2, _samples(parts["train"]), _samples(parts["test"]))
+
+
+def _samples(pairs: list[tuple[torch.Tensor, int]]) -> Samples:
+    return Samples([sample for sample, _ in pairs], torch.tensor([label for _, label in pairs]))
+
+
+def a_part(samples: Samples, part: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of one in `part` samples of each class, and of the others."""
+    rng = np.random.default_rng(seed)
+    chosen = [
+        each
+        for label in range(int(samples.classes.max()) + 1)
+        for each in _some(rng, np.flatnonzero(samples.classes.numpy() == label), part)
+    ]
+    return np.array(sorted(chosen)), np.setdiff1d(np.arange(len(samples.inputs)), chosen)
+
+
+def _some(rng: np.random.Generator, numbers: np.ndarray, part: int) -> np.ndarray:
+    return rng.permutation(numbers)[: max(len(numbers) // part, 1)]
+
+
+def error_of(classifier: Classifier, samples: Samples) -> float:
+    """The part of the samples that is put into a wrong class."""
+    classifier.eval()
+    wrong = 0
+    with torch.no_grad():
+        for first in range(0, len(samples.inputs), BATCH):
+            found = classifier(samples.inputs[first : first + BATCH]).argmax(1)
+            wrong += int((found != samples.classes[first : first + BATCH]).sum())
+    return wrong / len(samples.inputs)
+
+
+def fine_tuned(encoder: layerwise.Encoder, samples: Samples, rate: float, epochs: int, seed: int) -> Classifier:
+    """All weights trained together, with Adam and a learning rate that falls to zero along a cosine."""
+    torch.manual_seed(seed)
+    classifier = Classifier(encoder, int(samples.classes.max()) + 1).train()
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=rate)
+    steps = -(-len(samples.inputs) // BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(samples.inputs)).split(BATCH):
+            scores = classifier([samples.inputs[number] for number in chosen.tolist()])
+            loss = nn.functional.cross_entropy(scores, samples.classes[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return classifier
+
+
+def with_random_weights(encoder: layerwise.Encoder, config: layerwise.Config, seed: int) -> layerwise.Encoder:
+    """The same network as it is before any training."""
+    network = build_network(config.net, tuple(encoder.entry.frame_shape))
+    fresh = copy.deepcopy(encoder)
+    fresh.load_state_dict(network.build(range(len(network.layers)), seed, "cpu").state_dict())
+    return fresh
+
+
+def measure(experiment: Experiment, seed: int, epochs: int, out: Path, keep: Callable[[str, object], None]) -> None:
+    """Trains the encoder where it is not trained yet, and classifiers from both starts; tells `keep` each error."""
+    config = resolve(
+        experiment.name,
+        overrides={
+            "data.source": experiment.source,
+            "out": str(out / f"{experiment.name}-{seed}"),
+            "cache.dir": str(out / "cache"),
+            "training.max_epochs": experiment.epochs,
+            "training.seed": seed,
+        },
+    )
+    result = layerwise.run(config)
+    trained = layerwise.load(result.paths.out)
+    labelled = experiment.train.some(a_part(experiment.train, 10, seed)[0])
+    held_out, fitted = (labelled.some(numbers) for numbers in a_part(labelled, 5, seed))
+    for start in STARTS:
+        encoder = trained if start == "layerwise" else with_random_weights(trained, config, seed + 1000)
+        errors = {rate: error_of(fine_tuned(encoder, fitted, rate, epochs, seed), held_out) for rate in RATES}
+        rate = min(errors, key=errors.__getitem__)
+        error = error_of(fine_tuned(encoder, labelled, rate, epochs, seed), experiment.test)
+        keep(start, {"error": error, "rate": rate, "labelled": len(labelled.inputs)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fsdd", type=Path)
+    parser.add_argument("--cifar10", type=Path)
+    parser.add_argument("--pictures", type=int, default=10_000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--module-epochs", type=int, help="without labels, of each module; default: 8 for FSDD, 2 for CIFAR-10"
+    )
+    parser.add_argument("--epochs", type=int, default=40, help="with labels")
+    parser.add_argument("--out", type=Path, default=Path("runs/fine-tuning"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "results.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    experiments = [
+        *([fsdd(options.fsdd)] if options.fsdd else []),
+        *([cifar10(options.cifar10, options.pictures, options.out)] if options.cifar10 else []),
+    ]
+    if options.module_epochs:
+        experiments = [replace(each, epochs=options.module_epochs) for each in experiments]
+    for experiment in experiments:
+        for seed in range(options.seeds):
+            name = f"{experiment.name}, {options.epochs} epochs, seed {seed}"
+            if len(found.get(name, {})) < len(STARTS):
+
+                def keep(start: str, entry: object, name: str = name) -> None:
+                    found.setdefault(name, {})[start] = entry
+                    write_atomically(path, json.dumps(found, indent=2).encode())
+
+                measure(experiment, seed, options.epochs, options.out, keep)
+    print("\n| data, labelled samples | start | test error, % | learning rates |\n| --- | --- | --- | --- |")
+    for experiment in experiments:
+        for start in STARTS:
+            entries = [
+                found[f"{experiment.name}, {options.epochs} epochs, seed {seed}"][start]
+                for seed in range(options.seeds)
+            ]
+            errors = [100 * entry["error"] for entry in entries]
+            spread = f" ± {statistics.stdev(errors):.1f}" if len(errors) > 1 else ""
+            rates = ", ".join(f"{entry['rate']:g}" for entry in entries)
+            title = f"{experiment.name}, {entries[0]['labelled']}"
+            print(f"| {title} | {start} | {statistics.mean(errors):.1f}{spread} | {rates} |")
+
+
+if __name__ == "__main__":
+    main()

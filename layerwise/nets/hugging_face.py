@@ -1,0 +1,63 @@
+"""Networks of Hugging Face's transformers, from a folder or a configuration on this machine; nothing is downloaded.
+
+Only classes of the library are made: code that a folder brings along is not run, and weights are read from safetensors alone.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.config import HUGGING_FACE
+from layerwise.errors import ConfigError
+from layerwise.importing import import_library
+
+PLAIN_FORWARD = {"use_cache": False, "layerdrop": 0.0, "apply_spec_augment": False, "output_attentions": False}
+"""Settings under which a layer is never skipped and an input never masked at random, and nothing is kept for generation."""
+
+
+def hugging_face_model(name: str, frame_shape: tuple[int, ...]) -> nn.Module:
+    """The base model, without a head, of --net hf:PATH: a folder with config.json, or such a file.
+
+    With the weights of the folder where it holds model.safetensors, otherwise random ones; of an encoder and a decoder, the
+    encoder. It gives the last hidden states (N, tokens, width). Frames (1, n) are read as (N, n) by models of sound and of
+    words. Raises ConfigError.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    transformers = import_library("transformers")
+    path = Path(name.removeprefix(HUGGING_FACE)).expanduser()
+    if not path.exists():
+        raise ConfigError(
+            f"--net {name}: there is no {path}; name a folder that holds config.json, or such a file. Nothing is downloaded: "
+            "save_pretrained writes one."
+        )
+    has_weights = path.is_dir() and any(path.glob("model*.safetensors"))
+    if path.is_dir() and not has_weights and any(path.glob("*.bin")):
+        raise ConfigError(
+            f"--net {name}: the weights there are pickled, which may run code; load them where you trust them, and write "
+            "them as safetensors with save_pretrained, or name config.json alone for random ones."
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        for setting, value in PLAIN_FORWARD.items():
+            if hasattr(config, setting):
+                setattr(config, setting, value)
+        model: Any = (
+            transformers.AutoModel.from_pretrained(path, config=config, local_files_only=True, use_safetensors=True)
+            if has_weights
+            else transformers.AutoModel.from_config(config)
+        )
+    except Exception as error:  # a configuration can be wrong in nearly any way
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ConfigError(f"--net {name} cannot be made ({type(error).__name__}: {reason}); mend {path}.") from error
+    if getattr(config, "is_encoder_decoder", False):
+        model = model.get_encoder()
+    if model.main_input_name in ("input_values", "input_ids") and len(frame_shape) == 2 and frame_shape[0] == 1:
+        model.register_forward_pre_hook(_without_channel)
+    return model.to(torch.float32)
+
+
+def _without_channel(model: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return arguments[0].squeeze(1), *arguments[1:]

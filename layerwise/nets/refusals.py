@@ -1,0 +1,82 @@
+"""Networks that cannot be trained as they are given: one sentence for each kind, with the way out."""
+
+import inspect
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from layerwise.errors import ConfigError
+
+COMPUTED_WEIGHTS = {
+    "torch.nn.utils.weight_norm": (
+        "the old weight_norm",
+        "take it off with torch.nn.utils.remove_weight_norm, and use torch.nn.utils.parametrizations.weight_norm",
+    ),
+    "torch.nn.utils.spectral_norm": (
+        "the old spectral_norm",
+        "take it off with torch.nn.utils.remove_spectral_norm, and use torch.nn.utils.parametrizations.spectral_norm",
+    ),
+    "torch.nn.utils.prune": ("a pruned weight", "make it permanent with torch.nn.utils.prune.remove"),
+}
+"""By the module of a hook that computes a weight before each call: what it is, and what to do. The computed tensor lies beside
+the trained ones, in no state dict, so neither a copy nor a comparison of two networks could be right."""
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises ConfigError for a model that is compiled, scripted, wrapped, without values, not in float32, or not ready."""
+    for path, part in model.named_modules():
+        reason = next(_reasons(part), None)
+        if reason is not None:
+            whose = (
+                f"The network's '{path}' ({type(part).__name__})" if path else f"The network ({type(part).__name__})"
+            )
+            raise ConfigError(f"{whose} {reason}")
+    for name, parameter in model.named_parameters():
+        _check_dtype(name, parameter.dtype)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
+    if len(required) > 1:
+        raise ConfigError(
+            f"The network's forward takes several inputs ({', '.join(required)}), but modules read one tensor; "
+            "wrap the network so that its forward takes one."
+        )
+
+
+def _reasons(part: nn.Module) -> Iterator[str]:
+    """Why a part cannot be recorded, by what it is; each continues "The network's 'a' (Linear)"."""
+    if type(part).__name__ == "OptimizedModule":  # its class lies in torch._dynamo, which takes a second to import
+        yield "is compiled, and only the module itself can be cut; give it as it was before torch.compile (its ._orig_mod)."
+    if isinstance(part, torch.jit.ScriptModule):
+        yield (
+            "is scripted, and only the module itself can be cut; give it as it was before torch.jit.script or "
+            "torch.jit.trace."
+        )
+    if isinstance(part, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        yield "is a wrapper for several devices; give the module inside (its .module): a run has --devices and torchrun."
+    tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+    if any(is_lazy(tensor) for tensor in tensors):
+        yield "does not know its size yet; call the network once on an example before, or name the size."
+    elif any(tensor.is_meta for tensor in tensors):
+        yield "has no values (its device is meta); make it on the CPU, or give it values with to_empty and load_state_dict."
+    for hook in chain(part._forward_pre_hooks.values(), part._forward_hooks.values()):
+        if (kind := COMPUTED_WEIGHTS.get(type(hook).__module__)) is not None:
+            yield f"has {kind[0]}, which computes a tensor beside the trained ones; {kind[1]}."
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype == torch.float32:
+        return
+    kind = str(dtype).removeprefix("torch.")
+    if dtype.is_complex:
+        raise ConfigError(
+            f"The network's '{name}' is {kind}, and weights are trained in float32; keep the two parts as one parameter of "
+            "float32 with a last axis of 2, and let forward use torch.view_as_complex of it."
+        )
+    also = f", and compute in it with --precision {kind}" if kind in ("bfloat16", "float16") else ""
+    raise ConfigError(
+        f"The network's '{name}' is {kind}, and weights are trained in float32; give network.float(){also}."
+    )

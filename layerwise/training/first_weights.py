@@ -1,0 +1,95 @@
+"""What training begins with, where the seed does not say it: what a network of the user's brings along, or an earlier run's.
+
+It is kept in the run, so that a later start, or a probe, may be given the network with any weights.
+"""
+
+from pathlib import Path
+
+from layerwise.config import Config
+from layerwise.errors import ConfigError, RunError
+from layerwise.nets.network import Network
+from layerwise.run_store import RunState, RunStore
+from layerwise.training.checkpoint import Arrays, digest, load_arrays, save_arrays, weights_of
+from layerwise.training.encoder import warm_start
+from layerwise.training.run import Run
+
+
+def first_weights(run: Run) -> Arrays | None:
+    """What training begins with: what an earlier run has learnt, or what the network brings along. None where the seed says it.
+
+    Raises RunError or ConfigError where the earlier run's do not fit the network.
+    """
+    network, place = run.specs[0].network, run.config.training.warm_start
+    if place is not None:
+        return warm_start(Path(place).expanduser(), network)
+    if network.model is None:
+        return None
+    weights: Arrays = {}
+    for layer in range(len(network.layers)):  # one at a time: the whole of it may be large
+        weights |= weights_of(network.build(range(layer, layer + 1), 0, "cpu"))
+    return weights
+
+
+def refuse_other_warm_start(config: Config, store: RunStore, network: Network) -> None:
+    """Raises RunError or ConfigError where a new run cannot begin with what --warm-start names."""
+    place = config.training.warm_start
+    if place is not None and Path(place).expanduser().resolve() == store.out.resolve():
+        raise ConfigError(f"--warm-start {place} is the run's own folder; name another --out.")
+    if place is not None:
+        warm_start(Path(place).expanduser(), network)
+
+
+def write_first_weights(state: RunState, run: Run) -> None:
+    """A later start, or a probe, may be given the network with other weights."""
+    if state.first_weights is None or run.store.first_weights.exists():
+        return
+    weights = first_weights(run)
+    if weights is None or digest(weights) != state.first_weights:
+        raise RunError(
+            f"{run.store.first_weights} is missing, with which the run was begun; restore it, or start anew with --overwrite."
+        )
+    save_arrays(run.store.first_weights, weights, {})
+
+
+def is_network_of(state: RunState, store: RunStore, network: Network) -> bool:
+    """Whether a run was begun with this network: with the same weights, or with others where it has kept its first ones.
+
+    store: of the run itself, whichever round the state is of.
+    """
+    same_structure = state.structure == network.structure != ""
+    return state.network == network.identity or (same_structure and store.first_weights.exists())
+
+
+def other_weights(state: RunState, network: Network) -> list[str]:
+    """A line where the network was given with other weights than the run was begun with, and these still matter."""
+    if state.network == network.identity or state.is_trained:
+        return []
+    return ["the network has other weights now than those that this run was begun with; it goes on from its own"]
+
+
+def check_warm_start(state: RunState, run: Run) -> None:
+    """Raises ConfigError where a run that goes on is to be one that was begun with other weights.
+
+    Its own lie in its folder by now, so those that it took them from may be gone.
+    """
+    place = run.config.training.warm_start and Path(run.config.training.warm_start).expanduser()
+    if place and place.exists() and digest(warm_start(place, run.specs[0].network)) != state.first_weights:
+        raise ConfigError(
+            f"--warm-start {place}: {run.store.out} was not begun with these weights; leave it out to go on, or give another "
+            "--out."
+        )
+
+
+def load_first_weights(store: RunStore) -> Arrays | None:
+    """What a run was begun with, by the names in the whole network; None where the seed says all about it.
+
+    Raises RunError where it is missing, or not what the run has recorded.
+    """
+    recorded = store.load_state().first_weights
+    if recorded is None:
+        return None
+    way_out = "restore it, or start anew with --overwrite."
+    weights = load_arrays(store.first_weights, way_out)[0]
+    if digest(weights) != recorded:
+        raise RunError(f"{store.first_weights} does not hold the weights that its run was begun with; {way_out}")
+    return weights

@@ -1,0 +1,57 @@
+"""A GPU is kept busy: a step of a whole batch is few kernels and one copy, and the host hardly ever waits for it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import gpu_cases
+import pytest
+from gpu_cases import SPEECH, Case, run_case
+from simulated_gpu import Counts, SimulatedGPU
+
+from layerwise.errors import TrainingError
+from layerwise.events import Event, StepDone
+from layerwise.stop import StopFlag
+from layerwise.training.scores import READ_AT_ONCE
+
+KERNELS, COPIES, WAITS = 80, 2, 0.1
+"""Most of a step."""
+SIZES = {"net.kernels": [10], "net.strides": [5], "net.paddings": [2], "objective.steps": 12, "objective.negatives": 10}
+CASE = Case(SPEECH | SIZES | {"objective.anchors": 32})
+"""A convolution that reads the data, and a GRU that reads its cache; counts do not depend on the width."""
+
+
+def test_a_step_is_few_kernels_one_copy_and_hardly_a_wait(
+    gpu: SimulatedGPU, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_cases, "WAVES", 24 * gpu_cases.WAVES)
+    seen: dict[int, list[Counts]] = {1: [], 2: []}
+
+    def note(event: Event) -> None:
+        # The steps between are told of when the scores of the last ones have been read.
+        if isinstance(event, StepDone) and event.step in (READ_AT_ONCE - 1, READ_AT_ONCE):
+            seen[event.stage].append(replace(gpu.counts))
+
+    run_case(CASE, "cuda", tmp_path, note)
+    for before, after in seen.values():
+        per_step = [
+            (getattr(after, name) - getattr(before, name)) / READ_AT_ONCE
+            for name in ("kernels", "to_device", "to_host", "waits")
+        ]
+        kernels, to_device, to_host, waits = per_step
+        assert 20 < kernels <= KERNELS
+        assert to_device == 1
+        assert 0 < to_device + to_host <= COPIES
+        assert 0 < waits <= WAITS
+
+
+def test_a_loss_that_is_no_number_is_found_before_anything_is_saved(gpu: SimulatedGPU, tmp_path: Path) -> None:
+    stop = StopFlag()
+
+    def ask(event: Event) -> None:
+        if isinstance(event, StepDone):
+            stop.reason = "the test"
+
+    with pytest.raises(TrainingError, match="became nan"):
+        run_case(CASE, "cuda", tmp_path, ask, stop, **{"training.lr": 1e30, "training.batch_size": 2})
+    assert stop.reason
+    assert not list(tmp_path.rglob("checkpoint.safetensors"))
