@@ -196,7 +196,7 @@ def _peak(file: soundfile.SoundFile) -> float | str:
 def _cancels(file: soundfile.SoundFile) -> bool:
     """Whether hardly anything is left of its channels when they are mixed, in stretches from its beginning to its end."""
     each = mixed = 0.0
-    length = file.samplerate // STRETCHES
+    length = max(file.samplerate // STRETCHES, 1)
     for start in np.linspace(0, max(file.frames - length, 0), STRETCHES).astype(int).tolist():
         file.seek(start)
         block = file.read(length, dtype="float64", always_2d=True)
