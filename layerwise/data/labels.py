@@ -188,7 +188,7 @@ def _numbers_of(values: Sequence[str], ids: Sequence[str]) -> list[int]:
 
 
 def _known_otherwise(values: set[str], names: Sequence[str]) -> dict[str, int]:
-    """The number of the sample that these values name otherwise: the longest common end counts, and names as they stand first."""
+    """The number of the sample that these values name otherwise: by the longest common end, and first by a whole name."""
     whole = _index((form, number) for number, name in enumerate(names) for form in _forms(name))
     whole |= {name: number for number, name in enumerate(names)}
     longer = {
