@@ -86,7 +86,7 @@ setup(
             *DOCS,
             "playwright>=1.50",  # drives the system's Chromium, where there is one
             "tensorboard>=2.18",
-            "layerwise[onnx,dask]",
+            "layerwise[onnx,dask,parquet]",
         ],
     },
     entry_points={"console_scripts": ["layerwise = layerwise.commands:main"]},
