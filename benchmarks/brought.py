@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from torch import nn
 
 import layerwise
+from layerwise.config import NetOptions
 from layerwise.errors import LayerwiseError
+from layerwise.nets.pictures import timm_model
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "bring"))
 
@@ -62,7 +65,9 @@ TIMM = (
     *("visformer_tiny", "vit_base_patch32_clip_224", "vit_relpos_small_patch16_224", "vit_srelpos_small_patch16_224"),
     *("volo_d1_224", "xception41", "xcit_nano_12_p16_224"),
 )
-"""One of each family, as timm makes it without a pretrained file."""
+"""One of each family."""
+
+TIMM_PICTURE = (3, 64, 64)
 
 WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 WORDS = WIDTH | {"vocab_size": 50, "max_position_embeddings": 32}
@@ -119,13 +124,9 @@ TRANSFORMERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 
 
-def of_timm(name: str) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        import timm
-
-        return timm.create_model(name, pretrained=False, num_classes=0)
-
-    return build
+def of_timm(name: str) -> nn.Module:
+    """As --net timm:NAME makes it for pictures of this size."""
+    return timm_model(NetOptions(name=f"timm:{name}"), TIMM_PICTURE)
 
 
 def of_transformers(name: str, settings: dict[str, Any]) -> Callable[[], nn.Module]:
@@ -142,9 +143,9 @@ def of_transformers(name: str, settings: dict[str, Any]) -> Callable[[], nn.Modu
 def cut(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> str:
     """How many units there are and the seconds to find them, or the sentence with which the network is refused."""
     torch.manual_seed(0)
-    model = build()
     begun = time.perf_counter()
     try:
+        model = build()
         units = len(layerwise.cut(model, torch.zeros(1, *shape)).layers)
     except LayerwiseError as error:
         return f"refused: {error}"
@@ -169,12 +170,9 @@ def main() -> None:
                 f"| {name} | {sum(units)} | {' + '.join(map(str, units))} | {time.perf_counter() - begun:.0f} |",
                 flush=True,
             )
-    import timm
-
     for name in TIMM:
         if given.only in f"timm {name}":
-            size = timm.get_pretrained_cfg(name, allow_unregistered=True) or timm.models.get_pretrained_cfg(name)
-            print(f"| timm {name} | {cut(of_timm(name), tuple(size.input_size))} |", flush=True)
+            print(f"| timm {name} | {cut(partial(of_timm, name), TIMM_PICTURE)} |", flush=True)
     for name, (settings, shape) in TRANSFORMERS.items():
         if given.only in f"transformers {name}":
             print(f"| transformers {name} | {cut(of_transformers(name, settings), shape)} |", flush=True)
