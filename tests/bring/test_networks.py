@@ -39,7 +39,7 @@ NOT_ON_THE_WAY = ("pooler", "masked_spec_embed")
 """Parameters of transformers that do not act on the last hidden states."""
 
 TRAINED = ("timm vit", "transformers wav2vec2", "transformers bert", "own recurrent", "own with hooks")
-"""benchmarks/networks.py trains all of them."""
+"""benchmarks/brought.py trains all of them."""
 
 
 def needs_its_library(name: str) -> None:

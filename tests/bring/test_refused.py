@@ -158,8 +158,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, Callable[[], nn.Module] |
     ),
     "without values": (lambda: plain().to("meta"), r"has no values \(its device is meta\)", plain),
     "old weight_norm": (old_weight_norm, r"'0' \(Linear\) has the old weight_norm.*parametrizations", new_weight_norm),
-    "old spectral_norm": (
-        lambda: changed(lambda model: nn.utils.spectral_norm(model[0])),
+    "old spectral_norm that was trained": (
+        lambda: changed(lambda model: (nn.utils.spectral_norm(model[0]), model(EXAMPLE))),
         r"has the old spectral_norm.*parametrizations",
         new_spectral_norm,
     ),
