@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from layerwise import config as configuration
-from layerwise.commands.options import configured, data_option, directory_argument, network_option
+from layerwise.commands.options import ConfiguredCommand, configured, data_option, directory_argument, network_option
 from layerwise.config import Config
 from layerwise.engines.requeue import queue_again
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, ToldElsewhere
@@ -37,7 +37,7 @@ def _own_or_resolved(recipe: str | None, file: Path | None, given: dict[str, Any
     return own or configuration.resolve(recipe, file, given, default_out)
 
 
-@click.command(short_help="Train every stage that is not done yet.")
+@click.command(cls=ConfiguredCommand, short_help="Train every stage that is not done yet.")
 @partial(configured, resolve=_own_or_resolved)
 @click.option("--from-stage", type=int, help="Retrain this stage and those above it from the cache of the stage below.")
 @click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")
