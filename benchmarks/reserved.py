@@ -1,7 +1,7 @@
 """Bytes that CUDA's allocator reserves for training steps: predicted from a rehearsal, against the model of the allocator under
 the very steps, on the simulated GPU; and whether the steps go through with no more than what was predicted.
 
-python benchmarks/reserved.py [--first 1] [--last 20]
+python benchmarks/reserved.py [--first 1] [--last 23]
 """
 
 import argparse
@@ -19,7 +19,7 @@ from steps import host_batch, machine, natural_stages, our_stage, paper
 from layerwise.config import Config
 from layerwise.memory.driver import possible_segments, segments_used, take_workspaces
 from layerwise.memory.meter import meter_for
-from layerwise.memory.plan import NARROW_ROOM, ROOMS, MemoryPlan
+from layerwise.memory.plan import NARROW_ROOM, ROOMS, ROOMS_OF_GPU, MemoryPlan
 from layerwise.memory.reserved import Allocations, Segments
 from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec
@@ -77,6 +77,8 @@ def cases() -> Iterator[Case]:
     narrow = replace(whole, micro_batch=2, loss_room=NARROW_ROOM)
     layouts = {1: [whole, narrow, replace(whole, recompute=True)], 2: [whole], 3: [narrow]}
     yield from _of_stages("vision", layouts, 4)
+    at_once = MemoryPlan(8, 8, loss_room=ROOMS_OF_GPU[0])
+    yield from _of_stages("speech", {1: [at_once], 2: [at_once], 6: [at_once]}, 8)
 
 
 def _of_stages(network: str, layouts: dict[int, list[MemoryPlan]], batch_size: int) -> Iterator[Case]:
@@ -137,7 +139,7 @@ def main() -> None:
         found = measured(case)
         ratios.append(found.predicted / found.modelled)
         sizes = " | ".join(f"{size / 1e6:.1f}" for size in (found.requested, found.modelled, found.predicted))
-        layout = f"batch {case.plan.batch_size}, {case.plan}"
+        layout = f"batch {case.plan.batch_size}, {case.plan}{', loss at once' * (case.plan.loss_room in ROOMS_OF_GPU)}"
         kind = "expandable" if found.segments.expandable else "fixed"
         print(
             f"| {case.network} | {case.stage} | {layout} | {kind} | {sizes} | {ratios[-1]:.3f} | {found.retries} | "

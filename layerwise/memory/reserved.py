@@ -18,6 +18,9 @@ from layerwise.memory.caching_allocator import (
     up_to,
 )
 
+STEPS = 3
+"""As often is a step taken: a later one finds in pieces what an earlier one has left free."""
+
 SPARE = {False: SEGMENT_UNIT, True: LARGE_SEGMENT // 2}
 """Bytes beyond what a rehearsed step goes through with, for segments of a fixed size and for expandable ones: other draws ask
 for a little less or more, and may come to lie otherwise (`benchmarks/reserved.py`)."""
@@ -77,13 +80,13 @@ class Allocations:
         return twin
 
     def fit(self, room: int, segments: Segments) -> bool:
-        """Whether the step goes through with at most so many bytes reserved, whatever is drawn."""
+        """Whether such steps go through with at most so many bytes reserved, whatever is drawn."""
         known = self._fewest.get(segments)
         room -= SPARE[segments.expandable]
         return room == known or self._after(room, segments) is not None
 
     def least(self, segments: Segments) -> int:
-        """The fewest bytes that have to be reserved for the step, whatever is drawn."""
+        """The fewest bytes that have to be reserved for such steps, whatever is drawn."""
         return self.fewest(segments) + SPARE[segments.expandable]
 
     def fewest(self, segments: Segments) -> int:
@@ -103,7 +106,7 @@ class Allocations:
         return self._fewest[segments]
 
     def _after(self, room: int, segments: Segments) -> CachingAllocator | None:
-        """The allocator behind the step; None where the room does not hold it."""
+        """The allocator behind the steps; None where the room does not hold them."""
         allocator = CachingAllocator(segments.allowed(room), segments.expandable)
         try:
             self._ask(allocator, segments)
@@ -119,10 +122,13 @@ class Allocations:
         for number, size in enumerate(event for event in earlier if event > 0):
             if number not in gone:
                 allocator.allocate(size)
-        blocks, number = {}, self._count_at_start
-        for event in step:
-            if event > 0:
-                blocks[number] = allocator.allocate(event)
-                number += 1
-            else:
-                allocator.free(blocks.pop(-1 - event, None))
+        for _ in range(STEPS):
+            blocks, number = {}, self._count_at_start
+            for event in step:
+                if event > 0:
+                    blocks[number] = allocator.allocate(event)
+                    number += 1
+                else:
+                    allocator.free(blocks.pop(-1 - event, None))
+            for block in blocks.values():
+                allocator.free(block)
