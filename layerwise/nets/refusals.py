@@ -61,6 +61,11 @@ def _reasons(part: nn.Module, at_root: bool) -> Iterator[str]:
         yield "does not know its size yet; call the network once on an example before, or name the size."
     elif any(tensor.is_meta for tensor in tensors):
         yield "has no values (its device is meta); make it on the CPU, or give it values with to_empty and load_state_dict."
+    config = getattr(part, "config", None)  # of Hugging Face's
+    if getattr(config, "layerdrop", 0):
+        yield "leaves layers out at random, and which there are must be known beforehand; set its config.layerdrop to 0."
+    if getattr(config, "apply_spec_augment", False) and getattr(config, "mask_time_prob", 0):
+        yield "masks its input at random by other means than torch's; set its config.apply_spec_augment to False."
     attached = any(isinstance(value, torch.Tensor) and value.grad_fn is not None for value in vars(part).values())
     for hook in part._forward_pre_hooks.values():
         if (kind := COMPUTED_WEIGHTS.get(type(hook).__module__)) is not None and (attached or at_root):

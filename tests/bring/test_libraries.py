@@ -25,12 +25,14 @@ def weights_of(network: Network) -> dict[str, torch.Tensor]:
     return {key.split(".unit.")[1]: value for key, value in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_timm_and_torchvision_start_from_the_weights_of_a_file(suffix: str, tmp_path: Path) -> None:
+def test_timm_and_torchvision_start_from_the_weights_of_a_file(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm", reason=NEEDS)
     model = timm.create_model("test_resnet", num_classes=5)  # with a classifier, as files that are shared have
-    path = tmp_path / f"weights{suffix}"
-    (save_file if suffix == ".safetensors" else torch.save)(model.state_dict(), path)
+    path, pickled = tmp_path / "weights.safetensors", tmp_path / "weights.pth"
+    torch.save(model.state_dict(), pickled)
+    with pytest.raises(ConfigError, match=r"save_file\(torch\.load\('.*weights\.pth', weights_only=True\)"):
+        named_network(NetOptions(name="timm:test_resnet", weights=str(pickled)), PICTURE, seed=0)
+    save_file(torch.load(pickled, weights_only=True), path)
     network = named_network(NetOptions(name="timm:test_resnet", weights=str(path)), PICTURE, seed=0)
     assert torch.equal(weights_of(network)["conv1.0.weight"], model.conv1[0].weight)
     drawn = named_network(NetOptions(name="timm:test_resnet"), PICTURE, seed=0)

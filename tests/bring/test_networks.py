@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from networks import NETWORKS, built
@@ -54,6 +55,8 @@ def test_a_network_is_cut_between_its_blocks_and_keeps_its_weights_and_their_nam
     model = built(name)
     network = layerwise.cut(model, torch.zeros(2, *NETWORKS[name].frame_shape))
     assert len(network.layers) == UNITS[name]
+    on_meta = network.build(range(len(network.layers)), 0, "meta")  # so that no tensor is made on a device of its own
+    on_meta(torch.empty(2, 1, *NETWORKS[name].frame_shape, device="meta"), np.ones(2, dtype=np.int64))
     known = model.state_dict()
     layers = network.build(range(len(network.layers)), 0, "cpu").layers.values()
     held = {key.removeprefix("unit."): value for layer in layers for key, value in layer.state_dict().items()}
