@@ -81,6 +81,7 @@ def test_a_model_has_the_trained_weights_after_a_run_and_after_one_that_finds_no
         run(again, on_epoch=epochs.append)
         assert weights(again) == trained
     assert not epochs
+    assert bits(run(model, from_stage=1)) == bits(result)  # from the first weights, which the model has no more
 
 
 def other_weights() -> nn.Module:
