@@ -12,6 +12,20 @@ from typing import Any
 from layerwise.errors import ConfigError, LayerwiseError, did_you_mean
 
 
+def versions_beside(torch_version: str) -> dict[str, str]:
+    """The torchvision and torchaudio that belong to a torch: "2.12.1" to {"torchvision": "0.27.*", "torchaudio": "2.11.*"}.
+
+    torchvision counts its own versions, one for each torch. torchaudio 2.11 is its last one so far, and runs on newer ones.
+    """
+    minor = int(torch_version.split(".")[1])
+    return {"torchvision": f"0.{minor + 15}.*", "torchaudio": f"2.{min(minor, 11)}.*"}
+
+
+def install_beside(name: str, torch_version: str) -> str:
+    """The command that installs the version of torchvision or torchaudio that belongs to this torch."""
+    return f"pip install '{name}=={versions_beside(torch_version)[name]}', from where torch was installed"
+
+
 def import_torchvision(raises: type[LayerwiseError]) -> Any:
     """The module. Raises an error of this type where it does not load beside torch."""
     import torch
@@ -20,8 +34,8 @@ def import_torchvision(raises: type[LayerwiseError]) -> Any:
         import torchvision
     except (ImportError, OSError, RuntimeError) as error:
         raise raises(
-            f"torchvision cannot be imported beside torch {torch.__version__} ({error}); install versions that match: "
-            "pip install -c constraints.txt torch torchvision"
+            f"torchvision cannot be imported beside torch {torch.__version__} ({error}); install the version that belongs "
+            f"to it: {install_beside('torchvision', torch.__version__)}."
         ) from error
     return torchvision
 

@@ -22,7 +22,7 @@ ROOMS = {
     "tracking": LEAVES,
     "engines": LEAVES | {"training", "tracking", "data", "nets", "memory", "cache"},
     "encoder": LEAVES | {"training", "cache", "data", "nets", "memory"},
-    "doctor": {"errors", "files", "units"},
+    "doctor": {"errors", "files", "importing", "units"},
     "report": LEAVES | {"evaluate"},
     "commands": LEAVES | {"training", "engines", "evaluate", "encoder", "report", "cache", "doctor"},
 }

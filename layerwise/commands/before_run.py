@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from layerwise.commands.options import configured, json_option
+from layerwise.commands.options import ConfiguredCommand, configured, json_option
 from layerwise.config import Config, commented, function_flags, recipe_names, recipe_text
 from layerwise.doctor import Finding
 from layerwise.doctor.examine import examine
@@ -61,7 +61,7 @@ def recipes(name: str | None) -> None:
         answer(f"{each:<{width}}  {purpose}")
 
 
-@click.command(short_help="Write a commented config.toml for your data.")
+@click.command(cls=ConfiguredCommand, short_help="Write a commented config.toml for your data.")
 @configured
 @click.option(
     "-o", "--output", default="config.toml", show_default=True, type=click.Path(path_type=Path), help="A new file."
@@ -88,7 +88,7 @@ def init(config: Config, output: Path) -> None:
     say("next:", f"  layerwise plan {options}", f"  layerwise run {options}")
 
 
-@click.command(short_help="Predict what a run would take; runs nothing.")
+@click.command(cls=ConfiguredCommand, short_help="Predict what a run would take; runs nothing.")
 @configured
 @click.option("--sweep", "sweeps", is_flag=True, help="Compare cuts, from one stage (end to end) to the finest.")
 @click.option("--plot", type=click.Path(path_type=Path), help="With --sweep: draw it into this .svg or .png file.")

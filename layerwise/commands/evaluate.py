@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from layerwise.commands.options import configured, data_option, directory_argument, json_option, network_option
+from layerwise.commands.options import (
+    ConfiguredCommand,
+    configured,
+    data_option,
+    directory_argument,
+    json_option,
+    network_option,
+)
 from layerwise.config import Config
 from layerwise.errors import ConfigError
 from layerwise.evaluate.results import METHODS
@@ -47,7 +54,7 @@ def probe(directory: Path, label: str, as_json: bool, **options: Any) -> None:
         say(warning)
 
 
-@click.command(short_help="Compare the methods of the paper on one data set.")
+@click.command(cls=ConfiguredCommand, short_help="Compare the methods of the paper on one data set.")
 @partial(configured, default_out="runs/compare-{recipe}")
 @click.option(
     "--seeds", default=3, show_default=True, type=click.IntRange(1), help="Runs of each method, from --seed on."

@@ -23,6 +23,30 @@ data_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for scripts.")
 
 
+class ConfiguredCommand(click.Command):
+    """Its help lists the options in groups, with the defaults of the recipe and the data that are named before --help."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        named = {option.key.replace(".", "__"): option for option in configuration.options() if option.flag}
+        data = ctx.params.get("data__source")
+        defaults = configuration.resolve(ctx.params.get("recipe"), None, {"data.source": data} if data else {})
+        titles = configuration.section_titles()
+        groups: dict[str, list[tuple[str, str]]] = {"Options": [], **{title: [] for title in titles.values()}}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            option = named.get(parameter.name or "")
+            if record is None:
+                continue
+            title = titles.get(option.key.partition(".")[0], "Options") if option else "Options"
+            value = configuration.value_of(defaults, option.key) if option else None
+            said = value in (None, "", ()) or "default:" in record[1].lower()
+            groups[title].append((record[0], record[1] if said else f"{record[1]} [default: {value}]"))
+        for title, records in groups.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
 def configured(command: Callable[..., None], default_out: str = "runs/{recipe}") -> Callable[..., None]:
     """Adds --recipe, --config, every flag of the configuration and --set; the command is called with `config`."""
 
@@ -36,7 +60,7 @@ def configured(command: Callable[..., None], default_out: str = "runs/{recipe}")
 
     recipes = f"Defaults of an experiment: {', '.join(configuration.recipe_names())}."
     added = [
-        click.option("--recipe", help=recipes),
+        click.option("--recipe", help=recipes, is_eager=True),
         click.option(
             "--config", "config_file", type=click.Path(path_type=Path), help="TOML file of options, over the recipe."
         ),
@@ -55,7 +79,6 @@ def configured(command: Callable[..., None], default_out: str = "runs/{recipe}")
 
 
 def _flag(option: configuration.Option, flag: str) -> Callable[..., Any]:
-    said = option.default in (None, "") or "default:" in option.help.lower()
-    default = "" if said else f" [default: {option.default}]"
-    name = option.key.replace(".", "__")
-    return click.option(flag, name, help=f"{option.help}{default}", metavar="VALUE")
+    # The help is eager too: it is to know the data where these stand before it.
+    name, eager = option.key.replace(".", "__"), option.key == "data.source"
+    return click.option(flag, name, help=option.help, metavar=option.kind, is_eager=eager)

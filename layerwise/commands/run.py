@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from layerwise.commands.options import configured, data_option, directory_argument, network_option
+from layerwise.commands.options import ConfiguredCommand, configured, data_option, directory_argument, network_option
 from layerwise.config import Config
 from layerwise.engines.requeue import queue_again
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, ToldElsewhere
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from layerwise.engines.run import RunResult
 
 
-@click.command(short_help="Train every stage that is not done yet.")
+@click.command(cls=ConfiguredCommand, short_help="Train every stage that is not done yet.")
 @configured
 @click.option("--from-stage", type=int, help="Retrain this stage and those above it from the cache of the stage below.")
 @click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")

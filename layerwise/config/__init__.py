@@ -24,6 +24,7 @@ from layerwise.config.options import (
     TrainingOptions,
     changed_options,
     options,
+    section_titles,
     value_of,
 )
 from layerwise.config.resolving import (

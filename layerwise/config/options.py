@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tomli_w
 from pydantic import (
@@ -353,6 +354,8 @@ class Option:
     scope: Scope
     help: str
     default: Any
+    kind: str
+    """What it takes, in a word: NUMBER, SIZE, or the words that it may be."""
 
 
 def options() -> Iterator[Option]:
@@ -367,7 +370,31 @@ def options() -> Iterator[Option]:
 
 def _as_option(key: str, field: Any) -> Option:
     extra = field.json_schema_extra
-    return Option(key, extra["flag"], extra["scope"], (field.description or "").replace("\n", " "), field.default)
+    help = (field.description or "").replace("\n", " ")
+    return Option(key, extra["flag"], extra["scope"], help, field.default, _kind(field.annotation))
+
+
+_KINDS = {int: "NUMBER", float: "NUMBER", bool: "true|false", ByteSize: "SIZE"}
+
+
+def _kind(annotation: Any) -> str:
+    """Of several types, each once."""
+    if get_origin(annotation) is Annotated:
+        return _kind(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    if get_origin(annotation) in (Union, UnionType):
+        return "|".join(dict.fromkeys(_kind(each) for each in get_args(annotation) if each is not NoneType))
+    return "LIST" if get_origin(annotation) is tuple else _KINDS.get(annotation, "TEXT")
+
+
+def section_titles() -> dict[str, str]:
+    """What each section of options is about, by its name, in the order of the file."""
+    return {
+        name: (field.annotation.__doc__ or "").partition(".")[0]
+        for name, field in Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
 
 
 def changed_options(old: Config, new: Config, scopes: set[Scope]) -> list[tuple[Option, Any, Any]]:

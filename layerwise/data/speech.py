@@ -24,6 +24,7 @@ import torch
 from layerwise.data.files import usable_files
 from layerwise.data.source import SampleSet, digest
 from layerwise.errors import ConfigError, DataError
+from layerwise.importing import install_beside
 
 EXTENSIONS = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
 _FILTER_WIDTH = 6
@@ -201,8 +202,8 @@ def load_resample() -> Callable[..., torch.Tensor]:
         from torchaudio.functional import resample
     except (ImportError, OSError, RuntimeError) as error:
         raise DataError(
-            f"torchaudio does not load beside torch {torch.__version__} ({error}); install the versions that belong "
-            "together: pip install -c constraints.txt torch torchaudio."
+            f"torchaudio does not load beside torch {torch.__version__} ({error}), and recordings of another rate need it; "
+            f"install the version that belongs to it: {install_beside('torchaudio', torch.__version__)}."
         ) from None
     return resample
 

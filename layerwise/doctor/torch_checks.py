@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.doctor import Finding
+from layerwise.importing import install_beside
 from layerwise.units import size
 
 REINSTALL = "in a checkout of layerwise: pip install -c constraints.txt ."
 
 TORCH_SECONDS = 120
 """Longest wait for torch: a first import from a network disk takes a minute."""
+
+TIMED_OUT = f"did not answer for {TORCH_SECONDS} s"
 
 DRIVER_SECONDS = 30
 """Longest wait for nvidia-smi."""
@@ -45,6 +48,8 @@ class TorchReport:
     """name, free and total (bytes) of each GPU that torch can use."""
     gpu_error: str = ""
     """Why it can use none, where it knows."""
+    timed_out: bool = False
+    """Whether it had not said everything after TORCH_SECONDS."""
 
 
 def ask_torch() -> TorchReport:
@@ -55,13 +60,13 @@ def ask_torch() -> TorchReport:
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=TORCH_SECONDS)
         output, end = done.stdout, f"ended its process with {done.returncode}" if done.returncode else ""
     except subprocess.TimeoutExpired as error:
-        output, end = (error.stdout or b"").decode(errors="replace"), f"did not answer for {TORCH_SECONDS} s"
+        output, end = (error.stdout or b"").decode(errors="replace"), TIMED_OUT
     return _report(output, end)
 
 
 def _report(output: str, end: str) -> TorchReport:
     """end: how the process ended, empty where it ended well."""
-    report, at = TorchReport(), "torch"
+    report, at = TorchReport(timed_out=end == TIMED_OUT), "torch"
     for line in output.splitlines():
         if not line.startswith("{"):
             continue
@@ -113,7 +118,17 @@ def _print(**answer: Any) -> None:
     print(json.dumps(answer), flush=True)
 
 
+COMPANIONS = {
+    "torchvision": "the sets cifar10 and stl10 and networks of torchvision",
+    "torchaudio": "recordings whose rate is not --sample-rate",
+}
+"""What needs them; everything else works without."""
+
+
 def torch(report: TorchReport) -> Finding:
+    if report.timed_out and "torch" not in report.versions:
+        advice = "a slow disk or a busy machine; if `python -c 'import torch'` never ends, " + REINSTALL
+        return Finding("torch", "note", TIMED_OUT, advice)
     if error := report.errors.get("torch"):
         return Finding("torch", "fix", f"does not import: {error}", REINSTALL)
     if "torch" not in report.versions:
@@ -126,14 +141,14 @@ def companions(report: TorchReport) -> list[Finding]:
     """torchvision and torchaudio import only beside the torch that they were built for."""
     if "torch" not in report.versions:
         return []
-    findings = []
-    for name in ("torchvision", "torchaudio"):
+    findings, torch_version = [], report.versions["torch"]
+    for name, needed_for in COMPANIONS.items():
         if name in report.versions:
             findings.append(Finding(name, "ok", report.versions[name]))
         else:
             error = report.errors.get(name, "it was not reached")
-            found = f"does not import beside torch {report.versions['torch']}: {error}"
-            findings.append(Finding(name, "fix", found, REINSTALL))
+            found = f"does not import beside torch {torch_version}: {error}; only {needed_for} need it"
+            findings.append(Finding(name, "note", found, install_beside(name, torch_version)))
     return findings
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
@@ -94,6 +94,9 @@ class Meter(TorchDispatchMode):
         return self._steps.setdefault(name, _Steps()).should_meter(sizes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            # Of a fake tensor, torch asks for its device more often than for everything else together.
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
             self._count(result)

@@ -7,8 +7,8 @@ import torch
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-STEPS = 32
-"""What lives during one step alone is counted as wide as the steps are; with so many of them that is less than a hundredth
+STEPS = 16
+"""What lives during one step alone is counted as wide as the steps are; with so many of them that is less than a fiftieth
 of a training step."""
 
 _PER_FRAME = {"gru": 9, "lstm": 9, "rnn_tanh": 9, "rnn_relu": 9}

@@ -278,28 +278,36 @@ _Curve = tuple[str, str, str, Sequence[ModuleError]]
 
 def _draw_errors(name: str, title: str, caption: str, curves: Sequence[_Curve]) -> Plot:
     means = [error.error_mean for *_, errors in curves for error in errors]
-    floor = min((mean for mean in means if mean > 0), default=0.01) / 2
-    zero = any(mean <= 0 for mean in means)
+    smallest = min((mean for mean in means if mean > 0), default=0.01)
+    zero = min(means) <= 0
+    lowest = 0.0 if zero else smallest / 2
     figure = new_figure(3.3)
     axes = figure.subplots()
     for label, color, marker, errors in curves:
         stages = [error.stage for error in errors]
         low, line, high = (
-            [max(error.error_mean + side * error.error_std, floor) for error in errors] for side in (-1, 0, 1)
+            [max(error.error_mean + side * error.error_std, lowest) for error in errors] for side in (-1, 0, 1)
         )
         axes.fill_between(stages, low, high, color=color, alpha=0.15, linewidth=0)
         axes.plot(stages, line, color=color, marker=marker, label=label)
-    axes.set_yscale("log")
     if zero:
-        axes.set_ylim(bottom=floor)
-    axes.yaxis.set_major_locator(LogLocator(subs=_subdivisions(axes)))
+        axes.set_yscale("symlog", linthresh=smallest, linscale=0.5)
+        axes.set_ylim(bottom=0)
+        decades = LogLocator(subs=(1, 2, 5)).tick_values(smallest, axes.get_ylim()[1])
+        axes.set_yticks([0, *(tick for tick in decades if smallest <= tick <= axes.get_ylim()[1])])
+        caption += f" Below {100 * smallest:.3g} % it is linear, down to 0."
+    else:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=_subdivisions(axes)))
     axes.yaxis.set_major_formatter(PERCENT)
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    modules = sorted({error.stage for *_, errors in curves for error in errors})
+    axes.set_xlim(modules[0] - 0.3, modules[-1] + 0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(xlabel="module", ylabel="error")
     axes.grid(axis="y")
     figure.legend(loc="outside lower center", ncols=2)
-    return Plot(name, title, caption + (" An error of 0 lies on the lower edge." if zero else ""), figure)
+    return Plot(name, title, caption, figure)
 
 
 def _subdivisions(axes: Axes) -> Sequence[float]:

@@ -21,7 +21,7 @@ from layerwise.report.figures import (
     draw_probe,
 )
 from layerwise.report.records import GatheredRun, first_runs, gather_run
-from layerwise.report.tables import chance_loss, stage_status, totals
+from layerwise.report.tables import chance_loss, headline, stage_status, totals
 from layerwise.units import duration, percent, size
 
 
@@ -42,7 +42,7 @@ def write_report(directory: str | Path) -> Path:
 def _run_page(directory: Path) -> str:
     run = gather_run(directory)
     plots = _published(_run_plots(run), run.store.plots, itertools.count())
-    return _template("run.html.jinja").render(run=run, plots=plots)
+    return _template("run.html.jinja").render(run=run, plots=plots, results=headline(run.state, run.probes))
 
 
 def _comparison_page(directory: Path) -> str:
@@ -58,9 +58,9 @@ def _comparison_page(directory: Path) -> str:
 
 def _run_plots(run: GatheredRun) -> list[Plot | None]:
     return [
-        draw_losses(run.epochs, chance_loss(run.state.config.objective)),
-        draw_memory(run.memory, run.state.budget_bytes),
         *(draw_probe(probe) for probe in run.probes),
+        draw_memory(run.memory, run.state.budget_bytes),
+        draw_losses(run.epochs, chance_loss(run.state.config.objective)),
         *(draw_confusion(probe) for probe in run.probes),
         draw_caches(run),
     ]

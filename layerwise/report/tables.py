@@ -104,11 +104,28 @@ def stages_at_chance(state: RunState, objective: ObjectiveOptions) -> str | None
 
 def totals(state: RunState) -> str:
     """The largest peak against the budget, the room of the caches, the time."""
-    peak = max((record.peak_bytes or record.train_peak_bytes or 0 for record in state.stages), default=0)
     of_budget = f" of {size(state.budget_bytes)}" if state.budget_bytes else ""
     caches = sum(record.cache_bytes or 0 for record in state.stages)
     seconds = sum(record.seconds for record in state.stages)
-    return f"device peak {size(peak)}{of_budget} on {state.device}, caches {size(caches)}, {duration(seconds)}"
+    return f"device peak {size(_peak(state))}{of_budget} on {state.device}, caches {size(caches)}, {duration(seconds)}"
+
+
+def headline(state: RunState, probes: Sequence[ProbeResult]) -> list[tuple[str, str]]:
+    """What a reader of a run wants to know first: name and value of each result."""
+    results = []
+    for probe in probes:
+        last = probe.stages[-1]
+        random = f"{percent(last.untrained_error)} with random weights"
+        results.append((f"error, {probe.label}", f"{percent(last.error)} after module {last.stage}; {random}"))
+    budget = f" of {size(state.budget_bytes)}" if state.budget_bytes else ", without a budget"
+    results.append(("device peak", f"{size(_peak(state))}{budget}, on {state.device}"))
+    results.append(("time", duration(sum(record.seconds for record in state.stages))))
+    results.append(("caches", size(sum(record.cache_bytes or 0 for record in state.stages))))
+    return results
+
+
+def _peak(state: RunState) -> int:
+    return max((record.peak_bytes or record.train_peak_bytes or 0 for record in state.stages), default=0)
 
 
 def where_things_lie(store: RunStore, state: RunState) -> list[str]:

@@ -157,6 +157,18 @@ def test_version_and_help(call: Callable) -> None:
             assert option.flag in out
 
 
+def test_help_groups_the_options_and_has_the_defaults_of_the_recipe(call: Callable) -> None:
+    code, out, _ = call("run", "--recipe", "cifar10", "--help")
+    assert code == 0
+    epochs, budget = out.index("--max-epochs NUMBER"), out.index("--gpu-mem SIZE")
+    assert out.index("The stage loop:") < epochs < out.index("The device budget:") < budget
+    recipe = configuration.resolve("cifar10")
+    assert f"[default: {recipe.training.max_epochs}]" in out[epochs : out.index("--rounds")]
+    assert "[default: vision]" in out
+    assert "--stages NUMBER|fewest" in out
+    assert "[default: vision]" in call("run", "--data", "images:pictures", "--help")[1]
+
+
 def test_the_command_line_has_exactly_these_options() -> None:
     named = {option for parameter in group.commands["run"].params for option in parameter.opts}
     assert named == {

@@ -93,9 +93,17 @@ def test_a_companion_of_another_torch_is_named_with_the_fix(
     report = ask_torch()
     found = {finding.check: finding for finding in torch_checks.companions(report)}
     assert torch_checks.torch(report).verdict == "ok"
-    assert found["torchvision"].verdict == "fix"
+    assert found["torchvision"].verdict == "note"
     assert "does not import beside torch 2.12.1" in found["torchvision"].found
-    assert "pip install -c constraints.txt ." in found["torchvision"].advice
+    assert "pip install 'torchvision==0.27.*'" in found["torchvision"].advice
+
+
+def test_a_machine_that_is_slow_has_nothing_to_be_fixed(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    package("torch", "import time; time.sleep(60)")
+    monkeypatch.setattr(torch_checks, "TORCH_SECONDS", 0.5)
+    report = ask_torch()
+    assert torch_checks.torch(report).verdict == "note"
+    assert torch_checks.companions(report) == []
 
 
 @pytest.mark.parametrize(

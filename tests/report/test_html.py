@@ -1,19 +1,22 @@
 """The report as a file: what it holds, that it needs nothing else, and what it does with unfinished and hostile input."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 from records_edited import edited
 from small_report import HOSTILE, METHODS, add_confusion, outcome
 
 from layerwise.errors import RunError
 from layerwise.records import write_record
-from layerwise.report.drawing import PALETTE
+from layerwise.report.drawing import PALETTE, PERCENT, styled
+from layerwise.report.figures import draw_probe
 from layerwise.report.html import write_report
-from layerwise.run_store import RunState, open_run
+from layerwise.run_store import ProbeResult, RunState, open_run
+from layerwise.run_store.state import StageError
 
 
 def titles(page: str) -> list[str]:
@@ -23,10 +26,10 @@ def titles(page: str) -> list[str]:
 def test_a_report_of_a_run_shows_everything(run_report: Path) -> None:
     page = run_report.read_text()
     assert titles(page) == [
-        "Loss",
-        "Device memory",
         "Error: digit",
         "Error: speaker",
+        "Device memory",
+        "Loss",
         "Confusion: digit",
         "Confusion: speaker",
         "Activation caches",
@@ -156,11 +159,31 @@ def test_what_comes_from_files_is_escaped(run_directory: Path) -> None:
     assert page.count("&lt;script&gt;") == 5  # the option, twice in the machine, and the class on both axes
 
 
-def test_an_error_of_nothing_lies_on_the_lower_edge(run_directory: Path) -> None:
-    with edited(run_directory / "probes" / "speaker.json") as probe:
-        for stage in probe["stages"]:
-            stage["error"] = 0.0
-    assert "An error of 0 lies on the lower edge." in write_report(run_directory).read_text()
+def test_an_error_of_zero_is_drawn_at_zero() -> None:
+    axes = drawn_errors((0.5, 0.0), (0.02, 0.1))
+    assert axes.get_ylim()[0] == 0
+    assert axes.lines[0].get_ydata()[1] == 0
+    ticks = [tick for tick in axes.get_yticks() if tick <= axes.get_ylim()[1]]
+    assert [PERCENT(tick) for tick in ticks] == ["0 %", "2 %", "5 %", "10 %", "20 %", "50 %"]
+
+
+def test_the_axis_of_a_single_module_names_it_alone() -> None:
+    axes = drawn_errors((0.5,), (0.8,))
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
+
+
+def drawn_errors(trained: Sequence[float], untrained: Sequence[float]) -> Axes:
+    pairs = enumerate(zip(trained, untrained, strict=True), start=1)
+    stages = [StageError(stage, *errors, train=9, test=9, confusion=None, weights="0" * 64) for stage, errors in pairs]
+    with styled():
+        return draw_probe(ProbeResult("digit", stages, 0, "linear")).figure.axes[0]
+
+
+def test_the_results_stand_above_everything_else(run_report: Path) -> None:
+    page = run_report.read_text()
+    for name in ("error, digit", "error, speaker", "device peak", "time", "caches"):
+        assert 0 < page.index(f"<dt>{name}</dt>") < page.index("<h2>")
 
 
 def test_of_many_classes_the_most_confused_are_shown(run_directory: Path) -> None:
