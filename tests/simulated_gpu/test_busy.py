@@ -11,7 +11,7 @@ import torch
 from gpu_cases import SPEECH, Case, run_case
 from simulated_gpu import Counts, SimulatedGPU
 
-from layerwise.errors import TrainingError
+from layerwise.errors import Interrupted, TrainingError
 from layerwise.events import Event, StepDone
 from layerwise.stop import StopFlag
 from layerwise.training.budget import fit_stage
@@ -54,13 +54,17 @@ def test_a_step_is_few_kernels_one_copy_and_hardly_a_wait(
 ) -> None:
     monkeypatch.setattr(gpu_cases, "WAVES", 10 * gpu_cases.WAVES)
     seen: dict[int, list[Counts]] = {1: [], 2: []}
+    stop = StopFlag()
 
     def note(event: Event) -> None:
         # The steps between are told of when the scores of the last ones have been read.
         if isinstance(event, StepDone) and event.step in (READ_AT_ONCE - 1, READ_AT_ONCE):
             seen[event.stage].append(replace(gpu.counts))
+        if len(seen[2]) == 2:
+            stop.reason = "the test"
 
-    run_case(CASE, "cuda", tmp_path, note, **{"training.batch_size": 2})
+    with pytest.raises(Interrupted):
+        run_case(CASE, "cuda", tmp_path, note, stop, **{"training.batch_size": 2})
     for before, after in seen.values():
         per_step = [
             (getattr(after, name) - getattr(before, name)) / READ_AT_ONCE
