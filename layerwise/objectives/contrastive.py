@@ -311,7 +311,9 @@ def _add_group(
             torch.bmm(grad_scores, predictions, out=z)
             grad_targets.index_add_(0, rows, z.flatten(0, 1))
             grad_predictors[:at].baddbmm_(grad_predictions.permute(1, 2, 0), of_steps)
-            grad_run = torch.zeros_like(run)
+            # Nor are the predictions: the gradients of the contexts take theirs, where it is enough.
+            enough = run.numel() <= len(prediction_room)
+            grad_run = prediction_room[: run.numel()].view_as(run).zero_() if enough else torch.zeros_like(run)
             for step in range(at):  # the pieces overlap, so they are added up one by one
                 piece = grad_run[step * apart : step * apart + number]
                 piece.addmm_(grad_predictions[:, step], predictors[step])

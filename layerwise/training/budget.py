@@ -140,9 +140,14 @@ def plans_by_cost(config: Config, spec: StageSpec, flops_per_byte: int) -> list[
     return sorted(allowed_plans(config, spec), key=lambda family: step_cost(config, spec, family[0], flops_per_byte))
 
 
-@memoised_per(StageSpec)
 def allowed_plans(config: Config, spec: StageSpec) -> list[list[MemoryPlan]]:
     """All plans of a stage that the options allow; see `memory.plan.families`. The first is that of the whole batch."""
+    return _allowed_plans(config, spec, ROOMS_OF_GPU if find_device(config.training.device).type == "cuda" else ())
+
+
+@memoised_per(StageSpec)
+def _allowed_plans(config: Config, spec: StageSpec, wider: tuple[int, ...]) -> list[list[MemoryPlan]]:
+    """wider: further rooms of the loss; configurations are alike whatever their device."""
     effects = batch_effects(spec)
     every = families(
         config.training.batch_size,
@@ -151,7 +156,7 @@ def allowed_plans(config: Config, spec: StageSpec) -> list[list[MemoryPlan]]:
         repeatable=effects.repeatable,
         layers=len(spec.layers),
         stacked=stage_work(config, spec).stacked,
-        wider=ROOMS_OF_GPU if find_device(config.training.device).type == "cuda" else (),
+        wider=wider,
     )
     return [family for family in every if family]
 

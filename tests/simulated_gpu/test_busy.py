@@ -1,16 +1,20 @@
 """A GPU is kept busy: a step of a whole batch is few kernels and one copy, and the host hardly ever waits for it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gpu_cases
 import pytest
+import torch
 from gpu_cases import SPEECH, Case, run_case
 from simulated_gpu import Counts, SimulatedGPU
 
-from layerwise.errors import TrainingError
+from layerwise.errors import Interrupted, TrainingError
 from layerwise.events import Event, StepDone
 from layerwise.stop import StopFlag
+from layerwise.training.budget import fit_stage
 from layerwise.training.scores import READ_AT_ONCE
 
 KERNELS, COPIES, WAITS = 80, 2, 0.1
@@ -20,18 +24,47 @@ CASE = Case(SPEECH | SIZES | {"objective.anchors": 32})
 """A convolution that reads the data, and a GRU that reads its cache; counts do not depend on the width."""
 
 
+PAPERS = {
+    "objective.steps": 12,
+    "objective.negatives": 10,
+    "objective.anchors": 128,
+    "training.batch_size": 8,
+    "data.window": 2560,
+    "net.width": 128,
+    "net.context": 128,
+}
+
+
+def test_a_gpu_works_the_loss_out_at_once_and_a_cpu_in_its_caches(
+    gpu: SimulatedGPU, planned_stages: Callable[..., Any]
+) -> None:
+    for device in ("cuda", "cpu"):
+        given = {"training.device": device, "memory.flops_per_byte": 4096}
+        config, (*_, convolution, recurrent) = planned_stages("speech", **PAPERS, **given)
+        for spec in (convolution, recurrent):
+            plan = fit_stage(config, spec, torch.device(device))
+            assert plan is not None
+            assert plan.whole
+            targets = spec.build_objective(config, torch.device("meta")).targets_at_once(plan.loss_room, 12)
+            assert (targets >= 8 * 127) == plan.at_once == (device == "cuda")
+
+
 def test_a_step_is_few_kernels_one_copy_and_hardly_a_wait(
     gpu: SimulatedGPU, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_cases, "WAVES", 24 * gpu_cases.WAVES)
+    monkeypatch.setattr(gpu_cases, "WAVES", 10 * gpu_cases.WAVES)
     seen: dict[int, list[Counts]] = {1: [], 2: []}
+    stop = StopFlag()
 
     def note(event: Event) -> None:
         # The steps between are told of when the scores of the last ones have been read.
         if isinstance(event, StepDone) and event.step in (READ_AT_ONCE - 1, READ_AT_ONCE):
             seen[event.stage].append(replace(gpu.counts))
+        if len(seen[2]) == 2:
+            stop.reason = "the test"
 
-    run_case(CASE, "cuda", tmp_path, note)
+    with pytest.raises(Interrupted):
+        run_case(CASE, "cuda", tmp_path, note, stop, **{"training.batch_size": 2})
     for before, after in seen.values():
         per_step = [
             (getattr(after, name) - getattr(before, name)) / READ_AT_ONCE
