@@ -88,7 +88,7 @@ setup(
             *DOCS,
             "playwright>=1.50",  # drives the system's Chromium, where there is one
             "tensorboard>=2.18",
-            "layerwise[onnx,dask,timm,transformers]",
+            "layerwise[onnx,dask,timm,transformers,parquet]",
         ],
     },
     entry_points={"console_scripts": ["layerwise = layerwise.commands:main"]},

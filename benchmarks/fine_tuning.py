@@ -1,6 +1,6 @@
 """Fine-tuning on a tenth of the labels: from a layerwise encoder against from random weights.
 
-python benchmarks/fine_tuning.py [--fsdd DIR] [--cifar10 DIR] [--seeds 3] [--epochs 40] [--out runs/fine-tuning]
+python benchmarks/fine_tuning.py [--fsdd DIR] [--cifar10 DIR] [--seeds 3] [--out runs/fine-tuning]
 
 The encoder learns from all training samples without labels: of Free Spoken Digits from the 2700 that are no customary test
 recordings, of CIFAR-10 from --pictures of the training pictures. Then encoder and a linear layer on the mean of its frames are
@@ -14,8 +14,9 @@ import copy
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +55,10 @@ class Experiment:
 
     name: str
     source: str
-    epochs: int
+    module_epochs: int
     """Of each module, without labels."""
+    epochs: int
+    """Of encoder and linear layer, with labels."""
     train: Samples
     test: Samples
 
@@ -67,7 +70,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder = copied(encoder)
         channels = self._mean(encoder.entry.sizes(encoder.shortest, 1)[0]).shape[1]
-        self.head = nn.Linear(channels, classes)
+        self.head = nn.Sequential(
+            nn.BatchNorm1d(channels), nn.Linear(channels, classes)
+        )  # whatever the level of the features
 
     def _mean(self, size: tuple[int, ...]) -> torch.Tensor:
         with torch.no_grad():
@@ -90,7 +95,7 @@ def fsdd(folder: Path) -> Experiment:
         digit, _, index = path.stem.split("_")
         waveform = torch.from_numpy(soundfile.read(path, dtype="float32")[0])
         parts[int(index) < 5].append((waveform, int(digit)))
-    return Experiment("fsdd", f"fsdd:{folder}", 8, _samples(parts[False]), _samples(parts[True]))
+    return Experiment("fsdd", f"fsdd:{folder}", 8, 60, _samples(parts[False]), _samples(parts[True]))
 
 
 def cifar10(folder: Path, pictures: int, out: Path) -> Experiment:
@@ -105,7 +110,7 @@ def cifar10(folder: Path, pictures: int, out: Path) -> Experiment:
                     link.symlink_to(path.resolve())
                 pixels = np.array(Image.open(path).convert("RGB"))
                 parts[part].append((torch.from_numpy(pixels).permute(2, 0, 1), number))
-    return Experiment("cifar10", f"images:{out / 'pictures'}", 2, _samples(parts["train"]), _samples(parts["test"]))
+    return Experiment("cifar10", f"images:{out / 'pictures'}", 2, 30, _samples(parts["train"]), _samples(parts["test"]))
 
 
 def _samples(pairs: list[tuple[torch.Tensor, int]]) -> Samples:
@@ -164,15 +169,16 @@ def with_random_weights(encoder: layerwise.Encoder, config: layerwise.Config, se
     return fresh
 
 
-def measure(experiment: Experiment, seed: int, epochs: int, out: Path, keep: Callable[[str, object], None]) -> None:
-    """Trains the encoder where it is not trained yet, and classifiers from both starts; tells `keep` each error."""
+def measure(experiment: Experiment, seed: int, out: Path, done: Collection[str]) -> Iterator[tuple[str, object]]:
+    """Trains the encoder where it is not trained yet, and a classifier from each start that is not done; gives what came of
+    it."""
     config = resolve(
         experiment.name,
         overrides={
             "data.source": experiment.source,
             "out": str(out / f"{experiment.name}-{seed}"),
             "cache.dir": str(out / "cache"),
-            "training.max_epochs": experiment.epochs,
+            "training.max_epochs": experiment.module_epochs,
             "training.seed": seed,
         },
     )
@@ -180,12 +186,17 @@ def measure(experiment: Experiment, seed: int, epochs: int, out: Path, keep: Cal
     trained = layerwise.load(result.paths.out)
     labelled = experiment.train.some(a_part(experiment.train, 10, seed)[0])
     held_out, fitted = (labelled.some(numbers) for numbers in a_part(labelled, 5, seed))
-    for start in STARTS:
+    for start in (each for each in STARTS if each not in done):
         encoder = trained if start == "layerwise" else with_random_weights(trained, config, seed + 1000)
-        errors = {rate: error_of(fine_tuned(encoder, fitted, rate, epochs, seed), held_out) for rate in RATES}
-        rate = min(errors, key=errors.__getitem__)
-        error = error_of(fine_tuned(encoder, labelled, rate, epochs, seed), experiment.test)
-        keep(start, {"error": error, "rate": rate, "labelled": len(labelled.inputs)})
+        tune = partial(fine_tuned, encoder, epochs=experiment.epochs, seed=seed)
+        rate = min(RATES, key=lambda rate: error_of(tune(fitted, rate), held_out))
+        error = error_of(tune(labelled, rate), experiment.test)
+        yield start, {"error": error, "rate": rate, "labelled": len(labelled.inputs)}
+
+
+def named(experiment: Experiment, seed: int) -> str:
+    """What results.json calls it."""
+    return f"{experiment.name}, {experiment.module_epochs} and {experiment.epochs} epochs, seed {seed}"
 
 
 def main() -> None:
@@ -197,7 +208,7 @@ def main() -> None:
     parser.add_argument(
         "--module-epochs", type=int, help="without labels, of each module; default: 8 for FSDD, 2 for CIFAR-10"
     )
-    parser.add_argument("--epochs", type=int, default=40, help="with labels")
+    parser.add_argument("--epochs", type=int, help="with labels; default: 60 for FSDD, 30 for CIFAR-10")
     parser.add_argument("--out", type=Path, default=Path("runs/fine-tuning"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -207,25 +218,20 @@ def main() -> None:
         *([fsdd(options.fsdd)] if options.fsdd else []),
         *([cifar10(options.cifar10, options.pictures, options.out)] if options.cifar10 else []),
     ]
-    if options.module_epochs:
-        experiments = [replace(each, epochs=options.module_epochs) for each in experiments]
+    changes = {"epochs": options.epochs, "module_epochs": options.module_epochs}
+    changes = {name: value for name, value in changes.items() if value}
+    experiments = [replace(each, **changes) for each in experiments]
     for experiment in experiments:
         for seed in range(options.seeds):
-            name = f"{experiment.name}, {options.epochs} epochs, seed {seed}"
-            if len(found.get(name, {})) < len(STARTS):
-
-                def keep(start: str, entry: object, name: str = name) -> None:
-                    found.setdefault(name, {})[start] = entry
+            entries = found.setdefault(named(experiment, seed), {})
+            if len(entries) < len(STARTS):
+                for start, entry in measure(experiment, seed, options.out, entries.keys()):
+                    entries[start] = entry
                     write_atomically(path, json.dumps(found, indent=2).encode())
-
-                measure(experiment, seed, options.epochs, options.out, keep)
     print("\n| data, labelled samples | start | test error, % | learning rates |\n| --- | --- | --- | --- |")
     for experiment in experiments:
         for start in STARTS:
-            entries = [
-                found[f"{experiment.name}, {options.epochs} epochs, seed {seed}"][start]
-                for seed in range(options.seeds)
-            ]
+            entries = [found[named(experiment, seed)][start] for seed in range(options.seeds)]
             errors = [100 * entry["error"] for entry in entries]
             spread = f" ± {statistics.stdev(errors):.1f}" if len(errors) > 1 else ""
             rates = ", ".join(f"{entry['rate']:g}" for entry in entries)

@@ -1,6 +1,7 @@
 """The screen is not the work: a standard stream that fails is given up, and text is changed so that it can be shown."""
 
 import errno
+import fcntl
 import io
 import os
 import re
@@ -106,7 +107,7 @@ def standard_streams_may_fail() -> Iterator[Screen]:
 
 
 def _apart_from_libraries(stream: TextIO | None) -> TextIO | None:
-    """The same by another descriptor, where it has that to which C code prints: see `quiet`."""
+    """The same by another descriptor, where it has that to which C code prints: a bar keeps its terminal, see `quiet`."""
     try:
         if stream is None or stream.fileno() != STANDARD_ERROR:
             return stream
@@ -117,36 +118,59 @@ def _apart_from_libraries(stream: TextIO | None) -> TextIO | None:
 
 
 STANDARD_ERROR = 2
-_lock = threading.Lock()
-_silencing: list[int] = []
-"""The descriptor under which the standard error output is kept meanwhile, once for each thread that wants it quiet."""
+
+_OF_DECODERS = re.compile(
+    rb"^(?:\[[^\]\n]*libmpg123[^\]\n]*\] |Note: |Warning: (?:Xing|Big change))[^\n]*\n?", re.MULTILINE
+)
+
+
+class _Overheard:
+    """The standard error output while decoders are at work: all but their own lines is passed on, whoever has printed it."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def begin(self) -> None:
+        """May be called by several threads; raises OSError."""
+        with self._lock:
+            if not self._inside:
+                kept, heard = os.dup(STANDARD_ERROR), os.memfd_create("heard")
+                fcntl.fcntl(heard, fcntl.F_SETFL, os.O_APPEND)
+                os.dup2(heard, STANDARD_ERROR)
+                self._kept, self._heard, self._passed_on = kept, heard, 0
+            self._inside += 1
+
+    def end(self) -> None:
+        """Once for each `begin`."""
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                os.dup2(self._kept, STANDARD_ERROR)
+            content = os.pread(self._heard, os.fstat(self._heard).st_size - self._passed_on, self._passed_on)
+            self._passed_on += len(content)
+            if others := _OF_DECODERS.sub(b"", content):
+                with suppress(OSError):
+                    os.write(self._kept, others)
+            if not self._inside:
+                os.close(self._heard)
+                os.close(self._kept)
+
+
+_overheard = _Overheard()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What C code prints to the standard error output meanwhile is lost; not where Python itself prints to that descriptor."""
+    """Keeps the comments of the decoder of MP3 off the screen: it prints one whenever a file is read from its middle."""
     try:
-        mixed = sys.stderr is not None and sys.stderr.fileno() == STANDARD_ERROR
-    except (OSError, ValueError, AttributeError):  # of a notebook, say: none
-        mixed = False
-    if mixed:
+        _overheard.begin()
+    except OSError:  # the standard error output is closed
         yield
         return
-    with _lock:
-        kept = _silencing[0] if _silencing else os.dup(STANDARD_ERROR)
-        if not _silencing:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, STANDARD_ERROR)
-            os.close(nowhere)
-        _silencing.append(kept)
     try:
         yield
     finally:
-        with _lock:
-            _silencing.pop()
-            if not _silencing:
-                os.dup2(kept, STANDARD_ERROR)
-                os.close(kept)
+        _overheard.end()
 
 
 def _forget_what_is_left(screen: Screen) -> None:

@@ -81,6 +81,7 @@ def test_a_model_has_the_trained_weights_after_a_run_and_after_one_that_finds_no
         run(again, on_epoch=epochs.append)
         assert weights(again) == trained
     assert not epochs
+    assert bits(run(model, from_stage=1)) == bits(result)  # from the first weights, which the model has no more
 
 
 def other_weights() -> nn.Module:
@@ -128,6 +129,14 @@ def test_a_network_that_was_cut_hands_the_weights_to_its_model_and_starts_anew_f
     second = run(stages, out="second")
     third = run(layerwise.cut(loaded, torch.zeros(8, 2), stages=2), out="third")
     assert bits(third) == bits(second)
+
+
+def test_a_network_of_ones_own_begins_with_what_another_run_has_learnt(run: Run) -> None:
+    model, fresh = network(), other_weights()
+    old = run(model, out="old")
+    run(fresh, data=STREAMS[:16], warm_start=str(old.paths.out), lr=1e-12)
+    for name, value in fresh.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=1e-6)
 
 
 def test_a_probe_takes_a_fresh_network_and_the_trained_one(run: Run) -> None:

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "layerwise"
 TEXT = {"read_text", "write_text", "open"}
 """Names of functions that open text, unless a mode says otherwise."""
-NOT_TEXT = {"os", "Image", "h5a", "h5d", "wave"}
+NOT_TEXT = {"os", "Image", "archive", "h5a", "h5d", "wave"}
 """What has an `open` of its own."""
 
 

@@ -7,7 +7,7 @@ import click
 
 from layerwise.commands.options import directory_argument, network_option
 from layerwise.errors import ConfigError
-from layerwise.report.printing import measuring, say, working
+from layerwise.report.printing import measuring, say
 from layerwise.stop import stop_on_signals
 from layerwise.units import size
 
@@ -75,8 +75,8 @@ def export(directory: Path, format: str, output: Path, network: str | None) -> N
     """
     from layerwise.encoder.export import export as export_library  # imports torch, which --help need not wait for
 
-    with working("exporting"):
-        exported = export_library(directory, output, format, network=network)
+    with measuring("exporting") as show:
+        exported = export_library(directory, output, format, network=network, notify=show)
     same = f"differ from the encoder's by at most {exported.difference:.1g} of the largest"
     agreement = same if exported.difference else "are those of the encoder, bit by bit"
     say(f"{output}: {format}, README.md says how to use it; its features {agreement}")

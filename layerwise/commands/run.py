@@ -39,7 +39,12 @@ def _own_or_resolved(recipe: str | None, file: Path | None, given: dict[str, Any
 
 @click.command(cls=ConfiguredCommand, short_help="Train every stage that is not done yet.")
 @partial(configured, resolve=_own_or_resolved)
-@click.option("--from-stage", type=int, help="Retrain this stage and those above it from the cache of the stage below.")
+@click.option(
+    "--from-stage",
+    type=int,
+    help="Retrain this stage and those above it from the cache of the stage below; train them further where --max-epochs is "
+    "larger now and nothing else has changed.",
+)
 @click.option("--overwrite", is_flag=True, help="Delete the run in --out first.")
 @click.option("--dry-run", is_flag=True, help="With --engine slurm: print the batch scripts, and do nothing.")
 def run(config: Config, from_stage: int | None, overwrite: bool, dry_run: bool) -> None:

@@ -106,7 +106,7 @@ class NetOptions(Section):
     """network: speech, vision, torchvision:NAME or timm:NAME (without its classifier), hf:PATH (a folder or config.json), or
     package.module:function"""
     weights: str = _option("", "shape", "--weights")
-    """torchvision, timm: file of weights to start from, .safetensors or a state dict; default: random ones"""
+    """torchvision, timm: .safetensors file of weights to start from; default: random ones"""
     at: tuple[str, ...] = _option((), "shape", "--at")
     """modules that begin a stage, such as layer2,layer3.0; default: cut everywhere that it can be, or as --stages says"""
     width: int = _option(512, "shape", ge=1, le=2**24)

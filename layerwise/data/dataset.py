@@ -30,6 +30,7 @@ from torch.utils.data import ConcatDataset
 
 from layerwise.config import DataOptions
 from layerwise.data.arrays import measure_level
+from layerwise.data.channels import cancel, notes_on
 from layerwise.data.images import PatchOptions, patch_options, picture_identity, picture_set, square_pixels
 from layerwise.data.source import SampleSet, digest
 from layerwise.errors import DataError
@@ -82,6 +83,7 @@ def open_dataset(items: Items, options: DataOptions) -> SampleSet:
     contents, lengths = hashlib.sha256(), []
     labels: list[dict[str, str]] = []
     left_out: dict[str, str] = {}
+    cancelling: list[str] = []
     for number in range(count):
         item = item_of(items, number)
         if item.where != first.where:
@@ -101,6 +103,8 @@ def open_dataset(items: Items, options: DataOptions) -> SampleSet:
         lengths.append(len(values))
         labels.append(item.labels)
         left_out |= item.left_out
+        if item.rate is not None and item.sample.ndim == 2 and cancel(item.sample.T):
+            cancelling.append(str(number))
         contents.update(f"{values.dtype} {values.shape} {sorted(item.labels.items())}".encode())
         contents.update(np.ascontiguousarray(values).tobytes())
         if number < READ_TWICE and not np.array_equal(values, _values(item_of(items, number), options, number)):
@@ -110,7 +114,7 @@ def open_dataset(items: Items, options: DataOptions) -> SampleSet:
             )
     names = dict.fromkeys(name for each in labels for name in each if name not in left_out)
     named = {name: np.array([each.get(name, "") for each in labels]) for name in names}
-    notes = [_what_was_taken(first, list(names), left_out)]
+    notes = [_what_was_taken(first, list(names), left_out), *notes_on(cancelling)]
     ids = [str(number) for number in range(count)]
     newest = lru_cache(maxsize=4)(lambda number: _values(item_of(items, number), options, number))
     if isinstance(first.sample, Image.Image):

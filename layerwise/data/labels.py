@@ -5,7 +5,6 @@ They are no part of the data's identity: a file of labels may be written, mended
 
 import csv
 import io
-import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -169,33 +168,37 @@ def _row_of_each_sample(table: Table, column: int, samples: Sequence[int], ids: 
             raise DataError(f"{table.path}: {name!r} is the name of several samples; write more of their paths.")
         if sample == NOWHERE:
             continue
-        others = [*table.rows[row][:column], *table.rows[row][column + 1 :]]
-        first = table.rows[rows.setdefault(sample, row)]
-        if others != [*first[:column], *first[column + 1 :]]:
+        first = rows.setdefault(sample, row)
+        if first != row and _without(table.rows[row], column) != _without(table.rows[first], column):
             raise DataError(f"{table.path} has two rows for {ids[sample]!r} that differ; leave one.")
     return rows
+
+
+def _without(row: list[str], column: int) -> list[str]:
+    return [*row[:column], *row[column + 1 :]]
 
 
 def _numbers_of(values: Sequence[str], ids: Sequence[str]) -> list[int]:
     """The number of the sample that each value names."""
     names, values = [_plain(name) for name in ids], [_plain(value) for value in values]
+    known = {name: number for number, name in enumerate(names)}
+    if others := set(values) - known.keys() - {""}:
+        known = _known_otherwise(others, names) | known
+    return [known.get(value, NOWHERE) for value in values]
+
+
+def _known_otherwise(values: set[str], names: Sequence[str]) -> dict[str, int]:
+    """The number of the sample that these values name otherwise: by the longest common end, and first by a whole name."""
     whole = _index((form, number) for number, name in enumerate(names) for form in _forms(name))
-    whole |= {name: number for number, name in enumerate(names)}  # a name as it stands comes first
-    # Only of the values: the tails of all paths would be many.
-    wanted = {value for value in values if value and value not in whole}
-    tails = _index(
-        (form, number)
-        for number, name in enumerate(names)
-        for tail in _tails(name)
-        for form in _forms(tail)
-        if form in wanted
-    )
-
-    def number_of(value: str) -> int:
-        longer = next((whole[tail] for tail in (value, *_tails(value)) if tail in whole), NOWHERE)
-        return longer if longer != NOWHERE else tails.get(value, NOWHERE)
-
-    return [number_of(value) if value else NOWHERE for value in values]
+    whole |= {name: number for number, name in enumerate(names)}
+    longer = {
+        value: next((whole[tail] for tail in (value, *_tails(value)) if tail in whole), NOWHERE) for value in values
+    }
+    found = {value: number for value, number in longer.items() if number != NOWHERE}
+    # Of the other values alone: the ends of all paths would be many.
+    left = values - found.keys()
+    ends = ((form, n) for n, name in enumerate(names) for tail in _tails(name) for form in _forms(tail)) if left else ()
+    return found | _index((form, number) for form, number in ends if form in left)
 
 
 def _plain(name: str) -> str:
@@ -203,9 +206,10 @@ def _plain(name: str) -> str:
     return unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./")
 
 
-def _forms(name: str) -> set[str]:
+def _forms(name: str) -> tuple[str, ...]:
     """With and without the ending of the file."""
-    return {name, os.path.splitext(name)[0]}
+    dot = name.rfind(".")
+    return (name, name[:dot]) if dot > name.rfind("/") + 1 else (name,)
 
 
 def _tails(name: str) -> Iterator[str]:

@@ -19,8 +19,9 @@ import numpy as np
 import soundfile
 import torch
 
+from layerwise.data.channels import cancel, notes_on
 from layerwise.data.files import Extensions, UsableFiles, usable_files
-from layerwise.data.source import SampleSet, Skipped, digest, several
+from layerwise.data.source import SampleSet, Skipped, digest
 from layerwise.data.splits import folder_split
 from layerwise.data.wav import data_chunk, open_sound
 from layerwise.errors import ConfigError, DataError
@@ -40,8 +41,8 @@ LEVEL_SECONDS = 10
 ABSURD = 1000
 """A recording with samples so many times as large as those of the others is left out."""
 
-LEFT_OF_CHANNELS = 0.01
-"""Channels cancel where their mean has less than this part of their energy. Of N channels with nothing in common it has 1/N."""
+STRETCHES = 5
+"""In which channels are compared, a second in all."""
 
 BLOCK_FRAMES = 2**18
 """Decoded at once where a file is gone through."""
@@ -112,7 +113,7 @@ def open_recordings(
         test=split.test if split else None,
         held_out=split.held_out if split else None,
         skipped=files.skipped,
-        notes=_cancelling([name for name, each in zip(files.ids, recordings, strict=True) if each.cancels]),
+        notes=notes_on([name for name, each in zip(files.ids, recordings, strict=True) if each.cancels]),
     )
 
 
@@ -129,15 +130,6 @@ def _without_absurd(files: UsableFiles[Recording]) -> UsableFiles[Recording]:
         else:
             kept.append((name, recording))
     return UsableFiles(files.folder, [name for name, _ in kept], [each for _, each in kept], [*files.skipped, *absurd])
-
-
-def _cancelling(ids: Sequence[str]) -> list[str]:
-    if not ids:
-        return []
-    return [
-        f"the channels of {len(ids)} recordings cancel where they are mixed to one, so that hardly anything is left of them: "
-        f"{several(ids)}; store one channel alone"
-    ]
 
 
 def _compiled(pattern: str) -> re.Pattern[str] | None:
@@ -192,14 +184,12 @@ def _peak(file: soundfile.SoundFile) -> float | str:
 
 
 def _cancels(file: soundfile.SoundFile) -> bool:
-    """Whether hardly anything is left of its channels when they are mixed, at its beginning, in its middle and at its end."""
-    each = mixed = 0.0
-    for start in np.linspace(0, max(file.frames - file.samplerate, 0), 3).astype(int).tolist():
+    """Whether its channels cancel, in stretches from its beginning to its end."""
+    length, blocks = max(file.samplerate // STRETCHES, 1), []
+    for start in np.linspace(0, max(file.frames - length, 0), STRETCHES).astype(int).tolist():
         file.seek(start)
-        block = file.read(file.samplerate, dtype="float64", always_2d=True)
-        each += float(np.square(block).mean())
-        mixed += float(np.square(block.mean(axis=1)).mean())
-    return mixed < LEFT_OF_CHANNELS * each
+        blocks.append(file.read(length, dtype="float32", always_2d=True))
+    return cancel(np.concatenate(blocks))
 
 
 def _reason(error: Exception) -> str:

@@ -143,7 +143,7 @@ class PatchedFile(io.FileIO):
 def open_sound(path: Path, patch: tuple[int, bytes] | None) -> Iterator[soundfile.SoundFile]:
     """A file of sound, with another size in its header where there is a patch. Raises as soundfile does."""
     with ExitStack() as opened:
-        if path.suffix.lower() == ".mp3":  # its decoder comments on every odd tag
+        if path.suffix.lower() == ".mp3":
             opened.enter_context(quiet())
         file = path if patch is None else opened.enter_context(PatchedFile(path, *patch))
         yield opened.enter_context(soundfile.SoundFile(file))

@@ -16,6 +16,7 @@ TRIED = ((3, 11), (3, 13))
 EXTRAS = {
     "gpu": ("pynvml",),
     "compression": ("zstandard", "hdf5plugin"),
+    "parquet": ("pyarrow",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),

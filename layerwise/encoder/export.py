@@ -21,6 +21,7 @@ from layerwise.encoder.load import Given, entry_of, load, load_stages, network_o
 from layerwise.encoder.model import Encoder
 from layerwise.encoder.program import Computes, largest_difference, record, trial_inputs
 from layerwise.errors import ExportError, did_you_mean
+from layerwise.events import NotifyProgress, Progress, unseen
 from layerwise.files import errors_of_writing, exclusive, write_atomically
 from layerwise.nets.layer import vectors
 from layerwise.nets.network import copied, ranges
@@ -141,7 +142,12 @@ FORMATS: dict[str, Callable[[Encoder, Origin, Given, Path], Written]] = {
 
 
 def export(
-    run_directory: str | Path, folder: str | Path, format: str = "safetensors", *, network: Given = None
+    run_directory: str | Path,
+    folder: str | Path,
+    format: str = "safetensors",
+    *,
+    network: Given = None,
+    notify: NotifyProgress = unseen,
 ) -> Exported:
     """Writes the encoder of a finished run and its model card into a new folder.
 
@@ -153,13 +159,16 @@ def export(
     if format not in FORMATS:
         raise ExportError(f"--format {format}: there are {', '.join(FORMATS)}.{did_you_mean(format, FORMATS)}")
     _refuse_existing(folder)
+    notify(Progress("reading", 0, 3))
     store, state = open_run(run_directory)
     origin, stages = load_stages(run_directory, None, network)
     encoder = Encoder(entry_of(origin), [stage.module for stage in stages]).eval()
     with errors_of_writing(folder, ExportError), _unfinished(folder) as inside:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch about itself; what matters is compared
+            notify(Progress("writing", 1, 3))
             written = FORMATS[format](encoder, origin, network, inside)
+            notify(Progress("comparing", 2, 3))
             difference = largest_difference(written.computes, encoder, written.inputs)
         exported = Exported(folder, format, difference, written.fixed, written.left_out)
         card = _model_card(encoder, origin, store, state, exported)

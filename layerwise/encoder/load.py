@@ -100,7 +100,8 @@ def network_of(origin: Origin, given: Given, path: Path) -> Network:
         raise ConfigError(
             f"{path} belongs to a network of the user's own, which no option names; give it as network= in Python."
         )
-    network: Network = given or build_network(origin.config.net, tuple(origin.frame_shape), origin.config.training.seed)
+    net = origin.config.net.model_copy(update={"weights": ""})  # those that it started from are not needed any more
+    network: Network = given or build_network(net, tuple(origin.frame_shape), origin.config.training.seed)
     if network.structure != origin.network:
         raise ConfigError(f"The network given is not the one that {path} was trained with; give that one, as it was.")
     if sum(origin.cut) != len(network.layers):

@@ -8,11 +8,13 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from layerwise.errors import ConfigError
 from layerwise.nets.kernels import same_attention
@@ -63,16 +65,28 @@ def _trial(model: nn.Module, units: Sequence[fx.GraphModule], example: torch.Ten
     one, three = (_inputs(model, units, example, samples) for samples in (1, 3))
     for x in (one, three, torch.zeros_like(one)):
         try:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            with torch.no_grad(), _Operations() as operations:
                 _own_copy(model).eval()(x.clone())
         except Exception as raised:
             error = raised
         else:
-            return x, counter.get_total_flops() // len(x)
+            return x, operations.total // len(x)
     raise ConfigError(
         f"The network fails on frames of {' x '.join(map(str, example.shape[1:]))}, noise and zeros alike "
         f"({type(error).__name__}: {error}); it has to run on the CPU as it is."
     ) from error
+
+
+class _Operations(TorchDispatchMode):
+    """Counts those of matrix products, convolutions and attention; torch's own counter puts hooks on modules."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def _inputs(model: nn.Module, units: Sequence[fx.GraphModule], example: torch.Tensor, samples: int) -> torch.Tensor:

@@ -27,6 +27,8 @@ def hugging_face_model(name: str, frame_shape: tuple[int, ...]) -> nn.Module:
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers = import_library("transformers")
+    transformers.logging.set_verbosity_error()  # what matters is said in sentences of ours
+    transformers.logging.disable_progress_bar()
     path = Path(name.removeprefix(HUGGING_FACE)).expanduser()
     if not path.exists():
         raise ConfigError(

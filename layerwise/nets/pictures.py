@@ -1,10 +1,9 @@
 """Networks for pictures from torchvision and timm, without their classifiers, with random weights or those of a file."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -76,14 +75,16 @@ def _load_weights(model: nn.Module, file: str) -> None:
     if not file:
         return
     path = Path(file).expanduser()
-    try:
-        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        found = model.load_state_dict(weights, strict=False)
-    except FileNotFoundError:
+    if not path.is_file():
+        raise ConfigError(f"--weights {file}: there is no such file; nothing is downloaded, so fetch it first.")
+    if path.suffix != ".safetensors":
         raise ConfigError(
-            f"--weights {file}: there is no such file; nothing is downloaded, so fetch it first."
-        ) from None
-    except (OSError, RuntimeError, TypeError, AttributeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            f"--weights {file}: weights are read from .safetensors alone, which cannot hold code; write one with "
+            f"safetensors.torch.save_file(torch.load('{file}', weights_only=True), 'weights.safetensors')."
+        )
+    try:
+        found = model.load_state_dict(load_file(path), strict=False)
+    except (OSError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"--weights {file} is no state dict of this network: {reason}") from error
     strange = [*found.missing_keys, *(name for name in found.unexpected_keys if name.split(".")[0] not in HEADS)]

@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Iterator
-from itertools import chain
 
 import torch
 from torch import nn
@@ -21,14 +20,14 @@ COMPUTED_WEIGHTS = {
     ),
     "torch.nn.utils.prune": ("a pruned weight", "make it permanent with torch.nn.utils.prune.remove"),
 }
-"""By the module of a hook that computes a weight before each call: what it is, and what to do. The computed tensor lies beside
-the trained ones, in no state dict, so neither a copy nor a comparison of two networks could be right."""
+"""By the module of a hook that computes a weight before each call: what it is, and what to do. Where the computed tensor has
+a gradient it cannot be copied, and at the root of a network there is no module that could be kept whole."""
 
 
 def check_model(model: nn.Module) -> None:
     """Raises ConfigError for a model that is compiled, scripted, wrapped, without values, not in float32, or not ready."""
     for path, part in model.named_modules():
-        reason = next(_reasons(part), None)
+        reason = next(_reasons(part, at_root=not path), None)
         if reason is not None:
             whose = (
                 f"The network's '{path}' ({type(part).__name__})" if path else f"The network ({type(part).__name__})"
@@ -46,7 +45,7 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def _reasons(part: nn.Module) -> Iterator[str]:
+def _reasons(part: nn.Module, at_root: bool) -> Iterator[str]:
     """Why a part cannot be recorded, by what it is; each continues "The network's 'a' (Linear)"."""
     if type(part).__name__ == "OptimizedModule":  # its class lies in torch._dynamo, which takes a second to import
         yield "is compiled, and only the module itself can be cut; give it as it was before torch.compile (its ._orig_mod)."
@@ -62,9 +61,15 @@ def _reasons(part: nn.Module) -> Iterator[str]:
         yield "does not know its size yet; call the network once on an example before, or name the size."
     elif any(tensor.is_meta for tensor in tensors):
         yield "has no values (its device is meta); make it on the CPU, or give it values with to_empty and load_state_dict."
-    for hook in chain(part._forward_pre_hooks.values(), part._forward_hooks.values()):
-        if (kind := COMPUTED_WEIGHTS.get(type(hook).__module__)) is not None:
-            yield f"has {kind[0]}, which computes a tensor beside the trained ones; {kind[1]}."
+    config = getattr(part, "config", None)  # of Hugging Face's
+    if getattr(config, "layerdrop", 0):
+        yield "leaves layers out at random, and which there are must be known beforehand; set its config.layerdrop to 0."
+    if getattr(config, "apply_spec_augment", False) and getattr(config, "mask_time_prob", 0):
+        yield "masks its input at random by other means than torch's; set its config.apply_spec_augment to False."
+    attached = any(isinstance(value, torch.Tensor) and value.grad_fn is not None for value in vars(part).values())
+    for hook in part._forward_pre_hooks.values():
+        if (kind := COMPUTED_WEIGHTS.get(type(hook).__module__)) is not None and (attached or at_root):
+            yield f"has {kind[0]}, whose computed tensor cannot be copied; {kind[1]}."
 
 
 def _check_dtype(name: str, dtype: torch.dtype) -> None:

@@ -76,9 +76,9 @@ def measuring(doing: str) -> Iterator[events.NotifyProgress]:
 
         def show(at: events.Progress) -> None:
             said = printable(f"{doing}: {at.doing}" if at.doing else doing)
-            if said != shown.tasks[0].description:  # another part of the work, at another pace
-                shown.reset(bar, description=said)
-            shown.update(bar, completed=at.done, total=at.total)
+            if at.done < shown.tasks[0].completed:  # another part of the work, at another pace
+                shown.reset(bar)
+            shown.update(bar, description=said, completed=at.done, total=at.total)
 
         yield show
 

@@ -230,9 +230,9 @@ def _resume(round: Round, trainer: AnyTrainer) -> tuple[Progress, Arrays | None]
 def _resume_further(round: Round, trainer: AnyTrainer) -> tuple[Progress, Arrays | None] | None:
     """Where the stage stood when more epochs were asked for; None where there is no such, or it has gone on from there."""
     stage, store = trainer.spec.stage, round.store
-    record, purpose = round.state.record(stage), purpose_of(store.checkpoint(stage))
+    record = round.state.record(stage)
     earlier = record.earlier
-    if earlier is None or purpose == round.training_key(stage):
+    if earlier is None or (purpose := purpose_of(store.checkpoint(stage))) == round.training_key(stage):
         return None
     if earlier.checkpoint is not None and purpose == earlier.checkpoint:
         saved = load_checkpoint(store.checkpoint(stage), purpose, trainer)

@@ -30,7 +30,7 @@ class StartRequest:
     """What a start asks of a run that may be there already."""
 
     from_stage: int | None = None
-    """Retrain this stage and those above it; None to go on."""
+    """Retrain this stage and those above it, or train them further: see `training.further`; None to go on."""
     overwrite: bool = False
     """Delete the run and begin anew."""
 

@@ -1,6 +1,6 @@
 """Networks that people bring, small: of timm, transformers and torchvision, and of their own.
 
-Imported by the tests, and by benchmarks/networks.py, which tries all of them.
+Imported by the tests, and by benchmarks/brought.py, which tries all of them.
 """
 
 from collections.abc import Callable

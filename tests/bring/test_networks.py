@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from networks import NETWORKS, built
@@ -39,7 +40,7 @@ NOT_ON_THE_WAY = ("pooler", "masked_spec_embed")
 """Parameters of transformers that do not act on the last hidden states."""
 
 TRAINED = ("timm vit", "transformers wav2vec2", "transformers bert", "own recurrent", "own with hooks")
-"""benchmarks/networks.py trains all of them."""
+"""benchmarks/brought.py trains all of them."""
 
 
 def needs_its_library(name: str) -> None:
@@ -54,6 +55,8 @@ def test_a_network_is_cut_between_its_blocks_and_keeps_its_weights_and_their_nam
     model = built(name)
     network = layerwise.cut(model, torch.zeros(2, *NETWORKS[name].frame_shape))
     assert len(network.layers) == UNITS[name]
+    on_meta = network.build(range(len(network.layers)), 0, "meta")  # so that no tensor is made on a device of its own
+    on_meta(torch.empty(2, 1, *NETWORKS[name].frame_shape, device="meta"), np.ones(2, dtype=np.int64))
     known = model.state_dict()
     layers = network.build(range(len(network.layers)), 0, "cpu").layers.values()
     held = {key.removeprefix("unit."): value for layer in layers for key, value in layer.state_dict().items()}

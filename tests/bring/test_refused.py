@@ -158,8 +158,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, Callable[[], nn.Module] |
     ),
     "without values": (lambda: plain().to("meta"), r"has no values \(its device is meta\)", plain),
     "old weight_norm": (old_weight_norm, r"'0' \(Linear\) has the old weight_norm.*parametrizations", new_weight_norm),
-    "old spectral_norm": (
-        lambda: changed(lambda model: nn.utils.spectral_norm(model[0])),
+    "old spectral_norm that was trained": (
+        lambda: changed(lambda model: (nn.utils.spectral_norm(model[0]), model(EXAMPLE))),
         r"has the old spectral_norm.*parametrizations",
         new_spectral_norm,
     ),
@@ -204,6 +204,31 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, Callable[[], nn.Module] |
     ),
     "modules in a list": (lambda: Unlisted(list), r"does not list \(.*nn\.ModuleList", lambda: Unlisted(nn.ModuleList)),
 }
+
+
+def wav2vec2(**settings: Any) -> nn.Module:
+    from networks import SOUND, of_transformers
+
+    return of_transformers("Wav2Vec2", **SOUND | settings)()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence", "mended"),
+    [
+        ({"layerdrop": 0.1, "apply_spec_augment": False}, r"set its config\.layerdrop to 0", {"layerdrop": 0.0}),
+        ({"apply_spec_augment": True}, r"set its config\.apply_spec_augment to False", {"apply_spec_augment": False}),
+    ],
+)
+def test_what_transformers_does_at_random_is_refused_with_the_setting_to_change(
+    settings: dict[str, Any], sentence: str, mended: dict[str, Any]
+) -> None:
+    pytest.importorskip("transformers", reason="needs pip install -c constraints.txt 'layerwise[transformers]'")
+    model, example = wav2vec2(**settings), torch.zeros(1, 1, 400)
+    with pytest.raises(ConfigError, match=sentence):
+        layerwise.cut(model, example)
+    for name, value in mended.items():
+        setattr(model.config, name, value)
+    assert len(layerwise.cut(model, example).layers) == 19
 
 
 class Holder:

@@ -35,19 +35,25 @@ def test_an_odd_recording_is_read_in_silence(recordings: Path, capfd: pytest.Cap
     assert (data.skipped, capfd.readouterr().err) == ([], "")
 
 
-def test_what_python_prints_meanwhile_is_seen(capfd: pytest.CaptureFixture[str]) -> None:
+OF_THE_DECODER = (
+    b"[src/libmpg123/layer3.c:INT123_do_layer3():1774] error: part2_3_length (928) too large\n"
+    b"Note: Illegal Audio-MPEG-Header 0x12cd2215 at offset 4392.\n"
+    b"Warning: Xing stream size off by more than 1%, fuzzy seeking may be even more fuzzy than by design!\n"
+)
+
+
+def test_what_others_print_meanwhile_is_seen(capfd: pytest.CaptureFixture[str]) -> None:
     def work(number: int) -> None:
         with quiet():
-            os.write(2, b"noise")
-            print(f"said {number}", file=sys.stderr)
+            os.write(2, OF_THE_DECODER)
+            print(f"Python {number}", file=sys.stderr)
+            os.write(2, f"native {number}\n".encode())
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(20)))
-    os.write(2, b"of others\n")
-    assert sorted(capfd.readouterr().err.splitlines()) == [
-        "of others",
-        *sorted(f"said {number}" for number in range(20)),
-    ]
+    os.write(2, OF_THE_DECODER)
+    said = [f"{who} {number}" for who in ("Python", "native") for number in range(20)]
+    assert sorted(capfd.readouterr().err.splitlines()) == sorted([*said, *OF_THE_DECODER.decode().splitlines()])
 
 
 def test_a_command_says_what_it_has_to_and_nothing_else(recordings: Path) -> None:

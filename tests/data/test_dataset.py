@@ -75,6 +75,17 @@ def test_waveforms_of_torchaudio_are_mixed_and_resampled() -> None:
     assert data.labels["label_2"].tolist() == ["speaker 0", "speaker 1", "speaker 2"]
 
 
+def test_waveforms_whose_channels_cancel_are_named() -> None:
+    x, y = torch.randn(1, 800), torch.randn(1, 800)
+    channels = [
+        torch.cat(each) for each in ((x, y), (x, -x), (x, x), (x, 0 * x), (0 * x, 0 * x), (x, y, -x - 0.98 * y))
+    ]
+    notes = as_data(Items([(each, 8000, "yes") for each in channels]), DataOptions(sample_rate=8000)).notes
+    assert len(notes) == 2
+    assert "channels of 2 recordings cancel" in notes[1]
+    assert "them: 1, 5;" in notes[1]
+
+
 def test_items_of_hugging_face_are_named() -> None:
     audio = {"array": RNG.standard_normal(500), "sampling_rate": 8000, "path": None}
     data = as_data(Items([{"audio": audio, "text": "one", "speaker": 7}] * 2), DataOptions(sample_rate=8000))

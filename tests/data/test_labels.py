@@ -63,6 +63,13 @@ def test_a_row_names_its_sample_as_people_do(tmp_path: Path, text: str) -> None:
     assert data.identity == "theirs"
 
 
+def test_a_name_as_it_stands_comes_before_one_without_its_ending(tmp_path: Path) -> None:
+    data = samples("a/one.wav", "a/one.wav.flac", "a/one")
+    for prefix in ("", "/data/"):
+        text = f"path,who\n{prefix}a/one,ada\n{prefix}a/one.wav,bob\n{prefix}a/one.wav.flac,eve\n"
+        assert labelled(tmp_path, text, data).labels["who"].tolist() == ["bob", "eve", "ada"]
+
+
 def test_letters_that_file_systems_write_in_two_ways_are_the_same(tmp_path: Path) -> None:
     assert found(labelled(tmp_path, "id,who\ncafe\u0301.wav,ada\n", samples("caf\xe9.wav"))) == {"who": ["ada"]}
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from layerwise.config import Config, with_options
-from layerwise.engines.run import RunResult, UserObjects, prepared_run, run
+from layerwise.engines.run import RunResult, UserObjects, prepared_run, run, tasks_left
 from layerwise.engines.task_runner import open_prepared_run, perform_task, write_encoder
 from layerwise.errors import ConfigError, Interrupted, RunError
 from layerwise.events import CachingProgress, Event, StageStarted, StepDone, silent
@@ -104,6 +104,12 @@ def test_more_epochs_from_a_stage_on_leave_those_below(further: Callable[[str], 
     after = bits(Path(config.out) / "encoder.safetensors")
     assert {name.split(".")[1] for name in before if before[name] != after[name]} == {"2", "3"}
     assert started(config) == []
+
+
+def test_batch_jobs_are_handed_in_for_the_stages_that_go_on(further: Callable[[str], Config]) -> None:
+    config = further("jobs")
+    assert [task.stage for task in tasks_left(config, StartRequest())] == [1, 2, 3, 4]
+    assert [task.stage for task in tasks_left(config, StartRequest(from_stage=3))] == [3, 4]
 
 
 def test_more_epochs_asked_for_in_the_middle_of_a_stage(tiny_speech: Tiny, digits: Path) -> None:

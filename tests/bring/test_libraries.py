@@ -1,0 +1,144 @@
+"""--net timm:NAME and hf:PATH, weights from files, and --at: the names of the modules that begin a stage."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import layerwise
+from layerwise.config import NetOptions, resolve
+from layerwise.errors import ConfigError
+from layerwise.events import silent
+from layerwise.nets.named import named_network
+from layerwise.nets.network import Network
+
+NEEDS = "needs pip install -c constraints.txt 'layerwise[dev]'"
+PICTURE = (3, 32, 32)
+
+
+def weights_of(network: Network) -> dict[str, torch.Tensor]:
+    module = network.build(range(len(network.layers)), 0, "cpu")
+    return {key.split(".unit.")[1]: value for key, value in module.state_dict().items()}
+
+
+def test_timm_and_torchvision_start_from_the_weights_of_a_file(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason=NEEDS)
+    model = timm.create_model("test_resnet", num_classes=5)  # with a classifier, as files that are shared have
+    path, pickled = tmp_path / "weights.safetensors", tmp_path / "weights.pth"
+    torch.save(model.state_dict(), pickled)
+    with pytest.raises(ConfigError, match=r"save_file\(torch\.load\('.*weights\.pth', weights_only=True\)"):
+        named_network(NetOptions(name="timm:test_resnet", weights=str(pickled)), PICTURE, seed=0)
+    save_file(torch.load(pickled, weights_only=True), path)
+    network = named_network(NetOptions(name="timm:test_resnet", weights=str(path)), PICTURE, seed=0)
+    assert torch.equal(weights_of(network)["conv1.0.weight"], model.conv1[0].weight)
+    drawn = named_network(NetOptions(name="timm:test_resnet"), PICTURE, seed=0)
+    assert not torch.equal(weights_of(drawn)["conv1.0.weight"], model.conv1[0].weight)
+    with pytest.raises(ConfigError, match="is of another network"):
+        named_network(NetOptions(name="timm:test_vit", weights=str(path)), PICTURE, seed=0)
+
+
+def test_timm_makes_a_network_for_the_frames_that_there_are() -> None:
+    pytest.importorskip("timm", reason=NEEDS)
+    grey = named_network(NetOptions(name="timm:test_vit", at=("blocks.2",)), (1, 48, 48), seed=0)
+    weights = weights_of(grey)
+    assert weights["patch_embed.proj.weight"].shape[1] == 1
+    assert weights["pos_embed"].shape[1] == 10
+    assert len(grey.natural_cut) == 2
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Any:
+    """A small BERT, saved with its weights in bert/, and as a configuration alone."""
+    transformers = pytest.importorskip("transformers", reason=NEEDS)
+    model = transformers.BertModel(transformers.BertConfig(**SMALL, vocab_size=40, hidden_dropout_prob=0.0))
+    model.save_pretrained(tmp_path / "bert")
+    return model
+
+
+def test_a_folder_of_hugging_face_gives_its_weights_and_its_configuration_random_ones(
+    bert: Any, tmp_path: Path
+) -> None:
+    ids = torch.randint(40, (3, 1, 8))
+    network = named_network(NetOptions(name=f"hf:{tmp_path}/bert"), (1, 8), seed=0)
+    assert network.reads_ids
+    module = network.build(range(len(network.layers)), 0, "cpu").eval()
+    with torch.no_grad():
+        found = module(ids[:, None].float(), np.ones(3, dtype=np.int64))[1][:, 0]
+        assert torch.allclose(found, bert.eval()(ids[:, 0]).last_hidden_state.transpose(1, 2), atol=1e-5)
+    one, same, other = (
+        named_network(NetOptions(name=f"hf:{tmp_path}/bert/config.json"), (1, 8), seed).identity for seed in (1, 1, 2)
+    )
+    assert one == same != other
+
+
+def test_what_is_no_network_of_a_library_is_refused_with_a_way_out(bert: Any, tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason=NEEDS)
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "config.json").write_bytes((tmp_path / "bert" / "config.json").read_bytes())
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "broken.json").write_text("{}")
+    refused = {
+        "timm:resnet5": "no such model. Did you mean",
+        "timm:xcit_nano_12_p16_224": "cannot be made for pictures of 33 x 33",
+        f"hf:{tmp_path}/nowhere": "there is no .*nowhere; name a folder that holds config.json.*save_pretrained",
+        f"hf:{tmp_path}/pickled": "pickled, which may run code.*safetensors",
+        f"hf:{tmp_path}/broken.json": "cannot be made .*mend",
+    }
+    for name, sentence in refused.items():
+        with pytest.raises(ConfigError, match=sentence):
+            named_network(NetOptions(name=name), (3, 33, 33), seed=0)
+    with pytest.raises(ConfigError, match=r"--weights gone\.pth: there is no such file; nothing is downloaded"):
+        named_network(NetOptions(name="torchvision:resnet18", weights="gone.pth"), PICTURE, seed=0)
+    with pytest.raises(ConfigError, match=r"--weights x\.pth is for torchvision: and timm:"):
+        named_network(NetOptions(name=f"hf:{tmp_path}/bert", weights="x.pth"), (1, 8), seed=0)
+
+
+def test_ids_reach_the_network_as_they_are_and_the_encoder_loads_by_its_folder(bert: Any, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 40, (12, 96)))
+    framing = {"data.frame_length": 8, "data.window": 6, "objective.steps": 2, "objective.negatives": 4}
+    places = {"out": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache"), "data": f"npy:{tmp_path}/ids.npy"}
+    asked = {"frames": "steps", "batch_size": 4, "max_epochs": 1, "at": "encoder.layer.1", "options": framing}
+    result = layerwise.run(f"hf:{tmp_path}/bert", **asked, **places, notify=silent)
+    assert len(result.state.stages) == 2
+    encoder = layerwise.load(tmp_path / "run")
+    assert encoder.entry.level == 1
+    assert encoder(torch.randint(40, (2, 96, 1)).float()).shape == (2, 12, 16)
+    with pytest.raises(ConfigError, match="cannot be rendered in several views"):
+        layerwise.plan(f"hf:{tmp_path}/bert", data=places["data"], frames="whole", views=4, batch_size=4)
+
+
+BLOCKS = nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)) for _ in range(3)])
+
+
+def test_stages_begin_with_the_modules_that_are_named() -> None:
+    assert layerwise.cut(BLOCKS, torch.zeros(4, 6), at=["1", "2.2"]).natural_cut == (2, 3, 1)
+    assert layerwise.cut(BLOCKS, torch.zeros(4, 6), at=["0", "2"]).natural_cut == (4, 2)
+    assert resolve(overrides={"net.at": "1, 2.2"}).net.at == ("1", "2.2")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"at": ["3"]}, "has no module '3' to begin a stage with"),
+        ({"at": ["1.1"]}, r"cannot be cut before '1.1'.*stages can begin with 0, 0.0, 0.2, 1, 1.0"),
+        ({"at": ["1"], "stages": 2}, "leave stages=2 out"),
+    ],
+)
+def test_a_module_that_cannot_begin_a_stage_is_refused(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        layerwise.cut(BLOCKS, torch.zeros(4, 6), **given)
+
+
+def test_named_modules_and_a_number_of_stages_exclude_each_other(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
+    asked = {"frames": "whole", "views": 4, "batch_size": 4}
+    with pytest.raises(ConfigError, match="--at 1 says where the stages begin, so leave --stages 2 out"):
+        layerwise.plan(BLOCKS, values, **asked, at="1", stages=2)
+    assert len(layerwise.plan(BLOCKS, values, **asked, at="1").stages) == 2
