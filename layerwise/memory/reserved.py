@@ -21,7 +21,7 @@ from layerwise.memory.caching_allocator import (
 STEPS = 3
 """As often is a step taken: a later one finds in pieces what an earlier one has left free."""
 
-SPARE = {False: SEGMENT_UNIT, True: LARGE_SEGMENT // 2}
+SPARE = {False: SEGMENT_UNIT, True: LARGE_SEGMENT}
 """Bytes beyond what a rehearsed step goes through with, for segments of a fixed size and for expandable ones: other draws ask
 for a little less or more, and may come to lie otherwise (`benchmarks/reserved.py`)."""
 
