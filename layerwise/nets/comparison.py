@@ -107,12 +107,12 @@ def _compare(model: nn.Module, units: Sequence[fx.GraphModule], x: torch.Tensor,
         _passed([whole], x, set(), training)
         _passed(parts, x, set(), training)
     expected, found = _passed([whole], x, paths, training), _passed(parts, x, paths, training)
-    for (path, given), (other_path, other) in zip(expected.calls, found.calls, strict=False):
-        if path != other_path or not _close(given, other):
-            raise _difference(f"'{path}' ({type(model.get_submodule(path)).__name__}) on", when)
     if not _close(expected.output, found.output):
-        last = expected.calls[-1][0] if expected.calls else ""
-        raise _difference(f"what stands behind '{last}' on" if last else "the first line on", when)
+        raise ConfigError(
+            f"The stages of the network would not give what it gives {when}: from {_first_difference(model, expected, found)} "
+            "on, they differ. Its forward hangs on something that cannot be recorded, such as the size of the batch, an "
+            "earlier call or Python's random numbers; move that into an nn.Module of its own, or take it out."
+        )
     known = [value for value in expected.gradients.values() if value is not None]
     largest = max((float(value.abs().max()) for value in known), default=0.0)
     for name, parameter in model.named_parameters():
@@ -164,9 +164,9 @@ def _close(one: torch.Tensor, other: torch.Tensor, largest: float = 0.0) -> bool
     return torch.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE * largest, equal_nan=True)
 
 
-def _difference(place: str, when: str) -> ConfigError:
-    return ConfigError(
-        f"The stages of the network would not give what it gives {when}: from {place}, they differ. Its forward hangs on "
-        "something that cannot be recorded, such as the size of the batch, an earlier call or Python's random numbers; move "
-        "that into an nn.Module of its own, or take it out."
-    )
+def _first_difference(model: nn.Module, expected: Pass, found: Pass) -> str:
+    """The first part that gives something else; calls of which nothing came are not made again by the units."""
+    for (path, given), (other_path, other) in zip(expected.calls, found.calls, strict=False):
+        if path != other_path or not _close(given, other):
+            return f"'{path}' ({type(model.get_submodule(path)).__name__})"
+    return f"what stands behind '{expected.calls[-1][0]}'" if expected.calls else "the first line"
