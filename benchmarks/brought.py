@@ -67,7 +67,8 @@ TIMM = (
 )
 """One of each family."""
 
-TIMM_PICTURE = (3, 64, 64)
+SIDES = {"crossvit_9_240": 240, "efficientformer_l1": 224, "inception_v4": 299}
+"""Of pictures, where they cannot be of 64 pixels."""
 
 WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 WORDS = WIDTH | {"vocab_size": 50, "max_position_embeddings": 32}
@@ -124,9 +125,9 @@ TRANSFORMERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 }
 
 
-def of_timm(name: str) -> nn.Module:
+def of_timm(name: str, side: int) -> nn.Module:
     """As --net timm:NAME makes it for pictures of this size."""
-    return timm_model(NetOptions(name=f"timm:{name}"), TIMM_PICTURE)
+    return timm_model(NetOptions(name=f"timm:{name}"), (3, side, side))
 
 
 def of_transformers(name: str, settings: dict[str, Any]) -> Callable[[], nn.Module]:
@@ -172,7 +173,8 @@ def main() -> None:
             )
     for name in TIMM:
         if given.only in f"timm {name}":
-            print(f"| timm {name} | {cut(partial(of_timm, name), TIMM_PICTURE)} |", flush=True)
+            side = SIDES.get(name, 64)
+            print(f"| timm {name} | {cut(partial(of_timm, name, side), (3, side, side))} |", flush=True)
     for name, (settings, shape) in TRANSFORMERS.items():
         if given.only in f"transformers {name}":
             print(f"| transformers {name} | {cut(of_transformers(name, settings), shape)} |", flush=True)

@@ -26,6 +26,12 @@ MOST_OPERATIONS = 2**32
 """Floating point operations of one sample up to which training is compared too: it takes about a second then."""
 
 
+HANGS_ON = (
+    "Its forward hangs on something that cannot be recorded, such as the size of the batch, an earlier call or Python's random "
+    "numbers; move that into an nn.Module of its own, or take it out."
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Pass:
     """What came of a forward pass, and of a backward pass where there was one."""
@@ -50,10 +56,11 @@ def check_units(model: nn.Module, units: Sequence[fx.GraphModule], example: torc
     """
     devices = [example.device] if example.is_cuda else []
     with torch.random.fork_rng(devices=devices), same_attention():
-        x, operations = _trial(model, units, example)
-        _compare(model, units, x, training=False)
+        whole = _own_copy(model).eval()
+        x, operations = _trial(whole, units, example)
+        _compare(whole, units, x)  # its second call, so that what hangs on earlier ones is seen
         if operations <= MOST_OPERATIONS:
-            _compare(model, units, _inputs(model, units, example, 2), training=True)
+            _compare(_own_copy(model).train(), units, _inputs(model, units, example, 2))
 
 
 def _trial(model: nn.Module, units: Sequence[fx.GraphModule], example: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -66,14 +73,14 @@ def _trial(model: nn.Module, units: Sequence[fx.GraphModule], example: torch.Ten
     for x in (one, three, torch.zeros_like(one)):
         try:
             with torch.no_grad(), _Operations() as operations:
-                _own_copy(model).eval()(x.clone())
+                model(x.clone())
         except Exception as raised:
             error = raised
         else:
             return x, operations.total // len(x)
     raise ConfigError(
         f"The network fails on frames of {' x '.join(map(str, example.shape[1:]))}, noise and zeros alike "
-        f"({type(error).__name__}: {error}); it has to run on the CPU as it is."
+        f"({_reason(error)}); it has to run on the CPU as it is."
     ) from error
 
 
@@ -99,20 +106,29 @@ def _inputs(model: nn.Module, units: Sequence[fx.GraphModule], example: torch.Te
     return torch.randn(shape, generator=generator).to(example)
 
 
-def _compare(model: nn.Module, units: Sequence[fx.GraphModule], x: torch.Tensor, training: bool) -> None:
+def _compare(model: nn.Module, units: Sequence[fx.GraphModule], x: torch.Tensor) -> None:
+    """In the mode of the model, which may be changed."""
+    training = model.training
     when = "in training" if training else "in evaluation"
-    whole, parts = _own_copy(model).train(training), [_own_copy(unit).train(training) for unit in units]
+    parts = [_own_copy(unit).train(training) for unit in units]
     paths = {str(node.target) for unit in units for node in unit.graph.find_nodes(op="call_module")}
-    if not training:  # so that what hangs on earlier calls is seen
-        _passed([whole], x, set(), training)
-        _passed(parts, x, set(), training)
-    expected, found = _passed([whole], x, paths, training), _passed(parts, x, paths, training)
-    for (path, given), (other_path, other) in zip(expected.calls, found.calls, strict=False):
-        if path != other_path or not _close(given, other):
-            raise _difference(f"'{path}' ({type(model.get_submodule(path)).__name__}) on", when)
+    try:
+        expected = _passed([model], x, paths, training)
+    except Exception as error:
+        raise ConfigError(
+            f"The network fails on {len(x)} samples of noise {when} ({_reason(error)}); it has to run on the CPU as it is."
+        ) from error
+    try:
+        found = _passed(parts, x, paths, training)
+    except Exception as error:
+        raise ConfigError(
+            f"The stages of the network fail {when} where it does not ({_reason(error)}). {HANGS_ON}"
+        ) from error
     if not _close(expected.output, found.output):
-        last = expected.calls[-1][0] if expected.calls else ""
-        raise _difference(f"what stands behind '{last}' on" if last else "the first line on", when)
+        place = _first_difference(model, expected, found)
+        raise ConfigError(
+            f"The stages of the network would not give what it gives {when}: from {place} on, they differ. {HANGS_ON}"
+        )
     known = [value for value in expected.gradients.values() if value is not None]
     largest = max((float(value.abs().max()) for value in known), default=0.0)
     for name, parameter in model.named_parameters():
@@ -122,6 +138,10 @@ def _compare(model: nn.Module, units: Sequence[fx.GraphModule], x: torch.Tensor,
                 f"The stages of the network would learn otherwise than it does: the gradient of '{name}' differs. A hook or a "
                 "torch.autograd.Function on its way cannot be recorded; move it into an nn.Module of its own, or take it out."
             )
+
+
+def _reason(error: Exception | None) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0].rstrip('.')}"
 
 
 def _own_copy(module: nn.Module) -> nn.Module:
@@ -164,9 +184,9 @@ def _close(one: torch.Tensor, other: torch.Tensor, largest: float = 0.0) -> bool
     return torch.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE * largest, equal_nan=True)
 
 
-def _difference(place: str, when: str) -> ConfigError:
-    return ConfigError(
-        f"The stages of the network would not give what it gives {when}: from {place}, they differ. Its forward hangs on "
-        "something that cannot be recorded, such as the size of the batch, an earlier call or Python's random numbers; move "
-        "that into an nn.Module of its own, or take it out."
-    )
+def _first_difference(model: nn.Module, expected: Pass, found: Pass) -> str:
+    """The first part that gives something else; calls of which nothing came are not made again by the units."""
+    for (path, given), (other_path, other) in zip(expected.calls, found.calls, strict=False):
+        if path != other_path or not _close(given, other):
+            return f"'{path}' ({type(model.get_submodule(path)).__name__})"
+    return f"what stands behind '{expected.calls[-1][0]}'" if expected.calls else "the first line"

@@ -43,6 +43,7 @@ def hugging_face_model(name: str, frame_shape: tuple[int, ...]) -> nn.Module:
         )
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        _check_attention(config)
         for setting, value in PLAIN_FORWARD.items():
             if hasattr(config, setting):
                 setattr(config, setting, value)
@@ -51,6 +52,8 @@ def hugging_face_model(name: str, frame_shape: tuple[int, ...]) -> nn.Module:
             if has_weights
             else transformers.AutoModel.from_config(config)
         )
+    except ConfigError as error:
+        raise ConfigError(f"--net {name}: {error}") from None
     except Exception as error:  # a configuration can be wrong in nearly any way
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ConfigError(f"--net {name} cannot be made ({type(error).__name__}: {reason}); mend {path}.") from error
@@ -59,6 +62,17 @@ def hugging_face_model(name: str, frame_shape: tuple[int, ...]) -> nn.Module:
     if model.main_input_name in ("input_values", "input_ids") and len(frame_shape) == 2 and frame_shape[0] == 1:
         model.register_forward_pre_hook(_without_channel)
     return model.to(torch.float32)
+
+
+def _check_attention(config: Any) -> None:
+    """Raises ConfigError where a configuration asks for attention that is not the library's: it may be code from elsewhere."""
+    for each in (config, *(getattr(config, part, None) for part in getattr(config, "sub_configs", ()))):
+        wanted = getattr(each, "_attn_implementation", None)
+        if wanted not in (None, "eager", "sdpa"):
+            raise ConfigError(
+                f"the configuration asks for the attention of {wanted}, which is code from elsewhere; take attn_implementation "
+                "out of it."
+            )
 
 
 def _without_channel(model: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

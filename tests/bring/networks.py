@@ -213,7 +213,7 @@ class Counted(nn.Module):
 
 class Noise(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + 0.1 * torch.randn(x.shape) if self.training else x
+        return x + 0.1 * torch.randn_like(x) if self.training else x
 
 
 class Whitening(nn.Module):

@@ -1,5 +1,6 @@
 """--net timm:NAME and hf:PATH, weights from files, and --at: the names of the modules that begin a stage."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,14 @@ def test_what_is_no_network_of_a_library_is_refused_with_a_way_out(bert: Any, tm
     (tmp_path / "pickled" / "config.json").write_bytes((tmp_path / "bert" / "config.json").read_bytes())
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
     (tmp_path / "broken.json").write_text("{}")
+    described = json.loads((tmp_path / "bert" / "config.json").read_text())
+    (tmp_path / "foreign.json").write_text(json.dumps(described | {"attn_implementation": "somebody/kernels"}))
     refused = {
         "timm:resnet5": "no such model. Did you mean",
         "timm:xcit_nano_12_p16_224": "cannot be made for pictures of 33 x 33",
         f"hf:{tmp_path}/nowhere": "there is no .*nowhere; name a folder that holds config.json.*save_pretrained",
         f"hf:{tmp_path}/pickled": "pickled, which may run code.*safetensors",
+        f"hf:{tmp_path}/foreign.json": "the attention of somebody/kernels, which is code from elsewhere",
         f"hf:{tmp_path}/broken.json": "cannot be made .*mend",
     }
     for name, sentence in refused.items():

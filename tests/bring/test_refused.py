@@ -109,6 +109,16 @@ def by_batch(net: Forward, x: torch.Tensor) -> torch.Tensor:
     return net.b(net.a(x) * (2.0 if len(x) > 100 else 1.0))
 
 
+def by_one_more(net: Forward, x: torch.Tensor) -> torch.Tensor:
+    return net.b(net.a(x) + torch.zeros(len(x) + 1, 8)[1:])
+
+
+def only_for_many(net: Forward, x: torch.Tensor) -> torch.Tensor:
+    if net.training and len(x) < 3:
+        raise ValueError("too few")
+    return net.b(net.a(x))
+
+
 def sample_by_sample(net: Forward, x: torch.Tensor) -> torch.Tensor:
     return torch.stack([net.b(net.a(sample)) for sample in x])
 
@@ -192,6 +202,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, Callable[[], nn.Module] |
     ),
     "by how often it was called": (lambda: Forward(by_count), "in training than in evaluation|an earlier call", None),
     "by the size of the batch": (lambda: Forward(by_batch), r"from .*they differ.* the size of the batch", None),
+    "by a size made of it": (
+        lambda: Forward(by_one_more),
+        r"(fail|differ).* the size of the batch",
+        None,
+    ),
+    "only for many": (
+        lambda: Forward(only_for_many),
+        r"fails on 2 samples of noise in training \(ValueError: too few",
+        None,
+    ),
     "by Python's random numbers": (
         lambda: Forward(lambda net, x: net.b(net.a(x) * random.random())),
         "random numbers|in training than in evaluation",

@@ -220,6 +220,16 @@ def test_numbers_that_a_forward_draws_are_drawn_at_every_call() -> None:
     assert not torch.equal(one_after_another(units, VECTORS), expected)
 
 
+def test_what_nothing_comes_of_is_left_out() -> None:
+    def flow(net: Flow, x: torch.Tensor) -> torch.Tensor:
+        net.d(net.a(x))
+        return net.c(net.b(net.a(x)))
+
+    model = Flow(flow)
+    assert weights_of_units(model) == ["a", "b", "c"]
+    assert len(traced_network(model, (4,)).layers) == 3
+
+
 class Dropped(nn.Module):
     """Does in training what it does not in evaluation, as stochastic depth does."""
 
