@@ -117,12 +117,18 @@ def segments_used(device: torch.device, segments: Segments | None) -> Iterator[N
     """Inside, the allocator reserves new memory in this way, unless the user has set it."""
     changes = segments is not None and segments.expandable and len(possible_segments(device)) > 1
     if changes:
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+        _set_allocator("expandable_segments:True")
     try:
         yield
     finally:
         if changes:
-            torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+            _set_allocator("expandable_segments:False")
+
+
+def _set_allocator(settings: str) -> None:
+    """As the environment variables do, while the process runs. torch 2.9 has another name for it."""
+    newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (newer or torch._C._cuda_cudaCachingAllocator_set_allocator_settings)(settings)
 
 
 def take_workspaces(device: torch.device) -> None:

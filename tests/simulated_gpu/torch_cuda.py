@@ -205,7 +205,7 @@ def _use_device(gpu: SimulatedGPU, patch: pytest.MonkeyPatch) -> None:
         "clearCublasWorkspaces": gpu.clear_workspaces,
     }.items():
         patch.setattr(torch._C, f"_cuda_{name}", value, raising=False)
-    patch.setattr(torch._C, "_accelerator_setAllocatorSettings", set_allocator)
+    patch.setattr(torch._C, "_accelerator_setAllocatorSettings", set_allocator, raising=False)
     patch.setattr(torch.cuda.random, "device_count", lambda: 1)
     patch.setattr(torch.accelerator, "is_available", lambda: True)
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
