@@ -127,8 +127,8 @@ def segments_used(device: torch.device, segments: Segments | None) -> Iterator[N
 
 def _set_allocator(settings: str) -> None:
     """As the environment variables do, while the process runs. torch 2.9 has another name for it."""
-    newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
-    (newer or torch._C._cuda_cudaCachingAllocator_set_allocator_settings)(settings)
+    names = ("_accelerator_setAllocatorSettings", "_cuda_cudaCachingAllocator_set_allocator_settings")
+    next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))(settings)
 
 
 def take_workspaces(device: torch.device) -> None:
