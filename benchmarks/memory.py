@@ -20,7 +20,7 @@ from steps import (
     seconds_in_turn,
 )
 
-from layerwise.memory.plan import MemoryPlan
+from layerwise.memory.plan import NARROW_ROOM, MemoryPlan
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     config, data = paper(options.network, options.batch_size)
     stages = natural_stages(config, data)
     whole = MemoryPlan(options.batch_size, options.batch_size)
-    sliced = MemoryPlan(options.batch_size, options.micro_batch)
+    sliced = MemoryPlan(options.batch_size, options.micro_batch, loss_room=NARROW_ROOM)
 
     print(f"{options.network}, batch {options.batch_size}, {machine(device)}\n")
     print("| step | stage | peak MB | of end to end | s |\n| --- | --- | --- | --- | --- |")

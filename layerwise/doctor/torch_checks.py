@@ -120,7 +120,7 @@ def _print(**answer: Any) -> None:
 
 COMPANIONS = {
     "torchvision": "the sets cifar10 and stl10 and networks of torchvision",
-    "torchaudio": "recordings whose rate is not --sample-rate",
+    "torchaudio": "recordings whose rate is not data.sample_rate",
 }
 """What needs them; everything else works without."""
 
