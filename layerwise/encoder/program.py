@@ -4,6 +4,7 @@ And whether a program computes what the encoder does: on inputs of the run's sha
 """
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.fx import GraphModule
 
 from layerwise.encoder.model import Encoder
 from layerwise.errors import ExportError
+from layerwise.nets.comparison import reads_ids
 from layerwise.nets.layer import vectors
 from layerwise.nets.network import copied
 from layerwise.nets.speech import Recurrence
@@ -29,10 +31,17 @@ def trial_inputs(encoder: Encoder, may_vary: Collection[int] = (0, 1, 2, 3)) -> 
     """Three batches of noise: the first of the size that the run was trained on, others where these axes may vary."""
     generator = torch.Generator().manual_seed(0)
     sizes = encoder.entry.sizes(encoder.shortest, encoder.geometry.hop)
-    draw = torch.rand if encoder.entry.takes == "pictures" else torch.randn
+    draw: Callable[..., torch.Tensor] = torch.rand if encoder.entry.takes == "pictures" else torch.randn
+    first = getattr(next(iter(cast(nn.ModuleDict, encoder.layers).values())), "unit", None)
+    if isinstance(first, GraphModule) and reads_ids(first):
+        draw = partial(_ids, 2)  # every table has two rows
     allowed = [tuple(n if axis in may_vary else sizes[0][axis] for axis, n in enumerate(size)) for size in sizes]
     # In order, and each size once.
     return [draw(*size, generator=generator) * encoder.entry.level for size in dict.fromkeys(allowed)]
+
+
+def _ids(count: int, *size: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(count, size, generator=generator).float()
 
 
 def largest_difference(computes: Computes, encoder: Encoder, inputs: Sequence[torch.Tensor]) -> float:
