@@ -17,6 +17,8 @@ EXTRAS = {
     "gpu": ("pynvml",),
     "compression": ("zstandard", "hdf5plugin"),
     "parquet": ("pyarrow",),
+    "timm": ("timm",),
+    "transformers": ("transformers",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),

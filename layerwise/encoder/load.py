@@ -11,6 +11,7 @@ from layerwise.config import refuse_function, refuse_other_network
 from layerwise.encoder.entry import Entry, Pictures, Steps, Waveforms, Whole
 from layerwise.encoder.model import Encoder
 from layerwise.errors import ConfigError, RunError
+from layerwise.memory.device import keep_recurrence_in_float32
 from layerwise.nets import build_network
 from layerwise.nets.network import Network, ranges
 from layerwise.nets.traced import by_own_names, traced_network
@@ -46,6 +47,7 @@ def load_stages(place: Path, stage: int | None, network: Given) -> tuple[Origin,
     built = []
     for number, (layers, output_format) in enumerate(zip(cut[:stage], origin.handings, strict=False), start=1):
         module = built_of.build(layers, 0, "cpu").eval()
+        keep_recurrence_in_float32(module)  # as in training: what is extracted is to be what was cached
         load_weights(module, {name: weights[name] for name in module.state_dict()})
         built.append(InferenceStage(number, module, output_format))
     return origin, built

@@ -62,6 +62,8 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Prog
     last_save = time.monotonic()
 
     unread: UnreadScores[tuple[int, int]] = UnreadScores(context.device)
+    is_first = True
+    """Whoever caps the allocator waits for the first step: it has loaded the kernels of the stage."""
 
     def take_in_scores() -> None:
         """Of the steps since the last time."""
@@ -99,8 +101,9 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Prog
             score = trainer.train(batch, randomness(step))
             progress.step = step + 1
             unread.add((step, epoch.steps), score)
-            if unread.due or progress.step == epoch.steps:
+            if unread.due or is_first or progress.step == epoch.steps:
                 take_in_scores()
+                is_first = False
             if time.monotonic() - last_save > options.checkpoint_seconds:
                 save()
             stop_if_asked()

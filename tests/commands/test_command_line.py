@@ -198,7 +198,7 @@ def test_the_command_line_has_exactly_these_options() -> None:
             "--scheduler",
             "--partition",
         ),
-        *("--deterministic", "--dry-run", "--warm-start"),
+        *("--deterministic", "--dry-run", "--warm-start", "--weights", "--at"),
     }
 
 

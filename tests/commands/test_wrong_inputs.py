@@ -89,7 +89,10 @@ WRONG = [
     ("layerwise run --data mine:augmented --net mine:network --frames steps", "another sample at each call"),
     ("layerwise run --data mine:broken", "the function failed (ZeroDivisionError"),
     # networks
-    ("layerwise run --net resnet50", "--net: must be speech, vision, torchvision:NAME or package.module:function"),
+    (
+        "layerwise run --net resnet50",
+        "--net: must be speech, vision, torchvision:NAME, timm:NAME, hf:PATH or package.module:function",
+    ),
     ("layerwise run --data images:pictures --net torchvison:resnet50", "Did you mean torchvision?"),
     ("layerwise run --data images:pictures --net torchvision:resnet5", "torchvision has no such model"),
     (

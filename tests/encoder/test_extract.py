@@ -73,6 +73,17 @@ def test_rounding_between_the_stages_is_that_of_the_run(
         assert same.mean() > 0.99
 
 
+def test_recurrent_layers_compute_as_in_the_run_under_bfloat16(
+    run_tiny: Callable[..., RunResult], digits: Path, tmp_path: Path
+) -> None:
+    options = {"training.precision": "bfloat16", "cache.dtype": "float32"}
+    result = run_tiny("speech", f"fsdd:{digits}", **options)
+    layerwise.extract(result.paths.out, f"fsdd:{digits}", tmp_path / "features.h5")
+    found, cached = features_of(tmp_path / "features.h5"), cached_features(result, 4)
+    differences = [np.abs(found[name] - cached[name]).max() / np.abs(cached[name]).max() for name in cached]
+    assert np.median(differences) < 1e-5
+
+
 def test_pictures_give_what_the_run_cached(vision_run: RunResult, pictures: Path, tmp_path: Path) -> None:
     layerwise.extract(vision_run.paths.out, f"images:{pictures}", tmp_path / "features.h5")
     found, cached = features_of(tmp_path / "features.h5"), cached_features(vision_run, 3)

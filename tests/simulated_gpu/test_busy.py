@@ -1,5 +1,6 @@
 """A GPU is kept busy: a step of a whole batch is few kernels and one copy, and the host hardly ever waits for it."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ from gpu_cases import SPEECH, Case, run_case
 from simulated_gpu import Counts, SimulatedGPU
 
 from layerwise.errors import Interrupted, TrainingError
-from layerwise.events import Event, StepDone
+from layerwise.events import Event, StepDone, silent
+from layerwise.memory.microbatch import Total
 from layerwise.stop import StopFlag
 from layerwise.training.budget import fit_stage
 from layerwise.training.scores import READ_AT_ONCE
+from layerwise.training.trainer import StageTrainer
 
 KERNELS, COPIES, WAITS = 80, 2, 0.1
 """Most of a step."""
@@ -57,8 +60,8 @@ def test_a_step_is_few_kernels_one_copy_and_hardly_a_wait(
     stop = StopFlag()
 
     def note(event: Event) -> None:
-        # The steps between are told of when the scores of the last ones have been read.
-        if isinstance(event, StepDone) and event.step in (READ_AT_ONCE - 1, READ_AT_ONCE):
+        # The first step is told of at once, the others when the scores of so many have been read.
+        if isinstance(event, StepDone) and event.step in (1, READ_AT_ONCE + 1):
             seen[event.stage].append(replace(gpu.counts))
         if len(seen[2]) == 2:
             stop.reason = "the test"
@@ -77,14 +80,20 @@ def test_a_step_is_few_kernels_one_copy_and_hardly_a_wait(
         assert 0 < waits <= WAITS
 
 
-def test_a_loss_that_is_no_number_is_found_before_anything_is_saved(gpu: SimulatedGPU, tmp_path: Path) -> None:
-    stop = StopFlag()
+def test_a_loss_that_is_no_number_is_found_before_anything_is_saved(
+    gpu: SimulatedGPU, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, train = StopFlag(), StageTrainer.train
+    steps = itertools.count(1)
 
-    def ask(event: Event) -> None:
-        if isinstance(event, StepDone):
+    def asked_after_three(trainer: StageTrainer, *args: Any) -> Total:
+        score = train(trainer, *args)
+        if next(steps) == 3:
             stop.reason = "the test"
+        return score
 
+    monkeypatch.setattr(StageTrainer, "train", asked_after_three)
     with pytest.raises(TrainingError, match="became nan"):
-        run_case(CASE, "cuda", tmp_path, ask, stop, **{"training.lr": 1e30, "training.batch_size": 2})
+        run_case(CASE, "cuda", tmp_path, silent, stop, **{"training.lr": 1e30, "training.batch_size": 2})
     assert stop.reason
     assert not list(tmp_path.rglob("checkpoint.safetensors"))
