@@ -75,13 +75,13 @@ def init(config: Config, output: Path) -> None:
         raise RunError(f"{output} exists; delete it, or name another file with -o.")
     from layerwise.engines.plan import look  # imports torch, which --help need not wait for
 
-    data = look(config)
+    data, labels = look(config)
     if not output.parent.is_dir():
         raise RunError(f"{output} cannot be written: there is no folder {output.parent}; make it, or name another one.")
     write_atomically(output, commented(config).encode())
     skipped = f", {len(data.skipped)} files skipped" if data.skipped else ""
     say(f"{output}: for {len(data.ids)} samples from {config.data.source}{skipped}", *getattr(data, "notes", ()))
-    say(f"labels for probes: {', '.join((*data.labels, *data.frame_label_names)) or 'none'}")
+    say(f"labels for probes: {', '.join(labels) or 'none; name a file of them with --labels'}")
     if config.training.stages == 1:
         say(END_TO_END)
     scheduler = config.engine.scheduler

@@ -185,3 +185,9 @@ def several(names: Sequence[str]) -> str:
 def digest(text: str) -> str:
     """SHA-256 of a description, as hex: what `identity` holds."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def telling_labels(data: DataSet) -> tuple[str, ...]:
+    """Labels of at least two values, by which samples or frames can be told apart; in a flat folder no speaker is known."""
+    of_samples = [name for name, values in data.labels.items() if len(set(values.tolist()) - {""}) > 1]
+    return (*of_samples, *data.frame_label_names)

@@ -99,6 +99,7 @@ class OwnModule(nn.Module):
         """Features (B, L, C) of what the encoder takes."""
         frames = self.entry(x)
         y = self.model(frames.flatten(0, 1))
+        y = getattr(y, "last_hidden_state", y)  # as Hugging Face's give it
         return vectors((y.transpose(1, 2) if y.dim() == 3 else y).unflatten(0, frames.shape[:2]))
 
 

@@ -10,7 +10,7 @@ from layerwise.cache.dtypes import STORED
 from layerwise.config import Config, with_options
 from layerwise.data.batches import READ_AHEAD
 from layerwise.data.open import open_data
-from layerwise.data.source import DataSet
+from layerwise.data.source import DataSet, telling_labels
 from layerwise.errors import ConfigError
 from layerwise.forecast import END_TO_END, Forecast, StageForecast, is_end_to_end
 from layerwise.memory.determinism import settle_products
@@ -179,6 +179,10 @@ def reading_bytes(batch: int, device: torch.device) -> int:
     return (READ_AHEAD + 2) * 2 ** math.ceil(math.log2(batch)) + batch
 
 
-def look(config: Config) -> DataSet:
-    """The data as a run would find them. Raises DataError where it could not use them."""
-    return open_data(config.data, shortest_sample(config))
+def look(config: Config) -> tuple[DataSet, tuple[str, ...]]:
+    """The data as a run would find them, and the labels by which probes can tell them apart.
+
+    Raises DataError where a run could not use them.
+    """
+    data = open_data(config.data, shortest_sample(config))
+    return data, telling_labels(data)

@@ -11,7 +11,7 @@ import torch
 
 from layerwise.config import OWN, Config, with_options
 from layerwise.data.open import open_data
-from layerwise.data.source import DataSet
+from layerwise.data.source import DataSet, telling_labels
 from layerwise.engines import dask, processes, torchrun
 from layerwise.engines.elsewhere import measure_elsewhere
 from layerwise.engines.machine import machine
@@ -61,7 +61,7 @@ class RunResult:
     state: RunState
     config: Config
     labels: tuple[str, ...]
-    """Labels that the data carry, for probes."""
+    """Labels that the data carry, for probes: those of two values and more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +107,7 @@ def run(
 
 
 def _result(run: Run) -> RunResult:
-    labels = (*run.data.labels, *run.data.frame_label_names)
-    return RunResult(run.store, run.store.load_state(), run.config, labels)
+    return RunResult(run.store, run.store.load_state(), run.config, telling_labels(run.data))
 
 
 @contextmanager

@@ -84,7 +84,9 @@ def _labelled(label: str, data: DataSet, split: np.ndarray) -> np.ndarray:
     classes = np.unique(values[values != ""])
     if len(classes) < 2:
         only = f"is '{classes[0]}' everywhere" if len(classes) else "is empty everywhere"
-        raise DataError(f"The label {label!r} {only}: there is nothing to tell apart.")
+        raise DataError(
+            f"The label {label!r} {only}: there is nothing to tell apart; name another, or a file of labels with --labels."
+        )
     samples = np.flatnonzero(values != "")
     for part in ("train", "test"):
         if not (split[samples] == SPLITS.index(part)).any():

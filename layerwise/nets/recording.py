@@ -434,8 +434,8 @@ class _Recorder(TorchFunctionMode):
         why = _reason(error).replace(str(BATCH), "N")
         return ConfigError(
             f"The network fails at {what} for N frames of {self._frame}: {why}. "
-            "Give it frames of the shape that it was made for, channels first (data.frame_length steps make one), and "
-            "operations whose shapes do not depend on values."
+            "Give it frames of the shape that it was made for, channels first (data.frame_length steps make one, pictures have "
+            "sides of data.picture), and operations whose shapes do not depend on values."
         )
 
 

@@ -119,7 +119,9 @@ def _check_sizes(origin: Origin) -> None:
     data = origin.config.data
     if len(origin.handings) != len(origin.cut) or sum(origin.cut) > MOST_LAYERS:
         raise ValueError("cut or handings")
-    window = 1 if data.frames != "steps" else data.window * max(data.frame_step or 1, data.frame_length)
+    # Of steps that lie between two frames, the entry is given those too.
+    steps = max(-(-(data.frame_step or 1) // data.frame_length), 1)
+    window = data.window * steps if data.frames == "steps" else 1
     if math.prod(origin.frame_shape) * window > MOST_VALUES:
         raise ValueError("frame shape or window")
 

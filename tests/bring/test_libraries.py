@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import layerwise
@@ -77,6 +77,32 @@ def test_a_folder_of_hugging_face_gives_its_weights_and_its_configuration_random
         named_network(NetOptions(name=f"hf:{tmp_path}/bert/config.json"), (1, 8), seed).identity for seed in (1, 1, 2)
     )
     assert one == same != other
+
+
+def test_weights_of_hugging_face_s_networks_go_home(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason=NEEDS)
+    settings = transformers.ViTConfig(**SMALL, image_size=16, patch_size=8)
+    settings.save_pretrained(tmp_path / "vit")
+    pictures, options = torch.randn(12, 3, 16, 16), {"training.batch_size": 4}
+    out = tmp_path / "run"
+    layerwise.run(
+        f"hf:{tmp_path}/vit",
+        pictures,
+        frames="whole",
+        stages=2,
+        max_epochs=1,
+        out=str(out),
+        cache_dir=str(tmp_path / "cache"),
+        notify=silent,
+        options=options,
+    )
+    exported = layerwise.export(out, tmp_path / "weights", "state-dict", network=f"hf:{tmp_path}/vit")
+    assert exported.difference < 1e-4
+    fresh = transformers.ViTModel(settings)
+    loaded = fresh.load_state_dict(load_file(tmp_path / "weights" / "model.safetensors"), strict=False)
+    assert not loaded.unexpected_keys
+    assert all("pooler" in name for name in loaded.missing_keys)
+    assert "patches" not in (tmp_path / "weights" / "README.md").read_text()
 
 
 def test_what_is_no_network_of_a_library_is_refused_with_a_way_out(bert: Any, tmp_path: Path) -> None:

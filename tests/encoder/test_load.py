@@ -26,6 +26,7 @@ from layerwise.config import resolve
 from layerwise.data.open import open_demo
 from layerwise.engines.run import RunResult, UserObjects, run
 from layerwise.errors import ConfigError, DataError, RunError
+from layerwise.events import silent
 from layerwise.nets.traced import traced_network
 from layerwise.training.checkpoint import load_arrays, save_arrays
 from layerwise.training.encoder import load_encoder, save_encoder
@@ -286,3 +287,12 @@ def test_nothing_is_unpickled(speech_run: RunResult, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("pickle.Unpickler", partial(pytest.fail, "unpickled"))
     monkeypatch.setattr("torch.load", partial(pytest.fail, "unpickled"))
     layerwise.load(speech_run.paths.out)
+
+
+def test_an_encoder_of_long_frames_is_read(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv1d(1, 4, 400, stride=400), nn.ReLU(), nn.Flatten(), nn.Linear(160, 8))
+    options = {"data.frame_length": 16_000, "data.window": 8, "objective.steps": 1}
+    streams = [torch.randn(8 * 16_000, 1) for _ in range(4)]
+    places = {"out": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache")}
+    layerwise.run(model, streams, frames="steps", max_epochs=1, batch_size=2, notify=silent, options=options, **places)
+    assert layerwise.load(tmp_path / "run", network=model)(streams[0][None]).shape == (1, 8, 8)
