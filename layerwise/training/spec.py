@@ -166,8 +166,8 @@ def _check_net(config: Config, data: DataSet) -> None:
         )
     if net == "vision" and (data.columns == 1 or len(data.frame_shape) != 3):
         raise ConfigError(
-            f"--net vision trains on pictures in patches, and these frames are of {shape}; for recordings give --net speech, "
-            "for others a --net of your own."
+            f"--net vision trains on pictures in patches, and these frames are of {shape}; name pictures with --data "
+            "images:FOLDER, cifar10:FOLDER or stl10:FOLDER, for recordings give --net speech, for others a --net of your own."
         )
 
 
