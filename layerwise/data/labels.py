@@ -114,8 +114,9 @@ def _read_table(path: Path) -> Table:
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
         columns, *rows = [line for line in lines if any(map(str.strip, line))] or [[]]
     except FileNotFoundError:
+        # A run may name it, too: to leave the option out would not help.
         raise DataError(
-            f"There is no file of labels {path}; give --labels the one there is, or leave it out."
+            f'There is no file of labels {path}; give --labels the one there is, or --labels "" for none.'
         ) from None
     except UnreadableFile as error:
         raise DataError(str(error)) from None

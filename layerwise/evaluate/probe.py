@@ -49,7 +49,7 @@ def probe(
 
     Also written to probes/LABEL.json, or LABEL-knn.json. classifier: linear, or knn (nearest neighbours). network, data: those
     of the run, where it was given objects or a package.module:function, which is not called otherwise; data may also say where
-    they lie now. labels: a CSV file of more labels. stop: ends it when its reason is set. notify: is
+    they lie now. labels: a CSV file in place of the run's, "" for none. stop: ends it when its reason is set. notify: is
     told what it is at; warn: what was found in labels, and which caches cannot be used; their stages are passed through anew.
     Raises RunError where no stage is done, ConfigError for network and data, DataError where the label does not exist or has
     one value only.
@@ -66,7 +66,8 @@ def probe(
     if not done:
         raise RunError(f"No stage of {run_directory} is done yet; go on with the run first.")
     config = named_here(state.config, {"net.name": network, "data.source": data}, store.state)
-    if labels is not None and not config.objective.label:  # those that were learnt are needed, too
+    labels_of_run = config.data.labels
+    if labels is not None:
         config = with_options(config, {"data.labels": ""})
     named = data is None or isinstance(data, str)
     if named and isinstance(network, nn.Module):
@@ -78,8 +79,10 @@ def probe(
             "needs them. Bring the old ones back."
         )
     if labels is not None:
-        data = with_labels(data, str(labels))
-        for line in data.notes:
+        without, data = data, with_labels(data, str(labels))
+        if config.objective.label not in ("", *data.labels):  # that which was learnt is needed, too
+            data = with_labels(with_labels(without, labels_of_run), str(labels))
+        for line in getattr(data, "notes", ()):
             warn(line)
     if network is None or isinstance(network, str):
         network = build_network(config.net, data.frame_shape, config.training.seed)
