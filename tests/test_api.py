@@ -84,6 +84,26 @@ def test_a_data_set_of_a_users_own_needs_no_notes(run: Run, labels: str | None) 
     assert layerwise.probe(result.paths.out, "kind", network=model, data=data, labels=labels).label == "kind"
 
 
+class OwnWords(OwnSet):
+    """Whole numbers, which it divides by its level."""
+
+    frame_shape = (1,)
+
+    def __init__(self) -> None:
+        self.level = 2.0
+
+    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+        numbers = torch.Generator().manual_seed(sample)
+        return torch.randint(1, 9, (20, 1), generator=numbers)[start:stop] / self.level
+
+
+def test_a_network_of_ids_reads_whole_numbers_and_leaves_the_level_of_the_users_object(run: Run) -> None:
+    data, embedding = OwnWords(), nn.Sequential(nn.Embedding(9, 8), nn.Flatten(), nn.Linear(8, 4))
+    result = run(embedding, data, stages=1, options=SMALL | {"data.window": 12})
+    assert data.level == 2.0
+    assert layerwise.load(result.paths.out, network=embedding).entry.level == 1
+
+
 def weights(model: nn.Module) -> dict[str, bytes]:
     return {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
 
