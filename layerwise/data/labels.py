@@ -143,8 +143,8 @@ def _delimiter(text: str) -> str:
 def _naming_column(table: Table, ids: Sequence[str]) -> tuple[int, list[int]]:
     """The column that names the samples best, and the number of the sample in each of its rows. Raises DataError.
 
-    Any column with a name may do so, but where samples are called 0, 1, 2: these may stand for anything. One without a name
-    never does: there pandas writes its own numbers of the rows, which look like 0.png without its ending.
+    Any column with a name may do so, but where samples are called 0, 1, 2: these may stand for anything. One without a
+    name never does: there pandas writes its own numbers of the rows, which look like 0.png without its ending.
     """
     chosen = [number for number, name in enumerate(table.columns) if name.lower() in NAME_COLUMNS]
     if not chosen and not all(name.isdigit() for name in ids):
@@ -165,8 +165,8 @@ def _naming_column(table: Table, ids: Sequence[str]) -> tuple[int, list[int]]:
     for other in chosen:
         if matches[other] == matches[column] and found[other] != found[column]:
             raise DataError(
-                f"{table.path} names the samples in two columns, {table.columns[column]} and {table.columns[other]}, which "
-                "fit them equally well and differ; call the right one id, and take the other out."
+                f"{table.path} names the samples in two columns, {table.columns[column]} and {table.columns[other]}, "
+                "which fit them equally well and differ; call the right one id, and take the other out."
             )
     return column, found[column]
 

@@ -48,7 +48,7 @@ BLOCK_FRAMES = 2**18
 """Decoded at once where a file is gone through."""
 
 WHOLE_SECONDS = 60
-"""A recording of floats is gone through where it lasts no longer; every process opens the set, and long ones are many bytes."""
+"""A recording of floats that lasts no longer is gone through. Every process opens the set, and cannot read all of it."""
 
 LOOKS = 10
 """Stretches of a second that are looked at in a longer one, the first and the last second among them."""
