@@ -143,12 +143,16 @@ def _delimiter(text: str) -> str:
 def _naming_column(table: Table, ids: Sequence[str]) -> tuple[int, list[int]]:
     """The column that names the samples best, and the number of the sample in each of its rows. Raises DataError.
 
-    Any column with a name may do so, but where samples are called 0, 1, 2: these may stand for anything. One without a
-    name never does: there pandas writes its own numbers of the rows, which look like 0.png without its ending.
+    Any column with a name may do so, but where samples are called 0, 1, 2: these may stand for anything. So may a column of
+    numbers, which look like 0.png without its ending; pandas writes those of the rows into a column without a name.
     """
     chosen = [number for number, name in enumerate(table.columns) if name.lower() in NAME_COLUMNS]
     if not chosen and not all(name.isdigit() for name in ids):
-        chosen = [number for number, name in enumerate(table.columns) if name]
+        chosen = [
+            number
+            for number, name in enumerate(table.columns)
+            if name and not all(map(_is_number, filter(None, table.column(number))))
+        ]
     if not chosen or not table.rows:
         raise DataError(
             f"{table.path} has {len(table.rows)} rows with the columns {', '.join(table.columns) or 'none'}; it needs a row "
@@ -169,6 +173,11 @@ def _naming_column(table: Table, ids: Sequence[str]) -> tuple[int, list[int]]:
                 "which fit them equally well and differ; call the right one id, and take the other out."
             )
     return column, found[column]
+
+
+def _is_number(value: str) -> bool:
+    """Of those that count something; 007 is a name."""
+    return value.isdecimal() and str(int(value[:LONGEST])) == value
 
 
 def _matches(values: Sequence[str], samples: Sequence[int], ids: Sequence[str]) -> tuple[int, int, int]:

@@ -89,11 +89,21 @@ def test_labels_never_go_to_other_samples_for_a_column_of_numbers(tmp_path: Path
     ]
 
 
-@pytest.mark.parametrize("names", ["number,which", "id,path"])
+@pytest.mark.parametrize("names", ["image,path", "id,path"])
 def test_two_columns_that_name_the_samples_equally_well_are_refused(tmp_path: Path, names: str) -> None:
     text = f"{names},animal\n0,2,cat\n1,0,dog\n2,1,cow\n"
     with pytest.raises(DataError, match=f"two columns, {names.replace(',', ' and ')}, .* call the right one id"):
         labelled(tmp_path, text, samples("0.png", "1.png", "2.png"))
+
+
+def test_a_column_that_counts_rows_names_no_sample_but_under_such_a_name(tmp_path: Path) -> None:
+    counted = "number,fname,animal\n0,2.jpg,cat\n1,0.jpg,dog\n2,1.jpg,cow\n"
+    numbered, padded = samples("0.png", "1.png", "2.png"), samples("000.png", "001.png", "002.png")
+    with pytest.raises(DataError, match="names no sample"):
+        labelled(tmp_path, counted, numbered)
+    named = labelled(tmp_path, counted.replace("number", "id"), numbered)
+    like_names = labelled(tmp_path, "image_id,animal\n000,cat\n001,dog\n002,cow\n", padded)
+    assert found(named)["animal"] == found(like_names)["animal"] == ["cat", "dog", "cow"]
 
 
 def test_a_column_without_a_name_names_no_sample(tmp_path: Path) -> None:
