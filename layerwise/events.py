@@ -119,8 +119,8 @@ class Progress:
     """Of the same: samples, or steps of the work."""
 
 
-NotifyProgress = Callable[[Progress], None]
+NotifyProgress = Callable[[Progress | Message], None]
 
 
-def unseen(progress: Progress) -> None:
+def unseen(event: Progress | Message) -> None:
     """Shows nothing."""

@@ -64,6 +64,46 @@ def test_an_own_network_on_own_data_is_trained_probed_and_loaded(run: Run) -> No
     assert not together[1, 50:].any()
 
 
+class OwnSet:
+    """A DataSet of a user's own, of samples of 20 frames, with no field that may be left out."""
+
+    takes, identity, columns, views, level = "arrays", "own", 1, 1, 1.0
+    test, skipped, frame_label_names, frame_shape = None, (), (), (2,)
+    ids = tuple(f"sample-{number}" for number in range(16))
+    lengths = np.full(16, 20)
+    labels = {"kind": np.array(["a", "b"] * 8)}  # noqa: RUF012
+
+    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+        return torch.randn(20, 2, generator=torch.Generator().manual_seed(sample))[start:stop] / self.level
+
+
+@pytest.mark.parametrize("labels", [None, ""])
+def test_a_data_set_of_a_users_own_needs_no_notes(run: Run, labels: str | None) -> None:
+    model, data = network(), OwnSet()
+    result = run(model, data, stages=1)
+    assert layerwise.probe(result.paths.out, "kind", network=model, data=data, labels=labels).label == "kind"
+
+
+class OwnWords(OwnSet):
+    """Whole numbers, which it divides by its level."""
+
+    frame_shape = (1,)
+
+    def __init__(self) -> None:
+        self.level = 2.0
+
+    def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
+        numbers = torch.Generator().manual_seed(sample)
+        return torch.randint(1, 9, (20, 1), generator=numbers)[start:stop] / self.level
+
+
+def test_a_network_of_ids_reads_whole_numbers_and_leaves_the_level_of_the_users_object(run: Run) -> None:
+    data, embedding = OwnWords(), nn.Sequential(nn.Embedding(9, 8), nn.Flatten(), nn.Linear(8, 4))
+    result = run(embedding, data, stages=1, options=SMALL | {"data.window": 12})
+    assert data.level == 2.0
+    assert layerwise.load(result.paths.out, network=embedding).entry.level == 1
+
+
 def weights(model: nn.Module) -> dict[str, bytes]:
     return {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
 

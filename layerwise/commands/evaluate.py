@@ -44,7 +44,7 @@ def probe(directory: Path, label: str, as_json: bool, **options: Any) -> None:
     from layerwise.evaluate.probe import probe as probe_library  # imports torch, which --help need not wait for
 
     with stop_on_signals() as stop, measuring("probing") as show:
-        result = probe_library(directory, label, stop=stop, notify=show, warn=remark, **options)
+        result = probe_library(directory, label, stop=stop, notify=show, **options)
     if as_json:
         answer_json(result)
         return

@@ -18,7 +18,10 @@ from layerwise.data.views import Derived
 from layerwise.errors import DataError, UnreadableFile
 from layerwise.files import read_bytes
 
-NAME_COLUMNS = ("id", "path", "file", "filename", "file_name", "filepath", "file_path", "name")
+NAME_COLUMNS = (
+    *("id", "path", "file", "filename", "file_name", "filepath", "file_path", "name"),
+    *("image", "image_path", "img", "audio"),
+)
 """What the column with the names of the samples may be called, in any case."""
 
 FILE_BYTES = 2**30
@@ -111,8 +114,9 @@ def _read_table(path: Path) -> Table:
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
         columns, *rows = [line for line in lines if any(map(str.strip, line))] or [[]]
     except FileNotFoundError:
+        # A run may name it, too: to leave the option out would not help.
         raise DataError(
-            f"There is no file of labels {path}; give --labels the one there is, or leave it out."
+            f'There is no file of labels {path}; give --labels the one there is, or --labels "" for none.'
         ) from None
     except UnreadableFile as error:
         raise DataError(str(error)) from None
@@ -137,26 +141,60 @@ def _delimiter(text: str) -> str:
 
 
 def _naming_column(table: Table, ids: Sequence[str]) -> tuple[int, list[int]]:
-    """The column that names the most samples, and the number of the sample in each of its rows. Raises DataError.
+    """The column that names the samples best, and the number of the sample in each of its rows. Raises DataError.
 
-    Any column may do so, but where samples are called 0, 1, 2: these may stand for anything.
+    Any column with a name may do so, but where samples are called 0, 1, 2: these may stand for anything. So may a column of
+    numbers, which look like 0.png without its ending; pandas writes those of the rows into a column without a name.
     """
     chosen = [number for number, name in enumerate(table.columns) if name.lower() in NAME_COLUMNS]
     if not chosen and not all(name.isdigit() for name in ids):
-        chosen = list(range(len(table.columns)))
+        chosen = [
+            number
+            for number, name in enumerate(table.columns)
+            if name and not all(map(_is_number, filter(None, table.column(number))))
+        ]
     if not chosen or not table.rows:
         raise DataError(
             f"{table.path} has {len(table.rows)} rows with the columns {', '.join(table.columns) or 'none'}; it needs a row "
             "for each sample, and a column id or path that names it."
         )
     found = {number: _numbers_of(table.column(number), ids) for number in chosen}
-    column = max(chosen, key=lambda number: sum(sample != NOWHERE for sample in found[number]))
-    if not any(sample != NOWHERE for sample in found[column]):
+    matches = {number: _matches(table.column(number), found[number], ids) for number in chosen}
+    column = max(chosen, key=lambda number: matches[number])
+    if not any(matches[column]):
         raise DataError(
             f"{table.path} names no sample: its column {table.columns[column]} begins with {table.rows[0][column]!r}, and "
             f"the first sample is called {ids[0]!r}; give the names of the samples in a column id or path."
         )
+    for other in chosen:
+        if matches[other] == matches[column] and found[other] != found[column]:
+            raise DataError(
+                f"{table.path} names the samples in two columns, {table.columns[column]} and {table.columns[other]}, "
+                "which fit them equally well and differ; call the right one id, and take the other out."
+            )
     return column, found[column]
+
+
+def _is_number(value: str) -> bool:
+    """Of those that count something; 007 is a name."""
+    return value.isdecimal() and str(int(value[:LONGEST])) == value
+
+
+def _matches(values: Sequence[str], samples: Sequence[int], ids: Sequence[str]) -> tuple[int, int, int]:
+    """How many samples a column names: exactly; also by the end of a path; also without the ending of the file.
+
+    Columns are compared by these in turn: a number is soon the name of some file without its ending.
+    """
+    exact, ends = set(), set()
+    for value, sample in zip(values, samples, strict=True):
+        if sample in (NOWHERE, IN_SEVERAL):
+            continue
+        value, name = f"/{_plain(value)}", f"/{_plain(ids[sample])}"
+        if value == name:
+            exact.add(sample)
+        if value.endswith(name) or name.endswith(value):
+            ends.add(sample)
+    return len(exact), len(ends), len({*samples} - {NOWHERE})
 
 
 def _row_of_each_sample(table: Table, column: int, samples: Sequence[int], ids: Sequence[str]) -> dict[int, int]:

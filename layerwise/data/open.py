@@ -1,5 +1,6 @@
 """Opens the data set that `--data` names, framed, in as many views and with the labels that the options say."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def as_data(given: Any, options: DataOptions) -> DataSet:
 
 def _as_data_set(given: Any, options: DataOptions) -> DataSet:
     if hasattr(given, "frame_shape") and hasattr(given, "identity"):  # a DataSet of the user's own
-        own: DataSet = given
+        # A run may set the level, and another run with the same object is to find its own.
+        own: DataSet = copy.copy(given)
         return own
     if not hasattr(given, "__getitem__") or isinstance(given, str | bytes | dict):
         raise DataError(

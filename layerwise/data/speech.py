@@ -47,6 +47,12 @@ STRETCHES = 5
 BLOCK_FRAMES = 2**18
 """Decoded at once where a file is gone through."""
 
+WHOLE_SECONDS = 60
+"""A recording of floats that lasts no longer is gone through. Every process opens the set, and cannot read all of it."""
+
+LOOKS = 10
+"""Stretches of a second that are looked at in a longer one, the first and the last second among them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recording:
@@ -62,7 +68,7 @@ class Recording:
     patch: tuple[int, bytes] | None
     """What its header must be read as, see `DataChunk`."""
     peak: float
-    """Of its samples; 1 where its format holds no larger ones."""
+    """Of the samples that were looked at; 1 where its format holds no larger ones."""
     cancels: bool
     """Whether hardly anything is left of it when its channels are mixed."""
 
@@ -93,7 +99,7 @@ def open_recordings(
     else:
         folders = [Path(name).parts[1 if split else 0 : -1] for name in files.ids]
         labels = {"speaker": np.array([each[-1] if each else "" for each in folders], dtype=str)}
-    # Without the contents: to hash those would read the whole set.
+    # Without the contents: to hash those would read the whole set, in every process that opens it.
     described = {
         "rate": rate,
         "files": [(name, each.rate, each.frames) for name, each in zip(files.ids, recordings, strict=True)],
@@ -171,25 +177,43 @@ def _inspect(rate: int, shortest: int, path: Path) -> Recording | str:
 
 
 def _peak(file: soundfile.SoundFile) -> float | str:
-    """The largest absolute value of all samples; or why the file cannot be used, where one is no number."""
-    file.seek(0)
-    peak, read = 0.0, 0
-    for block in file.blocks(BLOCK_FRAMES, dtype="float32", always_2d=True):
-        largest = float(np.abs(block).max())
+    """The largest absolute value of the samples; or why the file cannot be used, where one is no number.
+
+    Of a long file some stretches alone: what lies between them is found when it is read, see `_decode`.
+    """
+    if file.frames <= WHOLE_SECONDS * file.samplerate:
+        length, starts = BLOCK_FRAMES, list(range(0, file.frames, BLOCK_FRAMES))
+    else:
+        length = file.samplerate
+        starts = _spread(file, length, LOOKS)
+    peak = 0.0
+    for start in starts:
+        block = _stretch(file, start, length)
+        largest = float(np.abs(block).max(initial=0.0))
         if not math.isfinite(largest):
-            first = read + int(np.argmin(np.isfinite(block).all(axis=1)))
+            first = start + int(np.argmin(np.isfinite(block).all(axis=1)))
             return f"holds samples that are not numbers, the first at {first / file.samplerate:.3f} s"
-        peak, read = max(peak, largest), read + len(block)
+        peak = max(peak, largest)
     return peak
 
 
 def _cancels(file: soundfile.SoundFile) -> bool:
     """Whether its channels cancel, in stretches from its beginning to its end."""
-    length, blocks = max(file.samplerate // STRETCHES, 1), []
-    for start in np.linspace(0, max(file.frames - length, 0), STRETCHES).astype(int).tolist():
-        file.seek(start)
-        blocks.append(file.read(length, dtype="float32", always_2d=True))
-    return cancel(np.concatenate(blocks))
+    length = max(file.samplerate // STRETCHES, 1)
+    return cancel(np.concatenate([_stretch(file, start, length) for start in _spread(file, length, STRETCHES)]))
+
+
+def _spread(file: soundfile.SoundFile, length: int, count: int) -> list[int]:
+    """Where stretches of a length begin that are spread over a file, from its beginning to its end."""
+    starts: list[int] = np.linspace(0, max(file.frames - length, 0), count).astype(int).tolist()
+    return starts
+
+
+def _stretch(file: soundfile.SoundFile, start: int, length: int) -> np.ndarray:
+    """Samples of a file from `start` on, [length or less, channels]."""
+    file.seek(start)
+    samples: np.ndarray = file.read(length, dtype="float32", always_2d=True)
+    return samples
 
 
 def _reason(error: Exception) -> str:
@@ -232,7 +256,10 @@ def _decode(recording: Recording, start: int, stop: int) -> np.ndarray:
             "changed; restore or remove it."
         )
     if not np.isfinite(samples).all():
-        raise DataError(f"{recording.path} holds samples that are not numbers; repair or remove it.")
+        first = (start + int(np.argmin(np.isfinite(samples).all(axis=1)))) / recording.rate
+        raise DataError(
+            f"{recording.path} holds samples that are not numbers, the first at {first:.3f} s; repair or remove it."
+        )
     return samples.mean(axis=1)
 
 

@@ -20,7 +20,7 @@ from layerwise.evaluate.classifiers import CLASSIFIERS, fit_and_test
 from layerwise.evaluate.examples import FeatureRows
 from layerwise.evaluate.features import cached_features, features_under_budget
 from layerwise.evaluate.targets import ProbeTask, probe_targets, probe_task
-from layerwise.events import NotifyProgress, Progress, unseen
+from layerwise.events import Message, NotifyProgress, Progress, unseen
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network, ranges
 from layerwise.nets.traced import traced_network, with_present_weights
@@ -43,14 +43,13 @@ def probe(
     labels: str | Path | None = None,
     stop: StopFlag | None = None,
     notify: NotifyProgress = unseen,
-    warn: Callable[[str], None] = lambda line: None,
 ) -> ProbeResult:
     """How well a classifier on the frozen features of each stage tells a label, beside the same stage with random weights.
 
     Also written to probes/LABEL.json, or LABEL-knn.json. classifier: linear, or knn (nearest neighbours). network, data: those
     of the run, where it was given objects or a package.module:function, which is not called otherwise; data may also say where
-    they lie now. labels: a CSV file of more labels. stop: ends it when its reason is set. notify: is
-    told what it is at; warn: what was found in labels, and which caches cannot be used; their stages are passed through anew.
+    they lie now. labels: a CSV file in place of the run's, "" for none. stop: ends it when its reason is set. notify: is
+    told what it is at, what was found in labels, and which caches cannot be used; their stages are passed through anew.
     Raises RunError where no stage is done, ConfigError for network and data, DataError where the label does not exist or has
     one value only.
     """
@@ -66,7 +65,8 @@ def probe(
     if not done:
         raise RunError(f"No stage of {run_directory} is done yet; go on with the run first.")
     config = named_here(state.config, {"net.name": network, "data.source": data}, store.state)
-    if labels is not None and not config.objective.label:  # those that were learnt are needed, too
+    labels_of_run = config.data.labels
+    if labels is not None:
         config = with_options(config, {"data.labels": ""})
     named = data is None or isinstance(data, str)
     if named and isinstance(network, nn.Module):
@@ -78,9 +78,11 @@ def probe(
             "needs them. Bring the old ones back."
         )
     if labels is not None:
-        data = with_labels(data, str(labels))
-        for line in data.notes:
-            warn(line)
+        without, data = data, with_labels(data, str(labels))
+        if config.objective.label not in ("", *data.labels):  # that which was learnt is needed, too
+            data = with_labels(with_labels(without, labels_of_run), str(labels))
+        for line in getattr(data, "notes", ()):
+            notify(Message(line))
     if network is None or isinstance(network, str):
         network = build_network(config.net, data.frame_shape, config.training.seed)
     elif isinstance(network, nn.Module):
@@ -107,7 +109,7 @@ def probe(
     show_samples = show("features of the same network with random weights")
     untrained, peak = features_under_budget(config, task, random, store.probes, stop, show_samples)
     recomputed: list[FeatureRows] = []
-    cached = {stage: _cached_features(store, state, stage, task, stop, warn) for stage in done}
+    cached = {stage: _cached_features(store, state, stage, task, stop, notify) for stage in done}
     if any(features is None for features in cached.values()):
         stages = trained_stages(specs, output_formats, load_stages(store, records))
         show_samples = show("features of stages that are not cached")
@@ -131,7 +133,7 @@ def probe(
 
 
 def _cached_features(
-    store: RunStore, state: RunState, stage: int, task: ProbeTask, stop: StopFlag, warn: Callable[[str], None]
+    store: RunStore, state: RunState, stage: int, task: ProbeTask, stop: StopFlag, notify: NotifyProgress
 ) -> FeatureRows | None:
     """From the stage's cache, or None where it is not there or cannot be used."""
     if not store.cache(stage).exists():
@@ -143,5 +145,5 @@ def _cached_features(
             cached_features(cache, task.samples, task.per_frame, features, poll)
             return features
     except CacheError as error:
-        warn(f"{error} Until then probes recompute the features of stage {stage}.")
+        notify(Message(f"{error} Until then probes recompute the features of stage {stage}."))
         return None

@@ -66,7 +66,7 @@ def remark(line: str) -> None:
 
 @contextmanager
 def measuring(doing: str) -> Iterator[events.NotifyProgress]:
-    """A bar with the time left on the standard error output where that is a terminal; takes what is done."""
+    """A bar with the time left on the standard error output where that is a terminal; takes progress and messages."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = PlainConsole(stderr=True)
@@ -74,7 +74,10 @@ def measuring(doing: str) -> Iterator[events.NotifyProgress]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
         bar = shown.add_task(printable(doing), total=None)
 
-        def show(at: events.Progress) -> None:
+        def show(at: events.Progress | events.Message) -> None:
+            if isinstance(at, events.Message):
+                remark(at.text)
+                return
             said = printable(f"{doing}: {at.doing}" if at.doing else doing)
             if at.done < shown.tasks[0].completed:  # another part of the work, at another pace
                 shown.reset(bar)

@@ -70,6 +70,47 @@ def test_a_name_as_it_stands_comes_before_one_without_its_ending(tmp_path: Path)
         assert labelled(tmp_path, text, data).labels["who"].tolist() == ["bob", "eve", "ada"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        ",image,animal\n0,2.png,cat\n1,0.png,dog\n2,1.png,cow\n",  # as pandas' to_csv writes it, with its index
+        ",fname,animal\n0,2.png,cat\n1,0.png,dog\n2,1.png,cow\n",
+        "number,fname,animal\n0,2.png,cat\n1,0.png,dog\n2,1.png,cow\n",
+        "number,fname,animal\n0,/data/2.png,cat\n1,/data/0.png,dog\n2,/data/1.png,cow\n",
+        "id,path,animal\n0,2.png,cat\n1,0.png,dog\n2,1.png,cow\n",
+        "file,path,animal\n2.png,2.png,cat\n0.png,0.png,dog\n1.png,1.png,cow\n",
+    ],
+)
+def test_labels_never_go_to_other_samples_for_a_column_of_numbers(tmp_path: Path, text: str) -> None:
+    assert labelled(tmp_path, text, samples("0.png", "1.png", "2.png")).labels["animal"].tolist() == [
+        "dog",
+        "cow",
+        "cat",
+    ]
+
+
+@pytest.mark.parametrize("names", ["image,path", "id,path"])
+def test_two_columns_that_name_the_samples_equally_well_are_refused(tmp_path: Path, names: str) -> None:
+    text = f"{names},animal\n0,2,cat\n1,0,dog\n2,1,cow\n"
+    with pytest.raises(DataError, match=f"two columns, {names.replace(',', ' and ')}, .* call the right one id"):
+        labelled(tmp_path, text, samples("0.png", "1.png", "2.png"))
+
+
+def test_a_column_that_counts_rows_names_no_sample_but_under_such_a_name(tmp_path: Path) -> None:
+    counted = "number,fname,animal\n0,2.jpg,cat\n1,0.jpg,dog\n2,1.jpg,cow\n"
+    numbered, padded = samples("0.png", "1.png", "2.png"), samples("000.png", "001.png", "002.png")
+    with pytest.raises(DataError, match="names no sample"):
+        labelled(tmp_path, counted, numbered)
+    named = labelled(tmp_path, counted.replace("number", "id"), numbered)
+    like_names = labelled(tmp_path, "image_id,animal\n000,cat\n001,dog\n002,cow\n", padded)
+    assert found(named)["animal"] == found(like_names)["animal"] == ["cat", "dog", "cow"]
+
+
+def test_a_column_without_a_name_names_no_sample(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"names no sample: its column animal .* in a column id or path"):
+        labelled(tmp_path, ",animal\n0.png,cat\n", samples("0.png"))
+
+
 def test_letters_that_file_systems_write_in_two_ways_are_the_same(tmp_path: Path) -> None:
     assert found(labelled(tmp_path, "id,who\ncafe\u0301.wav,ada\n", samples("caf\xe9.wav"))) == {"who": ["ada"]}
 

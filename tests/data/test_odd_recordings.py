@@ -1,4 +1,4 @@
-"""Recordings that would spoil the others are named at the start, wherever what is wrong with them lies."""
+"""Recordings that would spoil the others are named at the start, and long ones at the latest when they are read."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 import soundfile
 
 from layerwise.data.speech import BLOCK_FRAMES, open_recordings
+from layerwise.errors import DataError
 
 Write = Callable[..., np.ndarray]
 
@@ -43,6 +44,34 @@ def test_values_that_are_no_numbers_are_found_anywhere(write: Write, tmp_path: P
     assert [(entry.path, entry.reason) for entry in before.skipped] == [("bad.wav", expected)]
     (tmp_path / "bad.wav").unlink()
     assert open_recordings(tmp_path, 8000).identity == before.identity
+
+
+@pytest.mark.parametrize("second", [0.5, 25, 89.9])
+def test_a_long_recording_is_looked_at_in_places_and_the_rest_when_it_is_read(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: float
+) -> None:
+    for name in ("a.wav", "b.wav"):
+        write(name)
+    x = np.zeros(90 * 8000)
+    x[int(second * 8000)] = np.nan
+    write("bad.wav", x)
+    frames_read, decode = [], soundfile.SoundFile.read
+
+    def counted(file: soundfile.SoundFile, *which: int, **how: object) -> np.ndarray:
+        samples: np.ndarray = decode(file, *which, **how)
+        frames_read.append(len(samples))
+        return samples
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", counted)
+    data = open_recordings(tmp_path, 8000)
+    if second != 25:
+        assert [entry.path for entry in data.skipped] == ["bad.wav"]
+        return
+    assert sum(frames_read) < len(x) / 4
+    sample, start = data.ids.index("bad.wav"), int(second * 8000)
+    data.read(sample, start + 1, start + 1000)
+    with pytest.raises(DataError, match=r"bad\.wav holds .* not numbers, the first at 25\.000 s; repair or remove it"):
+        data.read(sample, start - 1000, start + 1000)
 
 
 @pytest.mark.parametrize("value", [2e3, 3e29, -3e38])

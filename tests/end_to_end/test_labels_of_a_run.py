@@ -49,6 +49,30 @@ def test_a_label_from_a_file_is_learnt_and_must_stay_what_it_was(
     other = labels.with_name("other.csv")
     other.write_text("file,who\n" + "\n".join(f"{path.stem},{path.name[2]}" for path in few_digits.iterdir()))
     assert probe(config.out, "who", labels=other).label == "who"
+    moved = labels.rename(labels.with_name("moved.csv"))
+    assert probe(config.out, "parity", labels=moved).label == "parity"
+    moved.rename(labels)
     labels.write_text(labels.read_text().replace("even", "odd").replace("odd", "even", 1))
     with pytest.raises(RunError, match=r"label 'parity' has other values .*labels\.csv has changed"):
         run(config)
+
+
+def test_a_run_whose_file_of_labels_is_gone_can_do_without(
+    few_digits: Path, labels: Path, tiny_speech: Callable[..., Config], capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_speech(f"fsdd:{few_digits}", **{"training.max_epochs": 1, "data.labels": str(labels)})
+    out = str(run(config).paths.out)
+    labels.unlink()
+    for command in (["probe", out, "--label", "digit"], ["run", "--out", out]):
+        assert exit_code(command) != 0
+        assert f'There is no file of labels {labels}; give --labels the one there is, or --labels "" for none.' in (
+            capfd.readouterr().err
+        )
+        assert exit_code([*command, "--labels", ""]) == 0, capfd.readouterr().err
+        capfd.readouterr()
+
+
+def exit_code(command: list[str]) -> object:
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    return ended.value.code or 0

@@ -233,10 +233,10 @@ def test_a_probe_names_a_damaged_cache_and_does_without(tiny_speech: Tiny, digit
     result = finished(config)
     whole = probe(Path(config.out), "digit").stages
     flip_a_bit(result.paths.cache(2), result.paths.cache(2).stat().st_size // 2)
-    warnings: list[str] = []
-    assert probe(Path(config.out), "digit", warn=warnings.append).stages == whole
-    assert len(warnings) == 1
-    assert "stage-2.h5 is damaged" in warnings[0]
+    told: list[object] = []
+    assert probe(Path(config.out), "digit", notify=told.append).stages == whole
+    (warning,) = (each.text for each in told if isinstance(each, Message))
+    assert "stage-2.h5 is damaged" in warning
 
 
 @pytest.mark.parametrize("keep", ["needed", "all", "last"])

@@ -14,7 +14,7 @@ from layerwise.encoder.load import load
 from layerwise.engines.run import RunResult, run
 from layerwise.errors import CacheError, RunError
 from layerwise.evaluate.probe import probe
-from layerwise.events import Event, StageStarted
+from layerwise.events import Event, Message, StageStarted
 from layerwise.files import exclusive
 from layerwise.report.records import gather_run
 from layerwise.run_store import RunState, RunStore, open_run
@@ -205,9 +205,10 @@ def test_a_cache_of_another_run_is_refused_and_no_probe_reads_it(config: Config,
     own, foreign = (RunStore.of(out, config.cache.dir).cache(4) for out in (config.out, other))
     expected = probe(config.out, "digit")
     shutil.copy(foreign, own)
-    told: list[str] = []
-    assert probe(config.out, "digit", warn=told.append) == expected
-    assert "stage-4.h5 was not made by this run" in told[0]
+    told: list[object] = []
+    assert probe(config.out, "digit", notify=told.append) == expected
+    (warning,) = (each.text for each in told if isinstance(each, Message))
+    assert "stage-4.h5 was not made by this run" in warning
     with pytest.raises(CacheError, match=r"stage-4\.h5 was not made by this run"):
         run(config)
 
