@@ -14,6 +14,7 @@ import layerwise
 from layerwise.config import NetOptions, resolve
 from layerwise.errors import ConfigError
 from layerwise.events import silent
+from layerwise.nets.hugging_face import _without_foreign_code
 from layerwise.nets.named import named_network
 from layerwise.nets.network import Network
 
@@ -102,6 +103,56 @@ def test_what_is_no_network_of_a_library_is_refused_with_a_way_out(bert: Any, tm
         named_network(NetOptions(name="torchvision:resnet18", weights="gone.pth"), PICTURE, seed=0)
     with pytest.raises(ConfigError, match=r"--weights x\.pth is for torchvision: and timm:"):
         named_network(NetOptions(name=f"hf:{tmp_path}/bert", weights="x.pth"), (1, 8), seed=0)
+
+
+@pytest.mark.parametrize("weights", ["config.json", "model.safetensors"])
+def test_code_that_lies_in_a_folder_of_hugging_face_is_not_run_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    pytest.importorskip("transformers", reason=NEEDS)
+    described = {"model_type": "chinese_clip_text_model", "auto_map": {"AutoModel": "evil.Evil"}}  # no AutoModel has it
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
+    if weights == "model.safetensors":
+        save_file({"x": torch.zeros(1)}, tmp_path / weights, {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    asked: list[object] = []
+    monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "y")
+    with pytest.raises(ConfigError, match="cannot be made") as refused:
+        named_network(NetOptions(name=f"hf:{tmp_path}"), (1, 8), seed=0)
+    assert "\n" not in str(refused.value)
+    assert not asked
+    assert not (tmp_path / "ran").exists()
+
+
+def test_parts_of_a_configuration_name_no_code_and_nothing_is_downloaded_while_they_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers", reason=NEEDS)
+    from huggingface_hub import constants
+
+    part = {"model_type": "bert", "auto_map": {"AutoModel": "evil.Evil"}}
+    inner = {"model_type": "llava", "text_config": part, "vision_config": {"model_type": "clip_vision_model"}}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": inner}))
+    made: list[Any] = []
+
+    def taken(config: Any, trust_remote_code: bool | None = None) -> nn.Module:
+        made.append((config.text_config.text_config, constants.is_offline_mode(), trust_remote_code))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(transformers.AutoModel, "from_config", taken)
+    with pytest.raises(ConfigError, match="seen"):
+        named_network(NetOptions(name=f"hf:{tmp_path}"), (1, 8), seed=0)
+    config, offline, trusted = made[0]
+    assert config.model_type == "bert"
+    assert not hasattr(config, "auto_map")
+    assert offline
+    assert trusted is False
+    assert not constants.is_offline_mode()
+    nested = transformers.LlavaConfig(text_config=transformers.LlavaConfig(text_config=config))
+    nested.text_config.text_config._attn_implementation = "somebody/kernels"
+    with pytest.raises(ConfigError, match="the attention of somebody/kernels"):
+        _without_foreign_code(nested)
 
 
 def test_ids_reach_the_network_as_they_are_and_the_encoder_loads_by_its_folder(bert: Any, tmp_path: Path) -> None:
