@@ -52,6 +52,19 @@ def test_timm_makes_a_network_for_the_frames_that_there_are() -> None:
     assert len(grey.natural_cut) == 2
 
 
+def test_a_model_of_timm_that_cannot_be_made_without_a_size_either_is_refused_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timm = pytest.importorskip("timm", reason=NEEDS)
+
+    def create_model(name: str, **made: Any) -> nn.Module:
+        raise TypeError("img_size") if "img_size" in made else RuntimeError("no such tag")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(ConfigError, match=r"--net timm:test_resnet cannot be made .*\(no such tag\); set"):
+        named_network(NetOptions(name="timm:test_resnet"), PICTURE, seed=0)
+
+
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
 
