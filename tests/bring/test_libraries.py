@@ -168,14 +168,18 @@ def test_parts_of_a_configuration_name_no_code_and_nothing_is_downloaded_while_t
         _without_foreign_code(nested)
 
 
-def test_ids_reach_the_network_as_they_are_and_the_encoder_loads_by_its_folder(bert: Any, tmp_path: Path) -> None:
+def test_ids_reach_the_network_as_they_are_and_the_encoder_loads_where_its_folder_is_named_again(
+    bert: Any, tmp_path: Path
+) -> None:
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 40, (12, 96)))
     framing = {"data.frame_length": 8, "data.window": 6, "objective.steps": 2, "objective.negatives": 4}
     places = {"out": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache"), "data": f"npy:{tmp_path}/ids.npy"}
     asked = {"frames": "steps", "batch_size": 4, "max_epochs": 1, "at": "encoder.layer.1", "options": framing}
     result = layerwise.run(f"hf:{tmp_path}/bert", **asked, **places, notify=silent)
     assert len(result.state.stages) == 2
-    encoder = layerwise.load(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"names a network that would be read, hf:.*; if you trust .* --net hf:"):
+        layerwise.load(tmp_path / "run")
+    encoder = layerwise.load(tmp_path / "run", network=f"hf:{tmp_path}/bert")
     assert encoder.entry.level == 1
     assert encoder(torch.randint(40, (2, 96, 1)).float()).shape == (2, 12, 16)
     with pytest.raises(ConfigError, match="cannot be rendered in several views"):
