@@ -43,6 +43,29 @@ def test_timm_and_torchvision_start_from_the_weights_of_a_file(tmp_path: Path) -
         named_network(NetOptions(name="timm:test_vit", weights=str(path)), PICTURE, seed=0)
 
 
+def test_the_encoder_does_not_say_where_first_weights_lay_and_the_run_goes_on_without_their_file(
+    tmp_path: Path,
+) -> None:
+    timm = pytest.importorskip("timm", reason=NEEDS)
+    path = tmp_path / "secret" / "weights.safetensors"
+    path.parent.mkdir()
+    save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), path)
+    np.save(tmp_path / "pictures.npy", np.random.default_rng(0).standard_normal((12, *PICTURE)).astype(np.float32))
+    places = {
+        "out": str(tmp_path / "run"),
+        "cache_dir": str(tmp_path / "cache"),
+        "data": f"npy:{tmp_path}/pictures.npy",
+    }
+    asked = {"frames": "whole", "batch_size": 4, "stages": 2, "weights": str(path), "notify": silent, **places}
+    begun = layerwise.run("timm:test_resnet", **asked, max_epochs=1).state
+    assert b"secret" not in (tmp_path / "run" / "encoder.safetensors").read_bytes()
+    path.unlink()
+    further = layerwise.run("timm:test_resnet", **asked, max_epochs=2).state
+    assert further.first_weights == begun.first_weights is not None
+    with pytest.raises(ConfigError, match="there is no such file; nothing is downloaded"):
+        layerwise.run("timm:test_resnet", **asked, max_epochs=2, overwrite=True)
+
+
 def test_timm_makes_a_network_for_the_frames_that_there_are() -> None:
     pytest.importorskip("timm", reason=NEEDS)
     grey = named_network(NetOptions(name="timm:test_vit", at=("blocks.2",)), (1, 48, 48), seed=0)
