@@ -1,18 +1,28 @@
-"""Code that a file names is run only where the command that reads the file names it, too.
+"""Code that a file names is run only where the command that reads the file names it, too, and a network of hf:PATH is made.
 
 Whoever wrote the file may have chosen it. Nobody who looks at a folder or a configuration of somebody else's is to run code of
-theirs by that.
+theirs by that, nor to open a folder that they have not named.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerwise.config.options import DATA_KINDS, LIBRARIES, OWN, PAPER_NETWORKS, Config, options, value_of
+from layerwise.config.options import (
+    DATA_KINDS,
+    HUGGING_FACE,
+    OWN,
+    PAPER_NETWORKS,
+    TIMM,
+    TORCHVISION,
+    Config,
+    options,
+    value_of,
+)
 from layerwise.errors import ConfigError
 
 FUNCTIONS = {"net.name": "--net", "data.source": "--data"}
-"""Options that may name a function of the user's, and their flags."""
+"""Options that may name a function of the user's, or a network of hf:PATH, and their flags."""
 
 _KEYWORDS = {"net.name": "network", "data.source": "data", "engine.scheduler": "scheduler"}
 
@@ -28,10 +38,10 @@ SAID_ANEW = ("out", "cache.dir", "training.warm_start", *_PERFORMED)
 
 
 def named_functions(config: Config) -> dict[str, str]:
-    """The functions that the options name, package.module:function, by dotted keys."""
+    """The functions that the options name, package.module:function, and the network of hf:PATH, by dotted keys."""
     net, source = config.net.name, config.data.source
     named = {}
-    if net not in (*PAPER_NETWORKS, OWN) and not net.startswith(LIBRARIES):
+    if net not in (*PAPER_NETWORKS, OWN) and not net.startswith((TORCHVISION, TIMM)):
         named["net.name"] = net
     if source != OWN and source.partition(":")[0] not in DATA_KINDS:
         named["data.source"] = source
@@ -39,7 +49,7 @@ def named_functions(config: Config) -> dict[str, str]:
 
 
 def function_flags(config: Config) -> list[str]:
-    """What a command that goes on with a run of these options must say: --net and --data where they name a function."""
+    """What a command that goes on with a run of these options must say: --net and --data where they name one of these."""
     return [word for key, function in named_functions(config).items() for word in (FUNCTIONS[key], function)]
 
 
@@ -58,9 +68,13 @@ def flags_elsewhere(config: Config) -> list[str]:
 
 
 def refuse_function(config: Config, key: str, path: Path) -> None:
-    """For an option that the command does not give itself: raises ConfigError where path, a file, names a function by it."""
+    """For an option that the command does not give itself: raises ConfigError where path, a file, names a function by it, or
+    a network of hf:PATH."""
     if function := named_functions(config).get(key):
-        _refuse(f"a function that would be called, {function}", FUNCTIONS[key], key, function, path)
+        what = (
+            "a network that would be read" if function.startswith(HUGGING_FACE) else "a function that would be called"
+        )
+        _refuse(f"{what}, {function}", FUNCTIONS[key], key, function, path)
 
 
 def refuse_scheduler(config: Config, path: Path) -> None:
@@ -75,7 +89,7 @@ def named_here(config: Config, given: Mapping[str, Any], path: Path) -> Config:
     """The options that path, a file, holds; the data are where the command says, if it says so.
 
     given: what the command gives for "net.name" and "data.source": text, an object, or None. Raises ConfigError where the
-    file names a function that the command does not, or the command names another network.
+    file names a function or hf:PATH that the command does not, or the command names another network.
     """
     for key in FUNCTIONS:
         if given.get(key) is None:

@@ -105,7 +105,7 @@ class NetOptions(Section):
     name: str = _option("speech", "shape", "--net", pattern=f"^(speech|vision|own|{FUNCTION}|timm:[\\w.]+|hf:.+)$")
     """network: speech, vision, torchvision:NAME or timm:NAME (without its classifier), hf:PATH (a folder or config.json), or
     package.module:function"""
-    weights: str = _option("", "shape", "--weights")
+    weights: str = _option("", "place", "--weights")
     """torchvision, timm: .safetensors file of weights to start from; default: random ones"""
     at: tuple[str, ...] = _option((), "shape", "--at")
     """modules that begin a stage, such as layer2,layer3.0; default: cut everywhere that it can be, or as --stages says"""

@@ -36,7 +36,7 @@ from layerwise.training.budget import fit_to_budget
 from layerwise.training.cache_plan import free_for_caches, plan_caches, sealed_bytes
 from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend
 from layerwise.training.cut import cut_network
-from layerwise.training.first_weights import other_weights, refuse_other_warm_start
+from layerwise.training.first_weights import other_weights, refuse_other_warm_start, without_lost_weights
 from layerwise.training.further import further_trained
 from layerwise.training.optimizer import Optimization
 from layerwise.training.resume import (
@@ -136,7 +136,8 @@ def prepared_run(
     planned_for = store.state_bytes()
     config = _with_rates(config, store, device)
     sizes = objects.cut or (None if request.overwrite else _earlier_cut(store, config))
-    specs = cut_network(config, data, device, objects.network, sizes, objects.optimization)
+    cut_as = without_lost_weights(config, store) if request.goes_on(store) else config
+    specs = cut_network(cut_as, data, device, objects.network, sizes, objects.optimization)
     check_shareable(specs, ranks)
     split = split_samples(data, config)
     furthest = store.furthest_round(rounds)
@@ -230,7 +231,8 @@ def tasks_left(config: Config, request: StartRequest) -> list[Task]:
     store, rounds = RunStore.of(config.out, config.cache.dir), config.training.rounds
     data = open_data(config.data, shortest_sample(config))
     device, cut = device_of(config.training.device, ALONE), None if request.overwrite else _earlier_cut(store, config)
-    stages = len(cut_network(config, data, device, None, cut))
+    cut_as = without_lost_weights(config, store) if request.goes_on(store) else config
+    stages = len(cut_network(cut_as, data, device, None, cut))
     done = {
         Task(number, record.stage)
         for number in range(1, rounds + 1)

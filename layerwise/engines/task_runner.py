@@ -24,7 +24,7 @@ from layerwise.training.cache_plan import CachePlan
 from layerwise.training.context import RunContext
 from layerwise.training.cut import cut_network
 from layerwise.training.encoder import stitch
-from layerwise.training.first_weights import is_network_of
+from layerwise.training.first_weights import is_network_of, without_lost_weights
 from layerwise.training.resume import refuse_other_classes
 from layerwise.training.run import Round, Run
 from layerwise.training.samples import split_samples
@@ -89,7 +89,7 @@ def open_prepared_run(out: Path, functions: Mapping[str, str | None], device: st
         raise RunError(f"The data of {out} have changed since it was prepared; bring the old ones back.")
     refuse_other_classes(main, config, data)
     cache_plan = CachePlan.of(store.furthest_round(config.training.rounds).load_state().stages)
-    specs = cut_network(config, data, on, None, main.cut)
+    specs = cut_network(without_lost_weights(config, store), data, on, None, main.cut)
     if not is_network_of(main, store, specs[0].network):
         raise RunError(
             f"--net {config.net.name} makes another network than {out} was prepared with: it has been changed. Bring the old "

@@ -28,7 +28,7 @@ from layerwise.run_store import RunState, RunStore, open_run
 from layerwise.run_store.state import ProbeResult, StageError
 from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import load_stages
-from layerwise.training.first_weights import is_network_of, load_first_weights
+from layerwise.training.first_weights import is_network_of, load_first_weights, without_lost_weights
 from layerwise.training.forward import OutputFormat, random_stages, trained_stages
 from layerwise.training.spec import stage_specs
 
@@ -84,7 +84,8 @@ def probe(
         for line in getattr(data, "notes", ()):
             notify(Message(line))
     if network is None or isinstance(network, str):
-        network = build_network(config.net, data.frame_shape, config.training.seed)
+        net = without_lost_weights(config, store).net
+        network = build_network(net, data.frame_shape, config.training.seed)
     elif isinstance(network, nn.Module):
         network = traced_network(network, tuple(data.frame_shape))
     network = with_present_weights(network)

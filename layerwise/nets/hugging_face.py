@@ -3,7 +3,8 @@
 Only classes of the library are made: code that a folder brings along is not run, and weights are read from safetensors alone.
 """
 
-import os
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ def hugging_face_model(name: str, frame_shape: tuple[int, ...]) -> nn.Module:
     encoder. It gives the last hidden states (N, tokens, width). Frames (1, n) are read as (N, n) by models of sound and of
     words. Raises ConfigError.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers = import_library("transformers")
     transformers.logging.set_verbosity_error()  # what matters is said in sentences of ours
     transformers.logging.disable_progress_bar()
@@ -42,16 +42,19 @@ def hugging_face_model(name: str, frame_shape: tuple[int, ...]) -> nn.Module:
             "them as safetensors with save_pretrained, or name config.json alone for random ones."
         )
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        _check_attention(config)
-        for setting, value in PLAIN_FORWARD.items():
-            if hasattr(config, setting):
-                setattr(config, setting, value)
-        model: Any = (
-            transformers.AutoModel.from_pretrained(path, config=config, local_files_only=True, use_safetensors=True)
-            if has_weights
-            else transformers.AutoModel.from_config(config)
-        )
+        with _offline_and_unasked():
+            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            _without_foreign_code(config)
+            for setting, value in PLAIN_FORWARD.items():
+                if hasattr(config, setting):
+                    setattr(config, setting, value)
+            model: Any = (
+                transformers.AutoModel.from_pretrained(
+                    path, config=config, local_files_only=True, trust_remote_code=False, use_safetensors=True
+                )
+                if has_weights
+                else transformers.AutoModel.from_config(config, trust_remote_code=False)
+            )
     except ConfigError as error:
         raise ConfigError(f"--net {name}: {error}") from None
     except Exception as error:  # a configuration can be wrong in nearly any way
@@ -64,15 +67,51 @@ def hugging_face_model(name: str, frame_shape: tuple[int, ...]) -> nn.Module:
     return model.to(torch.float32)
 
 
-def _check_attention(config: Any) -> None:
-    """Raises ConfigError where a configuration asks for attention that is not the library's: it may be code from elsewhere."""
-    for each in (config, *(getattr(config, part, None) for part in getattr(config, "sub_configs", ()))):
-        wanted = getattr(each, "_attn_implementation", None)
-        if wanted not in (None, "eager", "sdpa"):
-            raise ConfigError(
-                f"the configuration asks for the attention of {wanted}, which is code from elsewhere; take attn_implementation "
-                "out of it."
-            )
+@contextlib.contextmanager
+def _offline_and_unasked() -> Iterator[None]:
+    """Inside, nothing is downloaded, and nobody is asked whether code of the folder may run, for the answer is no.
+
+    The libraries read their environment once, when they are imported, and the user may have done that before.
+    """
+    hub: Any = import_library("huggingface_hub.constants")
+    remote: Any = import_library("transformers.dynamic_module_utils")
+    before = hub.HF_HUB_OFFLINE, remote.TIME_OUT_REMOTE_CODE
+    hub.HF_HUB_OFFLINE, remote.TIME_OUT_REMOTE_CODE = True, 0  # no time to answer: the question becomes an error
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE, remote.TIME_OUT_REMOTE_CODE = before
+
+
+def _without_foreign_code(config: Any) -> None:
+    """Takes out of a configuration, at any depth, where code of the folder's own lies: parts are made by their own settings.
+
+    Raises ConfigError where one asks for attention that is not the library's: it may be code from elsewhere.
+    """
+    for settings in _all_settings(config):
+        settings.pop("auto_map", None)
+        for name, wanted in settings.items():
+            if (
+                "attn_implementation" in str(name)
+                and isinstance(wanted, str | dict)
+                and wanted not in ("eager", "sdpa")
+            ):
+                raise ConfigError(
+                    f"the configuration asks for the attention of {wanted}, which is code from elsewhere; take "
+                    "attn_implementation out of it."
+                )
+
+
+def _all_settings(value: Any) -> Iterator[dict[str, Any]]:
+    """Those of a configuration, and of all configurations in it."""
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _all_settings(each)
+    elif isinstance(value, dict) or hasattr(value, "to_dict"):
+        settings: dict[str, Any] = value if isinstance(value, dict) else vars(value)
+        yield settings
+        for each in list(settings.values()):
+            yield from _all_settings(each)
 
 
 def _without_channel(model: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -39,10 +39,11 @@ def timm_model(net: NetOptions, frame_shape: tuple[int, ...]) -> nn.Module:
     channels, *size = frame_shape
     made = {"pretrained": False, "num_classes": 0, "in_chans": channels}
     try:
-        model: nn.Module = timm.create_model(wanted, img_size=tuple(size), **made)
-    except TypeError:  # models that take pictures of any size have no such argument
-        model = timm.create_model(wanted, **made)
-    except (AssertionError, ValueError, RuntimeError) as error:
+        try:
+            model: nn.Module = timm.create_model(wanted, img_size=tuple(size), **made)
+        except TypeError:  # models that take pictures of any size have no such argument
+            model = timm.create_model(wanted, **made)
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"--net {net.name} cannot be made for pictures of {size[0]} x {size[1]} ({error}); set data.picture, or the patch, "
             "to a size that it takes."

@@ -21,7 +21,7 @@ from layerwise.nets.comparison import check_units, reads_ids
 from layerwise.nets.kernels import same_attention, same_recurrence
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network, copied, named_tensors
-from layerwise.nets.tracing import trace, why_uncut
+from layerwise.nets.tracing import trace_named, why_uncut
 
 T = TypeVar("T")
 
@@ -34,12 +34,12 @@ def traced_network(model: nn.Module, frame_shape: tuple[int, ...], at: Sequence[
     """
     device = next((parameter.device for parameter in model.parameters()), None)
     example = torch.zeros(1, *frame_shape, device=device)
-    units = trace(model, example)
+    units, begins = trace_named(model, example)
     check_units(model, units, example)
     layers = [partial(FrameUnit, unit, first=index == 0) for index, unit in enumerate(units)]
     return Network(
         layers,
-        natural_cut=_cut_at(model, units, at) if at else (1,) * len(layers),
+        natural_cut=_cut_at(model, begins, at) if at else (1,) * len(layers),
         identity=identity(units),
         structure=structure(units),
         reads_ids=reads_ids(units[0]),
@@ -82,9 +82,9 @@ def give_weights(model: nn.Module, weights: Mapping[str, np.ndarray]) -> None:
         tensors[name].copy_(torch.from_numpy(value))
 
 
-def _cut_at(model: nn.Module, units: Sequence[fx.GraphModule], at: Sequence[str]) -> tuple[int, ...]:
-    """Units in each stage, where stages begin with these modules."""
-    begins = {path: index for index, unit in enumerate(units) for path in unit.meta["begins"]}
+def _cut_at(model: nn.Module, modules_of: Sequence[Sequence[str]], at: Sequence[str]) -> tuple[int, ...]:
+    """Units in each stage, where stages begin with these modules. modules_of: by unit, the modules that begin with it."""
+    begins = {path: index for index, paths in enumerate(modules_of) for path in paths}
     modules = dict(model.named_modules())
     for path in at:
         if path not in modules:
@@ -96,7 +96,7 @@ def _cut_at(model: nn.Module, units: Sequence[fx.GraphModule], at: Sequence[str]
                 f"used on both sides; stages can begin with {possible}."
             )
     starts = sorted({0, *(begins[path] for path in at)})
-    return tuple(stop - start for start, stop in pairwise([*starts, len(units)]))
+    return tuple(stop - start for start, stop in pairwise([*starts, len(modules_of)]))
 
 
 class FrameUnit(Layer):

@@ -21,27 +21,33 @@ def trace(model: nn.Module, example: torch.Tensor) -> list[fx.GraphModule]:
     `example` (N, *frame) shows the shape, type and device of the input; nothing is computed. Each unit maps one tensor
     with a leading batch axis to one such tensor, holds parameters that can be trained, shares them with the model, and
     names them as the model does. Units switch between training and evaluation by their own train() and eval(). The model
-    stays as it is. A unit's `meta["begins"]` has the paths of the modules that begin with it.
+    stays as it is.
 
     Raises ConfigError, naming the operation and where it stands, for a forward that cannot be recorded (decisions by tensor
     values, for example), that takes several inputs, gives anything but one tensor with a row per sample, or does other
     operations in training than in evaluation; and for a model that has nothing to train. A model without a cut is one unit:
     see `why_uncut`.
     """
+    return trace_named(model, example)[0]
+
+
+def trace_named(model: nn.Module, example: torch.Tensor) -> tuple[list[fx.GraphModule], list[list[str]]]:
+    """The same, and the paths of the modules that begin with each unit.
+
+    They stand beside the units: what a unit holds is hashed, and older runs know their networks by the hash.
+    """
     root, nodes = recorded(model, example)
     stops = _unit_stops(root, nodes)
     alive = _alive_after(nodes)
     values = [nodes[0], *(alive[stop][0] for stop in stops)]
-    units = [
-        _unit(root, nodes[start + 1 : stop + 1], entering, leaving)
-        for (start, stop), (entering, leaving) in zip(pairwise([0, *stops]), pairwise(values), strict=True)
-    ]
-    seen: set[str] = set()
-    for unit, (start, stop) in zip(units, pairwise([0, *stops]), strict=True):
-        with_weights = [node.meta["modules"] for node in nodes[start + 1 : stop + 1] if _holds_parameters(root, node)]
-        unit.meta["begins"] = [path for path in with_weights[0] if path and path not in seen]
+    spans = [nodes[start + 1 : stop + 1] for start, stop in pairwise([0, *stops])]
+    units = [_unit(root, span, *ends) for span, ends in zip(spans, pairwise(values), strict=True)]
+    begins, seen = [], set[str]()
+    for span in spans:
+        with_weights = [node.meta["modules"] for node in span if _holds_parameters(root, node)]
+        begins.append([path for path in with_weights[0] if path and path not in seen])
         seen.update(*with_weights)
-    return units
+    return units, begins
 
 
 def why_uncut(model: nn.Module, example: torch.Tensor) -> str:

@@ -5,7 +5,7 @@ It is kept in the run, so that a later start, or a probe, may be given the netwo
 
 from pathlib import Path
 
-from layerwise.config import Config
+from layerwise.config import Config, with_options
 from layerwise.errors import ConfigError, RunError
 from layerwise.nets.network import Network
 from layerwise.run_store import RunState, RunStore
@@ -28,6 +28,14 @@ def first_weights(run: Run) -> Arrays | None:
     for layer in range(len(network.layers)):  # one at a time: the whole of it may be large
         weights |= weights_of(network.build(range(layer, layer + 1), 0, "cpu"))
     return weights
+
+
+def without_lost_weights(config: Config, store: RunStore) -> Config:
+    """The options without the file of --weights, where it is gone and the run goes on from what it has kept of it."""
+    file = config.net.weights
+    if file and store.first_weights.exists() and not Path(file).expanduser().exists():
+        return with_options(config, {"net.weights": ""})
+    return config
 
 
 def refuse_other_warm_start(config: Config, store: RunStore, network: Network) -> None:

@@ -14,6 +14,7 @@ import layerwise
 from layerwise.config import NetOptions, resolve
 from layerwise.errors import ConfigError
 from layerwise.events import silent
+from layerwise.nets.hugging_face import _without_foreign_code
 from layerwise.nets.named import named_network
 from layerwise.nets.network import Network
 
@@ -42,6 +43,29 @@ def test_timm_and_torchvision_start_from_the_weights_of_a_file(tmp_path: Path) -
         named_network(NetOptions(name="timm:test_vit", weights=str(path)), PICTURE, seed=0)
 
 
+def test_the_encoder_does_not_say_where_first_weights_lay_and_the_run_goes_on_without_their_file(
+    tmp_path: Path,
+) -> None:
+    timm = pytest.importorskip("timm", reason=NEEDS)
+    path = tmp_path / "secret" / "weights.safetensors"
+    path.parent.mkdir()
+    save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), path)
+    np.save(tmp_path / "pictures.npy", np.random.default_rng(0).standard_normal((12, *PICTURE)).astype(np.float32))
+    places = {
+        "out": str(tmp_path / "run"),
+        "cache_dir": str(tmp_path / "cache"),
+        "data": f"npy:{tmp_path}/pictures.npy",
+    }
+    asked = {"frames": "whole", "batch_size": 4, "stages": 2, "weights": str(path), "notify": silent, **places}
+    begun = layerwise.run("timm:test_resnet", **asked, max_epochs=1).state
+    assert b"secret" not in (tmp_path / "run" / "encoder.safetensors").read_bytes()
+    path.unlink()
+    further = layerwise.run("timm:test_resnet", **asked, max_epochs=2).state
+    assert further.first_weights == begun.first_weights is not None
+    with pytest.raises(ConfigError, match="there is no such file; nothing is downloaded"):
+        layerwise.run("timm:test_resnet", **asked, max_epochs=2, overwrite=True)
+
+
 def test_timm_makes_a_network_for_the_frames_that_there_are() -> None:
     pytest.importorskip("timm", reason=NEEDS)
     grey = named_network(NetOptions(name="timm:test_vit", at=("blocks.2",)), (1, 48, 48), seed=0)
@@ -49,6 +73,19 @@ def test_timm_makes_a_network_for_the_frames_that_there_are() -> None:
     assert weights["patch_embed.proj.weight"].shape[1] == 1
     assert weights["pos_embed"].shape[1] == 10
     assert len(grey.natural_cut) == 2
+
+
+def test_a_model_of_timm_that_cannot_be_made_without_a_size_either_is_refused_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timm = pytest.importorskip("timm", reason=NEEDS)
+
+    def create_model(name: str, **made: Any) -> nn.Module:
+        raise TypeError("img_size") if "img_size" in made else RuntimeError("no such tag")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(ConfigError, match=r"--net timm:test_resnet cannot be made .*\(no such tag\); set"):
+        named_network(NetOptions(name="timm:test_resnet"), PICTURE, seed=0)
 
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -130,14 +167,68 @@ def test_what_is_no_network_of_a_library_is_refused_with_a_way_out(bert: Any, tm
         named_network(NetOptions(name=f"hf:{tmp_path}/bert", weights="x.pth"), (1, 8), seed=0)
 
 
-def test_ids_reach_the_network_as_they_are_and_the_encoder_loads_by_its_folder(bert: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["config.json", "model.safetensors"])
+def test_code_that_lies_in_a_folder_of_hugging_face_is_not_run_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    pytest.importorskip("transformers", reason=NEEDS)
+    described = {"model_type": "chinese_clip_text_model", "auto_map": {"AutoModel": "evil.Evil"}}  # no AutoModel has it
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
+    if weights == "model.safetensors":
+        save_file({"x": torch.zeros(1)}, tmp_path / weights, {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    asked: list[object] = []
+    monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "y")
+    with pytest.raises(ConfigError, match="cannot be made") as refused:
+        named_network(NetOptions(name=f"hf:{tmp_path}"), (1, 8), seed=0)
+    assert "\n" not in str(refused.value)
+    assert not asked
+    assert not (tmp_path / "ran").exists()
+
+
+def test_parts_of_a_configuration_name_no_code_and_nothing_is_downloaded_while_they_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers", reason=NEEDS)
+    from huggingface_hub import constants
+
+    part = {"model_type": "bert", "auto_map": {"AutoModel": "evil.Evil"}}
+    inner = {"model_type": "llava", "text_config": part, "vision_config": {"model_type": "clip_vision_model"}}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": inner}))
+    made: list[Any] = []
+
+    def taken(config: Any, trust_remote_code: bool | None = None) -> nn.Module:
+        made.append((config.text_config.text_config, constants.is_offline_mode(), trust_remote_code))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(transformers.AutoModel, "from_config", taken)
+    with pytest.raises(ConfigError, match="seen"):
+        named_network(NetOptions(name=f"hf:{tmp_path}"), (1, 8), seed=0)
+    config, offline, trusted = made[0]
+    assert config.model_type == "bert"
+    assert not hasattr(config, "auto_map")
+    assert offline
+    assert trusted is False
+    assert not constants.is_offline_mode()
+    nested = transformers.LlavaConfig(text_config=transformers.LlavaConfig(text_config=config))
+    nested.text_config.text_config._attn_implementation = "somebody/kernels"
+    with pytest.raises(ConfigError, match="the attention of somebody/kernels"):
+        _without_foreign_code(nested)
+
+
+def test_ids_reach_the_network_as_they_are_and_the_encoder_loads_where_its_folder_is_named_again(
+    bert: Any, tmp_path: Path
+) -> None:
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 40, (12, 96)))
     framing = {"data.frame_length": 8, "data.window": 6, "objective.steps": 2, "objective.negatives": 4}
     places = {"out": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache"), "data": f"npy:{tmp_path}/ids.npy"}
     asked = {"frames": "steps", "batch_size": 4, "max_epochs": 1, "at": "encoder.layer.1", "options": framing}
     result = layerwise.run(f"hf:{tmp_path}/bert", **asked, **places, notify=silent)
     assert len(result.state.stages) == 2
-    encoder = layerwise.load(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"names a network that would be read, hf:.*; if you trust .* --net hf:"):
+        layerwise.load(tmp_path / "run")
+    encoder = layerwise.load(tmp_path / "run", network=f"hf:{tmp_path}/bert")
     assert encoder.entry.level == 1
     assert encoder(torch.randint(40, (2, 96, 1)).float()).shape == (2, 12, 16)
     with pytest.raises(ConfigError, match="cannot be rendered in several views"):

@@ -76,6 +76,18 @@ def test_a_function_that_a_config_names_is_not_called_and_the_way_to_call_it_is_
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("command", ["run", "plan", "init", "compare"])
+def test_a_folder_of_hugging_face_that_a_config_names_is_not_opened_and_the_way_to_open_it_is_said(
+    call: Call, command: str
+) -> None:
+    Path("received.toml").write_text('[data]\nsource = "npy:x.npy"\n[net]\nname = "hf:theirs"\n')
+    code, out, said = call(command, "--config", "received.toml")
+    assert (code, out, said.count("\n")) == (2, "", 1)
+    assert "received.toml names a network that would be read, hf:theirs; " in said
+    assert "too: --net hf:theirs, or network='hf:theirs' in Python" in said
+    assert "received.toml names" not in call(command, "--config", "received.toml", "--net", "hf:theirs")[2]
+
+
 def test_a_function_that_the_command_names_too_is_called_and_the_next_commands_name_it(call: Call) -> None:
     code, out, _ = call("init", "--config", "received.toml", *NET, *DATA, "-o", "mine.toml")
     assert code == 0

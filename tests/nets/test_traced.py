@@ -601,3 +601,9 @@ def test_parts_with_batch_statistics_are_named() -> None:
     assert find_batch_norm(nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True))) == "0 (InstanceNorm1d)"
     assert find_batch_norm(nn.Sequential(nn.InstanceNorm1d(3), nn.GroupNorm(1, 3))) is None
     assert find_batch_norm(transformer()) is None
+
+
+def test_older_runs_and_encoders_know_their_network_by_the_same_hash() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5))
+    written = "0e15f9d859174dc5c6ecb317657ffae866fab7cb8aef1bcb22e918dde7e57313"  # in the files of earlier versions
+    assert traced_network(model, (2, 8)).structure == written
