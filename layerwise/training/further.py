@@ -47,8 +47,10 @@ def _earlier(record: StageRecord, store: RunStore, same_input: bool) -> EarlierT
     saved_for, weights, epochs = purpose_of(store.checkpoint(record.stage)), record.weights, record.epochs
     if saved_for and record.is_trained and fingerprint(saved_for, str(weights)) != record.fingerprint:
         saved_for = None  # of another training than the one that has ended
-    if record.earlier:  # it has been asked for more epochs before, and may not have ended
-        weights, epochs = weights or record.earlier.weights, max(epochs, record.earlier.epochs)
+    if earlier := record.earlier:  # it has been asked for more epochs before, and may not have ended
+        if not weights and saved_for in (None, earlier.checkpoint):  # nothing was saved since: its losses are as old
+            same_input = same_input and earlier.same_input
+        weights, epochs = weights or earlier.weights, max(epochs, earlier.epochs)
     return EarlierTraining(epochs, saved_for, weights, same_input) if saved_for or weights else None
 
 
