@@ -96,6 +96,17 @@ def test_the_commands_that_a_run_prints_work_as_they_stand(call: Call) -> None:
     assert (code, f"{FUNCTIONS[0]} {FUNCTIONS[1]}" in err) == (2, True)
 
 
+def test_the_command_for_more_epochs_names_a_folder_of_caches_that_the_run_is_not_believed_about(call: Call) -> None:
+    code, out, err = call("run", *FUNCTIONS, *SMALL, "--out", "runs/mine", "--cache-dir", "fast/disk")
+    assert code == 0, err
+    command = shlex.split(out.splitlines()[-1])[1:]
+    assert command[-2:] == ["--cache-dir", "fast/disk"]
+    code, _, err = call(*command[:-2])
+    assert (code, f"--cache-dir {Path('fast/disk').resolve()}" in err) == (2, True)
+    assert call(*command)[0] == 0
+    assert [record.epochs for record in open_run(Path("runs/mine"))[1].stages] == [2, 2]
+
+
 def test_overwriting_a_run_obeys_none_of_the_options_of_the_one_that_is_deleted(call: Call) -> None:
     assert call("run", *FUNCTIONS, *SMALL, "--out", "mine", "--seed", 7)[0] == 0
     other = ("--net", "mine_to_go_on_with:other", *FUNCTIONS[2:])
