@@ -168,6 +168,18 @@ def test_a_probe_takes_a_fresh_network_and_the_trained_one(run: Run) -> None:
         layerwise.probe(out, "label", network=nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 6)), data=STREAMS)
 
 
+def test_the_untrained_column_of_a_warm_started_run_of_ones_own_network_is_the_same_whatever_weights_it_is_given_with(
+    run: Run,
+) -> None:
+    old, model = run(out="old"), other_weights()
+    out = run(model, warm_start=str(old.paths.out)).paths.out
+    probed = [other_weights(), model, network()]
+    first, *others = [layerwise.probe(out, "label", network=each, data=STREAMS).stages for each in probed]
+    assert others == [first] * 2
+    of_old = layerwise.probe(old.paths.out, "label", network=network(), data=STREAMS).stages
+    assert [each.untrained_error for each in first] == [each.error for each in of_old]
+
+
 def test_a_network_with_other_weights_loads_what_was_trained(run: Run) -> None:
     result = run()
     waves = torch.randn(1, 40, 2)
