@@ -37,7 +37,7 @@ from layerwise.training.cache_plan import free_for_caches, plan_caches, sealed_b
 from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend
 from layerwise.training.cut import cut_network
 from layerwise.training.first_weights import other_weights, weights_of_new_run
-from layerwise.training.further import further_trained
+from layerwise.training.further import further_trained, left_out
 from layerwise.training.optimizer import Optimization
 from layerwise.training.resume import (
     StartRequest,
@@ -174,7 +174,7 @@ def prepared_run(
             states = prepare_rounds(run, request, first)
             del first  # they may be large, and lie in the folder now
             state = states[rounds]
-            lines += further_trained(state)
+            lines += further_trained(state) + (left_out(state, config) if request.from_stage is None else [])
             store.write_machine(machine(device))
             tracker = open_service(config.training.log, service, store, state.run_id, config)
         with TrackingCallback(tracker, notify) as notify_all:

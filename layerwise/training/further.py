@@ -69,6 +69,19 @@ def further_trained(state: RunState) -> list[str]:
     ]
 
 
+def left_out(state: RunState, config: Config) -> list[str]:
+    """A line where stages could be trained further, but stay as they are because --from-stage has left them so."""
+    kept = [record for record in state.stages[: state.kept_stages] if not record.converged]
+    if not any(
+        is_more_epochs(change, config) for each in kept for change in training_changes(state, config, [each.stage])
+    ):
+        return []
+    return [
+        f"the stages below {state.kept_stages + 1} stay as they are, for --from-stage {state.kept_stages + 1} has left them "
+        "out; with --from-stage 1 they are trained further, too"
+    ]
+
+
 def is_in_hand(state: RunState, config: Config, from_stage: int) -> bool:
     """Whether an earlier start was asked the same and did not end, so that this one goes on."""
     stages = range(from_stage, len(state.stages) + 1)

@@ -106,6 +106,20 @@ def test_more_epochs_from_a_stage_on_leave_those_below(further: Callable[[str], 
     assert started(config) == []
 
 
+def test_stages_that_more_epochs_leave_out_because_of_an_earlier_from_stage_are_named(
+    further: Callable[[str], Config],
+) -> None:
+    config, said = further("left-out"), []
+    run(config, from_stage=3, notify=said.append)
+    assert not any("stay as they are" in str(event) for event in said)
+    more = with_options(config, {"training.max_epochs": 4})
+    run(more, notify=said.append)
+    assert any(
+        "the stages below 3 stay as they are, for --from-stage 3 has left them out" in str(event) for event in said
+    )
+    assert started(more, from_stage=1) == [(1, 2, 0), (2, 2, 0), (3, 4, 0), (4, 4, 0)]
+
+
 def test_batch_jobs_are_handed_in_for_the_stages_that_go_on(further: Callable[[str], Config]) -> None:
     config = further("jobs")
     assert [task.stage for task in tasks_left(config, StartRequest())] == [1, 2, 3, 4]
