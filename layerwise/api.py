@@ -110,7 +110,7 @@ def run(
     Raises Interrupted after saving, where Ctrl-C or a signal asked for it, and other LayerwiseErrors where the request cannot
     be met. It never ends the process.
     """
-    config, given = _request(network, data, optimizer, schedule, options, flags)
+    config, given = _request(network, data, optimizer, schedule, options, flags, overwrite)
     log = LogFile(RunStore.of(config.out, config.cache.dir).log)
     shown = display(PlainConsole(file=Screen(sys.stdout))) if notify is None else contextlib.nullcontext(notify)
     # Ctrl-C and signals save first; outside of the main thread Python does not hand them out.
@@ -141,8 +141,9 @@ def _request(
     schedule: Schedule | None,
     options: Mapping[str, Any] | None,
     flags: Mapping[str, Any],
+    overwrite: bool = False,
 ) -> tuple[Config, UserObjects]:
-    """What the engines take."""
+    """What the engines take. overwrite: whether the run that is there is to be deleted, so that its options say nothing."""
     if isinstance(network, Config):
         if data is not None or options or flags:
             raise ConfigError(
@@ -164,9 +165,8 @@ def _request(
     if isinstance(network, Network):
         network = with_present_weights(network)
         overrides.setdefault("training.stages", len(network.natural_cut))
-    own = (
-        own_options(overrides) if recipe is None and config_file is None and network is None and data is None else None
-    )
+    says_no_more = recipe is None and config_file is None and network is None and data is None
+    own = own_options(overrides) if says_no_more and not overwrite else None
     config = own or resolve(recipe, None if config_file is None else Path(config_file), overrides)
     samples = None if data is None or isinstance(data, str) else as_data(data, config.data)
     if isinstance(network, nn.Module):

@@ -1,5 +1,6 @@
 """The Python API: own networks on own data, the same words as the command line, the same bits after a stop."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,19 +145,36 @@ def test_a_stop_leaves_the_model_and_a_network_of_other_weights_goes_on_with_tho
     assert any("goes on from its own" in str(event) for event in said)
 
 
-def test_a_run_that_was_killed_before_it_had_kept_its_first_weights_keeps_them_at_the_next_start(
+def test_a_kill_between_the_first_weights_and_run_json_leaves_a_folder_in_which_a_run_begins(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed, stop = run(out="whole"), StopFlag()
+    """With those that are given then; what the killed start has left of its own is gone."""
+    undisturbed = run(out="whole")
     with monkeypatch.context() as patch:
-        patch.setattr("layerwise.training.first_weights.save_arrays", lambda *_: 1 / 0)
+        patch.setattr(layerwise.run_store.RunStore, "save_state", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            run()
-    with pytest.raises(RunError, match="The network is not the one that"):
+            run(other_weights())
+    out = undisturbed.paths.out.with_name("run")
+    assert (out / "first_weights.safetensors").exists()
+    assert not (out / "run.json").exists()
+    (out / "first_weights.safetensors.tmp").write_text("half")
+    again = run()
+    assert bits(again) == bits(undisturbed)
+    assert not list(out.glob("*.tmp"))
+
+
+def test_first_weights_that_were_lost_or_spoilt_are_written_again_from_the_network(run: Run) -> None:
+    kept, other = run().paths.first_weights, run(other_weights(), out="other").paths.first_weights
+    before = kept.read_bytes()
+    for spoilt in (None, other.read_bytes()):
+        kept.unlink()
+        if spoilt is not None:
+            kept.write_bytes(spoilt)
+        run()
+        assert kept.read_bytes() == before
+    shutil.copy(other, kept)
+    with pytest.raises(RunError, match="does not hold the weights that its run was begun with"):
         run(other_weights())
-    with pytest.raises(Interrupted):
-        run(stop=stop, on_stage=lambda done: setattr(stop, "reason", "the test"))
-    assert bits(run(other_weights())) == bits(undisturbed)
 
 
 def test_a_network_that_was_cut_hands_the_weights_to_its_model_and_starts_anew_from_them(run: Run) -> None:
@@ -188,6 +206,18 @@ def test_a_probe_takes_a_fresh_network_and_the_trained_one(run: Run) -> None:
     assert others == [first] * 3
     with pytest.raises(RunError, match="not the one that"):
         layerwise.probe(out, "label", network=nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 6)), data=STREAMS)
+
+
+def test_the_untrained_column_of_a_warm_started_run_of_ones_own_network_is_the_same_whatever_weights_it_is_given_with(
+    run: Run,
+) -> None:
+    old, model = run(out="old"), other_weights()
+    out = run(model, warm_start=str(old.paths.out)).paths.out
+    probed = [other_weights(), model, network()]
+    first, *others = [layerwise.probe(out, "label", network=each, data=STREAMS).stages for each in probed]
+    assert others == [first] * 2
+    of_old = layerwise.probe(old.paths.out, "label", network=network(), data=STREAMS).stages
+    assert [each.untrained_error for each in first] == [each.error for each in of_old]
 
 
 def test_a_network_with_other_weights_loads_what_was_trained(run: Run) -> None:

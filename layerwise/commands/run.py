@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 
 def _own_or_resolved(recipe: str | None, file: Path | None, given: dict[str, Any], default_out: str) -> Config:
-    own = own_options(given) if recipe is None and file is None else None
+    overwrite = click.get_current_context().params["overwrite"]
+    own = own_options(given) if recipe is None and file is None and not overwrite else None
     return own or configuration.resolve(recipe, file, given, default_out)
 
 

@@ -58,7 +58,7 @@ def flags_elsewhere(config: Config) -> list[str]:
     words = []
     for option in options():
         value = value_of(config, option.key)
-        if option.key not in _PERFORMED or value == option.default:
+        if option.key not in (*_PERFORMED, "cache.dir") or value == option.default:
             continue
         if option.flag:
             words += [option.flag, ",".join(value) if isinstance(value, tuple) else str(value)]

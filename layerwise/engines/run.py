@@ -36,8 +36,8 @@ from layerwise.training.budget import fit_to_budget
 from layerwise.training.cache_plan import free_for_caches, plan_caches, sealed_bytes
 from layerwise.training.cache_retention import check_retained_caches, delete_unneeded_caches, mend
 from layerwise.training.cut import cut_network
-from layerwise.training.first_weights import other_weights, refuse_other_warm_start, without_lost_weights
-from layerwise.training.further import further_trained
+from layerwise.training.first_weights import other_weights, weights_of_new_run, without_lost_weights
+from layerwise.training.further import further_trained, left_out
 from layerwise.training.optimizer import Optimization
 from layerwise.training.resume import (
     StartRequest,
@@ -160,8 +160,7 @@ def prepared_run(
     if not (store.exists and store.is_copy(store.load_state())):  # of a copy the jobs are those of the original
         refuse_while_queued(store.jobs)
     request.check(store, len(specs))
-    if not request.goes_on(store):
-        refuse_other_warm_start(config, store, specs[0].network)
+    first = None if request.goes_on(store) else weights_of_new_run(config, store, specs[0].network)
     # The locks come this late because a request that is refused leaves no folder behind.
     with store.lock_run():
         with store.lock_all_tasks(rounds):
@@ -172,9 +171,10 @@ def prepared_run(
             if request.goes_on(store):
                 state = store.load_state()
                 lines = missing_weights(state, store) + other_weights(state, specs[0].network)
-            states = prepare_rounds(run, request)
+            states = prepare_rounds(run, request, first)
+            del first  # they may be large, and lie in the folder now
             state = states[rounds]
-            lines += further_trained(state)
+            lines += further_trained(state) + (left_out(state, config) if request.from_stage is None else [])
             store.write_machine(machine(device))
             tracker = open_service(config.training.log, service, store, state.run_id, config)
         with TrackingCallback(tracker, notify) as notify_all:

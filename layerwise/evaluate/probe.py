@@ -100,8 +100,8 @@ def probe(
         notify(Progress(doing, 0, len(task.samples)))
         return lambda done: notify(Progress(doing, done, len(task.samples)))
 
-    # What was given may be trained by now, or have other weights: then those that the run has kept are the untrained ones.
-    first = None if network.identity == state.network else load_first_weights(store)
+    # A module that was given may hold any weights by now: the untrained ones are those that the run has kept.
+    first = None if network.model is None else load_first_weights(store)
     random = (
         random_stages(specs, output_formats, config.training.seed)
         if first is None

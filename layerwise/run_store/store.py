@@ -235,7 +235,7 @@ class RunStore:
         if self.out.exists() and not self.out.is_dir():
             raise RunError(f"--out {self.out} is a file; name a folder.")
         if self.out.is_dir() and not self.exists:
-            ours = {"lock", "task.lock", "rounds", "run.json.tmp"}
+            ours = {"lock", "task.lock", "rounds", "run.json.tmp", *(path.name for path in self._first_weights_files)}
             others = sorted(entry.name for entry in self.out.iterdir() if entry.name not in ours)
             if others:
                 raise RunError(f"--out {self.out} holds something else ({others[0]}); name a new or empty folder.")
@@ -353,6 +353,15 @@ class RunStore:
         """To be called when no cache is left that could be taken for another run's."""
         _delete(self.cache_owner)
 
+    @property
+    def _first_weights_files(self) -> tuple[Path, Path]:
+        return self.first_weights, self.first_weights.with_suffix(".safetensors.tmp")
+
+    def delete_first_weights(self) -> None:
+        """Also what a start that was killed has left of them."""
+        for path in self._first_weights_files:
+            _delete(path)
+
     def _delete_outputs(self, stage: int) -> None:
         """Deletes what a stage puts out, and what was made of it: the encoder and the probes."""
         _delete(self.encoder)
@@ -407,7 +416,8 @@ class RunStore:
         self._delete_probes()
         for folder, names in ((self.out / "stages", ()), (self.plots, PLOT_FILES)):
             _delete_files(folder, names)
-        for path in (self.encoder, self.first_weights, self.config, self.log, self.machine, self.report):
+        self.delete_first_weights()
+        for path in (self.encoder, self.config, self.log, self.machine, self.report):
             _delete(path)
 
     def _round_folders(self) -> list[Path]:

@@ -3,6 +3,7 @@
 It is kept in the run, so that a later start, or a probe, may be given the network with any weights.
 """
 
+import contextlib
 from pathlib import Path
 
 from layerwise.config import Config, with_options
@@ -14,12 +15,12 @@ from layerwise.training.encoder import warm_start
 from layerwise.training.run import Run
 
 
-def first_weights(run: Run) -> Arrays | None:
+def first_weights(config: Config, network: Network) -> Arrays | None:
     """What training begins with: what an earlier run has learnt, or what the network brings along. None where the seed says it.
 
     Raises RunError or ConfigError where the earlier run's do not fit the network.
     """
-    network, place = run.specs[0].network, run.config.training.warm_start
+    place = config.training.warm_start
     if place is not None:
         return warm_start(Path(place).expanduser(), network)
     if network.model is None:
@@ -38,25 +39,37 @@ def without_lost_weights(config: Config, store: RunStore) -> Config:
     return config
 
 
-def refuse_other_warm_start(config: Config, store: RunStore, network: Network) -> None:
-    """Raises RunError or ConfigError where a new run cannot begin with what --warm-start names."""
+def weights_of_new_run(config: Config, store: RunStore, network: Network) -> Arrays | None:
+    """The first weights of a run that is begun, before anything in its folder is deleted.
+
+    Raises RunError or ConfigError where it cannot begin with what --warm-start names.
+    """
     place = config.training.warm_start
-    if place is not None and Path(place).expanduser().resolve() == store.out.resolve():
-        raise ConfigError(f"--warm-start {place} is the run's own folder; name another --out.")
-    if place is not None:
-        warm_start(Path(place).expanduser(), network)
-
-
-def write_first_weights(state: RunState, run: Run) -> None:
-    """A later start, or a probe, may be given the network with other weights."""
-    if state.first_weights is None or run.store.first_weights.exists():
-        return
-    weights = first_weights(run)
-    if weights is None or digest(weights) != state.first_weights:
-        raise RunError(
-            f"{run.store.first_weights} is missing, with which the run was begun; restore it, or start anew with --overwrite."
+    if place is not None and Path(place).expanduser().resolve().is_relative_to(store.out.resolve()):
+        raise ConfigError(
+            f"--warm-start {place} lies in the run's own folder, {store.out}, which begins anew; name another --out."
         )
-    save_arrays(run.store.first_weights, weights, {})
+    return first_weights(config, network)
+
+
+def keep_first_weights(store: RunStore, weights: Arrays | None) -> None:
+    """Replaces those that a start left which was killed. To be called before run.json says what they are."""
+    store.delete_first_weights()
+    if weights is not None:
+        save_arrays(store.first_weights, weights, {})
+
+
+def restore_first_weights(state: RunState, run: Run) -> None:
+    """Writes them again where they were lost, and what is given now still has them. Raises RunError where it has not."""
+    try:
+        load_first_weights(run.store)
+    except RunError:
+        weights = None
+        with contextlib.suppress(ConfigError, RunError):
+            weights = first_weights(run.config, run.specs[0].network)
+        if weights is None or digest(weights) != state.first_weights:
+            raise
+        save_arrays(run.store.first_weights, weights, {})
 
 
 def is_network_of(state: RunState, store: RunStore, network: Network) -> bool:
@@ -78,10 +91,13 @@ def other_weights(state: RunState, network: Network) -> list[str]:
 def check_warm_start(state: RunState, run: Run) -> None:
     """Raises ConfigError where a run that goes on is to be one that was begun with other weights.
 
-    Its own lie in its folder by now, so those that it took them from may be gone.
+    Its own lie in its folder, so those that it took them from may be gone by now, or have changed.
     """
-    place = run.config.training.warm_start and Path(run.config.training.warm_start).expanduser()
-    if place and place.exists() and digest(warm_start(place, run.specs[0].network)) != state.first_weights:
+    place = run.config.training.warm_start
+    if place is None or (state.first_weights and place == state.config.training.warm_start):
+        return
+    source = Path(place).expanduser()
+    if source.exists() and digest(warm_start(source, run.specs[0].network)) != state.first_weights:
         raise ConfigError(
             f"--warm-start {place}: {run.store.out} was not begun with these weights; leave it out to go on, or give another "
             "--out."

@@ -47,8 +47,10 @@ def _earlier(record: StageRecord, store: RunStore, same_input: bool) -> EarlierT
     saved_for, weights, epochs = purpose_of(store.checkpoint(record.stage)), record.weights, record.epochs
     if saved_for and record.is_trained and fingerprint(saved_for, str(weights)) != record.fingerprint:
         saved_for = None  # of another training than the one that has ended
-    if record.earlier:  # it has been asked for more epochs before, and may not have ended
-        weights, epochs = weights or record.earlier.weights, max(epochs, record.earlier.epochs)
+    if earlier := record.earlier:  # it has been asked for more epochs before, and may not have ended
+        if not weights and saved_for in (None, earlier.checkpoint):  # nothing was saved since: its losses are as old
+            same_input = same_input and earlier.same_input
+        weights, epochs = weights or earlier.weights, max(epochs, earlier.epochs)
     return EarlierTraining(epochs, saved_for, weights, same_input) if saved_for or weights else None
 
 
@@ -64,6 +66,19 @@ def further_trained(state: RunState) -> list[str]:
         f"stage {record.stage} goes on from where it stood, in epoch {record.earlier.epochs + 1}"
         for record in state.stages
         if record.status == "pending" and record.earlier
+    ]
+
+
+def left_out(state: RunState, config: Config) -> list[str]:
+    """A line where stages could be trained further, but stay as they are because --from-stage has left them so."""
+    kept = [record for record in state.stages[: state.kept_stages] if not record.converged]
+    if not any(
+        is_more_epochs(change, config) for each in kept for change in training_changes(state, config, [each.stage])
+    ):
+        return []
+    return [
+        f"the stages below {state.kept_stages + 1} stay as they are, for --from-stage {state.kept_stages + 1} has left them "
+        "out; with --from-stage 1 they are trained further, too"
     ]
 
 

@@ -4,7 +4,7 @@ A stage that is done or begun keeps the options it was trained with. Where they 
 start is refused and the option is named: silently mixing two configurations would be worse than any error.
 
 Every check comes before the first change. Whatever is changed, run.json says so first: a start after a kill between two
-steps then finds nothing that it would wrongly believe in.
+steps then finds nothing that it would wrongly believe in. First weights alone are written before it, for it names them.
 """
 
 import itertools
@@ -18,8 +18,13 @@ from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, RunError
 from layerwise.run_store import RunState, RunStore, StageRecord, cache_files
 from layerwise.training.cache_plan import CachePlan, retained_caches
-from layerwise.training.checkpoint import digest, load_stages
-from layerwise.training.first_weights import check_warm_start, first_weights, is_network_of, write_first_weights
+from layerwise.training.checkpoint import Arrays, digest, load_stages
+from layerwise.training.first_weights import (
+    check_warm_start,
+    is_network_of,
+    keep_first_weights,
+    restore_first_weights,
+)
 from layerwise.training.further import Change, is_in_hand, is_more_epochs, set_back, training_changes
 from layerwise.training.run import Run
 from layerwise.training.samples import learnt_classes
@@ -47,11 +52,11 @@ class StartRequest:
             raise RunError(f"--from-stage {stage}: {store.out} would begin anew and has no stage below; leave it out.")
 
 
-def prepare_rounds(run: Run, request: StartRequest) -> dict[int, RunState]:
+def prepare_rounds(run: Run, request: StartRequest, first: Arrays | None) -> dict[int, RunState]:
     """States of the rounds that there is still something to do in, by number; of the last one in any case.
 
-    run.json and config.toml of each are written. Raises RunError or ConfigError; what one round refuses is refused before the
-    first is changed.
+    first: what a new run begins with, where the seed does not say it. run.json and config.toml of each are written. Raises
+    RunError or ConfigError; what one round refuses is refused before the first is changed.
     """
     rounds, states = run.rounds, {}
     for number in _to_be_prepared(run, request):
@@ -60,6 +65,8 @@ def prepare_rounds(run: Run, request: StartRequest) -> dict[int, RunState]:
             state = of_round.load_state()
             _check_going_on(state, of_round, run, request.from_stage)
             _check_weights(state, of_round, request.from_stage)
+            if number == rounds:
+                restore_first_weights(state, run)
     for number in range(rounds, 0, -1):
         of_round = run.store.round(number, rounds)
         if number < rounds and not of_round.exists:
@@ -67,11 +74,9 @@ def prepare_rounds(run: Run, request: StartRequest) -> dict[int, RunState]:
             # round are, which is prepared by now.
             of_round.delete_cache_files(cache_files(of_round.caches))
             of_round.delete_caches_owner()
-        states[number] = _prepare(of_round, run, request, run.keep(number))
+        states[number] = _prepare(of_round, run, request, run.keep(number), first)
         if number < rounds:
             _find_lost_ends(number, run, states)
-        if number == rounds:
-            write_first_weights(states[number], run)
         if number == rounds and states[number].is_trained:
             break  # what came before has served its purpose, and may have been deleted
     return dict(sorted(states.items()))
@@ -97,10 +102,10 @@ def _find_lost_ends(number: int, run: Run, states: dict[int, RunState]) -> None:
             return
 
 
-def _prepare(store: RunStore, run: Run, request: StartRequest, keep: str) -> RunState:
+def _prepare(store: RunStore, run: Run, request: StartRequest, keep: str, first: Arrays | None) -> RunState:
     """The state of a round to go on from; its run.json and config.toml are written. Raises RunError or ConfigError.
 
-    store: of the round; keep: which caches stay at the end, see `CachePlan.kept`.
+    store: of the round; keep: which caches stay at the end, see `CachePlan.kept`; first: see `prepare_rounds`.
     """
     old = store.load_state() if store.exists else None
     if old is not None and request.goes_on(store):
@@ -112,6 +117,9 @@ def _prepare(store: RunStore, run: Run, request: StartRequest, keep: str) -> Run
         state = _new_state(store, run)
         if old is not None:
             store.delete_run(old)
+        if store is run.store:
+            state.first_weights = None if first is None else digest(first)
+            keep_first_weights(store, first)
     state.optimization = _optimization(run)
     state.config, state.budget_bytes, state.device = run.config, run.config.memory.gpu_mem, str(run.device)
     state.classes = learnt_classes(run.config, run.data)
@@ -127,7 +135,6 @@ def _prepare(store: RunStore, run: Run, request: StartRequest, keep: str) -> Run
 
 
 def _new_state(store: RunStore, run: Run) -> RunState:
-    first = first_weights(run) if store is run.store else None
     cached = zip(run.specs, run.cache_plan.cached, strict=True)
     return RunState(
         stages=[StageRecord(spec.stage, cached=to_be) for spec, to_be in cached],
@@ -140,7 +147,6 @@ def _new_state(store: RunStore, run: Run) -> RunState:
         cut=[len(spec.layers) for spec in run.specs],
         network=run.specs[0].network.identity,
         structure=run.specs[0].network.structure,
-        first_weights=None if first is None else digest(first),
     )
 
 

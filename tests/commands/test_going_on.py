@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
+import layerwise
 from layerwise.commands import main
+from layerwise.errors import LayerwiseError
 from layerwise.run_store import open_run
 
 MINE = """
@@ -18,6 +20,9 @@ from torch import nn
 
 def network(frame_shape):
     return nn.Sequential(nn.Linear(frame_shape[0], 4), nn.ReLU(), nn.Linear(4, 4))
+
+def other(frame_shape):
+    return nn.Sequential(nn.Linear(frame_shape[0], 3), nn.ReLU(), nn.Linear(3, 3))
 
 def data():
     rng = np.random.default_rng(0)
@@ -89,3 +94,27 @@ def test_the_commands_that_a_run_prints_work_as_they_stand(call: Call) -> None:
     assert [record.epochs for record in open_run(Path("my run"))[1].stages] == [2, 2]
     code, _, err = call("run", "--out", "my run")
     assert (code, f"{FUNCTIONS[0]} {FUNCTIONS[1]}" in err) == (2, True)
+
+
+def test_the_command_for_more_epochs_names_a_folder_of_caches_that_the_run_is_not_believed_about(call: Call) -> None:
+    code, out, err = call("run", *FUNCTIONS, *SMALL, "--out", "runs/mine", "--cache-dir", "fast/disk")
+    assert code == 0, err
+    command = shlex.split(out.splitlines()[-1])[1:]
+    assert command[-2:] == ["--cache-dir", "fast/disk"]
+    code, _, err = call(*command[:-2])
+    assert (code, f"--cache-dir {Path('fast/disk').resolve()}" in err) == (2, True)
+    assert call(*command)[0] == 0
+    assert [record.epochs for record in open_run(Path("runs/mine"))[1].stages] == [2, 2]
+
+
+def test_overwriting_a_run_obeys_none_of_the_options_of_the_one_that_is_deleted(call: Call) -> None:
+    assert call("run", *FUNCTIONS, *SMALL, "--out", "mine", "--seed", 7)[0] == 0
+    other = ("--net", "mine_to_go_on_with:other", *FUNCTIONS[2:])
+    code, _, err = call("run", *other, *SMALL, "--out", "mine", "--overwrite")
+    assert (code, err) == (0, "")
+    config = open_run(Path("mine"))[1].config
+    assert (config.net.name, config.training.seed) == (other[1], 0)
+    with pytest.raises(LayerwiseError, match="names a function"):
+        layerwise.run(out="mine", device="cuda:99")
+    with pytest.raises(LayerwiseError, match="cuda:99"):
+        layerwise.run(out="mine", device="cuda:99", overwrite=True)

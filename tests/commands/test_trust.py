@@ -1,5 +1,6 @@
 """Nothing foreign is run: what a file names to be called, and modules that lie in the present folder."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from layerwise.config import resolve, with_options
 from layerwise.config.options import EngineOptions
 from layerwise.errors import ConfigError
 from layerwise.importing import named_function, python_module
-from layerwise.run_store import open_run, own_options
+from layerwise.run_store import RunStore, open_run, own_options
 
 FOREIGN = """
 import pathlib
@@ -134,6 +135,31 @@ def test_where_a_run_folder_would_write_and_who_would_work_for_it_is_not_taken_f
     assert places == ("theirs", "cache", None, "none", None)
     assert taken.engine == EngineOptions()
     assert (taken.data, taken.net, taken.memory) == (state.config.data, state.config.net, state.config.memory)
+
+
+def test_where_caches_are_written_is_not_taken_from_a_run_folder_alone(small_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "project" / "runs" / "theirs"
+    shutil.copytree(small_run, out)
+    store, state = open_run(out)
+    state.config = with_options(state.config, {"cache.dir": "elsewhere"})
+
+    def taken(folder: Path, **given: object) -> str | None:
+        """Where caches would be written, had they lain in this folder."""
+        caches = RunStore(out, folder / "theirs")
+        caches.caches.mkdir(parents=True)
+        caches.write_caches_owner(state.run_id)
+        state.caches = os.path.relpath(caches.caches, out)
+        store.save_state(state)
+        own = own_options({"out": str(out), **given})
+        return own and own.cache.dir
+
+    for own in (out / "caches", tmp_path / "project" / "cache", tmp_path / "project" / "runs" / "cache"):
+        assert taken(own) == str(own)
+    elsewhere = tmp_path / "home" / "precious"
+    with pytest.raises(ConfigError, match=f"say so in the command: --cache-dir {elsewhere}"):
+        taken(elsewhere)
+    given = str(tmp_path / "given")
+    assert taken(tmp_path / "home" / "cache", **{"cache.dir": given}) == given
 
 
 def test_another_network_than_that_of_the_run_is_not_called_either(call: Call, small_run: Path) -> None:

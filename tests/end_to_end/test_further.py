@@ -106,6 +106,20 @@ def test_more_epochs_from_a_stage_on_leave_those_below(further: Callable[[str], 
     assert started(config) == []
 
 
+def test_stages_that_more_epochs_leave_out_because_of_an_earlier_from_stage_are_named(
+    further: Callable[[str], Config],
+) -> None:
+    config, said = further("left-out"), []
+    run(config, from_stage=3, notify=said.append)
+    assert not any("stay as they are" in str(event) for event in said)
+    more = with_options(config, {"training.max_epochs": 4})
+    run(more, notify=said.append)
+    assert any(
+        "the stages below 3 stay as they are, for --from-stage 3 has left them out" in str(event) for event in said
+    )
+    assert started(more, from_stage=1) == [(1, 2, 0), (2, 2, 0), (3, 4, 0), (4, 4, 0)]
+
+
 def test_batch_jobs_are_handed_in_for_the_stages_that_go_on(further: Callable[[str], Config]) -> None:
     config = further("jobs")
     assert [task.stage for task in tasks_left(config, StartRequest())] == [1, 2, 3, 4]
@@ -167,7 +181,7 @@ def test_fewer_epochs_than_a_stage_was_trained_are_refused(tiny_speech: Tiny, di
         run(tiny_speech(source, **{"training.max_epochs": 1}))
 
 
-def test_more_data_begin_with_what_another_run_has_learnt(
+def test_more_data_begin_with_what_another_run_had_learnt_whatever_has_become_of_it(
     tiny_speech: Tiny, digits: Path, few_digits: Path, tmp_path: Path
 ) -> None:
     old = run(tiny_speech(f"fsdd:{few_digits}", out=str(tmp_path / "old")))
@@ -179,6 +193,9 @@ def test_more_data_begin_with_what_another_run_has_learnt(
         if isinstance(event, StepDone):
             stop.reason = "the test"
 
+    with pytest.raises(Interrupted):
+        run(config, stop=stop, notify=notify)
+    run(tiny_speech(f"fsdd:{few_digits}", out=str(old.paths.out), **{"training.seed": 7}), overwrite=True)
     with pytest.raises(Interrupted):
         run(config, stop=stop, notify=notify)
     shutil.rmtree(old.paths.out)
@@ -195,9 +212,10 @@ def test_a_warm_start_that_does_not_fit_is_refused(
     with pytest.raises(ConfigError, match="its network is not the one of this run"):
         run(tiny_speech(source, **warm, **{"net.width": 6}, out=str(tmp_path / "narrow")))
     assert not (tmp_path / "narrow").exists()
-    with pytest.raises(ConfigError, match="is the run's own folder"):
-        run(tiny_speech(source, **warm), overwrite=True)
-    assert old.paths.encoder.exists()
+    for own in (old.paths.out, old.paths.encoder):
+        with pytest.raises(ConfigError, match="lies in the run's own folder"):
+            run(tiny_speech(source, **{"training.warm_start": str(own)}), overwrite=True)
+        assert old.paths.encoder.exists()
     run(tiny_speech(source, out=str(tmp_path / "cold")))
     with pytest.raises(ConfigError, match="was not begun with these weights"):
         run(tiny_speech(source, **warm, out=str(tmp_path / "cold")))
