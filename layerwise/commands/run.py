@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 def _own_or_resolved(recipe: str | None, file: Path | None, given: dict[str, Any], default_out: str) -> Config:
     overwrite = click.get_current_context().params["overwrite"]
     own = own_options(given) if recipe is None and file is None and not overwrite else None
+    if own is None and recipe is None and file is None and set(given) == {"out"}:  # it may be meant to go on with a run
+        remark(f"there is no run in {given['out']} to go on with: the demo begins there; for others name --data")
     return own or configuration.resolve(recipe, file, given, default_out)
 
 

@@ -118,3 +118,9 @@ def test_overwriting_a_run_obeys_none_of_the_options_of_the_one_that_is_deleted(
         layerwise.run(out="mine", device="cuda:99")
     with pytest.raises(LayerwiseError, match="cuda:99"):
         layerwise.run(out="mine", device="cuda:99", overwrite=True)
+
+
+def test_a_folder_that_is_mistyped_is_pointed_out(call: Call) -> None:
+    code, _, err = call("run", "--out", "runs/nowhere", "--dry-run")  # which is refused, so that nothing is trained
+    assert code == 2
+    assert "there is no run in runs/nowhere to go on with: the demo begins there" in err
