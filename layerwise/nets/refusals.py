@@ -1,7 +1,7 @@
 """Networks that cannot be trained as they are given: one sentence for each kind, with the way out."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -22,6 +22,15 @@ COMPUTED_WEIGHTS = {
 }
 """By the module of a hook that computes a weight before each call: what it is, and what to do. Where the computed tensor has
 a gradient it cannot be copied, and at the root of a network there is no module that could be kept whole."""
+
+
+class NotRecorded(ConfigError):
+    """A part of the network runs, but what it does cannot be recorded."""
+
+    def __init__(self, paths: Iterable[str], sentence: str) -> None:
+        """paths: of the modules whose own lines these are."""
+        super().__init__(sentence)
+        self.paths = set(paths)
 
 
 def check_model(model: nn.Module) -> None:
