@@ -112,7 +112,8 @@ def rm(directory: Path, stages: tuple[int, ...], everything: bool) -> None:
         raise ConfigError("Say which caches: either --stage S or --all.")
     if not (directory / "run.json").exists():
         raise ConfigError(f"{directory} is not a run directory; name the one of the run whose caches are to go.")
-    say(f"{size(remove_caches(directory, None if everything else stages))} freed")
+    freed = size(remove_caches(directory, None if everything else stages))
+    say(f"{freed} freed; a later start of the run makes again what its --keep names")
 
 
 @cache.command(short_help="Hand features over as .npy, .h5, .npz or .parquet.")
