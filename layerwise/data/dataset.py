@@ -153,8 +153,8 @@ def item_of(items: Items, number: int) -> Item:
         raise DataError(f"Item {number} of the data set cannot be read ({type(error).__name__}: {error}).") from error
     if isinstance(item, Mapping):
         return _of_mapping(item, number)
-    if isinstance(item, tuple) and item:
-        return _of_tuple(item, number)
+    if (isinstance(item, tuple) and item) or (isinstance(item, list) and _numbers(item) is None):
+        return _of_tuple(tuple(item), number)
     return _item(_array(item, number), "all of it", {}, None)
 
 
@@ -190,11 +190,13 @@ def _item(sample: Any, where: str, others: Mapping[str, Any], rate: int | None) 
 def label_of(value: Any) -> str | None:
     """The label that a value is: a word, or a whole number; of a one-hot vector the place of its one. None where it is none.
 
-    Empty where it is missing: None, or not a number, as tables have it.
+    Empty where it is missing: None, or not a number, as tables have it. Where one is missing they write the others as 3.0.
     """
     value = _plain(value)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     if isinstance(value, str | int):
@@ -210,7 +212,9 @@ def _place_of_one(value: Any) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """What an array or a tensor of one value holds, and a number of numpy's or torch's, as Python's."""
+    """What an array, a tensor or a list of one value holds, and a number of numpy's or torch's, as Python's."""
+    if isinstance(value, list | tuple) and len(value) == 1:
+        return _plain(value[0])
     one = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.size == 1)
     if one or (isinstance(value, torch.Tensor) and value.numel() == 1):
         return value.item()

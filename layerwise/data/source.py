@@ -176,6 +176,12 @@ class SampleSet:
         return self.read_frame_labels(name, sample, positions)
 
 
+def said_of(data: DataSet) -> list[str]:
+    """Lines on data that are about to be used: its notes, and the files that were skipped."""
+    files = [f"{len(data.skipped)} files skipped:"] if data.skipped else []
+    return [*getattr(data, "notes", ()), *files, *(f"  {entry.path}: {entry.reason}" for entry in data.skipped)]
+
+
 def several(names: Sequence[str]) -> str:
     """The first few of them, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""

@@ -10,7 +10,7 @@ from layerwise.cache.dtypes import STORED
 from layerwise.config import Config, with_options
 from layerwise.data.batches import READ_AHEAD
 from layerwise.data.open import open_data
-from layerwise.data.source import DataSet, telling_labels
+from layerwise.data.source import DataSet, said_of, telling_labels
 from layerwise.errors import ConfigError
 from layerwise.forecast import END_TO_END, Forecast, StageForecast, is_end_to_end
 from layerwise.memory.determinism import settle_products
@@ -78,7 +78,7 @@ def plan(
         cache_bytes=sum(stage.cache_bytes for stage in stages if stage.cached),
         disk_bytes=disk_peak(config.cache, sizes, cache_plan) * rounds_under_way(config, len(specs)),
         disk_budget_bytes=config.cache.disk,
-        notes=_notes(config, specs, cache_plan, device),
+        notes=[*_notes(config, specs, cache_plan, device), *said_of(data)],
         host_bytes=max(stage.host_bytes for stage in stages),
         hours=_hours(config, data, specs, plans, device),
         device=str(device),

@@ -58,6 +58,8 @@ def _reasons(part: nn.Module, at_root: bool) -> Iterator[str]:
     """Why a part cannot be recorded, by what it is; each continues "The network's 'a' (Linear)"."""
     if type(part).__name__ == "OptimizedModule":  # its class lies in torch._dynamo, which takes a second to import
         yield "is compiled, and only the module itself can be cut; give it as it was before torch.compile (its ._orig_mod)."
+    if hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
+        yield "has a compiled forward, and only the module itself can be cut; give it as it was before torch.compile."
     if isinstance(part, torch.jit.ScriptModule):
         yield (
             "is scripted, and only the module itself can be cut; give it as it was before torch.jit.script or "

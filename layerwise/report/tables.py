@@ -145,11 +145,9 @@ def where_things_lie(store: RunStore, state: RunState) -> list[str]:
 def what_next(store: RunStore, labels: Iterable[str], config: Config) -> list[str]:
     """Commands that make sense now."""
     out = shlex.quote(str(store.out))
+    flags = [word for label in labels for word in ("--label", label)]
     return [
-        *(
-            shlex.join(["layerwise", "probe", str(store.out), "--label", label, *function_flags(config)])
-            for label in labels
-        ),
+        *([shlex.join(["layerwise", "probe", str(store.out), *flags, *function_flags(config)])] if flags else []),
         f"layerwise report {out}",
         f"layerwise status {out}",
     ]

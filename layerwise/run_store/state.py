@@ -118,6 +118,8 @@ class RunState:
     """Of that network, without its weights."""
     first_weights: Digest | None = None
     """Digest of the weights that it was begun with, in first_weights.safetensors; None where the seed says all about them."""
+    takes: Annotated[str, Field(pattern="^(waveforms|pictures|arrays|)$")] = ""
+    """What its data are, see `DataSet`; empty in a run of an earlier version."""
     optimization: str = ""
     """Identity of an optimizer that was given as an object."""
     classes: str = ""

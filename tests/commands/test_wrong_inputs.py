@@ -111,7 +111,7 @@ WRONG = [
     ("layerwise run --data speech:texts", "texts holds no recordings"),
     ("layerwise run --data speech:recordings/0.wav", "is not a folder"),
     ("layerwise run --data speech:corrupt", "the first: broken.wav, cannot be decoded"),
-    ("layerwise run --data speech:dangling", "the first: gone.wav, not a regular file"),
+    ("layerwise run --data speech:dangling", "the first: gone.wav, a link to what is not there"),
     ("layerwise run --data speech:pictures", "pictures holds no recordings"),
     ("layerwise run --data images:recordings", "recordings holds no pictures"),
     (

@@ -216,7 +216,7 @@ def test_what_is_no_picture_is_named_and_skipped(folder: Path):
         "empty.png": "not a picture",
         "text.jpg": "not a picture",
         "script.jpg": "not a picture",
-        "link.png": "not a regular file",
+        "link.png": "a link to what is not there",
         "float.tif": "floating-point pixels have no known range",
     }
 
