@@ -38,6 +38,7 @@ from layerwise.training.recompute import BLOCK_BYTES
 from layerwise.training.samples import TRAIN, split_samples
 from layerwise.training.spec import StageSpec
 from layerwise.training.work import step_flops, step_moved, step_operations, waiting_bytes
+from layerwise.units import size
 
 
 def plan(
@@ -78,7 +79,7 @@ def plan(
         cache_bytes=sum(stage.cache_bytes for stage in stages if stage.cached),
         disk_bytes=disk_peak(config.cache, sizes, cache_plan) * rounds_under_way(config, len(specs)),
         disk_budget_bytes=config.cache.disk,
-        notes=[*_notes(config, specs, cache_plan, device), *said_of(data)],
+        notes=[*_notes(config, specs, cache_plan, device), *_of_renderings(data, stages), *said_of(data)],
         host_bytes=max(stage.host_bytes for stage in stages),
         hours=_hours(config, data, specs, plans, device),
         device=str(device),
@@ -90,6 +91,16 @@ def _notes(config: Config, specs: Sequence[StageSpec], cache_plan: CachePlan, de
     less = why_less_than_budget(device, config.memory.gpu_mem)
     end_to_end = is_end_to_end([len(spec.layers) for spec in specs])
     return [less] * bool(less) + [END_TO_END] * end_to_end + list(cache_plan.notes)
+
+
+def _of_renderings(data: DataSet, stages: Sequence[StageForecast]) -> list[str]:
+    """What each of several costs on the disk."""
+    cached = sum(stage.cache_bytes for stage in stages if stage.cached)
+    if data.views == 1 or not cached:
+        return []
+    return [
+        f"the caches hold {data.views} renderings of each sample, {size(cached // data.views)} for each; see --views"
+    ]
 
 
 def sweep(config: Config, notify: Callable[[str], None] = lambda line: None) -> list[Forecast]:

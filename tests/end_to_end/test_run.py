@@ -141,6 +141,12 @@ def test_a_stage_that_stops_improving_has_converged(tiny_speech: Tiny, digits: P
     assert [(record.epochs, record.converged) for record in state.stages] == [(3, True)] * 4
 
 
+def test_a_stage_that_sits_at_chance_has_not_converged(tiny_speech: Tiny, digits: Path) -> None:
+    still = {"training.lr": 1e-12, "training.patience": 1, "training.max_epochs": 4, "training.stages": 1}
+    state = run(tiny_speech(f"fsdd:{digits}", **still)).state
+    assert [(record.epochs, record.converged) for record in state.stages] == [(4, False)]
+
+
 def test_training_lowers_the_held_out_loss(tiny_speech: Tiny, digits: Path) -> None:
     long_enough = {"training.max_epochs": 80, "training.patience": 80, "training.stages": 2}
     result = run(tiny_speech(f"fsdd:{digits}", **long_enough, **{"training.lr": 3e-3}))
