@@ -29,7 +29,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset
 
 from layerwise.config import DataOptions
-from layerwise.data.arrays import measure_level
+from layerwise.data.arrays import measure_level, without_absurd
 from layerwise.data.channels import cancel, notes_on
 from layerwise.data.images import PatchOptions, patch_options, picture_identity, picture_set, square_pixels
 from layerwise.data.source import SampleSet, digest
@@ -84,6 +84,7 @@ def open_dataset(items: Items, options: DataOptions) -> SampleSet:
     labels: list[dict[str, str]] = []
     left_out: dict[str, str] = {}
     cancelling: list[str] = []
+    peaks: dict[int, float] = {}
     for number in range(count):
         item = item_of(items, number)
         if item.where != first.where:
@@ -100,6 +101,7 @@ def open_dataset(items: Items, options: DataOptions) -> SampleSet:
             raise DataError(
                 f"Item {number} of the data set is empty, or holds values that are no numbers; leave it out."
             )
+        peaks[number] = float(np.abs(values).max())
         lengths.append(len(values))
         labels.append(item.labels)
         left_out |= item.left_out
@@ -123,7 +125,7 @@ def open_dataset(items: Items, options: DataOptions) -> SampleSet:
         pictures = picture_set(lambda number: torch.from_numpy(newest(number)), framing, ids, identity, named)
         pictures.notes = notes
         return pictures
-    return SampleSet(
+    data = SampleSet(
         takes="arrays" if first.rate is None else "waveforms",
         ids=ids,
         lengths=np.array(lengths, dtype=np.int64),
@@ -134,6 +136,7 @@ def open_dataset(items: Items, options: DataOptions) -> SampleSet:
         labels=named,
         notes=notes,
     )
+    return without_absurd(data, peaks)
 
 
 def _what_was_taken(first: Item, labels: Sequence[str], left_out: Mapping[str, str]) -> str:

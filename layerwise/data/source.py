@@ -198,8 +198,9 @@ class SampleSet:
 
 def said_of(data: DataSet) -> list[str]:
     """Lines on data that are about to be used: its notes, and the files that were skipped."""
-    files = [f"{len(data.skipped)} files skipped:"] if data.skipped else []
-    return [*getattr(data, "notes", ()), *files, *(f"  {entry.path}: {entry.reason}" for entry in data.skipped)]
+    what = "samples" if data.takes == "arrays" else "files"
+    head = [f"{len(data.skipped)} {what} skipped:"] if data.skipped else []
+    return [*getattr(data, "notes", ()), *head, *(f"  {entry.path}: {entry.reason}" for entry in data.skipped)]
 
 
 def several(names: Sequence[str]) -> str:
