@@ -71,11 +71,11 @@ class Epoch:
     views: np.ndarray
     tops: np.ndarray
     lefts: np.ndarray
-    """Like tops in places, of which there are `apart` from one frame to the next."""
+    """Where windows begin, in places: `apart` of them from one frame to the next."""
     window: Window
     batch_size: int
     apart: int = 1
-    """Above 1, windows are crops that begin at any pixel."""
+    """Above 1, places are pixels, and windows are crops of pictures."""
 
     @property
     def first_rows(self) -> np.ndarray:

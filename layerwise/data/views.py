@@ -89,7 +89,7 @@ class WithViews(Derived):
 
     def __init__(self, data: DataSet, views: int, whole: bool = False, flip: bool = False) -> None:
         """whole: samples are single frames, which may be cropped, and mirrored where `flip` allows it."""
-        self._shifts = pixels_apart(data) > 1 and not whole
+        self._shifts = views > data.views and pixels_apart(data) > 1
         how = ", shifted" if self._shifts else f", whole, flip {flip}" if whole else ""
         super().__init__(data, f"{views} views{how}")
         self.views, self._whole, self._flip = views, whole, flip
