@@ -79,6 +79,8 @@ def cases() -> Iterator[Case]:
     yield from _of_stages("vision", layouts, 4)
     at_once = MemoryPlan(8, 8, loss_room=ROOMS_OF_GPU[0])
     yield from _of_stages("speech", {1: [at_once], 2: [at_once], 6: [at_once]}, 8)
+    ahead = replace(at_once, ahead=True)
+    yield from _of_stages("speech", {1: [ahead], 2: [ahead], 6: [ahead]}, 8)
 
 
 def _of_stages(network: str, layouts: dict[int, list[MemoryPlan]], batch_size: int) -> Iterator[Case]:
@@ -121,6 +123,7 @@ def _take_steps(case: Case, segments: Segments, log: Allocations | None) -> int:
         for _ in range(STEPS):
             step()
         step.loaded.evaluate(host_batch(case.config, case.spec), StepRandomness(partial(np.random.default_rng, 0)))
+        step.loaded.forget_coming()
         return meter.peak
 
 
@@ -140,6 +143,7 @@ def main() -> None:
         ratios.append(found.predicted / found.modelled)
         sizes = " | ".join(f"{size / 1e6:.1f}" for size in (found.requested, found.modelled, found.predicted))
         layout = f"batch {case.plan.batch_size}, {case.plan}{', loss at once' * (case.plan.loss_room in ROOMS_OF_GPU)}"
+        layout += ", next batch ahead" * case.plan.ahead
         kind = "expandable" if found.segments.expandable else "fixed"
         print(
             f"| {case.network} | {case.stage} | {layout} | {kind} | {sizes} | {ratios[-1]:.3f} | {found.retries} | "

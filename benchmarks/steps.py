@@ -156,14 +156,21 @@ def our_stage(config: Config, plan: StageSpec, device: torch.device, memory_plan
     """The step of a run; must be called inside the meter."""
     loaded = StageTrainer(plan, config, memory_plan, RunContext(device, meter))
     batch = host_batch(config, plan)
-    seeds = iter(range(10**9))
+    coming = [drawn_for_step(0)]
+    batches = [loaded.prepared(batch, coming[0]) if memory_plan.ahead else batch]
 
     def step() -> object:
-        seed = next(seeds)
-        return loaded.train(batch, StepRandomness(lambda: np.random.default_rng(seed)))
+        coming.append(drawn_for_step(len(coming)))
+        batches.append(loaded.prepared(batch, coming[-1]) if memory_plan.ahead else batch)
+        loaded.send_for(batches[-1])
+        return loaded.train(batches.pop(0), coming[-2])
 
     step.loaded = loaded
     return step
+
+
+def drawn_for_step(number: int) -> StepRandomness:
+    return StepRandomness(lambda: np.random.default_rng(number))
 
 
 def floor_of(config: Config, plan: StageSpec, device: torch.device) -> list[Step]:

@@ -100,10 +100,15 @@ def return_free_blocks(device: torch.device) -> None:
 
 def on_device(frames: torch.Tensor, device: torch.device, samples: slice = slice(None)) -> torch.Tensor:
     """Frames of some samples from the host as float32 on the device; a copy on a CPU too, so that it counts there."""
+    return brought(frames, device, samples).float()
+
+
+def brought(frames: torch.Tensor, device: torch.device, samples: slice = slice(None)) -> torch.Tensor:
+    """The same in their own dtype."""
     with uncounted():
         part = frames[samples]
     # Without waiting, where the frames are pinned; what is done with them next waits by itself.
-    return part.to(device, copy=True, non_blocking=frames.is_pinned()).float()
+    return part.to(device, copy=True, non_blocking=frames.is_pinned())
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
