@@ -16,7 +16,7 @@ of the device are taken to mean the device, for that is how torch's C++ says it.
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -78,6 +78,7 @@ class Counts:
     to_host: int = 0
     waits: int = 0
     """How often the host waits for the device: copies in pageable memory, values that it reads, synchronize()."""
+    bytes_to_device: int = field(default=0, compare=False)
 
 
 @dataclass(slots=True)
@@ -352,6 +353,7 @@ class SimulatedGPU(TorchDispatchMode):
 
     def _count_to_device(self, source: torch.Tensor, non_blocking: bool) -> None:
         self.counts.to_device += 1
+        self.counts.bytes_to_device += source.nbytes
         self._wait_unless(non_blocking and self.is_pinned(source))
 
     def _wait_unless(self, goes_on: bool) -> None:
