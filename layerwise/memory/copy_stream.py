@@ -45,7 +45,7 @@ class CopyStream:
         self._device, self._stream = device, torch.cuda.Stream(device)
 
     def bring(self, pinned: torch.Tensor) -> Arriving:
-        """A copy of a tensor of pinned memory."""
+        """A copy of a contiguous tensor of pinned memory."""
         there = torch.empty(pinned.shape, dtype=pinned.dtype, device=self._device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -53,7 +53,7 @@ class CopyStream:
         return Arriving(there, self._stream.record_event())
 
     def take(self, *tensors: torch.Tensor) -> Leaving:
-        """Copies of tensors of the device, as they are when all that is queued by now has been done."""
+        """Copies of contiguous tensors of the device, as they are when all that is queued by now has been done."""
         on_host = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):

@@ -36,7 +36,7 @@ def overlapped_rows(
     ) -> tuple[Leaving, np.ndarray]:
         # The largest of all says whether all can be held, and is read where nobody waits for it.
         largest = torch.linalg.vector_norm(outputs, math.inf) if outputs.numel() else outputs.new_zeros(())
-        return down.take(outputs.to(STORED[dtype].tensor), largest), lengths
+        return down.take(contiguous(outputs, STORED[dtype].tensor), largest), lengths
 
     def rows_of(leaving: Leaving, lengths: np.ndarray) -> Iterator[np.ndarray]:
         stored, largest = leaving.left()
@@ -58,6 +58,11 @@ def overlapped_rows(
     finally:
         for leaving, _ in on_their_way:
             leaving.left()
+
+
+def contiguous(outputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy in one piece: of anything else torch would make one on the stream that copies, beside the plan."""
+    return torch.empty(outputs.shape, dtype=dtype, device=outputs.device).copy_(outputs)
 
 
 def _sent(pieces: Iterator[Batch], copies: CopyStream) -> Iterator[Batch]:

@@ -31,6 +31,7 @@ from layerwise.nets.network import memoised_per
 from layerwise.objectives.protocol import Draw, Group, ObjectiveModule
 from layerwise.training.context import RunContext
 from layerwise.training.optimizer import HostOptimizer, Optimizer
+from layerwise.training.overlapped import contiguous
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
 
@@ -140,7 +141,7 @@ def _rehearsed_caching(
                 del x
                 if overlapped:
                     torch.linalg.vector_norm(outputs, math.inf)
-                    leaving = outputs.to(cached)
+                    leaving = contiguous(outputs, cached)
                 else:
                     outputs.to(cached).isfinite().all()
                 del outputs

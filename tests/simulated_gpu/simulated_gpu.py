@@ -331,6 +331,10 @@ class SimulatedGPU(TorchDispatchMode):
                 return True
         if packet is aten.copy_:
             into, source = args[:2]
+            if self.holds(into) != self.holds(source) and not (
+                into.is_contiguous() and source.is_contiguous() and into.dtype == source.dtype
+            ):
+                self.streams.begin()  # of what lies otherwise torch makes a contiguous copy first
             if not self.holds(into):
                 counts.to_host += 1
                 self._wait_unless(

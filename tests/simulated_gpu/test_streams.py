@@ -116,3 +116,12 @@ def test_memory_that_was_waited_for_is_let_go_of(copied: Copied, gpu: SimulatedG
 def test_memory_is_asked_for_on_one_stream_alone(gpu: SimulatedGPU) -> None:
     with torch.cuda.stream(torch.cuda.Stream()), pytest.raises(Race, match="memory is asked for"):
         torch.ones(4, device="cuda")
+
+
+def test_what_is_not_contiguous_is_not_copied_on_a_stream_of_its_own(gpu: SimulatedGPU) -> None:
+    here, host, stream = torch.ones(4, 3, device="cuda"), torch.empty(3, 4, pin_memory=True), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), pytest.raises(Race, match="memory is asked for"):
+        host.copy_(here.t(), non_blocking=True)
+    torch.cuda.current_stream().wait_stream(stream)
+    host.copy_(here.t())
