@@ -72,7 +72,7 @@ def halve_until_it_fits(work: Callable[[int], T], size: int, smallest: int, devi
 def once_more_where_full(work: Callable[[], T], device: torch.device) -> T:
     """What work() gives; where the device is full, what it gives when all that is free has been given back.
 
-    `work` changes nothing before it has all the memory that it needs.
+    `work` changes nothing before it has all the memory that it needs, or goes on where an earlier attempt of it ended.
     """
     try:
         return work()

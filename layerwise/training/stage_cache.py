@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from layerwise.data.batches import Group, group_renderings
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, Interrupted, UnusableCache
 from layerwise.events import CachingProgress
-from layerwise.memory.device import halve_until_it_fits
+from layerwise.memory.device import halve_until_it_fits, once_more_where_full
 from layerwise.training.cache_plan import cache_layout
 from layerwise.training.checkpoint import load_stages, load_weights
 from layerwise.training.context import RunContext
@@ -55,13 +56,12 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
             return CacheWriter(written, layout, int(options.block), options.compression, ranks.rank, ranks.count)
 
         memory_plan = run.memory_plans[spec.stage - 1]
+        overlapped = iter([memory_plan.overlapped])
 
         def write(piece: int) -> None:
-            # Where memory has run out, one piece at a time takes less.
-            overlapped = memory_plan.overlapped and piece == memory_plan.piece
             with open_writer() as writer:
                 try:
-                    _write_outputs(stage, loader, writer, piece, overlapped, context)
+                    _write_outputs(stage, loader, writer, piece, next(overlapped, False), context)
                 finally:
                     record_progress()
                 if ranks.count == 1:
@@ -74,7 +74,13 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
             writer.seal(lambda: context.stop.raise_if_set(f"while the cache of stage {spec.stage} was packed"))
 
         def write_in_pieces() -> None:
-            halve_until_it_fits(write, memory_plan.piece, shortest_piece(spec, run.config), run.device)
+            def attempt(piece: int) -> None:
+                if memory_plan.overlapped:  # the second time it is not: that takes less
+                    once_more_where_full(partial(write, piece), run.device)
+                else:
+                    write(piece)
+
+            halve_until_it_fits(attempt, memory_plan.piece, shortest_piece(spec, run.config), run.device)
 
         if ranks.count == 1:
             write_in_pieces()

@@ -21,12 +21,13 @@ from layerwise.data.batches import group_renderings
 from layerwise.engines import run as engine
 from layerwise.errors import Interrupted, TrainingError
 from layerwise.events import CachingProgress, Event, StepDone
-from layerwise.memory.copy_stream import Leaving
+from layerwise.memory.copy_stream import CopyStream, Leaving
 from layerwise.memory.driver import beside_tensors, segments_of
 from layerwise.memory.meter import meter_for
 from layerwise.memory.plan import ROOMS_OF_GPU, MemoryPlan
 from layerwise.memory.reserved import Allocations, Segments
 from layerwise.stop import StopFlag
+from layerwise.training import task
 from layerwise.training.budget import fit_stage
 from layerwise.training.context import RunContext
 from layerwise.training.forward import InferenceStage, OutputFormat
@@ -71,10 +72,10 @@ def test_each_of_them_gives_the_bits_of_a_run_without(gpu: SimulatedGPU, tmp_pat
 
 
 def test_a_step_is_computed_while_the_next_batch_comes(gpu: SimulatedGPU) -> None:
-    task = Task.of(CASE, 1)
-    trainer = task.trainer(MemoryPlan(2, 2, loss_room=ROOMS_OF_GPU[0], ahead=True), GPU)
+    made = Task.of(CASE, 1)
+    trainer = made.trainer(MemoryPlan(2, 2, loss_room=ROOMS_OF_GPU[0], ahead=True), GPU)
     drawn = [StepRandomness(partial(np.random.default_rng, number)) for number in range(3)]
-    batches = [trainer.prepared(task.batch(), each) for each in drawn]
+    batches = [trainer.prepared(made.batch(), each) for each in drawn]
     trainer.send_for(batches[0])
     trainer.train(batches[0], drawn[0])
     computing, copying = gpu.streams.made
@@ -105,6 +106,31 @@ def test_a_run_that_is_stopped_meanwhile_goes_on_to_the_same_bits(
         run_case(CASE, "cuda", tmp_path / "stopped", ask, stop)
     gpu.raise_faults()
     assert outcome(CASE, "cuda", tmp_path / "stopped")["weights"] == expected["weights"]
+
+
+def test_where_there_is_no_room_for_them_after_all_a_run_goes_on_without(
+    gpu: SimulatedGPU, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, refused = outcome(CASE, "cuda", tmp_path / "undisturbed")["weights"], []
+
+    def without_room(work: Any) -> Any:
+        def refusing(*args: Any) -> Any:
+            refused.append(work.__name__)
+            gpu.allocator.refuse = lambda allocation: True
+            try:
+                return work(*args)
+            finally:
+                gpu.allocator.refuse = lambda allocation: False
+
+        return refusing
+
+    monkeypatch.setattr(CopyStream, "bring", without_room(CopyStream.bring))
+    monkeypatch.setattr(task, "resident_rows", without_room(task.resident_rows))
+    found = outcome(CASE, "cuda", tmp_path / "disturbed")["weights"]
+    assert set(refused) == {"bring", "resident_rows"}
+    for name, values in expected.items():
+        pair = [np.frombuffer(each, dtype=np.float32) for each in (found[name], values)]
+        np.testing.assert_allclose(*pair, rtol=1e-3, atol=1e-4)
 
 
 def test_with_its_input_there_a_stage_copies_but_what_is_drawn(gpu: SimulatedGPU, tmp_path: Path) -> None:
@@ -140,8 +166,8 @@ def test_a_piece_is_computed_while_the_one_before_leaves(
 
 
 def test_an_output_that_the_cache_cannot_hold_is_refused_by_its_value(gpu: SimulatedGPU, tmp_path: Path) -> None:
-    task = Task.of(CASE, 1)
-    *_, stage, loader = caching(task)
+    made = Task.of(CASE, 1)
+    *_, stage, loader = caching(made)
     for parameter in stage.module.parameters():
         parameter.data.mul_(1e9)
     with pytest.raises(TrainingError, match=r"An output of stage 1 of \d\.\d+e\+\d+ does not fit into float16"):
@@ -152,11 +178,11 @@ def context() -> RunContext:
     return RunContext(GPU, meter_for(GPU, None))
 
 
-def caching(task: Task) -> tuple[Any, ...]:
+def caching(made: Task) -> tuple[Any, ...]:
     """A stage that is to be cached, and what it reads."""
-    module = task.spec.build_module(0, GPU).eval()
+    module = made.spec.build_module(0, GPU).eval()
     data = np.random.default_rng(0).standard_normal((3, 100_000, 1), dtype=np.float32)
-    stage = InferenceStage(1, module, OutputFormat.of(task.config), resident=True)
+    stage = InferenceStage(1, module, OutputFormat.of(made.config), resident=True)
 
     class Noise:
         lengths, columns, views = np.full(len(data), data.shape[1]), 1, 1
@@ -174,8 +200,8 @@ def test_reserved_bytes_of_the_caching_pass_are_predicted_and_hold() -> None:
     piece = 60_000
 
     def cache(gpu: SimulatedGPU) -> None:
-        task = Task.of(case, 1)
-        stage, loader = caching(task)
+        made = Task.of(case, 1)
+        stage, loader = caching(made)
         if gpu.allocator.log is not None:
             gpu.allocator.log.begin_step()
         with context().meter:
@@ -183,8 +209,8 @@ def test_reserved_bytes_of_the_caching_pass_are_predicted_and_hold() -> None:
             assert sum(len(each) for each in rows) == 3 * 19_999
 
     with installed(SimulatedGPU()) as gpu:
-        task, segments = Task.of(case, 1), Segments(expandable=False)
-        predicted = caching_peak(task.config, task.spec, piece, segments, overlapped=True)
+        made, segments = Task.of(case, 1), Segments(expandable=False)
+        predicted = caching_peak(made.config, made.spec, piece, segments, overlapped=True)
         log = gpu.allocator.log = Allocations()
         cache(gpu)
         gpu.allocator.log = None
