@@ -67,13 +67,18 @@ def counted(spec: StageSpec, config: Config, plan: MemoryPlan, gpu: SimulatedGPU
     """What so many steps ask for, behind the first two."""
     trainer = StageTrainer(spec, config, plan, RunContext(GPU, meter_for(GPU, None)))
     unread: UnreadScores[int] = UnreadScores(GPU)
+    current = trainer.prepared(host_batch(config, spec), drawn(-2))
     for number in range(-2, steps):
         if not number:
             unread.read()
             gpu.counts = Counts()
-        unread.add(number, trainer.train(trainer.prepared(host_batch(config, spec), drawn(number)), drawn(number)))
+        following = trainer.prepared(host_batch(config, spec), drawn(number + 1))
+        trainer.send_for(following)
+        unread.add(number, trainer.train(current, drawn(number)))
+        current = following
         if unread.due:
             unread.read()
+    trainer.forget_coming()
     return replace(gpu.counts)
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from steps import host_batch, machine, natural_stages, our_stage, paper
+from steps import machine, natural_stages, our_stage, paper
 
 from layerwise.config import Config
 from layerwise.memory.driver import possible_segments, segments_used, take_workspaces
 from layerwise.memory.meter import meter_for
-from layerwise.memory.plan import NARROW_ROOM, ROOMS, ROOMS_OF_GPU, MemoryPlan
+from layerwise.memory.plan import NARROW_ROOM, ROOMS, ROOMS_OF_GPU, WIDE_ROOM, MemoryPlan
 from layerwise.memory.reserved import Allocations, Segments
 from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec
@@ -79,6 +79,10 @@ def cases() -> Iterator[Case]:
     yield from _of_stages("vision", layouts, 4)
     at_once = MemoryPlan(8, 8, loss_room=ROOMS_OF_GPU[0])
     yield from _of_stages("speech", {1: [at_once], 2: [at_once], 6: [at_once]}, 8)
+    ahead, resident = replace(at_once, ahead=True), replace(at_once, resident=50_000)
+    yield from _of_stages(
+        "speech", {1: [ahead], 2: [ahead, resident], 6: [ahead, replace(resident, loss_room=WIDE_ROOM)]}, 8
+    )
 
 
 def _of_stages(network: str, layouts: dict[int, list[MemoryPlan]], batch_size: int) -> Iterator[Case]:
@@ -120,7 +124,8 @@ def _take_steps(case: Case, segments: Segments, log: Allocations | None) -> int:
             log.begin_step()
         for _ in range(STEPS):
             step()
-        step.loaded.evaluate(host_batch(case.config, case.spec), StepRandomness(partial(np.random.default_rng, 0)))
+        step.loaded.evaluate(step.batch, StepRandomness(partial(np.random.default_rng, 0)))
+        step.loaded.forget_coming()
         return meter.peak
 
 
@@ -140,6 +145,7 @@ def main() -> None:
         ratios.append(found.predicted / found.modelled)
         sizes = " | ".join(f"{size / 1e6:.1f}" for size in (found.requested, found.modelled, found.predicted))
         layout = f"batch {case.plan.batch_size}, {case.plan}{', loss at once' * (case.plan.loss_room in ROOMS_OF_GPU)}"
+        layout += ", next batch ahead" * case.plan.ahead
         kind = "expandable" if found.segments.expandable else "fixed"
         print(
             f"| {case.network} | {case.stage} | {layout} | {kind} | {sizes} | {ratios[-1]:.3f} | {found.retries} | "

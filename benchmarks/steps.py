@@ -156,14 +156,30 @@ def our_stage(config: Config, plan: StageSpec, device: torch.device, memory_plan
     """The step of a run; must be called inside the meter."""
     loaded = StageTrainer(plan, config, memory_plan, RunContext(device, meter))
     batch = host_batch(config, plan)
-    seeds = iter(range(10**9))
+    if memory_plan.resident:
+        batch = on_device_already(batch, memory_plan.resident, device)
+    coming = [drawn_for_step(0)]
+    batches = [loaded.prepared(batch, coming[0]) if memory_plan.ahead else batch]
 
     def step() -> object:
-        seed = next(seeds)
-        return loaded.train(batch, StepRandomness(lambda: np.random.default_rng(seed)))
+        coming.append(drawn_for_step(len(coming)))
+        batches.append(loaded.prepared(batch, coming[-1]) if memory_plan.ahead else batch)
+        loaded.send_for(batches[-1])
+        return loaded.train(batches.pop(0), coming[-2])
 
-    step.loaded = loaded
+    step.loaded, step.batch = loaded, batch
     return step
+
+
+def on_device_already(batch: Batch, rows: int, device: torch.device) -> Batch:
+    """A batch of so many rows that stay on the device: zeros."""
+    numbers = torch.from_numpy(np.random.default_rng(0).integers(0, rows, (*batch.frames.shape[:2], 1)))
+    stored = torch.zeros(rows, *batch.frames.shape[2:], dtype=batch.frames.dtype, device=device)
+    return Batch(numbers, batch.lengths, rows=stored)
+
+
+def drawn_for_step(number: int) -> StepRandomness:
+    return StepRandomness(lambda: np.random.default_rng(number))
 
 
 def floor_of(config: Config, plan: StageSpec, device: torch.device) -> list[Step]:

@@ -38,7 +38,8 @@ class StageForecast:
     moved_bytes: int
     """That a step moves between host and device, both ways."""
     input: str
-    """Where its samples come from: data, cache, or recompute where the stage below is not cached."""
+    """Where its samples come from: data, cache, recompute where the stage below is not cached, or device where the cache stays
+    there."""
 
 
 @dataclass(frozen=True, slots=True)

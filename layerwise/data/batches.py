@@ -59,8 +59,17 @@ class Batch:
     """int64 [B], for objectives that learn a label; -1 where a sample has none."""
     renderings: np.ndarray | None = None
     """int64 [B], which renderings of a group a piece is of, in order; None: all of them."""
+    rows: torch.Tensor | None = None
+    """Of the device, [R, *frame shape]: `frames`, int64 [B, L, 1] then, are numbers of them; None: they are what was read."""
     drawn: object = None
     """What whoever takes a step with it has drawn for it ahead; None: nothing."""
+
+
+def gathered(frames: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """[B, L, *frame shape], what some frames of a batch stand for, on the device: rows with these numbers, or themselves."""
+    if rows is None:
+        return frames
+    return rows.index_select(0, frames.flatten()).unflatten(0, frames.shape[:2])
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from layerwise.training.cut import cut_network
 from layerwise.training.optimizer import Optimization
 from layerwise.training.peaks import training_peak
 from layerwise.training.recompute import BLOCK_BYTES
+from layerwise.training.resident import rows_of_input
 from layerwise.training.samples import TRAIN, split_samples
 from layerwise.training.spec import StageSpec
 from layerwise.training.work import step_flops, step_moved, step_operations, waiting_bytes
@@ -66,7 +67,7 @@ def plan(
     for spec in specs:
         notify(f"rehearsing stage {spec.stage} of {len(specs)}")
         below = cache_plan.below(spec.stage, specs)
-        fitting = fit_stage(config, spec, device, below)
+        fitting = fit_stage(config, spec, device, below, rows_of_input(config, spec, cache_plan))
         plans.append(fitting or smallest_plan(config, spec, below, device))
         stages.append(_forecast(config, specs, cache_plan, sizes, device, spec, plans[-1], fitting is not None))
     return Forecast(
@@ -160,7 +161,7 @@ def _forecast(
         host_bytes=_host_bytes(config, spec, memory_plan, device),
         flops=step_flops(config, spec, memory_plan),
         moved_bytes=step_moved(config, spec, memory_plan),
-        input=cache_plan.input_kind(spec.stage),
+        input="device" if memory_plan.resident else cache_plan.input_kind(spec.stage),
     )
 
 
@@ -176,18 +177,27 @@ def _host_bytes(config: Config, spec: StageSpec, memory_plan: MemoryPlan, device
     itself = psutil.Process().memory_info().rss
     on_host = 4 * trained if memory_plan.optimizer_on_host else 0
     recomputing = BLOCK_BYTES + 3 * trained if memory_plan.windows else 0
-    reading, writing = reading_bytes(batch, device), 2 * int(config.cache.block)
+    if memory_plan.resident:
+        batch = 8 * config.training.batch_size * spec.window.frames
+    reading, writing = reading_bytes(batch, device, memory_plan.ahead), 2 * int(config.cache.block)
+    if memory_plan.overlapped:  # two pieces of outputs, pinned
+        outputs = int(spec.shapes.out_length(memory_plan.piece)) * math.prod(spec.output_shape)
+        writing += 2 * _pinned_bytes(outputs * STORED[config.cache.dtype].tensor.itemsize)
     return itself + recomputing + reading + writing + checkpoint + on_host + waiting_bytes(config, spec, memory_plan)
 
 
-def reading_bytes(batch: int, device: torch.device) -> int:
-    """Of batches of so many bytes that are read ahead, in host memory.
+def reading_bytes(batch: int, device: torch.device, ahead: bool = False) -> int:
+    """Of batches of so many bytes that are read ahead, in host memory. ahead: whether one goes to the device before its step.
 
     For a GPU they lie in pinned memory, which torch rounds up to a power of two and never gives back, and are read before.
     """
     if device.type != "cuda":
         return (READ_AHEAD + 2) * batch
-    return (READ_AHEAD + 2) * 2 ** math.ceil(math.log2(batch)) + batch
+    return (READ_AHEAD + 2 + ahead) * _pinned_bytes(batch) + batch
+
+
+def _pinned_bytes(size: int) -> int:
+    return 2 ** math.ceil(math.log2(max(size, 1)))
 
 
 def look(config: Config) -> tuple[DataSet, tuple[str, ...]]:

@@ -72,7 +72,7 @@ def halve_until_it_fits(work: Callable[[int], T], size: int, smallest: int, devi
 def once_more_where_full(work: Callable[[], T], device: torch.device) -> T:
     """What work() gives; where the device is full, what it gives when all that is free has been given back.
 
-    `work` changes nothing before it has all the memory that it needs.
+    `work` changes nothing before it has all the memory that it needs, or goes on where an earlier attempt of it ended.
     """
     try:
         return work()
@@ -100,10 +100,15 @@ def return_free_blocks(device: torch.device) -> None:
 
 def on_device(frames: torch.Tensor, device: torch.device, samples: slice = slice(None)) -> torch.Tensor:
     """Frames of some samples from the host as float32 on the device; a copy on a CPU too, so that it counts there."""
+    return brought(frames, device, samples).float()
+
+
+def brought(frames: torch.Tensor, device: torch.device, samples: slice = slice(None)) -> torch.Tensor:
+    """The same in their own dtype."""
     with uncounted():
         part = frames[samples]
     # Without waiting, where the frames are pinned; what is done with them next waits by itself.
-    return part.to(device, copy=True, non_blocking=frames.is_pinned()).float()
+    return part.to(device, copy=True, non_blocking=frames.is_pinned())
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:

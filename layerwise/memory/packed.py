@@ -31,7 +31,7 @@ class _Place:
         return buffer[self.begin : self.end].view(self.dtype).view(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Packed:
     """Small arrays by their names, and frames behind them."""
 
@@ -68,9 +68,12 @@ class Packed:
         with in_host_memory():
             return self._frames.within(self.buffer)
 
-    def on_device(self, device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Arrays and frames; a copy on a CPU too, so that it counts there. Each of the two can be let go of by itself."""
-        whole = self.buffer.to(device, copy=True, non_blocking=self.buffer.is_pinned())
+    def on_device(self, device: torch.device) -> torch.Tensor:
+        """A copy of the buffer; on a CPU too, so that it counts there."""
+        return self.buffer.to(device, copy=True, non_blocking=self.buffer.is_pinned())
+
+    def unpacked(self, whole: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Arrays and frames in a copy of the buffer. Each of the two can be let go of by itself."""
         frames, of_arrays = None, whole
         if self._frames is not None:
             frames, of_arrays = self._frames.within(whole), whole[: self._frames.begin].clone()

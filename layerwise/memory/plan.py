@@ -47,10 +47,16 @@ class MemoryPlan:
     """Whether the gradients of the representations wait on the host, where the representations themselves do not."""
     gradients_at_once: bool = False
     """Whether each gradient of the module goes to the host as soon as a slice has made it. With the optimizer there only."""
+    ahead: bool = False
+    """On CUDA: whether the next batch comes to the device while a step computes, so that two of them are there."""
+    resident: int = 0
+    """On CUDA: rows of the input where all of it stays on the device, one of zeros among them; 0: it is read from the host."""
     piece: int = field(default=0, compare=False)
     """Input frames that are on the device at once in the caching pass; 0 until it is planned."""
     windows: int = field(default=0, compare=False)
     """Windows of the input that are on the device at once while they are recomputed; 0 where a cache or data are read."""
+    overlapped: bool = field(default=False, compare=False)
+    """On CUDA: whether in the caching pass the next piece comes and the outputs of the one before go while one is computed."""
     expandable: bool = field(default=False, compare=False)
     """On CUDA: whether the allocator's segments grow and shrink by pages, which takes less room for some stages."""
     why: str = field(default="", compare=False)
@@ -70,7 +76,7 @@ class MemoryPlan:
         """The next smaller slices, or None where one sample at a time and one sample's targets at a time are reached."""
         room = min(self.loss_room, NARROW_ROOM)
         if self.at_once:
-            return replace(self, loss_room=room)
+            return replace(self, loss_room=room, ahead=False)
         if self.micro_batch > 1:
             return replace(self, micro_batch=self.micro_batch // 2, loss_room=room)
         if self.parts < self.batch_size:
@@ -106,6 +112,8 @@ class MemoryPlan:
             words.append(f"loss in {self.loss_room / 2**20:g} MiB")
         if self.predictors:
             words.append("1 predictor at a time" if self.predictors == 1 else f"{self.predictors} predictors at a time")
+        if self.resident:
+            words.append("input on the device")
         if self.expandable:
             words.append("expandable segments")
         return ", ".join(words)

@@ -61,6 +61,8 @@ class StageRecord:
     micro_batch: Count | None = None
     input: Literal["data", "cache", "recompute"] | None = None
     """Where its samples come from: data, cache, or recompute where the stage below is not cached."""
+    input_on_device: bool | None = None
+    """On CUDA: whether all of that stayed on the device while it trained."""
     cached: bool | None = None
     """Whether its outputs are to be cached; None until the stage is begun."""
     cache: Annotated[str, Field(pattern=r"^stage-[1-9]\d*\.h5$")] | None = None

@@ -7,12 +7,15 @@ from functools import partial
 
 import torch
 
+from layerwise.cache.dtypes import STORED
 from layerwise.config import Config
 from layerwise.config.options import PAPER_NETWORKS
 from layerwise.errors import BudgetError
 from layerwise.memory.device import find_device
 from layerwise.memory.driver import (
+    MARGIN,
     beside_tensors,
+    free_for_tensors,
     possible_segments,
     room_for_tensors,
     segments_of,
@@ -27,6 +30,7 @@ from layerwise.stop import StopFlag
 from layerwise.training.cache_plan import CachePlan
 from layerwise.training.forward import longest_piece, shortest_piece
 from layerwise.training.peaks import Below, caching_peak, recomputing_peak, training_fits, training_peak
+from layerwise.training.resident import rows_of_input
 from layerwise.training.spec import StageSpec, batch_effects
 from layerwise.training.work import stage_work, step_cost, step_least_bytes
 
@@ -47,7 +51,7 @@ def fit_to_budget(
     for spec in specs:
         stop.raise_if_set("before anything was trained")
         recomputed = cache_plan.below(spec.stage, specs)
-        plan = fit_stage(config, spec, device, recomputed)
+        plan = fit_stage(config, spec, device, recomputed, rows_of_input(config, spec, cache_plan))
         if plan is None and spec.stage not in done:
             refused[smallest_budget(config, spec, device, recomputed)] = spec
         plans.append(plan or smallest_plan(config, spec, recomputed, device))
@@ -57,15 +61,20 @@ def fit_to_budget(
     return plans
 
 
-def fit_stage(config: Config, spec: StageSpec, device: torch.device, below: Below = ()) -> MemoryPlan | None:
+def fit_stage(
+    config: Config, spec: StageSpec, device: torch.device, below: Below = (), input_rows: int = 0
+) -> MemoryPlan | None:
     """The plan of a stage that takes the least time of those that the budget holds, or None.
 
-    below: the stages whose outputs are not cached and are recomputed for this one, lowest first.
+    below: the stages whose outputs are not cached and are recomputed for this one, lowest first. input_rows: of the input,
+    where it can stay on the device, see `resident`.
     """
     allowed = plans_by_cost(config, spec, config.memory.flops_per_byte or measured_rates(device).flops_per_byte)
     first, longest, windows = allowed[0][0], longest_piece(spec, config), config.training.batch_size if below else 0
     if config.memory.gpu_mem is None:
-        return replace(first, piece=longest, windows=windows)
+        first = replace(first, piece=longest, windows=windows)
+        on_gpu = device.type == "cuda"
+        return _with_copies_beside(config, spec, below, first, input_rows, device) if on_gpu else first
     room, ways = room_for_tensors(device, config.memory.gpu_mem), possible_segments(device)
 
     # No plan takes less, and trying all of them one by one would find that out late.
@@ -83,7 +92,7 @@ def fit_stage(config: Config, spec: StageSpec, device: torch.device, below: Belo
     for segments in ways:
         if not training_fits(config, spec, plan, room, segments):
             continue
-        piece_peak = partial(_piece_peak, config, spec, below, segments)
+        piece_peak = partial(_piece_peak, config, spec, below, segments, plan)
         windows_peak = partial(_windows_peak, config, spec, below, segments)
         piece = _largest_that_fits(longest, shortest_piece(spec, config), piece_peak, room)
         at_once = _largest_that_fits(windows, min(windows, 1), windows_peak, room)
@@ -93,8 +102,37 @@ def fit_stage(config: Config, spec: StageSpec, device: torch.device, below: Belo
             if expandable and not why:
                 fixed = training_peak(config, spec, plan, ways[0]).bytes
                 why = f"segments of a fixed size would take {fixed / 1e6:.1f} MB" if len(ways) > 1 else ""
-            return replace(plan, piece=piece, windows=at_once, expandable=expandable, why=why)
+            plan = replace(plan, piece=piece, windows=at_once, expandable=expandable, why=why)
+            return plan if segments is None else _with_copies_beside(config, spec, below, plan, input_rows, device)
     return None
+
+
+def _with_copies_beside(
+    config: Config, spec: StageSpec, below: Below, plan: MemoryPlan, input_rows: int, device: torch.device
+) -> MemoryPlan:
+    """The plan of a stage on a GPU with what keeps its steps from waiting for the host, where there is room for it: the whole
+    input on the device, or else the next batch; and pieces that come and go while others are computed.
+
+    Not where other stages recompute the input: they have the device to themselves.
+    """
+    if below or spec.parts:
+        return plan
+    budget, segments = config.memory.gpu_mem, segments_of(device, plan.expandable)
+    room = free_for_tensors(device) - MARGIN if budget is None else room_for_tensors(device, budget)
+
+    def caches(plan: MemoryPlan) -> bool:
+        return _piece_peak(config, spec, below, segments, plan, plan.piece) <= room
+
+    resident = replace(plan, resident=input_rows)
+    if 0 < input_rows * math.prod(spec.frame_shape) * STORED[config.cache.dtype].tensor.itemsize < room and (
+        training_fits(config, spec, resident, room, segments) and caches(resident)
+    ):
+        plan = resident
+    elif plan.at_once:
+        ahead = replace(plan, ahead=True)
+        plan = ahead if budget is None or training_fits(config, spec, ahead, room, segments) else plan
+    overlapped = replace(plan, overlapped=True)
+    return overlapped if budget is None or caches(overlapped) else plan
 
 
 def held_at_all(config: Config, spec: StageSpec, device: torch.device) -> bool:
@@ -168,15 +206,17 @@ def peaks_of_plan(
     segments = segments_of(device, plan.expandable)
     training = training_peak(config, spec, plan, segments).bytes
     recomputing = _windows_peak(config, spec, below, segments, plan.windows)
-    return max(training, recomputing), _piece_peak(config, spec, below, segments, plan.piece)
+    return max(training, recomputing), _piece_peak(config, spec, below, segments, plan, plan.piece)
 
 
-def _piece_peak(config: Config, spec: StageSpec, below: Below, segments: Segments | None, piece: int) -> int:
+def _piece_peak(
+    config: Config, spec: StageSpec, below: Below, segments: Segments | None, plan: MemoryPlan, piece: int
+) -> int:
     """Of one piece of the caching pass, its recomputing included: one long window, or short ones side by side."""
     recomputing = (
         recomputing_peak(config, below, n, -(-piece // n), segments) for n in (1, config.training.batch_size)
     )
-    return max(caching_peak(config, spec, piece, segments), *recomputing)
+    return max(caching_peak(config, spec, piece, segments, plan.overlapped, plan.resident), *recomputing)
 
 
 def _windows_peak(config: Config, spec: StageSpec, below: Below, segments: Segments | None, windows: int) -> int:

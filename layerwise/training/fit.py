@@ -202,7 +202,22 @@ def _batches(
         labelled = batch if classes is None else replace(batch, classes=classes[epoch.samples_of(step)])
         return trainer.prepared(augment(step, labelled), randomness(step))
 
-    return zip(range(first, epoch.steps), loader.batches(epoch, first, trainer.offloaded, prepare), strict=True)
+    batches = zip(range(first, epoch.steps), loader.batches(epoch, first, trainer.offloaded, prepare), strict=True)
+    return _sent_for(batches, trainer) if trainer.memory_plan.ahead else batches
+
+
+def _sent_for(batches: Iterator[tuple[int, Batch]], trainer: AnyTrainer) -> Iterator[tuple[int, Batch]]:
+    """Each batch when the next one has been sent for: it comes to the device while this one's step is computed."""
+    try:
+        current = next(batches, None)
+        while current is not None:
+            following = next(batches, None)
+            if following is not None:
+                trainer.send_for(following[1])
+            yield current
+            current = following
+    finally:
+        trainer.forget_coming()
 
 
 def _check_finite(loss: float, stage: int, epoch: int, lr: float) -> None:

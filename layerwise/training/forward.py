@@ -15,15 +15,15 @@ from torch.utils._pytree import tree_iter
 
 from layerwise.cache.dtypes import STORED, as_array
 from layerwise.config import Config
-from layerwise.data.batches import Batch, Group
+from layerwise.data.batches import Batch, Group, gathered
 from layerwise.data.source import DataSet
 from layerwise.errors import TrainingError
 from layerwise.memory.device import (
     autocast,
+    brought,
     find_device,
     halve_until_it_fits,
     offloaded,
-    on_device,
     pack_recurrent_weights,
 )
 from layerwise.memory.driver import cap
@@ -73,11 +73,17 @@ class InferenceStage:
         dtype = self.output_format.dtype
         stored = outputs if dtype is None else outputs.to(STORED[dtype].tensor)
         if dtype is not None and not torch.isfinite(stored).all():
+            self.refuse_unstorable(outputs.abs().max())
+        return stored
+
+    def refuse_unstorable(self, largest: torch.Tensor) -> None:
+        """Raises TrainingError where the dtype of the cache cannot hold the largest output; a scalar."""
+        dtype = self.output_format.dtype
+        if dtype is not None and not torch.isfinite(largest.to(STORED[dtype].tensor)):
             raise TrainingError(
-                f"An output of stage {self.stage} of {outputs.abs().max().item():.3g} does not fit into {dtype}; start again "
+                f"An output of stage {self.stage} of {largest.item():.3g} does not fit into {dtype}; start again "
                 f"with --from-stage {self.stage} --cache-dtype bfloat16."
             )
-        return stored
 
 
 def forward_all(
@@ -93,6 +99,34 @@ def forward_all(
     stage hands over: frames (L, *frame shape) on the device. Gives the rendering, what `keep` made of the last stage's frames,
     and whether this was the rendering's last piece. Raises TrainingError where a dtype cannot hold an output.
     """
+
+    def keep_each(number: int, renderings: Sequence[int], frames: torch.Tensor, lengths: np.ndarray) -> list[T]:
+        each = zip(renderings, frames, lengths.tolist(), strict=True)
+        return [keep(number, rendering, outputs[:length]) for rendering, outputs, length in each]
+
+    for renderings, kept, last in forward_pieces(stages, loader, groups, keep_each, context):
+        for rendering, of_rendering in zip(renderings, kept, strict=True):
+            yield rendering, of_rendering, last
+
+
+def as_they_come(pieces: Iterator[Batch]) -> Iterator[Batch]:
+    """Changes nothing."""
+    return pieces
+
+
+def forward_pieces(
+    stages: Sequence[InferenceStage],
+    loader: Loader,
+    groups: Sequence[Group],
+    keep: Callable[[int, Sequence[int], torch.Tensor, np.ndarray], T],
+    context: RunContext,
+    sent: Callable[[Iterator[Batch]], Iterator[Batch]] = as_they_come,
+) -> Iterator[tuple[Sequence[int], T, bool]]:
+    """The same piece by piece, with all renderings that lie side by side in it.
+
+    keep(number, renderings, frames, lengths) is called for each stage and piece: frames (B, L, *frame shape) on the device,
+    int64 [B] real lengths. sent: may send the pieces to the device ahead.
+    """
     device, states = context.device, None
     resident = [stage.module for stage in stages if stage.resident]
 
@@ -106,7 +140,7 @@ def forward_all(
         for module in resident:
             pack_recurrent_weights(module)
 
-    pieces = loader.pieces(groups, away)
+    pieces = sent(loader.pieces(groups, away))
     for group in groups:
         states = [None] * len(stages) if group.streamed else None
         look = _should_meter(context.meter, group)
@@ -115,16 +149,14 @@ def forward_all(
             renderings = range(group.first, group.stop) if batch.renderings is None else batch.renderings.tolist()
             if not renderings:
                 continue
-            kept: list[T] = []
+            passed = _forward(stages, batch, states, last, device)
+            del batch  # what of it is on the device is to be let go of on the way
             with metered(look), torch.no_grad():
-                for number, frames, lengths in _forward(stages, batch, states, last, device):
-                    kept = [
-                        keep(number, rendering, outputs[:length])
-                        for rendering, outputs, length in zip(renderings, frames, lengths.tolist(), strict=True)
-                    ]
+                for number, frames, lengths in passed:
+                    kept = keep(number, renderings, frames, lengths)
                     del frames
-            for rendering, of_rendering in zip(renderings, kept, strict=True):
-                yield rendering, of_rendering, last
+            yield renderings, kept, last
+            del kept
 
 
 def within_budget(work: Callable[[int, RunContext], T], config: Config, data: DataSet, stop: StopFlag) -> tuple[T, int]:
@@ -158,7 +190,11 @@ def _forward(
     states: one for each stage where the batch is the next piece of one sample, None before its first and brought up to
     date here; last: whether it ends the sample. None where samples lie side by side.
     """
-    frames, lengths = on_device(batch.frames, device), batch.lengths
+    there, lengths = batch.frames, batch.lengths
+    if there.device.type != "cuda":
+        there = brought(there, device)
+    frames = gathered(there, batch.rows).float()
+    del there, batch
     for number, stage in enumerate(stages):
         module = stage.on_device(device)
         with autocast(device, stage.output_format.precision):

@@ -20,6 +20,8 @@ from layerwise.data.source import Extent, OnDisk, Readable, pixels_apart
 from layerwise.memory.meter import uncounted
 from layerwise.memory.ranks import ALONE, Ranks
 
+HOST = torch.device("cpu")
+
 Offload = Callable[[], AbstractContextManager[object]]
 """Takes the stage off the device for as long as the block lasts; a feed that works on the device itself asks for it."""
 
@@ -48,9 +50,18 @@ class Loader(Extent, Protocol):
 class SourceLoader:
     """Reads a data set or a cache; nothing of it is on the device."""
 
-    def __init__(self, source: Readable, ranks: Ranks = ALONE) -> None:
-        """ranks: who shares the batches; the windows of the others are zeros, and not read."""
-        self._source, self._ranks = source, ranks
+    def __init__(
+        self,
+        source: Readable,
+        ranks: Ranks = ALONE,
+        device: torch.device = HOST,
+        rows: torch.Tensor | None = None,
+    ) -> None:
+        """ranks: who shares the batches; the windows of the others are zeros, and not read. device: where pieces go.
+
+        rows: of the device, where the source gives their numbers.
+        """
+        self._source, self._ranks, self._device, self._rows = source, ranks, device, rows
         self._threads = source.reading_threads if isinstance(source, OnDisk) else 1
         self.lengths, self.columns, self.views = source.lengths, source.columns, source.views
         self.pixels_apart = pixels_apart(source)
@@ -66,10 +77,14 @@ class SourceLoader:
     def _read(self, epoch: Epoch, step: int, prepare: Prepare) -> Batch:
         share = share_of(epoch, step, self._ranks)
         batch = epoch.read(self._source, step, share)
-        return prepare(step, in_whole_batch(batch, epoch, step, self, self._ranks))
+        whole = in_whole_batch(batch, epoch, step, self, self._ranks)
+        return prepare(step, replace(whole, rows=self._rows))
 
     def pieces(self, groups: Sequence[Group], offloaded: Offload) -> Iterator[Batch]:
-        return read_ahead(partial(read_piece, self._source, group, start) for group in groups for start in group.starts)
+        return read_ahead(partial(self._piece, group, start) for group in groups for start in group.starts)
+
+    def _piece(self, group: Group, start: int) -> Batch:
+        return pinned(replace(read_piece(self._source, group, start), rows=self._rows), self._device)
 
 
 def share_of(epoch: Epoch, step: int, ranks: Ranks) -> slice:

@@ -6,8 +6,9 @@ slices and pieces only the first are rehearsed, for the others need the same roo
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -17,10 +18,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from layerwise.cache.dtypes import STORED
 from layerwise.config import Config
-from layerwise.data.batches import Batch
+from layerwise.data.batches import Batch, gathered
 from layerwise.errors import BudgetError, ConfigError
 from layerwise.memory import microbatch
-from layerwise.memory.device import autocast, on_device
+from layerwise.memory.device import autocast, brought, on_device
 from layerwise.memory.meter import REHEARSED_ON, Kind, in_host_memory, rehearsal
 from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.plan import MemoryPlan
@@ -30,6 +31,7 @@ from layerwise.nets.network import memoised_per
 from layerwise.objectives.protocol import Draw, Group, ObjectiveModule
 from layerwise.training.context import RunContext
 from layerwise.training.optimizer import HostOptimizer, Optimizer
+from layerwise.training.overlapped import contiguous
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
 
@@ -40,10 +42,25 @@ Below = tuple[StageSpec, ...]
 """The stages whose outputs are recomputed, lowest first."""
 
 
-def _stored_input(config: Config, spec: StageSpec, samples: int, frames: int) -> torch.Tensor:
-    """Meta tensor (samples, frames, *frame shape) in the dtype in which the input of the stage is read."""
-    dtype = torch.float32 if spec.stage == 1 else STORED[config.cache.dtype].tensor
-    return torch.zeros(samples, frames, *spec.frame_shape, dtype=dtype, device="meta")
+def _stored_input(config: Config, spec: StageSpec, samples: int, frames: int, resident: int = 0) -> torch.Tensor:
+    """Meta tensor (samples, frames, *frame shape) in the dtype in which the input of the stage is read.
+
+    resident: rows of it on the device; int64 (samples, frames, 1) then, which are their numbers.
+    """
+    if resident:
+        return torch.zeros(samples, frames, 1, dtype=torch.int64, device="meta")
+    return torch.zeros(samples, frames, *spec.frame_shape, dtype=_input_dtype(config, spec), device="meta")
+
+
+def _input_dtype(config: Config, spec: StageSpec) -> torch.dtype:
+    return torch.float32 if spec.stage == 1 else STORED[config.cache.dtype].tensor
+
+
+def _resident_rows(config: Config, spec: StageSpec, resident: int) -> torch.Tensor | None:
+    """As many rows of the input, on the device."""
+    if not resident:
+        return None
+    return torch.empty(resident, *spec.frame_shape, dtype=_input_dtype(config, spec), device=REHEARSED_ON)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,57 +85,91 @@ class _Pass:
 
 
 @memoised_per(StageSpec)
-def caching_peak(config: Config, spec: StageSpec, piece: int, segments: Segments | None = None) -> int:
+def caching_peak(
+    config: Config,
+    spec: StageSpec,
+    piece: int,
+    segments: Segments | None = None,
+    overlapped: bool = False,
+    resident: int = 0,
+) -> int:
     """Predicted bytes of the caching pass of a stage: of a long sample that is streamed, or of short ones with padding.
 
-    segments: how the device reserves memory, None: what tensors request is what counts.
+    segments: how the device reserves memory, None: what tensors request is what counts; overlapped, resident: as in a plan.
     """
     module = spec.shapes
     *below, last = module.layers.values()
     if not last.recurrent or module.out_length(piece) <= 2 * REHEARSED_STEPS:
-        return _rehearsed_caching(config, spec, piece, len(module.layers)).bytes(segments)
+        return _rehearsed_caching(config, spec, piece, len(module.layers), overlapped, resident).bytes(segments)
     # A recurrent layer takes its time for every frame, fake ones too, and the same room: two short pieces give the line
     # that a long one lies on, and the layers below it are rehearsed at full length.
     short = -(-REHEARSED_STEPS * piece // int(module.out_length(piece)))
-    first, second = (_rehearsed_caching(config, spec, n * short, len(module.layers)) for n in (1, 2))
+    first, second = (
+        _rehearsed_caching(config, spec, n * short, len(module.layers), overlapped, resident) for n in (1, 2)
+    )
     if segments is None:
         whole = first.peak + math.ceil((second.peak - first.peak) * (piece - short) / short)
     else:
         whole = second.reserved(segments, piece / (2 * short))
-    return max(whole, _rehearsed_caching(config, spec, piece, len(below)).bytes(segments) if below else 0)
+    if not below:
+        return whole
+    return max(whole, _rehearsed_caching(config, spec, piece, len(below), overlapped, resident).bytes(segments))
 
 
 @memoised_per(StageSpec)
-def _rehearsed_caching(config: Config, spec: StageSpec, piece: int, layers: int) -> _Pass:
+def _rehearsed_caching(
+    config: Config, spec: StageSpec, piece: int, layers: int, overlapped: bool, resident: int
+) -> _Pass:
     """Of the first layers of a stage."""
     cached, precision = STORED[config.cache.dtype].tensor, config.training.precision
+
+    def sent(samples: int, frames: int) -> torch.Tensor:
+        return brought(_stored_input(config, spec, samples, frames, resident), REHEARSED_ON)
+
+    def go_through(
+        ways: Iterable[Callable[[torch.Tensor], torch.Tensor]], samples: int, frames: int, rows: torch.Tensor | None
+    ) -> None:
+        """Pieces, each in its way. Overlapped, the next one is there meanwhile, and what the one before has made."""
+        coming = leaving = None
+        with torch.no_grad(), autocast(REHEARSED_ON, precision):
+            for way in ways:
+                there = sent(samples, frames) if coming is None else coming
+                coming = sent(samples, frames) if overlapped else None
+                x = gathered(there, rows).float()
+                del there
+                outputs = way(x)
+                del x
+                if overlapped:
+                    torch.linalg.vector_norm(outputs, math.inf)
+                    leaving = contiguous(outputs, cached)
+                else:
+                    outputs.to(cached).isfinite().all()
+                del outputs
+            del leaving
 
     def build() -> Module:
         module = spec.build_module(config.training.seed, REHEARSED_ON).eval()
         return Module({int(name): layer for name, layer in list(module.layers.items())[:layers]})
 
     with rehearsal() as streaming:
-        module, states = build(), None
+        module, states, rows = build(), None, _resident_rows(config, spec, resident)
+
+        def push(last: bool, x: torch.Tensor) -> torch.Tensor:
+            nonlocal states
+            outputs, states = module.push(x, states, last)
+            return outputs
+
         streaming.allocations.begin_step()
-        with torch.no_grad(), autocast(REHEARSED_ON, precision):
-            # How much input a layer carries over depends on where a piece ends within its stride: every place once.
-            pieces = 2 + max(layer.stride for layer in module.layers.values())
-            for last in [False] * pieces + [True]:
-                frames = on_device(_stored_input(config, spec, 1, piece), REHEARSED_ON)
-                outputs, states = module.push(frames, states, last)
-                del frames
-                outputs.to(cached).isfinite().all()
-                del outputs
+        # How much input a layer carries over depends on where a piece ends within its stride: every place once.
+        pieces = 2 + max(layer.stride for layer in module.layers.values())
+        go_through([partial(push, last) for last in [False] * pieces + [True]], 1, piece, rows)
     with rehearsal() as padding:
-        module = build()
+        module, rows = build(), _resident_rows(config, spec, resident)
         padding.allocations.begin_step()
         lengths = np.array([piece - piece // 2, max(piece // 2 - 1, 0)])
         if module.out_length(lengths[0]) >= 1:  # otherwise no two samples are that short
-            with torch.no_grad(), autocast(REHEARSED_ON, precision):
-                frames = on_device(_stored_input(config, spec, 2, int(lengths[0])), REHEARSED_ON)
-                outputs = module(frames, lengths)[1]
-                del frames
-                outputs.to(cached).isfinite().all()
+            pieces = 2 if overlapped else 1
+            go_through([lambda x: module(x, lengths)[1]] * pieces, 2, int(lengths[0]), rows)
     more = _carried_more(spec, layers)
     return _Pass(max(streaming.peak + more, padding.peak), (streaming.allocations, padding.allocations), more)
 
@@ -254,14 +305,15 @@ def _rehearsed(config: Config, spec: StageSpec, phase: _Phase, plan: MemoryPlan,
     size, window = config.training.batch_size, spec.window.frames
     with rehearsal(limit) as meter:
         trainer = _RehearsedTrainer(spec, config, plan, RunContext(REHEARSED_ON, meter))
+        rows = _resident_rows(config, spec, plan.resident)
         # As in training, loss and accuracy of a step live until those of the next one take their place.
         before = _score()
         meter.allocations.begin_step()
-        frames = _stored_input(config, spec, size, window)
+        frames = _stored_input(config, spec, size, window, plan.resident)
         lengths = np.full(size, window)
         # Padding is masked, and masks take room, in whichever slice it comes.
         lengths[:: plan.micro_batch] = min(window, spec.lengths.min())
-        batch = Batch(frames, lengths, np.zeros(size, dtype=np.int64))
+        batch = Batch(frames, lengths, np.zeros(size, dtype=np.int64), rows=rows)
         trainer.rehearse(phase, batch)
         del before
     return Peak(meter.peak, meter.peak_by_kind, meter.allocations)
@@ -278,7 +330,14 @@ class _RehearsedTrainer(StageTrainer):
         """A step, or a part of it."""
         randomness = StepRandomness(lambda: np.random.default_rng(0))
         if phase == "step":
+            coming = None
+            if self.memory_plan.ahead:
+                drawn = self._draw(batch, randomness)
+                assert drawn.packed is not None
+                batch = replace(batch, drawn=drawn)
+                coming = torch.empty(drawn.packed.buffer.shape, dtype=torch.uint8, device=REHEARSED_ON)
             self.train(batch, randomness)
+            del coming
             return
         self.module.train()
         draws, sliced = self._draws(batch, randomness), self._sliced(batch, randomness.seed)

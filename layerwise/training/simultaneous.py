@@ -52,6 +52,12 @@ class SimultaneousTrainer:
         """As of a StageTrainer; but each part draws when it is its turn."""
         return pinned(batch, self.context.device)
 
+    def send_for(self, batch: Batch) -> None:
+        """Nothing: its parts share the device as it is."""
+
+    def forget_coming(self) -> None:
+        """There is none."""
+
     def train(self, batch: Batch, randomness: StepRandomness) -> Total:
         """One step of every module. Means over the modules."""
         return self._up(batch, randomness, StageTrainer.train)

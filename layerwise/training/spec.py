@@ -56,6 +56,8 @@ class StageSpec:
     """Of its output."""
     alike: Alike
     """The same for stages that take the same on the device, so that predictions are memoised once for all of them."""
+    views: int = 1
+    """Renderings of each sample of its input."""
     parts: tuple["StageSpec", ...] = ()
     """Where the stage is several modules that are trained at once, each by its own objective: these."""
     optimization: Optimization | None = None
@@ -127,6 +129,7 @@ def stage_specs(
                     *(layer_traits(network, index) for index in layers),
                     *(stage == 1, frame_shape, window, int(lengths.min()), classes, renderings, optimization),
                 ),
+                views=data.views,
                 optimization=optimization,
             )
         )

@@ -5,24 +5,26 @@ What an earlier start has written of it is found on the disk and kept.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from layerwise.cache import ActivationCache, CacheWriter
 from layerwise.cache.inventory import publish
-from layerwise.data.batches import group_renderings
+from layerwise.data.batches import Group, group_renderings
 from layerwise.data.source import DataSet
 from layerwise.errors import ConfigError, Interrupted, UnusableCache
 from layerwise.events import CachingProgress
-from layerwise.memory.device import halve_until_it_fits
+from layerwise.memory.device import halve_until_it_fits, once_more_where_full
 from layerwise.training.cache_plan import cache_layout
 from layerwise.training.checkpoint import load_stages, load_weights
 from layerwise.training.context import RunContext
 from layerwise.training.forward import InferenceStage, OutputFormat, forward_all, shortest_piece, to_host
 from layerwise.training.loader import Loader
+from layerwise.training.overlapped import overlapped_rows
 from layerwise.training.run import Round
 from layerwise.training.spec import StageSpec, frame_labels
 
@@ -53,10 +55,13 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
         def open_writer() -> CacheWriter:
             return CacheWriter(written, layout, int(options.block), options.compression, ranks.rank, ranks.count)
 
+        memory_plan = run.memory_plans[spec.stage - 1]
+        overlapped = iter([memory_plan.overlapped])
+
         def write(piece: int) -> None:
             with open_writer() as writer:
                 try:
-                    _write_outputs(stage, loader, writer, piece, context)
+                    _write_outputs(stage, loader, writer, piece, next(overlapped, False), context)
                 finally:
                     record_progress()
                 if ranks.count == 1:
@@ -69,8 +74,13 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
             writer.seal(lambda: context.stop.raise_if_set(f"while the cache of stage {spec.stage} was packed"))
 
         def write_in_pieces() -> None:
-            piece, shortest = run.memory_plans[spec.stage - 1].piece, shortest_piece(spec, run.config)
-            halve_until_it_fits(write, piece, shortest, run.device)
+            def attempt(piece: int) -> None:
+                if memory_plan.overlapped:  # the second time it is not: that takes less
+                    once_more_where_full(partial(write, piece), run.device)
+                else:
+                    write(piece)
+
+            halve_until_it_fits(attempt, memory_plan.piece, shortest_piece(spec, run.config), run.device)
 
         if ranks.count == 1:
             write_in_pieces()
@@ -83,7 +93,9 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
     record.cache, record.cache_bytes = path.name, path.stat().st_size
 
 
-def _write_outputs(stage: InferenceStage, loader: Loader, writer: CacheWriter, piece: int, context: RunContext) -> None:
+def _write_outputs(
+    stage: InferenceStage, loader: Loader, writer: CacheWriter, piece: int, overlapped: bool, context: RunContext
+) -> None:
     """Writes what the writer lacks. Raises Interrupted between two pieces; what is written so far stays.
 
     Writers that share a cache go through the groups of the whole of it, each through those that its rows are in: the values
@@ -96,13 +108,20 @@ def _write_outputs(stage: InferenceStage, loader: Loader, writer: CacheWriter, p
         group for group in groups if layout.offsets[group.stop] > rows_done and layout.offsets[group.first] < rows_stop
     ]
     row = int(layout.offsets[missing[0].first]) if missing else 0
-    for _, rows, _ in forward_all(
-        [stage], loader, missing, lambda number, rendering, outputs: to_host(outputs), context
-    ):
+    outputs = overlapped_rows if overlapped else _rows_one_by_one
+    for rows in outputs(stage, loader, missing, context):
         writer.write(rows[max(rows_done - row, 0) : max(rows_stop - row, 0)])
         row += len(rows)
         context.notify(CachingProgress(layout.stage, min(row, rows_stop), rows_stop, meter.live, meter.peak))
         context.stop.raise_if_set(f"in the cache of stage {layout.stage}, after row {row}")
+
+
+def _rows_one_by_one(
+    stage: InferenceStage, loader: Loader, groups: Sequence[Group], context: RunContext
+) -> Iterator[np.ndarray]:
+    """Each rendering's, as `as_array` gives them."""
+    passed = forward_all([stage], loader, groups, lambda number, rendering, outputs: to_host(outputs), context)
+    return (rows for _, rows, _ in passed)
 
 
 def written_at(path: Path, round: Round) -> Path:

@@ -29,6 +29,7 @@ from layerwise.training.forward import OutputFormat, trained_stages
 from layerwise.training.loader import Loader, SourceLoader
 from layerwise.training.memory_log import MemoryLog
 from layerwise.training.recompute import RecomputingLoader
+from layerwise.training.resident import RowNumbers, resident_rows
 from layerwise.training.run import Round, fingerprint
 from layerwise.training.schedule import Task
 from layerwise.training.simultaneous import SimultaneousTrainer
@@ -167,7 +168,12 @@ def _loader(stage: int, source: FrameSource, round: Round, context: RunContext) 
     # input_noise is relative to the level of the whole batch, so every rank reads all of it.
     ranks = ALONE if run.config.training.input_noise else context.ranks
     if not specs:
-        return SourceLoader(source, ranks)
+        if isinstance(source, ActivationCache) and run.memory_plans[stage - 1].resident:
+            rows = resident_rows(source, run.config, context.device, context.stop)
+            round.state.record(stage).input_on_device = rows is not None
+            if rows is not None:
+                return SourceLoader(RowNumbers(source), ranks, context.device, rows)
+        return SourceLoader(source, ranks, context.device)
     records = [round.state.record(spec.stage) for spec in specs]
     formats = [OutputFormat.of(record.trained_with) for record in records]
     stages = trained_stages(specs, formats, load_stages(round.store, records))

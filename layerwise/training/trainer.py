@@ -19,9 +19,10 @@ from torch import nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from layerwise.config import Config
-from layerwise.data.batches import Batch
+from layerwise.data.batches import Batch, gathered
 from layerwise.errors import BudgetError
 from layerwise.memory import microbatch
+from layerwise.memory.copy_stream import Arriving, CopyStream
 from layerwise.memory.device import (
     autocast,
     keep_dropout_from_cudnn,
@@ -94,6 +95,9 @@ class StageTrainer:
         self.optimizer = self._optimizer(self.module)
         self.predictor_optimizer = self._optimizer(self.objective)
         self._module_is_lent = False
+        self._copies: CopyStream | None = None
+        self._coming: dict[Packed, Arriving] = {}
+        """Batches that are on their way to the device, or there before their step."""
         self.shrunk = False
         """Whether a step ran out of memory, so that the plan is smaller than it was."""
         self.scale = LossScale.of(config.training.precision)
@@ -104,7 +108,7 @@ class StageTrainer:
         """Takes slices at least as small as an earlier start had to: with these it got where it stopped."""
         micro_batch, parts = min(micro_batch, self.memory_plan.micro_batch), max(parts, self.memory_plan.parts)
         room = min(self.memory_plan.loss_room, NARROW_ROOM)
-        self.memory_plan = replace(self.memory_plan, micro_batch=micro_batch, parts=parts, loss_room=room)
+        self.memory_plan = replace(self.memory_plan, micro_batch=micro_batch, parts=parts, loss_room=room, ahead=False)
         self.shrunk = True
 
     def optimizers(self) -> list[tuple[str, Optimizer]]:
@@ -117,6 +121,25 @@ class StageTrainer:
         frames = drawn.packed.frames if drawn.packed else None
         batch = pinned(batch, self.context.device) if frames is None else replace(batch, frames=frames)
         return replace(batch, drawn=drawn)
+
+    def send_for(self, batch: Batch) -> None:
+        """Has a prepared batch come to the device while the steps before it are computed, where the plan has room for it."""
+        drawn = batch.drawn
+        if not (
+            self.memory_plan.ahead and isinstance(drawn, Drawn) and drawn.packed and drawn.packed.frames is not None
+        ):
+            return
+        try:
+            self._copies = self._copies or CopyStream(self.context.device)
+            self._coming[drawn.packed] = self._copies.bring(drawn.packed.buffer)
+        except (BudgetError, RuntimeError) as error:
+            why_out_of_memory(error)
+            self.memory_plan = replace(self.memory_plan, ahead=False)
+
+    def forget_coming(self) -> None:
+        """Lets go of batches that were sent for."""
+        while self._coming:
+            self._coming.popitem()[1].arrived()
 
     def train(self, batch: Batch, randomness: StepRandomness) -> Total:
         """One optimizer step; leaves no gradients behind. Raises BudgetError where not even the smallest slices fit."""
@@ -366,7 +389,11 @@ class StageTrainer:
         if not (drawn.packed and self.memory_plan.at_once):
             return work(self._sliced(batch, seed), drawn.parts)
         (part,) = drawn.parts
-        arrays, frames = drawn.packed.on_device(self.context.device)
+        coming = self._coming.pop(drawn.packed, None)
+        whole = drawn.packed.on_device(self.context.device) if coming is None else coming.arrived()
+        del coming
+        arrays, frames = drawn.packed.unpacked(whole)
+        del whole
         there = _There(arrays["rows"], [] if frames is None else [frames])
         del frames
         return work(self._sliced(batch, seed, there), [_OnDevice(part.rows, replace(cast(Any, part), **arrays))])
@@ -384,6 +411,7 @@ class StageTrainer:
             raise NoSmallerSlices(reason)
         self.memory_plan = smaller
         self.shrunk = True
+        self.forget_coming()
         release(self.context.device)
 
     def _draws(self, batch: Batch, randomness: StepRandomness) -> Sequence[Draw]:
@@ -437,8 +465,9 @@ class StageTrainer:
         if whole is not None and whole.frames:
             frames = whole.frames.pop()
             self.context.host.moved += frames.nbytes
-            return frames.float()
-        return self.context.host.bring(batch.frames, self.context.device, samples).float()
+        else:
+            frames = self.context.host.bring(batch.frames, self.context.device, samples)
+        return gathered(frames, batch.rows).float()
 
     @contextlib.contextmanager
     def _seeded(self, seed: int, first_sample: int) -> Iterator[None]:

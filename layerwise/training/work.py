@@ -45,6 +45,8 @@ class StageWork:
     """Forward, of the layers that activation checkpointing runs again: all but the last."""
     backward: int
     loss: int
+    windows: int
+    """Frames of a batch."""
     input: int
     """Of a batch as it is read."""
     parameters: int
@@ -86,7 +88,7 @@ class StageWork:
 
     def moved(self, plan: MemoryPlan, rows: int, rows_of_parts: int) -> int:
         """Bytes of a step, both ways. rows: that are scored; rows_of_parts: summed over the parts of the loss."""
-        total = self.input * (1 if plan.whole else 2)
+        total = (8 * self.windows if plan.resident else self.input) * (1 if plan.whole else 2)
         if plan.optimizer_on_host:
             slices = -(-plan.batch_size // plan.micro_batch) if plan.gradients_at_once else 1
             visits = 2 if plan.parts else 1
@@ -161,6 +163,7 @@ def stage_work(config: Config, spec: StageSpec) -> StageWork:
         recomputed=sum(forwards[:-1]),
         backward=backward,
         loss=_loss_flops(config, spec),
+        windows=size * spec.window.frames,
         input=size * spec.window.frames * math.prod(spec.frame_shape) * stored.itemsize,
         parameters=_bytes(module.parameters()),
         gradients=_bytes(parameter for parameter in module.parameters() if parameter.requires_grad),

@@ -5,7 +5,9 @@ of their own. A dispatch mode sees each operation: it refuses tensors of the hos
 results lie, asks the model of the allocator for their bytes, and counts kernels, copies and waits. `torch_cuda.py` lets torch
 say what lies where, and answer for the device.
 
-What it cannot show: the values and the order of real kernels, CUDA's own lists of autocast, workspaces of cuDNN, streams, time.
+Of several streams it says where one has not waited for another (`streams.py`).
+
+What it cannot show: the values and the order of real kernels, CUDA's own lists of autocast, workspaces of cuDNN, time.
 Bytes of a result are asked for when it has been computed; without room it is thrown away. Numbers of the host (tensors
 without dimensions) are let through beside any tensor of the device. `new_zeros` and the like with device="cpu" beside a tensor
 of the device are taken to mean the device, for that is how torch's C++ says it.
@@ -14,11 +16,13 @@ of the device are taken to mean the device, for that is how torch's C++ says it.
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from counted_allocator import CountedAllocator
+from streams import Race, Streams, Uses
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
@@ -74,6 +78,7 @@ class Counts:
     to_host: int = 0
     waits: int = 0
     """How often the host waits for the device: copies in pageable memory, values that it reads, synchronize()."""
+    bytes_to_device: int = field(default=0, compare=False)
 
 
 @dataclass(slots=True)
@@ -83,6 +88,23 @@ class _Held:
     storage: weakref.ref
     size: int
     block: Block | None
+    uses: Uses
+
+
+@dataclass(slots=True)
+class _Pinned:
+    """A storage of the host that the device reads and writes by itself."""
+
+    storage: weakref.ref
+    uses: Uses
+
+
+@cache
+def _written(func: Any) -> frozenset[object]:
+    """Positions and names of the arguments that an operation writes into."""
+    named = enumerate(func._schema.arguments)
+    writes = [(at, each.name) for at, each in named if each.alias_info is not None and each.alias_info.is_write]
+    return frozenset(name for pair in writes for name in pair)
 
 
 class DeviceGenerator(torch.Generator):
@@ -114,12 +136,15 @@ class SimulatedGPU(TorchDispatchMode):
         self.total, self.context, self.others, self.capability = total, context, others, capability
         self.allocator = CountedAllocator(total - context - others)
         self.counts = Counts()
+        self.streams = Streams(self._count_wait)
         self.generator = self._drawn_from = DeviceGenerator()
         """Of what is drawn on the device."""
         self.recurrent_in: set[torch.dtype] = set()
         """What recurrent layers have been computed in."""
         self._held: dict[int, _Held] = {}
-        self._pinned: dict[int, weakref.ref] = {}
+        self._pinned: dict[int, _Pinned] = {}
+        self._unseen: set[int] = set()
+        """Pinned storages that the device has written into since the host has last looked."""
         self._workspaces: dict[bool, Block | None] = {}
         """Of cuBLAS, forward and backward."""
         self._to_host = self._as_one_kernel = False
@@ -153,20 +178,35 @@ class SimulatedGPU(TorchDispatchMode):
         block = self.allocator.allocate(size)
         if held is not None:
             self.allocator.free(held.block)
-        self._held[key] = _Held(weakref.ref(storage, lambda _: self._drop(key)), size, block)
+        self._held[key] = _Held(weakref.ref(storage, lambda _: self._drop(key)), size, block, self.streams.begin())
 
     def _drop(self, key: int) -> None:
-        self.allocator.free(self._held.pop(key).block)
+        held = self._held.pop(key)
+        self.streams.end(held.uses)
+        self.allocator.free(held.block)
 
     def pin(self, tensor: torch.Tensor) -> None:
         """Notes that a tensor of the host lies in pinned memory."""
         storage, pinned = tensor.untyped_storage(), self._pinned
         key = storage._cdata
-        pinned[key] = weakref.ref(storage, lambda _: pinned.pop(key))
+        pinned[key] = _Pinned(weakref.ref(storage, lambda _: pinned.pop(key)), Uses())
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor lies in pinned memory of the host."""
         return tensor.layout is torch.strided and tensor.untyped_storage()._cdata in self._pinned
+
+    def check_seen(self, tensor: torch.Tensor) -> None:
+        """Before the host reads a tensor of its own. Raises Race where the device may still be writing into it."""
+        key = tensor.untyped_storage()._cdata if self._unseen and tensor.layout is torch.strided else None
+        if key in self._unseen:
+            if key in self._pinned:
+                self.streams.check_known_to_host(self._pinned[key].uses)
+            self._unseen.discard(key)
+
+    def raise_faults(self) -> None:
+        """Raises Race where memory was let go of too early."""
+        if self.streams.faults:
+            raise Race(self.streams.faults.pop())
 
     def clear_workspaces(self) -> None:
         """As torch._C._cuda_clearCublasWorkspaces does."""
@@ -209,6 +249,9 @@ class SimulatedGPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._unseen or self.streams.faults:
+            self.raise_faults()
+            self._check_all_seen(func, args)
         device = kwargs.get("device")
         to_device = device is not None and torch.device(device).type == "cuda"
         if not self._held and not to_device:  # most of what plans are made from
@@ -228,6 +271,8 @@ class SimulatedGPU(TorchDispatchMode):
         if packet in MATRIX_PRODUCTS and not self._as_one_kernel:
             self._need_workspace()
         writes = not func.is_view and packet not in NO_KERNEL
+        if writes:
+            self._queue(func, args, kwargs)
         comes_to_host = writes and not self._count(packet, args, kwargs, on_device)
         result = self._run(func, args, kwargs)
         if not comes_to_host:
@@ -235,6 +280,28 @@ class SimulatedGPU(TorchDispatchMode):
                 if isinstance(value, torch.Tensor):
                     self.put(value)
         return result
+
+    def _check_all_seen(self, func: Any, args: Any) -> None:
+        """Of the arguments that are tensors of the host, unless the device itself is to work on them."""
+        if func.is_view or any(isinstance(value, torch.Tensor) and self.holds(value) for value in args):
+            return
+        for value in tree_iter(args):
+            if isinstance(value, torch.Tensor):
+                self.check_seen(value)
+
+    def _queue(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Queues an operation on the stream in use. Raises Race where it has not waited for what it uses."""
+        self.streams.queue()
+        written = _written(func)
+        for where, value in (*enumerate(args), *kwargs.items()):
+            for tensor in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
+                    key = tensor.untyped_storage()._cdata
+                    place = self._held.get(key) or self._pinned.get(key)
+                    if place is not None:
+                        self.streams.use(place.uses, where in written)
+                        if where in written and key in self._pinned:
+                            self._unseen.add(key)
 
     def _places(self, func: Any, args: Any, kwargs: Any) -> tuple[bool, list[tuple[object, tuple[int, ...]]]]:
         """Whether any tensor lies on the device; and those of the host that may not lie beside it, with their shapes."""
@@ -257,16 +324,22 @@ class SimulatedGPU(TorchDispatchMode):
         if packet is aten._to_copy:
             if self._to_host:
                 counts.to_host += 1
-                counts.waits += not kwargs.get("non_blocking")
+                self._wait_unless(bool(kwargs.get("non_blocking")))
                 return False
             if not on_device:
                 self._count_to_device(args[0], kwargs.get("non_blocking", False))
                 return True
         if packet is aten.copy_:
             into, source = args[:2]
+            if self.holds(into) != self.holds(source) and not (
+                into.is_contiguous() and source.is_contiguous() and into.dtype == source.dtype
+            ):
+                self.streams.begin()  # of what lies otherwise torch makes a contiguous copy first
             if not self.holds(into):
                 counts.to_host += 1
-                counts.waits += 1
+                self._wait_unless(
+                    self.is_pinned(into) and (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+                )
                 return False
             if not self.holds(source):
                 self._count_to_device(source, args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
@@ -276,15 +349,24 @@ class SimulatedGPU(TorchDispatchMode):
                 if index is not None and not self.holds(index):
                     self._count_to_device(index, False)
                 elif index is not None and index.dtype in (torch.bool, torch.uint8):
-                    counts.waits += 1
-        counts.waits += packet in WAITS
+                    self._wait_unless(False)
+        self._wait_unless(packet not in WAITS)
         counts.to_host += packet is aten._local_scalar_dense
         counts.kernels += not self._as_one_kernel and packet is not aten._local_scalar_dense
         return True
 
     def _count_to_device(self, source: torch.Tensor, non_blocking: bool) -> None:
         self.counts.to_device += 1
-        self.counts.waits += not (non_blocking and self.is_pinned(source))
+        self.counts.bytes_to_device += source.nbytes
+        self._wait_unless(non_blocking and self.is_pinned(source))
+
+    def _wait_unless(self, goes_on: bool) -> None:
+        """The host waits for the stream in use, unless it goes on at once."""
+        if not goes_on:
+            self.streams.current.record_event().synchronize()
+
+    def _count_wait(self) -> None:
+        self.counts.waits += 1
 
     def _need_workspace(self) -> None:
         backward = torch._C._current_graph_task_id() != -1

@@ -1,13 +1,14 @@
 """Lets torch take a simulated GPU for cuda:0, for as long as a block lasts."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from recurrent_layers import use_recurrent_layers
 from simulated_gpu import CPU, GPU, MixedDevices, SimulatedGPU
+from streams import Event, Stream
 from torch.utils._device import _device_constructors
 
 from layerwise.memory import driver, meter, rates
@@ -40,6 +41,7 @@ def installed(gpu: SimulatedGPU) -> Iterator[SimulatedGPU]:
         patch.setattr(rates, "RATES", {})
         with gpu:
             yield gpu
+        gpu.raise_faults()
 
 
 def _use_tensors(gpu: SimulatedGPU, patch: pytest.MonkeyPatch) -> None:
@@ -80,11 +82,13 @@ def _use_tensors(gpu: SimulatedGPU, patch: pytest.MonkeyPatch) -> None:
                     "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory "
                     "first."
                 )
+            gpu.check_seen(tensor)
             return read(tensor, *args, **kwargs)
 
         return checked
 
     def as_list(tensor: T) -> Any:
+        gpu.check_seen(tensor)
         return to_list(moved(tensor, CPU))
 
     replaced = {
@@ -171,8 +175,8 @@ def _use_device(gpu: SimulatedGPU, patch: pytest.MonkeyPatch) -> None:
         }
         return {**nested, "num_alloc_retries": figures.num_alloc_retries, "num_ooms": figures.num_ooms}
 
-    def wait(_: object = None) -> None:
-        gpu.counts.waits += 1
+    def use_stream(stream: Stream | None) -> AbstractContextManager[None]:
+        return nullcontext() if stream is None else gpu.streams.using(stream)
 
     class Autocast(torch.autocast):
         """The CPU's lists of operations stand for those of CUDA."""
@@ -185,7 +189,12 @@ def _use_device(gpu: SimulatedGPU, patch: pytest.MonkeyPatch) -> None:
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "init": lambda: None,
-        "synchronize": wait,
+        "synchronize": lambda _=None: gpu.streams.wait(),
+        "Stream": lambda *_, **__: Stream(gpu.streams),
+        "Event": lambda **how: Event(gpu.streams, **how),
+        "stream": use_stream,
+        "current_stream": lambda _=None: gpu.streams.current,
+        "default_stream": lambda _=None: gpu.streams.default,
         "mem_get_info": lambda _=None: (gpu.free, gpu.total),
         "_get_device_properties": lambda _: Properties(gpu),
         "default_generators": (gpu.generator,),
