@@ -109,10 +109,13 @@ class Examples:
 
     def _statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 [C]: mean of the training rows, and what brings their spread to 1."""
-        count = len(self.parts.train)
-        mean = sum(x.sum(0, dtype=torch.float64) for x, _ in self.pieces(self.parts.train)) / count
-        squares = sum(x.sub_(mean).square_().sum(0, dtype=torch.float64) for x, _ in self.pieces(self.parts.train))
-        spread = (squares / count).sqrt()
+        train = self.parts.train
+        mean, squares = torch.zeros(2, self.channels, dtype=torch.float64)
+        for x, _ in self.pieces(train):
+            mean += x.sum(0, dtype=torch.float64) / len(train)
+        for x, _ in self.pieces(train):
+            squares += x.sub_(mean).square_().sum(0, dtype=torch.float64) / len(train)
+        spread = squares.sqrt()
         # A channel that never varies carries nothing; dividing by its spread would turn rounding into a feature.
         varies = spread > 1e-6 * (mean.abs() + spread.max())
         return mean.float(), torch.where(varies, 1 / spread, 0).float()
