@@ -36,6 +36,11 @@ from layerwise.units import size
 @click.option(
     "--classifier", default="linear", metavar="NAME", help="linear, or knn: nearest neighbours. [default: linear]"
 )
+@click.option(
+    "--grid",
+    type=click.IntRange(1, 64),
+    help="Features are means over so many cells a side of a picture. [default: 2; of recordings 1]",
+)
 @network_option
 @data_option
 @click.option("--labels", help="CSV file of labels, as run takes it; default: that of the run.")

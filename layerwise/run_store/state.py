@@ -223,6 +223,8 @@ class ProbeResult:
     """Most that the probe held on the device."""
     classifier: str
     """linear or knn."""
+    grid: Number = 1
+    """Features of a sample are means over so many cells a side."""
 
 
 @dataclass(frozen=True, slots=True)
