@@ -20,6 +20,7 @@ from layerwise.commands.status import report, status
 from layerwise.errors import ConfigError, Interrupted, LayerwiseError, ReaderGone, ToldElsewhere
 from layerwise.report.printing import answer_exactly, remark
 from layerwise.screen import abridged, refuse_loss, standard_streams_may_fail
+from layerwise.stop import too_late_to_stop
 from layerwise.version import __version__
 
 
@@ -64,7 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").addHandler(logging.NullHandler())
     with standard_streams_may_fail() as out:
-        exit_code = _exit_code(arguments)
+        try:
+            exit_code = _exit_code(arguments)
+        except KeyboardInterrupt:  # another one, while what became of the first was being said
+            exit_code = Interrupted.exit_code
+        if arguments is None:  # and it is the whole process that ends
+            too_late_to_stop()
         if exit_code in (0, Interrupted.exit_code) and out.lost and out.lost.errno not in (errno.EPIPE, errno.EBADF):
             _say(f"The standard output could not be written ({out.lost.strerror}); all else is as it would be.")
         if joining := sys.modules.get("layerwise.engines.torchrun"):  # imports torch, which most commands do without

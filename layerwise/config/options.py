@@ -109,7 +109,8 @@ class NetOptions(Section):
     weights: str = _option("", "place", "--weights")
     """torchvision, timm: .safetensors file of weights to start from; default: random ones"""
     at: tuple[str, ...] = _option((), "shape", "--at")
-    """modules that begin a stage, such as layer2,layer3.0; default: cut everywhere that it can be, or as --stages says"""
+    """modules that begin a stage, such as layer2,layer3.0; default: cut everywhere that it can be, for a library's network but
+    before normalisations, or as --stages says"""
     width: int = _option(512, "shape", ge=1, le=2**24)
     """channels of the speech layers; of the first vision module before its expansion by 4"""
     kernels: tuple[int, ...] = _option((10, 8, 4, 4, 4), "shape", max_length=1000)

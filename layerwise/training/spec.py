@@ -135,20 +135,20 @@ def stage_specs(
         )
         window = Window(int(module.out_length(window.rows)), window.columns)
         frame_shape, lengths = tuple(outputs.shape[2:]), output_lengths
-    _check_rows(config, window.rows)
+    _check_rows(config, window.rows, int(data.lengths.max()))
     return stages
 
 
 def input_window(config: Config, data: DataSet) -> Window:
     """The window that stage 1 reads: steps of a sequence, a sub-grid of the patches of a picture, or a whole sample.
 
-    Raises ConfigError.
+    No longer than the longest sequence: nothing is to be laid out for frames that there never are. Raises ConfigError.
     """
     _check_net(config, data)
     if config.data.frames == "whole":
         return Window(1, 1)
     if config.data.frames == "steps":
-        return Window(config.data.window, 1)
+        return Window(min(config.data.window, int(data.lengths.max())), 1)
     options = config.data
     side = (options.crop - options.patch) // options.patch_stride + 1
     if options.crop < options.patch or (options.crop - options.patch) % options.patch_stride or side > data.columns:
@@ -230,10 +230,16 @@ def _check_lengths(stage: int, output_lengths: np.ndarray, data: DataSet) -> Non
         )
 
 
-def _check_rows(config: Config, rows: int) -> None:
+def _check_rows(config: Config, rows: int, longest: int) -> None:
+    """rows: of a window after the last stage; longest: frames of the longest sample."""
     predicts = config.data.frames != "whole" or config.objective.name in ("infonce", "hinge")
     needed = config.objective.skip + 2 if predicts else 1
     if rows < needed:
+        if config.data.frames == "steps" and longest < config.data.window:
+            raise ConfigError(
+                f"The samples are too short: of the longest, {longest} frames, the last stage sees {rows}, and the objective "
+                f"needs {needed}; give longer ones, or a lower objective.skip."
+            )
         ways = {
             "steps": f"data.window {config.data.window} is too small; give at least {shortest_window(config.net, needed)}",
             "patches": "data.crop is too small for the steps of the objective; give a larger one, or a smaller "

@@ -235,6 +235,17 @@ def test_ids_reach_the_network_as_they_are_and_the_encoder_loads_where_its_folde
         layerwise.plan(f"hf:{tmp_path}/bert", data=places["data"], frames="whole", views=4, batch_size=4)
 
 
+def test_no_stage_is_a_lone_normalisation(bert: Any, tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason=NEEDS)
+    for name, shape in (("timm:test_vit", PICTURE), ("timm:test_efficientnet", PICTURE), (f"hf:{tmp_path}/bert", (1, 8))):
+        network = named_network(NetOptions(name=name), shape, seed=0)
+        stages = [network.build(stage, 0, "meta") for stage in network.natural_ranges]
+        assert 1 < len(stages) < len(network.layers)
+        assert all(any(parameter.numel() > max(parameter.shape) for parameter in each.parameters()) for each in stages)
+        finest = named_network(NetOptions(name=name, at=("blocks.1",)), shape, seed=0) if "vit" in name else None
+        assert finest is None or len(finest.natural_cut) == 2
+
+
 BLOCKS = nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)) for _ in range(3)])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,10 +15,11 @@ import soundfile
 from records_edited import edited
 
 import layerwise
+from layerwise import commands
 from layerwise import config as configuration
 from layerwise.commands import layerwise as group
 from layerwise.commands import main
-from layerwise.errors import RunError
+from layerwise.errors import Interrupted, RunError
 from layerwise.files import exclusive
 
 TINY = [
@@ -415,6 +417,24 @@ def test_a_defect_of_ours_is_exit_code_1(call: Callable, monkeypatch: pytest.Mon
     assert code == 1
     assert "ZeroDivisionError" in err
     assert "a defect of layerwise" in err
+
+
+def test_ctrl_c_while_an_earlier_one_is_told_ends_with_the_same_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each at once, where a run is quick to save: Python itself would end with another code, as killed."""
+    told: list[str] = []
+
+    def tell(line: str) -> None:
+        told.append(line)
+        signal.raise_signal(signal.SIGINT)
+
+    def stopped(*arguments: object, **options: object) -> None:
+        raise Interrupted("Stopped by SIGINT; start the same command again to go on.")
+
+    monkeypatch.setattr(commands, "remark", tell)
+    monkeypatch.setattr(group, "main", stopped)
+    with pytest.raises(SystemExit) as ended:
+        main(["run"])
+    assert (ended.value.code, len(told)) == (75, 1)
 
 
 def test_the_launcher_of_a_checkout_is_the_same_command() -> None:

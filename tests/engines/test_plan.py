@@ -16,6 +16,7 @@ from torch import nn
 from torchvision.models import ResNet, resnet18
 from torchvision.models.resnet import Bottleneck
 
+import layerwise
 from layerwise.cache import ActivationCache
 from layerwise.config import Config
 from layerwise.data.batches import READ_AHEAD
@@ -24,7 +25,7 @@ from layerwise.engines.plan import plan, reading_bytes
 from layerwise.engines.run import RunResult, UserObjects, run
 from layerwise.errors import BudgetError, ConfigError, Interrupted, LayerwiseError
 from layerwise.events import CachingProgress, Event, StageDone, StepDone
-from layerwise.forecast import Forecast
+from layerwise.forecast import Forecast, StageForecast
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 from layerwise.stop import StopFlag
@@ -256,6 +257,28 @@ def test_a_run_is_not_continued_with_another_network_of_the_same_shape(
     with pytest.raises(LayerwiseError, match="network is not the one that"):
         run(config, UserObjects(other))
     assert run(config, UserObjects(narrow)).state.done
+
+
+def test_a_window_that_is_longer_than_all_samples_is_planned_as_these_are(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((12, 40, 6)).astype(np.float32))
+
+    def planned(window: int) -> list[StageForecast]:
+        options = {"data.window": window, "objective.steps": 2}
+        asked = {"frames": "steps", "batch_size": 4, "out": str(tmp_path / "run"), "options": options}
+        return layerwise.plan(torch.nn.Linear(6, 5), f"npy:{tmp_path}/x.npy", **asked).stages
+
+    measured = ("train_peak_bytes", "cache_peak_bytes", "flops", "moved_bytes", "cache_bytes")
+    short, fitting, long = ([getattr(planned(window)[0], name) for name in measured] for window in (20, 40, 20_480))
+    assert long == fitting
+    assert long[0] > short[0]
+
+
+def test_samples_that_are_too_short_for_the_objective_are_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((12, 2, 6), dtype=np.float32))
+    with pytest.raises(
+        ConfigError, match=r"The samples are too short: of the longest, 2 frames, the last stage sees 2"
+    ):
+        layerwise.plan(torch.nn.Linear(6, 5), f"npy:{tmp_path}/x.npy", frames="steps", options={"objective.skip": 1})
 
 
 def test_batches_that_a_gpu_fetches_are_counted_as_torch_pins_them() -> None:
