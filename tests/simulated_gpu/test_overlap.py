@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu_cases import CASES, NO_RECURRENCE, SPEECH, Case, Task, outcome, run_case
+from gpu_cases import CASES, NO_RECURRENCE, SPEECH, Case, Task, opened, outcome, run_case
 from simulated_gpu import GPU, Counts, SimulatedGPU
 from torch_cuda import installed
 
 from layerwise.config import with_options
 from layerwise.data.batches import group_renderings
+from layerwise.engines import plan as planning
 from layerwise.engines import run as engine
 from layerwise.errors import Interrupted, TrainingError
 from layerwise.events import CachingProgress, Event, StepDone
@@ -148,6 +149,15 @@ def test_with_its_input_there_a_stage_copies_but_what_is_drawn(gpu: SimulatedGPU
         assert [record.input_on_device for record in state.stages] == [None, True if resident else None]
     copied = {key: each[-1] - each[0] for key, each in counts.items()}
     assert copied[True, 2] < copied[False, 2] / 2
+
+
+def test_a_plan_says_whose_input_stays_on_the_device(gpu: SimulatedGPU) -> None:
+    config, data, _ = opened(CASE, **{"training.device": "cuda"})
+    stages = planning.plan(config, data=data).stages
+    assert [(stage.input, stage.layout) for stage in stages] == [
+        ("data", "whole batch"),
+        ("device", "whole batch, input on the device"),
+    ]
 
 
 def test_a_piece_is_computed_while_the_one_before_leaves(
