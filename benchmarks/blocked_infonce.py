@@ -19,7 +19,7 @@ class Scored:
     contexts: torch.Tensor
     """int64 [T + (K - 1) * apart], rows of the representations: of target i at step k, from 0, it is number i + k * apart."""
     candidates: torch.Tensor
-    """int64 [T, 1 + N], rows of the target and its negatives."""
+    """int64 [S, T, 1 + N], rows of the target and its negatives; S is 1 where all steps share them, else K."""
     weights: torch.Tensor
     """float32 [T, K], of each target at each step."""
     apart: int
@@ -94,13 +94,29 @@ def add_gradients(
     """The loss of some steps, at targets (R, C), contexts and the steps' predictors (k, C, D); adds to the gradients of the
     three. room: bytes that a block may take."""
     count, channels, _ = predictors.shape
-    first = range(scored.weights.shape[1])[steps].start
-    targets_left = len(scored.candidates) - first * scored.apart
-    candidates = scored.candidates.shape[1]
+    numbers = range(scored.weights.shape[1])[steps]
+    if count > 1 and len(scored.candidates) > 1:  # what they do not share cannot be scored at once
+        each = [
+            add_gradients(
+                targets,
+                contexts,
+                predictors[at : at + 1],
+                scored,
+                slice(number, number + 1),
+                grad_targets,
+                grad_predictors[at : at + 1],
+                room,
+            )
+            for at, number in enumerate(numbers)
+        ]
+        return torch.stack(each).sum()
+    first, of_targets = numbers.start, scored.candidates[numbers.start if len(scored.candidates) > 1 else 0]
+    targets_left = len(of_targets) - first * scored.apart
+    candidates = of_targets.shape[1]
     size = max(room // (4 * channels * (candidates + 2 * count)), 1)
     loss = targets.new_zeros(())
     for start in range(0, targets_left, size):
-        rows = scored.candidates[start : min(start + size, targets_left)]
+        rows = of_targets[start : min(start + size, targets_left)]
         weights = scored.weights[start : start + len(rows), steps]
         z = targets[rows]
         predictions = targets.new_zeros(len(rows), count, channels)
@@ -129,5 +145,5 @@ def _pairs(at_targets: torch.Tensor, start: int, first: int, scored: Scored) -> 
     their contexts; without the last targets, which have none at later steps."""
     for step in range(at_targets.shape[1]):
         ahead = (first + step) * scored.apart
-        stop = max(min(start + len(at_targets), len(scored.candidates) - ahead), start)
+        stop = max(min(start + len(at_targets), len(scored.weights) - ahead), start)
         yield at_targets[: stop - start, step], slice(start + ahead, stop + ahead)

@@ -17,9 +17,13 @@ def plain_infonce(
     z = F.embedding(candidates, targets.flatten(0, 1))
     run = F.embedding(rows_of_contexts, contexts.flatten(0, 1))
     shifted = [
-        run[step * draw.apart : step * draw.apart + len(z)] @ predictor.t() for step, predictor in enumerate(predictors)
+        run[step * draw.apart : step * draw.apart + z.shape[1]] @ predictor.t()
+        for step, predictor in enumerate(predictors)
     ]
-    logits = z @ torch.stack(shifted, dim=2)
+    if len(z) == 1:
+        logits = z[0] @ torch.stack(shifted, dim=2)
+    else:  # each step has its own
+        logits = torch.cat([of_step @ predicted[:, :, None] for of_step, predicted in zip(z, shifted, strict=True)], 2)
     loss = (weights * -F.log_softmax(logits, dim=1)[:, 0]).sum()
     hits = logits[:, 0] > logits[:, 1:].amax(dim=1)
     return loss, (weights * hits).sum().detach()

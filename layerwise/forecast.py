@@ -57,7 +57,7 @@ class Forecast:
     """Most that the caches take at once, under --keep."""
     disk_budget_bytes: int | None
     notes: list[str]
-    """What is not cached, why, and what it costs; whether this is end-to-end training."""
+    """What is not cached, why, and what it costs; whether this is end-to-end training; what is to be said of the data."""
     host_bytes: int
     hours: float
     """Of all epochs of each stage that the options allow, at the full speed of the device; a run takes longer."""

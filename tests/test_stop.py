@@ -25,7 +25,7 @@ def test_a_signal_asks_for_a_stop(number: signal.Signals) -> None:
         assert stop.reason == number.name
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_that_is_ignored_stays_so(number: signal.Signals) -> None:
     signal.signal(number, signal.SIG_IGN)  # as nohup does, and a shell script for what it starts in the background
     with stop_on_signals() as stop:

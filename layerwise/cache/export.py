@@ -17,14 +17,15 @@ READ_BYTES = 32 * 2**20
 """Read at once."""
 
 
-def export(cache: ActivationCache, path: Path, mean: bool = False) -> None:
+def export(cache: ActivationCache, path: Path, mean: bool = False, places: RowPlaces | None = None) -> None:
     """View 0 of every sample as .npy, .h5, .npz or .parquet, by the name of `path`; bfloat16 and int8 become float32.
 
-    mean: one row per sample instead of its frames. Raises CacheError where the file exists or the name has another ending.
+    mean: one row per sample instead of its frames. places: where the frames lie, if that is known. Raises CacheError where the
+    file exists or the name has another ending.
     """
     dtype = np.dtype(np.float16 if cache.layout.dtype == "float16" else np.float32)
     kind = MeanFile if mean else FeatureFile
-    with kind(path, cache.frame_shape, dtype, cache.layout.stage) as file:
+    with kind(path, cache.frame_shape, dtype, cache.layout.stage, places) as file:
         for sample, (name, length) in enumerate(zip(cache.ids, cache.lengths.tolist(), strict=True)):
             for piece in _pieces(cache, sample, length):
                 file.append(piece)

@@ -112,7 +112,8 @@ def rm(directory: Path, stages: tuple[int, ...], everything: bool) -> None:
         raise ConfigError("Say which caches: either --stage S or --all.")
     if not (directory / "run.json").exists():
         raise ConfigError(f"{directory} is not a run directory; name the one of the run whose caches are to go.")
-    say(f"{size(remove_caches(directory, None if everything else stages))} freed")
+    freed = size(remove_caches(directory, None if everything else stages))
+    say(f"{freed} freed; a later start of the run makes again what its --keep names")
 
 
 @cache.command(short_help="Hand features over as .npy, .h5, .npz or .parquet.")
@@ -124,16 +125,17 @@ def export(place: Path, stage: int | None, output: Path, mean: bool) -> None:
     """Write the features of a stage, in view 0, for other programs: frame after frame, sample after sample.
 
     float16 stays float16; all else, and means, become float32. NAME.npy has NAME.index.npz beside it: ids, offsets and
-    labels; in NAME.h5 they lie beside the data set `features`. Sample i has rows offsets[i] to offsets[i + 1].
+    labels; in NAME.h5 they lie beside the data set `features`. Sample i has rows offsets[i] to offsets[i + 1]. Of a run in DIR
+    it is known where each row lies, in seconds, steps or pixels, and written as `layerwise extract` writes it.
     """
     from layerwise.cache import ActivationCache
     from layerwise.cache.export import export as export_cache
     from layerwise.cache.inventory import UNSEALED
+    from layerwise.encoder.entry import row_places
 
-    if stage is not None and (place / "run.json").exists():
-        stages = len(open_run(place)[1].stages)
-        if not 1 <= stage <= stages:
-            raise CacheError(f"--stage {stage}: {place} has stages 1 to {stages}.")
+    state = open_run(place)[1] if (place / "run.json").exists() else None
+    if state is not None and stage is not None and not 1 <= stage <= len(state.stages):
+        raise CacheError(f"--stage {stage}: {place} has stages 1 to {len(state.stages)}.")
     recorded = _some_files(place)
     files = [path for path in recorded if path.suffix not in UNSEALED]
     if stage is not None:
@@ -146,7 +148,10 @@ def export(place: Path, stage: int | None, output: Path, mean: bool) -> None:
     if len({path.parent for path in files}) > 1:
         raise CacheError(f"{place} holds the caches of several runs; name one of them.")
     with ActivationCache(files[-1], recorded[files[-1]]) as opened:
-        export_cache(opened, output, mean)
+        places = None
+        if state is not None and state.takes:
+            places = row_places(state.config.data, state.takes, opened.layout.hop, opened.layout.offset)
+        export_cache(opened, output, mean, places)
     beside = f"; ids and labels: {output.with_suffix('.index.npz')}" if output.suffix == ".npy" else ""
     say(f"{output}: stage {opened.layout.stage}, {len(opened.ids)} samples, {size(output.stat().st_size)}{beside}")
 

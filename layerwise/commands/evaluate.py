@@ -27,30 +27,42 @@ from layerwise.units import size
 @click.command(short_help="Test a label on every frozen stage.")
 @directory_argument
 @click.option(
-    "--label", required=True, help="What to tell apart: speaker, phone, digit, class, or a label of your own."
+    "--label",
+    "names",
+    required=True,
+    multiple=True,
+    help="What to tell apart: speaker, phone, digit, class, or a label of your own; may be given several times.",
 )
 @click.option(
     "--classifier", default="linear", metavar="NAME", help="linear, or knn: nearest neighbours. [default: linear]"
+)
+@click.option(
+    "--grid",
+    type=click.IntRange(1, 64),
+    help="Features are means over so many cells a side of a picture. [default: 2; of recordings 1]",
 )
 @network_option
 @data_option
 @click.option("--labels", help="CSV file of labels, as run takes it; default: that of the run.")
 @json_option
-def probe(directory: Path, label: str, as_json: bool, **options: Any) -> None:
+def probe(directory: Path, names: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Fit a classifier for a label on every frozen stage of the run in DIR.
 
-    Prints the error on the test samples, beside that of the same network with random weights.
+    Prints the error on the test samples, beside that of the same network with random weights. With several labels there is a
+    table for each; --json then prints a list.
     """
     from layerwise.evaluate.probe import probe as probe_library  # imports torch, which --help need not wait for
 
-    with stop_on_signals() as stop, measuring("probing") as show:
-        result = probe_library(directory, label, stop=stop, notify=show, **options)
+    results = []
+    for label in dict.fromkeys(names):
+        with stop_on_signals() as stop, measuring(f"probing {label}") as show:
+            results.append(probe_library(directory, label, stop=stop, notify=show, **options))
+        if not as_json:
+            say(probe_table(results[-1]), f"device peak {size(results[-1].peak_bytes)}")
+            if warning := few_test_samples(results[-1]):
+                say(warning)
     if as_json:
-        answer_json(result)
-        return
-    say(probe_table(result), f"device peak {size(result.peak_bytes)}")
-    if warning := few_test_samples(result):
-        say(warning)
+        answer_json(results if len(results) > 1 else results[0])
 
 
 @click.command(cls=ConfiguredCommand, short_help="Compare the methods of the paper on one data set.")

@@ -7,6 +7,7 @@ An option's scope says what follows when it changes between two starts of a run:
 """
 
 import datetime
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -175,6 +176,19 @@ class ObjectiveOptions(Section):
             raise ValueError("projection 0: ntxent always projects what it compares; give the width, such as 128")
         return self
 
+    @property
+    def chance_loss(self) -> float | None:
+        """The loss of a guess, with all scores 0; None for an objective of which it is not known here."""
+        return {"infonce": math.log(1 + self.negatives), "hinge": 2.0}.get(self.name)
+
+    def is_at_chance(self, loss: float) -> bool:
+        """Whether a loss is not clearly below that of a guess; False where that is not known."""
+        return self.chance_loss is not None and loss > CLEARLY_BELOW * self.chance_loss
+
+
+CLEARLY_BELOW = 0.995
+"""Part of the loss of a guess."""
+
 
 class TrainingOptions(Section):
     """The stage loop."""
@@ -191,13 +205,15 @@ class TrainingOptions(Section):
     """parts of the epochs of each stage; after each the next stage goes on from what it has put out, so that stages can
     train at the same time (see --devices)"""
     patience: int = _option(3, "training", "--patience", ge=1, le=10**9)
-    """epochs without improvement before a stage has converged"""
+    """epochs without improvement before a stage has converged; those at chance, before it has learnt anything, do not count"""
     min_delta: float = _option(1e-3, "training", ge=0)
     """smallest relative improvement of the held-out loss that counts"""
     batch_size: int = _option(8, "training", "--batch-size", ge=1, le=10**6)
     """windows in a batch"""
     lr: float = _option(2e-4, "training", "--lr", gt=0)
     """learning rate of Adam"""
+    warmup_steps: int = _option(0, "training", ge=0, le=10**9)
+    """first steps of a stage, over which Adam's learning rate rises to training.lr"""
     adam_eps: float = _option(1e-6, "training", gt=0)
     """Adam's epsilon; at 1e-8 rounding moves the weights of channels that hardly learn"""
     input_noise: float = _option(0.0, "training", ge=0)
@@ -357,6 +373,7 @@ class Config(Section):
             "max_epochs",
             "rounds",
             "patience",
+            "warmup_steps",
             "seed",
             "device",
             "checkpoint_seconds",

@@ -6,17 +6,18 @@ that the mean square over the set is 1, as recordings are."""
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from layerwise.data.source import SampleSet, digest
+from layerwise.data.source import SampleSet, Skipped, digest
 from layerwise.errors import DataError, LayerwiseError
 from layerwise.files import check_readable
 
@@ -25,6 +26,15 @@ LEVEL_SAMPLES = 200
 
 LEVEL_VALUES = 2**20
 """And on so many values of each."""
+
+ABSURD = 10**6
+"""A sample with values so many times as large as those of the others is left out: it would set the level of them all."""
+
+FEWEST_TO_COMPARE = 3
+"""Samples; of two that differ so much, either may be the odd one."""
+
+MOST_LOOKED_AT = 2**27
+"""Values of a set in which all are looked at; of a larger one those alone by which its level is measured."""
 
 PROBES, PROBE_BYTES = 64, 2**16
 """Places of a file, and bytes at each, that tell it from others of the same size."""
@@ -41,15 +51,71 @@ def measure_level(data: SampleSet) -> float:
     squares, count = 0.0, 0
     if min(data.frame_shape) < 1 or not data.lengths.size or data.lengths.max() < 1:
         raise DataError(f"These data are empty: frames of {data.frame_shape}, {len(data.lengths)} samples.")
-    steps = max(LEVEL_VALUES // math.prod(data.frame_shape), 1)
-    for sample in np.unique(np.linspace(0, len(data.lengths) - 1, LEVEL_SAMPLES).astype(int)).tolist():
-        values = np.asarray(data.read_values(sample, 0, min(int(data.lengths[sample]), steps), 0), dtype=np.float64)
-        if not np.isfinite(values).all():
-            raise DataError(f"Sample {data.ids[sample]} holds values that are no numbers; mend it or leave it out.")
+    for sample, steps in _for_the_level(data):
+        values = np.asarray(data.read_values(sample, 0, steps, 0), dtype=np.float64)
         squares, count = squares + float(np.square(values).sum()), count + values.size
+    if not math.isfinite(squares):
+        raise DataError("These data hold values that are no numbers; mend them.")
     if squares == 0:
         raise DataError("These data are zero everywhere; there is nothing to learn from them.")
     return math.sqrt(squares / count)
+
+
+def _for_the_level(data: SampleSet) -> list[tuple[int, int]]:
+    """Samples, and how many steps of each."""
+    steps = max(LEVEL_VALUES // max(math.prod(data.frame_shape), 1), 1)
+    chosen = np.unique(np.linspace(0, len(data.lengths) - 1, LEVEL_SAMPLES).astype(int))
+    return [(sample, min(int(data.lengths[sample]), steps)) for sample in chosen.tolist()]
+
+
+def _peaks(data: SampleSet, array: Any, offsets: np.ndarray | None) -> dict[int, float]:
+    """Samples that were looked at to their largest absolute values. Raises DataError where one is no number.
+
+    array, offsets: what the data are made of, see `FileArrays`.
+    """
+    peaks = {}
+    with np.errstate(over="ignore"):  # what is too large for float32 is no number there
+        if array.size <= MOST_LOOKED_AT:
+            rows = max(LEVEL_VALUES // max(math.prod(array.shape[1:]), 1), 1)
+            blocks = [_largest(array[first : first + rows]) for first in range(0, len(array), rows)]
+            of_rows = np.concatenate([*blocks, np.zeros(0)])
+            ends = range(len(of_rows) + 1) if offsets is None else offsets.tolist()
+            peaks = {n: float(of_rows[a:b].max(initial=0)) for n, (a, b) in enumerate(pairwise(ends))}
+        else:
+            for sample, steps in _for_the_level(data):
+                peaks[sample] = float(_largest(data.read_values(sample, 0, steps, 0)).max(initial=0))
+    for sample, peak in peaks.items():
+        if not math.isfinite(peak):
+            raise DataError(f"Sample {data.ids[sample]} holds values that are no numbers; mend it or leave it out.")
+    return peaks
+
+
+def _largest(values: np.ndarray) -> np.ndarray:
+    """Absolute value in each row, float32 [n]."""
+    values = np.abs(np.asarray(values, dtype=np.float32))
+    return values.max(axis=tuple(range(1, values.ndim)), initial=0)
+
+
+def without_absurd(data: SampleSet, peaks: Mapping[int, float]) -> SampleSet:
+    """Without samples whose values are far beyond those of the others. peaks: samples to their largest absolute values."""
+    above_zero = sorted(peak for peak in peaks.values() if peak)
+    usual = above_zero[(len(above_zero) - 1) // 2] if len(above_zero) >= FEWEST_TO_COMPARE else math.inf
+    absurd = {sample: peak for sample, peak in peaks.items() if peak > ABSURD * usual}
+    if not absurd:
+        return data
+    kept = np.array([sample for sample in range(len(data.ids)) if sample not in absurd])
+    reasons = {
+        sample: f"its values reach {peak:.3g}, those of the others about {usual:.3g}" for sample, peak in absurd.items()
+    }
+    return replace(
+        data,
+        ids=[data.ids[sample] for sample in kept.tolist()],
+        lengths=data.lengths[kept],
+        labels={name: values[kept] for name, values in data.labels.items()},
+        read_values=lambda sample, *place: data.read_values(int(kept[sample]), *place),
+        identity=digest(f"{data.identity} without {sorted(absurd)}"),
+        skipped=[*data.skipped, *(Skipped(data.ids[sample], reason) for sample, reason in reasons.items())],
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,16 +251,27 @@ def _array_set(found: FileArrays, frames: str, path: Path) -> SampleSet:
         lengths, frame_shape, read = np.diff(rows), shape[1:], partial(_read_rows, array, rows)
     known = {name: values.tolist() for name, values in found.labels.items()}
     described = [str(array.dtype), shape, frames, known, list(ids), lengths.tolist(), _contents(path)]
-    return SampleSet(
+    data = SampleSet(
         takes="arrays",
         ids=ids,
         lengths=lengths.astype(np.int64),
         frame_shape=tuple(frame_shape) or (1,),
         identity=digest(json.dumps(described)),
-        read_values=read,
+        read_values=partial(_read_as_opened, path, path.stat().st_size, read),
         measure_level=measure_level,
         labels=found.labels,
     )
+    return without_absurd(data, _peaks(data, array, offsets))
+
+
+def _read_as_opened(path: Path, size: int, read: Callable[..., np.ndarray], *place: int) -> np.ndarray:
+    """What `read` gives for the place. Raises DataError where the file is no longer what it was, with its name."""
+    try:
+        if path.stat().st_size != size:  # behind the end of a file that is mapped, the system ends the process
+            raise OSError("it has another size than when it was opened")
+        return read(*place)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError(f"{path} cannot be read any more ({error}); restore it.") from None
 
 
 def _are_offsets(offsets: np.ndarray, rows: int) -> bool:

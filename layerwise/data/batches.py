@@ -1,8 +1,9 @@
 """Batches of a source: windows that are drawn at read time, and whole samples in groups that fit the device.
 
 An epoch of windows is planned before it begins, from the seed alone, so a resume continues with the very next batch. Windows
-are new crops of full-length samples in every epoch. Samples shorter than the window are padded with zeros, and their real
-lengths go along. A thread reads ahead while the device works; several do where the source gains from it.
+are new crops of full-length samples in every epoch: of pictures from any pixel on, of what is cached from any frame on. Samples
+shorter than the window are padded with zeros, and their real lengths go along. A thread reads ahead while the device works;
+several do where the source gains from it.
 
 For whole samples, neighbouring short ones share a padded batch, and a sample longer than a piece is read piece by piece.
 Groups depend on lengths alone, so that a pass which continues after a kill sees the same batches.
@@ -14,12 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 
-from layerwise.data.source import Extent, OnDisk, Place, Readable
+from layerwise.data.source import Crops, Extent, OnDisk, Place, Readable, pixels_apart
 
 T = TypeVar("T")
 
@@ -77,10 +78,18 @@ class Epoch:
 
     samples: np.ndarray
     views: np.ndarray
-    first_rows: np.ndarray
-    first_columns: np.ndarray
+    tops: np.ndarray
+    lefts: np.ndarray
+    """Where windows begin, in places: `apart` of them from one frame to the next."""
     window: Window
     batch_size: int
+    apart: int = 1
+    """Above 1, places are pixels, and windows are crops of pictures."""
+
+    @property
+    def first_rows(self) -> np.ndarray:
+        """int64, of frames, one for each window."""
+        return self.tops // self.apart
 
     @property
     def steps(self) -> int:
@@ -104,16 +113,23 @@ class Epoch:
 
     def read(self, source: Readable, step: int, share: slice = slice(None)) -> Batch:
         """The batch of one step, or a share of its windows alone."""
+        if self.apart > 1:
+            return self._read_crops(cast(Crops, source), self.rows_of(step, share))
         places = list(self._places(source, step, share))
         if self.window.columns >= source.columns:
             return read_windows(source, places)
-        first_columns = self.first_columns[self.rows_of(step, share)].tolist()
+        first_columns = self.lefts[self.rows_of(step, share)].tolist()
         return collate(
             [
                 _cut_columns(frames, source.columns, first_column, self.window.columns)
                 for frames, first_column in zip(_each(source, places), first_columns, strict=True)
             ]
         )
+
+    def _read_crops(self, source: Crops, rows: slice) -> Batch:
+        side = self.window.rows, self.window.columns
+        places = zip(*(each[rows].tolist() for each in (self.samples, self.tops, self.lefts, self.views)), strict=True)
+        return collate([source.read_crop(sample, top, left, side, view) for sample, top, left, view in places])
 
     def expect(self, source: Readable, step: int, share: slice = slice(None)) -> None:
         """Tells a source that lies on a disk what `read` will want of it."""
@@ -147,13 +163,15 @@ def ordered_epoch(
     windows = np.repeat(samples, renderings)
     spare_rows = np.maximum(extent.lengths[windows] // extent.columns - window.rows, 0)
     spare_columns = max(extent.columns - window.columns, 0)
+    apart = pixels_apart(extent)
     return Epoch(
         windows,
         views=_draw_views(extent.views, len(windows), renderings, rng),
-        first_rows=rng.integers(0, spare_rows + 1),
-        first_columns=rng.integers(0, spare_columns + 1, size=len(windows)),
+        tops=rng.integers(0, spare_rows * apart + 1),
+        lefts=rng.integers(0, spare_columns * apart + 1, size=len(windows)),
         window=window,
         batch_size=batch_size,
+        apart=apart,
     )
 
 

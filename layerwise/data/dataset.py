@@ -29,7 +29,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset
 
 from layerwise.config import DataOptions
-from layerwise.data.arrays import measure_level
+from layerwise.data.arrays import measure_level, without_absurd
 from layerwise.data.channels import cancel, notes_on
 from layerwise.data.images import PatchOptions, patch_options, picture_identity, picture_set, square_pixels
 from layerwise.data.source import SampleSet, digest
@@ -84,6 +84,7 @@ def open_dataset(items: Items, options: DataOptions) -> SampleSet:
     labels: list[dict[str, str]] = []
     left_out: dict[str, str] = {}
     cancelling: list[str] = []
+    peaks: dict[int, float] = {}
     for number in range(count):
         item = item_of(items, number)
         if item.where != first.where:
@@ -100,6 +101,7 @@ def open_dataset(items: Items, options: DataOptions) -> SampleSet:
             raise DataError(
                 f"Item {number} of the data set is empty, or holds values that are no numbers; leave it out."
             )
+        peaks[number] = float(np.abs(values).max())
         lengths.append(len(values))
         labels.append(item.labels)
         left_out |= item.left_out
@@ -123,7 +125,7 @@ def open_dataset(items: Items, options: DataOptions) -> SampleSet:
         pictures = picture_set(lambda number: torch.from_numpy(newest(number)), framing, ids, identity, named)
         pictures.notes = notes
         return pictures
-    return SampleSet(
+    data = SampleSet(
         takes="arrays" if first.rate is None else "waveforms",
         ids=ids,
         lengths=np.array(lengths, dtype=np.int64),
@@ -134,6 +136,7 @@ def open_dataset(items: Items, options: DataOptions) -> SampleSet:
         labels=named,
         notes=notes,
     )
+    return without_absurd(data, peaks)
 
 
 def _what_was_taken(first: Item, labels: Sequence[str], left_out: Mapping[str, str]) -> str:
@@ -153,8 +156,8 @@ def item_of(items: Items, number: int) -> Item:
         raise DataError(f"Item {number} of the data set cannot be read ({type(error).__name__}: {error}).") from error
     if isinstance(item, Mapping):
         return _of_mapping(item, number)
-    if isinstance(item, tuple) and item:
-        return _of_tuple(item, number)
+    if (isinstance(item, tuple) and item) or (isinstance(item, list) and _numbers(item) is None):
+        return _of_tuple(tuple(item), number)
     return _item(_array(item, number), "all of it", {}, None)
 
 
@@ -190,11 +193,13 @@ def _item(sample: Any, where: str, others: Mapping[str, Any], rate: int | None) 
 def label_of(value: Any) -> str | None:
     """The label that a value is: a word, or a whole number; of a one-hot vector the place of its one. None where it is none.
 
-    Empty where it is missing: None, or not a number, as tables have it.
+    Empty where it is missing: None, or not a number, as tables have it. Where one is missing they write the others as 3.0.
     """
     value = _plain(value)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     if isinstance(value, str | int):
@@ -210,7 +215,9 @@ def _place_of_one(value: Any) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """What an array or a tensor of one value holds, and a number of numpy's or torch's, as Python's."""
+    """What an array, a tensor or a list of one value holds, and a number of numpy's or torch's, as Python's."""
+    if isinstance(value, list | tuple) and len(value) == 1:
+        return _plain(value[0])
     one = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.size == 1)
     if one or (isinstance(value, torch.Tensor) and value.numel() == 1):
         return value.item()

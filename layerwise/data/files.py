@@ -70,16 +70,19 @@ def _list_files(folder: Path, extensions: Extensions, what: str) -> tuple[list[s
     skipped: list[Skipped] = []
     for parent, files in _folders(folder, skipped):
         for path in (parent / name for name in files):
-            ending = path.suffix.lower()
-            if ending not in extensions.read | extensions.not_read or path.name.startswith("."):
+            ending, known = path.suffix.lower(), extensions.read | extensions.not_read
+            leads_nowhere = path.is_symlink() and not path.exists()  # it may have been a folder with any name
+            if path.name.startswith(".") or not (ending in known or leads_nowhere):
                 continue
             name = path.relative_to(folder).as_posix()
             as_utf8 = _as_utf8(name)
             if name != as_utf8:
                 skipped.append(Skipped(as_utf8, "its name is not valid UTF-8"))
+            elif leads_nowhere:
+                skipped.append(Skipped(name, "a link to what is not there"))
             elif ending in extensions.not_read:
                 skipped.append(Skipped(name, f"{ending[1:].upper()} is not read; convert it to {extensions.instead}"))
-            elif not path.is_file():  # a broken link, or a pipe that would block for ever
+            elif not path.is_file():  # a pipe would block for ever
                 skipped.append(Skipped(name, "not a regular file"))
             else:
                 found.append(name)

@@ -1,19 +1,22 @@
 """Pictures as samples: each one is resized, cropped to a square and cut into a grid of overlapping patches.
 
-A picture always delivers its whole grid; random crops are drawn later, as sub-grids, so that a cached stage can be
-cropped anew in every epoch. Files are decoded at each read: host memory stays the same whatever the size of the data
-set, and a small JPEG takes about a tenth of a millisecond. Opening a folder decodes every picture once, because a
-truncated file opens without complaint and fails only there: no damaged file is met during training.
+A picture delivers its whole grid, from which caches are made: a cached stage is cropped anew in every epoch, as a sub-grid.
+What reads the pictures themselves is given crops from any pixel on, as in Löwe et al. 2019.
+
+Files are decoded at each read: host memory stays the same whatever the size of the data set, and a small JPEG takes about a
+tenth of a millisecond. Opening a folder decodes every picture once, because a truncated file opens without complaint and fails
+only there: no damaged file is met during training.
 """
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from layerwise.config import DataOptions
@@ -89,6 +92,35 @@ def patch_options(options: DataOptions) -> PatchOptions:
     return PatchOptions(options.picture, options.patch, options.patch_stride, options.gray, options.flip)
 
 
+@dataclass(eq=False)
+class PictureSet(SampleSet):
+    """Pictures in patches, whole grids of them and crops: see `Crops`."""
+
+    pixels: Callable[[int], torch.Tensor] = field(kw_only=True)
+    """Sample to uint8 [channels, picture, picture]; safe to call from several threads."""
+    options: PatchOptions = field(kw_only=True)
+
+    @property
+    def pixels_apart(self) -> int:
+        """From one patch to the next; of whole pictures there is one, and no crops."""
+        return self.options.patch_stride if self.columns > 1 else 1
+
+    def read_crop(self, sample: int, top: int, left: int, side: tuple[int, int], view: int = 0) -> torch.Tensor:
+        """See `Crops`. Raises IndexError for views that there are not, DataError where a file has become unreadable."""
+        if not 0 <= view < self.views:
+            raise IndexError(f"no view {view} of sample {sample}")
+        options = self.options
+        height, width = (options.patch + options.patch_stride * (count - 1) for count in side)
+        picture = _rendered(self.pixels(sample), view)
+        out = (-left, left + width - options.picture, -top, top + height - options.picture)
+        if max(out) > 0:
+            above, before = max(-top, 0), max(-left, 0)
+            picture = F.pad(picture.float(), [max(pixels, 0) for pixels in out], mode="reflect").to(picture.dtype)
+            top, left = top + above, left + before
+        part = picture[:, top : top + height, left : left + width]
+        return cut_patches(normalise(part), options.patch, options.patch_stride)
+
+
 def picture_set(
     pixels: Callable[[int], torch.Tensor],
     options: PatchOptions,
@@ -97,12 +129,12 @@ def picture_set(
     labels: dict[str, np.ndarray],
     test: np.ndarray | None = None,
     skipped: Sequence[Skipped] = (),
-) -> SampleSet:
+) -> PictureSet:
     """A DataSet of pictures cut into patches; view 1 is cut from the mirrored picture.
 
     `pixels(i)` gives picture i as uint8 [channels, picture, picture] and is safe to call from several threads.
     """
-    return SampleSet(
+    return PictureSet(
         takes="pictures",
         ids=ids,
         lengths=np.full(len(ids), options.columns**2, dtype=np.int64),
@@ -114,7 +146,14 @@ def picture_set(
         skipped=skipped,
         columns=options.columns,
         views=2 if options.flip else 1,
+        pixels=pixels,
+        options=options,
     )
+
+
+def _rendered(pixels: torch.Tensor, view: int) -> torch.Tensor:
+    """[C, H, W] as it is, or mirrored as view 1."""
+    return pixels.flip(-1) if view == 1 else pixels
 
 
 def _read_patches(
@@ -126,13 +165,11 @@ def _read_patches(
     """
     if not (0 <= start <= stop <= options.columns**2 and 0 <= view < (2 if options.flip else 1)):
         raise IndexError(f"no patches {start} to {stop} of view {view} of sample {sample}")
-    picture = normalise(pixels(sample))
-    if view == 1:
-        picture = picture.flip(-1)
+    picture = normalise(_rendered(pixels(sample), view))
     return cut_patches(picture, options.patch, options.patch_stride)[start:stop].numpy()
 
 
-def open_images(place: Path, options: PatchOptions, fewest: int = 2) -> SampleSet:
+def open_images(place: Path, options: PatchOptions, fewest: int = 2) -> PictureSet:
     """The pictures anywhere below a folder, sorted by id, which is the path below the folder, with '/'.
 
     Each sub-folder is a class, found in the label "class"; without sub-folders there is no such label. Where the sub-folders

@@ -100,6 +100,15 @@ def _open(options: DataOptions, shortest: int, fewest: int = 2) -> DataSet:
     """fewest: recordings and pictures of speech: and images: that must be usable."""
     kind, _, place = options.source.partition(":")
     if kind == "demo":
+        if options.frames != "steps":
+            read, known = (
+                ("pictures", PICTURES) if options.frames == "patches" else ("whole samples", (*PICTURES, *ARRAYS))
+            )
+            places = ", ".join(f"{each}:{'FILE' if each in ARRAYS else 'DIR'}" for each in known)
+            raise ConfigError(
+                f"--frames {options.frames}, which the recipe may say, reads {read}, and without --data there are only the "
+                f"recordings of the demo; name some with --data, as {places}."
+            )
         return open_demo()
     if options.source == OWN:
         raise ConfigError(

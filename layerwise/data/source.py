@@ -28,6 +28,26 @@ class Extent(Protocol):
     """Number of renderings of each sample, at least 1."""
 
 
+class Crops(Extent, Protocol):
+    """Pictures of which a window may begin at any pixel, and not at those alone at which a patch begins."""
+
+    pixels_apart: int
+    """From one patch to the next, across and down."""
+
+    def read_crop(self, sample: int, top: int, left: int, side: tuple[int, int], view: int = 0) -> torch.Tensor:
+        """Patches of a part of a picture: CPU tensor float32 [rows * columns, *frame_shape], row after row.
+
+        top, left: pixels of the picture above the part and to the left of it. side: rows and columns of patches. Where the part
+        sticks out of the picture by less than half of it, the picture goes on mirrored. Safe to call from several threads.
+        """
+        ...
+
+
+def pixels_apart(extent: Extent) -> int:
+    """Places at which a window may begin from one frame to the next, across and down; 1 where it begins with a frame."""
+    return getattr(extent, "pixels_apart", 1)
+
+
 class Readable(Extent, Protocol):
     """Frames, without their names."""
 
@@ -174,6 +194,13 @@ class SampleSet:
         if self.read_frame_labels is None:
             raise DataError(f"These data have no label {name!r} per frame; use a label of whole samples.")
         return self.read_frame_labels(name, sample, positions)
+
+
+def said_of(data: DataSet) -> list[str]:
+    """Lines on data that are about to be used: its notes, and the files that were skipped."""
+    what = "samples" if data.takes == "arrays" else "files"
+    head = [f"{len(data.skipped)} {what} skipped:"] if data.skipped else []
+    return [*getattr(data, "notes", ()), *head, *(f"  {entry.path}: {entry.reason}" for entry in data.skipped)]
 
 
 def several(names: Sequence[str]) -> str:

@@ -1,12 +1,14 @@
 """Names of the parts of a data set: a folder of this name says where a sample belongs, not what it is."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-TRAINING, VALIDATION, TEST = {"train", "training"}, {"val", "valid", "validation", "dev"}, {"test", "testing"}
-"""In small letters; folders may be written in any case."""
+TRAINING, VALIDATION = {"train", "training"}, {"val", "valid", "validation", "dev", "eval", "evaluation"}
+TEST = {"test", "testing"}
+"""In small letters; folders may be written in any case, and with a `set` behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,7 @@ def folder_split(ids: Sequence[str]) -> FolderSplit | None:
     train, beside bus and tram.
     """
     tops = np.array([name.split("/")[0] if "/" in name else "" for name in ids], dtype=str)
-    small = np.char.lower(tops)
+    small = np.array([_in_short(top) for top in tops.tolist()], dtype=str)
     there = set(small.tolist()) - {""}
     parts = there & (TRAINING | VALIDATION | TEST)
     if not parts or not (parts == there or (parts & TRAINING and parts - TRAINING)):
@@ -40,6 +42,11 @@ def folder_split(ids: Sequence[str]) -> FolderSplit | None:
     return FolderSplit(tuple(folders), test, held_out if parts & TRAINING else None)
 
 
+def _in_short(name: str) -> str:
+    """test for Test, test_set or testset."""
+    return re.sub(r"(?<=.)[ _-]?set$", "", name.lower())
+
+
 def _part(tops: np.ndarray, names: set[str]) -> np.ndarray | None:
     """Where there are such samples, and others."""
     found = np.isin(tops, sorted(names))
@@ -48,5 +55,5 @@ def _part(tops: np.ndarray, names: set[str]) -> np.ndarray | None:
 
 def are_names_of_parts(values: Iterable[str]) -> bool:
     """Whether the values of a label, those that are there, say nothing but the part of each sample."""
-    found = {value.lower() for value in values if value}
+    found = {_in_short(value) for value in values if value}
     return bool(found) and found <= TRAINING | VALIDATION | TEST

@@ -1,22 +1,23 @@
 """Another form of a data set: in frames of several steps, or in more renderings (views) of each sample.
 
 Renderings are cached side by side: upper stages then see other inputs from one epoch to the next. A rendering is a function
-of the sample's id and the view alone, and of single samples of audio or single pixels: any part of it can be read by itself.
-Recordings get another tilt of their spectrum and noise, pictures another brightness and contrast. View 0 stays plain, and so
-do the views that the data have themselves, such as the mirrored one.
+of the sample's id and the view alone: any part of it can be read by itself. Recordings get another tilt of their spectrum and
+noise. Pictures are shifted by some pixels, up to half the way from one patch to the next: their patches, of which caches are
+made, then hold other pixels. Other frames get another level and contrast. View 0 stays plain, and so do the views that the data
+have themselves, such as the mirrored one.
 
 Samples that are read whole are rendered after SimCLR (Chen et al. 2020, arXiv 2002.05709, appendix A): a crop that is resized
 back, another contrast, brightness and colour, and noise. In one, two or three dimensions alike.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from layerwise.data.batches import stream
-from layerwise.data.source import DataSet, digest
+from layerwise.data.source import Crops, DataSet, digest, pixels_apart
 
 NOISE_BLOCK = 4096
 """Samples of audio whose noise is drawn at once."""
@@ -88,7 +89,9 @@ class WithViews(Derived):
 
     def __init__(self, data: DataSet, views: int, whole: bool = False, flip: bool = False) -> None:
         """whole: samples are single frames, which may be cropped, and mirrored where `flip` allows it."""
-        super().__init__(data, f"{views} views{f', whole, flip {flip}' if whole else ''}")
+        self._shifts = views > data.views and pixels_apart(data) > 1
+        how = ", shifted" if self._shifts else f", whole, flip {flip}" if whole else ""
+        super().__init__(data, f"{views} views{how}")
         self.views, self._whole, self._flip = views, whole, flip
 
     def read(self, sample: int, start: int, stop: int, view: int = 0) -> torch.Tensor:
@@ -99,11 +102,22 @@ class WithViews(Derived):
         base, rng = view % data.views, stream(0, "view", view, data.ids[sample])
         if self._whole and start < stop:
             return cropped(data.read(sample, start, stop, base)[0], self._flip, rng)[None]
+        if self._shifts:
+            return self.read_crop(sample, 0, 0, (data.columns, data.columns), view)[start:stop]
         if len(data.frame_shape) == 1:
             before = min(start, 1)
             return self._recording(data.read(sample, start - before, stop, base), before, rng, sample, start, view)
         contrast, brightness = rng.uniform(-CONTRAST, CONTRAST, 2).tolist()
         return data.read(sample, start, stop, base) * (1 + contrast) + brightness
+
+    def read_crop(self, sample: int, top: int, left: int, side: tuple[int, int], view: int = 0) -> torch.Tensor:
+        """A part of a picture that is rendered: see `Crops`."""
+        pictures, base = cast(Crops, self._data), view % self._data.views
+        if view != base:
+            apart, rng = pictures.pixels_apart, stream(0, "view", view, self._data.ids[sample])
+            down, right = (rng.integers(0, apart, 2) - apart // 2).tolist()
+            top, left = top + down, left + right
+        return pictures.read_crop(sample, top, left, side, base)
 
     def _recording(
         self, frames: torch.Tensor, before: int, rng: np.random.Generator, sample: int, start: int, view: int

@@ -31,10 +31,6 @@ class Entry(nn.Module):
         """Frames that come of so many steps of a sequence, or patches (an int or an int64 array)."""
         return steps
 
-    def row_places(self, geometry: Geometry) -> RowPlaces | None:
-        """Where the features of a sample lie; None where it has one row of them. geometry: theirs on the steps of the input."""
-        return None
-
     wanted: str
     """Words on what a batch must be."""
 
@@ -75,9 +71,6 @@ class Steps(Entry):
         x = x / self.level
         return in_frames(x, self.length, self.step) if self.framed else x
 
-    def row_places(self, geometry: Geometry) -> RowPlaces | None:
-        return RowPlaces(geometry.hop, geometry.offset, "steps")
-
     def frames_of(self, steps: Any) -> Any:
         return np.maximum((steps - self.length) // self.step + 1, 0)
 
@@ -105,9 +98,6 @@ class Waveforms(Steps):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x[..., None])
-
-    def row_places(self, geometry: Geometry) -> RowPlaces | None:
-        return RowPlaces(geometry.hop / self.rate, geometry.offset / self.rate, "seconds")
 
     def fits(self, x: torch.Tensor) -> bool:
         return x.dim() == 2 and x.is_floating_point()
@@ -149,7 +139,7 @@ class Pictures(Entry):
         super().__init__()
         options = patch_options(data)
         self.channels, self.patch, self.stride = options.channels, options.patch, options.patch_stride
-        self.picture, self.whole, self.columns = data.picture, data.frames == "whole", options.columns
+        self.picture, self.whole = data.picture, data.frames == "whole"
         self.frame_shape = (self.channels, self.patch, self.patch)
         for name, constant in zip(("mean", "deviation"), mean_and_deviation(self.channels), strict=True):
             self.register_buffer(name, constant, persistent=False)
@@ -163,10 +153,6 @@ class Pictures(Entry):
         values = x if x.is_floating_point() else x / 255
         normal = (values - self.mean) / self.deviation
         return normal[:, None] if self.whole else cut_patches(normal, self.patch, self.stride)
-
-    def row_places(self, geometry: Geometry) -> RowPlaces | None:
-        """On the picture as it was resized and cropped."""
-        return None if self.whole else RowPlaces(self.stride, (self.patch - 1) / 2, "pixels", self.columns)
 
     def fits(self, x: torch.Tensor) -> bool:
         if x.dim() != 4 or x.shape[1] != self.channels or not (x.is_floating_point() or x.dtype == torch.uint8):
@@ -188,3 +174,21 @@ class Pictures(Entry):
             (1, self.channels, side + stride, side),
             (3, self.channels, side, side + 2 * stride + odd),
         ]
+
+
+def row_places(data: DataOptions, takes: str, hop: int, offset: float) -> RowPlaces | None:
+    """Where the features of a sample lie on it; None where it has one row of them.
+
+    takes: what the encoder takes, see `DataSet`. hop, offset: of the features on the frames that the network reads. Patches
+    lie on the picture as it was resized and cropped.
+    """
+    if data.frames == "whole":
+        return None
+    if takes == "pictures":
+        options = patch_options(data)
+        return RowPlaces(options.patch_stride, (options.patch - 1) / 2, "pixels", options.columns)
+    step = data.frame_step or data.frame_length
+    hop, offset = step * hop, (data.frame_length - 1) / 2 + step * offset
+    if takes == "waveforms":
+        return RowPlaces(hop / data.sample_rate, offset / data.sample_rate, "seconds")
+    return RowPlaces(hop, offset, "steps")

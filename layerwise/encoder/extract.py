@@ -14,10 +14,12 @@ from layerwise.config import Config, with_options
 from layerwise.data.batches import Batch, Group, collate, group_renderings, read_ahead
 from layerwise.data.open import open_input
 from layerwise.data.source import DataSet, Skipped, Subset
+from layerwise.encoder.entry import row_places
 from layerwise.encoder.load import Given, entry_of, load_stages
 from layerwise.encoder.model import Encoder
 from layerwise.errors import BudgetError, DataError
 from layerwise.events import NotifyProgress, Progress, unseen
+from layerwise.nets.module import Geometry
 from layerwise.run_store import RunStore
 from layerwise.stop import StopFlag
 from layerwise.training.context import RunContext
@@ -73,9 +75,13 @@ def extract(
         *_, outputs = encoder.frames_of_stages(
             torch.zeros(1, int(encoder.entry.frames_of(encoder.shortest)), *data.frame_shape)
         )
-    kind, places = MeanFile if mean else FeatureFile, encoder.entry.row_places(encoder.geometry)
+    rows, geometry = data.lengths, Geometry()
+    for layer in encoder.layers.values():
+        rows, geometry = layer.out_length(rows), geometry.after(layer)
+    kind = MeanFile if mean else FeatureFile
+    places = row_places(origin.config.data, origin.takes, geometry.hop, geometry.offset)
     with kind(output, tuple(outputs.shape[2:]), dtype, len(stages), places) as file:
-        kept, skipped, peak = _fill(file, stages, data, config, stop, notify)
+        kept, skipped, peak = _fill(file, stages, data, config, stop, _FrameCount(rows, notify))
         if not kept:
             raise DataError(f"Not one file of {source} could be read to its end; the first: {skipped[0].reason}")
         file.finish({name: values[kept] for name, values in data.labels.items()})
@@ -97,7 +103,7 @@ def _fill(
     data: DataSet,
     config: Config,
     stop: StopFlag,
-    notify: NotifyProgress,
+    count: "_FrameCount",
 ) -> tuple[list[int], list[Skipped], int]:
     """Numbers of the samples whose features are in the file, what could not be read, and bytes on the device."""
     kept: list[int] = []
@@ -123,7 +129,7 @@ def _fill(
                 file.drop()
                 skipped.append(Skipped(data.ids[done], loader.faults[done - first]))
                 done += 1
-                notify(Progress("", done, len(data.ids)))
+                count.show(done)
 
         for number, rows, last in forward_all(stages, loader, groups, keep, context):
             stop.raise_if_set("before the features were whole, so none are left")
@@ -134,7 +140,7 @@ def _fill(
                 file.keep(data.ids[sample])
                 kept.append(sample)
                 done = sample + 1
-                notify(Progress("", done, len(data.ids)))
+            count.show(done, 0 if last else len(rows))
         skip_to(len(data.ids))
 
     try:
@@ -145,6 +151,21 @@ def _fill(
             f"--gpu-mem of {config.memory.gpu_mem} bytes cannot hold the encoder: {why}; give a larger one."
         ) from None
     return kept, skipped, peak
+
+
+class _FrameCount:
+    """Frames of features that are made: samples are of any length."""
+
+    def __init__(self, rows: np.ndarray, notify: NotifyProgress) -> None:
+        """rows: int64 [N], frames of each sample."""
+        self._until, self._notify = np.append(0, np.cumsum(rows)), notify
+        self._samples = self._more = 0
+
+    def show(self, samples: int, more: int = 0) -> None:
+        """So many samples are done, and `more` frames of the next one since the last call."""
+        self._more = more + (self._more if samples == self._samples else 0)
+        self._samples = samples
+        self._notify(Progress("", int(self._until[samples]) + self._more, int(self._until[-1])))
 
 
 class _ReadableLoader(SourceLoader):

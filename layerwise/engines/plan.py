@@ -10,7 +10,7 @@ from layerwise.cache.dtypes import STORED
 from layerwise.config import Config, with_options
 from layerwise.data.batches import READ_AHEAD
 from layerwise.data.open import open_data
-from layerwise.data.source import DataSet, telling_labels
+from layerwise.data.source import DataSet, said_of, telling_labels
 from layerwise.errors import ConfigError
 from layerwise.forecast import END_TO_END, Forecast, StageForecast, is_end_to_end
 from layerwise.memory.determinism import settle_products
@@ -39,6 +39,7 @@ from layerwise.training.resident import rows_of_input
 from layerwise.training.samples import TRAIN, split_samples
 from layerwise.training.spec import StageSpec
 from layerwise.training.work import step_flops, step_moved, step_operations, waiting_bytes
+from layerwise.units import size
 
 
 def plan(
@@ -79,7 +80,7 @@ def plan(
         cache_bytes=sum(stage.cache_bytes for stage in stages if stage.cached),
         disk_bytes=disk_peak(config.cache, sizes, cache_plan) * rounds_under_way(config, len(specs)),
         disk_budget_bytes=config.cache.disk,
-        notes=_notes(config, specs, cache_plan, device),
+        notes=[*_notes(config, specs, cache_plan, device), *_of_renderings(data, stages), *said_of(data)],
         host_bytes=max(stage.host_bytes for stage in stages),
         hours=_hours(config, data, specs, plans, device),
         device=str(device),
@@ -91,6 +92,16 @@ def _notes(config: Config, specs: Sequence[StageSpec], cache_plan: CachePlan, de
     less = why_less_than_budget(device, config.memory.gpu_mem)
     end_to_end = is_end_to_end([len(spec.layers) for spec in specs])
     return [less] * bool(less) + [END_TO_END] * end_to_end + list(cache_plan.notes)
+
+
+def _of_renderings(data: DataSet, stages: Sequence[StageForecast]) -> list[str]:
+    """What each of several costs on the disk."""
+    cached = sum(stage.cache_bytes for stage in stages if stage.cached)
+    if data.views == 1 or not cached:
+        return []
+    return [
+        f"the caches hold {data.views} renderings of each sample, {size(cached // data.views)} for each; see --views"
+    ]
 
 
 def sweep(config: Config, notify: Callable[[str], None] = lambda line: None) -> list[Forecast]:

@@ -11,7 +11,7 @@ import torch
 
 from layerwise.config import OWN, Config, with_options
 from layerwise.data.open import open_data
-from layerwise.data.source import DataSet, telling_labels
+from layerwise.data.source import DataSet, said_of, telling_labels
 from layerwise.engines import dask, processes, torchrun
 from layerwise.engines.elsewhere import measure_elsewhere
 from layerwise.engines.machine import machine
@@ -290,9 +290,4 @@ def _described(run: Run) -> list[str]:
     for spec, plan in zip(specs, memory_plans, strict=True):
         if plan.why:
             lines.append(f"stage {spec.stage}: {plan}, because {plan.why}")
-    lines += run.cache_plan.notes
-    lines += getattr(data, "notes", ())
-    if data.skipped:
-        lines.append(f"{len(data.skipped)} files skipped:")
-        lines += [f"  {entry.path}: {entry.reason}" for entry in data.skipped]
-    return lines
+    return [*lines, *run.cache_plan.notes, *said_of(data)]

@@ -35,12 +35,12 @@ class FeatureRows:
         self.rows += len(rows)
 
     def read(self, rows: range) -> np.ndarray:
-        """float32 [rows, C]"""
+        """float32 [rows, C], the caller's own."""
+        into = np.empty((len(rows), self.channels), dtype=np.float32)
         with errors_of_writing(self._folder / "features", RunError):
             self._file.flush()
-            row_bytes = 4 * self.channels
-            content = os.pread(self._file.fileno(), len(rows) * row_bytes, rows.start * row_bytes)
-        return np.frombuffer(content, dtype=np.float32).reshape(len(rows), self.channels)
+            os.preadv(self._file.fileno(), [into], rows.start * into.strides[0])
+        return into
 
     def close(self) -> None:
         """Frees its room on the disk."""
@@ -51,7 +51,10 @@ Poll = Callable[[], None]
 """Is called between two pieces and may raise."""
 
 PIECE_BYTES = 64 * 2**20
-"""Features in memory at once; fewer are kept there."""
+"""Features that are read at once."""
+
+KEPT_BYTES = 4 * PIECE_BYTES
+"""Features up to which all of them stay in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,35 +84,38 @@ class Examples:
         """classes: int64 [N] from 0."""
         self.parts, self.channels = parts, features.channels
         self.count = int(classes.max()) + 1
-        self._features, self._classes, self._poll = features, classes, poll
+        self._features, self._classes, self._poll = features, torch.from_numpy(classes), poll
         self._step = max(PIECE_BYTES // (4 * features.channels), 1)
-        self._mean, self._spread = self._statistics()
-        self._kept = self._read(range(features.rows)) if features.rows <= self._step else None
+        self._kept: torch.Tensor | None = None
+        self._mean, self._scale = torch.zeros(features.channels), torch.ones(features.channels)
+        self._mean, self._scale = self._statistics()
+        if 4 * features.channels * features.rows <= KEPT_BYTES:
+            self._kept = self._read(range(features.rows))
 
     def pieces(self, rows: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """float32 [n, C] and int64 [n] of these rows, piece after piece."""
-        for piece in self._pieces(rows):
+        for first in range(rows.start, rows.stop, self._step):
+            self._poll()
+            piece = range(first, min(first + self._step, rows.stop))
             x = self._read(piece) if self._kept is None else self._kept[piece.start : piece.stop]
-            yield x, torch.from_numpy(self.classes(piece))
+            yield x, self._classes[piece.start : piece.stop]
 
     def classes(self, rows: range) -> np.ndarray:
         """int64 [n]"""
-        return self._classes[rows.start : rows.stop]
-
-    def _pieces(self, rows: range) -> Iterator[range]:
-        for first in range(rows.start, rows.stop, self._step):
-            self._poll()
-            yield range(first, min(first + self._step, rows.stop))
+        return self._classes[rows.start : rows.stop].numpy()
 
     def _read(self, rows: range) -> torch.Tensor:
-        centred = self._features.read(rows) - self._mean
-        # A channel that never varies carries nothing; dividing by its spread would turn rounding into a feature.
-        varies = self._spread > 1e-6 * (np.abs(self._mean) + self._spread.max())
-        return torch.from_numpy(np.where(varies, centred / np.maximum(self._spread, 1e-12), 0).astype(np.float32))
+        return torch.from_numpy(self._features.read(rows)).sub_(self._mean).mul_(self._scale)
 
-    def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and spread float32 [C] of the training rows."""
-        train, read = self.parts.train, self._features.read
-        mean = sum(read(piece).sum(0, dtype=np.float64) for piece in self._pieces(train)) / len(train)
-        squares = sum(np.square(read(piece) - mean).sum(0, dtype=np.float64) for piece in self._pieces(train))
-        return mean.astype(np.float32), np.sqrt(squares / len(train)).astype(np.float32)
+    def _statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 [C]: mean of the training rows, and what brings their spread to 1."""
+        train = self.parts.train
+        mean, squares = torch.zeros(2, self.channels, dtype=torch.float64)
+        for x, _ in self.pieces(train):
+            mean += x.sum(0, dtype=torch.float64) / len(train)
+        for x, _ in self.pieces(train):
+            squares += x.sub_(mean).square_().sum(0, dtype=torch.float64) / len(train)
+        spread = squares.sqrt()
+        # A channel that never varies carries nothing; dividing by its spread would turn rounding into a feature.
+        varies = spread > 1e-6 * (mean.abs() + spread.max())
+        return mean.float(), torch.where(varies, 1 / spread, 0).float()

@@ -1,10 +1,9 @@
-"""What a probe sees of a sample: the mean over its frames, or single frames where the label is per frame.
+"""What a probe sees of a sample: means over a grid of its frames, or single frames where the label is per frame.
 
 They come from a cache, or pass through trained or random stages from the data on, under the budget; nothing is cached then.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,50 +27,73 @@ READ_FRAMES = 65_536
 """Frames that are read from a cache at once."""
 
 
-@dataclass(slots=True)
 class SampleSummary:
-    """Takes the frames of one sample, piece by piece, and keeps their mean and the chosen ones."""
+    """Takes the frames of one sample, piece by piece, and keeps their means over the cells of a grid, or the chosen ones."""
 
-    chosen: np.ndarray
-    """Sorted int64 [F], the frames to keep."""
-    frames: int = 0
-    total: torch.Tensor | None = None
-    kept: list[torch.Tensor] = field(default_factory=list)
+    def __init__(self, task: ProbeTask, sample: int, length: int) -> None:
+        """length: frames of the sample."""
+        self._grid, self._per_frame = task.grid, task.per_frame
+        columns = task.data.columns if length % task.data.columns == 0 else 1
+        self._places: tuple[int, ...] = (length // columns, columns)
+        self._chosen = choose_frames(sample, length, task.per_frame)
+        self._frames = 0
+        self._means: torch.Tensor | None = None
+        self._kept: list[torch.Tensor] = []
 
     def add(self, frames: torch.Tensor) -> None:
-        """The next frames [n, *frame shape] of the sample."""
+        """The next frames [n, C, *positions] of the sample; where it is a single frame, its positions count as frames."""
         if not len(frames):
             return
-        piece = vectors(frames[None].float())[0]
-        self.total = piece.sum(0) if self.total is None else self.total + piece.sum(0)
-        here = self.chosen[(self.chosen >= self.frames) & (self.chosen < self.frames + len(frames))] - self.frames
-        kept = piece[host_tensor(here).to(piece.device)]
-        with uncounted():
-            self.kept.append(kept.to("cpu", copy=True))
-        self.frames += len(frames)
+        if self._places == (1, 1) and frames.dim() > 2 and not self._per_frame:
+            self._places = tuple(frames.shape[2:])
+            piece = frames[0].float().flatten(1).T
+        else:
+            piece = vectors(frames[None].float())[0]
+        first, self._frames = self._frames, self._frames + len(piece)
+        if self._per_frame:
+            here = self._chosen[(self._chosen >= first) & (self._chosen < self._frames)] - first
+            kept = piece[host_tensor(here).to(piece.device)]
+            with uncounted():
+                self._kept.append(kept.to("cpu", copy=True))
+        else:
+            shares = host_tensor(shares_of_cells(range(first, self._frames), self._places, self._grid))
+            means = shares.to(piece.device) @ piece
+            self._means = means if self._means is None else self._means + means
 
-    def features(self, per_frame: bool) -> np.ndarray:
-        """float32 [1, C], the mean of the frames; or [F, C], the chosen ones, where per_frame."""
-        if per_frame:
-            return torch.cat(self.kept).numpy()
-        assert self.total is not None
-        return (self.total / self.frames).cpu().numpy()[None]
+    def features(self) -> np.ndarray:
+        """float32 [1, cells * C], the mean of each cell; or [F, C], the chosen frames, where the label is per frame."""
+        if self._per_frame:
+            return torch.cat(self._kept).numpy()
+        assert self._means is not None
+        return self._means.cpu().numpy().reshape(1, -1)
 
 
-def cached_features(
-    cache: ActivationCache, samples: np.ndarray, per_frame: bool, into: FeatureRows, poll: Poll = lambda: None
-) -> None:
-    """Features of the samples from a cache, in their order: a row each, or one per chosen frame where per_frame.
+def shares_of_cells(places: range, shape: tuple[int, ...], grid: int) -> np.ndarray:
+    """float32 [cells, places]: what each place counts in the mean of each cell, as in torch's adaptive average pooling.
+
+    shape: of all places, which are numbered row after row; grid: cells along each axis, or its length where that is shorter.
+    """
+    shares = np.ones((1, len(places)), dtype=np.float32)
+    for along, length in zip(np.unravel_index(np.arange(places.start, places.stop), shape), shape, strict=True):
+        cells = np.arange(min(grid, length))[:, None]
+        first, stop = cells * length // len(cells), -(-(cells + 1) * length // len(cells))
+        of_axis = ((along >= first) & (along < stop)) / (stop - first)
+        shares = (shares[:, None] * of_axis.astype(np.float32)).reshape(-1, len(places))
+    return shares
+
+
+def cached_features(cache: ActivationCache, task: ProbeTask, into: FeatureRows, poll: Poll = lambda: None) -> None:
+    """Features of the task's samples from a cache, in their order: a row each, or one per chosen frame.
 
     `poll` is called before each sample and may raise.
     """
-    for sample in samples.tolist():
+    for sample in task.samples.tolist():
         poll()
         length = int(cache.lengths[sample])
-        summary = SampleSummary(choose_frames(sample, length, per_frame))
+        summary = SampleSummary(task, sample, length)
         for start in range(0, length, READ_FRAMES):
             summary.add(cache.read(sample, start, min(start + READ_FRAMES, length)))
-        into.append(summary.features(per_frame))
+        into.append(summary.features())
 
 
 def features_under_budget(
@@ -101,8 +123,7 @@ def features_under_budget(
         def keep(number: int, sample: int, frames: torch.Tensor) -> None:
             if (number, sample) not in summaries:
                 length = int(of_stages[number][sample])
-                chosen = choose_frames(int(task.samples[sample]), length, task.per_frame)
-                summaries[number, sample] = SampleSummary(chosen)
+                summaries[number, sample] = SampleSummary(task, int(task.samples[sample]), length)
             summaries[number, sample].add(frames)
 
         loader = SourceLoader(data)
@@ -110,7 +131,7 @@ def features_under_budget(
             context.stop.raise_if_set("while probing")
             if last:
                 for number, file in enumerate(files):
-                    file.append(summaries.pop((number, sample)).features(task.per_frame))
+                    file.append(summaries.pop((number, sample)).features())
                 notify(sample + 1)
         return files
 

@@ -38,6 +38,7 @@ def probe(
     label: str,
     *,
     classifier: str = "linear",
+    grid: int | None = None,
     network: nn.Module | Network | str | None = None,
     data: Any = None,
     labels: str | Path | None = None,
@@ -46,12 +47,14 @@ def probe(
 ) -> ProbeResult:
     """How well a classifier on the frozen features of each stage tells a label, beside the same stage with random weights.
 
-    Also written to probes/LABEL.json, or LABEL-knn.json. classifier: linear, or knn (nearest neighbours). network, data: those
-    of the run, where it was given objects or a package.module:function, which is not called otherwise; data may also say where
-    they lie now. labels: a CSV file in place of the run's, "" for none. stop: ends it when its reason is set. notify: is
-    told what it is at, what was found in labels, and which caches cannot be used; their stages are passed through anew.
-    Raises RunError where no stage is done, ConfigError for network and data, DataError where the label does not exist or has
-    one value only.
+    Also written to probes/LABEL.json, or LABEL-knn.json. classifier: linear, or knn (nearest neighbours). grid: features are
+    means over so many cells a side of a picture, or over so many stretches of a sequence; None: 2 of pictures, else 1.
+    network, data: those of the run, where it was given objects or a package.module:function, which is not called otherwise;
+    data may also say where they lie now. labels: a CSV file in place of the run's, "" for none. stop: ends it when its
+    reason is set. notify: is told what it is at, what was found in labels, and which caches cannot be used; their stages
+    are passed through anew.
+    Raises RunError where no stage is done, ConfigError for network, data and grid, DataError where the label does not exist
+    or has one value only.
     """
     stop, run_directory = stop or StopFlag(), Path(run_directory)
     if classifier not in CLASSIFIERS:
@@ -92,7 +95,7 @@ def probe(
     if not is_network_of(state, store, network):
         raise RunError(f"The network given is not the one that {run_directory} was trained with; give that one.")
     specs = stage_specs(config, data, network, ranges(state.cut))[: max(done)]
-    task = probe_task(label, data, config)
+    task = probe_task(label, data, config, grid)
     records = state.stages[: len(specs)]
     output_formats = [OutputFormat.of(record.trained_with) for record in records]
 
@@ -111,8 +114,9 @@ def probe(
     untrained, peak = features_under_budget(config, task, random, store.probes, stop, show_samples)
     recomputed: list[FeatureRows] = []
     cached = {stage: _cached_features(store, state, stage, task, stop, notify) for stage in done}
-    if any(features is None for features in cached.values()):
-        stages = trained_stages(specs, output_formats, load_stages(store, records))
+    if missing := [stage for stage, features in cached.items() if features is None]:
+        above = max(missing)
+        stages = trained_stages(specs[:above], output_formats[:above], load_stages(store, records[:above]))
         show_samples = show("features of stages that are not cached")
         recomputed, more = features_under_budget(config, task, stages, store.probes, stop, show_samples)
         peak = max(peak, more)
@@ -127,7 +131,7 @@ def probe(
         train, test = len(targets.parts.fitted), len(targets.parts.test)
         weights = str(state.record(stage).weights)
         results.append(StageError(stage, error, untrained_error, train, test, confusion, weights))
-    result = ProbeResult(label, results, peak, classifier)
+    result = ProbeResult(label, results, peak, classifier, task.grid)
     name = label if classifier == "linear" else f"{label}-{classifier}"
     store.write_probe(name, result)
     return result
@@ -143,7 +147,7 @@ def _cached_features(
         with ActivationCache(store.cache(stage), str(state.record(stage).fingerprint)) as cache:
             features = FeatureRows(store.probes)
             poll = partial(stop.raise_if_set, "while probing")
-            cached_features(cache, task.samples, task.per_frame, features, poll)
+            cached_features(cache, task, features, poll)
             return features
     except CacheError as error:
         notify(Message(f"{error} Until then probes recompute the features of stage {stage}."))

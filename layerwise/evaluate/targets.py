@@ -8,7 +8,7 @@ from layerwise.cache import SPLITS
 from layerwise.config import Config
 from layerwise.data.batches import stream
 from layerwise.data.source import DataSet
-from layerwise.errors import DataError, did_you_mean
+from layerwise.errors import ConfigError, DataError, did_you_mean
 from layerwise.evaluate.examples import Parts
 from layerwise.training.samples import split_samples
 from layerwise.training.spec import StageSpec, frame_labels
@@ -28,6 +28,8 @@ class ProbeTask:
     """int64 [S], numbers of the samples that carry the label: those of the training split first, of the test last."""
     split: np.ndarray
     """uint8 [S]"""
+    grid: int = 1
+    """Features of a sample are means over so many cells a side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +43,24 @@ class ProbeTargets:
     parts: Parts
 
 
-def probe_task(label: str, data: DataSet, config: Config) -> ProbeTask:
-    """The task of telling a label. Raises DataError where the data do not have it, or it has one value only."""
+def probe_task(label: str, data: DataSet, config: Config, grid: int | None = None) -> ProbeTask:
+    """The task of telling a label; grid: of ProbeTask, None for 2 of pictures and volumes, 1 of all else.
+
+    Raises DataError where the data do not have the label, or it has one value only, ConfigError for the grid.
+    """
     per_frame = label in data.frame_label_names
+    if grid is not None and (grid < 1 or (per_frame and grid > 1)):
+        of_frames = (
+            f", and the label {label} is one of single frames; leave it out." if per_frame else "; give 1, 2 or 4."
+        )
+        raise ConfigError(f"--grid {grid}: features are means over so many cells a side{of_frames}")
+    if grid is None:
+        spatial = data.columns > 1 or (config.data.frames == "whole" and len(data.frame_shape) > 2)
+        grid = 2 if spatial and not per_frame else 1
     split = split_samples(data, config)
     samples = np.arange(len(data.ids)) if per_frame else _labelled(label, data, split)
     samples = samples[np.argsort(split[samples], kind="stable")]
-    return ProbeTask(label, data, per_frame, samples, split[samples])
+    return ProbeTask(label, data, per_frame, samples, split[samples], grid)
 
 
 def probe_targets(task: ProbeTask, spec: StageSpec) -> ProbeTargets:

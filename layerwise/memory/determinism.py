@@ -73,8 +73,10 @@ def said_of_float32(device: torch.device, precision: str, deterministic: bool) -
 
 def _float32_settings() -> dict[str, Any]:
     backends: Any = torch.backends
+    # In torch 2.9 it lies in the class, and a module of the same name hides it as soon as anything imports that.
+    recurrent = getattr(type(backends.cudnn), "rnn", None) or backends.cudnn.rnn
     return {
         "convolutions": backends.cudnn.conv,
-        "recurrent layers": backends.cudnn.rnn,
+        "recurrent layers": recurrent,
         "matrix products": backends.cuda.matmul,
     }

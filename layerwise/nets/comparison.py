@@ -40,7 +40,7 @@ class Pass:
     """The parts in the order in which they ended, by their paths, each with the sum and the norm of what it gave."""
     output: torch.Tensor
     gradients: dict[int, torch.Tensor | None]
-    """By the ids of the parameters, which model and units share."""
+    """By the ids of the parameters."""
 
 
 def reads_ids(unit: fx.GraphModule) -> bool:
@@ -110,7 +110,9 @@ def _compare(model: nn.Module, units: Sequence[fx.GraphModule], x: torch.Tensor)
     """In the mode of the model, which may be changed."""
     training = model.training
     when = "in training" if training else "in evaluation"
-    parts = [_own_copy(unit).train(training) for unit in units]
+    # In training with weights of their own, as in a run: what is not part of the units keeps to those of the model.
+    weights = {} if training else {id(parameter): parameter for parameter in model.parameters()}
+    parts = [copy.deepcopy(unit, weights).train(training) for unit in units]
     paths = {str(node.target) for unit in units for node in unit.graph.find_nodes(op="call_module")}
     try:
         expected = _passed([model], x, paths, training)
@@ -132,11 +134,13 @@ def _compare(model: nn.Module, units: Sequence[fx.GraphModule], x: torch.Tensor)
     known = [value for value in expected.gradients.values() if value is not None]
     largest = max((float(value.abs().max()) for value in known), default=0.0)
     for name, parameter in model.named_parameters():
-        gradient, learnt = (given.gradients.get(id(parameter)) for given in (expected, found))
+        gradient = expected.gradients.get(id(parameter))
+        learnt = found.gradients.get(id(weights.get(id(parameter))))
         if gradient is not None and (learnt is None or not _close(gradient, learnt, largest)):
             raise ConfigError(
-                f"The stages of the network would learn otherwise than it does: the gradient of '{name}' differs. A hook or a "
-                "torch.autograd.Function on its way cannot be recorded; move it into an nn.Module of its own, or take it out."
+                f"The stages of the network would learn otherwise than it does: the gradient of '{name}' differs. A hook, a "
+                "torch.autograd.Function or a forward that was put in place of another cannot be recorded; move it into an "
+                "nn.Module of its own, or take it out."
             )
 
 

@@ -12,12 +12,12 @@ import logging
 import operator
 import os
 import traceback
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
-from types import EllipsisType, FrameType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,11 +26,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from layerwise.errors import ConfigError
 from layerwise.nets.kernels import same_attention
-from layerwise.nets.refusals import check_model
+from layerwise.nets.mode import follow_mode
+from layerwise.nets.operations import PLAIN, description, plain_name
+from layerwise.nets.refusals import NotRecorded, check_model
 
 BATCH = 7919
 """Samples in the batch of shapes that is sent through a network: a prime that no other axis is likely to have. Numbers that it
@@ -64,20 +65,6 @@ UNSEEN = {
 
 DRAWS = 32
 """How often a decision by random numbers alone must come out the same."""
-
-PLAIN = (
-    bool | int | float | complex | str | torch.dtype | torch.layout | torch.memory_format | Enum | EllipsisType | None
-)
-"""What stands in a graph as it is."""
-
-
-class NotRecorded(ConfigError):
-    """A part of the network runs, but what it does cannot be recorded."""
-
-    def __init__(self, paths: Iterable[str], sentence: str) -> None:
-        """paths: of the modules whose own lines these are."""
-        super().__init__(sentence)
-        self.paths = set(paths)
 
 
 class WantsIds(Exception):
@@ -129,7 +116,7 @@ def _graph(root: nn.Module, example: torch.Tensor, ids: bool = False) -> fx.Grap
     while True:
         try:
             evaluation, training = record(False), record(True)
-            _follow_mode(training, evaluation)
+            follow_mode(training, evaluation)
         except NotRecorded as error:
             kinds = {type(root.get_submodule(path)) for path in error.paths if path}
             # What one module does, others of its class do too.
@@ -211,7 +198,9 @@ class _Recorder(TorchFunctionMode):
             return self._value_of(func, args, kwargs, error)
         except Exception as error:
             line = _source_line(traceback.walk_stack(None))
-            raise (self._decides(line) if name in READS else self._failure(f"'{_plain(name)}'{line}", error)) from error
+            raise (
+                self._decides(line) if name in READS else self._failure(f"'{plain_name(name)}'{line}", error)
+            ) from error
         if any(isinstance(value, torch.Tensor) for value in _parts(result)):
             self._note(*self._as_node(func, name, args, kwargs), result)
         elif (
@@ -458,72 +447,6 @@ def assigned(x: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
     return x
 
 
-def _follow_mode(training: fx.Graph, evaluation: fx.Graph) -> None:
-    """Makes constants that hang on `self.training` follow the mode of the unit, as in F.dropout(x, 0.1, self.training).
-
-    Raises NotRecorded, with the paths of the modules that do more than that.
-    """
-    outlines = _outlines(training), _outlines(evaluation)
-    differing = [path for path in outlines[0] | outlines[1] if outlines[0].get(path) != outlines[1].get(path)]
-    pairs = list(zip_longest(list(training.nodes), list(evaluation.nodes)))
-    if differing:
-        other = (
-            node or twin for node, twin in pairs if node is None or twin is None or _outline(node) != _outline(twin)
-        )
-        raise _mode_error(next(other), differing)
-    for node, twin in pairs:
-        if _outline(node) != _outline(twin):
-            raise _mode_error(node, _owner(node))
-        constants, structure = tree_flatten((node.args, node.kwargs))
-        others, _ = tree_flatten((twin.args, twin.kwargs))
-        for index, (constant, other) in enumerate(zip(constants, others, strict=True)):
-            if repr(constant) == repr(other):
-                continue
-            if isinstance(constant, fx.Node) or not isinstance(constant, PLAIN) or not isinstance(other, PLAIN):
-                raise _mode_error(node, _owner(node))
-            with training.inserting_before(node):
-                constants[index] = _by_mode(training, constant, other)
-        node.args, node.kwargs = tree_unflatten(constants, structure)
-
-
-def _by_mode(graph: fx.Graph, training: Any, evaluation: Any) -> fx.Node:
-    mode = graph.get_attr("training")
-    if training is True and evaluation is False:
-        return mode
-    chosen = graph.call_function(operator.getitem, ((evaluation, training), mode))
-    chosen.meta |= {"free": True, "pure": True}
-    return chosen
-
-
-def _outlines(graph: fx.Graph) -> dict[str, list[object]]:
-    """What each module itself does, by its path: the operations, without the constants among their arguments."""
-    found: dict[str, list[object]] = defaultdict(list)
-    for node in graph.nodes:
-        if node.op != "get_attr" and "modules" in node.meta:
-            (path,) = _owner(node)
-            found[path].append(_outline(node))
-    return found
-
-
-def _outline(node: fx.Node) -> object:
-    values, structure = tree_flatten((node.args, node.kwargs))
-    return node.op, node.target, structure, [isinstance(value, fx.Node) for value in values]
-
-
-def _owner(node: fx.Node) -> list[str]:
-    """The path of the module whose line calls it."""
-    modules = node.meta.get("modules", ("",))
-    return [modules[-2 if node.op == "call_module" else -1]]
-
-
-def _mode_error(node: fx.Node, paths: Iterable[str]) -> NotRecorded:
-    return NotRecorded(
-        paths,
-        f"The network does other operations in training than in evaluation, from {description(node)} on; move the "
-        "difference into an nn.Module of its own, which is kept whole, or switch the auxiliary branch off.",
-    )
-
-
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters, buffers, and tensors that are plain attributes, by their paths."""
     for path, part in module.named_modules():
@@ -562,21 +485,6 @@ def _without_torch_s_log() -> Iterator[None]:
         yield
     finally:
         log.setLevel(before)
-
-
-def description(node: fx.Node) -> str:
-    """What an operation is called and where it stands."""
-    if node.op == "placeholder":
-        return "the network's input"
-    if node.op == "output":
-        return "the network's output"
-    name = node.target if isinstance(node.target, str) else node.target.__name__
-    return f"'{_plain(name)}'{node.meta.get('line', '')}"
-
-
-def _plain(name: str) -> str:
-    """As in "getitem" for "__getitem__"."""
-    return name.strip("_") if name.startswith("__") else name
 
 
 def _source_line(frames: Iterable[tuple[FrameType, int]]) -> str:

@@ -1,7 +1,7 @@
 """Networks that cannot be trained as they are given: one sentence for each kind, with the way out."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -22,6 +22,15 @@ COMPUTED_WEIGHTS = {
 }
 """By the module of a hook that computes a weight before each call: what it is, and what to do. Where the computed tensor has
 a gradient it cannot be copied, and at the root of a network there is no module that could be kept whole."""
+
+
+class NotRecorded(ConfigError):
+    """A part of the network runs, but what it does cannot be recorded."""
+
+    def __init__(self, paths: Iterable[str], sentence: str) -> None:
+        """paths: of the modules whose own lines these are."""
+        super().__init__(sentence)
+        self.paths = set(paths)
 
 
 def check_model(model: nn.Module) -> None:
@@ -49,6 +58,8 @@ def _reasons(part: nn.Module, at_root: bool) -> Iterator[str]:
     """Why a part cannot be recorded, by what it is; each continues "The network's 'a' (Linear)"."""
     if type(part).__name__ == "OptimizedModule":  # its class lies in torch._dynamo, which takes a second to import
         yield "is compiled, and only the module itself can be cut; give it as it was before torch.compile (its ._orig_mod)."
+    if hasattr(vars(part).get("forward"), "_torchdynamo_orig_callable"):
+        yield "has a compiled forward, and only the module itself can be cut; give it as it was before torch.compile."
     if isinstance(part, torch.jit.ScriptModule):
         yield (
             "is scripted, and only the module itself can be cut; give it as it was before torch.jit.script or "

@@ -12,7 +12,8 @@ import torch
 from torch import fx, nn
 
 from layerwise.errors import ConfigError
-from layerwise.nets.recording import description, recorded
+from layerwise.nets.operations import description
+from layerwise.nets.recording import recorded
 
 
 def trace(model: nn.Module, example: torch.Tensor) -> list[fx.GraphModule]:

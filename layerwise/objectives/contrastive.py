@@ -1,16 +1,18 @@
 """Contrastive objectives over rows of frames: time steps of a sequence, or patch rows of a picture read downwards.
 
 A target z_t and the context c_{t-o} that lies o = k + skip rows before it have the score z_t^T W_k c_{t-o}; so has each of
-`negatives` other frames in the place of z_t, drawn evenly from all real frames of the batch except the target itself.
-`InfoNCE` and `Hinge` differ in the loss that they make of the scores. A sequence is a picture with one column, so one
-implementation serves both.
+`negatives` other frames in the place of z_t, the target itself never among them. Of a sequence they are drawn evenly from all
+real frames of the batch. Of a picture they are drawn for each step from the frames that are targets of that step: the first
+rows never are, and a negative from there would be told by its height alone. `InfoNCE` and `Hinge` differ in the loss that they
+make of the scores. A sequence is a picture with one column, so one implementation serves both.
 
 Only frames that are scored come in, each once. The loss is computed in slices of targets, together with its gradients, so
 candidates (targets x negatives x channels) and predictions never exist for more than one slice, and no product is computed
 twice.
 
-Where this differs from the code of Greedy InfoMax: negatives are drawn once per target and shared by the steps (there:
-drawn per step for pictures); steps without a single pair in a batch of short samples leave the mean.
+Where this differs from the code of Greedy InfoMax: a target is never its own negative (there: as likely as any other frame);
+of sequences, negatives are drawn once per target and shared by the steps; steps without a single pair in a batch of short
+samples leave the mean.
 """
 
 from collections.abc import Callable, Iterable
@@ -42,7 +44,7 @@ class Draw(Arrays):
     rows: np.ndarray
     """int64 [R], sorted: the frames that are scored, numbered b * L + t over the padded batch."""
     candidates: Numbers
-    """int64 [T, 1 + N], where each target and its negatives lie in `rows`."""
+    """int64 [S, T, 1 + N], where each target and its negatives lie in `rows`; S is 1 where all steps share them, else K."""
     contexts: Numbers
     """int64 [T + (K - 1) * apart], where contexts lie in `rows`: of target i at step k, from 0, it is number i + k * apart."""
     weights: Numbers
@@ -121,15 +123,30 @@ class Contrastive(nn.Module):
         per_step = pair.sum((0, 1))
         weights = (pair / np.maximum(per_step, 1) / max((per_step > 0).sum(), 1)).astype(np.float32)
 
-        negatives = self._draw_negatives(anchors, real, lengths, frames, rng)
-        # A target without any pair is not scored, and neither are its negatives.
-        negatives = np.where(pair.any(2)[:, :, None], negatives, anchors[:, :, None])
+        if columns > 1:
+            negatives = self._draw_from_targets(anchors, pair, rng)
+        else:
+            drawn = self._draw_from_all(anchors, real, lengths, frames, rng)
+            # A target without any pair is not scored, and neither are its negatives.
+            negatives = np.where(pair.any(2)[:, :, None], drawn, anchors[:, :, None])[:, :, None]
         samples = np.array_split(np.arange(len(lengths)), parts)
         return [_compact(anchors[part], negatives[part], weights[part], columns, int(offsets[0])) for part in samples]
 
-    def _draw_negatives(
+    def _draw_from_targets(self, anchors: np.ndarray, pair: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """int64 [B, W, K, N], from the targets of each step; the frame itself where it is none."""
+        negatives = np.broadcast_to(anchors[:, :, None, None], (*pair.shape, self.negatives)).copy()
+        for step in range(self.steps):
+            targets = anchors[pair[:, :, step]]
+            drawn = rng.integers(0, max(len(targets) - 1, 1), size=(len(targets), self.negatives))
+            # One target fewer is drawn from, and the own one stepped over, which excludes it.
+            drawn = np.minimum(drawn + (drawn >= np.arange(len(targets))[:, None]), len(targets) - 1)
+            negatives[pair[:, :, step], step] = targets[drawn]
+        return negatives
+
+    def _draw_from_all(
         self, anchors: np.ndarray, real: np.ndarray, lengths: np.ndarray, frames: int, rng: np.random.Generator
     ) -> np.ndarray:
+        """int64 [B, W, N], from all real frames of the batch."""
         starts = np.concatenate([[0], np.cumsum(lengths)])
         # Real frames are numbered without gaps; drawing one number fewer and stepping over the target excludes it.
         target = np.where(real, starts[:-1][:, None] + anchors % frames, starts[-1])
@@ -181,13 +198,14 @@ def _projection(channels: int, most: int) -> nn.Module:
 
 
 def _compact(anchors: np.ndarray, negatives: np.ndarray, weights: np.ndarray, apart: int, first: int) -> Draw:
-    """Numbers the frames of windows [B, W] and their negatives [B, W, N] by the rows that occur, the last frames first.
+    """Numbers the frames of windows [B, W] and their negatives [B, W, S, N] by the rows that occur, the last frames first.
 
     apart, first: frames of a window between contexts of neighbouring steps, and between a target and its first context.
     """
-    samples, window, count = negatives.shape
-    scored = np.concatenate([anchors[:, :, None], negatives], axis=2).swapaxes(0, 1)[::-1]
-    scored = scored.reshape(window * samples, 1 + count)
+    samples, window, draws, count = negatives.shape
+    own = np.broadcast_to(anchors[:, :, None, None], (samples, window, draws, 1))
+    scored = np.concatenate([own, negatives], axis=3).transpose(2, 1, 0, 3)[:, ::-1]
+    scored = scored.reshape(draws, window * samples, 1 + count)
     # By a table of all frames, which np.unique would sort.
     occurs = np.zeros(scored.max() + 1, dtype=bool)
     occurs[scored] = True
@@ -196,12 +214,12 @@ def _compact(anchors: np.ndarray, negatives: np.ndarray, weights: np.ndarray, ap
     number_of[rows] = np.arange(len(rows))
     numbers, steps = number_of[scored], weights.shape[2]
     apart, first = apart * samples, first * samples
-    targets = max(len(numbers) - first, 0)
+    targets = max(window * samples - first, 0)
     behind = np.arange(first, first + targets + (steps - 1) * apart * (targets > 0))
     return Draw(
         rows=rows,
-        candidates=np.ascontiguousarray(numbers[:targets]),
-        contexts=numbers[np.minimum(behind, len(numbers) - 1), 0],
+        candidates=np.ascontiguousarray(numbers[:, :targets]),
+        contexts=numbers[0, np.minimum(behind, window * samples - 1), 0],
         weights=np.ascontiguousarray(weights.swapaxes(0, 1)[::-1]).reshape(window * samples, steps)[:targets],
         apart=apart,
     )
@@ -254,9 +272,23 @@ def _score(
     """The score at targets (R, C) and contexts (R, D); adds to their gradients, where there are any, and to the predictors'."""
     score = Score(targets.new_zeros(()), targets.new_zeros(()))
     for steps, predictors, gradient in groups:
-        _add_group(score, targets, contexts, (steps, predictors, gradient), draw, room, of_scores, gradients)
+        for group in _scored_at_once((steps, predictors, gradient), draw):
+            _add_group(score, targets, contexts, group, draw, room, of_scores, gradients)
+            del group
         del predictors, gradient
     return score
+
+
+def _scored_at_once(group: Group, draw: Draw) -> list[Group]:
+    """Steps that share their candidates; others one by one."""
+    steps, predictors, gradient = group
+    if len(draw.candidates) == 1:
+        return [group]
+    numbers = range(draw.weights.shape[1])[steps]
+    return [
+        (slice(number, number + 1), predictors[at : at + 1], None if gradient is None else gradient[at : at + 1])
+        for at, number in enumerate(numbers)
+    ]
 
 
 def _add_group(
@@ -273,8 +305,9 @@ def _add_group(
     steps, predictors, grad_predictors = group
     count, channels, _ = predictors.shape
     apart, first, device = draw.apart, range(draw.weights.shape[1])[steps].start, targets.device
+    numbers = draw.candidates[first if len(draw.candidates) > 1 else 0]
     # The last targets have no context at the first of these steps.
-    scored, candidates = max(len(draw.weights) - first * apart, 0), draw.candidates.shape[1]
+    scored, candidates = max(len(draw.weights) - first * apart, 0), numbers.shape[1]
     size = min(scored, _targets_of_slice(room, predictors, candidates))
     z_room = targets.new_empty(size, candidates, channels)
     prediction_room = targets.new_empty(size * count * channels)
@@ -288,7 +321,7 @@ def _add_group(
         weight = torch.as_tensor(
             draw.weights[start : start + number, first : first + at], device=device, dtype=targets.dtype
         )
-        rows = torch.as_tensor(draw.candidates[start : start + number], device=device).flatten()
+        rows = torch.as_tensor(numbers[start : start + number], device=device).flatten()
         begin = start + first * apart
         of_contexts = torch.as_tensor(draw.contexts[begin : begin + number + (at - 1) * apart], device=device)
         run = contexts.index_select(0, of_contexts)

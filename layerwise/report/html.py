@@ -21,7 +21,7 @@ from layerwise.report.figures import (
     draw_probe,
 )
 from layerwise.report.records import GatheredRun, first_runs, gather_run
-from layerwise.report.tables import chance_loss, headline, stage_status, totals
+from layerwise.report.tables import headline, stage_status, totals
 from layerwise.units import duration, percent, size
 
 
@@ -60,7 +60,7 @@ def _run_plots(run: GatheredRun) -> list[Plot | None]:
     return [
         *(draw_probe(probe) for probe in run.probes),
         draw_memory(run.memory, run.state.budget_bytes),
-        draw_losses(run.epochs, chance_loss(run.state.config.objective)),
+        draw_losses(run.epochs, run.state.config.objective.chance_loss),
         *(draw_confusion(probe) for probe in run.probes),
         draw_caches(run),
     ]

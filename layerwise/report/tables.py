@@ -1,6 +1,5 @@
 """What commands print on standard output: tables of stages, forecasts, probes and comparisons, and sentences on them."""
 
-import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -85,21 +84,16 @@ def stage_status(record: StageRecord) -> str:
     return f"{record.status} ({record.epochs})" if record.epochs else record.status
 
 
-def chance_loss(objective: ObjectiveOptions) -> float | None:
-    """The loss of a guess, with all scores 0; None for an objective of which it is not known here."""
-    return {"infonce": math.log(1 + objective.negatives), "hinge": 2.0}.get(objective.name)
-
-
 def stages_at_chance(state: RunState, objective: ObjectiveOptions) -> str | None:
     """A sentence where a stage tells its target from the negatives no better than a guess does."""
-    chance = chance_loss(objective)
-    if chance is None:
-        return None
-    stages = [str(r.stage) for r in state.stages if r.best_loss is not None and r.best_loss > 0.995 * chance]
+    best = [(record.stage, record.best_loss) for record in state.stages]
+    stages = [str(stage) for stage, loss in best if loss is not None and objective.is_at_chance(loss)]
     if not stages:
         return None
     which = f"Stage {stages[0]}" if len(stages) == 1 else f"Stages {', '.join(stages)}"
-    return f"{which} did not get clearly below chance, a loss of {chance:.3f}: train longer, or raise --lr."
+    return (
+        f"{which} did not get clearly below chance, a loss of {objective.chance_loss:.3f}: train longer, or raise --lr."
+    )
 
 
 def totals(state: RunState) -> str:
@@ -145,11 +139,9 @@ def where_things_lie(store: RunStore, state: RunState) -> list[str]:
 def what_next(store: RunStore, labels: Iterable[str], config: Config) -> list[str]:
     """Commands that make sense now."""
     out = shlex.quote(str(store.out))
+    flags = [word for label in labels for word in ("--label", label)]
     return [
-        *(
-            shlex.join(["layerwise", "probe", str(store.out), "--label", label, *function_flags(config)])
-            for label in labels
-        ),
+        *([shlex.join(["layerwise", "probe", str(store.out), *flags, *function_flags(config)])] if flags else []),
         f"layerwise report {out}",
         f"layerwise status {out}",
     ]

@@ -120,6 +120,8 @@ class RunState:
     """Of that network, without its weights."""
     first_weights: Digest | None = None
     """Digest of the weights that it was begun with, in first_weights.safetensors; None where the seed says all about them."""
+    takes: Annotated[str, Field(pattern="^(waveforms|pictures|arrays|)$")] = ""
+    """What its data are, see `DataSet`; empty in a run of an earlier version."""
     optimization: str = ""
     """Identity of an optimizer that was given as an object."""
     classes: str = ""
@@ -221,6 +223,8 @@ class ProbeResult:
     """Most that the probe held on the device."""
     classifier: str
     """linear or knn."""
+    grid: Number = 1
+    """Features of a sample are means over so many cells a side."""
 
 
 @dataclass(frozen=True, slots=True)

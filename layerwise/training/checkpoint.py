@@ -206,7 +206,8 @@ def load_checkpoint(path: Path, made_for: str, trainer: AnyTrainer) -> tuple[Pro
     arrays, metadata = load_arrays(path, begin_anew)
     if metadata.get("made_for") != made_for:
         raise RunError(
-            f"{path} was saved with other data or options; give the old ones, or start anew with --overwrite."
+            f"{path} was saved with other data or options, or by an earlier version of layerwise; give the old ones, or "
+            "delete it and start the same command again, which trains the stage from its beginning."
         )
     try:
         progress = _Metadata.model_validate(metadata).progress

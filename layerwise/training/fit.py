@@ -2,8 +2,11 @@
 
 Each epoch draws new windows, trains on every batch, then measures the loss on the held-out samples at fixed windows with
 fixed negatives. The best weights are kept. The stage has converged when the held-out loss has not fallen by the part
-`min_delta` for `patience` epochs. Everything random is a function of (seed, stage, epoch, step), so a stage that was
-stopped anywhere ends with the same bits as one that was not.
+`min_delta` for `patience` epochs. Epochs at chance do not count: some stages stand there for long before they begin to learn,
+and what lies above one that was stopped there has nothing to learn from.
+
+Everything random is a function of (seed, stage, epoch, step), so a stage that was stopped anywhere ends with the same bits as
+one that was not.
 """
 
 import json
@@ -16,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from layerwise.config import TrainingOptions
+from layerwise.config import Config, TrainingOptions
 from layerwise.data.batches import Batch, Epoch, ordered_epoch, stream, training_epoch
 from layerwise.errors import RunError, TrainingError
 from layerwise.events import EpochDone, StageStarted, StepDone
@@ -98,6 +101,8 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Prog
         randomness = partial(_randomness, options.seed, stage, progress.epoch)
         augment = partial(_augmented, options, stage, progress.epoch) if stage > 1 else as_read
         for step, batch in _batches(epoch, loader, trainer, classes, progress.step, augment, randomness):
+            for _, optimizer in trainer.optimizers():
+                optimizer.begin_step(progress.epoch * epoch.steps + step)
             score = trainer.train(batch, randomness(step))
             progress.step = step + 1
             unread.add((step, epoch.steps), score)
@@ -120,7 +125,7 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Prog
             "seconds": time.monotonic() - epoch_started,
             "peak_bytes": progress.peak_bytes,
         }
-        if _close_epoch(progress, entry, options):
+        if _close_epoch(progress, entry, trainer.config):
             best = weights_of(trainer.module)
         if context.ranks.first:
             lines = "".join(json.dumps(entry) + "\n" for entry in progress.history)
@@ -264,16 +269,17 @@ def _resume_further(round: Round, trainer: AnyTrainer) -> tuple[Progress, Arrays
     return Progress(epoch=earlier.epochs, first_epoch=earlier.epochs), None
 
 
-def _close_epoch(progress: Progress, entry: dict[str, Any], options: TrainingOptions) -> bool:
+def _close_epoch(progress: Progress, entry: dict[str, Any], config: Config) -> bool:
     """Adds the epoch to the progress. Returns whether its held-out loss is the lowest so far."""
     progress.history.append(entry)
     loss = entry["held_out_loss"]
     is_best = progress.best_loss is None or loss < progress.best_loss
     if is_best:
         progress.best_loss = loss
-    if progress.plateau_loss is None or loss < progress.plateau_loss * (1 - options.min_delta):
+    if progress.plateau_loss is None or loss < progress.plateau_loss * (1 - config.training.min_delta):
         progress.plateau_loss, progress.plateau_epochs = loss, 0
-    else:
+    # A stage that only learns by heart is no better than a guess on what is held out, but it is on what it has seen.
+    elif not config.objective.is_at_chance(min(progress.best_loss, entry["loss"])):
         progress.plateau_epochs += 1
     progress.epoch += 1
     progress.step, progress.loss_sum, progress.accuracy_sum = 0, 0.0, 0.0

@@ -16,7 +16,7 @@ import torch
 
 from layerwise.config import TrainingOptions
 from layerwise.data.batches import Batch, Epoch, Group, among_others, read_ahead, read_piece
-from layerwise.data.source import Extent, OnDisk, Readable
+from layerwise.data.source import Extent, OnDisk, Readable, pixels_apart
 from layerwise.memory.meter import uncounted
 from layerwise.memory.ranks import ALONE, Ranks
 
@@ -64,6 +64,7 @@ class SourceLoader:
         self._source, self._ranks, self._device, self._rows = source, ranks, device, rows
         self._threads = source.reading_threads if isinstance(source, OnDisk) else 1
         self.lengths, self.columns, self.views = source.lengths, source.columns, source.views
+        self.pixels_apart = pixels_apart(source)
 
     def batches(self, epoch: Epoch, first: int, offloaded: Offload, prepare: Prepare = as_read) -> Iterator[Batch]:
         return read_ahead(self._reads(epoch, first, prepare), self._threads)

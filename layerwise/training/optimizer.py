@@ -34,6 +34,8 @@ class Optimization:
     schedule: Schedule | None = None
     identity: str = ""
     """What it does: the kind, its settings, and the learning rate of each epoch; empty for Adam as the options say."""
+    warmup_steps: int = 0
+    """First steps, over which the learning rate rises evenly."""
 
     @classmethod
     def of(cls, make: Make, schedule: Schedule | None, max_epochs: int) -> "Optimization":
@@ -70,7 +72,7 @@ def _plain(group: dict[str, Any]) -> list[tuple[str, str]]:
     return sorted((name, repr(value)) for name, value in group.items() if name != "params")
 
 
-def adam(lr: float, eps: float) -> Optimization:
+def adam(lr: float, eps: float, warmup_steps: int = 0) -> Optimization:
     """Adam in its fused form, with the state that it would make itself at its first step: so a step never asks for memory."""
 
     def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -83,7 +85,7 @@ def adam(lr: float, eps: float) -> Optimization:
             }
         return optimizer
 
-    return Optimization(make)
+    return Optimization(make, warmup_steps=warmup_steps)
 
 
 class Optimizer:
@@ -93,6 +95,8 @@ class Optimizer:
         self.parameters = dict(parameters)
         self._optimizer = how.make(list(self.parameters.values()))
         self._scheduler = how.schedule(self._optimizer) if how.schedule else None
+        self._warmup_steps = how.warmup_steps
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
 
     def step(self) -> None:
         """Takes a step, and the gradients off the device."""
@@ -126,6 +130,13 @@ class Optimizer:
         """Sets the learning rate of an epoch, from 0."""
         while self._scheduler is not None and self._scheduler.last_epoch < epoch:
             _step_unwarned(self._scheduler)
+
+    def begin_step(self, number: int) -> None:
+        """Sets the learning rate of a step, from 0 and counted over all epochs, where it rises over the first ones."""
+        if self._warmup_steps:
+            part = min((number + 1) / self._warmup_steps, 1)
+            for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = part * rate
 
     def on_device(self) -> Iterable[torch.Tensor]:
         """The tensors of the state that lie on the device."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from layerwise.data.batches import Batch, Epoch, Group, read_ahead
-from layerwise.data.source import FrameSource
+from layerwise.data.source import FrameSource, pixels_apart
 from layerwise.memory.device import autocast, halve_until_it_fits, on_device
 from layerwise.memory.meter import uncounted
 from layerwise.memory.ranks import ALONE, Ranks
@@ -57,6 +57,8 @@ class RecomputingLoader:
         self.lengths, self.columns, self.views = specs[-1].output_lengths, source.columns, source.views
         self._source, self._specs, self._stages = source, specs, stages
         self._samples, self._device, self._ranks = samples, device, ranks
+        self._frame_by_frame = all(stage.module.frame_by_frame for stage in stages)
+        self.pixels_apart = pixels_apart(source) if self._frame_by_frame else 1
 
     def batches(self, epoch: Epoch, first: int, offloaded: Offload, prepare: Prepare = as_read) -> Iterator[Batch]:
         per_block = max(BLOCK_BYTES // self._bytes(epoch.batch_size, epoch.window.frames), 1)
@@ -92,7 +94,7 @@ class RecomputingLoader:
 
     def _read_windows(self, epoch: Epoch, step: int) -> Windows:
         share = share_of(epoch, step, self._ranks)
-        if not all(stage.module.frame_by_frame for stage in self._stages):
+        if not self._frame_by_frame:
             rows = epoch.rows_of(step, share)
             return self._read(epoch.samples[rows], epoch.views[rows], epoch.first_rows[rows], epoch.window.rows)
         batch = epoch.read(self._source, step, share)

@@ -120,7 +120,7 @@ def _prepare(store: RunStore, run: Run, request: StartRequest, keep: str, first:
         if store is run.store:
             state.first_weights = None if first is None else digest(first)
             keep_first_weights(store, first)
-    state.optimization = _optimization(run)
+    state.takes, state.optimization = run.data.takes, _optimization(run)
     state.config, state.budget_bytes, state.device = run.config, run.config.memory.gpu_mem, str(run.device)
     state.classes = learnt_classes(run.config, run.data)
     state.caches = os.path.relpath(store.caches, store.out.resolve())

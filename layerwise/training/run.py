@@ -100,10 +100,24 @@ class Round:
                 stage,
                 spec.layers.start,
                 spec.layers.stop,
-                {option.key: value_of(config, option.key) for option in options() if option.scope != "place"},
+                _options_in_key(config),
                 spec.optimization.identity if spec.optimization else None,
+                *([PICTURES_SINCE] if self.run.data.columns > 1 else []),
             ]
         )
+
+
+PICTURES_SINCE = "windows begin at any pixel, negatives are targets of their step"
+"""Earlier versions trained pictures otherwise: what they have half trained is not gone on with."""
+
+OPTIONS_SINCE = {"training.warmup_steps": 0}
+"""Options that earlier versions did not have, with the values at which they change nothing: there they are left out."""
+
+
+def _options_in_key(config: Config) -> dict[str, object]:
+    """Those that act on the result of a stage."""
+    values = {option.key: value_of(config, option.key) for option in options() if option.scope != "place"}
+    return {key: value for key, value in values.items() if key not in OPTIONS_SINCE or value != OPTIONS_SINCE[key]}
 
 
 def fingerprint(training_key: str, weights_digest: str) -> str:

@@ -490,7 +490,7 @@ class StageTrainer:
 
     def _optimizer(self, trained: nn.Module) -> Optimizer:
         options = self.config.training
-        how = self.spec.optimization or adam(options.lr, options.adam_eps)
+        how = self.spec.optimization or adam(options.lr, options.adam_eps, options.warmup_steps)
         parameters = {name: value for name, value in trained.named_parameters() if value.requires_grad}
         return (HostOptimizer if self.memory_plan.optimizer_on_host else Optimizer)(parameters, how)
 

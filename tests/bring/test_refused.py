@@ -2,6 +2,7 @@
 
 import copy
 import random
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -142,9 +143,52 @@ class Unlisted(nn.Module):
         return x
 
 
+def with_forward(forward: Callable[[nn.Module], Callable[..., Any]]) -> nn.Module:
+    """With another forward for its first layer."""
+    return changed(lambda model: setattr(model[0], "forward", forward(model[0])))
+
+
+def doubled(old: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda x: 2 * old(x)
+
+
+def doubled_linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return 2 * nn.functional.linear(x, layer.weight, layer.bias)
+
+
+def with_sum_of_weights(model: nn.Module) -> None:
+    weight = model[2].weight
+    model[0].register_forward_hook(lambda module, inputs, output: output + weight.sum())
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str, Callable[[], nn.Module] | None]] = {
     "compiled": (lambda: torch.compile(plain()), r"is compiled.* give it as it was before torch\.compile", plain),
     "a part compiled": (lambda: nn.Sequential(torch.compile(plain())), r"'0' \(OptimizedModule\) is compiled", plain),
+    "a part's forward compiled": (
+        lambda: with_forward(lambda layer: torch.compile(layer.forward)),
+        r"'0' \(Linear\) has a compiled forward.* before torch\.compile",
+        plain,
+    ),
+    "its forward compiled": (
+        lambda: changed(lambda model: setattr(model, "forward", torch.compile(model.forward))),
+        r"The network \(Sequential\) has a compiled forward",
+        plain,
+    ),
+    "a forward that holds on to the layer": (
+        lambda: with_forward(lambda layer: doubled(layer.forward)),
+        r"the gradient of '0.weight' differs\. A hook.* or a forward that was put in place of another",
+        lambda: with_forward(lambda layer: types.MethodType(doubled_linear, layer)),
+    ),
+    "a hook with another layer's weight": (
+        lambda: changed(with_sum_of_weights),
+        r"the gradient of '2.weight' differs\. A hook",
+        None,
+    ),
+    "a hook on a gradient": (
+        lambda: changed(lambda model: model[0].weight.register_hook(lambda gradient: 3 * gradient)),
+        r"the gradient of '0.weight' differs\. A hook",
+        None,
+    ),
     "scripted": (lambda: torch.jit.script(plain()), r"is scripted.* before torch\.jit\.script", plain),
     "traced": (lambda: torch.jit.trace(plain(), EXAMPLE), r"is scripted.* before .*torch\.jit\.trace", plain),
     "a part scripted": (lambda: nn.Sequential(torch.jit.script(plain())), r"'0' .*is scripted", plain),

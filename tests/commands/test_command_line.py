@@ -99,6 +99,14 @@ def test_probe_prints_the_contracts_json(finished: Path, call: Callable) -> None
         assert (stage["train"], stage["test"]) == (24, 24)
 
 
+def test_several_labels_are_told_apart_one_after_another(finished: Path, call: Callable) -> None:
+    asked = ("probe", finished / "run", "--label", "speaker", "--label", "digit", "--label", "speaker")
+    code, out, _ = call(*asked)
+    assert code == 0
+    assert [out.count(f"{label} error") for label in ("speaker", "digit")] == [1, 1]
+    assert [probe["label"] for probe in json.loads(call(*asked, "--json")[1])] == ["speaker", "digit"]
+
+
 def test_compare_prints_the_contracts_json_and_a_table(digits: Path, call: Callable) -> None:
     command = ["compare", *TINY, "--data", f"fsdd:{digits}", "--label", "digit", "--seeds", "1"]
     code, out, err = call(*command, "--methods", "cpc,untrained", "--json")
@@ -134,7 +142,7 @@ def test_the_summary_says_where_things_lie_and_what_to_type(digits: Path, call: 
     assert (code, err) == (0, "")
     assert "0 bytes left on it" in out
     assert "encoder   my run/encoder.safetensors" in out
-    assert "layerwise probe 'my run' --label digit" in out
+    assert "  layerwise probe 'my run' --label digit --label speaker\n" in out
     assert "\x1b" not in out
     log = Path("my run/log.txt").read_text()
     assert "stage 4: reached max epochs (1)" in log
@@ -293,6 +301,8 @@ def test_skipped_recordings_are_named_and_counted(call: Callable, tmp_path: Path
     assert code == 0
     assert "1 files skipped:" in out
     assert "broken.wav: cannot be decoded" in out
+    said = out[out.index("1 files skipped:") :].partition("stage")[0]
+    assert said in call("plan", *TINY, "--data", f"speech:{folder}")[1]
 
 
 def test_one_speaker_only_trains_but_cannot_be_told_apart(call: Callable, tmp_path: Path) -> None:

@@ -134,13 +134,14 @@ def test_what_has_done_its_work_says_that_its_output_is_lost(
     assert Path("config.toml").exists()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1", "cp1252", "koi8-r", "shift_jis", "utf-8"])
 def test_what_an_encoding_lacks_is_escaped(encoding: str) -> None:
     written = io.BytesIO()
     stream = io.TextIOWrapper(written, encoding)
     print("é 日 \udce9", file=Screen(stream), flush=True)
-    shown = {"ascii": "\\xe9 \\u65e5", "iso-8859-1": "é \\u65e5", "utf-8": "é 日"}[encoding]
-    assert written.getvalue().decode(encoding) == f"{shown} \\udce9\n"
+    shown = {"ascii": "\\xe9 \\u65e5", "koi8-r": "\\xe9 \\u65e5", "shift_jis": "\\xe9 日", "utf-8": "é 日"}
+    shown |= dict.fromkeys(("iso-8859-1", "cp1252"), "é \\u65e5")
+    assert written.getvalue().decode(encoding) == f"{shown[encoding]} \\udce9\n"
 
 
 def test_a_stream_that_is_given_up_holds_on_to_nothing() -> None:

@@ -80,6 +80,11 @@ WRONG = [
     ("layerwise run --data h5:corrupt/broken.wav", "cannot be read as an HDF5 file"),
     ("layerwise run --data npy:words.npy", "arrays of numbers can be trained on"),
     ("layerwise run --data npy:flat.npy", "give samples first"),
+    (
+        "layerwise run --recipe cifar10",
+        "without --data there are only the recordings of the demo; name some with --data",
+    ),
+    ("layerwise plan --frames whole", "reads whole samples"),
     ("layerwise run --data npy:numbers.npy --frames patches", "for patches give pictures"),
     ("layerwise run --data npy:numbers.npy --frames stpes", "Did you mean steps?"),
     ("layerwise run --data npy:numbers.npy --frames whole", "--net speech trains on recordings"),
@@ -111,7 +116,7 @@ WRONG = [
     ("layerwise run --data speech:texts", "texts holds no recordings"),
     ("layerwise run --data speech:recordings/0.wav", "is not a folder"),
     ("layerwise run --data speech:corrupt", "the first: broken.wav, cannot be decoded"),
-    ("layerwise run --data speech:dangling", "the first: gone.wav, not a regular file"),
+    ("layerwise run --data speech:dangling", "the first: gone.wav, a link to what is not there"),
     ("layerwise run --data speech:pictures", "pictures holds no recordings"),
     ("layerwise run --data images:recordings", "recordings holds no pictures"),
     (

@@ -8,12 +8,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
 
-from layerwise.config import resolve
-from layerwise.data.open import open_data
-from layerwise.data.source import DataSet, SampleSet
+from layerwise.config import DataOptions, resolve
+from layerwise.data import arrays
+from layerwise.data.open import as_data, open_data
+from layerwise.data.source import DataSet, SampleSet, said_of
 from layerwise.data.views import Framed
 from layerwise.errors import ConfigError, DataError
 
@@ -154,6 +157,76 @@ def huge_claim(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive, archive.open("offsets.npy", "w") as member:
         described = {"descr": "<i8", "fortran_order": False, "shape": (2**50,)}
         np.lib.format.write_array_header_1_0(member, described)
+
+
+def noise(samples: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((samples, *shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("value", [1e30, -1e20, 9.96921e36, 3e7])
+@pytest.mark.parametrize("kind", ["npy", "h5", "object"])
+def test_an_absurd_value_moves_the_level_of_no_other_and_its_sample_is_named(
+    tmp_path: Path, kind: str, value: float
+) -> None:
+    values, person = noise(301, 20, 3), np.arange(301) % 3
+    level = as_data(np.delete(values, 77, axis=0), DataOptions()).level
+    values[77, 4, 1] = value
+    np.save(tmp_path / "x.npy", values)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["x"], file["labels/label"] = values, person
+    items = TensorDataset(torch.from_numpy(values), torch.from_numpy(person))
+    data = as_data(items, DataOptions()) if kind == "object" else opened(f"{kind}:{tmp_path}/x.{kind}")
+    assert data.level == pytest.approx(level, rel=0.01)
+    (skipped,) = data.skipped
+    assert (skipped.path, skipped.reason[:18]) == ("77", f"its values reach {abs(value):.3g}"[:18])
+    assert data.ids[76:78] == ["76", "78"]
+    assert torch.equal(data.read(77, 2, 9), torch.from_numpy(values[78, 2:9] / np.float32(data.level)))
+    if kind != "npy":
+        assert data.labels["label"].tolist() == [str(each) for each in np.delete(person, 77)]
+    assert said_of(data)[-2:] == ["1 samples skipped:", f"  77: {skipped.reason}"]
+
+
+def test_of_a_large_set_the_samples_by_which_the_level_is_measured_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrays, "MOST_LOOKED_AT", 100)
+    values = noise(60, 20, 3)
+    values[7, 4, 1] = 1e30
+    np.save(tmp_path / "x.npy", values)
+    assert [entry.path for entry in opened(f"npy:{tmp_path}/x.npy").skipped] == ["7"]
+
+
+@pytest.mark.parametrize("scale", [1, 1e-9, 1e9])
+def test_samples_that_only_differ_much_are_all_taken(tmp_path: Path, scale: float) -> None:
+    np.save(tmp_path / "x.npy", scale * noise(5, 20, 3) * np.array([0, 1, 1, 1e-12, 1e4])[:, None, None])
+    assert len(opened(f"npy:{tmp_path}/x.npy").ids) == 5
+    np.save(tmp_path / "two.npy", noise(2, 20, 3) * np.array([1, 1e9])[:, None, None])
+    assert len(opened(f"npy:{tmp_path}/two.npy").ids) == 2
+
+
+def test_a_value_that_is_no_number_is_found_in_any_sample(tmp_path: Path) -> None:
+    for value in (np.nan, -np.inf, 1e300):
+        values = noise(901, 20).astype(np.float64)
+        values[333, 7] = value
+        np.save(tmp_path / "x.npy", values)
+        with pytest.raises(DataError, match="Sample 333 holds values that are no numbers"):
+            opened(f"npy:{tmp_path}/x.npy")
+
+
+def test_a_file_that_is_damaged_after_it_was_opened_is_named(tmp_path: Path) -> None:
+    values = noise(12, 500, 600)  # more than HDF5 keeps in memory
+    np.save(tmp_path / "x.npy", values)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("x", data=values, chunks=(1, 500, 600), compression="gzip", compression_opts=1)
+    of_npy, of_h5 = opened(f"npy:{tmp_path}/x.npy"), opened(f"h5:{tmp_path}/x.h5")
+    os.truncate(tmp_path / "x.npy", 1000)
+    with (tmp_path / "x.h5").open("r+b") as damaged:
+        damaged.seek(10_000)
+        damaged.write(bytes(10_000))
+    for data, name in ((of_npy, "x.npy"), (of_h5, "x.h5")):
+        with pytest.raises(DataError, match=rf"{name} cannot be read any more \(.*\); restore it\.$"):
+            for sample in range(12):
+                data.read(sample, 0, 500)
 
 
 INDEXES: dict[str, Callable[[Path], object]] = {

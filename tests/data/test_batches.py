@@ -20,6 +20,7 @@ from layerwise.data.batches import (
     stream,
     training_epoch,
 )
+from layerwise.data.images import PatchOptions, cut_patches, normalise, picture_set
 
 
 class Counting:
@@ -108,6 +109,23 @@ def test_a_window_of_a_grid_is_a_sub_grid() -> None:
         grid = epoch.read(source, 0).frames.reshape(3, 2).numpy()
         assert (np.diff(grid, axis=0) == 5).all()
         assert (np.diff(grid, axis=1) == 1).all()
+
+
+def test_windows_of_pictures_begin_at_any_pixel_and_repeat_themselves() -> None:
+    pixels = torch.arange(12 * 12, dtype=torch.uint8).reshape(1, 12, 12)
+    pictures = picture_set(lambda sample: pixels, PatchOptions(12, 4, 4, gray=True, flip=True), ["a", "b"], "", {})
+    places = set()
+    for seed in range(60):
+        epoch = training_epoch(pictures, np.arange(2), Window(2, 2), 2, np.random.default_rng(seed))
+        again = training_epoch(pictures, np.arange(2), Window(2, 2), 2, np.random.default_rng(seed))
+        batch = epoch.read(pictures, 0)
+        assert torch.equal(batch.frames, again.read(pictures, 0).frames)
+        assert batch.lengths.tolist() == epoch.lengths_of(pictures, 0).tolist() == [4, 4]
+        for window, top, left, view in zip(batch.frames, epoch.tops, epoch.lefts, epoch.views, strict=True):
+            part = (pixels.flip(-1) if view else pixels)[:, top : top + 8, left : left + 8]
+            assert torch.equal(window, cut_patches(normalise(part), 4, 4))
+            places.add((int(top), int(left)))
+    assert places == {(top, left) for top in range(5) for left in range(5)}
 
 
 class Together(Counting):

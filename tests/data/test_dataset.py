@@ -115,6 +115,9 @@ def test_items_of_hugging_face_are_named() -> None:
         ((torch.randn(9, 2), float("nan"), None, "b"), {"label_3": "b"}),
         ({"label": np.array([1]), "x": torch.randn(9, 2)}, {"label": "1"}),
         ({"label": torch.tensor([0, 1]), "x": torch.randn(9, 2)}, {"label": "1"}),
+        ((torch.randn(9, 2), [4], (np.int64(6),), ["cat"]), {"label": "4", "label_2": "6", "label_3": "cat"}),
+        ((torch.randn(9, 2), [[7]], np.float32(3), torch.tensor(5.0)), {"label": "7", "label_2": "3", "label_3": "5"}),
+        ([torch.randn(9, 2), np.array([1]), "a"], {"label": "1", "label_2": "a"}),
         ([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]], {}),
     ],
 )
@@ -126,13 +129,21 @@ def test_labels_are_numbers_and_words_of_any_library(item: Any, labels: dict[str
     assert all(len(values) == 3 for values in data.labels.values())
 
 
-def test_labels_keep_their_places_where_one_is_missing() -> None:
-    items = [(torch.randn(9, 2), None, "b"), (torch.randn(9, 2), 7, "a"), (torch.randn(9, 2), 7, None)]
-    data = as_data(Items(items), STEPS)
-    assert {name: values.tolist() for name, values in data.labels.items()} == {
-        "label": ["", "7", "7"],
-        "label_2": ["b", "a", ""],
-    }
+@pytest.mark.parametrize(
+    ("known", "labels"),
+    [
+        ([(None, "b"), (7, "a"), (7, None)], {"label": ["", "7", "7"], "label_2": ["b", "a", ""]}),
+        ([(7, "a"), (8,), ()], {"label": ["7", "8", ""], "label_2": ["a", "", ""]}),
+        ([(float("nan"),), (3.0,), (np.float64(2),)], {"label": ["", "3", "2"]}),
+        ([(3.0,), (2.5,), (2.0,)], {}),
+        ([(np.array([None]),), ([5],), (np.array([np.nan]),)], {"label": ["", "5", ""]}),
+        ([{"b": 1}, {"a": "x"}, {"a": "y", "b": None}], {"a": ["", "x", "y"], "b": ["1", "", ""]}),
+    ],
+)
+def test_labels_keep_their_places_where_one_is_missing(known: list[Any], labels: dict[str, list[str]]) -> None:
+    x = torch.randn(9, 2)
+    data = as_data(Items([{"x": x, **each} if isinstance(each, dict) else (x, *each) for each in known]), STEPS)
+    assert {name: values.tolist() for name, values in data.labels.items()} == labels
 
 
 def test_a_vector_that_is_one_hot_for_some_items_alone_is_no_label() -> None:

@@ -83,6 +83,20 @@ def test_mirror_view_equals_patches_of_the_mirrored_picture(folder: Path, tmp_pa
     assert torch.equal(plain.read(0, 0, 49, view=1), open_images(mirrored, COLOUR).read(0, 0, 49))
 
 
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(0, 1))
+def test_a_crop_begins_at_any_pixel_of_its_view(tmp_path_factory, top: int, left: int, view: int):
+    folder = tmp_path_factory.getbasetemp() / "crop"
+    for seed in range(2):
+        if not (folder / f"{seed}.png").exists():
+            save(noise(seed), folder / f"{seed}.png")
+    pictures = open_images(folder, COLOUR)
+    picture = normalise(torch.from_numpy(np.array(Image.open(folder / "1.png"))).permute(2, 0, 1))
+    part = (picture.flip(-1) if view else picture)[:, top : top + 12, left : left + 12]
+    assert torch.equal(pictures.read_crop(1, top, left, (2, 2), view), cut_patches(part, 8, 4))
+    with pytest.raises(IndexError):
+        pictures.read_crop(1, top, left, (2, 2), 2)
+
+
 def test_reads_outside_the_grid_or_the_views_are_refused(folder: Path):
     pictures = open_images(folder, GRAY)
     for start, stop, view in [(-1, 3, 0), (0, 50, 0), (5, 4, 0), (0, 49, 1)]:
@@ -216,7 +230,7 @@ def test_what_is_no_picture_is_named_and_skipped(folder: Path):
         "empty.png": "not a picture",
         "text.jpg": "not a picture",
         "script.jpg": "not a picture",
-        "link.png": "not a regular file",
+        "link.png": "a link to what is not there",
         "float.tif": "floating-point pixels have no known range",
     }
 

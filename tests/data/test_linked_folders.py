@@ -57,3 +57,13 @@ def test_what_lies_here_itself_keeps_its_name(real: Path) -> None:
     """Though the link comes first in the order of names."""
     (real / "a").symlink_to(real / "dog")
     assert opened(real) == (["cat/1.png", "cat/2.png", "dog/deep/1.png"], ["a"])
+
+
+@pytest.mark.parametrize("link", ["fish", "cat/old.v2", "dog/3.png"])
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_a_link_to_what_is_not_there_is_named(real: Path, link: str, target: str) -> None:
+    """A class would be missing in silence."""
+    (real / link).symlink_to(real / (link if target == "itself" else "gone"))
+    data = open_images(real, GRAY)
+    assert data.ids == ["cat/1.png", "cat/2.png", "dog/deep/1.png"]
+    assert [(entry.path, entry.reason) for entry in data.skipped] == [(link, "a link to what is not there")]

@@ -30,6 +30,9 @@ def names(*folders: str) -> list[str]:
         (("train", "dev", "test"), "test", "dev"),
         (("train", "val", "testing"), "testing", "val"),
         (("val", "test"), "test", None),
+        (("training_set", "test_set"), "test_set", None),
+        (("Train-Set", "valset", "testing"), "testing", "valset"),
+        (("train", "eval"), "eval", None),
         (("train", "test", "unlabeled"), "test", None),
         (("train",), None, None),
     ],
@@ -42,7 +45,9 @@ def test_folders_of_such_names_are_a_split(folders: tuple[str, ...], test: str |
         assert mask is None if part is None else mask.tolist() == [name.startswith(f"{part}/") for name in ids]
 
 
-@pytest.mark.parametrize("folders", [("train", "tram"), ("cat", "dog"), ("bus", "test", "train-old"), ()])
+@pytest.mark.parametrize(
+    "folders", [("train", "tram"), ("cat", "dog"), ("bus", "test", "train-old"), ("set", "sunset"), ()]
+)
 def test_other_folders_are_none(folders: tuple[str, ...]) -> None:
     assert folder_split([*names(*folders), "loose.png"]) is None
     assert folder_split(names(*folders)) is None

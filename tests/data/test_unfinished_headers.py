@@ -61,6 +61,20 @@ def test_a_recording_from_a_pipe_is_read_to_its_end(tmp_path: Path, sound: np.nd
     assert np.array_equal(data.read(0, 1000, 1500)[:, 0].numpy() * np.float32(data.level), read[1000:1500])
 
 
+@pytest.mark.parametrize("size", [0, 0x7FFFFFFE, 0x80000001, 0xFFFFFFFE, 0xFFFFFFFF - 36])
+@pytest.mark.parametrize(("subtype", "channels", "more"), [("PCM_24", 2, 5), ("FLOAT", 3, 1), ("ULAW", 2, 1)])
+def test_whatever_its_samples_are_and_though_the_last_one_is_not_whole(
+    tmp_path: Path, sound: np.ndarray, size: int, subtype: str, channels: int, more: int
+) -> None:
+    for name in ("a.wav", "b.wav"):
+        soundfile.write(tmp_path / name, np.stack([sound] * channels, axis=1), 8000, subtype=subtype)
+        content = bytearray((tmp_path / name).read_bytes())
+        (tmp_path / name).write_bytes(with_size(content, tmp_path / name, "riff", size) + bytes(more))
+    data = open_recordings(tmp_path, 8000)
+    assert (data.skipped, data.lengths.tolist()) == ([], [COUNT, COUNT])
+    np.testing.assert_allclose(data.read(0, 0, COUNT)[:, 0].numpy() * data.level, sound, atol=0.02)
+
+
 @pytest.mark.parametrize("kind", ["riff", "rifx"])
 def test_a_size_of_zero_alone_is_seen_through(tmp_path: Path, sound: np.ndarray, kind: str) -> None:
     """Though the size of the whole file is right."""

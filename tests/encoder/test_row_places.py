@@ -11,9 +11,11 @@ import pytest
 import layerwise
 from layerwise.cache import ActivationCache
 from layerwise.cache.feature_formats import RowPlaces
+from layerwise.commands import main
 from layerwise.data.open import open_data
 from layerwise.engines.run import RunResult
 from layerwise.errors import CacheError
+from layerwise.events import Progress
 
 ENDINGS = ["npy", "npz", "h5", "parquet"]
 
@@ -89,6 +91,24 @@ def test_rows_of_pictures_have_their_places(vision_run: RunResult, pictures: Pat
     of_a_sample = said["frame_places"][:49]
     assert of_a_sample[[0, 6, 42, 48]].tolist() == [[a, b] for a in ends for b in ends]
     assert np.array_equal(said["frame_places"][49:98], of_a_sample)
+
+
+def test_what_is_exported_from_a_cache_is_placed_as_what_is_extracted(
+    speech_run: RunResult, vision_run: RunResult, digits: Path, pictures: Path, tmp_path: Path
+) -> None:
+    for run, data in ((speech_run, f"fsdd:{digits}"), (vision_run, f"images:{pictures}")):
+        stage = len(run.state.stages)
+        extracted, exported = tmp_path / f"extracted-{stage}.npz", tmp_path / f"exported-{stage}.npz"
+        told: list[Progress] = []
+        layerwise.extract(run.paths.out, data, extracted, notify=told.append)
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main(["cache", "export", str(run.paths.out), "--stage", str(stage), "-o", str(exported)])
+        expected, found = said_in(extracted), said_in(exported)
+        assert found.keys() == expected.keys()
+        assert told[-1] == Progress("", len(expected["features"]), len(expected["features"]))
+        assert [each.done for each in told] == sorted({each.done for each in told})
+        for name in expected.keys() - {"features"}:
+            assert np.array_equal(found[name], expected[name]), name
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

@@ -28,6 +28,7 @@ from layerwise.forecast import Forecast
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 from layerwise.stop import StopFlag
+from layerwise.units import size
 
 FRAME = (3, 16, 16)
 TRACED = {
@@ -92,6 +93,7 @@ def test_a_resnet_is_planned_stage_by_stage(
     assert forecast.stages[0].cache_bytes == rows * 64 * 8 * 8 * 4
     assert forecast.stages[-1].cache_bytes == rows * 10 * 4
     assert forecast.cache_bytes == sum(stage.cache_bytes for stage in forecast.stages)
+    assert f"2 renderings of each sample, {size(forecast.cache_bytes // 2)} for each" in forecast.notes[-1]
     assert not list(tmp_path.iterdir())
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
-from layerwise.config import resolve
+from layerwise.config import Config, resolve
 from layerwise.data.open import open_data
+from layerwise.data.source import DataSet
 from layerwise.errors import Interrupted
 from layerwise.evaluate import classifiers as linear
 from layerwise.evaluate import classifiers as nearest
@@ -18,12 +20,19 @@ from layerwise.evaluate import examples as examples_file
 from layerwise.evaluate.classifiers import fit_and_test
 from layerwise.evaluate.examples import Examples, FeatureRows, Parts
 from layerwise.evaluate.features import SampleSummary, features_under_budget
-from layerwise.evaluate.targets import FRAMES_PER_SAMPLE, ProbeTargets, choose_frames, probe_targets, probe_task
+from layerwise.evaluate.targets import (
+    FRAMES_PER_SAMPLE,
+    ProbeTargets,
+    ProbeTask,
+    choose_frames,
+    probe_targets,
+    probe_task,
+)
 from layerwise.memory.meter import Meter
 from layerwise.nets import build_network, shortest_sample
 from layerwise.stop import StopFlag
 from layerwise.training.forward import OutputFormat, random_stages
-from layerwise.training.spec import stage_specs
+from layerwise.training.spec import StageSpec, stage_specs
 
 
 @pytest.fixture
@@ -149,6 +158,8 @@ def test_pieces_of_the_features_give_what_all_at_once_gives(
     features, classes = blobs(2000)
     whole, of_whole = fit_and_test(stored(features, tmp_path), targets_of(classes), classifier)
     monkeypatch.setattr(examples_file, "PIECE_BYTES", 4 * 12 * 300)
+    monkeypatch.setattr(examples_file, "KEPT_BYTES", 0)
+    monkeypatch.setattr(linear, "BLOCK", 5)
     monkeypatch.setattr(nearest, "QUERY_ROWS", 70)
     pieces, of_pieces = fit_and_test(stored(features, tmp_path), targets_of(classes), classifier)
     assert pieces == pytest.approx(whole, abs=0.004)
@@ -160,6 +171,7 @@ def test_many_times_the_rows_take_no_more_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifier: str
 ) -> None:
     monkeypatch.setattr(examples_file, "PIECE_BYTES", 2**18)
+    monkeypatch.setattr(examples_file, "KEPT_BYTES", 2**18)
     monkeypatch.setattr(linear, "ITERATIONS", 3)
 
     def taken(count: int) -> int:
@@ -214,16 +226,53 @@ def test_a_matrix_that_nobody_could_read_is_left_out(tmp_path: Path) -> None:
     assert confusion is None
 
 
-def test_a_summary_does_not_depend_on_the_pieces() -> None:
-    frames = torch.arange(60, dtype=torch.float32).reshape(20, 3)
-    chosen = np.array([0, 7, 8, 19])
-    whole, pieces = SampleSummary(chosen), SampleSummary(chosen)
-    whole.add(frames)
-    for piece in frames.split([1, 6, 0, 5, 8]):
-        pieces.add(piece)
-    assert np.allclose(whole.features(False), pieces.features(False))
-    assert np.allclose(pieces.features(False), frames.mean(0))
-    assert np.array_equal(pieces.features(True), frames[chosen].numpy())
+@pytest.fixture
+def task_on(
+    planned_stages: Callable[..., tuple[Config, list[StageSpec]]], noise_data: Callable[[Config], DataSet]
+) -> Callable[..., ProbeTask]:
+    """task_on("speech" or "vision", grid, per_frame=False): on samples of noise."""
+
+    def task_on(kind: str, grid: int, per_frame: bool = False) -> ProbeTask:
+        data = noise_data(planned_stages(kind)[0])
+        return ProbeTask("label", data, per_frame, np.arange(1), np.zeros(1, dtype=np.uint8), grid)
+
+    return task_on
+
+
+@pytest.mark.parametrize("grid", [1, 2, 4])
+def test_a_summary_pools_as_torch_does_and_does_not_depend_on_the_pieces(
+    task_on: Callable[..., ProbeTask], grid: int
+) -> None:
+    task = task_on("vision", grid)
+    columns = task.data.columns
+    frames = torch.randn(columns**2, 3, 2, 2)  # of which a patch counts as one vector
+    means = frames.mean((2, 3)).unflatten(0, (-1, columns)).permute(2, 0, 1)
+    for pieces in ([len(frames)], [1, 6, 0, 5, len(frames) - 12]):
+        summary = SampleSummary(task, 0, len(frames))
+        for piece in frames.split(pieces):
+            summary.add(piece)
+        pooled = F.adaptive_avg_pool2d(means, grid).flatten(1).T
+        assert np.allclose(summary.features(), pooled.reshape(1, -1), atol=1e-6)
+
+
+def test_a_sample_of_one_frame_is_pooled_over_its_positions(task_on: Callable[..., ProbeTask]) -> None:
+    for positions, pool in (
+        ((5,), F.adaptive_avg_pool1d),
+        ((7, 5), F.adaptive_avg_pool2d),
+        ((4, 5, 3), F.adaptive_avg_pool3d),
+    ):
+        frame = torch.randn(1, 6, *positions)
+        summary = SampleSummary(task_on("speech", 2), 0, 1)
+        summary.add(frame)
+        assert np.allclose(summary.features(), pool(frame, 2).flatten(2).mT.reshape(1, -1), atol=1e-6)
+
+
+def test_a_probe_of_frames_keeps_the_chosen_ones(task_on: Callable[..., ProbeTask]) -> None:
+    frames = torch.arange(600, dtype=torch.float32).reshape(200, 3)
+    summary = SampleSummary(task_on("speech", 1, per_frame=True), 4, 200)
+    for piece in frames.split([1, 60, 0, 50, 89]):
+        summary.add(piece)
+    assert np.array_equal(summary.features(), frames[choose_frames(4, 200, True)].numpy())
 
 
 def test_chosen_frames_are_the_same_for_every_encoder_and_bounded() -> None:

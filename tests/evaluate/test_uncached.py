@@ -75,7 +75,7 @@ def features_of_the_cache(result: RunResult, stage: int, folder: Path) -> np.nda
     task = probe_task("digit", open_data(config.data, shortest_sample(config)), config)
     file = FeatureRows(folder)
     with ActivationCache(result.paths.cache(stage)) as cache:
-        cached_features(cache, task.samples, False, file)
+        cached_features(cache, task, file)
     return everything(file)
 
 

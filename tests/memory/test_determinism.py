@@ -4,14 +4,14 @@ import os
 
 import pytest
 import torch
+import torch.backends.cudnn.rnn  # which hides a setting in torch 2.9
 
 from layerwise.errors import ConfigError
 from layerwise.memory.determinism import same_bits
 
 
 def settings() -> list[object]:
-    backends = torch.backends
-    exact = [place.fp32_precision for place in (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)]
+    exact = [torch._C._get_fp32_precision_getter("cuda", operation) for operation in ("conv", "rnn", "matmul")]
     return [torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory, *exact]
 
 

@@ -41,7 +41,7 @@ def plain_outcome() -> list[torch.Tensor]:
         for target in np.flatnonzero(draw.weights[:, step]).tolist():
             context = c[draw.rows[draw.contexts[target + step * draw.apart]]]
             score = z[draw.rows] @ predictor @ context
-            positive, negatives = score[draw.candidates[target, 0]], score[draw.candidates[target, 1:]]
+            positive, negatives = score[draw.candidates[0, target, 0]], score[draw.candidates[0, target, 1:]]
             losses.append((1 - positive).clamp(min=0) + (1 + negatives).clamp(min=0).mean())
         per_step.append(torch.stack(losses).mean())
     loss = torch.stack(per_step).mean()

@@ -105,14 +105,14 @@ def plain_outcome(case: Case) -> Outcome:
     losses: list[list[torch.Tensor]] = [[] for _ in predictors]
     hits: list[list[float]] = [[] for _ in predictors]
     for draw in case.draws:
-        scored = draw.rows[draw.candidates].tolist()
-        window = [*draw.rows[draw.contexts].tolist(), *(target for target, *_ in scored)]
-        for target, *negatives in scored:
-            sample, position = divmod(target, case.frames)
-            if position >= case.lengths[sample]:
-                continue
-            first = min(frame for frame in window if frame // case.frames == sample)
-            for step, predictor in enumerate(predictors):
+        of_steps = draw.rows[draw.candidates].tolist()
+        window = [*draw.rows[draw.contexts].tolist(), *(target for target, *_ in of_steps[0])]
+        for step, predictor in enumerate(predictors):
+            for target, *negatives in of_steps[step if len(of_steps) > 1 else 0]:
+                sample, position = divmod(target, case.frames)
+                if position >= case.lengths[sample]:
+                    continue
+                first = min(frame for frame in window if frame // case.frames == sample)
                 context = target - (step + 1 + case.objective.skip) * case.columns
                 if context < first:
                     continue
@@ -224,7 +224,8 @@ def test_a_group_of_predictors_is_let_go_of_before_the_next_comes(graded: bool) 
 @given(cases())
 def test_what_is_drawn_does_not_depend_on_the_parts(case: Case) -> None:
     def drawn(draws: list[Draw]) -> set[tuple[int, ...]]:
-        return {tuple(scored) for draw in draws for scored in draw.rows[draw.candidates].tolist()}
+        of_steps = [step for draw in draws for step in enumerate(draw.rows[draw.candidates].tolist())]
+        return {(step, *scored) for step, of_step in of_steps for scored in of_step}
 
     assert drawn(case.in_parts(len(case.lengths)).draws) == drawn(case.in_parts(1).draws)
 
@@ -341,13 +342,13 @@ def test_a_draw_scores_real_frames_only_and_never_contrasts_a_target_with_itself
     for draw in draws:
         assert (np.diff(draw.rows) > 0).all()  # sorted, each once
         assert set(draw.candidates.ravel().tolist()) | set(draw.contexts.tolist()) <= set(range(len(draw.rows)))
-        scored = draw.weights.sum(1) > 0
-        assert set(draw.rows[draw.candidates[scored]].ravel().tolist()) <= real
-        assert (draw.candidates[scored, 1:] != draw.candidates[scored, :1]).all()
         for step in range(objective.steps):
             target = np.flatnonzero(draw.weights[:, step])
+            candidates = draw.candidates[step if columns > 1 else 0, target]
+            assert set(draw.rows[candidates].ravel().tolist()) <= real
+            assert (candidates[:, 1:] != candidates[:, :1]).all()
             contexts = draw.rows[draw.contexts[target + step * draw.apart]]
-            assert (draw.rows[draw.candidates[target, 0]] - contexts == (step + 1) * columns).all()
+            assert (draw.rows[candidates[:, 0]] - contexts == (step + 1) * columns).all()
             assert set(contexts.tolist()) <= real
     assert sum(draw.weights.sum() for draw in draws) == pytest.approx(1, abs=1e-4)
 
@@ -363,8 +364,25 @@ def test_negatives_come_from_the_whole_batch_and_all_of_its_frames() -> None:
                 seen, objective.draw(lengths, 8, 1, np.random.default_rng(seed), parts), strict=True
             ):
                 scored = draw.weights.sum(1) > 0
-                found |= set(draw.rows[draw.candidates[scored, 1:]].ravel().tolist())
+                found |= set(draw.rows[draw.candidates[0, scored, 1:]].ravel().tolist())
         assert seen == [real] * parts
+
+
+def test_in_pictures_negatives_of_a_step_come_evenly_from_its_targets_in_the_whole_batch() -> None:
+    objective = InfoNCE(2, 2, steps=3, skip=1, negatives=40, anchors=16)
+    lengths, frames, columns = np.array([5, 4, 2, 5]) * 2, 10, 2  # samples of 5, 4, 2 and 5 rows
+    numbers = [[b * frames + t for b in range(4) for t in range((step + 2) * columns, lengths[b])] for step in range(3)]
+    counts = [dict.fromkeys(of_step, 0) for of_step in numbers]
+    for seed in range(40):
+        (draw,) = objective.draw(lengths, frames, columns, np.random.default_rng(seed))
+        for step, of_step in enumerate(counts):
+            target = np.flatnonzero(draw.weights[:, step])
+            assert sorted(draw.rows[draw.candidates[step, target, 0]].tolist()) == numbers[step]
+            for negative in draw.rows[draw.candidates[step, target, 1:]].ravel().tolist():
+                of_step[negative] += 1  # a KeyError here is a negative that is no target of the step
+    for of_step in counts:
+        times = np.array(list(of_step.values()))
+        assert abs(times - times.mean()).max() < 5 * times.mean() ** 0.5
 
 
 def test_a_window_slides_over_the_whole_sample() -> None:

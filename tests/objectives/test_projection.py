@@ -55,7 +55,7 @@ def plain_outcome(kind: type[Contrastive], projection: int, shared: bool) -> lis
         for target in np.flatnonzero(draw.weights[:, step]).tolist():
             context = of_contexts @ c[draw.rows[draw.contexts[target + step * draw.apart]]]
             scores = (z[draw.rows] @ of_targets.T) @ (predictor @ context)
-            ahead, others = scores[draw.candidates[target, 0]], scores[draw.candidates[target, 1:]]
+            ahead, others = scores[draw.candidates[0, target, 0]], scores[draw.candidates[0, target, 1:]]
             if kind is Hinge:
                 losses.append((1 - ahead).clamp(min=0) + (1 + others).clamp(min=0).mean())
             else:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from layerwise.config import Config
 from layerwise.data.batches import Batch, Window, group_renderings, training_epoch
+from layerwise.data.images import patch_options, picture_set
 from layerwise.data.source import DataSet
 from layerwise.memory.meter import Meter
 from layerwise.nets.module import Module
@@ -93,6 +94,24 @@ def test_recomputed_windows_are_those_of_a_cache(
         epoch = training_epoch(read, samples, window, 3, np.random.default_rng(seed))
         assert_same(recomputed.batches(epoch, 0, not_parked), read.batches(epoch, 0, not_parked))
         assert_same(recomputed.batches(epoch, 1, not_parked), read.batches(epoch, 1, not_parked))
+
+
+def test_of_pictures_windows_at_any_pixel_are_recomputed(planned_stages: Planned) -> None:
+    config, plans = planned_stages("vision", **{"cache.dtype": "float32"})
+    rng = np.random.default_rng(0)
+    pictures = torch.from_numpy(rng.integers(0, 256, (4, 3, 32, 32), dtype=np.uint8))
+    data = picture_set(lambda sample: pictures[sample], patch_options(config.data), list("abcd"), "", {})
+    modules = [plan.build_module(0, CPU).eval() for plan in plans[:2]]
+    frozen = [InferenceStage(n, module, OutputFormat.of(config)) for n, module in enumerate(modules, start=1)]
+    recomputed = RecomputingLoader(data, plans[:2], frozen, 3, CPU)
+    epoch = training_epoch(recomputed, np.arange(4), plans[2].window, 4, rng)
+    (batch,) = recomputed.batches(epoch, 0, not_parked)
+    assert (epoch.tops % config.data.patch_stride).any()
+    with torch.no_grad():
+        frames = epoch.read(data, 0).frames
+        for module in modules:
+            frames = module(frames, batch.lengths)[1]
+    torch.testing.assert_close(batch.frames, frames, rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=15, deadline=None)

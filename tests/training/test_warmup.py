@@ -1,0 +1,39 @@
+"""The first steps of a stage: the learning rate of Adam rises over them, if asked to, and is the same behind a resume."""
+
+import pytest
+import torch
+from torch import nn
+
+from layerwise.training.optimizer import Optimizer, adam
+
+
+def steps(warmup: int, first: int, last: int, values: torch.Tensor, state: dict | None = None) -> Optimizer:
+    """Steps first to last, each with a gradient of its own, on from a state."""
+    parameter = nn.Parameter(values)
+    optimizer = Optimizer({"p": parameter}, adam(0.5, 1e-6, warmup))
+    if state:
+        optimizer.load(state)
+    for number in range(first, last):
+        optimizer.begin_step(number)
+        parameter.grad = torch.tensor([1.0, -2.0]) * (number + 1)
+        optimizer.step()
+    return optimizer
+
+
+def test_the_learning_rate_rises_evenly_and_then_stays() -> None:
+    moved = []
+    for last in range(1, 7):
+        values = torch.zeros(2)
+        steps(4, last - 1, last, values)  # the first step of Adam is as long as its learning rate
+        moved.append(values.abs().max().item())
+    assert moved == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5], rel=1e-4)
+
+
+@pytest.mark.parametrize("stop", [2, 4, 5])
+def test_a_resume_goes_on_at_the_learning_rate_of_its_step(stop: int) -> None:
+    whole, resumed = torch.zeros(2), torch.zeros(2)
+    steps(4, 0, 7, whole)
+    first = steps(4, 0, stop, resumed)
+    saved = {name: {key: value.clone() for key, value in state.items()} for name, state in first.state().items()}
+    steps(4, stop, 7, resumed, saved)
+    assert torch.equal(whole, resumed)
