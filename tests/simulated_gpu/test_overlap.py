@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu_cases import CASES, NO_RECURRENCE, SPEECH, Case, Task, outcome, run_case
+from gpu_cases import NO_RECURRENCE, PATCHES, SPEECH, Case, Task, opened, outcome, run_case
 from simulated_gpu import GPU, Counts, SimulatedGPU
 from torch_cuda import installed
 
 from layerwise.config import with_options
 from layerwise.data.batches import group_renderings
+from layerwise.engines import plan as planning
 from layerwise.engines import run as engine
 from layerwise.errors import Interrupted, TrainingError
 from layerwise.events import CachingProgress, Event, StepDone
@@ -60,9 +61,16 @@ def only(*kept: str) -> Iterator[list[MemoryPlan]]:
         yield plans
 
 
-@pytest.mark.parametrize("network", ["sound", "pictures"])
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Weights of a run with all of them."""
+    with installed(SimulatedGPU()):
+        return outcome(CASE, "cuda", tmp_path_factory.mktemp("undisturbed"))["weights"]
+
+
+@pytest.mark.parametrize("network", ["sound", "crops of pictures"])
 def test_each_of_them_gives_the_bits_of_a_run_without(gpu: SimulatedGPU, tmp_path: Path, network: str) -> None:
-    case = CASE if network == "sound" else CASES["patches"]
+    case = CASE if network == "sound" else Case(PATCHES | {"data.picture": 24})
     found = {}
     for kept in ([], ["ahead"], ["overlapped"], ["resident"]):
         with only(*kept) as plans:
@@ -93,9 +101,9 @@ def test_a_step_is_computed_while_the_next_batch_comes(gpu: SimulatedGPU) -> Non
 
 @pytest.mark.parametrize("at", [StepDone, CachingProgress])
 def test_a_run_that_is_stopped_meanwhile_goes_on_to_the_same_bits(
-    gpu: SimulatedGPU, tmp_path: Path, at: type[Event]
+    gpu: SimulatedGPU, tmp_path: Path, at: type[Event], undisturbed: dict[str, bytes]
 ) -> None:
-    expected, stop, seen = outcome(CASE, "cuda", tmp_path / "whole"), StopFlag(), []
+    stop, seen = StopFlag(), []
 
     def ask(event: Event) -> None:
         seen.append(isinstance(event, at))
@@ -103,15 +111,15 @@ def test_a_run_that_is_stopped_meanwhile_goes_on_to_the_same_bits(
             stop.reason = "the test"
 
     with pytest.raises(Interrupted):
-        run_case(CASE, "cuda", tmp_path / "stopped", ask, stop)
+        run_case(CASE, "cuda", tmp_path, ask, stop)
     gpu.raise_faults()
-    assert outcome(CASE, "cuda", tmp_path / "stopped")["weights"] == expected["weights"]
+    assert outcome(CASE, "cuda", tmp_path)["weights"] == undisturbed
 
 
 def test_where_there_is_no_room_for_them_after_all_a_run_goes_on_without(
-    gpu: SimulatedGPU, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: SimulatedGPU, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, bytes]
 ) -> None:
-    expected, refused = outcome(CASE, "cuda", tmp_path / "undisturbed")["weights"], []
+    refused = []
 
     def without_room(work: Any) -> Any:
         def refusing(*args: Any) -> Any:
@@ -126,9 +134,9 @@ def test_where_there_is_no_room_for_them_after_all_a_run_goes_on_without(
 
     monkeypatch.setattr(CopyStream, "bring", without_room(CopyStream.bring))
     monkeypatch.setattr(task, "resident_rows", without_room(task.resident_rows))
-    found = outcome(CASE, "cuda", tmp_path / "disturbed")["weights"]
+    found = outcome(CASE, "cuda", tmp_path)["weights"]
     assert set(refused) == {"bring", "resident_rows"}
-    for name, values in expected.items():
+    for name, values in undisturbed.items():
         pair = [np.frombuffer(each, dtype=np.float32) for each in (found[name], values)]
         np.testing.assert_allclose(*pair, rtol=1e-3, atol=1e-4)
 
@@ -148,6 +156,15 @@ def test_with_its_input_there_a_stage_copies_but_what_is_drawn(gpu: SimulatedGPU
         assert [record.input_on_device for record in state.stages] == [None, True if resident else None]
     copied = {key: each[-1] - each[0] for key, each in counts.items()}
     assert copied[True, 2] < copied[False, 2] / 2
+
+
+def test_a_plan_says_whose_input_stays_on_the_device(gpu: SimulatedGPU) -> None:
+    config, data, _ = opened(CASE, **{"training.device": "cuda"})
+    stages = planning.plan(config, data=data).stages
+    assert [(stage.input, stage.layout) for stage in stages] == [
+        ("data", "whole batch"),
+        ("device", "whole batch, input on the device"),
+    ]
 
 
 def test_a_piece_is_computed_while_the_one_before_leaves(
