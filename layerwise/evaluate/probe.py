@@ -5,6 +5,7 @@ are there; those of other stages are made again from the data.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from layerwise.config import Config, named_here, with_options
 from layerwise.data.labels import with_labels
 from layerwise.data.open import as_data, open_data
 from layerwise.errors import CacheError, ConfigError, DataError, RunError, did_you_mean
+from layerwise.evaluate.baseline import baseline_of
 from layerwise.evaluate.classifiers import CLASSIFIERS, fit_and_test
 from layerwise.evaluate.examples import FeatureRows
 from layerwise.evaluate.features import cached_features, features_under_budget
@@ -24,8 +26,9 @@ from layerwise.events import Message, NotifyProgress, Progress, unseen
 from layerwise.nets import build_network, shortest_sample
 from layerwise.nets.network import Network, ranges
 from layerwise.nets.traced import traced_network, with_present_weights
+from layerwise.records import read_record
 from layerwise.run_store import RunState, RunStore, open_run
-from layerwise.run_store.state import ProbeResult, StageError
+from layerwise.run_store.state import Baseline, ProbeResult, StageError
 from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import load_stages
 from layerwise.training.first_weights import is_network_of, load_first_weights, without_lost_weights
@@ -131,10 +134,20 @@ def probe(
         train, test = len(targets.parts.fitted), len(targets.parts.test)
         weights = str(state.record(stage).weights)
         results.append(StageError(stage, error, untrained_error, train, test, confusion, weights))
-    result = ProbeResult(label, results, peak, classifier, task.grid)
     name = label if classifier == "linear" else f"{label}-{classifier}"
+    poll = partial(stop.raise_if_set, "in the baseline of the probe")
+    known = _known_baseline(store, name)
+    baseline = baseline_of(task, targets, specs[done[-1] - 1], classifier, config, store.probes, known, poll)
+    result = ProbeResult(label, results, peak, classifier, task.grid, baseline)
     store.write_probe(name, result)
     return result
+
+
+def _known_baseline(store: RunStore, name: str) -> Baseline | None:
+    """Of an earlier probe; a record that cannot be read is written anew."""
+    with suppress(RunError):
+        return read_record(ProbeResult, store.probe(name)).baseline
+    return None
 
 
 def _cached_features(

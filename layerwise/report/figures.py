@@ -163,6 +163,9 @@ def draw_probe(probe: ProbeResult) -> Plot:
     trained = [ModuleError(entry.stage, entry.error, 0.0) for entry in probe.stages]
     untrained = [ModuleError(entry.stage, entry.untrained_error, 0.0) for entry in probe.stages]
     curves: list[_Curve] = [("trained", BLUE, "o", trained), ("random weights", GRAY, "X", untrained)]
+    if baseline := probe.baseline:
+        level = [ModuleError(entry.stage, baseline.error, 0.0) for entry in probe.stages]
+        curves.append((baseline.name, ORANGE, "_", level))
     caption = f"Error of a {probe.classifier} probe on each frozen stage, on test samples; the axis is logarithmic."
     return _draw_errors(f"errors-{probe.label}", f"Error: {probe.label}", caption, curves)
 

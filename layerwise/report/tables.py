@@ -256,17 +256,21 @@ def _rounded_up(count: int) -> str:
 
 
 def probe_table(result: ProbeResult) -> Table:
-    """Error of each stage beside its untrained twin."""
-    return table(
+    """Error of each stage beside its untrained twin; below them that of features which nobody has learnt."""
+    error = f"{result.label} error"
+    rows = [
         {
             "stage": str(stage.stage),
-            f"{result.label} error": percent(stage.error),
+            error: percent(stage.error),
             "random weights": percent(stage.untrained_error),
             "train": str(stage.train),
             "test": str(stage.test),
         }
         for stage in result.stages
-    )
+    ]
+    if result.baseline:
+        rows.append({"stage": result.baseline.name, error: percent(result.baseline.error)})
+    return table(rows)
 
 
 def few_test_samples(result: ProbeResult) -> str | None:

@@ -212,6 +212,18 @@ class StageError:
 
 
 @dataclass(frozen=True, slots=True)
+class Baseline:
+    """The error, from 0 to 1, of the same classifier on features of the input that nobody has learnt."""
+
+    __pydantic_config__ = STRICT
+
+    name: str
+    error: Share
+    asked: Digest
+    """Digest of what was to be told of which samples."""
+
+
+@dataclass(frozen=True, slots=True)
 class ProbeResult:
     """One probe of every finished stage, as probes/LABEL.json holds it."""
 
@@ -225,6 +237,8 @@ class ProbeResult:
     """linear or knn."""
     grid: Number = 1
     """Features of a sample are means over so many cells a side."""
+    baseline: Baseline | None = None
+    """None of data that are neither pictures nor recordings."""
 
 
 @dataclass(frozen=True, slots=True)
