@@ -178,6 +178,11 @@ def _request(
 
 def _optimization(optimizer: Make | None, schedule: Schedule | None, config: Config) -> Optimization | None:
     if optimizer is not None:
+        if config.training.warmup_steps:
+            raise ConfigError(
+                f"training.warmup_steps {config.training.warmup_steps} is for layerwise's own Adam; leave it out, and give "
+                "your optimizer a schedule."
+            )
         return Optimization.of(optimizer, schedule, config.training.max_epochs)
     if schedule is not None:
         raise ConfigError("A schedule goes with an optimizer of your own: give optimizer= too.")

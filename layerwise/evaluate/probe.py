@@ -80,8 +80,8 @@ def probe(
     data = open_data(config.data, shortest_sample(config)) if named else as_data(data, config.data)
     if data.identity != state.data_identity:
         raise DataError(
-            f"The data at {config.data.source} are not those of the run any more; the comparison with random weights "
-            "needs them. Bring the old ones back."
+            f"The data at {config.data.source} are not those of the run any more, or an earlier version of layerwise read them "
+            "otherwise; the comparison with random weights needs them. Bring the old ones back, or train a new run."
         )
     if labels is not None:
         without, data = data, with_labels(data, str(labels))

@@ -62,7 +62,7 @@ class StageRecord:
     input: Literal["data", "cache", "recompute"] | None = None
     """Where its samples come from: data, cache, or recompute where the stage below is not cached."""
     input_on_device: bool | None = None
-    """On CUDA: whether all of that stayed on the device while it trained."""
+    """On CUDA: whether all of that stayed on the device; None where that was not planned."""
     cached: bool | None = None
     """Whether its outputs are to be cached; None until the stage is begun."""
     cache: Annotated[str, Field(pattern=r"^stage-[1-9]\d*\.h5$")] | None = None

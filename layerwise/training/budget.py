@@ -10,7 +10,7 @@ import torch
 from layerwise.cache.dtypes import STORED
 from layerwise.config import Config
 from layerwise.config.options import PAPER_NETWORKS
-from layerwise.errors import BudgetError
+from layerwise.errors import BudgetError, ConfigError
 from layerwise.memory.device import find_device
 from layerwise.memory.driver import (
     MARGIN,
@@ -107,6 +107,11 @@ def fit_stage(
     return None
 
 
+FILLED = 0.9
+"""Part of what is free that an input may fill together with its stage where there is no budget: the rest is for what no
+rehearsal sees, such as the workspaces of cuDNN, and for other processes."""
+
+
 def _with_copies_beside(
     config: Config, spec: StageSpec, below: Below, plan: MemoryPlan, input_rows: int, device: torch.device
 ) -> MemoryPlan:
@@ -118,15 +123,24 @@ def _with_copies_beside(
     if below or spec.parts:
         return plan
     budget, segments = config.memory.gpu_mem, segments_of(device, plan.expandable)
-    room = free_for_tensors(device) - MARGIN if budget is None else room_for_tensors(device, budget)
+    room = int(FILLED * (free_for_tensors(device) - MARGIN)) if budget is None else room_for_tensors(device, budget)
 
     def caches(plan: MemoryPlan) -> bool:
         return _piece_peak(config, spec, below, segments, plan, plan.piece) <= room
 
-    resident = replace(plan, resident=input_rows)
-    if 0 < input_rows * math.prod(spec.frame_shape) * STORED[config.cache.dtype].tensor.itemsize < room and (
-        training_fits(config, spec, resident, room, segments) and caches(resident)
-    ):
+    def fits(plan: MemoryPlan) -> bool:
+        try:
+            return training_fits(config, spec, plan, room, segments) and caches(plan)
+        except ConfigError:  # an optimizer that looks at values cannot be rehearsed, and without a budget need not be
+            if budget is not None:
+                raise
+            return False
+
+    resident, row_bytes = (
+        replace(plan, resident=input_rows),
+        math.prod(spec.frame_shape) * STORED[config.cache.dtype].tensor.itemsize,
+    )
+    if 0 < input_rows * row_bytes < room and fits(resident):
         plan = resident
     elif plan.at_once:
         ahead = replace(plan, ahead=True)

@@ -333,9 +333,9 @@ class _RehearsedTrainer(StageTrainer):
             coming = None
             if self.memory_plan.ahead:
                 drawn = self._draw(batch, randomness)
-                assert drawn.packed is not None
                 batch = replace(batch, drawn=drawn)
-                coming = torch.empty(drawn.packed.buffer.shape, dtype=torch.uint8, device=REHEARSED_ON)
+                if drawn.packed is not None:  # an objective of the user's may bring what it draws by itself
+                    coming = torch.empty(drawn.packed.buffer.shape, dtype=torch.uint8, device=REHEARSED_ON)
             self.train(batch, randomness)
             del coming
             return

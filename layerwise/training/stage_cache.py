@@ -74,8 +74,10 @@ def write_stage_cache(spec: StageSpec, loader: Loader, round: Round, context: Ru
             writer.seal(lambda: context.stop.raise_if_set(f"while the cache of stage {spec.stage} was packed"))
 
         def write_in_pieces() -> None:
+            first = iter([memory_plan.overlapped])
+
             def attempt(piece: int) -> None:
-                if memory_plan.overlapped:  # the second time it is not: that takes less
+                if next(first, False):  # the second time it is not overlapped: that takes less
                     once_more_where_full(partial(write, piece), run.device)
                 else:
                     write(piece)

@@ -167,10 +167,12 @@ def _loader(stage: int, source: FrameSource, round: Round, context: RunContext) 
     specs = run.cache_plan.below(stage, run.specs)
     # input_noise is relative to the level of the whole batch, so every rank reads all of it.
     ranks = ALONE if run.config.training.input_noise else context.ranks
+    record = round.state.record(stage)
+    record.input_on_device = None
     if not specs:
         if isinstance(source, ActivationCache) and run.memory_plans[stage - 1].resident:
             rows = resident_rows(source, run.config, context.device, context.stop)
-            round.state.record(stage).input_on_device = rows is not None
+            record.input_on_device = rows is not None
             if rows is not None:
                 return SourceLoader(RowNumbers(source), ranks, context.device, rows)
         return SourceLoader(source, ranks, context.device)

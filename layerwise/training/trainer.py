@@ -404,6 +404,11 @@ class StageTrainer:
         return self.context.device.type == "cuda"
 
     def _shrink(self, reason: str) -> None:
+        if self.memory_plan.ahead:  # the next batch is there for speed alone
+            self.memory_plan = replace(self.memory_plan, ahead=False)
+            self.forget_coming()
+            release(self.context.device)
+            return
         if self.effects.why_unsliceable:
             raise NoSmallerSlices(f"{reason} {self.effects.why_unsliceable}, so the batch cannot be sliced.")
         smaller = self.memory_plan.smaller()
@@ -411,7 +416,6 @@ class StageTrainer:
             raise NoSmallerSlices(reason)
         self.memory_plan = smaller
         self.shrunk = True
-        self.forget_coming()
         release(self.context.device)
 
     def _draws(self, batch: Batch, randomness: StepRandomness) -> Sequence[Draw]:
