@@ -62,6 +62,8 @@ class EpochDone:
     held_out_accuracy: float
     seconds: float
     peak_bytes: int
+    probe_error: float | None = None
+    """From 0 to 1, after the epochs that --probe-every names."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,7 +172,8 @@ class TrackingCallback:
         self._notify(event)
         match event:
             case EpochDone():
-                values = {name: value for name, value in asdict(event).items() if name not in ("stage", "epoch")}
+                fields = asdict(event).items()
+                values = {name: value for name, value in fields if name not in ("stage", "epoch") and value is not None}
                 self._try(lambda: self._tracker.log(event.stage, event.epoch, values))
             case StageDone():
                 cached = {"cache_peak_bytes": event.cache_peak_bytes, "cache_bytes": event.cache_bytes}

@@ -234,6 +234,9 @@ class TrainingOptions(Section):
     """auto, cpu, cuda or cuda:N"""
     checkpoint_seconds: float = _option(60, "place", ge=0, le=10**9)
     """time between checkpoints inside an epoch, seconds"""
+    probe_every: int = _option(0, "place", "--probe-every", ge=0, le=10**9)
+    """after every so many epochs, show how well the stage tells a label of training samples that are kept apart for it:
+    --label, or the data's first; 0: never"""
     log: Literal["none", "tensorboard", "wandb", "mlflow"] = _option("none", "place", "--log")
     """show curves in tensorboard, wandb or mlflow too; none: in metrics.jsonl alone"""
 
@@ -378,6 +381,7 @@ class Config(Section):
             "seed",
             "device",
             "checkpoint_seconds",
+            "probe_every",
             "log",
             "warm_start",
             "deterministic",

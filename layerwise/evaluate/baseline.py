@@ -74,6 +74,7 @@ def picture_rows(task: ProbeTask, config: Config) -> Iterator[np.ndarray]:
     """float32 [n, FILTERS * CELLS²] of the samples in their order."""
     channels = task.data.frame_shape[0]
     filters = torch.randn(FILTERS, channels, KERNEL, KERNEL, generator=torch.Generator().manual_seed(0))
+    filters -= filters.mean((1, 2, 3), keepdim=True)  # blind to brightness, of which filters would see little else
     for samples in np.array_split(task.samples, -(-len(task.samples) // PICTURES)):
         pictures = torch.stack([_picture(task.data, config, sample) for sample in samples.tolist()])
         if max(pictures.shape[2:]) > SIDE:

@@ -114,7 +114,9 @@ def _fit(
     Half the correlations bound its second derivative (Böhning 1992, "Multinomial logistic regression algorithm"); those
     between blocks are left out, which costs steps alone.
     """
-    factors = [torch.linalg.cholesky(c / 2 + 2 * penalty * torch.eye(len(c))) for c in correlations]
+    # In float64, for channels that say nearly the same.
+    bends = (correlation.double() / 2 + 2 * penalty * torch.eye(len(correlation)) for correlation in correlations)
+    factors = [torch.linalg.cholesky(bend).float() for bend in bends]
     blocks = [len(factor) for factor in factors]
 
     def weight_of(coordinates: torch.Tensor) -> torch.Tensor:

@@ -32,20 +32,23 @@ class SampleSummary:
 
     def __init__(self, task: ProbeTask, sample: int, length: int) -> None:
         """length: frames of the sample."""
-        self._grid, self._per_frame = task.grid, task.per_frame
+        self._grid, self._per_frame, self._whole = task.grid, task.per_frame, task.whole
         columns = task.data.columns if length % task.data.columns == 0 else 1
         self._places: tuple[int, ...] = (length // columns, columns)
+        # Of sequences every sample has as many cells, the shortest too; pictures are all of one size.
+        self._cells: tuple[int, ...] = (self._grid, 1) if columns == 1 else _at_most(self._grid, self._places)
         self._chosen = choose_frames(sample, length, task.per_frame)
         self._frames = 0
         self._means: torch.Tensor | None = None
         self._kept: list[torch.Tensor] = []
 
     def add(self, frames: torch.Tensor) -> None:
-        """The next frames [n, C, *positions] of the sample; where it is a single frame, its positions count as frames."""
+        """The next frames [n, C, *positions] of the sample; of one that is read whole, the positions count as frames."""
         if not len(frames):
             return
-        if self._places == (1, 1) and frames.dim() > 2 and not self._per_frame:
-            self._places = tuple(frames.shape[2:])
+        if self._whole and not self._per_frame:
+            self._places = tuple(frames.shape[2:]) or (1,)
+            self._cells = _at_most(self._grid, self._places)
             piece = frames[0].float().flatten(1).T
         else:
             piece = vectors(frames[None].float())[0]
@@ -56,7 +59,7 @@ class SampleSummary:
             with uncounted():
                 self._kept.append(kept.to("cpu", copy=True))
         else:
-            shares = host_tensor(shares_of_cells(range(first, self._frames), self._places, self._grid))
+            shares = host_tensor(shares_of_cells(range(first, self._frames), self._places, self._cells))
             means = shares.to(piece.device) @ piece
             self._means = means if self._means is None else self._means + means
 
@@ -68,15 +71,21 @@ class SampleSummary:
         return self._means.cpu().numpy().reshape(1, -1)
 
 
-def shares_of_cells(places: range, shape: tuple[int, ...], grid: int) -> np.ndarray:
+def _at_most(grid: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Cells along each axis."""
+    return tuple(min(grid, length) for length in shape)
+
+
+def shares_of_cells(places: range, shape: tuple[int, ...], cells: tuple[int, ...]) -> np.ndarray:
     """float32 [cells, places]: what each place counts in the mean of each cell, as in torch's adaptive average pooling.
 
-    shape: of all places, which are numbered row after row; grid: cells along each axis, or its length where that is shorter.
+    shape: of all places, which are numbered row after row; cells: along each axis.
     """
     shares = np.ones((1, len(places)), dtype=np.float32)
-    for along, length in zip(np.unravel_index(np.arange(places.start, places.stop), shape), shape, strict=True):
-        cells = np.arange(min(grid, length))[:, None]
-        first, stop = cells * length // len(cells), -(-(cells + 1) * length // len(cells))
+    axes = np.unravel_index(np.arange(places.start, places.stop), shape)
+    for along, length, count in zip(axes, shape, cells, strict=True):
+        cell = np.arange(count)[:, None]
+        first, stop = cell * length // count, -(-(cell + 1) * length // count)
         of_axis = ((along >= first) & (along < stop)) / (stop - first)
         shares = (shares[:, None] * of_axis.astype(np.float32)).reshape(-1, len(places))
     return shares

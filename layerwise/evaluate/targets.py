@@ -30,6 +30,8 @@ class ProbeTask:
     """uint8 [S]"""
     grid: int = 1
     """Features of a sample are means over so many cells a side."""
+    whole: bool = False
+    """Whether a sample is a single frame, of which the positions lie in the cells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ def probe_task(label: str, data: DataSet, config: Config, grid: int | None = Non
     split = split_samples(data, config)
     samples = np.arange(len(data.ids)) if per_frame else _labelled(label, data, split)
     samples = samples[np.argsort(split[samples], kind="stable")]
-    return ProbeTask(label, data, per_frame, samples, split[samples], grid)
+    return ProbeTask(label, data, per_frame, samples, split[samples], grid, config.data.frames == "whole")
 
 
 def probe_targets(task: ProbeTask, spec: StageSpec) -> ProbeTargets:

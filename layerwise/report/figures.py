@@ -79,6 +79,28 @@ def draw_losses(epochs: dict[int, list[Epoch]], chance: float | None) -> Plot | 
     return Plot("losses", "Loss", caption, figure)
 
 
+def draw_probes_in_training(epochs: dict[int, list[Epoch]]) -> Plot | None:
+    """A line per stage; None where no epoch was probed."""
+    probed = {
+        stage: [(entry.epoch, entry.probe_error) for entry in of_stage if entry.probe_error is not None]
+        for stage, of_stage in epochs.items()
+    }
+    if not any(probed.values()):
+        return None
+    figure = new_figure(2.9)
+    axes = figure.subplots()
+    colours = (BLUE, ORANGE, GREEN, PINK, OCHRE, GRAY)
+    for number, (stage, points) in enumerate((stage, points) for stage, points in probed.items() if points):
+        axes.plot(*zip(*points, strict=True), color=colours[number % 6], marker="o", label=f"stage {stage}")
+    axes.set(xlabel="epoch", ylabel="error")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PERCENT)
+    axes.grid(axis="y")
+    figure.legend(loc="outside lower center", ncols=6)
+    caption = "Error of nearest neighbours while each stage trains, on training samples alone."
+    return Plot("probes-in-training", "Error while training", caption, figure)
+
+
 def draw_memory(memory: dict[int, list[MemorySample]], budget: int | None) -> Plot | None:
     """All stages one behind the other, in the time that they were worked on."""
     memory = {stage: samples for stage, samples in memory.items() if samples}

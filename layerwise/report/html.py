@@ -19,6 +19,7 @@ from layerwise.report.figures import (
     draw_losses,
     draw_memory,
     draw_probe,
+    draw_probes_in_training,
 )
 from layerwise.report.records import GatheredRun, first_runs, gather_run
 from layerwise.report.tables import headline, stage_status, totals
@@ -61,6 +62,7 @@ def _run_plots(run: GatheredRun) -> list[Plot | None]:
         *(draw_probe(probe) for probe in run.probes),
         draw_memory(run.memory, run.state.budget_bytes),
         draw_losses(run.epochs, run.state.config.objective.chance_loss),
+        draw_probes_in_training(run.epochs),
         *(draw_confusion(probe) for probe in run.probes),
         draw_caches(run),
     ]

@@ -26,7 +26,7 @@ from layerwise.events import (
 )
 from layerwise.files import open_to_append
 from layerwise.screen import printable
-from layerwise.units import duration, size
+from layerwise.units import duration, percent, size
 
 
 def line(event: Event) -> str | None:
@@ -41,9 +41,11 @@ def line(event: Event) -> str | None:
         case StageStarted(stage, epoch, step):
             return f"stage {stage}: going on in epoch {epoch + 1}, after step {step}"
         case EpochDone():
+            probed = "" if event.probe_error is None else f"probe error {percent(event.probe_error)}, "
             return (
                 f"stage {event.stage}, epoch {event.epoch}: loss {event.loss:.4f}, held-out {event.held_out_loss:.4f}, "
-                f"accuracy {event.held_out_accuracy:.3f}, device peak {size(event.peak_bytes)}, {duration(event.seconds)}"
+                f"accuracy {event.held_out_accuracy:.3f}, {probed}device peak {size(event.peak_bytes)}, "
+                f"{duration(event.seconds)}"
             )
         case StageDone():
             return (
@@ -104,6 +106,8 @@ class _Row:
     loss: str = ""
     held_out: str = ""
     accuracy: str = ""
+    probe: str = ""
+    """Its newest error, where there is one."""
     peak: str = ""
     left: str = ""
     part: float = 0.0
@@ -164,6 +168,8 @@ class LiveTable:
             case EpochDone():
                 row.loss, row.held_out = f"{event.loss:.4f}", f"{event.held_out_loss:.4f}"
                 row.accuracy = f"{event.held_out_accuracy:.3f}"
+                if event.probe_error is not None:
+                    row.probe = percent(event.probe_error)
                 row.epoch_seconds.append(event.seconds)
                 row.epoch_started = time.monotonic()
             case CachingProgress():
@@ -204,11 +210,14 @@ class LiveTable:
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold", caption_justify="left")
         table.caption = self._memory
-        for name in ("stage", "status", "epoch", "loss", "held-out", "accuracy", "peak", "time left"):
+        probed = any(row.probe for row in self._rows.values())
+        probe = ("probe",) if probed else ()
+        for name in ("stage", "status", "epoch", "loss", "held-out", "accuracy", *probe, "peak", "time left"):
             table.add_column(name, no_wrap=True)
         for stage, row in self._rows.items():
             style = "dim" if row.status == "pending" else None
-            cells = (row.status, row.epoch, row.loss, row.held_out, row.accuracy, row.peak, row.left)
+            probe = (row.probe,) if probed else ()
+            cells = (row.status, row.epoch, row.loss, row.held_out, row.accuracy, *probe, row.peak, row.left)
             table.add_row(str(stage), *cells, style=style)
         return Group(table, self._overall())
 

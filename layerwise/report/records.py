@@ -11,7 +11,7 @@ from layerwise.config import changed_options
 from layerwise.errors import RunError
 from layerwise.evaluate.results import COMPARISON, Comparison
 from layerwise.files import json_lines
-from layerwise.records import Count, read_record
+from layerwise.records import Count, Share, read_record
 from layerwise.run_store import ProbeResult, RunState, RunStore, StageRecord, open_run
 
 
@@ -22,6 +22,7 @@ class Epoch:
     epoch: Count
     loss: float
     held_out_loss: float
+    probe_error: Share | None = None
 
 
 @dataclass(frozen=True, slots=True)

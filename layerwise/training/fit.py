@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from layerwise.config import Config, TrainingOptions
 from layerwise.data.batches import Batch, Epoch, ordered_epoch, stream, training_epoch
@@ -35,6 +36,7 @@ from layerwise.training.checkpoint import (
     save_checkpoint,
     weights_of,
 )
+from layerwise.training.epoch_probe import EpochProbe
 from layerwise.training.first_weights import load_first_weights
 from layerwise.training.loader import Loader, Prepare, as_read, augmented
 from layerwise.training.run import Round
@@ -56,6 +58,9 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Prog
     record = round.state.record(stage)
     train, held_out = (np.flatnonzero(round.run.split == part) for part in (TRAIN, HELD_OUT))
     classes = sample_classes(trainer.config, round.run.data)
+    probe = (
+        EpochProbe.of(trainer.config, round.run.data, round.run.split, spec, loader) if options.probe_every else None
+    )
     progress, best = _resume(round, trainer)
     epochs = epochs_of_round(options, round.number)
     if record.earlier:  # at least one: the weights of another input are not those of this one
@@ -115,6 +120,9 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Prog
 
         held_out_loss, held_out_accuracy = evaluate(trainer, loader, held_out, classes, stop_if_asked)
         _check_finite(held_out_loss, stage, progress.epoch, options.lr)
+        probed: dict[str, float] = {}
+        if probe is not None and (progress.epoch + 1) % options.probe_every == 0:
+            probed["probe_error"] = probe_error(trainer, loader, probe, classes, stop_if_asked)
         progress.note_peak(meter)
         entry: dict[str, Any] = {
             "epoch": progress.epoch + 1,
@@ -124,6 +132,7 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Prog
             "held_out_accuracy": held_out_accuracy,
             "seconds": time.monotonic() - epoch_started,
             "peak_bytes": progress.peak_bytes,
+            **probed,
         }
         if _close_epoch(progress, entry, trainer.config):
             best = weights_of(trainer.module)
@@ -167,6 +176,23 @@ def evaluate(
                 loss += share * batch_loss
                 accuracy += share * batch_accuracy
     return loss, accuracy
+
+
+def probe_error(
+    trainer: AnyTrainer,
+    loader: Loader,
+    probe: EpochProbe,
+    classes: np.ndarray | None,
+    after_batch: Callable[[], None],
+) -> float:
+    """How many of the asked samples are taken for another class. Parameters as those of `evaluate`."""
+    seed, stage, vectors = trainer.config.training.seed, trainer.spec.stage, []
+    randomness = partial(_held_out_randomness, seed, stage)
+    for step, batch in _batches(probe.epoch, loader, trainer, classes, 0, as_read, randomness):
+        vectors.append(trainer.vectors(batch, randomness(step)))
+        after_batch()
+    with uncounted():
+        return probe.error(torch.cat(vectors))
 
 
 def epochs_of_round(options: TrainingOptions, round: int) -> int:

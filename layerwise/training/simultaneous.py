@@ -66,6 +66,12 @@ class SimultaneousTrainer:
         """The scores without a step. Means over the modules."""
         return self._up(batch, randomness, StageTrainer.evaluate)
 
+    def vectors(self, batch: Batch, randomness: StepRandomness) -> torch.Tensor:
+        """Those of the uppermost module."""
+        for part in self._parts[:-1]:
+            batch = self._outputs(part, batch)
+        return self._parts[-1].vectors(batch, _of_part(randomness, len(self._parts) - 1))
+
     @contextlib.contextmanager
     def offloaded(self) -> Iterator[None]:
         """All of them start from the data, so there is never anything to recompute that needs their room."""

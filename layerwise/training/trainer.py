@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ from layerwise.training.context import RunContext
 from layerwise.training.loader import pinned
 from layerwise.training.optimizer import HostOptimizer, LossScale, Optimizer, adam
 from layerwise.training.spec import StageSpec, batch_effects
+
+Outcome = TypeVar("Outcome")
 
 
 class NoSmallerSlices(BudgetError):
@@ -162,6 +164,13 @@ class StageTrainer:
         with metered(self._should_meter("held-out", batch, drawn.parts)):
             return self._agreed(self._repeat_in_smaller_slices(self._score, drawn, batch, randomness))
 
+    def vectors(self, batch: Batch, randomness: StepRandomness) -> torch.Tensor:
+        """Of each window the mean of those outputs that its score would be made of: float32 [B, C] on the host."""
+        self.module.eval()
+        drawn = self._drawn(batch, randomness)
+        with metered(self._should_meter("probe", batch, drawn.parts)):
+            return self._repeat_in_smaller_slices(self._vectors, drawn, batch, randomness)
+
     @contextlib.contextmanager
     def offloaded(self) -> Iterator[None]:
         """Between two steps: the device is free of the stage inside the block, and holds the same bits again behind it."""
@@ -231,6 +240,15 @@ class StageTrainer:
                 encoded = microbatch.encode(batch, self._rows(draws), with_graph=False)
             with contextlib.closing(self._losses()) as losses:
                 return microbatch.score(batch, encoded, losses, draws)
+
+    def _vectors(self, batch: microbatch.SlicedBatch, draws: Sequence[Part]) -> torch.Tensor:
+        rows = self._rows(draws)
+        with self._module_unless_streamed(), self.module_on_device():
+            outputs = microbatch.encode(batch, rows, with_graph=False).encoded[-1]
+        with uncounted():
+            samples, values = torch.from_numpy(rows // batch.frames), outputs.to("cpu").float()
+            totals = torch.zeros(batch.samples, values.shape[1]).index_add_(0, samples, values)
+            return totals / samples.bincount(minlength=batch.samples).clamp(min=1)[:, None]
 
     def _attempt(self, batch: microbatch.SlicedBatch, draws: Sequence[Part]) -> Total:
         """All gradients of the module in place, and the predictors' step taken."""
@@ -352,11 +370,11 @@ class StageTrainer:
 
     def _repeat_in_smaller_slices(
         self,
-        work: Callable[[microbatch.SlicedBatch, Sequence[Part]], Total],
+        work: Callable[[microbatch.SlicedBatch, Sequence[Part]], Outcome],
         drawn: Drawn,
         batch: Batch,
         randomness: StepRandomness,
-    ) -> Total:
+    ) -> Outcome:
         as_it_is = self._may_lie_otherwise
         while True:
             try:
@@ -381,11 +399,11 @@ class StageTrainer:
 
     def _once(
         self,
-        work: Callable[[microbatch.SlicedBatch, Sequence[Part]], Total],
+        work: Callable[[microbatch.SlicedBatch, Sequence[Part]], Outcome],
         drawn: Drawn,
         batch: Batch,
         seed: int,
-    ) -> Total:
+    ) -> Outcome:
         if not (drawn.packed and self.memory_plan.at_once):
             return work(self._sliced(batch, seed), drawn.parts)
         (part,) = drawn.parts

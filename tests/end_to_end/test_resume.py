@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,34 @@ def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bits(
     with pytest.raises(Interrupted, match="start the same command again"):
         run(config, stop=stop, notify=notify)
     assert bits(run(config).paths.encoder) == undisturbed
+
+
+def test_probes_in_training_change_no_bits_and_are_the_same_after_a_stop(
+    tiny_speech: Tiny, digits: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    found = []
+    for number in (None, 13):
+        config = tiny_speech(f"fsdd:{digits}", out=str(tmp_path / f"stop {number}"), **{"training.probe_every": 2})
+        stop, notify = stop_at(StepDone, number or 10**6)
+        with nullcontext() if number is None else pytest.raises(Interrupted):
+            run(config, stop=stop, notify=notify)
+        result = run(config)
+        assert bits(result.paths.encoder) == undisturbed
+        found.append([line.get("probe_error") for line in json_lines(result.paths.metrics(2))])
+    assert found[0] == found[1]
+    assert [error is not None for error in found[0]] == [epoch % 2 == 0 for epoch in range(1, len(found[0]) + 1)]
+    assert all(0 <= error <= 1 for error in found[0] if error is not None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"training.schedule": "simultaneous"}, {"memory.optimizer": "host", "memory.micro_batch": 2}],
+    ids=["all modules at once", "what waits on the host"],
+)
+def test_other_layouts_probe_in_training_too(tiny_speech: Tiny, digits: Path, changes: dict[str, object]) -> None:
+    options = {"training.probe_every": 1, "training.max_epochs": 1, **changes}
+    result = run(tiny_speech(f"fsdd:{digits}", **options))
+    assert [0 <= line["probe_error"] <= 1 for line in json_lines(result.paths.metrics(1))] == [True]
 
 
 def test_a_run_that_is_stopped_after_every_few_steps_ends_with_the_same_bits(

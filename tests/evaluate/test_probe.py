@@ -104,6 +104,13 @@ def test_what_overlaps_is_told_apart_as_well_as_it_can_be(ask: Callable[..., flo
     assert 0.2 < ask(features, classes, classifier) < 0.6
 
 
+def test_channels_that_say_nearly_the_same_do_no_harm(ask: Callable[..., float]) -> None:
+    rng = np.random.default_rng(0)
+    classes = np.arange(900) % 2
+    signal = rng.standard_normal((900, 1)) + 1e-3 * (2 * classes[:, None] - 1) * rng.uniform(size=(1, 512))
+    assert ask(signal.astype(np.float32), classes) < 0.1
+
+
 def test_neighbours_tell_what_no_line_can(ask: Callable[..., float]) -> None:
     rng = np.random.default_rng(0)
     features = rng.standard_normal((3000, 2)).astype(np.float32)
@@ -112,7 +119,9 @@ def test_neighbours_tell_what_no_line_can(ask: Callable[..., float]) -> None:
     assert ask(features, classes, "knn") < 0.05
 
 
-def test_scikit_learn_is_of_the_same_opinion(tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", [linear.BLOCK, 5])
+def test_scikit_learn_is_of_the_same_opinion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(linear, "BLOCK", block)
     features, classes = blobs(6000)
     examples = Examples(stored(features, tmp_path), classes, targets_of(classes).parts)
     ours = linear.linear_predictions(examples)
@@ -159,7 +168,6 @@ def test_pieces_of_the_features_give_what_all_at_once_gives(
     whole, of_whole = fit_and_test(stored(features, tmp_path), targets_of(classes), classifier)
     monkeypatch.setattr(examples_file, "PIECE_BYTES", 4 * 12 * 300)
     monkeypatch.setattr(examples_file, "KEPT_BYTES", 0)
-    monkeypatch.setattr(linear, "BLOCK", 5)
     monkeypatch.setattr(nearest, "QUERY_ROWS", 70)
     pieces, of_pieces = fit_and_test(stored(features, tmp_path), targets_of(classes), classifier)
     assert pieces == pytest.approx(whole, abs=0.004)
@@ -230,11 +238,11 @@ def test_a_matrix_that_nobody_could_read_is_left_out(tmp_path: Path) -> None:
 def task_on(
     planned_stages: Callable[..., tuple[Config, list[StageSpec]]], noise_data: Callable[[Config], DataSet]
 ) -> Callable[..., ProbeTask]:
-    """task_on("speech" or "vision", grid, per_frame=False): on samples of noise."""
+    """task_on("speech" or "vision", grid, per_frame=False, whole=False): on samples of noise."""
 
-    def task_on(kind: str, grid: int, per_frame: bool = False) -> ProbeTask:
+    def task_on(kind: str, grid: int, per_frame: bool = False, whole: bool = False) -> ProbeTask:
         data = noise_data(planned_stages(kind)[0])
-        return ProbeTask("label", data, per_frame, np.arange(1), np.zeros(1, dtype=np.uint8), grid)
+        return ProbeTask("label", data, per_frame, np.arange(1), np.zeros(1, dtype=np.uint8), grid, whole)
 
     return task_on
 
@@ -262,9 +270,20 @@ def test_a_sample_of_one_frame_is_pooled_over_its_positions(task_on: Callable[..
         ((4, 5, 3), F.adaptive_avg_pool3d),
     ):
         frame = torch.randn(1, 6, *positions)
-        summary = SampleSummary(task_on("speech", 2), 0, 1)
+        summary = SampleSummary(task_on("speech", 2, whole=True), 0, 1)
         summary.add(frame)
         assert np.allclose(summary.features(), pool(frame, 2).flatten(2).mT.reshape(1, -1), atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 3, 9])
+def test_a_sequence_has_as_many_cells_as_others_however_short_it_is(
+    task_on: Callable[..., ProbeTask], length: int
+) -> None:
+    frames = torch.randn(length, 3)
+    summary = SampleSummary(task_on("speech", 4), 0, length)
+    for piece in frames.split(2):
+        summary.add(piece)
+    assert np.allclose(summary.features(), F.adaptive_avg_pool1d(frames.T, 4).T.reshape(1, -1), atol=1e-6)
 
 
 def test_a_probe_of_frames_keeps_the_chosen_ones(task_on: Callable[..., ProbeTask]) -> None:
