@@ -237,7 +237,11 @@ def test_ids_reach_the_network_as_they_are_and_the_encoder_loads_where_its_folde
 
 def test_no_stage_is_a_lone_normalisation(bert: Any, tmp_path: Path) -> None:
     pytest.importorskip("timm", reason=NEEDS)
-    for name, shape in (("timm:test_vit", PICTURE), ("timm:test_efficientnet", PICTURE), (f"hf:{tmp_path}/bert", (1, 8))):
+    for name, shape in (
+        ("timm:test_vit", PICTURE),
+        ("timm:test_efficientnet", PICTURE),
+        (f"hf:{tmp_path}/bert", (1, 8)),
+    ):
         network = named_network(NetOptions(name=name), shape, seed=0)
         stages = [network.build(stage, 0, "meta") for stage in network.natural_ranges]
         assert 1 < len(stages) < len(network.layers)
