@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # torch 2.9 cannot import it where attributes of tensors are ours
 from recurrent_layers import use_recurrent_layers
 from simulated_gpu import CPU, GPU, MixedDevices, SimulatedGPU
 from streams import Event, Stream
