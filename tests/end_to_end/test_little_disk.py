@@ -59,7 +59,8 @@ def test_without_caches_the_weights_are_the_same(
             (tmp_path / "pictures" / "noise").mkdir(parents=True, exist_ok=True)
             pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "pictures" / "noise" / f"{number}.png")
-        config = tiny_vision(f"images:{tmp_path / 'pictures'}", **FLOAT32)
+        # A smaller crop begins at any pixel where it is recomputed from the pictures, and with a patch where it is cached.
+        config = tiny_vision(f"images:{tmp_path / 'pictures'}", **FLOAT32, **{"data.crop": 32})
     with_caches = finished(config)
     without = run(at(config, tmp_path / "never", policy="never"))
     assert cached(without) == []
