@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._pytree import tree_iter
 
 from layerwise.cache.dtypes import STORED
 from layerwise.config import Config
@@ -101,14 +102,23 @@ def _rehearsed_caching(config: Config, spec: StageSpec, piece: int, layers: int)
         module, states = build(), None
         streaming.allocations.begin_step()
         with torch.no_grad(), autocast(REHEARSED_ON, precision):
-            # How much input a layer carries over depends on where a piece ends within its stride: every place once.
+            # How much input a layer carries over depends on where a piece ends within its stride: every place once. Where it
+            # carries as much as before, what follows takes the same room. The last piece differs where something is padded.
             pieces = 2 + max(layer.stride for layer in module.layers.values())
-            for last in [False] * pieces + [True]:
+            padded = any(layer.padding for layer in module.layers.values())
+            carried: set[tuple[int, ...]] = set()
+            again = False
+            for last in [False] * pieces + [True] * padded:
+                if again and not last:
+                    continue
                 frames = on_device(_stored_input(config, spec, 1, piece), REHEARSED_ON)
                 outputs, states = module.push(frames, states, last)
                 del frames
                 outputs.to(cached).isfinite().all()
                 del outputs
+                now = tuple(t.untyped_storage().nbytes() for t in tree_iter(states) if isinstance(t, torch.Tensor))
+                again = again or now in carried
+                carried.add(now)
     with rehearsal() as padding:
         module = build()
         padding.allocations.begin_step()
