@@ -73,10 +73,8 @@ def plan(
     return Forecast(
         budget_bytes=config.memory.gpu_mem,
         fits=all(stage.fits for stage in stages),
-        smallest_budget_bytes=max(
-            smallest_budget(config, spec, device, cache_plan.below(spec.stage, specs)) for spec in specs
-        ),
-        peak_bytes=max(max(s.train_peak_bytes, s.cache_peak_bytes) for s in stages) + beside_tensors(device),
+        smallest_budget_bytes=_smallest_budget(config, specs, stages, cache_plan, device),
+        peak_bytes=max(map(_peak, stages)) + beside_tensors(device),
         cache_bytes=sum(stage.cache_bytes for stage in stages if stage.cached),
         disk_bytes=disk_peak(config.cache, sizes, cache_plan) * rounds_under_way(config, len(specs)),
         disk_budget_bytes=config.cache.disk,
@@ -86,6 +84,26 @@ def plan(
         device=str(device),
         stages=stages,
     )
+
+
+def _smallest_budget(
+    config: Config,
+    specs: Sequence[StageSpec],
+    stages: Sequence[StageForecast],
+    cache_plan: CachePlan,
+    device: torch.device,
+) -> int:
+    """That of the neediest stage. A stage needs no more than it takes as it is planned, so few have to be looked at."""
+    smallest = 0
+    for stage in sorted(stages, key=_peak, reverse=True):
+        if _peak(stage) + beside_tensors(device) > smallest:
+            below = cache_plan.below(stage.stage, specs)
+            smallest = max(smallest, smallest_budget(config, specs[stage.stage - 1], device, below))
+    return smallest
+
+
+def _peak(stage: StageForecast) -> int:
+    return max(stage.train_peak_bytes, stage.cache_peak_bytes)
 
 
 def _notes(config: Config, specs: Sequence[StageSpec], cache_plan: CachePlan, device: torch.device) -> list[str]:

@@ -313,7 +313,8 @@ def _add_group(
     prediction_room = targets.new_empty(size * count * channels)
     grad_prediction_room = None if gradients is None else torch.empty_like(prediction_room)
     starts = range(0, scored, max(size, 1))
-    if isinstance(targets, FakeTensor):  # a rehearsal: no slice takes more than the first two
+    rehearsed = isinstance(targets, FakeTensor)
+    if rehearsed:  # no slice takes more than the first two
         starts = starts[:2]
     for start in starts:
         number = min(size, scored - start)
@@ -347,7 +348,8 @@ def _add_group(
             # Nor are the predictions: the gradients of the contexts take theirs, where it is enough.
             enough = run.numel() <= len(prediction_room)
             grad_run = prediction_room[: run.numel()].view_as(run).zero_() if enough else torch.zeros_like(run)
-            for step in range(at):  # the pieces overlap, so they are added up one by one
+            # The pieces overlap, so they are added up one by one. None takes room, so one is enough of a rehearsal.
+            for step in range(1 if rehearsed else at):
                 piece = grad_run[step * apart : step * apart + number]
                 piece.addmm_(grad_predictions[:, step], predictors[step])
             grad_contexts.index_add_(0, of_contexts, grad_run)

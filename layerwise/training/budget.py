@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 
 import torch
 
@@ -33,6 +34,9 @@ from layerwise.training.peaks import Below, caching_peak, recomputing_peak, trai
 from layerwise.training.resident import rows_of_input
 from layerwise.training.spec import StageSpec, batch_effects
 from layerwise.training.work import stage_work, step_cost, step_least_bytes
+
+REFUSED_FIRST = 16
+"""Plans that are rehearsed in vain before the smallest one is: where one of the cheapest fits, nobody needs to know that."""
 
 
 def fit_to_budget(
@@ -77,16 +81,24 @@ def fit_stage(
         return _with_copies_beside(config, spec, below, first, input_rows, device) if on_gpu else first
     room, ways = room_for_tensors(device, config.memory.gpu_mem), possible_segments(device)
 
-    # No plan takes less, and trying all of them one by one would find that out late.
-    if _least_peak(config, spec, _smallest_in_training(config, spec, device), device) > room:
-        return None
+    refused: list[MemoryPlan] = []
 
     def fits(plan: MemoryPlan) -> bool:
-        return step_least_bytes(config, spec, plan) <= room and any(
-            training_fits(config, spec, plan, room, segments) for segments in ways
-        )
+        if step_least_bytes(config, spec, plan) > room:
+            return False
+        if plan == first:
+            _least_peak(config, spec, plan, device)  # is told of where the plan is another one
+        if any(training_fits(config, spec, plan, room, segments) for segments in ways):
+            return True
+        refused.append(plan)
+        return False
 
-    plan = cheapest(allowed, fits)
+    def hopeful(_: object) -> bool:
+        """False once it is known that no plan takes so little; trying all of them one by one would find that out late."""
+        smallest = _smallest_in_training(config, spec, device) if len(refused) >= REFUSED_FIRST else None
+        return smallest is None or _least_peak(config, spec, smallest, device) <= room
+
+    plan = cheapest(takewhile(hopeful, allowed), fits)
     if plan is None:
         return None
     for segments in ways:

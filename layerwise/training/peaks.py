@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._pytree import tree_iter
 
 from layerwise.cache.dtypes import STORED
 from layerwise.config import Config
@@ -159,10 +160,22 @@ def _rehearsed_caching(
             outputs, states = module.push(x, states, last)
             return outputs
 
+        def ways() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+            """How much input a layer carries over depends on where a piece ends within its stride: every place once. Where it
+            carries as much as before, what follows takes the same room. The last piece differs where something is padded.
+            """
+            layers, carried = [*module.layers.values()], set[tuple[int, ...]]()
+            for _ in range(2 + max(layer.stride for layer in layers)):
+                yield partial(push, False)
+                now = tuple(t.untyped_storage().nbytes() for t in tree_iter(states) if isinstance(t, torch.Tensor))
+                if now in carried:
+                    break
+                carried.add(now)
+            if any(layer.padding for layer in layers):
+                yield partial(push, True)
+
         streaming.allocations.begin_step()
-        # How much input a layer carries over depends on where a piece ends within its stride: every place once.
-        pieces = 2 + max(layer.stride for layer in module.layers.values())
-        go_through([partial(push, last) for last in [False] * pieces + [True]], 1, piece, rows)
+        go_through(ways(), 1, piece, rows)
     with rehearsal() as padding:
         module, rows = build(), _resident_rows(config, spec, resident)
         padding.allocations.begin_step()
