@@ -111,8 +111,8 @@ def _fit(
 ) -> Classifier:
     """L-BFGS in coordinates in which the loss bends about equally in all directions, so that few steps do.
 
-    Half the correlations bound its second derivative (Böhning 1992, "Multinomial logistic regression algorithm"); those
-    between blocks are left out, which costs steps alone.
+    Half the correlations bound its second derivative (Böhning 1992, "Multinomial logistic regression algorithm"). Those
+    between blocks are left out, and they are of the training rows whatever `rows` are: that changes the way and not its end.
     """
     factors = [torch.linalg.cholesky(c / 2 + 2 * penalty * torch.eye(len(c))) for c in correlations]
     blocks = [len(factor) for factor in factors]
