@@ -111,8 +111,8 @@ def _fit(
 ) -> Classifier:
     """L-BFGS in coordinates in which the loss bends about equally in all directions, so that few steps do.
 
-    Half the correlations bound its second derivative (Böhning 1992, "Multinomial logistic regression algorithm"); those
-    between blocks are left out, which costs steps alone.
+    Half the correlations bound its second derivative (Böhning 1992, "Multinomial logistic regression algorithm"). Those
+    between blocks are left out, and they are of the training rows whatever `rows` are: that changes the way and not its end.
     """
     # In float64, for channels that say nearly the same.
     bends = (correlation.double() / 2 + 2 * penalty * torch.eye(len(correlation)) for correlation in correlations)

@@ -85,7 +85,8 @@ class Examples:
         self.parts, self.channels = parts, features.channels
         self.count = int(classes.max()) + 1
         self._features, self._classes, self._poll = features, torch.from_numpy(classes), poll
-        self._step = max(PIECE_BYTES // (4 * features.channels), 1)
+        # Scores of a piece are in memory, too.
+        self._step = max(PIECE_BYTES // (4 * max(features.channels, self.count)), 1)
         self._kept: torch.Tensor | None = None
         self._mean, self._scale = torch.zeros(features.channels), torch.ones(features.channels)
         self._mean, self._scale = self._statistics()

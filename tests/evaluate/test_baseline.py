@@ -5,21 +5,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from layerwise.config import resolve
 from layerwise.data.open import open_data
 from layerwise.evaluate import baseline
 from layerwise.evaluate.probe import probe
+from layerwise.evaluate.targets import ProbeTask
 from layerwise.nets import shortest_sample
 
 
-def test_patches_make_the_picture_again(cifar10: Path) -> None:
+def test_pictures_in_patches_are_filtered_as_whole_ones_are(tmp_path: Path) -> None:
+    for number in range(4):
+        path = tmp_path / ("cat" if number % 2 else "ship") / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
     read = []
     for frames, changes in {"patches": {"data.patch": 8, "data.patch_stride": 4, "data.crop": 32}, "whole": {}}.items():
-        options = {"data.source": f"images:{cifar10}", "data.frames": frames, "data.picture": 32, "data.gray": False}
+        options = {"data.source": f"images:{tmp_path}", "data.frames": frames, "data.picture": 32, "data.gray": False}
         config = resolve(overrides={**options, **changes, "net.name": "vision" if frames == "patches" else "timm:x"})
-        read.append(baseline._picture(open_data(config.data, shortest_sample(config)), config, 3))
-    assert torch.allclose(*read, atol=1e-6)
+        data = open_data(config.data, shortest_sample(config))
+        task = ProbeTask("class", data, False, np.array([3, 1]), np.zeros(2, dtype=np.uint8))
+        read.append(np.concatenate([*baseline.picture_rows(task, config)]))
+    assert read[0].shape == (2, baseline.FILTERS * baseline.CELLS**2)
+    assert np.allclose(*read, atol=1e-5)
 
 
 @pytest.mark.parametrize("hertz", [300, 1000, 3000])
