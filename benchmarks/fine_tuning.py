@@ -6,7 +6,8 @@ The encoder learns from all training samples without labels: of Free Spoken Digi
 recordings, of CIFAR-10 from --pictures of the training pictures. Then encoder and a linear layer on the mean of its frames are
 trained together, in plain PyTorch, on a tenth of these samples with their labels, the same ones for both starts. The learning
 rate is the better of two on a fifth of the labelled samples; with it the training is repeated on all of them. Nothing is chosen
-by the test samples. Goes on where it was stopped: what is done stands in OUT/results.json.
+by the test samples. Goes on where it was stopped: what is done stands in OUT/results.json. The tables belong at the end of
+docs/results.md.
 """
 
 import argparse

@@ -84,10 +84,11 @@ def main() -> None:
 
 
 def write_page(out: Path) -> None:
-    """docs/results.md from all that is known."""
+    """docs/results.md from all that is known. What benchmarks/fine_tuning.py has found stands at its end, and stays."""
     sections = [section(each, out / each.name) for each in EXPERIMENTS if known(out / each.name)]
     page = [*BEGINNING, on_machine(), "", *sections, *rounds_section(out)]
-    (DOCS / "results.md").write_text("\n".join(page))
+    _, heading, fine_tuning = (DOCS / "results.md").read_text().partition("\n## Fine-tuning\n")
+    (DOCS / "results.md").write_text("\n".join(page).rstrip() + "\n" + heading + fine_tuning)
 
 
 def rounds_folder(out: Path, rounds: int) -> Path:
