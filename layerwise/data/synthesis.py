@@ -101,7 +101,7 @@ class Voice:
     breathiness: float  # breath noise relative to the peak of the glottal pulse
 
 
-def synthesise_corpus(speakers: int = 10, utterances: int = 48, seconds: float = 1.5, seed: int = 0) -> list[Utterance]:
+def synthesise_corpus(speakers: int = 10, utterances: int = 64, seconds: float = 1.5, seed: int = 0) -> list[Utterance]:
     """`utterances` utterances of each speaker, speaker by speaker; `seconds` is about the mean length.
 
     The same arguments give the same samples (on another machine up to rounding). An utterance depends on `seconds`,

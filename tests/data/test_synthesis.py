@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from layerwise.config import resolve
+from layerwise.data.open import open_demo
 from layerwise.data.synthesis import (
     BANDWIDTHS,
     INVENTORY,
@@ -20,6 +22,7 @@ from layerwise.data.synthesis import (
     speak,
     synthesise_corpus,
 )
+from layerwise.training.samples import TEST, split_samples
 
 SPEAKERS, UTTERANCES = 4, 6
 
@@ -182,3 +185,13 @@ def test_speakers_differ_in_their_vocal_tracts() -> None:
 def test_overlap_add_inverts_frame_spectra() -> None:
     signal = np.random.default_rng(0).normal(size=1001)
     np.testing.assert_allclose(overlap_add(frame_spectra(signal), len(signal)), signal, atol=1e-12)
+
+
+@pytest.mark.usefixtures("small_demo")
+def test_every_speaker_of_the_demo_is_trained_on_and_tested_and_the_seed_changes_nothing_of_it() -> None:
+    data = open_demo()
+    for seed in range(2):
+        split = split_samples(data, resolve("demo", overrides={"training.seed": seed}))
+        np.testing.assert_array_equal(split == TEST, data.test)
+    for speaker in np.unique(data.labels["speaker"]):
+        assert set((split == TEST)[data.labels["speaker"] == speaker]) == {False, True}
