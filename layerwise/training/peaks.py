@@ -8,7 +8,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -155,24 +154,27 @@ def _rehearsed_caching(
     with rehearsal() as streaming:
         module, states, rows = build(), None, _resident_rows(config, spec, resident)
 
-        def push(last: bool, x: torch.Tensor) -> torch.Tensor:
+        def push(x: torch.Tensor) -> torch.Tensor:
             nonlocal states
-            outputs, states = module.push(x, states, last)
+            outputs, states = module.push(x, states, False)
             return outputs
+
+        def end(x: torch.Tensor) -> torch.Tensor:
+            return module.push(x, states, True)[0]
 
         def ways() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
             """How much input a layer carries over depends on where a piece ends within its stride: every place once. Where it
-            carries as much as before, what follows takes the same room. The last piece differs where something is padded.
+            carries as much as before, what follows takes the same room. A last piece differs where something is padded.
             """
             layers, carried = [*module.layers.values()], set[tuple[int, ...]]()
+            padded = any(layer.padding for layer in layers)
             for _ in range(2 + max(layer.stride for layer in layers)):
-                yield partial(push, False)
+                yield push
+                yield from [end] * padded
                 now = tuple(t.untyped_storage().nbytes() for t in tree_iter(states) if isinstance(t, torch.Tensor))
                 if now in carried:
                     break
                 carried.add(now)
-            if any(layer.padding for layer in layers):
-                yield partial(push, True)
 
         streaming.allocations.begin_step()
         go_through(ways(), 1, piece, rows)
