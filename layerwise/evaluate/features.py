@@ -46,8 +46,8 @@ class SampleSummary:
         """The next frames [n, C, *positions] of the sample; of one that is read whole, the positions count as frames."""
         if not len(frames):
             return
-        if self._whole and not self._per_frame:
-            self._places = tuple(frames.shape[2:]) or (1,)
+        if self._whole and frames.dim() > 2 and not self._per_frame:
+            self._places = tuple(frames.shape[2:])
             self._cells = _at_most(self._grid, self._places)
             piece = frames[0].float().flatten(1).T
         else:

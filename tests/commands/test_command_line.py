@@ -195,7 +195,17 @@ def test_the_command_line_has_exactly_these_options() -> None:
             "--cache-dir",
             "--max-epochs",
         ),
-        *("--patience", "--batch-size", "--lr", "--precision", "--device", "--seed", "--from-stage", "--overwrite"),
+        *(
+            "--patience",
+            "--probe-every",
+            "--batch-size",
+            "--lr",
+            "--precision",
+            "--device",
+            "--seed",
+            "--from-stage",
+            "--overwrite",
+        ),
         *("--set", "--cache", "--cache-dtype", "--cache-compression", "--disk", "--keep", "--views"),
         *(
             "--objective",
