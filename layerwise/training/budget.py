@@ -87,7 +87,8 @@ def fit_stage(
         if step_least_bytes(config, spec, plan) > room:
             return False
         if plan == first:
-            _least_peak(config, spec, plan, device)  # is told of where the plan is another one
+            # Rehearsed to its end and memoised: `_why` tells its peak, for which one broken off would be rehearsed again.
+            _least_peak(config, spec, plan, device)
         if any(training_fits(config, spec, plan, room, segments) for segments in ways):
             return True
         refused.append(plan)
@@ -148,10 +149,8 @@ def _with_copies_beside(
                 raise
             return False
 
-    resident, row_bytes = (
-        replace(plan, resident=input_rows),
-        math.prod(spec.frame_shape) * STORED[config.cache.dtype].tensor.itemsize,
-    )
+    resident = replace(plan, resident=input_rows)
+    row_bytes = math.prod(spec.frame_shape) * STORED[config.cache.dtype].tensor.itemsize
     if 0 < input_rows * row_bytes < room and fits(resident):
         plan = resident
     elif plan.at_once:
