@@ -5,6 +5,7 @@ Samples of different lengths share a batch: `lengths` says how many frames of ea
 rest to zero, so that a padded sample gives exactly what it gives alone. Objectives and probes see one vector per frame.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,9 +75,19 @@ def mask_outside(x: torch.Tensor, firsts: np.ndarray, lengths: np.ndarray) -> to
     return x.masked_fill(outside.reshape(*outside.shape, *[1] * (x.dim() - 2)), 0)
 
 
-def vectors(frames: torch.Tensor) -> torch.Tensor:
-    """One vector per frame: (B, L, C, ...) to (B, L, C), the mean over what lies behind the channels."""
-    return frames if frames.dim() == 3 else frames.flatten(3).mean(3)
+def vectors(frames: torch.Tensor, cells: Sequence[int] = ()) -> torch.Tensor:
+    """One vector per frame: (B, L, C, ...) to (B, L, C), the mean over what lies behind the channels.
+
+    cells: so many along each axis behind the channels, with a vector each: (B, L, C, H, W) to (B, L * h * w, C).
+    """
+    if frames.dim() == 3:
+        return frames
+    if not cells:
+        return frames.flatten(3).mean(3)
+    # Adaptive pooling does the same, and its gradients on a GPU are other bits every time.
+    for axis, count in enumerate(cells, start=3):
+        frames = torch.stack([part.mean(axis) for part in frames.tensor_split(count, axis)], axis)
+    return frames.flatten(3).transpose(2, 3).flatten(1, 2)
 
 
 def take(frames: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """A gradient-isolated module: consecutive layers that are trained together by one local objective."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -47,14 +47,20 @@ class Module(nn.Module):
         return (x if self.targets_are_outputs else targets), x
 
     def representations(
-        self, x: torch.Tensor, lengths: np.ndarray, rows: torch.Tensor, recompute: bool = False
+        self,
+        x: torch.Tensor,
+        lengths: np.ndarray,
+        rows: torch.Tensor,
+        recompute: bool = False,
+        cells: Sequence[int] = (),
     ) -> tuple[torch.Tensor, ...]:
         """The vectors that the local objective scores, of some frames only: what is not scored is not kept.
 
         x (B, L, *frame) with int64 [B] real lengths; rows: int64 [R] numbers b * L' + t of output frames, each once;
         recompute: keep what passes between the layers, and work the rest out again in the backward pass (activation
-        checkpointing; Chen et al. 2016, arXiv 1604.06174). Gives (targets (R, C), contexts (R, D)), or one tensor where
-        they are the same.
+        checkpointing; Chen et al. 2016, arXiv 1604.06174); cells: of each output frame, along each axis behind the channels,
+        which are numbered in place of frames then. Gives (targets (R, C), contexts (R, D)), or one tensor where they are the
+        same.
         """
         *below, last = self.layers.values()
         for layer in below:
@@ -65,7 +71,7 @@ class Module(nn.Module):
             return take(vectors(x), rows), take(vectors(last(x)), rows)
         outputs = last.before_activation(x)
         if outputs.dim() > 3:
-            return (take(vectors(last.activation(outputs)), rows),)
+            return (take(vectors(last.activation(outputs), cells), rows),)
         return (last.activation(take(outputs, rows)),)
 
     def out_length(self, length: Any) -> Any:

@@ -8,10 +8,11 @@ One's own is a class that keeps to `Objective`, and one line before the run that
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import TypeVar, cast
 
 from layerwise.config import ObjectiveOptions
 from layerwise.errors import ConfigError, did_you_mean
+from layerwise.objectives.both import PositionsAndRenderings
 from layerwise.objectives.contrastive import Contrastive, Hinge, InfoNCE
 from layerwise.objectives.pooled import NTXent, Supervised
 from layerwise.objectives.protocol import Objective, ObjectiveModule
@@ -29,17 +30,21 @@ class Scored:
     """Of the label that `objective.label` names; 0 where it names none."""
     shared: bool
     """Whether the contexts are the targets."""
+    rows_between: int = 0
+    """Least rows between a context and its target: of pictures, so that no pixel is in both."""
 
+
+C = TypeVar("C", bound=Contrastive)
 
 Build = Callable[[ObjectiveOptions, Scored], Objective]
 
 
-def _contrastive(kind: type[Contrastive], options: ObjectiveOptions, scored: Scored) -> Objective:
+def _contrastive(kind: type[C], options: ObjectiveOptions, scored: Scored) -> C:
     return kind(
         scored.channels,
         scored.context_channels,
         options.steps,
-        options.skip,
+        max(options.skip, scored.rows_between),
         options.negatives,
         options.anchors,
         options.projection or 0,
@@ -47,18 +52,25 @@ def _contrastive(kind: type[Contrastive], options: ObjectiveOptions, scored: Sco
     )
 
 
-def _ntxent(options: ObjectiveOptions, scored: Scored) -> Objective:
+def _ntxent(options: ObjectiveOptions, scored: Scored) -> NTXent:
     return NTXent(scored.context_channels, options.projection or 128, options.temperature)
+
+
+def _both(options: ObjectiveOptions, scored: Scored) -> PositionsAndRenderings:
+    return PositionsAndRenderings(_contrastive(InfoNCE, options, scored), _ntxent(options, scored))
 
 
 _BUILD: dict[str, Build] = {
     "infonce": partial(_contrastive, InfoNCE),
     "hinge": partial(_contrastive, Hinge),
     "ntxent": _ntxent,
+    "infonce+ntxent": _both,
     "supervised": lambda _, scored: Supervised(scored.context_channels, scored.classes),
 }
 
-_RENDERINGS = {"ntxent": 2}
+_RENDERINGS = {"ntxent": 2, "infonce+ntxent": 2}
+
+_PREDICTS = {"infonce", "hinge", "infonce+ntxent"}
 
 
 def register_objective(name: str, build: Build, renderings: int = 1) -> None:
@@ -76,6 +88,11 @@ def register_objective(name: str, build: Build, renderings: int = 1) -> None:
 def renderings_compared(name: str) -> int:
     """Neighbouring windows of a batch that show one sample in different views: 1 for most objectives."""
     return _RENDERINGS.get(name, 1)
+
+
+def predicts_rows(name: str) -> bool:
+    """Whether an objective predicts some rows of frames from others, so that one row is not enough."""
+    return name in _PREDICTS
 
 
 def check_objective(name: str) -> None:

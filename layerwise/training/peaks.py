@@ -388,7 +388,7 @@ class _RehearsedTrainer(StageTrainer):
 
     def _most(self, batch: Batch, rows: np.ndarray) -> np.ndarray:
         """At least as many rows as ever, and in the slice that is rehearsed as many as ever fall into one."""
-        samples, frames = len(batch.lengths), int(self.module.out_length(batch.frames.shape[1]))
+        samples, frames = len(batch.lengths), self.spec.vectors(batch.frames.shape[1])
         of_slice = min(self.memory_plan.micro_batch, samples) * frames
         most = _most_hit(len(rows), samples * frames)
         in_slice = min(_most_in_a_slice(len(rows), samples * frames, of_slice), most)

@@ -1,9 +1,11 @@
 """The stages of a run, worked out before anything is trained: what each reads, builds and puts out."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,8 @@ from layerwise.nets.alike import Alike, alike, layer_traits
 from layerwise.nets.batch_effects import BatchEffects, module_effects
 from layerwise.nets.module import Geometry, Module
 from layerwise.nets.network import Network, weight_seed, with_first_weights, without_values
-from layerwise.objectives import Scored, build_objective, check_objective, renderings_compared
+from layerwise.nets.receptive_field import rows_between, rows_seen
+from layerwise.objectives import Scored, build_objective, check_objective, predicts_rows, renderings_compared
 from layerwise.objectives.protocol import ObjectiveModule
 from layerwise.training.optimizer import Optimization
 from layerwise.training.samples import count_classes
@@ -58,6 +61,10 @@ class StageSpec:
     """The same for stages that take the same on the device, so that predictions are memoised once for all of them."""
     views: int = 1
     """Renderings of each sample of its input."""
+    cells: tuple[int, ...] = ()
+    """Of an output frame, along each axis behind the channels, whose means the objective scores; none: one mean of it all."""
+    rows_between: int = 0
+    """Least rows of cells between a context and its target."""
     parts: tuple["StageSpec", ...] = ()
     """Where the stage is several modules that are trained at once, each by its own objective: these."""
     optimization: Optimization | None = None
@@ -68,6 +75,16 @@ class StageSpec:
         """The module without values, shared by all who ask."""
         return without_values(self.network, self.layers)
 
+    def vectors(self, frames: Any) -> Any:
+        """What the objective may score of so many input frames (an int, or int64 [N])."""
+        scored = self.shapes.out_length(frames) * math.prod(self.cells)
+        return int(scored) if isinstance(frames, int) else scored
+
+    @property
+    def vector_columns(self) -> int:
+        """Of these, how many lie in a row."""
+        return math.prod(self.cells[1:]) if self.cells else self.window.columns
+
     def build_module(self, seed: int, device: torch.device) -> Module:
         """The module with its first weights, on the device."""
         module = self.network.build(self.layers, seed, device)
@@ -77,7 +94,8 @@ class StageSpec:
     def build_objective(self, config: Config, device: torch.device) -> ObjectiveModule:
         """The objective with its first weights, on the device."""
         shared = self.shapes.targets_are_outputs
-        scored = Scored(self.target_channels, self.output_shape[0], self.classes, shared)
+        channels = self.target_channels, self.output_shape[0]
+        scored = Scored(*channels, self.classes, shared, self.rows_between)
         build = partial(build_objective, config.objective, scored)
         return with_first_weights(build, weight_seed(config.training.seed, self.stage, 1), device)
 
@@ -99,7 +117,7 @@ def stage_specs(
     _check_renderings(config, data, renderings)
     classes = count_classes(config, data)
     frame_shape, lengths, geometry = data.frame_shape, data.lengths, Geometry()
-    stages = []
+    compared, stages = _Compared(config), []
     for stage, layers in enumerate(cut, start=1):
         module = without_values(network, layers)
         # Shapes do not depend on the length, and a GRU takes its time on every frame even without values.
@@ -109,6 +127,7 @@ def stage_specs(
         output_lengths = module.out_length(lengths)
         _check_lengths(stage, output_lengths, data)
         geometry = module.geometry(geometry)
+        cells, between = compared.of_stage(network, layers, frame_shape, tuple(outputs.shape[2:]))
         stages.append(
             StageSpec(
                 stage=stage,
@@ -127,15 +146,27 @@ def stage_specs(
                 alike=alike(
                     network,
                     *(layer_traits(network, index) for index in layers),
-                    *(stage == 1, frame_shape, window, int(lengths.min()), classes, renderings, optimization),
+                    *(
+                        stage == 1,
+                        frame_shape,
+                        window,
+                        int(lengths.min()),
+                        classes,
+                        renderings,
+                        cells,
+                        between,
+                        optimization,
+                    ),
                 ),
                 views=data.views,
+                cells=cells,
+                rows_between=between,
                 optimization=optimization,
             )
         )
         window = Window(int(module.out_length(window.rows)), window.columns)
         frame_shape, lengths = tuple(outputs.shape[2:]), output_lengths
-    _check_rows(config, window.rows, int(data.lengths.max()))
+    _check_rows(config, window.rows, int(data.lengths.max()), stages[-1].cells)
     return stages
 
 
@@ -230,9 +261,40 @@ def _check_lengths(stage: int, output_lengths: np.ndarray, data: DataSet) -> Non
         )
 
 
-def _check_rows(config: Config, rows: int, longest: int) -> None:
-    """rows: of a window after the last stage; longest: frames of the longest sample."""
-    predicts = config.data.frames != "whole" or config.objective.name in ("infonce", "hinge")
+class _Compared:
+    """Which cells of whole samples an objective compares, from the first stage to the last."""
+
+    def __init__(self, config: Config) -> None:
+        self._name, self._cells = config.objective.name, config.objective.cells
+        self._wanted = config.data.frames == "whole" and self._cells > 1 and predicts_rows(self._name)
+        self._seen: np.ndarray | None = None
+        """bool [rows of the output, rows of the sample]"""
+
+    def of_stage(
+        self, network: Network, layers: range, frame_shape: tuple[int, ...], output_shape: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], int]:
+        """The next stage's `cells` and `rows_between`. Raises ConfigError where it has no two cells without a row of the sample
+        in common, and the objective does nothing but compare such."""
+        if not self._wanted or len(output_shape) < 2:
+            return (), 0
+        with uncounted():
+            seen = rows_seen(network, layers, frame_shape)
+        self._seen = seen if self._seen is None else seen @ self._seen
+        cells = tuple(min(self._cells, size) for size in output_shape[1:])
+        between = rows_between(self._seen, cells[0])
+        if between is None and renderings_compared(self._name) == 1:
+            raise ConfigError(
+                f"--objective {self._name}: of the {cells[0]} rows of cells that layers {layers.start} to {layers.stop - 1} "
+                "make of a sample any two see a part in common; give --objective ntxent or infonce+ntxent, or a higher "
+                "objective.cells where the output has more rows."
+            )
+        return cells, cells[0] if between is None else between
+
+
+def _check_rows(config: Config, rows: int, longest: int, cells: tuple[int, ...]) -> None:
+    """rows: of a window after the last stage; longest: frames of the longest sample; cells: of a frame, by which rows are
+    not needed."""
+    predicts = not cells and (config.data.frames != "whole" or predicts_rows(config.objective.name))
     needed = config.objective.skip + 2 if predicts else 1
     if rows < needed:
         if config.data.frames == "steps" and longest < config.data.window:
@@ -245,7 +307,7 @@ def _check_rows(config: Config, rows: int, longest: int) -> None:
             "patches": "data.crop is too small for the steps of the objective; give a larger one, or a smaller "
             "data.patch_stride",
             "whole": f"--objective {config.objective.name} predicts frames from others, and --frames whole makes one of each "
-            "sample; give --objective ntxent, or other --frames",
+            "sample; give --objective ntxent, --set objective.cells=4 to compare cells of its outputs, or other --frames",
         }
         raise ConfigError(
             f"{ways[config.data.frames]}: the last stage sees {rows} rows of a window, and the objective needs {needed}."

@@ -437,9 +437,8 @@ class StageTrainer:
         release(self.context.device)
 
     def _draws(self, batch: Batch, randomness: StepRandomness) -> Sequence[Draw]:
-        lengths = self.module.out_length(batch.lengths)
-        frames = int(self.module.out_length(batch.frames.shape[1]))
-        columns, rng = self.spec.window.columns, randomness.negatives()
+        lengths, frames = self.spec.vectors(batch.lengths), self.spec.vectors(batch.frames.shape[1])
+        columns, rng = self.spec.vector_columns, randomness.negatives()
         return self.objective.draw(lengths, frames, columns, rng, self._parts(batch), batch.classes)
 
     def _parts(self, batch: Batch) -> int:
@@ -469,13 +468,14 @@ class StageTrainer:
                     batch.lengths[samples],
                     torch.as_tensor(rows, device=device) if whole is None else whole.rows,
                     self.memory_plan.recompute,
+                    self.spec.cells,
                 )
 
         device, host, plan = self.context.device, self.context.host, self.memory_plan
         return microbatch.SlicedBatch(
             encode,
             samples=self._samples(batch),
-            frames=int(self.module.out_length(batch.frames.shape[1])),
+            frames=self.spec.vectors(batch.frames.shape[1]),
             micro_batch=plan.micro_batch,
             device=device,
             host=host if plan.parts else None,

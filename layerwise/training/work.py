@@ -210,10 +210,10 @@ def _loss_flops(config: Config, spec: StageSpec) -> int:
 
 def _draws(config: Config, spec: StageSpec, parts: int) -> Sequence[Draw]:
     """Of a batch of full windows."""
-    size, frames = config.training.batch_size, int(spec.shapes.out_length(spec.window.frames))
+    size, frames = config.training.batch_size, spec.vectors(spec.window.frames)
     classes, rng = np.zeros(size, dtype=np.int64), np.random.default_rng(0)
     objective = spec.build_objective(config, torch.device("meta"))
-    return objective.draw(np.full(size, frames), frames, spec.window.columns, rng, parts, classes)
+    return objective.draw(np.full(size, frames), frames, spec.vector_columns, rng, parts, classes)
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -98,6 +98,15 @@ class Scanning(nn.Module):
 SPEECH = {"net.width": 32, "net.context": 32, "data.window": 800, "objective.anchors": 64}
 """Every frame is an anchor, so that a draw has no accidents."""
 PICTURES = {"training.batch_size": 4, "training.stages": 1}
+WHOLE = PICTURES | {
+    "net.name": "own",
+    "data.frames": "whole",
+    "data.picture": 8,
+    "data.patch": 8,
+    "data.crop": 8,
+    "objective.cells": 8,
+}
+"""Pictures of which the objective compares the positions."""
 STAGES: dict[str, tuple[str, int, dict[str, object], Callable[[], Network] | None]] = {
     "convolution": ("speech", 2, SPEECH, None),
     "convolutions": ("speech", 1, SPEECH | {"training.stages": 2, "net.context": 0}, None),
@@ -107,6 +116,7 @@ STAGES: dict[str, tuple[str, int, dict[str, object], Callable[[], Network] | Non
     "batch norm": ("vision", 1, PICTURES, partial(pictures, partial(nn.BatchNorm2d, 16))),
     "spectral norm": ("vision", 1, PICTURES, partial(pictures, spectral_norm)),
     "dropout": ("vision", 1, PICTURES, partial(pictures, partial(nn.Dropout, 0.3))),
+    "feature maps": ("vision", 1, WHOLE, partial(pictures, nn.Identity)),
     "short floats": ("speech", 2, SPEECH | {"training.precision": "bfloat16"}, None),
     "decaying weights": ("speech", 1, {"data.window": 400}, lambda: Network([Decaying], (1,))),
     "bounded weights": ("speech", 1, {"data.window": 400}, lambda: Network([Bounded], (1,))),
@@ -134,7 +144,7 @@ class Task:
         frames += torch.randn(size, 1, *self.spec.frame_shape, generator=generator)
         lengths = np.full(size, window.frames)
         if ragged:
-            lengths[1::2] = window.frames * 2 // 3 // window.columns * window.columns
+            lengths[1::2] = max(window.frames * 2 // 3 // window.columns * window.columns, 1)
             for sample, length in enumerate(lengths):
                 frames[sample, length:] = 0
         stored = torch.float32 if self.spec.stage == 1 else STORED[self.config.cache.dtype].tensor
@@ -219,6 +229,18 @@ def test_every_layout_takes_the_step_of_the_whole_batch_as_it_is_predicted(
     assert 0.95 <= found.peak / training_peak(made.config, made.spec, plan).bytes <= 1
     assert found.moved == pytest.approx(step_moved(made.config, made.spec, plan), rel=0.02)
     assert found.held == 0 or not plan.optimizer_on_host or name == "an average"  # its new buffer is not the lent one
+
+
+def test_layouts_of_positions_and_renderings_take_the_same_step_as_it_is_predicted(
+    task: Callable[[str, str], Task],
+) -> None:
+    made = task("feature maps", "infonce+ntxent")
+    expected = steps_of(made, MemoryPlan(4, 4))
+    for plan in made.plans[:: max(len(made.plans) // 4, 1)]:
+        found = steps_of(made, plan)
+        assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert (found.weights - expected.weights).norm() <= 1e-5 * expected.weights.norm()
+        assert 0.95 <= found.peak / training_peak(made.config, made.spec, plan).bytes <= 1
 
 
 @pytest.mark.parametrize(
