@@ -178,11 +178,12 @@ def _request(
 
 def _optimization(optimizer: Make | None, schedule: Schedule | None, config: Config) -> Optimization | None:
     if optimizer is not None:
-        if config.training.warmup_steps:
-            raise ConfigError(
-                f"training.warmup_steps {config.training.warmup_steps} is for layerwise's own Adam; leave it out, and give "
-                "your optimizer a schedule."
-            )
+        for name in ("warmup_steps", "cosine", "weight_decay"):
+            if value := getattr(config.training, name):
+                raise ConfigError(
+                    f"training.{name} {value} is for layerwise's own Adam; leave it out, and give your optimizer a "
+                    "schedule, or a weight decay of its own."
+                )
         return Optimization.of(optimizer, schedule, config.training.max_epochs)
     if schedule is not None:
         raise ConfigError("A schedule goes with an optimizer of your own: give optimizer= too.")

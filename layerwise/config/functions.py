@@ -12,7 +12,7 @@ from layerwise.config.options import (
     DATA_KINDS,
     HUGGING_FACE,
     OWN,
-    PAPER_NETWORKS,
+    PRESET_NETWORKS,
     TIMM,
     TORCHVISION,
     Config,
@@ -41,7 +41,7 @@ def named_functions(config: Config) -> dict[str, str]:
     """The functions that the options name, package.module:function, and the network of hf:PATH, by dotted keys."""
     net, source = config.net.name, config.data.source
     named = {}
-    if net not in (*PAPER_NETWORKS, OWN) and not net.startswith((TORCHVISION, TIMM)):
+    if net not in (*PRESET_NETWORKS, OWN) and not net.startswith((TORCHVISION, TIMM)):
         named["net.name"] = net
     if source != OWN and source.partition(":")[0] not in DATA_KINDS:
         named["data.source"] = source

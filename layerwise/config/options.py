@@ -34,7 +34,7 @@ RECORDINGS, PICTURES, ARRAYS = ("demo", "speech", "fsdd", "librispeech"), ("imag
 DATA_KINDS = (*RECORDINGS, *PICTURES, *ARRAYS)
 """What may stand before the colon of --data."""
 
-PAPER_NETWORKS = ("speech", "vision")
+PRESET_NETWORKS = ("speech", "vision", "convnet")
 
 TORCHVISION, TIMM, HUGGING_FACE = "torchvision:", "timm:", "hf:"
 LIBRARIES = (TORCHVISION, TIMM, HUGGING_FACE)
@@ -103,16 +103,18 @@ class DataOptions(Section):
 class NetOptions(Section):
     """The network. Defaults: the speech network of Löwe et al. 2019, appendix A.2."""
 
-    name: str = _option("speech", "shape", "--net", pattern=f"^(speech|vision|own|{FUNCTION}|timm:[\\w.]+|hf:.+)$")
-    """network: speech, vision, torchvision:NAME or timm:NAME (without its classifier), hf:PATH (a folder or config.json), or
-    package.module:function"""
+    name: str = _option(
+        "speech", "shape", "--net", pattern=f"^(speech|vision|convnet|own|{FUNCTION}|timm:[\\w.]+|hf:.+)$"
+    )
+    """network: speech, vision, convnet, torchvision:NAME or timm:NAME (without its classifier), hf:PATH (a folder or
+    config.json), or package.module:function"""
     weights: str = _option("", "place", "--weights")
     """torchvision, timm: .safetensors file of weights to start from; default: random ones"""
     at: tuple[str, ...] = _option((), "shape", "--at")
     """modules that begin a stage, such as layer2,layer3.0; default: cut everywhere that it can be, for a library's network but
     before normalisations, or as --stages says"""
     width: int = _option(512, "shape", ge=1, le=2**24)
-    """channels of the speech layers; of the first vision module before its expansion by 4"""
+    """channels of the speech layers; of the first vision module before its expansion by 4; of the first convnet module"""
     kernels: tuple[int, ...] = _option((10, 8, 4, 4, 4), "shape", max_length=1000)
     """speech: kernel of each convolution, frames"""
     strides: tuple[int, ...] = _option((5, 4, 2, 2, 2), "shape")
@@ -122,7 +124,7 @@ class NetOptions(Section):
     context: int = _option(256, "shape", ge=0, le=2**24)
     """speech: width of the recurrent layer; 0: none"""
     blocks: tuple[int, ...] = _option((3, 4, 6), "shape")
-    """vision: residual blocks of each module"""
+    """vision: residual blocks of each module; convnet: convolutions"""
     stem_stride: int = _option(1, "shape", ge=1)
     """vision: stride of the 5x5 stem inside a patch"""
 
@@ -218,6 +220,10 @@ class TrainingOptions(Section):
     """learning rate of Adam"""
     warmup_steps: int = _option(0, "training", ge=0, le=10**9)
     """first steps of a stage, over which Adam's learning rate rises to training.lr"""
+    cosine: bool = _option(False, "training")
+    """let Adam's learning rate fall to 0 over --max-epochs, as half a cosine does"""
+    weight_decay: float = _option(0.0, "training", ge=0)
+    """part of the weights, times the learning rate, that Adam takes off in each step"""
     adam_eps: float = _option(1e-6, "training", gt=0)
     """Adam's epsilon; at 1e-8 rounding moves the weights of channels that hardly learn"""
     input_noise: float = _option(0.0, "training", ge=0)
@@ -381,6 +387,8 @@ class Config(Section):
             "rounds",
             "patience",
             "warmup_steps",
+            "cosine",
+            "weight_decay",
             "seed",
             "device",
             "checkpoint_seconds",

@@ -11,7 +11,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from layerwise.config.functions import FUNCTIONS, SAID_ANEW, named_here, refuse_scheduler
-from layerwise.config.options import DATA_KINDS, FUNCTION, OWN, PAPER_NETWORKS, PICTURES, RECORDINGS, Config, options
+from layerwise.config.options import DATA_KINDS, FUNCTION, OWN, PICTURES, PRESET_NETWORKS, RECORDINGS, Config, options
 from layerwise.errors import ConfigError, UnreadableFile, did_you_mean, near
 from layerwise.files import read_bytes
 
@@ -106,8 +106,8 @@ def _frames(tree: Mapping[str, Any]) -> str | None:
     net, source = _in(tree, "net", "name"), str(_in(tree, "data", "source") or "demo")
     if given := _in(tree, "data", "frames"):
         return str(given)
-    if net in PAPER_NETWORKS:
-        return "steps" if net == "speech" else "patches"
+    if net in PRESET_NETWORKS:
+        return {"speech": "steps", "vision": "patches", "convnet": "whole"}[net]
     return net and ("steps" if data_kind(source) in RECORDINGS else "whole")
 
 
@@ -237,7 +237,7 @@ _PLAIN_WORDS = {
 
 _PATTERNS = {
     "training.device": "must be auto, cpu, cuda or cuda:N",
-    "net.name": "must be speech, vision, torchvision:NAME, timm:NAME, hf:PATH or package.module:function",
+    "net.name": "must be speech, vision, convnet, torchvision:NAME, timm:NAME, hf:PATH or package.module:function",
 }
 
 _UNIONS = {"training.stages": "must be a whole number from 1 to 10000, or fewest"}

@@ -4,6 +4,7 @@ from functools import lru_cache
 
 from layerwise.config import OWN, Config, NetOptions
 from layerwise.errors import ConfigError
+from layerwise.nets.convnet import convnet
 from layerwise.nets.named import named_network
 from layerwise.nets.network import Network
 from layerwise.nets.speech import speech_network
@@ -15,12 +16,12 @@ def build_network(net: NetOptions, frame_shape: tuple[int, ...], seed: int = 0) 
 
     seed: of the first weights of a network that brings them along. Raises ConfigError.
     """
-    if net.name in PAPER:
+    if net.name in PRESETS:
         if net.at or net.weights:
             raise ConfigError(
                 f"--net {net.name} is cut by --stages, and starts from --seed; leave --at and --weights out."
             )
-        return _paper_network(net, frame_shape[0])
+        return _preset(net, frame_shape[0])
     if net.name == OWN:
         raise ConfigError(
             "The network of this run was given as an object, in Python; give it again there, as network=."
@@ -29,13 +30,13 @@ def build_network(net: NetOptions, frame_shape: tuple[int, ...], seed: int = 0) 
 
 
 @lru_cache(maxsize=8)
-def _paper_network(net: NetOptions, channels: int) -> Network:
+def _preset(net: NetOptions, channels: int) -> Network:
     """The same object for the same options: what is worked out for it once is known to all runs of a process."""
-    return PAPER[net.name](net, channels)
+    return PRESETS[net.name](net, channels)
 
 
-PAPER = {"speech": speech_network, "vision": vision_network}
-"""Networks of Löwe et al. 2019, whose layers are options; all others are applied to each frame by itself."""
+PRESETS = {"speech": speech_network, "vision": vision_network, "convnet": convnet}
+"""Networks whose layers are options; all others are made elsewhere."""
 
 
 def shortest_window(net: NetOptions, rows: int) -> int:

@@ -26,6 +26,9 @@ class Layer(nn.Module):
         """(B, L, *frame) to (B, out_length(L), *output frame)."""
         raise TypeError(f"{type(self).__name__} defines no forward.")
 
+    def first_weights_from(self, x: torch.Tensor, rng: np.random.Generator) -> None:
+        """Sets what is to depend on the data before the training. x (B, L, *frame): inputs, on the host like the layer."""
+
     def arrange_for_gpu(self) -> None:
         """Puts the weights into the order in which a GPU's kernels read them: these would copy them at each call otherwise."""
 

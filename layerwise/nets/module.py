@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from layerwise.nets.layer import Layer, mask_outside, mask_padding, take, vectors
 
+PASSED_AT_ONCE = 32
+"""Samples, where first weights are taken from them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
@@ -73,6 +76,18 @@ class Module(nn.Module):
         if outputs.dim() > 3:
             return (take(vectors(last.activation(outputs), cells), rows),)
         return (last.activation(take(outputs, rows)),)
+
+    @property
+    def begins_with_data(self) -> bool:
+        """Whether first weights depend on the input."""
+        return any(type(layer).first_weights_from is not Layer.first_weights_from for layer in self.layers.values())
+
+    @torch.no_grad()
+    def first_weights_from(self, x: torch.Tensor, rng: np.random.Generator) -> None:
+        """Of each layer, from what those below make of x (B, L, *frame); on the host."""
+        for layer in self.layers.values():
+            layer.first_weights_from(x, rng)
+            x = torch.cat([layer(some) for some in x.split(PASSED_AT_ONCE)])
 
     def out_length(self, length: Any) -> Any:
         """Frames that come out of `length` frames (an int or an int64 array)."""

@@ -10,7 +10,7 @@ import torch
 
 from layerwise.cache.dtypes import STORED
 from layerwise.config import Config
-from layerwise.config.options import PAPER_NETWORKS
+from layerwise.config.options import PRESET_NETWORKS
 from layerwise.errors import BudgetError, ConfigError
 from layerwise.memory.device import find_device
 from layerwise.memory.driver import (
@@ -275,7 +275,7 @@ def _too_small(config: Config, spec: StageSpec, needed: int, device: torch.devic
     whole = batch_effects(spec).why_unsliceable
     why = f" ({whole}, so the batch cannot be sliced)" if whole else ""
     lower = {"steps": ["data.window"], "patches": ["data.crop"], "whole": []}[config.data.frames]
-    lower += ["net.width"] if config.net.name in PAPER_NETWORKS else []
+    lower += ["net.width"] if config.net.name in PRESET_NETWORKS else []
     ways = [f"lower {' or '.join(['--batch-size', *lower] if whole else lower)}"] if whole or lower else []
     ways += ["cut into more --stages"] if len(spec.layers) > 1 else []
     less = why_less_than_budget(device, budget)

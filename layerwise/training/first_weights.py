@@ -1,18 +1,28 @@
 """What training begins with, where the seed does not say it: what a network of the user's brings along, or an earlier run's.
 
-It is kept in the run, so that a later start, or a probe, may be given the network with any weights.
+It is kept in the run, so that a later start, or a probe, may be given the network with any weights. Other layers take something
+of their first weights from their input: that is no part of the network with random weights, since it is learnt from the data.
 """
 
 import contextlib
+import math
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from layerwise.config import Config, with_options
+from layerwise.data.batches import gathered, ordered_epoch, stream
 from layerwise.errors import ConfigError, RunError
-from layerwise.nets.network import Network
+from layerwise.memory.meter import uncounted
+from layerwise.nets.module import PASSED_AT_ONCE
+from layerwise.nets.network import Network, copied
 from layerwise.run_store import RunState, RunStore
-from layerwise.training.checkpoint import Arrays, digest, load_arrays, save_arrays, weights_of
+from layerwise.training.checkpoint import Arrays, digest, load_arrays, load_weights, save_arrays, weights_of
 from layerwise.training.encoder import warm_start
+from layerwise.training.loader import Loader
 from layerwise.training.run import Run
+from layerwise.training.simultaneous import AnyTrainer
 
 
 def first_weights(config: Config, network: Network) -> Arrays | None:
@@ -102,6 +112,32 @@ def check_warm_start(state: RunState, run: Run) -> None:
             f"--warm-start {place}: {run.store.out} was not begun with these weights; leave it out to go on, or give another "
             "--out."
         )
+
+
+def take_from_data(trainer: AnyTrainer, loader: Loader, samples: np.ndarray) -> None:
+    """Sets what layers take of their first weights from their input: that of some of these samples, int64 [N], on the host."""
+    spec, training, ranks = trainer.spec, trainer.config.training, trainer.context.ranks
+    if not any(module.begins_with_data for module in trainer.modules):
+        return
+    rng = stream(training.seed, "first weights", spec.stage)
+    count = max(NUMBERS // (spec.window.frames * math.prod(spec.frame_shape)), training.batch_size)
+    epoch = ordered_epoch(loader, rng.permutation(samples)[:count], spec.window, training.batch_size, rng)
+    with uncounted():
+        read = []
+        for batch in loader.batches(epoch, 0, trainer.offloaded):
+            own = ranks.share(len(batch.lengths))  # the others are zeros
+            read += ranks.all_gather(gathered(batch.frames, batch.rows)[own].float().cpu())
+        x = torch.cat(read)
+        for module in trainer.modules:
+            on_host = copied(module, torch.device("cpu"))
+            on_host.first_weights_from(x, rng)
+            load_weights(module, weights_of(on_host))
+            if len(trainer.modules) > 1:
+                x = torch.cat([on_host(some, np.full(len(some), some.shape[1]))[1] for some in x.split(PASSED_AT_ONCE)])
+
+
+NUMBERS = 2**23
+"""Of the input that first weights are taken from."""
 
 
 def load_first_weights(store: RunStore) -> Arrays | None:

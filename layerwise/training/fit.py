@@ -37,7 +37,7 @@ from layerwise.training.checkpoint import (
     weights_of,
 )
 from layerwise.training.epoch_probe import EpochProbe
-from layerwise.training.first_weights import load_first_weights
+from layerwise.training.first_weights import load_first_weights, take_from_data
 from layerwise.training.loader import Loader, Prepare, as_read, augmented
 from layerwise.training.run import Round
 from layerwise.training.samples import HELD_OUT, TRAIN, sample_classes
@@ -61,7 +61,7 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Prog
     probe = (
         EpochProbe.of(trainer.config, round.run.data, round.run.split, spec, loader) if options.probe_every else None
     )
-    progress, best = _resume(round, trainer)
+    progress, best = _resume(round, trainer) or _begin(round, trainer, loader, train)
     epochs = epochs_of_round(options, round.number)
     if record.earlier:  # at least one: the weights of another input are not those of this one
         epochs = max(options.max_epochs - progress.first_epoch, 1)
@@ -107,7 +107,7 @@ def fit(trainer: AnyTrainer, loader: Loader, round: Round) -> tuple[Arrays, Prog
         augment = partial(_augmented, options, stage, progress.epoch) if stage > 1 else as_read
         for step, batch in _batches(epoch, loader, trainer, classes, progress.step, augment, randomness):
             for _, optimizer in trainer.optimizers():
-                optimizer.begin_step(progress.epoch * epoch.steps + step)
+                optimizer.begin_step(progress.epoch * epoch.steps + step, options.max_epochs * epoch.steps)
             score = trainer.train(batch, randomness(step))
             progress.step = step + 1
             unread.add((step, epoch.steps), score)
@@ -254,9 +254,21 @@ def _check_finite(loss: float, stage: int, epoch: int, lr: float) -> None:
         )
 
 
-def _resume(round: Round, trainer: AnyTrainer) -> tuple[Progress, Arrays | None]:
-    """The checkpoint of this round, else what came before it: an earlier training, the last one of the round before, or
-    nothing."""
+def _begin(round: Round, trainer: AnyTrainer, loader: Loader, samples: np.ndarray) -> tuple[Progress, Arrays | None]:
+    """From first weights. samples: int64 [N], those that are trained on."""
+    first = load_first_weights(round.run.store)
+    if first is None:
+        take_from_data(trainer, loader, samples)
+    else:
+        with uncounted():  # the meter would take what lies on the host for what is on the device
+            names = trainer.module.state_dict().keys()
+        load_weights(trainer.module, {name: first[name] for name in names})
+    return Progress(), None
+
+
+def _resume(round: Round, trainer: AnyTrainer) -> tuple[Progress, Arrays | None] | None:
+    """The checkpoint of this round, else what came before it: an earlier training, or the last one of the round before. None
+    where there is nothing to go on from."""
     stage, earlier = trainer.spec.stage, round.earlier
     if further := _resume_further(round, trainer):
         return further
@@ -267,13 +279,7 @@ def _resume(round: Round, trainer: AnyTrainer) -> tuple[Progress, Arrays | None]
         if before is None:
             raise RunError(f"{path} is gone, with which the next round begins; start the same command again.")
         saved = before[0].on_other_input(), None
-    if saved is not None:
-        return saved
-    if (first := load_first_weights(round.run.store)) is not None:
-        with uncounted():  # the meter would take what lies on the host for what is on the device
-            names = trainer.module.state_dict().keys()
-        load_weights(trainer.module, {name: first[name] for name in names})
-    return Progress(), None
+    return saved
 
 
 def _resume_further(round: Round, trainer: AnyTrainer) -> tuple[Progress, Arrays | None] | None:

@@ -36,6 +36,9 @@ class Optimization:
     """What it does: the kind, its settings, and the learning rate of each epoch; empty for Adam as the options say."""
     warmup_steps: int = 0
     """First steps, over which the learning rate rises evenly."""
+    cosine: bool = False
+    """Whether the learning rate falls to 0 from the first step to the last, as half a cosine (Loshchilov and Hutter 2017, arXiv
+    1608.03983, equation 5, without restarts)."""
 
     @classmethod
     def of(cls, make: Make, schedule: Schedule | None, max_epochs: int) -> "Optimization":
@@ -72,11 +75,14 @@ def _plain(group: dict[str, Any]) -> list[tuple[str, str]]:
     return sorted((name, repr(value)) for name, value in group.items() if name != "params")
 
 
-def adam(lr: float, eps: float, warmup_steps: int = 0) -> Optimization:
-    """Adam in its fused form, with the state that it would make itself at its first step: so a step never asks for memory."""
+def adam(lr: float, eps: float, warmup_steps: int = 0, cosine: bool = False, weight_decay: float = 0.0) -> Optimization:
+    """Adam in its fused form, with the state that it would make itself at its first step: so a step never asks for memory.
+
+    weight_decay: apart from the gradients, as in AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101).
+    """
 
     def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        optimizer = torch.optim.Adam(parameters, lr=lr, eps=eps, fused=True)
+        optimizer = torch.optim.AdamW(parameters, lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
         for parameter in optimizer.param_groups[0]["params"]:
             optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
@@ -85,7 +91,7 @@ def adam(lr: float, eps: float, warmup_steps: int = 0) -> Optimization:
             }
         return optimizer
 
-    return Optimization(make, warmup_steps=warmup_steps)
+    return Optimization(make, warmup_steps=warmup_steps, cosine=cosine)
 
 
 class Optimizer:
@@ -95,7 +101,7 @@ class Optimizer:
         self.parameters = dict(parameters)
         self._optimizer = how.make(list(self.parameters.values()))
         self._scheduler = how.schedule(self._optimizer) if how.schedule else None
-        self._warmup_steps = how.warmup_steps
+        self._how = how
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
 
     def step(self) -> None:
@@ -131,10 +137,12 @@ class Optimizer:
         while self._scheduler is not None and self._scheduler.last_epoch < epoch:
             _step_unwarned(self._scheduler)
 
-    def begin_step(self, number: int) -> None:
-        """Sets the learning rate of a step, from 0 and counted over all epochs, where it rises over the first ones."""
-        if self._warmup_steps:
-            part = min((number + 1) / self._warmup_steps, 1)
+    def begin_step(self, number: int, steps: int) -> None:
+        """Sets the learning rate of a step, from 0 and counted over all epochs, where it changes. steps: of all epochs."""
+        if self._how.warmup_steps or self._how.cosine:
+            part = min((number + 1) / max(self._how.warmup_steps, 1), 1)
+            if self._how.cosine:
+                part *= (1 + math.cos(math.pi * min(number / steps, 1))) / 2
             for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = part * rate
 

@@ -110,7 +110,12 @@ class Round:
 PICTURES_SINCE = "windows begin at any pixel, negatives are targets of their step"
 """Earlier versions trained pictures otherwise: what they have half trained is not gone on with."""
 
-OPTIONS_SINCE = {"training.warmup_steps": 0}
+OPTIONS_SINCE = {
+    "training.warmup_steps": 0,
+    "training.cosine": False,
+    "training.weight_decay": 0.0,
+    "objective.cells": 1,
+}
 """Options that earlier versions did not have, with the values at which they change nothing: there they are left out."""
 
 

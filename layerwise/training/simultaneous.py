@@ -43,6 +43,11 @@ class SimultaneousTrainer:
         for part in self._parts:
             part.scale = self.scale
 
+    @property
+    def modules(self) -> list[Module]:
+        """From the lowest to the uppermost."""
+        return [part.module for part in self._parts]
+
     def optimizers(self) -> list[tuple[str, Optimizer]]:
         """Each with what a checkpoint writes before the names of its parameters."""
         modules = [("module/", part.optimizer) for part in self._parts]

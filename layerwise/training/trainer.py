@@ -106,6 +106,11 @@ class StageTrainer:
         self._label()
         self._label_gradients()
 
+    @property
+    def modules(self) -> list[Module]:
+        """That are trained at the same time."""
+        return [self.module]
+
     def go_on_shrunk(self, micro_batch: int, parts: int) -> None:
         """Takes slices at least as small as an earlier start had to: with these it got where it stopped."""
         micro_batch, parts = min(micro_batch, self.memory_plan.micro_batch), max(parts, self.memory_plan.parts)
@@ -512,7 +517,9 @@ class StageTrainer:
 
     def _optimizer(self, trained: nn.Module) -> Optimizer:
         options = self.config.training
-        how = self.spec.optimization or adam(options.lr, options.adam_eps, options.warmup_steps)
+        how = self.spec.optimization or adam(
+            options.lr, options.adam_eps, options.warmup_steps, options.cosine, options.weight_decay
+        )
         parameters = {name: value for name, value in trained.named_parameters() if value.requires_grad}
         return (HostOptimizer if self.memory_plan.optimizer_on_host else Optimizer)(parameters, how)
 

@@ -1,4 +1,6 @@
-"""The first steps of a stage: the learning rate of Adam rises over them, if asked to, and is the same behind a resume."""
+"""The learning rate of Adam: it rises and falls if asked to, and is the same behind a resume; and its weight decay."""
+
+import math
 
 import pytest
 import torch
@@ -7,14 +9,16 @@ from torch import nn
 from layerwise.training.optimizer import Optimizer, adam
 
 
-def steps(warmup: int, first: int, last: int, values: torch.Tensor, state: dict | None = None) -> Optimizer:
+def steps(
+    warmup: int, first: int, last: int, values: torch.Tensor, state: dict | None = None, **options: object
+) -> Optimizer:
     """Steps first to last, each with a gradient of its own, on from a state."""
     parameter = nn.Parameter(values)
-    optimizer = Optimizer({"p": parameter}, adam(0.5, 1e-6, warmup))
+    optimizer = Optimizer({"p": parameter}, adam(0.5, 1e-6, warmup, **options))
     if state:
         optimizer.load(state)
     for number in range(first, last):
-        optimizer.begin_step(number)
+        optimizer.begin_step(number, 8)
         parameter.grad = torch.tensor([1.0, -2.0]) * (number + 1)
         optimizer.step()
     return optimizer
@@ -37,3 +41,19 @@ def test_a_resume_goes_on_at_the_learning_rate_of_its_step(stop: int) -> None:
     saved = {name: {key: value.clone() for key, value in state.items()} for name, state in first.state().items()}
     steps(4, stop, 7, resumed, saved)
     assert torch.equal(whole, resumed)
+
+
+def test_along_a_cosine_the_learning_rate_falls_to_nothing() -> None:
+    moved = []
+    for last in (1, 5, 8, 9):
+        values = torch.zeros(2)
+        steps(0, last - 1, last, values, cosine=True)
+        moved.append(values.abs().max().item())
+    assert moved == pytest.approx([0.5, 0.25, 0.5 * (1 - math.cos(math.pi / 8)) / 2, 0], rel=1e-4, abs=1e-6)
+
+
+def test_weight_decay_takes_a_part_of_the_weights_whatever_the_gradient() -> None:
+    plain, decayed = torch.full((2,), 4.0), torch.full((2,), 4.0)
+    steps(0, 0, 1, plain)
+    steps(0, 0, 1, decayed, weight_decay=0.1)
+    assert (plain - decayed).tolist() == pytest.approx([0.5 * 0.1 * 4] * 2)
