@@ -107,6 +107,8 @@ WHOLE = PICTURES | {
     "objective.cells": 8,
 }
 """Pictures of which the objective compares the positions."""
+CONVNET = WHOLE | {"net.name": "convnet", "net.width": 16, "net.blocks": [1], "data.picture": 32, "data.patch": 32}
+CONVNET |= {"data.crop": 32}
 STAGES: dict[str, tuple[str, int, dict[str, object], Callable[[], Network] | None]] = {
     "convolution": ("speech", 2, SPEECH, None),
     "convolutions": ("speech", 1, SPEECH | {"training.stages": 2, "net.context": 0}, None),
@@ -117,6 +119,7 @@ STAGES: dict[str, tuple[str, int, dict[str, object], Callable[[], Network] | Non
     "spectral norm": ("vision", 1, PICTURES, partial(pictures, spectral_norm)),
     "dropout": ("vision", 1, PICTURES, partial(pictures, partial(nn.Dropout, 0.3))),
     "feature maps": ("vision", 1, WHOLE, partial(pictures, nn.Identity)),
+    "patches and a convolution": ("vision", 1, CONVNET, None),
     "short floats": ("speech", 2, SPEECH | {"training.precision": "bfloat16"}, None),
     "decaying weights": ("speech", 1, {"data.window": 400}, lambda: Network([Decaying], (1,))),
     "bounded weights": ("speech", 1, {"data.window": 400}, lambda: Network([Bounded], (1,))),

@@ -1,0 +1,83 @@
+"""Whole runs of the network that takes its first weights from the pictures."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from layerwise.config import Config, resolve
+from layerwise.engines.run import run
+from layerwise.errors import Interrupted
+from layerwise.evaluate.probe import probe
+from layerwise.events import Event, StepDone
+from layerwise.stop import StopFlag
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., Config]:
+    """config(name, **options): a run of that name on 60 pictures of noise and stripes."""
+    rng = np.random.default_rng(0)
+    pictures = rng.standard_normal((60, 3, 16, 16), dtype=np.float32)
+    pictures[::2] += 2 * np.sin(np.arange(16, dtype=np.float32))
+    np.save(tmp_path / "pictures.npy", pictures)
+    (tmp_path / "labels.csv").write_text("id,kind\n" + "".join(f"{i},{i % 2}\n" for i in range(60)))
+    options = {
+        "net.name": "convnet",
+        "net.width": 8,
+        "net.blocks": [1, 1],
+        "data.source": f"npy:{tmp_path / 'pictures.npy'}",
+        "data.labels": str(tmp_path / "labels.csv"),
+        "data.frames": "whole",
+        "data.views": 2,
+        "objective.name": "ntxent",
+        "training.batch_size": 8,
+        "training.max_epochs": 2,
+        "training.cosine": True,
+    }
+
+    def made(name: str, **more: object) -> Config:
+        places = {"out": str(tmp_path / name), "cache.dir": str(tmp_path / "cache")}
+        return resolve(overrides={**options, **places, **more})
+
+    return made
+
+
+def weights(config: Config) -> dict[str, np.ndarray]:
+    return load_file(Path(config.out) / "encoder.safetensors")
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "simultaneous"])
+def test_a_run_that_is_stopped_ends_with_the_same_bits(config: Callable[..., Config], schedule: str) -> None:
+    whole, stopped = (config(name, **{"training.schedule": schedule}) for name in ("whole", "stopped"))
+    run(whole)
+    for after in (1, 9):
+        flag, seen = StopFlag(), 0
+
+        def notify(event: Event, flag: StopFlag = flag, after: int = after) -> None:
+            nonlocal seen
+            seen += isinstance(event, StepDone)
+            if seen == after:
+                flag.reason = "the test"
+
+        with pytest.raises(Interrupted):
+            run(stopped, stop=flag, notify=notify)
+    run(stopped)
+    ours, theirs = weights(stopped), weights(whole)
+    assert {name: value.tobytes() for name, value in ours.items()} == {
+        name: value.tobytes() for name, value in theirs.items()
+    }
+
+
+def test_what_comes_from_the_data_is_no_part_of_the_network_with_random_weights(
+    config: Callable[..., Config],
+) -> None:
+    run(config("run"))
+    first, *_ = probe(config("run").out, "kind").stages
+    assert first.error < first.untrained_error or first.error == 0
+    lowest = {
+        name.split(".")[-1]: value for name, value in weights(config("run")).items() if name.startswith("layers.0.")
+    }
+    assert np.abs(lowest["shift"]).max() > 0
+    assert np.abs(lowest["deviation"] - 1).max() > 0.01

@@ -1,0 +1,80 @@
+"""The convolutional network for whole pictures, and what it takes of its first weights from them."""
+
+import numpy as np
+import pytest
+import torch
+
+from layerwise.config import NetOptions
+from layerwise.nets.convnet import convnet
+from layerwise.nets.module import Module
+
+OPTIONS = NetOptions(name="convnet", width=8, blocks=(1, 2))
+ONE = np.ones(40, dtype=np.int64)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    """Blurred noise, float32 [40, 1, 3, 32, 32]: neighbours are alike, as in pictures."""
+    noise = torch.randn(40, 3, 36, 36, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.avg_pool2d(noise, 5, 1)[:, None] * 3
+
+
+@pytest.fixture
+def module() -> Module:
+    return convnet(OPTIONS, 3).build(range(3), 0, "cpu")
+
+
+def begun(module: Module, pictures: torch.Tensor) -> Module:
+    module.first_weights_from(pictures, np.random.default_rng(0))
+    return module
+
+
+def test_each_layer_reads_channels_of_mean_0_and_deviation_1(module: Module, pictures: torch.Tensor) -> None:
+    begun(module, pictures)
+    x = pictures
+    for number, layer in module.layers.items():
+        maps = layer._similar(x.flatten(0, 1)) if number == "0" else x.flatten(0, 1)
+        read = (maps - layer.mean[:, None, None]) / layer.deviation[:, None, None]
+        channels = read.transpose(0, 1).flatten(1)
+        # The stem takes them from a quarter of the pictures.
+        within = 0.3 if number == "0" else 1e-3
+        assert channels.mean(1).abs().max() < within
+        assert (channels.std(1) - 1).abs().max() < within
+        x = layer(x)
+
+
+def test_first_weights_from_data_are_the_same_each_time_and_others_than_random_ones(
+    module: Module, pictures: torch.Tensor
+) -> None:
+    random = {name: value.clone() for name, value in module.state_dict().items()}
+    first = {name: value.clone() for name, value in begun(module, pictures).state_dict().items()}
+    again = begun(convnet(OPTIONS, 3).build(range(3), 0, "cpu"), pictures).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    changed = {name.split(".")[-1] for name in first if not torch.equal(first[name], random[name])}
+    assert changed == {"filters", "shift", "mean", "deviation"}
+
+
+def test_filters_are_unlike_each_other_as_whitening_makes_them(module: Module, pictures: torch.Tensor) -> None:
+    """Patches of neighbouring pixels that are alike: raw, all of them point nearly the same way in the smooth directions."""
+    filters = torch.nn.functional.normalize(begun(module, pictures).layers["0"].filters)
+    rough = (filters[:, 1:] - filters[:, :-1]).square().sum(1)
+    raw = pictures.flatten(0, 1).unfold(2, 6, 1).unfold(3, 6, 1).permute(0, 2, 3, 1, 4, 5).flatten(3)[:, 0, 0]
+    raw = torch.nn.functional.normalize(raw - raw.mean(1, keepdim=True))
+    assert rough.mean() > 2 * (raw[:, 1:] - raw[:, :-1]).square().sum(1).mean()
+
+
+def test_a_picture_gives_the_same_alone_and_among_others(module: Module, pictures: torch.Tensor) -> None:
+    module = begun(module, pictures).eval()
+    among = module(pictures, ONE)[1]
+    alone = module(pictures[7:8], ONE[:1])[1]
+    assert torch.allclose(among[7:8], alone, atol=1e-5)
+
+
+def test_modules_double_their_channels_and_halve_maps_of_eight_places_or_more() -> None:
+    network = convnet(NetOptions(name="convnet", width=8, blocks=(1, 2, 1)), 3)
+    assert network.natural_cut == (1, 2, 1)
+    x, shapes = torch.zeros(1, 1, 3, 32, 32), []
+    for layers in network.natural_ranges:
+        x = network.build(layers, 0, "cpu")(x, ONE[:1])[1]
+        shapes.append(tuple(x.shape[2:]))
+    assert shapes == [(8, 8, 8), (16, 4, 4), (32, 4, 4)]
