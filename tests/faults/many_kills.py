@@ -63,8 +63,7 @@ def main() -> None:
             extra["memory.gpu_mem"] = f"{smallest_budget(Path(name), extra)}B"
         elif options.gpu_mem:
             extra["memory.gpu_mem"] = options.gpu_mem
-        outcome = kill_runs(Path(name), options.runs, options.seed, extra)
-    print(outcome)
+        kill_runs(Path(name), options.runs, options.seed, extra)
 
 
 def smallest_budget(folder: Path, extra: dict[str, str]) -> int:
@@ -79,8 +78,8 @@ def smallest_budget(folder: Path, extra: dict[str, str]) -> int:
     return int(os.read(inside, 100))
 
 
-def kill_runs(folder: Path, runs: int, seed: int, extra: dict[str, str]) -> str:
-    """A line on how many were killed, resumed and equal. Raises AssertionError at the first that is not equal."""
+def kill_runs(folder: Path, runs: int, seed: int, extra: dict[str, str]) -> None:
+    """Prints how many were killed, resumed and equal. Raises AssertionError at the first that is not equal."""
     data = write_recordings(folder / "recordings")
     started = time.monotonic()
     assert wait(begin(config_in(folder / "undisturbed", data, extra))) == 0
@@ -100,6 +99,11 @@ def kill_runs(folder: Path, runs: int, seed: int, extra: dict[str, str]) -> str:
             assert wait(begin(config)) == 0, f"{place} did not go on"
         assert bits(place) == expected, f"{place} ended with other bits"
         shutil.rmtree(place)
+        print(outcome(killed, ended), flush=True)  # a long campaign may be ended by its time
+
+
+def outcome(killed: int, ended: int) -> str:
+    """Of those so far: any other would have ended the campaign."""
     return f"{killed} runs killed, {killed} resumed, {killed} with the bits of the undisturbed; {ended} ended before their kill"
 
 
