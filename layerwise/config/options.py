@@ -124,7 +124,7 @@ class NetOptions(Section):
     context: int = _option(256, "shape", ge=0, le=2**24)
     """speech: width of the recurrent layer; 0: none"""
     blocks: tuple[int, ...] = _option((3, 4, 6), "shape")
-    """vision: residual blocks of each module; convnet: convolutions"""
+    """residual blocks of each vision module, or convolutions of each convnet module"""
     stem_stride: int = _option(1, "shape", ge=1)
     """vision: stride of the 5x5 stem inside a patch"""
 
@@ -171,14 +171,14 @@ class ObjectiveOptions(Section):
     anchors: int = _option(128, "training", ge=2, le=10**7)
     """rows of a window that serve as contexts and targets"""
     temperature: float = _option(0.5, "training", gt=0)
-    """ntxent: what similarities are divided by"""
+    """what the similarities of ntxent are divided by"""
     projection: int | None = _option(None, "training", ge=0, le=10**6)
     """most channels of what is compared: targets and contexts with more go through one matrix first; 0: no such matrix, as
-    in the paper; default: 0, and 128 for ntxent, which always has one"""
+    in the paper; default: 0, and 128 for the projection of ntxent, which always has one"""
 
     @model_validator(mode="after")
     def _what_ntxent_compares(self) -> "ObjectiveOptions":
-        if self.name == "ntxent" and self.projection == 0:
+        if "ntxent" in self.name and self.projection == 0:
             raise ValueError("projection 0: ntxent always projects what it compares; give the width, such as 128")
         return self
 

@@ -13,7 +13,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar, cast
 
@@ -249,7 +249,7 @@ class Group:
     first: int
     stop: int
     longest: int
-    """Frames of the longest of them."""
+    """Frames of the longest of them, rounded up where they go side by side: those that it lacks are zeros."""
     piece: int
     """Most frames that are on the device at once."""
     padded: bool
@@ -272,20 +272,43 @@ class Group:
 
 def group_renderings(lengths: np.ndarray, piece: int) -> list[Group]:
     """Neighbouring renderings whose padded batch has at most `piece` frames. lengths: int64 [renderings]."""
+    varies = len(lengths) > 0 and lengths.min() < lengths.max()
+    rounded = [_rounded_up(length, piece) if varies else length for length in lengths.tolist()]
     firsts, longest = [0], 0
-    for rendering, length in enumerate(lengths.tolist()):
+    for rendering, length in enumerate(rounded):
         if rendering > firsts[-1] and max(longest, length) * (rendering - firsts[-1] + 1) > piece:
             firsts.append(rendering)
             longest = 0
         longest = max(longest, length)
-    parts = [(first, stop, lengths[first:stop]) for first, stop in pairwise([*firsts, len(lengths)]) if first < stop]
-    return [Group(first, stop, int(part.max()), piece, bool(part.min() < part.max())) for first, stop, part in parts]
+    return [
+        Group(first, stop, longest, piece, bool(lengths[first:stop].min() < longest))
+        for first, stop in pairwise([*firsts, len(lengths)])
+        if first < stop
+        for longest in [max(rounded[first:stop])]
+    ]
+
+
+def _rounded_up(length: int, piece: int) -> int:
+    """To one of few lengths, at most an eighth longer: on a CPU a convolution is compiled anew for each shape, and that takes
+    longer than the convolution. What is longer than a piece is left as it is."""
+    step = 2 ** max(length.bit_length() - 4, 0)
+    return max(length, min(-(-length // step) * step, piece))
 
 
 def read_piece(source: Readable, group: Group, start: int) -> Batch:
-    """Frames start to start + piece of each rendering of the group."""
+    """Frames start to start + piece of each rendering of the group; zeros behind them, up to the group's length."""
     renderings = (divmod(rendering, source.views) for rendering in range(group.first, group.stop))
     stop = start + group.piece
-    return read_windows(
+    batch = read_windows(
         source, [(sample, start, min(stop, int(source.lengths[sample])), view) for sample, view in renderings]
     )
+    return batch if group.streamed else at_length(batch, group.longest)
+
+
+def at_length(batch: Batch, length: int) -> Batch:
+    """The batch with zeros behind its frames, up to so many."""
+    lacking = length - batch.frames.shape[1]
+    if not lacking:
+        return batch
+    zeros = batch.frames.new_zeros(len(batch.frames), lacking, *batch.frames.shape[2:])
+    return replace(batch, frames=torch.cat([batch.frames, zeros], dim=1))

@@ -11,7 +11,7 @@ import torch
 
 from layerwise.cache.export import FeatureFile, MeanFile
 from layerwise.config import Config, with_options
-from layerwise.data.batches import Batch, Group, collate, group_renderings, read_ahead
+from layerwise.data.batches import Batch, Group, at_length, collate, group_renderings, read_ahead
 from layerwise.data.open import open_input
 from layerwise.data.source import DataSet, Skipped, Subset
 from layerwise.encoder.entry import row_places
@@ -190,4 +190,6 @@ class _ReadableLoader(SourceLoader):
             except DataError as error:
                 self.faults[sample] = str(error)
         batch = collate(frames) if frames else Batch(torch.empty(0), np.empty(0, dtype=np.int64))
+        if frames and not group.streamed:
+            batch = at_length(batch, group.longest)
         return replace(batch, renderings=np.array(samples, dtype=np.int64))

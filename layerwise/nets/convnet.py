@@ -5,7 +5,7 @@ Ng (2011, "An analysis of single-layer networks in unsupervised feature learning
 standardised channels. No sample acts on another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
@@ -61,13 +61,18 @@ class MapConvolution(Layer):
 
     def first_weights_from(self, x: torch.Tensor, rng: np.random.Generator) -> None:
         """Mean and deviation of the channels of maps (B, L, C, H, W)."""
-        self.standardise(x.flatten(0, 1))
+        self.standardise(x.flatten(0, 1).split(AT_ONCE))
 
-    def standardise(self, maps: torch.Tensor) -> None:
+    def standardise(self, maps: Iterable[torch.Tensor]) -> None:
         """Brings the channels of such maps (N, C, H, W) to mean 0 and deviation 1."""
-        channels = maps.transpose(0, 1).flatten(1).double()
-        self.mean.copy_(channels.mean(1))
-        self.deviation.copy_(channels.std(1) + SMALLEST_DEVIATION)
+        count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for some in maps:
+            channels = some.transpose(0, 1).flatten(1).double()
+            count, total = count + channels.shape[1], total + channels.sum(1)
+            squares = squares + channels.square().sum(1)
+        mean = total / count
+        self.mean.copy_(mean)
+        self.deviation.copy_((squares / count - mean.square()).clamp(min=0).sqrt() + SMALLEST_DEVIATION)
 
 
 SMALLEST_HALVED = 8
@@ -98,8 +103,10 @@ class Stem(MapConvolution):
     def first_weights_from(self, x: torch.Tensor, rng: np.random.Generator) -> None:
         """Whitened patches of the pictures (B, L, C, H, W), and what they make of the pictures."""
         pictures = x.flatten(0, 1)
-        some = [_some_rows(_patches(few, self.side).flatten(0, 2), PATCHES // len(pictures) * len(few) + 1, rng)
-                for few in pictures.split(AT_ONCE)]  # fmt: skip
+        some = [
+            _some_rows(_patches(few, self.side).flatten(0, 2), PATCHES * len(few) // len(pictures) + 1, rng)
+            for few in pictures.split(AT_ONCE)
+        ]
         patches = torch.cat(some).double()
         mean = patches.mean(0)
         values, directions = torch.linalg.eigh(torch.cov((patches - mean).T))
@@ -107,8 +114,7 @@ class Stem(MapConvolution):
         filters = F.normalize((_some_rows(patches, len(self.filters), rng) - mean) @ whitening) @ whitening
         self.filters.copy_(filters)
         self.shift.copy_(-filters @ mean)
-        few = pictures[: max(len(pictures) // 4, 1)]
-        self.standardise(torch.cat([self._similar(some) for some in few.split(AT_ONCE)]))
+        self.standardise(map(self._similar, pictures[: max(len(pictures) // 4, 1)].split(AT_ONCE)))
 
     def _similar(self, pictures: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) to (N, channels, H', W'): how much more alike a place is to a filter than to the others."""
@@ -139,5 +145,5 @@ def _patches(pictures: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def _some_rows(rows: torch.Tensor, count: int, rng: np.random.Generator) -> torch.Tensor:
-    """At most so many of (R, C), drawn."""
-    return rows[torch.from_numpy(rng.permutation(len(rows))[:count])]
+    """So many of (R, C), drawn; some of them more than once where there are fewer."""
+    return rows[torch.from_numpy(rng.choice(len(rows), count, replace=len(rows) < count))]

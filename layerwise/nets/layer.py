@@ -87,7 +87,7 @@ def vectors(frames: torch.Tensor, cells: Sequence[int] = ()) -> torch.Tensor:
         return frames
     if not cells:
         return frames.flatten(3).mean(3)
-    # Adaptive pooling does the same, and its gradients on a GPU are other bits every time.
+    # The cells of adaptive pooling may overlap, and its gradients on a GPU are other bits every time.
     for axis, count in enumerate(cells, start=3):
         frames = torch.stack([part.mean(axis) for part in frames.tensor_split(count, axis)], axis)
     return frames.flatten(3).transpose(2, 3).flatten(1, 2)

@@ -83,11 +83,17 @@ class Module(nn.Module):
         return any(type(layer).first_weights_from is not Layer.first_weights_from for layer in self.layers.values())
 
     @torch.no_grad()
-    def first_weights_from(self, x: torch.Tensor, rng: np.random.Generator) -> None:
-        """Of each layer, from what those below make of x (B, L, *frame); on the host."""
-        for layer in self.layers.values():
+    def first_weights_from(self, x: torch.Tensor, rng: np.random.Generator, above: bool = False) -> torch.Tensor:
+        """Sets those of each layer, from what the layers below make of x (B, L, *frame); on the host.
+
+        above: whether the outputs of the last layer are asked for too. Gives them, or else its inputs.
+        """
+        *below, last = self.layers.values()
+        for layer in below:
             layer.first_weights_from(x, rng)
             x = torch.cat([layer(some) for some in x.split(PASSED_AT_ONCE)])
+        last.first_weights_from(x, rng)
+        return torch.cat([last(some) for some in x.split(PASSED_AT_ONCE)]) if above else x
 
     def out_length(self, length: Any) -> Any:
         """Frames that come out of `length` frames (an int or an int64 array)."""

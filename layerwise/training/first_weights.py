@@ -15,7 +15,6 @@ from layerwise.config import Config, with_options
 from layerwise.data.batches import gathered, ordered_epoch, stream
 from layerwise.errors import ConfigError, RunError
 from layerwise.memory.meter import uncounted
-from layerwise.nets.module import PASSED_AT_ONCE
 from layerwise.nets.network import Network, copied
 from layerwise.run_store import RunState, RunStore
 from layerwise.training.checkpoint import Arrays, digest, load_arrays, load_weights, save_arrays, weights_of
@@ -126,14 +125,18 @@ def take_from_data(trainer: AnyTrainer, loader: Loader, samples: np.ndarray) -> 
         read = []
         for batch in loader.batches(epoch, 0, trainer.offloaded):
             own = ranks.share(len(batch.lengths))  # the others are zeros
-            read += ranks.all_gather(gathered(batch.frames, batch.rows)[own].float().cpu())
+            read += ranks.all_gather(torch.cat([_on_host(some, batch.rows) for some in batch.frames[own].split(1)]))
         x = torch.cat(read)
         for module in trainer.modules:
-            on_host = copied(module, torch.device("cpu"))
-            on_host.first_weights_from(x, rng)
+            on_host = copied(module, torch.device("cpu")).eval()
+            x = on_host.first_weights_from(x, rng, above=module is not trainer.modules[-1])
             load_weights(module, weights_of(on_host))
-            if len(trainer.modules) > 1:
-                x = torch.cat([on_host(some, np.full(len(some), some.shape[1]))[1] for some in x.split(PASSED_AT_ONCE)])
+            ranks.broadcast(module.state_dict().values())  # processors may round differently
+
+
+def _on_host(frames: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """float32, what some frames of a batch stand for; see `gathered`."""
+    return gathered(frames if rows is None else frames.to(rows.device), rows).float().cpu()
 
 
 NUMBERS = 2**23

@@ -55,9 +55,13 @@ def _earlier(record: StageRecord, store: RunStore, same_input: bool) -> EarlierT
 
 
 def is_more_epochs(change: Change, config: Config) -> bool:
-    """Whether it asks for more epochs of stages that go on from where they stand. Rounds share them out, once and for all."""
+    """Whether it asks for more epochs of stages that go on from where they stand.
+
+    Rounds share them out, once and for all, and a cosine has brought the learning rate to 0 at their end.
+    """
     option, old, new = change
-    return option.key == "training.max_epochs" and int(str(new)) > int(str(old)) and config.training.rounds == 1
+    fixed = config.training.rounds > 1 or config.training.cosine
+    return option.key == "training.max_epochs" and int(str(new)) > int(str(old)) and not fixed
 
 
 def further_trained(state: RunState) -> list[str]:

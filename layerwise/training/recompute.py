@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from layerwise.data.batches import Batch, Epoch, Group, read_ahead
+from layerwise.data.batches import Batch, Epoch, Group, at_length, read_ahead
 from layerwise.data.source import FrameSource, pixels_apart
 from layerwise.memory.device import autocast, halve_until_it_fits, on_device
 from layerwise.memory.meter import uncounted
@@ -69,18 +69,23 @@ class RecomputingLoader:
                 yield prepare(step, in_whole_batch(batch, epoch, step, self, self._ranks))
 
     def pieces(self, groups: Sequence[Group], offloaded: Offload) -> Iterator[Batch]:
-        reads: list[partial[Windows]] = []
+        reads: list[tuple[Group, int]] = []
         held = 0
         for group in groups:
             for start in group.starts:
                 taken = self._bytes(group.stop - group.first, min(group.longest, group.piece))
                 if reads and held + taken > BLOCK_BYTES:
-                    yield from self._block(reads, offloaded)
+                    yield from self._pieces(reads, offloaded)
                     reads, held = [], 0
-                reads.append(partial(self._read_piece, group, start))
+                reads.append((group, start))
                 held += taken
         if reads:
-            yield from self._block(reads, offloaded)
+            yield from self._pieces(reads, offloaded)
+
+    def _pieces(self, reads: Sequence[tuple[Group, int]], offloaded: Offload) -> Iterator[Batch]:
+        block = self._block([partial(self._read_piece, *read) for read in reads], offloaded)
+        for (group, _), batch in zip(reads, block, strict=True):
+            yield batch if group.streamed else at_length(batch, group.longest)
 
     def _block(self, reads: list[partial[Windows]], offloaded: Offload) -> Iterator[Batch]:
         block = list(read_ahead(reads))

@@ -166,7 +166,8 @@ def stage_specs(
         )
         window = Window(int(module.out_length(window.rows)), window.columns)
         frame_shape, lengths = tuple(outputs.shape[2:]), output_lengths
-    _check_rows(config, window.rows, int(data.lengths.max()), stages[-1].cells)
+    if not compared.wanted:
+        _check_rows(config, window.rows, int(data.lengths.max()))
     return stages
 
 
@@ -191,7 +192,7 @@ def input_window(config: Config, data: DataSet) -> Window:
 
 
 def _check_net(config: Config, data: DataSet) -> None:
-    """Raises ConfigError where one of the paper's networks is to read what it was not made for."""
+    """Raises ConfigError where a network of ours is to read what it was not made for."""
     net, shape = config.net.name, " x ".join(map(str, data.frame_shape))
     if net == "speech" and (data.columns != 1 or len(data.frame_shape) != 1):
         raise ConfigError(
@@ -202,6 +203,13 @@ def _check_net(config: Config, data: DataSet) -> None:
         raise ConfigError(
             f"--net vision trains on pictures in patches, and these frames are of {shape}; name pictures with --data "
             "images:FOLDER, cifar10:FOLDER or stl10:FOLDER, for recordings give --net speech, for others a --net of your own."
+        )
+    if net == "convnet" and (
+        config.data.frames != "whole" or len(data.frame_shape) != 3 or min(data.frame_shape[1:]) < 10
+    ):
+        raise ConfigError(
+            f"--net convnet trains on whole pictures of 10 x 10 pixels or more, and these frames are of {shape}; give --frames "
+            "whole and larger pictures, or another --net."
         )
 
 
@@ -265,8 +273,9 @@ class _Compared:
     """Which cells of whole samples an objective compares, from the first stage to the last."""
 
     def __init__(self, config: Config) -> None:
-        self._name, self._cells = config.objective.name, config.objective.cells
-        self._wanted = config.data.frames == "whole" and self._cells > 1 and predicts_rows(self._name)
+        options = config.objective
+        self._name, self._cells, self._skip = options.name, options.cells, options.skip
+        self.wanted = config.data.frames == "whole" and self._cells > 1 and predicts_rows(self._name)
         self._seen: np.ndarray | None = None
         """bool [rows of the output, rows of the sample]"""
 
@@ -275,26 +284,38 @@ class _Compared:
     ) -> tuple[tuple[int, ...], int]:
         """The next stage's `cells` and `rows_between`. Raises ConfigError where it has no two cells without a row of the sample
         in common, and the objective does nothing but compare such."""
-        if not self._wanted or len(output_shape) < 2:
+        if not self.wanted:
             return (), 0
-        with uncounted():
-            seen = rows_seen(network, layers, frame_shape)
+        if min(len(frame_shape), len(output_shape)) > 1:
+            with uncounted():
+                seen = rows_seen(network, layers, frame_shape)
+        else:  # a vector has no rows
+            seen = np.ones((_rows(output_shape), _rows(frame_shape)), dtype=bool)
         self._seen = seen if self._seen is None else seen @ self._seen
         cells = tuple(min(self._cells, size) for size in output_shape[1:])
-        between = rows_between(self._seen, cells[0])
-        if between is None and renderings_compared(self._name) == 1:
+        rows = cells[0] if cells else 1
+        between = rows_between(self._seen, rows)
+        if (between is None or self._skip >= rows - 1) and renderings_compared(self._name) == 1:
+            why = (
+                "see a part of it in common"
+                if between is None
+                else f"are {self._skip} rows apart, as objective.skip asks"
+            )
             raise ConfigError(
-                f"--objective {self._name}: of the {cells[0]} rows of cells that layers {layers.start} to {layers.stop - 1} "
-                "make of a sample any two see a part in common; give --objective ntxent or infonce+ntxent, or a higher "
+                f"--objective {self._name}: of the {rows} rows of cells that layers {layers.start} to {layers.stop - 1} make "
+                f"of a sample {'all' if between is None else 'none'} {why}; give --objective ntxent or infonce+ntxent, or more "
                 "objective.cells where the output has more rows."
             )
-        return cells, cells[0] if between is None else between
+        return cells, rows if between is None else between
 
 
-def _check_rows(config: Config, rows: int, longest: int, cells: tuple[int, ...]) -> None:
-    """rows: of a window after the last stage; longest: frames of the longest sample; cells: of a frame, by which rows are
-    not needed."""
-    predicts = not cells and (config.data.frames != "whole" or predicts_rows(config.objective.name))
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[1] if len(shape) > 1 else 1
+
+
+def _check_rows(config: Config, rows: int, longest: int) -> None:
+    """rows: of a window after the last stage; longest: frames of the longest sample."""
+    predicts = config.data.frames != "whole" or predicts_rows(config.objective.name)
     needed = config.objective.skip + 2 if predicts else 1
     if rows < needed:
         if config.data.frames == "steps" and longest < config.data.window:

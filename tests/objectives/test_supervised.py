@@ -66,5 +66,5 @@ def test_ones_own_objective_is_registered_and_built_by_its_name() -> None:
 
 
 def test_an_unknown_objective_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"infonec: .*infonce, hinge, ntxent, supervised"):
+    with pytest.raises(ConfigError, match=r"infonec: .*infonce, hinge, ntxent, infonce\+ntxent, supervised"):
         check_objective("infonec")

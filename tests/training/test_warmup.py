@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from layerwise.training.optimizer import Optimizer, adam
+from layerwise.training.optimizer import Optimization, Optimizer, adam
 
 
 def steps(
@@ -57,3 +57,20 @@ def test_weight_decay_takes_a_part_of_the_weights_whatever_the_gradient() -> Non
     steps(0, 0, 1, plain)
     steps(0, 0, 1, decayed, weight_decay=0.1)
     assert (plain - decayed).tolist() == pytest.approx([0.5 * 0.1 * 4] * 2)
+
+
+def test_the_state_of_an_earlier_adam_goes_on_with_the_same_bits() -> None:
+    """Checkpoints of before weight decay hold the groups of torch.optim.Adam."""
+
+    def of_adam(lr: float, eps: float, *_: object) -> Optimization:
+        return Optimization(lambda parameters: torch.optim.Adam(parameters, lr=lr, eps=eps, fused=True))
+
+    whole, resumed = torch.zeros(2), torch.zeros(2)
+    steps(0, 0, 5, whole)
+    parameter = torch.nn.Parameter(resumed)
+    before = Optimizer({"p": parameter}, of_adam(0.5, 1e-6))
+    for number in range(3):
+        parameter.grad = torch.tensor([1.0, -2.0]) * (number + 1)
+        before.step()
+    steps(0, 3, 5, resumed, {name: {k: v.clone() for k, v in state.items()} for name, state in before.state().items()})
+    assert torch.equal(whole, resumed)

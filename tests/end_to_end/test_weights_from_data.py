@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from layerwise.config import Config, resolve
 from layerwise.engines.run import run
-from layerwise.errors import Interrupted
+from layerwise.errors import ConfigError, Interrupted
 from layerwise.evaluate.probe import probe
 from layerwise.events import Event, StepDone
 from layerwise.stop import StopFlag
@@ -81,3 +81,31 @@ def test_what_comes_from_the_data_is_no_part_of_the_network_with_random_weights(
     }
     assert np.abs(lowest["shift"]).max() > 0
     assert np.abs(lowest["deviation"] - 1).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective.name": "infonce", "objective.cells": 4}, "all see a part of it in common"),
+        ({"objective.name": "infonce", "objective.cells": 2, "objective.skip": 3}, "give --objective ntxent"),
+        ({"objective.name": "infonce"}, "objective.cells=4 to compare cells"),
+        ({"objective.name": "infonce+ntxent", "objective.projection": 0}, "always projects"),
+    ],
+)
+def test_what_has_nothing_to_compare_is_refused(
+    config: Callable[..., Config], options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(config("run", **options))
+
+
+def test_data_that_are_no_pictures_are_refused(config: Callable[..., Config], tmp_path: Path) -> None:
+    np.save(tmp_path / "vectors.npy", np.ones((60, 20), dtype=np.float32))
+    with pytest.raises(ConfigError, match="whole pictures of 10 x 10 pixels or more"):
+        run(config("run", **{"data.source": f"npy:{tmp_path / 'vectors.npy'}", "data.labels": ""}))
+
+
+def test_after_a_cosine_more_epochs_are_trained_anew_alone(config: Callable[..., Config]) -> None:
+    run(config("run", **{"training.max_epochs": 1}))
+    with pytest.raises(ConfigError, match="from-stage"):
+        run(config("run"))
