@@ -90,7 +90,9 @@ def choose_frames(sample: int, length: int, per_frame: bool) -> np.ndarray:
 def _labelled(label: str, data: DataSet, split: np.ndarray) -> np.ndarray:
     """Numbers of the samples that carry the label."""
     if label not in data.labels:
-        known = sorted({*data.labels, *data.frame_label_names})
+        known = sorted(
+            {*(name for name, values in data.labels.items() if (values != "").any()), *data.frame_label_names}
+        )
         raise DataError(
             f"The data have no label {label!r}; they have {', '.join(known) or 'none at all'}, and --labels FILE.csv can bring "
             f"more.{did_you_mean(label, known)}"

@@ -65,12 +65,13 @@ def is_more_epochs(change: Change, config: Config) -> bool:
 
 
 def further_trained(state: RunState) -> list[str]:
-    """A line for each stage that is about to go on from what it has learnt."""
-    return [
+    """A line for each stage that is about to go on from what it has learnt, and one on what is gone with it."""
+    lines = [
         f"stage {record.stage} goes on from where it stood, in epoch {record.earlier.epochs + 1}"
         for record in state.stages
         if record.status == "pending" and record.earlier
     ]
+    return [*lines, "probes of before are deleted with the old encoder; probe again at the end"] if lines else []
 
 
 def left_out(state: RunState, config: Config) -> list[str]:
