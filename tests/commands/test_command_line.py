@@ -237,7 +237,7 @@ BAD_REQUESTS = {
     "too many stages": (["--stages", "9"], "at most 4 stages"),
     "no stages": (["--stages", "0"], "--stages: "),
     "stages in words": (["--stages", "six"], "--stages: "),
-    "unknown recipe": (["--recipe", "imagenet"], "the recipes are cifar10, demo"),
+    "unknown recipe": (["--recipe", "imagenet"], "the recipes are cifar10, convnet, demo"),
     "unknown data kind": (["--data", "video:x"], "--data video:x"),
     "data without a folder": (["--data", "speech"], "name the place too"),
     "missing folder": (["--data", "speech:nowhere"], "nowhere does not exist"),

@@ -148,6 +148,11 @@ CASES = {
     "patches": Case(PATCHES),
     "whole, own network": Case(WHOLE, convolutions, (3, 2)),
     "whole, own network that reads, supervised": Case(WHOLE | SUPERVISED, reading, None),
+    "whole, first weights from the data": Case(
+        WHOLE
+        | {"net.name": "convnet", "net.width": 8, "net.blocks": [1, 1], "data.picture": 32}
+        | {"objective.name": "infonce+ntxent", "objective.cells": 8, "training.cosine": True}
+    ),
     "simultaneous": Case(SPEECH | {"training.schedule": "simultaneous"}),
     "simultaneous, own network, hinge": Case(
         PATCHES | {"net.name": OWN, "training.schedule": "simultaneous", "objective.name": "hinge"},
