@@ -9,8 +9,8 @@ from pydantic import ByteSize
 from layerwise.config.options import PICTURES, Config, Option, options, value_of
 from layerwise.config.resolving import data_kind, resolve
 
-_KINDS = {"speech", "steps", "images", "vision", "supervised", "ntxent", "dask", "slurm"}
-"""Words before the colon of a help text that name what the option is for; it is read by no other."""
+_KINDS = {"speech", "steps", "images", "vision", "convnet", "supervised", "ntxent", "infonce+ntxent", "dask", "slurm"}
+"""Words before the colon of a help text that name what the option is for; it is read by no others."""
 
 _UNITS = {"TB": 10**12, "TiB": 2**40, "GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "kB": 10**3, "KiB": 2**10}
 
@@ -45,10 +45,10 @@ def _lines(option: Option, config: Config, otherwise: Config) -> Iterator[str]:
 
 
 def _concerns(option: Option, config: Config) -> bool:
-    kind = option.help.partition(":")[0]
+    kinds = set(option.help.partition(":")[0].split(", "))
     pictures = {"images"} if data_kind(config.data.source) in PICTURES or config.data.frames == "patches" else set()
     asked = {config.net.name, config.data.frames, config.objective.name, config.engine.name}
-    return kind not in _KINDS or kind in asked | pictures
+    return not kinds <= _KINDS or bool(kinds & (asked | pictures))
 
 
 def _toml(value: Any) -> str:

@@ -124,7 +124,7 @@ class NetOptions(Section):
     context: int = _option(256, "shape", ge=0, le=2**24)
     """speech: width of the recurrent layer; 0: none"""
     blocks: tuple[int, ...] = _option((3, 4, 6), "shape")
-    """residual blocks of each vision module, or convolutions of each convnet module"""
+    """vision, convnet: residual blocks, or convolutions, of each module"""
     stem_stride: int = _option(1, "shape", ge=1)
     """vision: stride of the 5x5 stem inside a patch"""
 
@@ -171,7 +171,7 @@ class ObjectiveOptions(Section):
     anchors: int = _option(128, "training", ge=2, le=10**7)
     """rows of a window that serve as contexts and targets"""
     temperature: float = _option(0.5, "training", gt=0)
-    """what the similarities of ntxent are divided by"""
+    """ntxent, infonce+ntxent: what similarities are divided by"""
     projection: int | None = _option(None, "training", ge=0, le=10**6)
     """most channels of what is compared: targets and contexts with more go through one matrix first; 0: no such matrix, as
     in the paper; default: 0, and 128 for the projection of ntxent, which always has one"""
