@@ -140,17 +140,19 @@ def what_next(store: RunStore, labels: Iterable[str], config: Config) -> list[st
     """Commands that make sense now."""
     out = shlex.quote(str(store.out))
     flags = [word for label in labels for word in ("--label", label)]
+    # Without a label, what a file of labels would bring: the names are the user's to fill in.
+    named = flags or ["--label", "NAME", "--labels", "labels.csv"]
     return [
-        *([shlex.join(["layerwise", "probe", str(store.out), *flags, *function_flags(config)])] if flags else []),
+        shlex.join(["layerwise", "probe", str(store.out), *named, *function_flags(config)]),
         f"layerwise report {out}",
         f"layerwise status {out}",
     ]
 
 
 def more_epochs(store: RunStore, state: RunState) -> list[str]:
-    """Lines on the command that trains a finished run further; none where all stages have converged."""
+    """Lines on the command that trains a finished run further; none where all stages have converged, or cannot go on."""
     config = state.config
-    if config.training.rounds > 1 or all(record.converged for record in state.stages):
+    if config.training.rounds > 1 or config.training.cosine or all(record.converged for record in state.stages):
         return []
     more = ["--max-epochs", str(2 * config.training.max_epochs)]
     flags = [*more, *function_flags(config), *flags_elsewhere(config)]

@@ -96,7 +96,7 @@ WRONG = [
     # networks
     (
         "layerwise run --net resnet50",
-        "--net: must be speech, vision, torchvision:NAME, timm:NAME, hf:PATH or package.module:function",
+        "--net: must be speech, vision, convnet, torchvision:NAME, timm:NAME, hf:PATH or package.module:function",
     ),
     ("layerwise run --data images:pictures --net torchvison:resnet50", "Did you mean torchvision?"),
     ("layerwise run --data images:pictures --net torchvision:resnet5", "torchvision has no such model"),

@@ -30,7 +30,7 @@ def test_labels_that_are_written_after_the_training_can_be_probed(
         main(["probe", str(out), "--label", "parity", "--labels", str(labels)])
     _, err = capfd.readouterr()
     assert ended.value.code in (None, 0), err
-    assert f"labels from {labels}, by file: parity, digit" in err
+    assert f"labels from {labels}, by file: parity (11 of 12), digit (11 of 12)" in err
     (out / "probes/parity.json").read_text()
     with pytest.raises(DataError, match=r"no label 'parity'.*--labels FILE\.csv can bring more"):
         probe(out, "parity")
