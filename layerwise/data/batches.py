@@ -272,27 +272,28 @@ class Group:
 
 def group_renderings(lengths: np.ndarray, piece: int) -> list[Group]:
     """Neighbouring renderings whose padded batch has at most `piece` frames. lengths: int64 [renderings]."""
-    varies = len(lengths) > 0 and lengths.min() < lengths.max()
-    rounded = [_rounded_up(length, piece) if varies else length for length in lengths.tolist()]
     firsts, longest = [0], 0
-    for rendering, length in enumerate(rounded):
+    for rendering, length in enumerate(lengths.tolist()):
         if rendering > firsts[-1] and max(longest, length) * (rendering - firsts[-1] + 1) > piece:
             firsts.append(rendering)
             longest = 0
         longest = max(longest, length)
-    return [
-        Group(first, stop, longest, piece, bool(lengths[first:stop].min() < longest))
-        for first, stop in pairwise([*firsts, len(lengths)])
-        if first < stop
-        for longest in [max(rounded[first:stop])]
-    ]
+    parts = [(first, stop, lengths[first:stop]) for first, stop in pairwise([*firsts, len(lengths)]) if first < stop]
+    varies = len(lengths) > 0 and bool(lengths.min() < lengths.max())
+    groups = []
+    for first, stop, part in parts:
+        longest = int(part.max())
+        if varies:
+            longest = max(longest, min(_rounded_up(longest), piece // (stop - first)))
+        groups.append(Group(first, stop, longest, piece, bool(part.min() < longest)))
+    return groups
 
 
-def _rounded_up(length: int, piece: int) -> int:
+def _rounded_up(length: int) -> int:
     """To one of few lengths, at most an eighth longer: on a CPU a convolution is compiled anew for each shape, and that takes
-    longer than the convolution. What is longer than a piece is left as it is."""
+    longer than the convolution."""
     step = 2 ** max(length.bit_length() - 4, 0)
-    return max(length, min(-(-length // step) * step, piece))
+    return -(-length // step) * step
 
 
 def read_piece(source: Readable, group: Group, start: int) -> Batch:

@@ -92,7 +92,9 @@ def _read_labels(path: Path, data: DataSet) -> tuple[dict[str, np.ndarray], list
     unnamed = [name for number, name in enumerate(data.ids) if number not in row_of]
     strangers = [row[column] for row, sample in zip(table.rows, samples, strict=True) if sample == NOWHERE]
     given = {name: int((values != "").sum()) for name, values in labels.items()}
-    counts = [name if count == len(data.ids) else f"{name} ({count} of {len(data.ids)})" for name, count in given.items()]
+    counts = [
+        name if count == len(data.ids) else f"{name} ({count} of {len(data.ids)})" for name, count in given.items()
+    ]
     notes = [f"labels from {path}, by {table.columns[column]}: {', '.join(counts) or 'none'}"]
     if unnamed:
         notes.append(f"{path} has no row for {len(unnamed)} of {len(data.ids)} samples: {several(unnamed)}")

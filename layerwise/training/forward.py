@@ -71,11 +71,10 @@ class InferenceStage:
     def as_stored(self, outputs: torch.Tensor) -> torch.Tensor:
         """Rounded as a cache would have rounded them. Raises TrainingError where its dtype cannot hold them."""
         dtype = self.output_format.dtype
-        if dtype is None:
-            return outputs
-        if outputs.numel():  # one look at the outputs: of short floats each would be asked for by itself
-            self.refuse_unstorable(torch.stack(outputs.aminmax()).abs().max())
-        return outputs.to(STORED[dtype].tensor)
+        stored = outputs if dtype is None else outputs.to(STORED[dtype].tensor)
+        if dtype is not None and not torch.isfinite(stored).all():
+            self.refuse_unstorable(outputs.abs().max())
+        return stored
 
     def refuse_unstorable(self, largest: torch.Tensor) -> None:
         """Raises TrainingError where the dtype of the cache cannot hold the largest output; a scalar."""
