@@ -178,7 +178,7 @@ class ObjectiveOptions(Section):
 
     @model_validator(mode="after")
     def _what_ntxent_compares(self) -> "ObjectiveOptions":
-        if "ntxent" in self.name and self.projection == 0:
+        if self.name in ("ntxent", "infonce+ntxent") and self.projection == 0:
             raise ValueError("projection 0: ntxent always projects what it compares; give the width, such as 128")
         return self
 

@@ -140,10 +140,8 @@ def what_next(store: RunStore, labels: Iterable[str], config: Config) -> list[st
     """Commands that make sense now."""
     out = shlex.quote(str(store.out))
     flags = [word for label in labels for word in ("--label", label)]
-    # Without a label, what a file of labels would bring: the names are the user's to fill in.
-    named = flags or ["--label", "NAME", "--labels", "labels.csv"]
     return [
-        shlex.join(["layerwise", "probe", str(store.out), *named, *function_flags(config)]),
+        *([shlex.join(["layerwise", "probe", str(store.out), *flags, *function_flags(config)])] if flags else []),
         f"layerwise report {out}",
         f"layerwise status {out}",
     ]

@@ -85,7 +85,10 @@ class RecomputingLoader:
     def _pieces(self, reads: Sequence[tuple[Group, int]], offloaded: Offload) -> Iterator[Batch]:
         block = self._block([partial(self._read_piece, *read) for read in reads], offloaded)
         for (group, _), batch in zip(reads, block, strict=True):
-            yield batch if group.streamed else at_length(batch, group.longest)
+            if not group.streamed:
+                with uncounted():  # it waits on the host
+                    batch = at_length(batch, group.longest)
+            yield batch
 
     def _block(self, reads: list[partial[Windows]], offloaded: Offload) -> Iterator[Batch]:
         block = list(read_ahead(reads))
