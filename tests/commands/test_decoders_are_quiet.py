@@ -46,7 +46,7 @@ def test_what_others_print_meanwhile_is_seen(capfd: pytest.CaptureFixture[str]) 
     def work(number: int) -> None:
         with quiet():
             os.write(2, OF_THE_DECODER)
-            print(f"Python {number}", file=sys.stderr)
+            sys.stderr.write(f"Python {number}\n")  # print writes the end of a line by itself, and threads come in between
             os.write(2, f"native {number}\n".encode())
 
     with ThreadPoolExecutor(4) as pool:
