@@ -46,7 +46,8 @@ def test_what_others_print_meanwhile_is_seen(capfd: pytest.CaptureFixture[str]) 
     def work(number: int) -> None:
         with quiet():
             os.write(2, OF_THE_DECODER)
-            sys.stderr.write(f"Python {number}\n")  # print writes the end of a line by itself, and threads come in between
+            # Not print: it writes the end of a line by itself, and other threads come in between.
+            sys.stderr.write(f"Python {number}\n")
             os.write(2, f"native {number}\n".encode())
 
     with ThreadPoolExecutor(4) as pool:
