@@ -19,7 +19,7 @@ from layerwise.errors import ConfigError
 from layerwise.evaluate.results import METHODS
 from layerwise.events import EpochDone, Event
 from layerwise.report.printing import answer_json, measuring, remark, say, working
-from layerwise.report.tables import comparison_table, few_test_samples, probe_table
+from layerwise.report.tables import comparison_table, few_test_samples, no_better, probe_table
 from layerwise.stop import stop_in_time, stop_on_signals
 from layerwise.units import size
 
@@ -59,7 +59,7 @@ def probe(directory: Path, names: tuple[str, ...], as_json: bool, **options: Any
             results.append(probe_library(directory, label, stop=stop, notify=show, **options))
         if not as_json:
             say(probe_table(results[-1]), f"device peak {size(results[-1].peak_bytes)}")
-            if warning := few_test_samples(results[-1]):
+            for warning in filter(None, (no_better(results[-1]), few_test_samples(results[-1]))):
                 say(warning)
     if as_json:
         answer_json(results if len(results) > 1 else results[0])

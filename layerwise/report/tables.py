@@ -109,8 +109,12 @@ def headline(state: RunState, probes: Sequence[ProbeResult]) -> list[tuple[str, 
     results = []
     for probe in probes:
         last = probe.stages[-1]
-        random = f"{percent(last.untrained_error)} with random weights"
-        results.append((f"error, {probe.label}", f"{percent(last.error)} after module {last.stage}; {random}"))
+        others = [f"{percent(last.untrained_error)} with random weights"]
+        if probe.baseline:
+            others.append(f"{percent(probe.baseline.error)} of {probe.baseline.name}")
+        results.append((f"error, {probe.label}", f"{percent(last.error)} after module {last.stage}; {', '.join(others)}"))
+        if worse := no_better(probe):
+            results.append(("", worse))
     budget = f" of {size(state.budget_bytes)}" if state.budget_bytes else ", without a budget"
     results.append(("device peak", f"{size(_peak(state))}{budget}, on {state.device}"))
     results.append(("time", duration(sum(record.seconds for record in state.stages))))
@@ -277,6 +281,17 @@ def few_test_samples(result: ProbeResult) -> str | None:
     """A sentence where the errors are too coarse to be compared."""
     test = min(stage.test for stage in result.stages)
     return f"Only {test} test samples: one of them is {percent(1 / test)}." if test < FEW_TEST_SAMPLES else None
+
+
+def no_better(result: ProbeResult) -> str | None:
+    """A sentence where the last module tells the label no better than what nobody has trained."""
+    last, baseline = result.stages[-1], result.baseline
+    others = ["the same network with random weights"] if last.error >= last.untrained_error else []
+    if baseline and last.error >= baseline.error:
+        others.append(baseline.name)
+    if not others:
+        return None
+    return f"Module {last.stage} tells {result.label} no better than {' and than '.join(others)}."
 
 
 def comparison_table(comparison: Comparison) -> Table:

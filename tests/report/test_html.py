@@ -15,8 +15,9 @@ from layerwise.records import write_record
 from layerwise.report.drawing import PALETTE, PERCENT, styled
 from layerwise.report.figures import draw_probe
 from layerwise.report.html import write_report
+from layerwise.report.tables import no_better
 from layerwise.run_store import ProbeResult, RunState, open_run
-from layerwise.run_store.state import StageError
+from layerwise.run_store.state import Baseline, StageError
 
 
 def titles(page: str) -> list[str]:
@@ -174,10 +175,31 @@ def test_the_axis_of_a_single_module_names_it_alone() -> None:
 
 
 def drawn_errors(trained: Sequence[float], untrained: Sequence[float]) -> Axes:
+    with styled():
+        return draw_probe(probed(trained, untrained)).figure.axes[0]
+
+
+def probed(trained: Sequence[float], untrained: Sequence[float], baseline: float | None = None) -> ProbeResult:
     pairs = enumerate(zip(trained, untrained, strict=True), start=1)
     stages = [StageError(stage, *errors, train=9, test=9, confusion=None, weights="0" * 64) for stage, errors in pairs]
-    with styled():
-        return draw_probe(ProbeResult("digit", stages, 0, "linear")).figure.axes[0]
+    others = None if baseline is None else Baseline("mel bands", baseline, "0" * 64)
+    return ProbeResult("digit", stages, 0, "linear", baseline=others)
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (probed((0.5, 0.2), (0.5, 0.3)), None),
+        (probed((0.5, 0.2), (0.5, 0.3), 0.25), None),
+        (probed((0.1, 0.2), (0.5, 0.3), 0.2), "Module 2 tells digit no better than mel bands."),
+        (
+            probed((0.2, 0.4), (0.3, 0.3), 0.2),
+            "Module 2 tells digit no better than the same network with random weights and than mel bands.",
+        ),
+    ],
+)
+def test_features_that_are_not_worth_their_training_are_called_so(result: ProbeResult, said: str | None) -> None:
+    assert no_better(result) == said
 
 
 def test_the_results_stand_above_everything_else(run_report: Path) -> None:
