@@ -16,7 +16,7 @@ from layerwise.commands.options import (
 )
 from layerwise.config import Config
 from layerwise.errors import ConfigError
-from layerwise.evaluate.results import METHODS
+from layerwise.evaluate.results import EQUALLY_LONG
 from layerwise.events import EpochDone, Event
 from layerwise.report.printing import answer_json, measuring, remark, say, working
 from layerwise.report.tables import comparison_table, few_test_samples, no_better, probe_table
@@ -70,13 +70,14 @@ def probe(directory: Path, names: tuple[str, ...], as_json: bool, **options: Any
 @click.option(
     "--seeds", default=3, show_default=True, type=click.IntRange(1), help="Runs of each method, from --seed on."
 )
-@click.option("--methods", metavar="A,B,...", help="Some of them only. [default: all]")
+@click.option("--methods", metavar="A,B,...", help="Which of them. [default: all but those to convergence]")
 @json_option
 def compare(config: Config, seeds: int, methods: str | None, as_json: bool) -> None:
     """Train Greedy InfoMax stage by stage and all at once, CPC end to end, and their supervised twins; probe every module.
 
-    Each module of each method is trained for --max-epochs epochs; --label names what the probes tell apart. The same command
-    goes on with a comparison that was stopped.
+    Each module of each method is trained for --max-epochs epochs; cpc-converged and supervised-converged, which are named in
+    --methods, until the held-out loss stops falling. --label names what the probes tell apart. The objective is that of the
+    run: with NT-Xent, "cpc" is NT-Xent end to end. The same command goes on with a comparison that was stopped.
     """
     if not config.objective.label:
         raise ConfigError("compare needs --label NAME: what the probes tell apart.")
@@ -96,7 +97,7 @@ def compare(config: Config, seeds: int, methods: str | None, as_json: bool) -> N
         remark(line)
 
     with stop_on_signals() as stop, stop_in_time(stop, config.engine.time), working("comparing") as spin:
-        chosen = tuple(METHODS) if methods is None else tuple(name.strip() for name in methods.split(","))
+        chosen = EQUALLY_LONG if methods is None else tuple(name.strip() for name in methods.split(","))
         found = compare_library(
             config,
             config.objective.label,

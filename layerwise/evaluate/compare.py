@@ -16,7 +16,16 @@ from layerwise.engines.run import UserObjects, run
 from layerwise.errors import ConfigError, RunError, did_you_mean
 from layerwise.evaluate.classifiers import fit_and_test
 from layerwise.evaluate.features import features_under_budget
-from layerwise.evaluate.results import COMPARISON, GREEDY, METHODS, UNTRAINED, Comparison, Outcome, load_comparison
+from layerwise.evaluate.results import (
+    COMPARISON,
+    EQUALLY_LONG,
+    GREEDY,
+    METHODS,
+    UNTRAINED,
+    Comparison,
+    Outcome,
+    load_comparison,
+)
 from layerwise.evaluate.targets import ProbeTask, probe_targets, probe_task
 from layerwise.events import Notify, silent
 from layerwise.files import exclusive, write_atomically
@@ -34,16 +43,17 @@ from layerwise.training.spec import StageSpec, stage_specs
 
 
 def config_of(method: str, seed: int, config: Config, label: str) -> Config:
-    """The options of one run of a method. Every module of every method is trained for `max_epochs` epochs.
+    """The options of one run of a method. Every module of the EQUALLY_LONG is trained for `max_epochs` epochs, those of the
+    others until the held-out loss has not fallen for `patience` epochs.
 
     The budget is for training one stage at a time: what is trained as a whole goes without.
     """
-    out = Path(config.out)
+    out, options = Path(config.out), config.training
     changes = {
         "objective.label": "",
         "training.schedule": "sequential",
         "training.seed": seed,
-        "training.patience": config.training.max_epochs,
+        "training.patience": options.max_epochs if method in EQUALLY_LONG else options.patience,
         "out": str(_folder(out, method, seed)),
         "cache.dir": str(Path(config.cache.dir) / out.resolve().name / method),
         **METHODS[method],
@@ -72,12 +82,12 @@ def compare(
     label: str,
     *,
     seeds: Sequence[int] = (0, 1, 2),
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] = EQUALLY_LONG,
     stop: StopFlag | None = None,
     notify: Notify = silent,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
-    """Trains each method with each seed for `training.max_epochs` epochs per module, and probes `label` after each module.
+    """Trains each method with each seed, see `config_of`, and probes `label` after each module.
 
     notify: is told what happens in the runs; tell: of the runs. Raises ConfigError where a method is unknown or the folder
     holds a comparison with other options, RunError where it holds something else or the data have changed, Interrupted
@@ -113,14 +123,9 @@ def compare(
 
 def _check_request(config: Config, label: str, data: DataSet, seeds: Sequence[int], methods: Sequence[str]) -> None:
     """Refuses what cannot be compared before anything is trained. Raises ConfigError or DataError."""
-    if config.data.frames == "whole":
+    if config.objective.name == "supervised":
         raise ConfigError(
-            "compare trains methods that predict frames from others, and --frames whole makes one of each sample; give "
-            "--frames patches or steps."
-        )
-    if config.objective.name != "infonce":
-        raise ConfigError(
-            f"--objective {config.objective.name}: the methods of a comparison have objectives of their own; leave it out."
+            "--objective supervised: a comparison has supervised methods beside that of the run; leave it out, or give another."
         )
     for seed in seeds:
         probe_task(label, data, config_of(GREEDY, seed, config, label))

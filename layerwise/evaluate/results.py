@@ -18,6 +18,11 @@ from layerwise.run_store.state import Number
 GREEDY = "greedy-infomax"
 UNTRAINED = "untrained"
 
+_TO_CONVERGENCE: Mapping[str, Any] = {
+    "training.max_epochs": 1000,  # as many as the paper has for speech; its patience ends it
+    "training.cosine": False,  # its end would have to be known
+}
+
 METHODS: Mapping[str, Mapping[str, Any]] = {
     GREEDY: {},
     "greedy-infomax-simultaneous": {
@@ -29,9 +34,14 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "cpc": {"training.stages": 1},
     "greedy-supervised": {"objective.name": "supervised"},
     "supervised": {"training.stages": 1, "objective.name": "supervised"},
+    "cpc-converged": {"training.stages": 1} | _TO_CONVERGENCE,
+    "supervised-converged": {"training.stages": 1, "objective.name": "supervised"} | _TO_CONVERGENCE,
     UNTRAINED: {},
 }
 """Name to the options in which it differs from a run that trains stage by stage; `untrained` is not run at all."""
+
+EQUALLY_LONG = tuple(method for method, changes in METHODS.items() if not _TO_CONVERGENCE.items() <= changes.items())
+"""Those that train every module for the same number of epochs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ STYLES = {
     "cpc": (ORANGE, "^"),
     "greedy-supervised": (PINK, "D"),
     "supervised": (OCHRE, "v"),
+    "cpc-converged": (ORANGE, "<"),
+    "supervised-converged": (OCHRE, ">"),
     "untrained": (GRAY, "X"),
 }
 """Colour and marker of a method, the same in every figure."""

@@ -10,8 +10,11 @@ from safetensors.numpy import load_file
 from layerwise.config import Config, resolve
 from layerwise.engines.run import run
 from layerwise.errors import ConfigError, Interrupted
+from layerwise.evaluate.compare import compare
 from layerwise.evaluate.probe import probe
+from layerwise.evaluate.results import EQUALLY_LONG, GREEDY, UNTRAINED
 from layerwise.events import Event, StepDone
+from layerwise.run_store import RunState
 from layerwise.stop import StopFlag
 
 
@@ -109,3 +112,25 @@ def test_after_a_cosine_more_epochs_are_trained_anew_alone(config: Callable[...,
     run(config("run", **{"training.max_epochs": 1}))
     with pytest.raises(ConfigError, match="from-stage"):
         run(config("run"))
+
+
+def test_all_methods_are_compared_on_whole_pictures_with_the_objective_of_the_run(
+    config: Callable[..., Config],
+) -> None:
+    begun = config("compared", **{"training.patience": 1, "training.lr": 0.05})
+    methods = [GREEDY, "cpc", "supervised", "cpc-converged", "supervised-converged", UNTRAINED]
+    found = compare(begun, "kind", seeds=[0], methods=methods)
+    assert [method.method for method in found.methods] == methods
+    states = {path.parts[-3]: RunState.load(path) for path in Path(begun.out).glob("runs/*/seed-0/run.json")}
+    for method, state in states.items():
+        assert state.config.objective.name == ("supervised" if "supervised" in method else "ntxent")
+        (epochs,) = {record.epochs for record in state.stages}
+        if method in EQUALLY_LONG:
+            assert epochs == 2
+        else:  # patience ended it, with a learning rate that need not know when
+            assert state.stages[0].converged
+            assert epochs < 1000
+            assert not state.config.training.cosine
+    greedy = next(each for each in found.outcomes if each.method == GREEDY)
+    probed = probe(Path(begun.out) / "runs" / GREEDY / "seed-0", "kind").stages
+    assert greedy.errors == tuple(stage.error for stage in probed)

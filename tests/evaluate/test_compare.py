@@ -12,7 +12,7 @@ from layerwise.config import Config, resolve, with_options
 from layerwise.errors import ConfigError, DataError, Interrupted, RunError
 from layerwise.evaluate.compare import compare
 from layerwise.evaluate.probe import probe
-from layerwise.evaluate.results import METHODS, UNTRAINED, Comparison, load_comparison
+from layerwise.evaluate.results import EQUALLY_LONG, UNTRAINED, Comparison, load_comparison
 from layerwise.events import Event, StepDone
 from layerwise.run_store import RunState
 from layerwise.stop import StopFlag
@@ -49,7 +49,7 @@ def undisturbed(
 
 def test_every_method_is_trained_alike_and_probed_after_each_module(undisturbed: Compared) -> None:
     config, found = undisturbed.config, undisturbed.found
-    assert [method.method for method in found.methods] == list(METHODS)
+    assert [method.method for method in found.methods] == list(EQUALLY_LONG)
     out = Path(config.out)
     for method in found.methods:
         assert method.seeds == [0]
@@ -121,7 +121,7 @@ def test_every_method_has_the_cut_that_the_budget_gave_greedy_infomax(config: Co
     config = with_options(config, wide)
     first = compare(config, "digit", seeds=[0], methods=["greedy-infomax"])
     assert 1 < len(first.cut) < 4  # neither the whole network nor its natural cut
-    found = compare(config, "digit", seeds=[0], methods=[method for method in METHODS if method != UNTRAINED])
+    found = compare(config, "digit", seeds=[0], methods=[method for method in EQUALLY_LONG if method != UNTRAINED])
     assert found.cut == first.cut
     for method in ("greedy-infomax", "greedy-supervised"):
         state = RunState.load(Path(config.out) / "runs" / method / "seed-0" / "run.json")
