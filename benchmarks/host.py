@@ -1,6 +1,7 @@
 """Host memory beside a device, and the one way between the two, which counts the bytes; FLOPs are counted beside them."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from layerwise.config import Config
 from layerwise.memory.flops import FlopCounter
 from layerwise.memory.meter import uncounted
+from layerwise.memory.recurrence import FoldedFrames
 from layerwise.nets.network import copied
 from layerwise.training.optimizer import adam
 
@@ -27,6 +29,10 @@ class Host:
         self.moved = 0
         """Bytes, down and up."""
         self.flops = FlopCounter()
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """Of a layer whose activations are worked out again: torch forgets the rehearsal's modes in the backward pass."""
+        return nullcontext(), FoldedFrames(lambda: 0) if self.rehearsed else nullcontext()
 
     def empty(self, *shape: int) -> torch.Tensor:
         """A float32 tensor on the host, pinned where that speeds transfers up."""

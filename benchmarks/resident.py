@@ -35,7 +35,8 @@ class Resident:
         targets = x
         for layer in self.layers:
             targets = x
-            x = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
+            contexts = self.host.checkpoint_contexts
+            x = checkpoint(layer, x, use_reentrant=False, context_fn=contexts) if self.recompute else layer(x)
         return (targets if self.targets_below else x), x
 
     def parameters(self) -> list[nn.Parameter]:

@@ -34,8 +34,8 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "cpc": {"training.stages": 1},
     "greedy-supervised": {"objective.name": "supervised"},
     "supervised": {"training.stages": 1, "objective.name": "supervised"},
-    "cpc-converged": {"training.stages": 1} | _TO_CONVERGENCE,
-    "supervised-converged": {"training.stages": 1, "objective.name": "supervised"} | _TO_CONVERGENCE,
+    "cpc-converged": {"training.stages": 1, **_TO_CONVERGENCE},
+    "supervised-converged": {"training.stages": 1, "objective.name": "supervised", **_TO_CONVERGENCE},
     UNTRAINED: {},
 }
 """Name to the options in which it differs from a run that trains stage by stage; `untrained` is not run at all."""

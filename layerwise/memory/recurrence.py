@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
@@ -19,8 +20,8 @@ sequences are not packed."""
 class FoldedFrames(TorchFunctionMode):
     """Inside, a recurrent layer takes T frames of B samples as T / k frames of B k samples, with T / k at least STEPS.
 
-    What is kept of the frames has the same bytes, and the arithmetic is the same. The values are others, so this is for
-    tensors without values. Packed sequences, and frames whose number has no fitting divisor, are taken as they are.
+    What is kept of the frames has the same bytes, and the arithmetic is the same. The values are others, so tensors that have
+    values are taken as they are; and so are packed sequences, and frames whose number has no fitting divisor.
     live_bytes: on the device now.
     """
 
@@ -33,6 +34,8 @@ class FoldedFrames(TorchFunctionMode):
         if _PER_FRAME.get(name) != len(args) or kwargs or not isinstance(args[3], bool):
             return func(*args, **(kwargs or {}))
         frames, states, *others = args
+        if not isinstance(frames, FakeTensor):
+            return func(*args)
         batch, time = (0, 1) if args[-1] else (1, 0)
         length = frames.shape[time]
         folds = next(k for k in range(max(length // STEPS, 1), 0, -1) if length % k == 0)

@@ -1,6 +1,7 @@
 """A gradient-isolated module: consecutive layers that are trained together by one local objective."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,6 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from layerwise.nets.layer import Layer, mask_outside, mask_padding, take, vectors
+
+CheckpointContexts = Callable[[], tuple[AbstractContextManager[object], AbstractContextManager[object]]]
+"""Gives those of a layer's forward pass, and of the same pass where it is made again."""
 
 PASSED_AT_ONCE = 32
 """Samples, where first weights are taken from them."""
@@ -54,21 +58,21 @@ class Module(nn.Module):
         x: torch.Tensor,
         lengths: np.ndarray,
         rows: torch.Tensor,
-        recompute: bool = False,
+        recompute: CheckpointContexts | None = None,
         cells: Sequence[int] = (),
     ) -> tuple[torch.Tensor, ...]:
         """The vectors that the local objective scores, of some frames only: what is not scored is not kept.
 
         x (B, L, *frame) with int64 [B] real lengths; rows: int64 [R] numbers b * L' + t of output frames, each once;
         recompute: keep what passes between the layers, and work the rest out again in the backward pass (activation
-        checkpointing; Chen et al. 2016, arXiv 1604.06174); cells: of each output frame, along each axis behind the channels,
-        which are numbered in place of frames then. Gives (targets (R, C), contexts (R, D)), or one tensor where they are the
-        same.
+        checkpointing; Chen et al. 2016, arXiv 1604.06174), in these contexts; None: keep everything; cells: of each output
+        frame, along each axis behind the channels, which are numbered in place of frames then. Gives (targets (R, C),
+        contexts (R, D)), or one tensor where they are the same.
         """
         *below, last = self.layers.values()
         for layer in below:
             lengths = layer.out_length(lengths)
-            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+            x = checkpoint(layer, x, use_reentrant=False, context_fn=recompute) if recompute else layer(x)
             x = mask_padding(x, lengths)
         if not self.targets_are_outputs:
             return take(vectors(x), rows), take(vectors(last(x)), rows)

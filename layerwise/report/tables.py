@@ -112,7 +112,9 @@ def headline(state: RunState, probes: Sequence[ProbeResult]) -> list[tuple[str, 
         others = [f"{percent(last.untrained_error)} with random weights"]
         if probe.baseline:
             others.append(f"{percent(probe.baseline.error)} of {probe.baseline.name}")
-        results.append((f"error, {probe.label}", f"{percent(last.error)} after module {last.stage}; {', '.join(others)}"))
+        results.append(
+            (f"error, {probe.label}", f"{percent(last.error)} after module {last.stage}; {', '.join(others)}")
+        )
         if worse := no_better(probe):
             results.append(("", worse))
     budget = f" of {size(state.budget_bytes)}" if state.budget_bytes else ", without a budget"

@@ -25,6 +25,7 @@ from layerwise.memory.device import autocast, brought, on_device
 from layerwise.memory.meter import REHEARSED_ON, Kind, in_host_memory, rehearsal
 from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.plan import MemoryPlan
+from layerwise.memory.recurrence import FoldedFrames
 from layerwise.memory.reserved import Allocations, Segments
 from layerwise.nets.module import Module
 from layerwise.nets.network import memoised_per
@@ -375,6 +376,12 @@ class _RehearsedTrainer(StageTrainer):
         with in_host_memory() if self.memory_plan.optimizer_on_host else contextlib.nullcontext():
             seed = self.config.training.seed
             return self.spec.build_module(seed, REHEARSED_ON), self.spec.build_objective(self.config, REHEARSED_ON)
+
+    def _checkpoint_contexts(
+        self,
+    ) -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+        """Recurrent layers are folded in the backward pass as they were in the forward pass: torch forgets its modes there."""
+        return contextlib.nullcontext(), FoldedFrames(lambda: self.context.meter.live)
 
     def _draws(self, batch: Batch, randomness: StepRandomness) -> Sequence[Draw]:
         full = replace(batch, lengths=np.full(len(batch.lengths), batch.frames.shape[1]))

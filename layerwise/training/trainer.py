@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.checkpoint import set_checkpoint_early_stop
+from torch.utils.checkpoint import noop_context_fn, set_checkpoint_early_stop
 
 from layerwise.config import Config
 from layerwise.data.batches import Batch, gathered
@@ -472,7 +472,7 @@ class StageTrainer:
                     self._frames(batch, samples, whole),
                     batch.lengths[samples],
                     torch.as_tensor(rows, device=device) if whole is None else whole.rows,
-                    self.memory_plan.recompute,
+                    self._checkpoint_contexts if self.memory_plan.recompute else None,
                     self.spec.cells,
                 )
 
@@ -486,6 +486,12 @@ class StageTrainer:
             host=host if plan.parts else None,
             ranks=self.context.ranks,
         )
+
+    def _checkpoint_contexts(
+        self,
+    ) -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+        """Of a layer whose activations are worked out again: in the forward pass, and in the backward pass."""
+        return noop_context_fn()
 
     def _frames(self, batch: Batch, samples: slice, whole: _There | None) -> torch.Tensor:
         """float32 on the device. whole: what it has of the batch, where that is what is asked for."""

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import noop_context_fn
 
 from layerwise.config import NetOptions
 from layerwise.memory import microbatch
@@ -85,7 +86,10 @@ class Work:
         def encode(samples: slice, rows: np.ndarray) -> tuple[torch.Tensor, ...]:
             with seeded(seed, samples.start):
                 return self.module.representations(
-                    self.x[samples], self.lengths[samples], torch.as_tensor(rows), recompute
+                    self.x[samples],
+                    self.lengths[samples],
+                    torch.as_tensor(rows),
+                    noop_context_fn if recompute else None,
                 )
 
         return microbatch.SlicedBatch(encode, len(self.x), self.out_frames, micro_batch, CPU, host)

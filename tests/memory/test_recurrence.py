@@ -78,6 +78,14 @@ def test_packed_sequences_are_taken_as_they_are(kind: type[nn.RNNBase]) -> None:
         assert layer(packed)[0].data.shape == (398, 16)
 
 
+def test_tensors_with_values_are_taken_as_they_are() -> None:
+    """A rehearsal may be what first asks whether a recurrent layer ties samples together, which is tried on real ones."""
+    layer, frames = nn.LSTM(8, 16, batch_first=True), torch.randn(2, 64, 8)
+    expected = layer(frames)[0]
+    with FoldedFrames(lambda: 0):
+        assert torch.equal(layer(frames)[0], expected)
+
+
 def test_a_number_of_frames_without_a_divisor_is_taken_as_it_is() -> None:
     with rehearsal():
         outputs, state = nn.GRU(8, 16, batch_first=True)(torch.zeros(4, 127, 8))

@@ -246,6 +246,19 @@ def test_layouts_of_positions_and_renderings_take_the_same_step_as_it_is_predict
         assert 0.95 <= found.peak / training_peak(made.config, made.spec, plan).bytes <= 1
 
 
+def test_recurrent_layers_whose_activations_are_worked_out_again_take_the_same_step_as_it_is_predicted(
+    task: Callable[[str, str], Task],
+) -> None:
+    """They are rehearsed in fewer steps, in the forward pass and where it is made again."""
+    made = task("LSTM", "infonce")
+    expected = steps_of(made, MemoryPlan(4, 4))
+    again = [plan for plan in made.plans if plan.recompute]
+    for plan in (again[0], again[-1]):
+        found = steps_of(made, plan)
+        assert (found.weights - expected.weights).norm() <= 1e-5 * expected.weights.norm()
+        assert 0.95 <= found.peak / training_peak(made.config, made.spec, plan).bytes <= 1
+
+
 @pytest.mark.parametrize(
     ("name", "objective"),
     [("convolution", "infonce"), ("GRU", "hinge"), ("picture blocks", "ntxent"), ("batch norm", "supervised")],
