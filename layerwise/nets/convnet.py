@@ -1,8 +1,8 @@
 """A convolutional network that reads whole pictures, and begins with patches of the pictures themselves.
 
-Its lowest filters are whitened patches of equal contrast, and activations are centred over the filters, after Coates, Lee and
-Ng (2011, "An analysis of single-layer networks in unsupervised feature learning"). What stands above are 3x3 convolutions of
-standardised channels. No sample acts on another.
+Its lowest filters are centres of whitened patches of equal contrast, and activations are centred over the filters, after
+Coates, Lee and Ng (2011, "An analysis of single-layer networks in unsupervised feature learning"). What stands above are 3x3
+convolutions of standardised channels. No sample acts on another.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,15 +19,16 @@ from layerwise.nets.network import Network
 
 
 def convnet(net: NetOptions, channels_in: int) -> Network:
-    """One layer per convolution that is trained; module m has net.blocks[m] of them, of net.width * 2**m channels."""
-    layers: list[Callable[[], Layer]] = [partial(Stem, channels_in, net.width)]
+    """One layer per convolution that is trained; module m has net.blocks[m] of them. The first module has net.width channels
+    behind half as many filters of patches, those above have twice as many."""
+    layers: list[Callable[[], Layer]] = [partial(Stem, channels_in, max(net.width // 2, 1), net.width)]
     channels = net.width
     for module, blocks in enumerate(net.blocks):
-        width = net.width * 2**module
         for block in range(blocks):
             if module or block:
+                width = net.width * (2 if module else 1)
                 layers.append(partial(MapConvolution, channels, width, halves=module > 0 and block == 0))
-            channels = width
+                channels = width
     return Network(layers, natural_cut=net.blocks)
 
 
@@ -90,18 +91,19 @@ class Stem(MapConvolution):
     side = 6
     pooled, every = 5, 3
 
-    def __init__(self, channels_in: int, channels: int) -> None:
-        super().__init__(channels, channels, halves=False)
-        numbers = channels_in * self.side**2
-        self.register_buffer("filters", F.normalize(torch.randn(channels, numbers)))
-        self.register_buffer("shift", torch.zeros(channels))
+    def __init__(self, channels_in: int, patches: int, channels: int) -> None:
+        """patches: filters that are not trained."""
+        super().__init__(patches, channels, halves=True)
+        filters = F.normalize(torch.randn(patches, channels_in * self.side**2))
+        self.register_buffer("filters", filters - filters.mean(0))
+        self.register_buffer("shift", torch.zeros(patches))
 
     def of_maps(self, maps: torch.Tensor) -> torch.Tensor:
         """Pictures (N, C, H, W) to (N, channels, H', W')."""
         return super().of_maps(self._similar(maps))
 
     def first_weights_from(self, x: torch.Tensor, rng: np.random.Generator) -> None:
-        """Whitened patches of the pictures (B, L, C, H, W), and what they make of the pictures."""
+        """Centres of whitened patches of the pictures (B, L, C, H, W), and what they make of the pictures."""
         pictures = x.flatten(0, 1)
         some = [
             _some_rows(_patches(few, self.side).flatten(0, 2), PATCHES * len(few) // len(pictures) + 1, rng)
@@ -111,27 +113,45 @@ class Stem(MapConvolution):
         mean = patches.mean(0)
         values, directions = torch.linalg.eigh(torch.cov((patches - mean).T))
         whitening = directions * (values.clamp(min=0) + LEAST_VARIANCE).rsqrt() @ directions.T
-        filters = F.normalize((_some_rows(patches, len(self.filters), rng) - mean) @ whitening) @ whitening
+        filters = _centres((patches - mean) @ whitening, len(self.filters), rng) @ whitening
+        filters -= filters.mean(0)
+        shift = -filters @ mean
         self.filters.copy_(filters)
-        self.shift.copy_(-filters @ mean)
+        self.shift.copy_(shift - THRESHOLD * torch.addmm(shift, patches, filters.T).std())
         self.standardise(map(self._similar, pictures[: max(len(pictures) // 4, 1)].split(AT_ONCE)))
 
     def _similar(self, pictures: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) to (N, channels, H', W'): how much more alike a place is to a filter than to the others."""
-        patches = _patches(pictures, self.side)
-        filters, shift = self.filters - self.filters.mean(0), self.shift - self.shift.mean()
-        similar = F.relu_(torch.addmm(shift, patches.flatten(0, 2), filters.T)).unflatten(0, patches.shape[:3])
-        return F.avg_pool2d(similar.movedim(3, 1), self.pooled, self.every)
+        """(N, C, H, W) to (N, patches, H', W'): how much more alike a place is to a filter than to the others.
+
+        As the product of filters and patches of mean 0 and equal contrast, which are not made.
+        """
+        filters = self.filters.unflatten(1, (-1, self.side, self.side))
+        centred = (filters - filters.mean((1, 2, 3), keepdim=True)).contiguous(memory_format=torch.channels_last)
+        return torch.cat([self._products(some, centred) for some in pictures.split(AT_ONCE)])
+
+    def _products(self, pictures: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
+        """filters (patches, C, side, side)."""
+        mean, squares = (F.avg_pool2d(x.mean(1, keepdim=True), self.side, 1) for x in (pictures, pictures.square()))
+        contrast = (squares - mean.square()).clamp_(min=0).add_(FLAT).sqrt_()
+        products = F.conv2d(pictures.contiguous(memory_format=torch.channels_last), filters)
+        similar = F.relu_(products.div_(contrast).add_(self.shift[:, None, None]))
+        return F.avg_pool2d(similar, self.pooled, self.every)
 
 
 PATCHES = 50_000
-"""Whose covariance is taken, and of which some become filters."""
+"""Whose covariance is taken, and whose centres become filters."""
 
 AT_ONCE = 32
-"""Pictures."""
+"""Pictures of which all places are compared with all filters: many more would no longer lie in the caches of a CPU."""
 
 FLAT = 0.002
 """Variance of a patch, in units of a picture's, below which its contrast is hardly raised."""
+
+ROUNDS = 8
+"""In which centres are moved."""
+
+THRESHOLD = 0.5
+"""Part of the deviation of similarities by which a place must be more alike to a filter than to the mean of all."""
 
 LEAST_VARIANCE = 0.1
 """What every direction of the patches has at least, before they are whitened."""
@@ -142,6 +162,21 @@ def _patches(pictures: torch.Tensor, side: int) -> torch.Tensor:
     patches = pictures.unfold(2, side, 1).unfold(3, side, 1).permute(0, 2, 3, 1, 4, 5).flatten(3)
     variance, mean = torch.var_mean(patches, dim=3, keepdim=True, unbiased=False)
     return patches.sub(mean).div_((variance + FLAT).sqrt_())
+
+
+def _centres(points: torch.Tensor, count: int, rng: np.random.Generator) -> torch.Tensor:
+    """Directions [count, C] among those of the points (P, C): each that of the mean of the points that it is nearest to.
+
+    Spherical k-means (Coates and Ng 2012, "Learning feature representations with k-means", section 3).
+    """
+    directions = F.normalize(points)
+    centres = _some_rows(directions, count, rng)
+    for _ in range(ROUNDS):
+        nearest = (directions @ centres.T).argmax(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        missed = sums.norm(dim=1) == 0
+        centres = F.normalize(torch.where(missed[:, None], _some_rows(points, count, rng), sums))
+    return centres
 
 
 def _some_rows(rows: torch.Tensor, count: int, rng: np.random.Generator) -> torch.Tensor:
