@@ -254,6 +254,8 @@ class Group:
     """Most frames that are on the device at once."""
     padded: bool
     """Whether they differ in length."""
+    views: int = 1
+    """Of each sample."""
 
     @property
     def streamed(self) -> bool:
@@ -270,8 +272,10 @@ class Group:
         return start + self.piece >= self.longest
 
 
-def group_renderings(lengths: np.ndarray, piece: int) -> list[Group]:
-    """Neighbouring renderings whose padded batch has at most `piece` frames. lengths: int64 [renderings]."""
+def group_renderings(lengths: np.ndarray, piece: int, views: int = 1) -> list[Group]:
+    """Neighbouring renderings whose padded batch has at most `piece` frames. lengths: int64 [N], of the samples; views: the
+    first ones, of each."""
+    lengths = np.repeat(lengths, views)
     firsts, longest = [0], 0
     for rendering, length in enumerate(lengths.tolist()):
         if rendering > firsts[-1] and max(longest, length) * (rendering - firsts[-1] + 1) > piece:
@@ -285,7 +289,7 @@ def group_renderings(lengths: np.ndarray, piece: int) -> list[Group]:
         longest = int(part.max())
         if varies:
             longest = max(longest, min(_rounded_up(longest), piece // (stop - first)))
-        groups.append(Group(first, stop, longest, piece, bool(part.min() < longest)))
+        groups.append(Group(first, stop, longest, piece, bool(part.min() < longest), views))
     return groups
 
 
@@ -298,7 +302,7 @@ def _rounded_up(length: int) -> int:
 
 def read_piece(source: Readable, group: Group, start: int) -> Batch:
     """Frames start to start + piece of each rendering of the group; zeros behind them, up to the group's length."""
-    renderings = (divmod(rendering, source.views) for rendering in range(group.first, group.stop))
+    renderings = (divmod(rendering, group.views) for rendering in range(group.first, group.stop))
     stop = start + group.piece
     batch = read_windows(
         source, [(sample, start, min(stop, int(source.lengths[sample])), view) for sample, view in renderings]

@@ -113,12 +113,13 @@ def _notes(config: Config, specs: Sequence[StageSpec], cache_plan: CachePlan, de
 
 
 def _of_renderings(data: DataSet, stages: Sequence[StageForecast]) -> list[str]:
-    """What each of several costs on the disk."""
-    cached = sum(stage.cache_bytes for stage in stages if stage.cached)
+    """What each of several costs on the disk. Of the last stage there is one alone."""
+    cached = sum(stage.cache_bytes for stage in stages[:-1] if stage.cached)
     if data.views == 1 or not cached:
         return []
     return [
-        f"the caches hold {data.views} renderings of each sample, {size(cached // data.views)} for each; see --views"
+        f"the caches below the last stage hold {data.views} renderings of each sample, {size(cached // data.views)} for each; "
+        "see --views"
     ]
 
 

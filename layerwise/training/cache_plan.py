@@ -260,6 +260,11 @@ def _forward_flops(spec: StageSpec, frames: int) -> int:
     return counter.get_total_flops()
 
 
+def is_last(spec: StageSpec) -> bool:
+    """Whether no stage reads its outputs."""
+    return spec.layers.stop == len(spec.network.layers)
+
+
 def cache_layout_without_labels(spec: StageSpec, data: DataSet, dtype: str) -> Layout:
     """Without what is not known yet, or takes long to find out and no room. Raises CacheError."""
     labels = {name: as_codes(values) for name, values in data.labels.items()}
@@ -269,7 +274,7 @@ def cache_layout_without_labels(spec: StageSpec, data: DataSet, dtype: str) -> L
         dtype=dtype,
         frame_shape=spec.output_shape,
         columns=data.columns,
-        views=data.views,
+        views=1 if is_last(spec) else data.views,  # no stage is trained on its outputs, and probes read view 0
         lengths=spec.output_lengths,
         ids=tuple(data.ids),
         split=np.zeros(len(data.ids), dtype=np.uint8),

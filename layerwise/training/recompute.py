@@ -109,7 +109,7 @@ class RecomputingLoader:
         return Windows(batch.frames, np.zeros_like(batch.lengths), batch.lengths, batch.lengths)
 
     def _read_piece(self, group: Group, start: int) -> Windows:
-        samples, views = np.divmod(np.arange(group.first, group.stop), self.views)
+        samples, views = np.divmod(np.arange(group.first, group.stop), group.views)
         return self._read(samples, views, np.full(len(samples), start), min(group.piece, group.longest - start))
 
     def _read(self, samples: np.ndarray, views: np.ndarray, starts: np.ndarray, count: int) -> Windows:

@@ -105,7 +105,7 @@ def _write_outputs(
     """
     layout, meter = writer.layout, context.meter
     rows_done, rows_stop = writer.rows_done, writer.rows_stop
-    groups = group_renderings(np.repeat(loader.lengths, loader.views), piece) if rows_done < rows_stop else []
+    groups = group_renderings(loader.lengths, piece, layout.views) if rows_done < rows_stop else []
     missing = [
         group for group in groups if layout.offsets[group.stop] > rows_done and layout.offsets[group.first] < rows_stop
     ]

@@ -157,7 +157,7 @@ def test_a_source_that_reads_batches_gives_the_batches_of_one_that_does_not(
         ours, theirs = epoch.read(together, step), epoch.read(one_by_one, step)
         assert torch.equal(ours.frames, theirs.frames)
         assert ours.lengths.tolist() == theirs.lengths.tolist()
-    for group in group_renderings(np.repeat(one_by_one.lengths, views), 20):
+    for group in group_renderings(one_by_one.lengths, 20, views):
         for start in group.starts:
             ours, theirs = read_piece(together, group, start), read_piece(one_by_one, group, start)
             assert torch.equal(ours.frames, theirs.frames)
@@ -206,14 +206,16 @@ def test_reading_ahead_may_be_left_early(threads: int) -> None:
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12),
     views=st.integers(1, 2),
+    more=st.integers(0, 1),
     piece=st.integers(1, 60),
 )
 def test_groups_cover_everything_once_and_never_hold_more_than_a_piece(
-    lengths: list[int], views: int, piece: int
+    lengths: list[int], views: int, more: int, piece: int
 ) -> None:
-    source = Counting(lengths, views=views)
+    """more: views that the samples have and that nobody asks for."""
+    source = Counting(lengths, views=views + more)
     renderings = np.repeat(source.lengths, views)
-    groups = group_renderings(renderings, piece)
+    groups = group_renderings(source.lengths, piece, views)
     assert [group.first for group in groups[1:]] == [group.stop for group in groups[:-1]]
     assert (groups[0].first, groups[-1].stop) == (0, len(renderings))
     frames = 0

@@ -97,10 +97,12 @@ def test_pictures_are_trained_with_both_views(tiny_vision: Tiny, cifar10: Path, 
     config = tiny_vision(f"images:{folder}")
     result = run(config)
     with ActivationCache(result.paths.cache(3)) as cache:
-        assert cache.views == 2
+        assert cache.views == 1  # probes alone read it
         assert cache.columns == 7
         assert cache.lengths.tolist() == [49] * 40
         assert cache.frame_shape == (64, 1, 1)
+    with ActivationCache(result.paths.cache(2)) as cache:
+        assert cache.views == 2
         assert not torch.equal(cache.read(0, 0, 49, view=0), cache.read(0, 0, 49, view=1))
     table = probe(result.paths.out, "class")
     assert [stage.stage for stage in table.stages] == [1, 2, 3]

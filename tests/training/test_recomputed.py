@@ -120,7 +120,7 @@ def test_recomputed_pieces_are_those_of_a_cache(
     planned_stages: Planned, noise_data: Callable[..., DataSet], piece: int, stages: int
 ) -> None:
     recomputed, read, *_ = both_feeds("speech", planned_stages, noise_data, stages)
-    groups = group_renderings(np.repeat(read.lengths, read.views), piece)
+    groups = group_renderings(read.lengths, piece, read.views)
     assert_same(recomputed.pieces(groups, not_parked), read.pieces(groups, not_parked))
 
 
