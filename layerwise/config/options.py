@@ -121,6 +121,9 @@ class NetOptions(Section):
     """speech: stride of each convolution, frames"""
     paddings: tuple[int, ...] = _option((2, 2, 2, 2, 1), "shape")
     """speech: zero padding of each convolution, frames"""
+    centred: bool = _option(False, "shape")
+    """speech: whether the filters of each convolution are centred over its channels, and its inputs standardised by what the
+    recordings hold, so that no channel stays silent; the paper has neither"""
     context: int = _option(256, "shape", ge=0, le=2**24)
     """speech: width of the recurrent layer; 0: none"""
     blocks: tuple[int, ...] = _option((3, 4, 6), "shape")

@@ -5,7 +5,9 @@ Löwe et al. 2019, appendix A.2; van den Oord et al. 2018.
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,8 +20,9 @@ from layerwise.nets.network import Network
 def speech_network(net: NetOptions, channels_in: int = 1) -> Network:
     """One layer, and one of the paper's modules, per convolution; the GRU is the last where net.context is not 0."""
     layers: list[Callable[[], Layer]] = []
+    kind = CentredConvolution if net.centred else Convolution
     for kernel, stride, padding in zip(net.kernels, net.strides, net.paddings, strict=True):
-        layers.append(partial(Convolution, channels_in, net.width, kernel, stride, padding))
+        layers.append(partial(kind, channels_in, net.width, kernel, stride, padding))
         channels_in = net.width
     if net.context:
         layers.append(partial(Recurrence, channels_in, net.context))
@@ -37,7 +40,7 @@ class Convolution(Layer):
         super().__init__()
         self.kernel, self.stride, self.padding = kernel, stride, padding
         conv = nn.Conv1d(channels_in, channels, kernel)
-        self.weight, self.bias = conv.weight, conv.bias
+        self.weight, self.bias = conv.weight, cast(nn.Parameter, conv.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # In place before the views of it are made: autograd would copy a view twice on its way back.
@@ -68,8 +71,43 @@ class Convolution(Layer):
 
     def _convolve(self, x: torch.Tensor, padding: int) -> torch.Tensor:
         """Frames (B, L, C) to a picture (B, C', 1, L') in channels-last order."""
-        picture = x.transpose(1, 2).unsqueeze(2)
-        return F.conv2d(picture, self.weight.unsqueeze(2), self.bias, stride=(1, self.stride), padding=(0, padding))
+        picture, (weight, bias) = x.transpose(1, 2).unsqueeze(2), self.filters()
+        return F.conv2d(picture, weight.unsqueeze(2), bias, stride=(1, self.stride), padding=(0, padding))
+
+    def filters(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight (C', C, kernel) and bias (C') by which inputs are multiplied."""
+        return self.weight, self.bias
+
+
+class CentredConvolution(Convolution):
+    """A convolution of standardised channels, by filters that are centred over the channels that come out.
+
+    At every frame some of these lie above their mean, and the ReLU lets them through: no channel stays silent for good, and
+    few directions do not take all of the variance. The standardising is a part of the filters: what is padded stays zero.
+    """
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+    def __init__(self, channels_in: int, channels: int, kernel: int, stride: int, padding: int) -> None:
+        super().__init__(channels_in, channels, kernel, stride, padding)
+        self.register_buffer("mean", torch.zeros(channels_in))
+        self.register_buffer("deviation", torch.ones(channels_in))
+
+    def first_weights_from(self, x: torch.Tensor, rng: np.random.Generator) -> None:
+        """Mean and deviation of the channels of frames (B, L, C); those of a waveform stay 0 and 1."""
+        if x.shape[2] > 1:
+            deviation, mean = torch.std_mean(x.flatten(0, 1).double(), dim=0, correction=0)
+            self.mean.copy_(mean)
+            self.deviation.copy_(deviation + SMALLEST_DEVIATION)
+
+    def filters(self) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = (self.weight - self.weight.mean(0)) / self.deviation[:, None]
+        bias = self.bias - self.bias.mean() - (weight * self.mean[:, None]).sum((1, 2))
+        return weight, bias
+
+
+SMALLEST_DEVIATION = 1e-3
 
 
 def _frames(picture: torch.Tensor) -> torch.Tensor:

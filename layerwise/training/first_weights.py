@@ -6,6 +6,7 @@ of their first weights from their input: that is no part of the network with ran
 
 import contextlib
 import math
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -122,16 +123,26 @@ def take_from_data(trainer: AnyTrainer, loader: Loader, samples: np.ndarray) -> 
     count = max(NUMBERS // (spec.window.frames * math.prod(spec.frame_shape)), training.batch_size)
     epoch = ordered_epoch(loader, rng.permutation(samples)[:count], spec.window, training.batch_size, rng)
     with uncounted():
-        read = []
+        read: list[torch.Tensor] = []
         for batch in loader.batches(epoch, 0, trainer.offloaded):
             own = ranks.share(len(batch.lengths))  # the others are zeros
-            read += ranks.all_gather(torch.cat([_on_host(some, batch.rows) for some in batch.frames[own].split(1)]))
-        x = torch.cat(read)
+            windows = zip(batch.frames[own].split(1), batch.lengths[own].tolist(), strict=True)
+            gathered_windows = ranks.all_gather(
+                [_on_host(frames[:, :length], batch.rows) for frames, length in windows]
+            )
+            read += chain.from_iterable(gathered_windows)
+        x = _in_equal_pieces(read)
         for module in trainer.modules:
             on_host = copied(module, torch.device("cpu")).eval()
             x = on_host.first_weights_from(x, rng, above=module is not trainer.modules[-1])
             load_weights(module, weights_of(on_host))
             ranks.broadcast(module.state_dict().values())  # processors may round differently
+
+
+def _in_equal_pieces(windows: list[torch.Tensor]) -> torch.Tensor:
+    """Windows (1, L, ...) of several lengths L as pieces (B, l, ...) as long as the shortest of them."""
+    shortest = min(window.shape[1] for window in windows)
+    return torch.cat([piece for window in windows for piece in window.split(shortest, 1) if piece.shape[1] == shortest])
 
 
 def _on_host(frames: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

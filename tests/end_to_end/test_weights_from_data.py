@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from layerwise.config import Config, resolve
@@ -16,6 +17,7 @@ from layerwise.evaluate.results import EQUALLY_LONG, GREEDY, UNTRAINED
 from layerwise.events import Event, StepDone
 from layerwise.run_store import RunState
 from layerwise.stop import StopFlag
+from layerwise.training.first_weights import _in_equal_pieces
 
 
 @pytest.fixture
@@ -134,3 +136,25 @@ def test_all_methods_are_compared_on_whole_pictures_with_the_objective_of_the_ru
     greedy = next(each for each in found.outcomes if each.method == GREEDY)
     probed = probe(Path(begun.out) / "runs" / GREEDY / "seed-0", "kind").stages
     assert greedy.errors == tuple(stage.error for stage in probed)
+
+
+def test_recordings_of_several_lengths_standardise_what_each_layer_reads(
+    tiny_options: dict[str, dict[str, object]], few_digits: Path, tmp_path: Path
+) -> None:
+    places = {"data.source": f"fsdd:{few_digits}", "out": str(tmp_path / "run"), "cache.dir": str(tmp_path / "cache")}
+    config = resolve(overrides={**tiny_options["convolutions"], **places, "net.centred": True})
+    run(config)
+    for name, values in weights(config).items():
+        if name.endswith((".mean", ".deviation")):
+            untouched = 0 if name.endswith(".mean") else 1
+            assert (values == untouched).all() == name.startswith("layers.0.")  # a waveform stays as it is
+
+
+def test_first_weights_are_taken_from_real_frames_alone() -> None:
+    windows = [torch.full((1, length, 2), float(length)) for length in (5, 12, 7)]
+    pieces = _in_equal_pieces(windows)
+    assert pieces.shape == (4, 5, 2)
+    assert pieces[:, 0, 0].tolist() == [5, 12, 12, 7]
+    assert torch.equal(
+        _in_equal_pieces([torch.arange(6.0).view(1, 3, 2)] * 2), torch.arange(6.0).view(1, 3, 2).repeat(2, 1, 1)
+    )

@@ -13,10 +13,14 @@ from layerwise.nets import build_network
 from layerwise.nets.module import Module
 
 
-def speech_module(stage: int | None = None) -> Module:
-    network = build_network(NetOptions(width=6, context=5), (1,))
+def speech_module(stage: int | None = None, centred: bool = False) -> Module:
+    network = build_network(NetOptions(width=6, context=5, centred=centred), (1,))
     layers = range(6) if stage is None else range(stage, stage + 1)
-    return network.build(layers, seed=3, device="cpu")
+    module = network.build(layers, seed=3, device="cpu")
+    if centred:
+        frames = torch.randn(4, 4000, 1 if stage in (None, 0) else 6, generator=torch.Generator().manual_seed(0))
+        module.first_weights_from(frames + 1, np.random.default_rng(0))
+    return module
 
 
 def whole(module: Module, x: torch.Tensor) -> torch.Tensor:
@@ -33,10 +37,10 @@ def streamed(module: Module, x: torch.Tensor, cuts: list[int]) -> torch.Tensor:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.data(), st.integers(1, 3000), st.one_of(st.none(), st.integers(0, 5)))
-def test_streamed_outputs_equal_one_pass(data: st.DataObject, length: int, stage: int | None) -> None:
+@given(st.data(), st.integers(1, 3000), st.one_of(st.none(), st.integers(0, 5)), st.booleans())
+def test_streamed_outputs_equal_one_pass(data: st.DataObject, length: int, stage: int | None, centred: bool) -> None:
     cuts = data.draw(st.lists(st.integers(0, length), max_size=6))
-    module = speech_module(stage)
+    module = speech_module(stage, centred)
     x = torch.randn(1, length, 1 if stage in (None, 0) else 6, generator=torch.Generator().manual_seed(length))
     with torch.no_grad():
         if int(module.out_length(length)) == 0:
@@ -46,9 +50,9 @@ def test_streamed_outputs_equal_one_pass(data: st.DataObject, length: int, stage
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(400, 3000), min_size=2, max_size=4))
-def test_a_padded_sample_gives_what_it_gives_alone(lengths: list[int]) -> None:
-    module = speech_module()
+@given(st.lists(st.integers(400, 3000), min_size=2, max_size=4), st.booleans())
+def test_a_padded_sample_gives_what_it_gives_alone(lengths: list[int], centred: bool) -> None:
+    module = speech_module(centred=centred)
     samples = [torch.randn(length, 1, generator=torch.Generator().manual_seed(length)) for length in lengths]
     batch = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
     with torch.no_grad():
@@ -84,3 +88,16 @@ def test_the_convolution_is_torchs_own() -> None:
 def test_the_output_of_a_long_stream_does_not_keep_its_input(length: int) -> None:
     _, states = speech_module(stage=0).push(torch.zeros(1, length, 1), None, last=False)
     assert states[0].untyped_storage().nbytes() <= 10 * 4
+
+
+def test_a_centred_convolution_is_torchs_own_of_standardised_channels() -> None:
+    module = speech_module(stage=1)
+    layer = speech_module(stage=1, centred=True).layers["1"]
+    frames = torch.randn(2, 57, 6) * torch.tensor([1.0, 2, 3, 4, 5, 6]) + 1
+    layer.first_weights_from(frames, np.random.default_rng(0))
+    read = (frames - frames.mean((0, 1))) / frames.flatten(0, 1).std(0, correction=0)
+    weight, bias = layer.weight - layer.weight.mean(0), layer.bias - layer.bias.mean()
+    expected = torch.nn.functional.conv1d(read.transpose(1, 2), weight, bias, layer.stride)
+    torch.testing.assert_close(layer.valid(frames), torch.relu(expected).transpose(1, 2), rtol=1e-2, atol=1e-2)
+    assert expected.mean(1).abs().max() < 1e-5  # so that at every frame some channels lie above 0
+    assert module.layers["1"].weight.equal(layer.weight)  # the same first weights otherwise

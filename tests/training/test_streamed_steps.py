@@ -112,6 +112,7 @@ CONVNET |= {"data.crop": 32}
 STAGES: dict[str, tuple[str, int, dict[str, object], Callable[[], Network] | None]] = {
     "convolution": ("speech", 2, SPEECH, None),
     "convolutions": ("speech", 1, SPEECH | {"training.stages": 2, "net.context": 0}, None),
+    "centred convolution": ("speech", 2, SPEECH | {"net.centred": True}, None),
     "GRU": ("speech", 4, SPEECH, None),
     "picture blocks": ("vision", 1, PICTURES | {"net.width": 8, "net.blocks": [1, 1]}, None),
     "LSTM": ("vision", 1, PICTURES, partial(pictures, Scanning)),
