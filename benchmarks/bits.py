@@ -23,7 +23,7 @@ SPEECH = shlex.split(
     "--set net.context=16 --set data.window=5120 --set objective.steps=4 --set objective.anchors=32"
 )
 OF_PICTURES = shlex.split("--data images:pictures/train --keep all --set data.gray=false --set data.picture=32")
-PICTURES = shlex.split("--recipe cifar10 --max-epochs 1 --set net.width=4 --set net.blocks=[1,1,1]")
+PICTURES = shlex.split("--recipe cifar10-patches --max-epochs 1 --set net.width=4 --set net.blocks=[1,1,1]")
 OWN = shlex.split("--recipe whole --net bits_network:network --objective ntxent --views 4 --max-epochs 2")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python"]
 LAYERWISE = [sys.executable, "-m", "layerwise", "run", "--device", "cpu"]

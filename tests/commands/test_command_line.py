@@ -174,7 +174,7 @@ def test_help_groups_the_options_and_has_the_defaults_of_the_recipe(call: Callab
     assert out.index("The stage loop:") < epochs < out.index("The device budget:") < budget
     recipe = configuration.resolve("cifar10")
     assert f"[default: {recipe.training.max_epochs}]" in out[epochs : out.index("--rounds")]
-    assert "[default: vision]" in out
+    assert "[default: convnet]" in out
     assert "--stages NUMBER|fewest" in out
     assert "[default: vision]" in call("run", "--data", "images:pictures", "--help")[1]
 
@@ -237,7 +237,7 @@ BAD_REQUESTS = {
     "too many stages": (["--stages", "9"], "at most 4 stages"),
     "no stages": (["--stages", "0"], "--stages: "),
     "stages in words": (["--stages", "six"], "--stages: "),
-    "unknown recipe": (["--recipe", "imagenet"], "the recipes are cifar10, convnet, demo"),
+    "unknown recipe": (["--recipe", "imagenet"], "the recipes are cifar10, cifar10-patches, demo"),
     "unknown data kind": (["--data", "video:x"], "--data video:x"),
     "data without a folder": (["--data", "speech"], "name the place too"),
     "missing folder": (["--data", "speech:nowhere"], "nowhere does not exist"),
