@@ -33,7 +33,16 @@ def test_the_recipe_follows_the_data(source: str, out: str) -> None:
 
 
 def test_every_recipe_is_valid() -> None:
-    assert config.recipe_names() == ["cifar10", "cifar10-patches", "demo", "fsdd", "librispeech", "steps", "stl10", "whole"]
+    assert config.recipe_names() == [
+        "cifar10",
+        "cifar10-patches",
+        "demo",
+        "fsdd",
+        "librispeech",
+        "steps",
+        "stl10",
+        "whole",
+    ]
     for name in config.recipe_names():
         config.resolve(name)
 

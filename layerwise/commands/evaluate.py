@@ -53,16 +53,18 @@ def probe(directory: Path, names: tuple[str, ...], as_json: bool, **options: Any
     """
     from layerwise.evaluate.probe import probe as probe_library  # imports torch, which --help need not wait for
 
-    results = []
-    for label in dict.fromkeys(names):
-        with stop_on_signals() as stop, measuring(f"probing {label}") as show:
-            results.append(probe_library(directory, label, stop=stop, notify=show, **options))
-        if not as_json:
-            say(probe_table(results[-1]), f"device peak {size(results[-1].peak_bytes)}")
-            for warning in filter(None, (no_better(results[-1]), few_test_samples(results[-1]))):
-                say(warning)
-    if as_json:
-        answer_json(results if len(results) > 1 else results[0])
+    results, labels = [], list(dict.fromkeys(names))
+    try:
+        for label in labels:
+            with stop_on_signals() as stop, measuring(f"probing {label}") as show:
+                results.append(probe_library(directory, label, stop=stop, notify=show, **options))
+            if not as_json:
+                say(probe_table(results[-1]), f"device peak {size(results[-1].peak_bytes)}")
+                for warning in filter(None, (no_better(results[-1]), few_test_samples(results[-1]))):
+                    say(warning)
+    finally:  # what is known is told, whatever became of the next label
+        if as_json and results:
+            answer_json(results if len(labels) > 1 else results[0])
 
 
 @click.command(cls=ConfiguredCommand, short_help="Compare the methods of the paper on one data set.")

@@ -107,6 +107,10 @@ def test_several_labels_are_told_apart_one_after_another(finished: Path, call: C
     assert code == 0
     assert [out.count(f"{label} error") for label in ("speaker", "digit")] == [1, 1]
     assert [probe["label"] for probe in json.loads(call(*asked, "--json")[1])] == ["speaker", "digit"]
+    code, out, err = call(*asked[:4], "--label", "mood", "--json")
+    assert code == 2
+    assert "mood" in err
+    assert [probe["label"] for probe in json.loads(out)] == ["speaker"]  # what was known is told
 
 
 def test_compare_prints_the_contracts_json_and_a_table(digits: Path, call: Callable) -> None:
