@@ -122,8 +122,8 @@ class NetOptions(Section):
     paddings: tuple[int, ...] = _option((2, 2, 2, 2, 1), "shape")
     """speech: zero padding of each convolution, frames"""
     centred: bool = _option(False, "shape")
-    """speech: whether the filters of each convolution are centred over its channels, and its inputs standardised by what the
-    recordings hold, so that no channel stays silent; the paper has neither"""
+    """speech: whether the filters of each convolution are centred over its channels, and its inputs, where they have several
+    channels, standardised by what the recordings hold, so that no channel stays silent; the paper has neither"""
     context: int = _option(256, "shape", ge=0, le=2**24)
     """speech: width of the recurrent layer; 0: none"""
     blocks: tuple[int, ...] = _option((3, 4, 6), "shape")
@@ -148,6 +148,10 @@ class NetOptions(Section):
             raise ValueError("blocks must be 10000 or fewer in all")
         if any(padding > kernel for kernel, padding in zip(self.kernels, self.paddings, strict=True)):
             raise ValueError("a padding larger than its kernel would give frames of nothing")
+        if self.name == "convnet" and self.width < 4:
+            raise ValueError("width must be at least 4 for convnet: its filters are centred over half as many")
+        if self.centred and self.width < 2:
+            raise ValueError("width must be at least 2 where filters are centred over the channels")
         if not self.kernels and not self.context:
             raise ValueError("a speech network needs at least one layer: give kernels, or a context")
         if any(stride > kernel for kernel, stride in zip(self.kernels, self.strides, strict=True)):

@@ -7,6 +7,7 @@ outcomes in OUT/compare.json. A second start does only what is missing.
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from layerwise.config import Config, changed_options, load, with_options
@@ -127,8 +128,8 @@ def _check_request(config: Config, label: str, data: DataSet, seeds: Sequence[in
         raise ConfigError(
             "--objective supervised: a comparison has supervised methods beside that of the run; leave it out, or give another."
         )
-    for seed in seeds:
-        probe_task(label, data, config_of(GREEDY, seed, config, label))
+    for method, seed in product(dict.fromkeys((GREEDY, *methods)), seeds):
+        probe_task(label, data, config_of(method, seed, config, label))
     supervised = [method for method in methods if METHODS[method].get("objective.name") == "supervised"]
     if supervised and label not in data.labels:
         raise ConfigError(

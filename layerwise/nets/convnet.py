@@ -2,7 +2,8 @@
 
 Its lowest filters are centres of whitened patches of equal contrast, and activations are centred over the filters, after
 Coates, Lee and Ng (2011, "An analysis of single-layer networks in unsupervised feature learning"). What stands above are 3x3
-convolutions of standardised channels. No sample acts on another.
+convolutions of standardised channels, whose outputs lie beside what they read, as in DenseNet (Huang et al. 2017, arXiv
+1608.06993): a module adds to what those below have found. No sample acts on another.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,21 +20,21 @@ from layerwise.nets.network import Network
 
 
 def convnet(net: NetOptions, channels_in: int) -> Network:
-    """One layer per convolution that is trained; module m has net.blocks[m] of them. The first module has net.width channels
-    behind half as many filters of patches, those above have twice as many."""
-    layers: list[Callable[[], Layer]] = [partial(Stem, channels_in, max(net.width // 2, 1), net.width)]
-    channels = net.width
+    """One layer per convolution that is trained; module m has net.blocks[m] of them. Half as many filters of patches as
+    net.width, and net.width channels more with each convolution."""
+    patches = net.width // 2
+    layers: list[Callable[[], Layer]] = [partial(Stem, channels_in, patches, net.width)]
+    channels = patches + net.width
     for module, blocks in enumerate(net.blocks):
         for block in range(blocks):
             if module or block:
-                width = net.width * (2 if module else 1)
-                layers.append(partial(MapConvolution, channels, width, halves=module > 0 and block == 0))
-                channels = width
+                layers.append(partial(MapConvolution, channels, net.width, halves=block == 0))
+                channels += net.width
     return Network(layers, natural_cut=net.blocks)
 
 
 class MapConvolution(Layer):
-    """A 3x3 convolution of standardised channels, with an activation that is centred over its filters."""
+    """A 3x3 convolution of standardised channels, with an activation that is centred over its filters, beside its input."""
 
     mean: torch.Tensor
     deviation: torch.Tensor
@@ -49,16 +50,18 @@ class MapConvolution(Layer):
         self.register_buffer("deviation", torch.ones(channels_in))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L, C, H, W) to (B, L, channels, H', W')."""
+        """(B, L, C, H, W) to (B, L, C + channels, H', W')."""
         return self.of_maps(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
     def of_maps(self, maps: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) to (N, channels, H', W')."""
-        maps = (maps - self.mean[:, None, None]) / self.deviation[:, None, None]
+        """(N, C, H, W) to (N, C + channels, H', W')."""
+        read = (maps - self.mean[:, None, None]) / self.deviation[:, None, None]
         weight, bias = self.weight - self.weight.mean(0), self.bias - self.bias.mean()
         stride = 2 if self.halves and min(maps.shape[2:]) >= SMALLEST_HALVED else 1
-        maps = maps.contiguous(memory_format=torch.channels_last)
-        return F.relu_(F.conv2d(maps, weight.contiguous(memory_format=torch.channels_last), bias, stride, padding=1))
+        read = read.contiguous(memory_format=torch.channels_last)
+        found = F.relu_(F.conv2d(read, weight.contiguous(memory_format=torch.channels_last), bias, stride, padding=1))
+        kept = maps if stride == 1 else F.avg_pool2d(maps, 2, ceil_mode=True)
+        return torch.cat([kept, found], 1)
 
     def first_weights_from(self, x: torch.Tensor, rng: np.random.Generator) -> None:
         """Mean and deviation of the channels of maps (B, L, C, H, W)."""
@@ -80,6 +83,7 @@ SMALLEST_HALVED = 8
 """Places on a side."""
 
 SMALLEST_DEVIATION = 1e-5
+"""What a channel that never varies is divided by."""
 
 
 class Stem(MapConvolution):
@@ -99,7 +103,7 @@ class Stem(MapConvolution):
         self.register_buffer("shift", torch.zeros(patches))
 
     def of_maps(self, maps: torch.Tensor) -> torch.Tensor:
-        """Pictures (N, C, H, W) to (N, channels, H', W')."""
+        """Pictures (N, C, H, W) to (N, patches + channels, H', W')."""
         return super().of_maps(self._similar(maps))
 
     def first_weights_from(self, x: torch.Tensor, rng: np.random.Generator) -> None:
@@ -127,10 +131,18 @@ class Stem(MapConvolution):
         """
         filters = self.filters.unflatten(1, (-1, self.side, self.side))
         centred = (filters - filters.mean((1, 2, 3), keepdim=True)).contiguous(memory_format=torch.channels_last)
-        return torch.cat([self._products(some, centred) for some in pictures.split(AT_ONCE)])
+        # A program that is exported takes any number of pictures, and torch.export would fix that of the pieces.
+        pieces = [pictures] if torch.compiler.is_exporting() else pictures.split(AT_ONCE)
+        with torch.autocast(
+            "cuda" if pictures.is_cuda else "cpu", enabled=False
+        ):  # contrast is a difference of near numbers
+            return torch.cat([self._products(some.float(), centred) for some in pieces])
 
     def _products(self, pictures: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
         """filters (patches, C, side, side)."""
+        pictures = pictures - pictures.mean(
+            (1, 2, 3), keepdim=True
+        )  # which the patches do not keep, and rounds less without
         mean, squares = (F.avg_pool2d(x.mean(1, keepdim=True), self.side, 1) for x in (pictures, pictures.square()))
         contrast = (squares - mean.square()).clamp_(min=0).add_(FLAT).sqrt_()
         products = F.conv2d(pictures.contiguous(memory_format=torch.channels_last), filters)

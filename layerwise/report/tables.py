@@ -111,7 +111,7 @@ def headline(state: RunState, probes: Sequence[ProbeResult]) -> list[tuple[str, 
         last = probe.stages[-1]
         others = [f"{percent(last.untrained_error)} with random weights"]
         if probe.baseline:
-            others.append(f"{percent(probe.baseline.error)} of {probe.baseline.name}")
+            others.append(f"{percent(probe.baseline.error)} with {probe.baseline.name}")
         results.append(
             (f"error, {probe.label}", f"{percent(last.error)} after module {last.stage}; {', '.join(others)}")
         )

@@ -154,7 +154,8 @@ def check_shapes(described: Module, weights: Arrays, path: Path) -> None:
         if expected.get(name) != found.get(name):
             raise RunError(
                 f"{path} does not fit its network: the shape of {name} is {found.get(name, 'missing')} and should be "
-                f"{expected.get(name, 'missing')}; restore the file, or start its run again."
+                f"{expected.get(name, 'missing')}; restore the file, or start its run again. Other versions of layerwise may "
+                "have built the network otherwise."
             )
 
 

@@ -5,7 +5,6 @@ of their first weights from their input: that is no part of the network with ran
 """
 
 import contextlib
-import math
 from itertools import chain
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from layerwise.training.encoder import warm_start
 from layerwise.training.loader import Loader
 from layerwise.training.run import Run
 from layerwise.training.simultaneous import AnyTrainer
+from layerwise.training.spec import StageSpec
 
 
 def first_weights(config: Config, network: Network) -> Arrays | None:
@@ -120,7 +120,7 @@ def take_from_data(trainer: AnyTrainer, loader: Loader, samples: np.ndarray) -> 
     if not any(module.begins_with_data for module in trainer.modules):
         return
     rng = stream(training.seed, "first weights", spec.stage)
-    count = max(NUMBERS // (spec.window.frames * math.prod(spec.frame_shape)), training.batch_size)
+    count = max(NUMBERS // _most_numbers(spec), training.batch_size)
     epoch = ordered_epoch(loader, rng.permutation(samples)[:count], spec.window, training.batch_size, rng)
     with uncounted():
         read: list[torch.Tensor] = []
@@ -140,18 +140,33 @@ def take_from_data(trainer: AnyTrainer, loader: Loader, samples: np.ndarray) -> 
 
 
 def _in_equal_pieces(windows: list[torch.Tensor]) -> torch.Tensor:
-    """Windows (1, L, ...) of several lengths L as pieces (B, l, ...) as long as the shortest of them."""
-    shortest = min(window.shape[1] for window in windows)
-    return torch.cat([piece for window in windows for piece in window.split(shortest, 1) if piece.shape[1] == shortest])
+    """Windows (1, L, ...) of several lengths L as pieces (B, l, ...), as long as the shortest that is half the longest or more.
+
+    What is shorter is left out: a piece begins and ends with padding, and in short ones there would be little else.
+    """
+    lengths = [window.shape[1] for window in windows]
+    piece = min(length for length in lengths if 2 * length >= max(lengths))
+    return torch.cat([part for window in windows for part in window.split(piece, 1) if part.shape[1] == piece])
+
+
+def _most_numbers(spec: StageSpec) -> int:
+    """Most that is read of a window by any of the layers that begin together."""
+    x = torch.empty(1, spec.window.frames, *spec.frame_shape, device="meta")
+    most = x.numel()
+    *below, _ = spec.shapes.layers.values()
+    for layer in below:
+        x = layer(x)
+        most = max(most, x.numel())
+    return most
 
 
 def _on_host(frames: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """float32, what some frames of a batch stand for; see `gathered`."""
-    return gathered(frames if rows is None else frames.to(rows.device), rows).float().cpu()
+    """float32, what some frames of a batch stand for; see `gathered`. Memory of its own: other ranks are sent all of it."""
+    return gathered(frames if rows is None else frames.to(rows.device), rows).float().cpu().clone()
 
 
 NUMBERS = 2**23
-"""Of the input that first weights are taken from."""
+"""Of the input of any layer that first weights are taken from."""
 
 
 def load_first_weights(store: RunStore) -> Arrays | None:

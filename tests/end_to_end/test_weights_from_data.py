@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+import layerwise
 from layerwise.config import Config, resolve
 from layerwise.engines.run import run
 from layerwise.errors import ConfigError, Interrupted
@@ -15,6 +16,7 @@ from layerwise.evaluate.compare import compare
 from layerwise.evaluate.probe import probe
 from layerwise.evaluate.results import EQUALLY_LONG, GREEDY, UNTRAINED
 from layerwise.events import Event, StepDone
+from layerwise.nets.convnet import AT_ONCE
 from layerwise.run_store import RunState
 from layerwise.stop import StopFlag
 from layerwise.training.first_weights import _in_equal_pieces
@@ -151,10 +153,22 @@ def test_recordings_of_several_lengths_standardise_what_each_layer_reads(
 
 
 def test_first_weights_are_taken_from_real_frames_alone() -> None:
-    windows = [torch.full((1, length, 2), float(length)) for length in (5, 12, 7)]
+    windows = [torch.full((1, length, 2), float(length)) for length in (6, 12, 1, 7)]
     pieces = _in_equal_pieces(windows)
-    assert pieces.shape == (4, 5, 2)
-    assert pieces[:, 0, 0].tolist() == [5, 12, 12, 7]
+    assert pieces.shape == (4, 6, 2)
+    assert pieces[:, 0, 0].tolist() == [6, 12, 12, 7]  # one frame alone would make all pieces as short
     assert torch.equal(
         _in_equal_pieces([torch.arange(6.0).view(1, 3, 2)] * 2), torch.arange(6.0).view(1, 3, 2).repeat(2, 1, 1)
     )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_exported_program_takes_more_pictures_than_the_network_takes_at_once(
+    config: Callable[..., Config], tmp_path: Path
+) -> None:
+    made = config("exported", **{"training.max_epochs": 1})
+    run(made)
+    layerwise.export(made.out, tmp_path / "encoder", "pt2")
+    program, x = torch.export.load(tmp_path / "encoder" / "encoder.pt2").module(), torch.randn(AT_ONCE + 8, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), layerwise.load(made.out)(x), rtol=1e-4, atol=1e-4)

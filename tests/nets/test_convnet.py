@@ -1,11 +1,14 @@
 """The convolutional network for whole pictures, and what it takes of its first weights from them."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from layerwise.config import NetOptions
-from layerwise.nets.convnet import FLAT, _centres, convnet
+from layerwise.nets.convnet import FLAT, MapConvolution, _centres, convnet
 from layerwise.nets.module import Module
 
 OPTIONS = NetOptions(name="convnet", width=8, blocks=(1, 2))
@@ -92,11 +95,32 @@ def test_a_picture_gives_the_same_alone_and_among_others(module: Module, picture
     assert torch.allclose(among[7:8], alone, atol=1e-5)
 
 
-def test_upper_modules_have_twice_the_channels_and_maps_of_eight_places_or_more_are_halved() -> None:
+def test_each_convolution_adds_its_channels_and_modules_halve_maps_of_eight_places_or_more() -> None:
     network = convnet(NetOptions(name="convnet", width=8, blocks=(1, 2, 1)), 3)
     assert network.natural_cut == (1, 2, 1)
     x, shapes = torch.zeros(1, 1, 3, 32, 32), []
     for layers in network.natural_ranges:
         x = network.build(layers, 0, "cpu")(x, ONE[:1])[1]
         shapes.append(tuple(x.shape[2:]))
-    assert shapes == [(8, 4, 4), (16, 4, 4), (16, 4, 4)]
+    assert shapes == [(12, 4, 4), (28, 4, 4), (36, 4, 4)]
+
+
+def test_what_a_module_reads_is_a_part_of_what_it_gives(module: Module, pictures: torch.Tensor) -> None:
+    below, above = begun(module, pictures).layers["0"], module.layers["1"]
+    x = below(pictures)
+    assert torch.equal(above(x)[:, :, : x.shape[2]], x)
+    halved = MapConvolution(3, 4, halves=True).of_maps(pictures[:, 0, :, :9, :9])
+    assert halved.shape[2:] == (5, 5)
+    torch.testing.assert_close(halved[:, :3, 0, 0], pictures[:, 0, :, :2, :2].mean((2, 3)))
+
+
+def test_an_offset_of_the_pictures_changes_nothing(module: Module, pictures: torch.Tensor) -> None:
+    stem, x = begun(module, pictures).layers["0"], pictures.flatten(0, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(stem._similar(x + 100), stem._similar(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"name": "convnet", "width": 3}, {"centred": True, "width": 1}])
+def test_too_few_filters_to_be_centred_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="width must be at least"):
+        NetOptions(**options)
