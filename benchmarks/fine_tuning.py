@@ -52,9 +52,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One data set; its recipe has its name."""
+    """One data set."""
 
     name: str
+    """Of its recipe."""
     source: str
     module_epochs: int
     """Of each module, without labels."""
@@ -111,7 +112,9 @@ def cifar10(folder: Path, pictures: int, out: Path) -> Experiment:
                     link.symlink_to(path.resolve())
                 pixels = np.array(Image.open(path).convert("RGB"))
                 parts[part].append((torch.from_numpy(pixels).permute(2, 0, 1), number))
-    return Experiment("cifar10", f"images:{out / 'pictures'}", 2, 30, _samples(parts["train"]), _samples(parts["test"]))
+    return Experiment(
+        "cifar10-patches", f"images:{out / 'pictures'}", 2, 30, _samples(parts["train"]), _samples(parts["test"])
+    )
 
 
 def _samples(pairs: list[tuple[torch.Tensor, int]]) -> Samples:

@@ -40,7 +40,11 @@ EXPERIMENTS = (
         "fsdd", "Free Spoken Digits", "digit", 8, "300 test recordings; two processes of one thread side by side."
     ),
     Experiment(
-        "cifar10", "A fifth of CIFAR-10", "class", 2, "2000 test pictures; two processes of one thread side by side."
+        "cifar10",
+        "CIFAR-10, whole pictures",
+        "class",
+        4,
+        "2000 test pictures; two processes of one thread side by side.",
     ),
     Experiment(
         "demo",
