@@ -114,7 +114,8 @@ class NetOptions(Section):
     """modules that begin a stage, such as layer2,layer3.0; default: cut everywhere that it can be, for a library's network but
     before normalisations, or as --stages says"""
     width: int = _option(512, "shape", ge=1, le=2**24)
-    """channels of the speech layers; of the first vision module before its expansion by 4; that each convnet convolution adds"""
+    """channels of the speech layers; of the first vision module before its expansion by 4; that each convolution of convnet
+    adds"""
     kernels: tuple[int, ...] = _option((10, 8, 4, 4, 4), "shape", max_length=1000)
     """speech: kernel of each convolution, frames"""
     strides: tuple[int, ...] = _option((5, 4, 2, 2, 2), "shape")
