@@ -32,6 +32,11 @@ def test_the_recipe_follows_the_data(source: str, out: str) -> None:
     assert config.resolve(overrides={"data.source": source}).out == out
 
 
+def test_pictures_of_cifar10_in_patches_have_a_recipe_of_their_own() -> None:
+    for option in ({"data.frames": "patches"}, {"net.name": "vision"}):
+        assert config.resolve(overrides={"data.source": "cifar10:x", **option}).out == "runs/cifar10-patches"
+
+
 def test_every_recipe_is_valid() -> None:
     assert config.recipe_names() == [
         "cifar10",

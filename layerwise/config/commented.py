@@ -21,7 +21,8 @@ def commented(config: Config) -> str:
     Options without a value stand in comments, and so do those of other networks, engines and objectives where reading the
     file gives them the same value anyway.
     """
-    otherwise = resolve(overrides={"data.source": config.data.source})
+    chosen = {"data.source": config.data.source, "data.frames": config.data.frames}
+    otherwise = resolve(overrides=chosen)
     lines = [
         "# Options of a run: layerwise run --config FILE. What is commented out keeps the value that stands there."
     ]

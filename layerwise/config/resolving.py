@@ -114,6 +114,8 @@ def _frames(tree: Mapping[str, Any]) -> str | None:
 def _recipe_for(kind: str, frames: str | None) -> str:
     if frames == "whole":
         return "whole"
+    if kind == "cifar10" and frames:
+        return "cifar10-patches"
     if kind in RECORDINGS or kind in PICTURES:
         return RECIPE_OF_KIND.get(kind, kind)
     return "steps"
