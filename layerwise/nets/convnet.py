@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from layerwise.config import NetOptions
+from layerwise.nets.channel_statistics import mean_and_deviation
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 
@@ -69,14 +70,9 @@ class MapConvolution(Layer):
 
     def standardise(self, maps: Iterable[torch.Tensor]) -> None:
         """Brings the channels of such maps (N, C, H, W) to mean 0 and deviation 1."""
-        count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        for some in maps:
-            channels = some.transpose(0, 1).flatten(1).double()
-            count, total = count + channels.shape[1], total + channels.sum(1)
-            squares = squares + channels.square().sum(1)
-        mean = total / count
+        mean, deviation = mean_and_deviation(maps)
         self.mean.copy_(mean)
-        self.deviation.copy_((squares / count - mean.square()).clamp(min=0).sqrt() + SMALLEST_DEVIATION)
+        self.deviation.copy_(deviation + SMALLEST_DEVIATION)
 
 
 SMALLEST_HALVED = 8

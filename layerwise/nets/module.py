@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from layerwise.nets.layer import Layer, mask_outside, mask_padding, take, vectors
 
-CheckpointContexts = Callable[[], tuple[AbstractContextManager[object], AbstractContextManager[object]]]
-"""Gives those of a layer's forward pass, and of the same pass where it is made again."""
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+"""Of a layer's forward pass, and of the same pass where it is made again."""
 
 PASSED_AT_ONCE = 32
 """Samples, where first weights are taken from them."""
@@ -58,7 +58,7 @@ class Module(nn.Module):
         x: torch.Tensor,
         lengths: np.ndarray,
         rows: torch.Tensor,
-        recompute: CheckpointContexts | None = None,
+        recompute: Callable[[], Contexts] | None = None,
         cells: Sequence[int] = (),
     ) -> tuple[torch.Tensor, ...]:
         """The vectors that the local objective scores, of some frames only: what is not scored is not kept.

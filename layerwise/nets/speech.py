@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from layerwise.config import NetOptions
+from layerwise.nets.channel_statistics import mean_and_deviation
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 
@@ -97,11 +98,9 @@ class CentredConvolution(Convolution):
     def first_weights_from(self, x: torch.Tensor, rng: np.random.Generator) -> None:
         """Mean and deviation of the channels of frames (B, L, C); those of a waveform stay 0 and 1."""
         if x.shape[2] > 1:
-            parts = x.split(AT_ONCE)  # twice as wide, all of it would take three times the room
-            mean = torch.stack([part.double().sum((0, 1)) for part in parts]).sum(0) / x[:, :, 0].numel()
-            squares = torch.stack([(part.double() - mean).square().sum((0, 1)) for part in parts]).sum(0)
+            mean, deviation = mean_and_deviation(x.transpose(1, 2).split(AT_ONCE))
             self.mean.copy_(mean)
-            self.deviation.copy_((squares / x[:, :, 0].numel()).sqrt() + SMALLEST_DEVIATION)
+            self.deviation.copy_(deviation + SMALLEST_DEVIATION)
 
     def filters(self) -> tuple[torch.Tensor, torch.Tensor]:
         weight = (self.weight - self.weight.mean(0)) / self.deviation[:, None]

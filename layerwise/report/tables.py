@@ -112,11 +112,9 @@ def headline(state: RunState, probes: Sequence[ProbeResult]) -> list[tuple[str, 
         others = [f"{percent(last.untrained_error)} with random weights"]
         if probe.baseline:
             others.append(f"{percent(probe.baseline.error)} with {probe.baseline.name}")
-        results.append(
-            (f"error, {probe.label}", f"{percent(last.error)} after module {last.stage}; {', '.join(others)}")
-        )
-        if worse := no_better(probe):
-            results.append(("", worse))
+        told = f"{percent(last.error)} after module {last.stage}; {', '.join(others)}"
+        worse = no_better(probe)
+        results.append((f"error, {probe.label}", f"{told}. {worse}" if worse else told))
     budget = f" of {size(state.budget_bytes)}" if state.budget_bytes else ", without a budget"
     results.append(("device peak", f"{size(_peak(state))}{budget}, on {state.device}"))
     results.append(("time", duration(sum(record.seconds for record in state.stages))))

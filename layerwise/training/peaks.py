@@ -27,7 +27,7 @@ from layerwise.memory.microbatch import Pending, Total
 from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.recurrence import FoldedFrames
 from layerwise.memory.reserved import Allocations, Segments
-from layerwise.nets.module import Module
+from layerwise.nets.module import Contexts, Module
 from layerwise.nets.network import memoised_per
 from layerwise.objectives.protocol import Draw, Group, ObjectiveModule
 from layerwise.training.context import RunContext
@@ -377,9 +377,7 @@ class _RehearsedTrainer(StageTrainer):
             seed = self.config.training.seed
             return self.spec.build_module(seed, REHEARSED_ON), self.spec.build_objective(self.config, REHEARSED_ON)
 
-    def _checkpoint_contexts(
-        self,
-    ) -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+    def _checkpoint_contexts(self) -> Contexts:
         """Recurrent layers are folded in the backward pass as they were in the forward pass: torch forgets its modes there."""
         return contextlib.nullcontext(), FoldedFrames(lambda: self.context.meter.live)
 

@@ -36,7 +36,7 @@ from layerwise.memory.meter import metered, uncounted
 from layerwise.memory.microbatch import Part, Pending, Total
 from layerwise.memory.packed import Packed
 from layerwise.memory.plan import NARROW_ROOM, MemoryPlan
-from layerwise.nets.module import Module
+from layerwise.nets.module import Contexts, Module
 from layerwise.nets.network import named_tensors
 from layerwise.objectives.protocol import Arrays, Draw, Group, ObjectiveModule, Streamed
 from layerwise.training.context import RunContext
@@ -487,9 +487,7 @@ class StageTrainer:
             ranks=self.context.ranks,
         )
 
-    def _checkpoint_contexts(
-        self,
-    ) -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+    def _checkpoint_contexts(self) -> Contexts:
         """Of a layer whose activations are worked out again: in the forward pass, and in the backward pass."""
         return noop_context_fn()
 

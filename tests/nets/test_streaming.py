@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from layerwise.config import NetOptions
 from layerwise.nets import build_network
 from layerwise.nets.module import Module
+from layerwise.nets.speech import SMALLEST_DEVIATION
 
 
 def speech_module(stage: int | None = None, centred: bool = False) -> Module:
@@ -95,9 +96,9 @@ def test_a_centred_convolution_is_torchs_own_of_standardised_channels() -> None:
     layer = speech_module(stage=1, centred=True).layers["1"]
     frames = torch.randn(2, 57, 6) * torch.tensor([1.0, 2, 3, 4, 5, 6]) + 1
     layer.first_weights_from(frames, np.random.default_rng(0))
-    read = (frames - frames.mean((0, 1))) / frames.flatten(0, 1).std(0, correction=0)
+    read = (frames - frames.mean((0, 1))) / (frames.flatten(0, 1).std(0, correction=0) + SMALLEST_DEVIATION)
     weight, bias = layer.weight - layer.weight.mean(0), layer.bias - layer.bias.mean()
     expected = torch.nn.functional.conv1d(read.transpose(1, 2), weight, bias, layer.stride)
-    torch.testing.assert_close(layer.valid(frames), torch.relu(expected).transpose(1, 2), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(layer.valid(frames), torch.relu(expected).transpose(1, 2), rtol=1e-4, atol=1e-5)
     assert expected.mean(1).abs().max() < 1e-5  # so that at every frame some channels lie above 0
     assert module.layers["1"].weight.equal(layer.weight)  # the same first weights otherwise
