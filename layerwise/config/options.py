@@ -125,6 +125,9 @@ class NetOptions(Section):
     centred: bool = _option(False, "shape")
     """speech: whether the filters of each convolution are centred over its channels, and its inputs, where they have several
     channels, standardised by what the recordings hold, so that no channel stays silent; the paper has neither"""
+    dense: bool = _option(False, "shape")
+    """speech: whether the channels of each layer lie beside those that it reads, averaged over the same frames (DenseNet), so
+    that a stage adds to what those below have found; needs net.centred; the paper has not"""
     context: int = _option(256, "shape", ge=0, le=2**24)
     """speech: width of the recurrent layer; 0: none"""
     blocks: tuple[int, ...] = _option((3, 4, 6), "shape")
@@ -153,6 +156,12 @@ class NetOptions(Section):
             raise ValueError("width must be at least 4 for convnet: its filters are centred over half as many")
         if self.centred and self.width < 2:
             raise ValueError("width must be at least 2 where filters are centred over the channels")
+        if self.dense and not self.centred:
+            raise ValueError("dense needs centred: give net.centred=true too")
+        if self.dense and any(
+            2 * padding > kernel for kernel, padding in zip(self.kernels, self.paddings, strict=True)
+        ):
+            raise ValueError("dense needs paddings of at most half of their kernels: it averages what lies there")
         if not self.kernels and not self.context:
             raise ValueError("a speech network needs at least one layer: give kernels, or a context")
         if any(stride > kernel for kernel, stride in zip(self.kernels, self.strides, strict=True)):

@@ -65,19 +65,19 @@ def largest_difference(computes: Computes, encoder: Encoder, inputs: Sequence[to
     return largest
 
 
-class StepwiseRecurrence(nn.Module):
-    """What `Recurrence` computes, with its very weights, for any number of frames after export (Cho et al. 2014).
+class StepwiseGRU(nn.Module):
+    """What the GRU of a `Recurrence` computes, with its very weights, for any number of frames after export (Cho et al. 2014).
 
     One step is repeated, where torch.export would take nn.GRU apart into as many steps as its example has frames. The
     arithmetic is that of the formula in the documentation of nn.GRU; it differs from nn.GRU's kernel by rounding.
     """
 
-    def __init__(self, recurrence: Recurrence) -> None:
+    def __init__(self, gru: nn.GRU) -> None:
         super().__init__()
-        self.gru = recurrence.gru
+        self.gru = gru
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, L, C) to (B, L, hidden)."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """(B, L, C) to (B, L, hidden); the state at the end is not asked for."""
         gru = self.gru
         input_weight, weight, input_bias, bias = gru.all_weights[0]
         inputs = F.linear(x, input_weight, input_bias).transpose(0, 1)
@@ -92,7 +92,7 @@ class StepwiseRecurrence(nn.Module):
             return state, state.clone()
 
         _, outputs = scan(step, x.new_zeros(x.shape[0], gru.hidden_size), inputs)
-        return outputs.transpose(0, 1)
+        return outputs.transpose(0, 1), None
 
 
 def record(encoder: Encoder) -> tuple[ExportedProgram, list[torch.Tensor], str]:
@@ -142,10 +142,9 @@ class _Plain(nn.Module):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = copied(encoder).requires_grad_(False)
-        layers = cast(nn.ModuleDict, self.encoder.layers)
-        for name, layer in layers.items():
+        for layer in self.encoder.layers.values():
             if isinstance(layer, Recurrence):
-                layers[name] = StepwiseRecurrence(layer)
+                layer.gru = cast(nn.GRU, StepwiseGRU(layer.gru))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         *_, features = self.encoder.frames_of_stages(self.encoder.entry(x))

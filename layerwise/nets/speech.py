@@ -1,6 +1,7 @@
 """The paper's speech network: strided convolutions with ReLU, then a GRU.
 
-Löwe et al. 2019, appendix A.2; van den Oord et al. 2018.
+Löwe et al. 2019, appendix A.2; van den Oord et al. 2018. With net.dense a layer's channels lie beside those that it reads, as
+in DenseNet (Huang et al. 2017, arXiv 1608.06993): a module adds to what those below have found.
 """
 
 from collections.abc import Callable
@@ -21,12 +22,13 @@ from layerwise.nets.network import Network
 def speech_network(net: NetOptions, channels_in: int = 1) -> Network:
     """One layer, and one of the paper's modules, per convolution; the GRU is the last where net.context is not 0."""
     layers: list[Callable[[], Layer]] = []
-    kind = CentredConvolution if net.centred else Convolution
     for kernel, stride, padding in zip(net.kernels, net.strides, net.paddings, strict=True):
+        beside = net.dense and bool(layers)  # the data themselves are not handed on
+        kind = DenseConvolution if beside else CentredConvolution if net.centred else Convolution
         layers.append(partial(kind, channels_in, net.width, kernel, stride, padding))
-        channels_in = net.width
+        channels_in = net.width + channels_in * beside
     if net.context:
-        layers.append(partial(Recurrence, channels_in, net.context))
+        layers.append(partial(DenseRecurrence if net.dense else Recurrence, channels_in, net.context))
     return Network(layers, natural_cut=(1,) * len(layers))
 
 
@@ -39,7 +41,7 @@ class Convolution(Layer):
 
     def __init__(self, channels_in: int, channels: int, kernel: int, stride: int, padding: int) -> None:
         super().__init__()
-        self.kernel, self.stride, self.padding = kernel, stride, padding
+        self.kernel, self.stride, self.padding, self.channels_out = kernel, stride, padding, channels
         conv = nn.Conv1d(channels_in, channels, kernel)
         self.weight, self.bias = conv.weight, cast(nn.Parameter, conv.bias)
 
@@ -67,7 +69,7 @@ class Convolution(Layer):
         ready = max((x.shape[1] - self.kernel) // self.stride + 1, 0)
         tail = None if last else x[:, ready * self.stride :].clone()
         if ready == 0:
-            return x.new_zeros(x.shape[0], 0, self.weight.shape[0]), tail
+            return x.new_zeros(x.shape[0], 0, self.channels_out), tail
         return self.valid(x[:, : (ready - 1) * self.stride + self.kernel]), tail
 
     def _convolve(self, x: torch.Tensor, padding: int) -> torch.Tensor:
@@ -98,9 +100,7 @@ class CentredConvolution(Convolution):
     def first_weights_from(self, x: torch.Tensor, rng: np.random.Generator) -> None:
         """Mean and deviation of the channels of frames (B, L, C); those of a waveform stay 0 and 1."""
         if x.shape[2] > 1:
-            mean, deviation = mean_and_deviation(x.transpose(1, 2).split(AT_ONCE))
-            self.mean.copy_(mean)
-            self.deviation.copy_(deviation + SMALLEST_DEVIATION)
+            _take_statistics(self.mean, self.deviation, x)
 
     def filters(self) -> tuple[torch.Tensor, torch.Tensor]:
         weight = (self.weight - self.weight.mean(0)) / self.deviation[:, None]
@@ -108,11 +108,31 @@ class CentredConvolution(Convolution):
         return weight, bias
 
 
+class DenseConvolution(CentredConvolution):
+    """A centred convolution of what such layers have found, whose channels (C') lie behind those that it reads (C)."""
+
+    def __init__(self, channels_in: int, channels: int, kernel: int, stride: int, padding: int) -> None:
+        super().__init__(channels_in, channels, kernel, stride, padding)
+        self.channels_out = channels_in + channels
+
+    def _convolve(self, x: torch.Tensor, padding: int) -> torch.Tensor:
+        """What is read is averaged over the frames that a filter sees. It is not negative: the ReLU leaves it as it is."""
+        read = F.avg_pool2d(x.transpose(1, 2).unsqueeze(2), (1, self.kernel), (1, self.stride), (0, padding))
+        return torch.cat([read, super()._convolve(x, padding)], 1)
+
+
 SMALLEST_DEVIATION = 1e-3
 """What a channel that never varies is divided by."""
 
 AT_ONCE = 32
 """Windows whose channels are summed up."""
+
+
+def _take_statistics(mean: torch.Tensor, deviation: torch.Tensor, x: torch.Tensor) -> None:
+    """Into [C] each, of frames (B, L, C)."""
+    of_channels, spread = mean_and_deviation(x.transpose(1, 2).split(AT_ONCE))
+    mean.copy_(of_channels)
+    deviation.copy_(spread + SMALLEST_DEVIATION)
 
 
 def _frames(picture: torch.Tensor) -> torch.Tensor:
@@ -137,3 +157,29 @@ class Recurrence(Layer):
         if x.shape[1] == 0:
             return x.new_zeros(x.shape[0], 0, self.gru.hidden_size), state
         return self.gru(x, state)
+
+
+class DenseRecurrence(Recurrence):
+    """A GRU over standardised frames, whose context lies behind the channels that it reads."""
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__(channels_in, channels)
+        self.register_buffer("mean", torch.zeros(channels_in))
+        self.register_buffer("deviation", torch.ones(channels_in))
+
+    def first_weights_from(self, x: torch.Tensor, rng: np.random.Generator) -> None:
+        """Mean and deviation of the channels of frames (B, L, C)."""
+        _take_statistics(self.mean, self.deviation, x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, super().forward(self._standardised(x))], 2)
+
+    def push(self, x: torch.Tensor, state: torch.Tensor | None, last: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        context, state = super().push(self._standardised(x), state, last)
+        return torch.cat([x, context], 2), state
+
+    def _standardised(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.mean) / self.deviation

@@ -21,7 +21,7 @@ import layerwise
 from layerwise.encoder import export as formats
 from layerwise.encoder.export import Exported
 from layerwise.encoder.load import load
-from layerwise.encoder.program import StepwiseRecurrence
+from layerwise.encoder.program import StepwiseGRU
 from layerwise.engines.run import RunResult, UserObjects
 from layerwise.errors import ExportError, LayerwiseError, RunError
 from layerwise.nets.layer import Layer
@@ -288,7 +288,7 @@ def test_a_stepwise_recurrence_is_the_recurrence() -> None:
     torch.manual_seed(0)
     recurrence, x = Recurrence(6, 5), torch.randn(3, 40, 6)
     with torch.no_grad():
-        torch.testing.assert_close(StepwiseRecurrence(recurrence)(x), recurrence(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(StepwiseGRU(recurrence.gru)(x)[0], recurrence(x), rtol=1e-5, atol=1e-6)
 
 
 def test_the_exported_options_make_the_same_network(speech_run: RunResult, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_recordings_of_several_lengths_standardise_what_each_layer_reads(
     tiny_options: dict[str, dict[str, object]], few_digits: Path, tmp_path: Path
 ) -> None:
     places = {"data.source": f"fsdd:{few_digits}", "out": str(tmp_path / "run"), "cache.dir": str(tmp_path / "cache")}
-    config = resolve(overrides={**tiny_options["convolutions"], **places, "net.centred": True})
+    config = resolve(overrides={**tiny_options["convolutions"], **places, "net.centred": True, "net.dense": True})
     run(config)
     for name, values in weights(config).items():
         if name.endswith((".mean", ".deviation")):

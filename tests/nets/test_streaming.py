@@ -14,14 +14,25 @@ from layerwise.nets.module import Module
 from layerwise.nets.speech import SMALLEST_DEVIATION
 
 
-def speech_module(stage: int | None = None, centred: bool = False) -> Module:
-    network = build_network(NetOptions(width=6, context=5, centred=centred), (1,))
+KINDS = {"paper": {}, "centred": {"centred": True}, "dense": {"centred": True, "dense": True}}
+
+
+def speech_module(stage: int | None = None, kind: str = "paper") -> Module:
+    network = build_network(NetOptions(width=6, context=5, **KINDS[kind]), (1,))
     layers = range(6) if stage is None else range(stage, stage + 1)
     module = network.build(layers, seed=3, device="cpu")
-    if centred:
-        frames = torch.randn(4, 4000, 1 if stage in (None, 0) else 6, generator=torch.Generator().manual_seed(0))
-        module.first_weights_from(frames + 1, np.random.default_rng(0))
+    module.first_weights_from(some_frames(4, 4000, stage, kind) + 1, np.random.default_rng(0))
     return module
+
+
+def some_frames(count: int, length: int, stage: int | None, kind: str) -> torch.Tensor:
+    """(count, length, C) as a stage reads them: what lies below has found nothing that is negative."""
+    frames = torch.randn(count, length, channels_in(stage, kind), generator=torch.Generator().manual_seed(length))
+    return frames.relu() if stage else frames
+
+
+def channels_in(stage: int | None, kind: str) -> int:
+    return 6 * (stage if kind == "dense" else 1) if stage else 1
 
 
 def whole(module: Module, x: torch.Tensor) -> torch.Tensor:
@@ -38,11 +49,10 @@ def streamed(module: Module, x: torch.Tensor, cuts: list[int]) -> torch.Tensor:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.data(), st.integers(1, 3000), st.one_of(st.none(), st.integers(0, 5)), st.booleans())
-def test_streamed_outputs_equal_one_pass(data: st.DataObject, length: int, stage: int | None, centred: bool) -> None:
+@given(st.data(), st.integers(1, 3000), st.one_of(st.none(), st.integers(0, 5)), st.sampled_from([*KINDS]))
+def test_streamed_outputs_equal_one_pass(data: st.DataObject, length: int, stage: int | None, kind: str) -> None:
     cuts = data.draw(st.lists(st.integers(0, length), max_size=6))
-    module = speech_module(stage, centred)
-    x = torch.randn(1, length, 1 if stage in (None, 0) else 6, generator=torch.Generator().manual_seed(length))
+    module, x = speech_module(stage, kind), some_frames(1, length, stage, kind)
     with torch.no_grad():
         if int(module.out_length(length)) == 0:
             assert streamed(module, x, cuts).shape[1] == 0
@@ -51,9 +61,9 @@ def test_streamed_outputs_equal_one_pass(data: st.DataObject, length: int, stage
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(400, 3000), min_size=2, max_size=4), st.booleans())
-def test_a_padded_sample_gives_what_it_gives_alone(lengths: list[int], centred: bool) -> None:
-    module = speech_module(centred=centred)
+@given(st.lists(st.integers(400, 3000), min_size=2, max_size=4), st.sampled_from([*KINDS]))
+def test_a_padded_sample_gives_what_it_gives_alone(lengths: list[int], kind: str) -> None:
+    module = speech_module(kind=kind)
     samples = [torch.randn(length, 1, generator=torch.Generator().manual_seed(length)) for length in lengths]
     batch = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
     with torch.no_grad():
@@ -93,7 +103,7 @@ def test_the_output_of_a_long_stream_does_not_keep_its_input(length: int) -> Non
 
 def test_a_centred_convolution_is_torchs_own_of_standardised_channels() -> None:
     module = speech_module(stage=1)
-    layer = speech_module(stage=1, centred=True).layers["1"]
+    layer = speech_module(stage=1, kind="centred").layers["1"]
     frames = torch.randn(2, 57, 6) * torch.tensor([1.0, 2, 3, 4, 5, 6]) + 1
     layer.first_weights_from(frames, np.random.default_rng(0))
     read = (frames - frames.mean((0, 1))) / (frames.flatten(0, 1).std(0, correction=0) + SMALLEST_DEVIATION)
@@ -102,3 +112,14 @@ def test_a_centred_convolution_is_torchs_own_of_standardised_channels() -> None:
     torch.testing.assert_close(layer.valid(frames), torch.relu(expected).transpose(1, 2), rtol=1e-4, atol=1e-5)
     assert expected.mean(1).abs().max() < 1e-5  # so that at every frame some channels lie above 0
     assert module.layers["1"].weight.equal(layer.weight)  # the same first weights otherwise
+
+
+def test_a_dense_layer_adds_its_channels_to_the_means_of_those_that_it_reads() -> None:
+    convolution, recurrence = (speech_module(stage, "dense").layers[str(stage)] for stage in (2, 5))
+    frames = some_frames(2, 57, 2, "dense")
+    read = torch.nn.functional.avg_pool1d(frames.transpose(1, 2), 4, stride=2, padding=2).transpose(1, 2)
+    assert convolution(frames)[..., :12].equal(read)
+    frames = some_frames(2, 57, 5, "dense")
+    assert recurrence(frames)[..., :30].equal(frames)
+    standardised = (frames - recurrence.mean) / recurrence.deviation
+    assert recurrence(frames)[..., 30:].equal(recurrence.gru(standardised)[0])

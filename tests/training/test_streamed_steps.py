@@ -97,6 +97,7 @@ class Scanning(nn.Module):
 
 SPEECH = {"net.width": 32, "net.context": 32, "data.window": 800, "objective.anchors": 64}
 """Every frame is an anchor, so that a draw has no accidents."""
+DENSE = {"net.centred": True, "net.dense": True}
 PICTURES = {"training.batch_size": 4, "training.stages": 1}
 WHOLE = PICTURES | {
     "net.name": "own",
@@ -112,8 +113,9 @@ CONVNET |= {"data.crop": 32}
 STAGES: dict[str, tuple[str, int, dict[str, object], Callable[[], Network] | None]] = {
     "convolution": ("speech", 2, SPEECH, None),
     "convolutions": ("speech", 1, SPEECH | {"training.stages": 2, "net.context": 0}, None),
-    "centred convolution": ("speech", 2, SPEECH | {"net.centred": True}, None),
+    "dense convolution": ("speech", 2, SPEECH | DENSE, None),
     "GRU": ("speech", 4, SPEECH, None),
+    "dense GRU": ("speech", 4, SPEECH | DENSE, None),
     "picture blocks": ("vision", 1, PICTURES | {"net.width": 8, "net.blocks": [1, 1]}, None),
     "LSTM": ("vision", 1, PICTURES, partial(pictures, Scanning)),
     "batch norm": ("vision", 1, PICTURES, partial(pictures, partial(nn.BatchNorm2d, 16))),
