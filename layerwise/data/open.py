@@ -151,9 +151,7 @@ def open_demo() -> SampleSet:
     Two of five utterances are the test, of every speaker and whatever the seed: one of them is to be less than half a point.
     """
     utterances = synthesise_corpus()
-    ids, lengths = tuple(each.name for each in utterances), [len(each.samples) for each in utterances]
-    # One number for the whole set, as for recordings (see speech.py).
-    level = float(np.sqrt(np.mean([np.square(each.samples).mean() for each in utterances])))
+    ids, lengths = tuple(each.name for each in utterances), [each.length for each in utterances]
     return SampleSet(
         takes="waveforms",
         ids=ids,
@@ -162,7 +160,8 @@ def open_demo() -> SampleSet:
         # The parameters, not the samples: these may differ by a rounding from one processor to the next.
         identity=digest(f"demo 4 {ids} {lengths}"),
         read_values=lambda sample, start, stop, view: utterances[sample].samples[start:stop, None],
-        measure_level=lambda data: level,
+        # One number for the whole set, as for recordings (see speech.py).
+        measure_level=lambda data: float(np.sqrt(np.mean([np.square(each.samples).mean() for each in utterances]))),
         labels={"speaker": np.array([each.speaker for each in utterances], dtype=str)},
         test=np.arange(len(ids)) % 5 > 2,
         frame_label_names=("phone",),

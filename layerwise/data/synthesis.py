@@ -15,7 +15,9 @@ spectral tilt, breathiness). What makes a phone is where its formants head, rela
 excited; its neighbours pull the formants away from there (coarticulation).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -74,7 +76,7 @@ ONSETS = ("m", "n", "l", "r", "w", "f", "s", "sh", "p", "t", "k")
 CODAS = ("m", "n", "l", "f", "s", "sh", "p", "t", "k")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Utterance:
     """One recording and what is said in it, by whom."""
 
@@ -82,12 +84,22 @@ class Utterance:
     """Unique in the corpus, for example "speaker03-017"."""
     speaker: str
     """For example "speaker03"."""
-    samples: np.ndarray
-    """float32 [L] at RATE, peak below 1."""
+    say: Callable[[], np.ndarray]
+    """Makes the samples."""
     phone_stops: np.ndarray
     """int64 [P], the first sample after each phone; increasing, the last one is L."""
     phones: tuple[str, ...]
     """[P], from PHONES."""
+
+    @cached_property
+    def samples(self) -> np.ndarray:
+        """float32 [L] at RATE, peak below 1; made when they are first asked for, in some 12 ms."""
+        return self.say()
+
+    @property
+    def length(self) -> int:
+        """Samples."""
+        return int(self.phone_stops[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +130,26 @@ def synthesise_corpus(speakers: int = 10, utterances: int = 64, seconds: float =
 
 def synthesise_utterance(speaker: int, number: int, seconds: float, seed: int) -> Utterance:
     """Utterance `number` of one speaker."""
+    _, phones, stops = _plan(speaker, number, seconds, seed)
+    label = f"speaker{speaker:02d}"
+    return Utterance(f"{label}-{number:03d}", label, partial(_say, speaker, number, seconds, seed), stops, phones)
+
+
+def _say(speaker: int, number: int, seconds: float, seed: int) -> np.ndarray:
+    """The samples of `synthesise_utterance`, float32 [L]."""
     voice = draw_voice(np.random.default_rng((seed, speaker)), speaker)
+    rng, phones, stops = _plan(speaker, number, seconds, seed)
+    f0 = draw_f0(rng, voice.f0, frame_count(stops[-1]))
+    return record(rng, speak(rng, voice, phones, stops, f0), stops[-1]).astype(np.float32)
+
+
+def _plan(
+    speaker: int, number: int, seconds: float, seed: int
+) -> tuple[np.random.Generator, tuple[str, ...], np.ndarray]:
+    """What is said, as `draw_phones` gives it, and the generator for all that is drawn after it."""
     # Counting from 1: numpy pads seeds with zeros, so utterance 0 would repeat the numbers that made the voice.
     rng = np.random.default_rng((seed, speaker, number + 1))
-    phones, stops = draw_phones(rng, seconds * rng.uniform(0.7, 1.15))
-    f0 = draw_f0(rng, voice.f0, frame_count(stops[-1]))
-    samples = record(rng, speak(rng, voice, phones, stops, f0), stops[-1])
-    label = f"speaker{speaker:02d}"
-    return Utterance(f"{label}-{number:03d}", label, samples.astype(np.float32), stops, phones)
+    return rng, *draw_phones(rng, seconds * rng.uniform(0.7, 1.15))
 
 
 def draw_voice(rng: np.random.Generator, speaker: int) -> Voice:

@@ -98,9 +98,11 @@ class CentredConvolution(Convolution):
         self.register_buffer("deviation", torch.ones(channels_in))
 
     def first_weights_from(self, x: torch.Tensor, rng: np.random.Generator) -> None:
-        """Mean and deviation of the channels of frames (B, L, C); those of a waveform stay 0 and 1."""
+        """Mean and deviation of the channels of frames (B, L, C). A waveform's filters are whitened in their place."""
         if x.shape[2] > 1:
             _take_statistics(self.mean, self.deviation, x)
+        else:
+            self.weight.copy_((self.weight[:, 0] @ _emphasis(x[..., 0], self.kernel)).unsqueeze(1))
 
     def filters(self) -> tuple[torch.Tensor, torch.Tensor]:
         weight = (self.weight - self.weight.mean(0)) / self.deviation[:, None]
@@ -126,6 +128,21 @@ SMALLEST_DEVIATION = 1e-3
 
 AT_ONCE = 32
 """Windows whose channels are summed up."""
+
+
+def _emphasis(waveforms: torch.Tensor, kernel: int) -> torch.Tensor:
+    """[kernel, kernel]: divides every direction of the stretches of waveforms (B, L) by its deviation, beside that of all.
+
+    As pre-emphasis does, it keeps the low and loud part of a voice from being all that random filters hear. The quietest
+    directions, which are noise, are not made as loud as the others.
+    """
+    products = torch.zeros(kernel, kernel, dtype=torch.float64)
+    for some in waveforms.split(AT_ONCE):
+        stretches = some.unfold(1, kernel, 1).flatten(0, 1).double()
+        products += stretches.T @ stretches
+    variance, directions = torch.linalg.eigh(products)
+    mean = variance.mean() or torch.ones(())
+    return (directions * (1 + variance.clamp(min=0) / mean).rsqrt() @ directions.T).to(waveforms.dtype)
 
 
 def _take_statistics(mean: torch.Tensor, deviation: torch.Tensor, x: torch.Tensor) -> None:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import conv1d
 
 from layerwise.config import NetOptions
 from layerwise.nets import build_network
 from layerwise.nets.module import Module
 from layerwise.nets.speech import SMALLEST_DEVIATION
-
 
 KINDS = {"paper": {}, "centred": {"centred": True}, "dense": {"centred": True, "dense": True}}
 
@@ -89,9 +89,7 @@ def test_the_convolution_is_torchs_own() -> None:
     module = speech_module(stage=1)
     layer = module.layers["1"]
     x = torch.randn(2, 57, 6)
-    reference = torch.relu(
-        torch.nn.functional.conv1d(x.transpose(1, 2), layer.weight, layer.bias, layer.stride, layer.padding)
-    )
+    reference = torch.relu(conv1d(x.transpose(1, 2), layer.weight, layer.bias, layer.stride, layer.padding))
     torch.testing.assert_close(whole(module, x), reference.transpose(1, 2), rtol=1e-5, atol=1e-6)
 
 
@@ -108,7 +106,7 @@ def test_a_centred_convolution_is_torchs_own_of_standardised_channels() -> None:
     layer.first_weights_from(frames, np.random.default_rng(0))
     read = (frames - frames.mean((0, 1))) / (frames.flatten(0, 1).std(0, correction=0) + SMALLEST_DEVIATION)
     weight, bias = layer.weight - layer.weight.mean(0), layer.bias - layer.bias.mean()
-    expected = torch.nn.functional.conv1d(read.transpose(1, 2), weight, bias, layer.stride)
+    expected = conv1d(read.transpose(1, 2), weight, bias, layer.stride)
     torch.testing.assert_close(layer.valid(frames), torch.relu(expected).transpose(1, 2), rtol=1e-4, atol=1e-5)
     assert expected.mean(1).abs().max() < 1e-5  # so that at every frame some channels lie above 0
     assert module.layers["1"].weight.equal(layer.weight)  # the same first weights otherwise
@@ -123,3 +121,24 @@ def test_a_dense_layer_adds_its_channels_to_the_means_of_those_that_it_reads() -
     assert recurrence(frames)[..., :30].equal(frames)
     standardised = (frames - recurrence.mean) / recurrence.deviation
     assert recurrence(frames)[..., 30:].equal(recurrence.gru(standardised)[0])
+
+
+def test_filters_of_a_waveform_hear_its_loud_low_part_less() -> None:
+    untouched = build_network(NetOptions(width=6), (1,)).build(range(1), seed=3, device="cpu").layers["0"].weight
+    module = speech_module(0, "centred")
+    layer = module.layers["0"]
+    rng = torch.Generator().manual_seed(0)
+    noise, tone = torch.randn(3, 20_000, 1, generator=rng), torch.sin(torch.arange(20_000) * 0.05)[:, None]
+
+    def louder(weight: torch.Tensor) -> float:
+        """How much more filters answer to the tone than to the noise."""
+        of_tone, of_noise = (conv1d(x.transpose(0, 1)[None], weight).square().mean() for x in (tone, noise[0]))
+        return (of_tone / of_noise).item()
+
+    for waveforms, least, most in ((noise, 0.95, 1.05), (noise * 0.1 + tone, 0.05, 0.2)):
+        layer.weight.data.copy_(untouched)
+        module.first_weights_from(waveforms, np.random.default_rng(0))
+        assert least < louder(layer.weight) / louder(untouched) < most
+    layer.weight.data.copy_(untouched)
+    module.first_weights_from(torch.zeros(3, 100, 1), np.random.default_rng(0))  # of silence nothing is known
+    torch.testing.assert_close(layer.weight, untouched)
