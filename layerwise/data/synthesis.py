@@ -93,7 +93,7 @@ class Utterance:
 
     @cached_property
     def samples(self) -> np.ndarray:
-        """float32 [L] at RATE, peak below 1; made when they are first asked for, in some 12 ms."""
+        """float32 [L] at RATE, peak below 1; made when they are first asked for, in some milliseconds."""
         return self.say()
 
     @property
@@ -114,7 +114,9 @@ class Voice:
     breathiness: float  # breath noise relative to the peak of the glottal pulse
 
 
-def synthesise_corpus(speakers: int = 10, utterances: int = 64, seconds: float = 1.5, seed: int = 0) -> list[Utterance]:
+def synthesise_corpus(
+    speakers: int = 10, utterances: int = 128, seconds: float = 1.5, seed: int = 0
+) -> list[Utterance]:
     """`utterances` utterances of each speaker, speaker by speaker; `seconds` is about the mean length.
 
     The same arguments give the same samples (on another machine up to rounding). An utterance depends on `seconds`,
@@ -140,7 +142,7 @@ def _say(speaker: int, number: int, seconds: float, seed: int) -> np.ndarray:
     voice = draw_voice(np.random.default_rng((seed, speaker)), speaker)
     rng, phones, stops = _plan(speaker, number, seconds, seed)
     f0 = draw_f0(rng, voice.f0, frame_count(stops[-1]))
-    return record(rng, speak(rng, voice, phones, stops, f0), stops[-1]).astype(np.float32)
+    return record(rng, speak(rng, voice, phones, stops, f0), stops[-1])
 
 
 def _plan(
@@ -203,7 +205,7 @@ def draw_f0(rng: np.random.Generator, centre: float, frames: int) -> np.ndarray:
 def speak(
     rng: np.random.Generator, voice: Voice, phones: tuple[str, ...], stops: np.ndarray, f0: np.ndarray
 ) -> np.ndarray:
-    """Short-time spectra of the sound at the lips, complex128 [T, F].
+    """Short-time spectra of the sound at the lips, complex64 [T, F].
 
     `stops`: int64 [P], samples; `f0`: Hz per frame, [T].
     """
@@ -224,16 +226,23 @@ def speak(
 
     f0_samples = np.interp(np.arange(length), centres, f0)
     glottis = glottal_pulses(f0_samples, voice.open_quotient) + voice.breathiness * rng.normal(size=length)
-    tract = tract_response(formants, BANDWIDTHS * voice.bandwidth_scale, voice.tilt)
-    voiced = frame_spectra(glottis) * tract * voicing[:, None]
-    noise = frame_spectra(rng.normal(size=length)) * frication_response(peaks, bandwidths)[index]
-    return voiced + noise * frication[:, None]
+    spectra = frame_spectra(glottis.astype(np.float32))
+    spectra *= tract_response(formants, BANDWIDTHS * voice.bandwidth_scale, voice.tilt)
+    spectra *= voicing[:, None]
+    # Most frames have no frication.
+    hissing = np.flatnonzero(frication)
+    noise = frame_spectra(rng.normal(size=length).astype(np.float32))[hissing]
+    noise *= frication_response(peaks, bandwidths)[index[hissing]]
+    noise *= frication[hissing, None]
+    spectra[hissing] += noise
+    return spectra
 
 
 def record(rng: np.random.Generator, speech: np.ndarray, length: int) -> np.ndarray:
-    """Speech, as spectra [T, F], through a random channel, in coloured noise, at a level below 1: float64 [length]."""
-    speech = speech * draw_equaliser(rng)
-    noise = frame_spectra(rng.normal(size=length)) * draw_equaliser(rng)
+    """Speech, as spectra [T, F], through a random channel, in coloured noise, at a level below 1: float32 [length]."""
+    speech *= draw_equaliser(rng)
+    noise = frame_spectra(rng.normal(size=length).astype(np.float32))
+    noise *= draw_equaliser(rng)
     snr = rng.uniform(15, 30)  # dB
     noise *= speech.std() / noise.std() * 10 ** (-snr / 20)
     recording = overlap_add(speech + noise, length)
@@ -242,13 +251,13 @@ def record(rng: np.random.Generator, speech: np.ndarray, length: int) -> np.ndar
 
 
 def draw_equaliser(rng: np.random.Generator) -> np.ndarray:
-    """Gain per frequency bin, float64 [F]: a random low-order cepstrum, hence smooth on the mel scale."""
+    """Gain per frequency bin, float32 [F]: a random low-order cepstrum, hence smooth on the mel scale."""
     hertz = np.fft.rfftfreq(FFT_SIZE, 1 / RATE)
     mel = np.log1p(hertz / 700) / np.log1p(RATE / 2 / 700)
     orders = np.arange(1, 5)
     cepstrum = rng.normal(0, 0.5, len(orders)) / np.sqrt(orders)  # dB
     gain = (np.cos(np.pi * mel[:, None] * orders) * cepstrum).sum(axis=1)
-    return 10 ** (gain / 20)
+    return (10 ** (gain / 20)).astype(np.float32)
 
 
 def glottal_pulses(f0: np.ndarray, open_quotient: float) -> np.ndarray:
@@ -262,7 +271,7 @@ def glottal_pulses(f0: np.ndarray, open_quotient: float) -> np.ndarray:
 
 
 def tract_response(formants: np.ndarray, bandwidths: np.ndarray, tilt: float) -> np.ndarray:
-    """Resonators in cascade after a low-pass: complex128 [T, F], 1 at 0 Hz (Klatt 1980).
+    """Resonators in cascade after a low-pass: complex64 [T, F], 1 at 0 Hz (Klatt 1980).
 
     `formants`: Hz, [T, 7]; `bandwidths`: Hz, [7].
     """
@@ -273,11 +282,13 @@ def tract_response(formants: np.ndarray, bandwidths: np.ndarray, tilt: float) ->
         previous = denominator.copy()
         denominator[:, 1:] -= 2 * r * np.cos(2 * np.pi * formant / RATE)[:, None] * previous[:, :-1]
         denominator[:, 2:] += r**2 * previous[:, :-2]
-    return denominator.sum(axis=1, keepdims=True) / np.fft.rfft(denominator, FFT_SIZE)
+    # In double precision: at a resonance it is a small difference of large numbers.
+    of_frequencies = np.fft.rfft(denominator, FFT_SIZE)
+    return np.divide(denominator.sum(axis=1, keepdims=True), of_frequencies, out=of_frequencies).astype(np.complex64)
 
 
 def frication_response(peaks: np.ndarray, bandwidths: np.ndarray) -> np.ndarray:
-    """One resonator with zeros at 0 Hz and at the Nyquist frequency: complex128 [P, F], about 1 at the peak.
+    """One resonator with zeros at 0 Hz and at the Nyquist frequency: complex64 [P, F], about 1 at the peak.
 
     `peaks`, `bandwidths`: Hz, [P].
     """
@@ -293,20 +304,20 @@ def frame_count(length: int) -> int:
 
 
 def frame_spectra(signal: np.ndarray) -> np.ndarray:
-    """Short-time spectra of a signal [L]: complex128 [T, F]. The windows of all frames sum to one."""
+    """Short-time spectra of a signal [L], in its precision: complex [T, F]. The windows of all frames sum to one."""
     frames = frame_count(len(signal))
-    padded = np.zeros((frames + 1) * HOP)
+    padded = np.zeros((frames + 1) * HOP, signal.dtype)
     padded[HOP : HOP + len(signal)] = signal
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP] * window
+    windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP] * window.astype(signal.dtype)
     return np.fft.rfft(windows, FFT_SIZE)
 
 
 def overlap_add(spectra: np.ndarray, length: int) -> np.ndarray:
-    """The signal, float64 [length], of short-time spectra [T, F]: the inverse of `frame_spectra`."""
+    """The signal [length] of short-time spectra [T, F], in their precision: the inverse of `frame_spectra`."""
     frames = np.fft.irfft(spectra, FFT_SIZE)
     blocks = FFT_SIZE // HOP
-    signal = np.zeros((len(frames) + blocks) * HOP)
+    signal = np.zeros((len(frames) + blocks) * HOP, frames.dtype)
     for block in range(blocks):
         start = block * HOP
         signal[start : start + len(frames) * HOP] += frames[:, start : start + HOP].ravel()

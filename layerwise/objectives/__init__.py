@@ -57,11 +57,6 @@ def _ntxent(options: ObjectiveOptions, scored: Scored) -> NTXent:
 
 
 def _both(options: ObjectiveOptions, scored: Scored) -> PositionsAndRenderings:
-    if not scored.shared:
-        raise ConfigError(
-            "--objective infonce+ntxent compares outputs alone, and a stage that ends in a recurrent layer predicts inputs: "
-            "give infonce or ntxent."
-        )
     return PositionsAndRenderings(_contrastive(InfoNCE, options, scored), _ntxent(options, scored))
 
 

@@ -1,4 +1,4 @@
-"""InfoNCE between positions of whole pictures, and NT-Xent between two renderings of them, added up."""
+"""InfoNCE between positions of a sample, and NT-Xent between two renderings of it, added up."""
 
 from dataclasses import dataclass
 
@@ -23,9 +23,9 @@ class Draw:
 
 
 class PositionsAndRenderings(nn.Module):
-    """The sum of both losses. Windows 2m and 2m + 1 of a batch are renderings of one picture.
+    """The sum of both losses. Windows 2m and 2m + 1 of a batch are renderings of one sample.
 
-    What ties two places of a picture and what ties two renderings of it teach different things: see InfoNCE and NTXent.
+    What ties two places of a sample and what ties two renderings of it teach different things: see InfoNCE and NTXent.
     """
 
     def __init__(self, positions: InfoNCE, renderings: NTXent) -> None:
@@ -50,10 +50,12 @@ class PositionsAndRenderings(nn.Module):
         ]
 
     def forward(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int) -> Score:
-        """targets and contexts (R, C), the same tensor, at the rows of the draw. The accuracy is that of the renderings."""
+        """targets (R, C) and contexts (R, D), which may be the same tensor, at the rows of the draw. Renderings are compared by
+        their contexts; the accuracy is theirs."""
         at = torch.as_tensor(np.searchsorted(draw.rows, draw.positions.rows), device=contexts.device)
         of_positions = contexts.index_select(0, at)
-        positions = self.positions(of_positions, of_positions, draw.positions, room)
+        predicted = of_positions if targets is contexts else targets.index_select(0, at)
+        positions = self.positions(predicted, of_positions, draw.positions, room)
         # NT-Xent scores all rows of the batch, which are those of the draw.
         renderings = self.renderings(contexts, contexts, draw.renderings, room)
         return Score(positions.loss + renderings.loss, renderings.accuracy)

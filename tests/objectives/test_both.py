@@ -21,6 +21,17 @@ def drawn(objective: torch.nn.Module, parts: int = 1) -> list:
     return objective.draw(np.full(WINDOWS, FRAMES), FRAMES, COLUMNS, np.random.default_rng(0), parts)
 
 
+def test_a_recurrent_stage_predicts_its_inputs_and_compares_its_contexts() -> None:
+    torch.manual_seed(0)
+    objective = PositionsAndRenderings(InfoNCE(5, 6, steps=2, negatives=3), NTXent(6, 4, 0.5))
+    inputs, contexts = torch.randn(WINDOWS * FRAMES, 5), torch.randn(WINDOWS * FRAMES, 6)
+    (draw,) = drawn(objective)
+    at = torch.from_numpy(draw.positions.rows)
+    expected = objective.positions(inputs[at], contexts[at], draw.positions, 2**20).loss
+    expected = expected + objective.renderings(contexts, contexts, draw.renderings, 0).loss
+    assert float(objective(inputs, contexts, draw, 2**20).loss) == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_its_loss_is_the_sum_of_both(objective: PositionsAndRenderings) -> None:
     frames = torch.randn(WINDOWS * FRAMES, 5)
     (draw,) = drawn(objective)
