@@ -161,6 +161,8 @@ def write_tone(tmp_path: Path) -> Callable[..., Path]:
 TINY_SPEECH = {
     "net.width": 8,
     "net.centred": False,
+    "net.dense": False,
+    "objective.projection": "none",
     "net.context": 8,
     "net.kernels": [10, 8, 8],
     "net.strides": [5, 4, 4],

@@ -6,7 +6,7 @@ from typing import Any
 import tomli_w
 from pydantic import ByteSize
 
-from layerwise.config.options import PICTURES, Config, Option, options, value_of
+from layerwise.config.options import NONE, PICTURES, Config, Option, options, value_of
 from layerwise.config.resolving import data_kind, resolve
 
 _KINDS = {"speech", "steps", "images", "vision", "convnet", "supervised", "ntxent", "infonce+ntxent", "dask", "slurm"}
@@ -39,7 +39,7 @@ def _lines(option: Option, config: Config, otherwise: Config) -> Iterator[str]:
     value, name = value_of(config, option.key), option.key.rpartition(".")[2]
     yield f"# {option.help}{f' ({option.flag})' if option.flag else ''}"
     if value is None:
-        yield f"# {name} ="
+        yield f"# {name} =" if value_of(otherwise, option.key) is None else f'{name} = "{NONE}"'
     else:
         as_without = not _concerns(option, config) and value == value_of(otherwise, option.key)
         yield f"{'# ' if as_without else ''}{name} = {_toml(value)}"

@@ -54,10 +54,27 @@ def _option(default: Any, scope: Scope, flag: str | None = None, **checks: Any) 
     return Field(default, json_schema_extra={"scope": scope, "flag": flag}, **checks)
 
 
+NONE = "none"
+"""The value of a number that is not given."""
+
+
+def _may_be_none(section: type[BaseModel], name: str) -> bool:
+    field = section.model_fields.get(name)
+    return field is not None and field.default is None and str not in get_args(field.annotation)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing(cls, given: Any) -> Any:
+        """NONE takes away what a recipe says: TOML has no word for it."""
+        if not isinstance(given, dict):
+            return given
+        return given | {name: None for name, value in given.items() if value == NONE and _may_be_none(cls, name)}
 
 
 class DataOptions(Section):
@@ -157,7 +174,7 @@ class NetOptions(Section):
         if self.centred and self.width < 2:
             raise ValueError("width must be at least 2 where filters are centred over the channels")
         if self.dense and not self.centred:
-            raise ValueError("dense needs centred: give net.centred=true too")
+            raise ValueError("dense needs centred: give net.dense=false, or net.centred=true")
         if self.dense and any(
             2 * padding > kernel for kernel, padding in zip(self.kernels, self.paddings, strict=True)
         ):

@@ -29,7 +29,7 @@ def test_a_recurrent_stage_predicts_its_inputs_and_compares_its_contexts() -> No
     at = torch.from_numpy(draw.positions.rows)
     expected = objective.positions(inputs[at], contexts[at], draw.positions, 2**20).loss
     expected = expected + objective.renderings(contexts, contexts, draw.renderings, 0).loss
-    assert float(objective(inputs, contexts, draw, 2**20).loss) == pytest.approx(float(expected), rel=1e-6)
+    assert objective(inputs, contexts, draw, 2**20).loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_its_loss_is_the_sum_of_both(objective: PositionsAndRenderings) -> None:
