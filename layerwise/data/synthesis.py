@@ -295,7 +295,7 @@ def frication_response(peaks: np.ndarray, bandwidths: np.ndarray) -> np.ndarray:
     r = np.exp(-np.pi * bandwidths / RATE)
     denominator = np.stack([np.ones_like(r), -2 * r * np.cos(2 * np.pi * peaks / RATE), r**2], axis=1)
     numerator = np.fft.rfft([1.0, 0.0, -1.0], FFT_SIZE) * (1 - r[:, None] ** 2) / 2
-    return numerator / np.fft.rfft(denominator, FFT_SIZE)
+    return (numerator / np.fft.rfft(denominator, FFT_SIZE)).astype(np.complex64)
 
 
 def frame_count(length: int) -> int:

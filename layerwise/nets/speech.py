@@ -46,15 +46,14 @@ class Convolution(Layer):
         self.weight, self.bias = conv.weight, cast(nn.Parameter, conv.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # In place before the views of it are made: autograd would copy a view twice on its way back.
-        return _frames(F.relu_(self._convolve(x, self.padding)))
+        return _frames(self._found(x, self.padding))
 
     def arrange_for_gpu(self) -> None:
         """Channels last, as the input is."""
         self.weight.data = self.weight.data.transpose(1, 2).contiguous().transpose(1, 2)
 
     def valid(self, x: torch.Tensor) -> torch.Tensor:
-        return _frames(F.relu_(self._convolve(x, padding=0)))
+        return _frames(self._found(x, padding=0))
 
     def before_activation(self, x: torch.Tensor) -> torch.Tensor:
         return _frames(self._convolve(x, self.padding))
@@ -71,6 +70,11 @@ class Convolution(Layer):
         if ready == 0:
             return x.new_zeros(x.shape[0], 0, self.channels_out), tail
         return self.valid(x[:, : (ready - 1) * self.stride + self.kernel]), tail
+
+    def _found(self, x: torch.Tensor, padding: int) -> torch.Tensor:
+        """What comes out, as a picture (B, C', 1, L')."""
+        # In place before the views of it are made: autograd would copy a view twice on its way back.
+        return F.relu_(self._convolve(x, padding))
 
     def _convolve(self, x: torch.Tensor, padding: int) -> torch.Tensor:
         """Frames (B, L, C) to a picture (B, C', 1, L') in channels-last order."""
@@ -115,12 +119,24 @@ class DenseConvolution(CentredConvolution):
 
     def __init__(self, channels_in: int, channels: int, kernel: int, stride: int, padding: int) -> None:
         super().__init__(channels_in, channels, kernel, stride, padding)
-        self.channels_out = channels_in + channels
+        self.channels_in, self.channels_out = channels_in, channels_in + channels
 
-    def _convolve(self, x: torch.Tensor, padding: int) -> torch.Tensor:
-        """What is read is averaged over the frames that a filter sees. It is not negative: the ReLU leaves it as it is."""
-        read = F.avg_pool2d(x.transpose(1, 2).unsqueeze(2), (1, self.kernel), (1, self.stride), (0, padding))
-        return torch.cat([read, super()._convolve(x, padding)], 1)
+    def before_activation(self, x: torch.Tensor) -> torch.Tensor:
+        return _frames(torch.cat([self._read(x, self.padding), self._convolve(x, self.padding)], 1))
+
+    def activation(self, y: torch.Tensor) -> torch.Tensor:
+        read, found = y.split([self.channels_in, self.channels_out - self.channels_in], -1)
+        return torch.cat([read, F.relu(found)], -1)
+
+    def _found(self, x: torch.Tensor, padding: int) -> torch.Tensor:
+        return torch.cat([self._read(x, padding), super()._found(x, padding)], 1)
+
+    def _read(self, x: torch.Tensor, padding: int) -> torch.Tensor:
+        """Means of the frames that a filter sees, (B, C, 1, L')."""
+        # As a convolution: a program that is exported with avg_pool2d takes inputs of one length alone.
+        each = x.new_full((x.shape[2], 1, 1, self.kernel), 1 / self.kernel)
+        picture = x.transpose(1, 2).unsqueeze(2)
+        return F.conv2d(picture, each, stride=(1, self.stride), padding=(0, padding), groups=x.shape[2])
 
 
 SMALLEST_DEVIATION = 1e-3
@@ -137,12 +153,18 @@ def _emphasis(waveforms: torch.Tensor, kernel: int) -> torch.Tensor:
     directions, which are noise, are not made as loud as the others.
     """
     products = torch.zeros(kernel, kernel, dtype=torch.float64)
-    for some in waveforms.split(AT_ONCE):
-        stretches = some.unfold(1, kernel, 1).flatten(0, 1).double()
-        products += stretches.T @ stretches
+    for waveform in waveforms:
+        stretches = waveform.unfold(0, kernel, 1) if len(waveform) >= kernel else waveform.new_zeros(0, kernel)
+        for some in stretches.split(max(NUMBERS_AT_ONCE // kernel, 1)):
+            numbers = some.double()
+            products += numbers.T @ numbers
     variance, directions = torch.linalg.eigh(products)
-    mean = variance.mean() or torch.ones(())
+    mean = variance.mean() or torch.ones(())  # of silence nothing is known
     return (directions * (1 + variance.clamp(min=0) / mean).rsqrt() @ directions.T).to(waveforms.dtype)
+
+
+NUMBERS_AT_ONCE = 2**18
+"""Of a waveform, each as often as stretches hold it."""
 
 
 def _take_statistics(mean: torch.Tensor, deviation: torch.Tensor, x: torch.Tensor) -> None:

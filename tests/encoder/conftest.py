@@ -40,7 +40,7 @@ def run_tiny(tiny_options: Options, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def speech_run(run_tiny: Callable[..., RunResult], digits: Path) -> RunResult:
-    return run_tiny("speech", f"fsdd:{digits}")
+    return run_tiny("speech", f"fsdd:{digits}", **{"net.centred": True, "net.dense": True})
 
 
 @pytest.fixture(scope="session")

@@ -126,7 +126,7 @@ def test_one_file_needs_no_others(speech_run: RunResult, vision_run: RunResult, 
 def test_a_long_recording_passes_in_pieces_under_the_budget(
     speech_run: RunResult, digits: Path, tmp_path: Path
 ) -> None:
-    joined = np.concatenate([soundfile.read(path, dtype="float32")[0] for path in sorted(digits.iterdir())])
+    joined = np.concatenate([soundfile.read(path, dtype="float32")[0] for path in sorted(digits.iterdir())] * 2)
     soundfile.write(tmp_path / "long.wav", joined, 8000)
     free = layerwise.extract(speech_run.paths.out, tmp_path / "long.wav", tmp_path / "free.h5", gpu_mem="100MB")
     tight = layerwise.extract(speech_run.paths.out, tmp_path / "long.wav", tmp_path / "tight.h5", gpu_mem="30kB")

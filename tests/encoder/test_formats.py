@@ -101,7 +101,7 @@ def test_the_code_of_the_card_runs_as_it_stands(
         exec(code, {})
         printed = capsys.readouterr().out
     frames = layerwise.load(request.getfixturevalue(kind).paths.out).out_length(1600)
-    assert (f"2, {frames}, 8" if kind == "speech_run" else "2, 49, 64") in printed
+    assert (f"2, {frames}, 32" if kind == "speech_run" else "2, 49, 64") in printed
 
 
 def printed_by_a_new_process(code: str, folder: Path) -> str:
