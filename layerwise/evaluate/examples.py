@@ -77,6 +77,26 @@ class Parts:
         return range(self.held_out.stop)
 
 
+QUARTERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some rows of the first `count`: of every four the one at `quarter`, or the three others."""
+
+    count: int
+    quarter: int
+    others: bool
+
+    def __len__(self) -> int:
+        one = len(range(self.quarter, self.count, QUARTERS))
+        return self.count - one if self.others else one
+
+    def among(self, numbers: range) -> torch.Tensor:
+        """bool [n]: which of these rows they are."""
+        return (torch.arange(numbers.start, numbers.stop) % QUARTERS == self.quarter) != self.others
+
+
 class Examples:
     """Rows in their order; each channel has mean 0 and spread 1 over the training rows."""
 
@@ -93,13 +113,16 @@ class Examples:
         if 4 * features.channels * features.rows <= KEPT_BYTES:
             self._kept = self._read(range(features.rows))
 
-    def pieces(self, rows: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def pieces(self, rows: range | Rows) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """float32 [n, C] and int64 [n] of these rows, piece after piece."""
-        for first in range(rows.start, rows.stop, self._step):
+        whole = rows if isinstance(rows, range) else range(rows.count)
+        for first in range(whole.start, whole.stop, self._step):
             self._poll()
-            piece = range(first, min(first + self._step, rows.stop))
+            piece = range(first, min(first + self._step, whole.stop))
             x = self._read(piece) if self._kept is None else self._kept[piece.start : piece.stop]
-            yield x, self._classes[piece.start : piece.stop]
+            y = self._classes[piece.start : piece.stop]
+            chosen = ... if isinstance(rows, range) else rows.among(piece)
+            yield x[chosen], y[chosen]
 
     def classes(self, rows: range) -> np.ndarray:
         """int64 [n]"""

@@ -28,7 +28,7 @@ def test_training_samples_alone_are_asked(planned_stages: Planned, noise_data: N
     assert set(probe.epoch.samples.tolist()) <= set(range(17))
     assert len(probe.epoch.samples) == 16  # whole batches of four
     assert [f"kind {number}" for number in probe.classes.tolist()] == kinds[probe.epoch.samples].tolist()
-    telling = torch.nn.functional.one_hot(probe.classes, 8).float() + 0.01 * torch.randn(16, 8)
+    telling = torch.nn.functional.one_hot(probe.classes, 3).float() + 0.01 * torch.randn(16, 3)
     assert probe.error(telling) == 0
     with pytest.raises(ConfigError, match="these data have none"):
         EpochProbe.of(config, noise_data(config), split, spec, SourceLoader(noise_data(config)))
