@@ -50,8 +50,8 @@ EXPERIMENTS = (
         "demo",
         "The demo",
         "speaker",
-        14,
-        "256 test utterances, the same for all seeds; one process of two threads.",
+        7,
+        "512 test utterances, the same for all seeds; one process of two threads.",
     ),
 )
 

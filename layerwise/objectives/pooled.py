@@ -65,8 +65,8 @@ class NTXent(nn.Module):
         loss = mean over i of  -log( exp(s(i, j) / T) / sum over k other than i of exp(s(i, k) / T) )
 
     i and j are the two renderings of a sample, k runs through all other windows of the batch, and s is the cosine of what a
-    small network g makes of two windows' means. Windows 2m and 2m + 1 of a batch are renderings of one sample. It is for
-    samples without an order of frames to predict along, such as whole pictures.
+    small network g makes of two windows' means. Windows 2m and 2m + 1 of a batch are renderings of one sample. It needs
+    no order of frames to predict along, such as whole pictures do not have.
 
     g is a linear layer, ReLU and a linear layer. channels: of the contexts; projection: width of what is compared;
     temperature: T.
