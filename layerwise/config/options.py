@@ -435,8 +435,14 @@ class Config(Section):
         return self.objective, self.cache.dtype, *[value for name, value in settings if name not in apart]
 
     def to_toml(self) -> str:
-        """The resolved configuration as TOML; options without a value are left out."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+        """The resolved configuration as TOML. Numbers without a value are NONE, since a recipe may say one; texts without
+        one are left out."""
+        tree = self.model_dump(mode="json", exclude_none=True)
+        for section, own in self:
+            if isinstance(own, Section):
+                without = {name for name, value in own if value is None and _may_be_none(type(own), name)}
+                tree[section] |= dict.fromkeys(sorted(without), NONE)
+        return tomli_w.dumps(tree)
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,7 +121,7 @@ def test_a_recurrent_stage_has_a_matrix_for_its_contexts_and_others_share_one() 
     config = resolve("demo", overrides={"net.width": 16, "net.context": 16, "objective.projection": 4})
     data = open_data(config.data, shortest_sample(config))
     network = build_network(config.net, data.frame_shape)
-    specs = stage_specs(config, data, network, ranges([5, 1]))
+    specs = stage_specs(config, data, network, ranges([6, 1]))
     names = [dict(spec.build_objective(config, torch.device("cpu")).named_parameters()).keys() for spec in specs]
     assert names == [{"project.weight", "predictors"}, {"project.weight", "project_contexts.weight", "predictors"}]
 
