@@ -160,6 +160,26 @@ def test_scikit_learn_is_of_the_same_opinion_on_spoken_digits(fsdd: Path, tmp_pa
     assert (ours != wanted).mean() <= min(errors) + 0.03  # the penalty is well chosen, too
 
 
+def test_where_few_rows_are_held_out_each_known_row_is_held_out_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examples_file, "PIECE_BYTES", 4 * 12 * 7)
+    features, classes = blobs(90)
+    examples = Examples(stored(features, tmp_path), classes, Parts.of(50, 11, 29))
+    x, y = (torch.cat(pieces) for pieces in zip(*examples.pieces(examples.parts.fitted), strict=True))
+    trials = linear._trials(examples.parts)
+    held_out = torch.zeros(61, dtype=torch.int64)
+    for trial in trials:
+        for rows in (trial.fitted, trial.held_out):
+            found = [torch.cat(pieces) for pieces in zip(*examples.pieces(rows), strict=True)]
+            numbers = torch.cat([row == x for row in found[0].split(1)]).view(-1, 61, 12).all(2).nonzero()[:, 1]
+            assert len(numbers) == len(rows)
+            assert found[1].equal(y[numbers])
+            held_out[numbers] += 1 if rows is trial.held_out else 100
+    assert held_out.tolist() == [301] * 61
+    assert len(linear._trials(Parts.of(900, linear.FEWEST_HELD_OUT, 30))) == 1
+
+
 @pytest.mark.parametrize("classifier", ["linear", "knn"])
 def test_pieces_of_the_features_give_what_all_at_once_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classifier: str
