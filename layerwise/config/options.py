@@ -175,10 +175,6 @@ class NetOptions(Section):
             raise ValueError("width must be at least 2 where filters are centred over the channels")
         if self.dense and not self.centred:
             raise ValueError("dense needs centred: give net.dense=false, or net.centred=true")
-        if self.dense and any(
-            2 * padding > kernel for kernel, padding in zip(self.kernels, self.paddings, strict=True)
-        ):
-            raise ValueError("dense needs paddings of at most half of their kernels: it averages what lies there")
         if not self.kernels and not self.context:
             raise ValueError("a speech network needs at least one layer: give kernels, or a context")
         if any(stride > kernel for kernel, stride in zip(self.kernels, self.strides, strict=True)):

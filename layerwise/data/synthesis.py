@@ -239,7 +239,10 @@ def speak(
 
 
 def record(rng: np.random.Generator, speech: np.ndarray, length: int) -> np.ndarray:
-    """Speech, as spectra [T, F], through a random channel, in coloured noise, at a level below 1: float32 [length]."""
+    """Speech, as spectra [T, F], through a random channel, in coloured noise, at a level below 1: float32 [length].
+
+    Overwrites the spectra.
+    """
     speech *= draw_equaliser(rng)
     noise = frame_spectra(rng.normal(size=length).astype(np.float32))
     noise *= draw_equaliser(rng)

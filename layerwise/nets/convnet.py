@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from layerwise.config import NetOptions
-from layerwise.nets.channel_statistics import mean_and_deviation
+from layerwise.nets.channel_statistics import take_statistics
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 
@@ -70,9 +70,7 @@ class MapConvolution(Layer):
 
     def standardise(self, maps: Iterable[torch.Tensor]) -> None:
         """Brings the channels of such maps (N, C, H, W) to mean 0 and deviation 1."""
-        mean, deviation = mean_and_deviation(maps)
-        self.mean.copy_(mean)
-        self.deviation.copy_(deviation + SMALLEST_DEVIATION)
+        take_statistics(self.mean, self.deviation, maps, SMALLEST_DEVIATION)
 
 
 SMALLEST_HALVED = 8

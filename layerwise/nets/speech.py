@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from layerwise.config import NetOptions
-from layerwise.nets.channel_statistics import mean_and_deviation
+from layerwise.nets.channel_statistics import take_statistics
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 
@@ -104,7 +104,7 @@ class CentredConvolution(Convolution):
     def first_weights_from(self, x: torch.Tensor, rng: np.random.Generator) -> None:
         """Mean and deviation of the channels of frames (B, L, C). A waveform's filters are whitened in their place."""
         if x.shape[2] > 1:
-            _take_statistics(self.mean, self.deviation, x)
+            take_statistics(self.mean, self.deviation, x.transpose(1, 2).split(AT_ONCE), SMALLEST_DEVIATION)
         else:
             self.weight.copy_((self.weight[:, 0] @ _emphasis(x[..., 0], self.kernel)).unsqueeze(1))
 
@@ -167,13 +167,6 @@ NUMBERS_AT_ONCE = 2**18
 """Of a waveform, each as often as stretches hold it."""
 
 
-def _take_statistics(mean: torch.Tensor, deviation: torch.Tensor, x: torch.Tensor) -> None:
-    """Into [C] each, of frames (B, L, C)."""
-    of_channels, spread = mean_and_deviation(x.transpose(1, 2).split(AT_ONCE))
-    mean.copy_(of_channels)
-    deviation.copy_(spread + SMALLEST_DEVIATION)
-
-
 def _frames(picture: torch.Tensor) -> torch.Tensor:
     """(B, C, 1, L) to (B, L, C), a view."""
     return picture.squeeze(2).transpose(1, 2)
@@ -211,7 +204,7 @@ class DenseRecurrence(Recurrence):
 
     def first_weights_from(self, x: torch.Tensor, rng: np.random.Generator) -> None:
         """Mean and deviation of the channels of frames (B, L, C)."""
-        _take_statistics(self.mean, self.deviation, x)
+        take_statistics(self.mean, self.deviation, x.transpose(1, 2).split(AT_ONCE), SMALLEST_DEVIATION)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([x, super().forward(self._standardised(x))], 2)

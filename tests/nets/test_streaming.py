@@ -123,6 +123,14 @@ def test_a_dense_layer_adds_its_channels_to_the_means_of_those_that_it_reads() -
     assert recurrence(frames)[..., 30:].equal(recurrence.gru(standardised)[0])
 
 
+def test_a_dense_layer_takes_any_padding_that_a_convolution_takes() -> None:
+    options = NetOptions(width=6, context=0, centred=True, dense=True, kernels=[3, 4], strides=[1, 2], paddings=[2, 4])
+    module = build_network(options, (1,)).build(range(2), seed=3, device="cpu")
+    x = torch.randn(2, 50, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(streamed(module, x, [7, 20]), whole(module, x), rtol=1e-5, atol=1e-5)
+
+
 def test_filters_of_a_waveform_hear_its_loud_low_part_less() -> None:
     untouched = build_network(NetOptions(width=6), (1,)).build(range(1), seed=3, device="cpu").layers["0"].weight
     module = speech_module(0, "centred")
