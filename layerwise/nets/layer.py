@@ -75,7 +75,8 @@ def mask_outside(x: torch.Tensor, firsts: np.ndarray, lengths: np.ndarray) -> to
     frames = torch.arange(x.shape[1], device=x.device)
     start, stop = (torch.as_tensor(edge, device=x.device)[:, None] for edge in (-firsts, lengths - firsts))
     outside = (frames < start) | (frames >= stop)
-    return x.masked_fill(outside.reshape(*outside.shape, *[1] * (x.dim() - 2)), 0)
+    # Not masked_fill, which takes twice the time on a CPU.
+    return torch.where(outside.reshape(*outside.shape, *[1] * (x.dim() - 2)), x.new_zeros(()), x)
 
 
 def vectors(frames: torch.Tensor, cells: Sequence[int] = ()) -> torch.Tensor:

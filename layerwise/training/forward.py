@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_iter
 
-from layerwise.cache.dtypes import STORED, as_array
+from layerwise.cache.dtypes import STORED, as_array, largest
 from layerwise.config import Config
 from layerwise.data.batches import Batch, Group, gathered
 from layerwise.data.source import DataSet
@@ -72,16 +72,16 @@ class InferenceStage:
         """Rounded as a cache would have rounded them. Raises TrainingError where its dtype cannot hold them."""
         dtype = self.output_format.dtype
         stored = outputs if dtype is None else outputs.to(STORED[dtype].tensor)
-        if dtype is not None and not torch.isfinite(stored).all():
-            self.refuse_unstorable(outputs.abs().max())
+        if dtype is not None and not torch.isfinite(largest(stored)):
+            self.refuse_unstorable(largest(outputs))
         return stored
 
-    def refuse_unstorable(self, largest: torch.Tensor) -> None:
+    def refuse_unstorable(self, most: torch.Tensor) -> None:
         """Raises TrainingError where the dtype of the cache cannot hold the largest output; a scalar."""
         dtype = self.output_format.dtype
-        if dtype is not None and not torch.isfinite(largest.to(STORED[dtype].tensor)):
+        if dtype is not None and not torch.isfinite(most.to(STORED[dtype].tensor)):
             raise TrainingError(
-                f"An output of stage {self.stage} of {largest.item():.3g} does not fit into {dtype}; start again "
+                f"An output of stage {self.stage} of {most.item():.3g} does not fit into {dtype}; start again "
                 f"with --from-stage {self.stage} --cache-dtype bfloat16."
             )
 

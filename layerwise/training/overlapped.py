@@ -2,7 +2,6 @@
 go to the host, and the next piece comes to the device.
 """
 
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from layerwise.cache.dtypes import STORED, as_array
+from layerwise.cache.dtypes import STORED, as_array, largest
 from layerwise.data.batches import Batch, Group
 from layerwise.memory.copy_stream import Arriving, CopyStream, Leaving
 from layerwise.training.context import RunContext
@@ -35,12 +34,11 @@ def overlapped_rows(
         number: int, renderings: Sequence[int], outputs: torch.Tensor, lengths: np.ndarray
     ) -> tuple[Leaving, np.ndarray]:
         # The largest of all says whether all can be held, and is read where nobody waits for it.
-        largest = torch.linalg.vector_norm(outputs, math.inf) if outputs.numel() else outputs.new_zeros(())
-        return down.take(contiguous(outputs, STORED[dtype].tensor), largest), lengths
+        return down.take(contiguous(outputs, STORED[dtype].tensor), largest(outputs)), lengths
 
     def rows_of(leaving: Leaving, lengths: np.ndarray) -> Iterator[np.ndarray]:
-        stored, largest = leaving.left()
-        stage.refuse_unstorable(largest)
+        stored, most = leaving.left()
+        stage.refuse_unstorable(most)
         for frames, length in zip(stored, lengths.tolist(), strict=True):
             yield as_array(frames[:length])
 

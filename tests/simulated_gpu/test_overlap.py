@@ -225,7 +225,8 @@ def test_reserved_bytes_of_the_caching_pass_are_predicted_and_hold() -> None:
 
     with installed(SimulatedGPU()) as gpu:
         made, segments = Task.of(case, 1), Segments(expandable=False)
-        predicted = caching_peak(made.config, made.spec, piece, segments, overlapped=True)
+        spec = replace(made.spec, lengths=caching(made)[1].lengths)
+        predicted = caching_peak(made.config, spec, piece, segments, overlapped=True)
         log = gpu.allocator.log = Allocations()
         cache(gpu)
         gpu.allocator.log = None
