@@ -20,6 +20,7 @@ from layerwise.evaluate.results import EQUALLY_LONG
 from layerwise.events import EpochDone, Event
 from layerwise.report.printing import answer_json, measuring, remark, say, working
 from layerwise.report.tables import comparison_table, few_test_samples, no_better, probe_table
+from layerwise.run_store import ProbeResult
 from layerwise.stop import stop_in_time, stop_on_signals
 from layerwise.units import size
 
@@ -51,20 +52,26 @@ def probe(directory: Path, names: tuple[str, ...], as_json: bool, **options: Any
     Prints the error on the test samples, beside that of the same network with random weights. With several labels there is a
     table for each; --json then prints a list.
     """
-    from layerwise.evaluate.probe import probe as probe_library  # imports torch, which --help need not wait for
+    from layerwise.evaluate.probe import probes  # imports torch, which --help need not wait for
 
     results, labels = [], list(dict.fromkeys(names))
     try:
-        for label in labels:
-            with stop_on_signals() as stop, measuring(f"probing {label}") as show:
-                results.append(probe_library(directory, label, stop=stop, notify=show, **options))
-            if not as_json:
-                say(probe_table(results[-1]), f"device peak {size(results[-1].peak_bytes)}")
-                for warning in filter(None, (no_better(results[-1]), few_test_samples(results[-1]))):
-                    say(warning)
+        with stop_on_signals() as stop:
+            found = probes(directory, labels, stop=stop, notify=lambda at: show(at), **options)
+            for label in labels:
+                with measuring(f"probing {label}") as show:
+                    results.append(next(found))
+                if not as_json:
+                    _tell(results[-1])
     finally:  # what is known is told, whatever became of the next label
         if as_json and results:
             answer_json(results if len(labels) > 1 else results[0])
+
+
+def _tell(result: ProbeResult) -> None:
+    say(probe_table(result), f"device peak {size(result.peak_bytes)}")
+    for warning in filter(None, (no_better(result), few_test_samples(result))):
+        say(warning)
 
 
 @click.command(cls=ConfiguredCommand, short_help="Compare the methods of the paper on one data set.")

@@ -4,8 +4,9 @@ The test samples were never seen by the encoder's training nor by the classifier
 are there; those of other stages are made again from the data.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from layerwise.cache import ActivationCache
 from layerwise.config import Config, named_here, with_options
 from layerwise.data.labels import with_labels
 from layerwise.data.open import as_data, open_data
+from layerwise.data.source import DataSet
 from layerwise.errors import CacheError, ConfigError, DataError, RunError, did_you_mean
 from layerwise.evaluate.baseline import baseline_of
 from layerwise.evaluate.classifiers import CLASSIFIERS, fit_and_test
@@ -28,17 +30,26 @@ from layerwise.nets.network import Network, ranges
 from layerwise.nets.traced import traced_network, with_present_weights
 from layerwise.records import read_record
 from layerwise.run_store import RunState, RunStore, open_run
-from layerwise.run_store.state import Baseline, ProbeResult, StageError
+from layerwise.run_store.state import Baseline, ProbeResult, StageError, StageRecord
 from layerwise.stop import StopFlag
 from layerwise.training.checkpoint import load_stages
 from layerwise.training.first_weights import is_network_of, load_first_weights, without_lost_weights
-from layerwise.training.forward import OutputFormat, random_stages, trained_stages
-from layerwise.training.spec import stage_specs
+from layerwise.training.forward import InferenceStage, OutputFormat, random_stages, trained_stages
+from layerwise.training.spec import StageSpec, stage_specs
 
 
-def probe(
+def probe(run_directory: str | Path, label: str, **options: Any) -> ProbeResult:
+    """How well a classifier on the frozen features of each stage tells a label, beside the same stage with random weights.
+
+    Also written to probes/LABEL.json; LABEL-knn.json with another classifier, LABEL-grid4.json with a grid. options and what is
+    raised: of `probes`.
+    """
+    return next(probes(run_directory, [label], **options))
+
+
+def probes(
     run_directory: str | Path,
-    label: str,
+    labels_to_tell: Iterable[str],
     *,
     classifier: str = "linear",
     grid: int | None = None,
@@ -47,28 +58,80 @@ def probe(
     labels: str | Path | None = None,
     stop: StopFlag | None = None,
     notify: NotifyProgress = unseen,
-) -> ProbeResult:
-    """How well a classifier on the frozen features of each stage tells a label, beside the same stage with random weights.
+) -> Iterator[ProbeResult]:
+    """A probe of each label, of a run and data that are opened once.
 
-    Also written to probes/LABEL.json, or LABEL-knn.json. classifier: linear, or knn (nearest neighbours). grid: features are
-    means over so many cells a side of a picture, or over so many stretches of a sequence; None: 2 of pictures, else 1.
-    network, data: those of the run, where it was given objects or a package.module:function, which is not called otherwise;
-    data may also say where they lie now. labels: a CSV file in place of the run's, "" for none. stop: ends it when its
-    reason is set. notify: is told what it is at, what was found in labels, and which caches cannot be used; their stages
-    are passed through anew.
+    classifier: linear, or knn (nearest neighbours). grid: features are means over so many cells a side of a picture, or over so
+    many stretches of a sequence; None: 2 of pictures, else 1. network, data: those of the run, where it was given objects or a
+    package.module:function, which is not called otherwise; data may also say where they lie now. labels: a CSV file in place
+    of the run's, "" for none. stop: ends it when its reason is set. notify: is told what it is at, what was found in labels,
+    and which caches cannot be used; their stages are passed through anew.
     Raises RunError where no stage is done, ConfigError for network, data and grid, DataError where the label does not exist
     or has one value only.
     """
-    stop, run_directory = stop or StopFlag(), Path(run_directory)
     if classifier not in CLASSIFIERS:
         raise ConfigError(
             f"There is no probe {classifier!r}; there are {', '.join(CLASSIFIERS)}.{did_you_mean(classifier, CLASSIFIERS)}"
         )
+    frozen = _open(Path(run_directory), network, data, labels, notify)
+    for label in labels_to_tell:
+        yield _probe(frozen, label, classifier, grid, stop or StopFlag(), notify)
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """A run whose stages are to be probed, and its data."""
+
+    store: RunStore
+    state: RunState
+    config: Config
+    data: DataSet
+    network: Network
+    specs: list[StageSpec]
+    """Of the stages up to the last one that is done."""
+
+    @property
+    def done(self) -> list[int]:
+        return _done(self.state)
+
+    @property
+    def records(self) -> list[StageRecord]:
+        return self.state.stages[: len(self.specs)]
+
+    @property
+    def output_formats(self) -> list[OutputFormat]:
+        return [OutputFormat.of(record.trained_with) for record in self.records]
+
+    def untrained(self) -> list[InferenceStage]:
+        """The stages with the weights that training began with."""
+        # A module that was given may hold any weights by now: the untrained ones are those that the run has kept.
+        first = None if self.network.model is None else load_first_weights(self.store)
+        if first is None:
+            return random_stages(self.specs, self.output_formats, self.config.training.seed)
+        return trained_stages(self.specs, self.output_formats, first)
+
+    def trained(self, count: int) -> list[InferenceStage]:
+        """The first stages, as they were trained."""
+        weights = load_stages(self.store, self.records[:count])
+        return trained_stages(self.specs[:count], self.output_formats[:count], weights)
+
+
+def _done(state: RunState) -> list[int]:
+    return [record.stage for record in state.stages if record.status == "done"]
+
+
+def _open(
+    run_directory: Path,
+    network: nn.Module | Network | str | None,
+    data: Any,
+    labels: str | Path | None,
+    notify: NotifyProgress,
+) -> _Frozen:
+    """The arguments are those of `probes`."""
     if isinstance(network, Config):
         raise ConfigError("A probe knows the options of its run; give it a network alone, or leave it out.")
     store, state = open_run(run_directory)
-    done = [record.stage for record in state.stages if record.status == "done"]
-    if not done:
+    if not _done(state):
         raise RunError(f"No stage of {run_directory} is done yet; go on with the run first.")
     config = named_here(state.config, {"net.name": network, "data.source": data}, store.state)
     labels_of_run = config.data.labels
@@ -97,48 +160,45 @@ def probe(
     network = with_present_weights(network)
     if not is_network_of(state, store, network):
         raise RunError(f"The network given is not the one that {run_directory} was trained with; give that one.")
-    specs = stage_specs(config, data, network, ranges(state.cut))[: max(done)]
-    task = probe_task(label, data, config, grid)
-    records = state.stages[: len(specs)]
-    output_formats = [OutputFormat.of(record.trained_with) for record in records]
+    specs = stage_specs(config, data, network, ranges(state.cut))[: max(_done(state))]
+    return _Frozen(store, state, config, data, network, specs)
+
+
+def _probe(
+    frozen: _Frozen, label: str, classifier: str, grid: int | None, stop: StopFlag, notify: NotifyProgress
+) -> ProbeResult:
+    store, config = frozen.store, frozen.config
+    task = probe_task(label, frozen.data, config, grid)
 
     def show(doing: str) -> Callable[[int], None]:
         notify(Progress(doing, 0, len(task.samples)))
         return lambda done: notify(Progress(doing, done, len(task.samples)))
 
-    # A module that was given may hold any weights by now: the untrained ones are those that the run has kept.
-    first = None if network.model is None else load_first_weights(store)
-    random = (
-        random_stages(specs, output_formats, config.training.seed)
-        if first is None
-        else trained_stages(specs, output_formats, first)
-    )
     show_samples = show("features of the same network with random weights")
-    untrained, peak = features_under_budget(config, task, random, store.probes, stop, show_samples)
+    untrained, peak = features_under_budget(config, task, frozen.untrained(), store.probes, stop, show_samples)
     recomputed: list[FeatureRows] = []
-    cached = {stage: _cached_features(store, state, stage, task, stop, notify) for stage in done}
+    cached = {stage: _cached_features(store, frozen.state, stage, task, stop, notify) for stage in frozen.done}
     if missing := [stage for stage, features in cached.items() if features is None]:
-        above = max(missing)
-        stages = trained_stages(specs[:above], output_formats[:above], load_stages(store, records[:above]))
         show_samples = show("features of stages that are not cached")
-        recomputed, more = features_under_budget(config, task, stages, store.probes, stop, show_samples)
+        trained = frozen.trained(max(missing))
+        recomputed, more = features_under_budget(config, task, trained, store.probes, stop, show_samples)
         peak = max(peak, more)
     results = []
     for number, (stage, features) in enumerate(cached.items()):
         poll = partial(stop.raise_if_set, f"in the probe of stage {stage}")
         notify(Progress("classifiers", number, len(cached)))
-        targets = probe_targets(task, specs[stage - 1])
-        trained = recomputed[stage - 1] if features is None else features
-        error, confusion = fit_and_test(trained, targets, classifier, poll)
+        targets = probe_targets(task, frozen.specs[stage - 1])
+        of_stage = recomputed[stage - 1] if features is None else features
+        error, confusion = fit_and_test(of_stage, targets, classifier, poll)
         untrained_error, _ = fit_and_test(untrained[stage - 1], targets, classifier, poll)
         train, test = len(targets.parts.fitted), len(targets.parts.test)
-        weights = str(state.record(stage).weights)
+        weights = str(frozen.state.record(stage).weights)
         results.append(StageError(stage, error, untrained_error, train, test, confusion, weights))
-    name = label if classifier == "linear" else f"{label}-{classifier}"
+    name = label + f"-{classifier}" * (classifier != "linear") + f"-grid{grid}" * (grid is not None)
     poll = partial(stop.raise_if_set, "in the baseline of the probe")
     known = _known_baseline(store, name)
-    baseline = baseline_of(task, targets, specs[done[-1] - 1], classifier, config, store.probes, known, poll)
-    result = ProbeResult(label, results, peak, classifier, task.grid, baseline)
+    baseline = baseline_of(task, targets, frozen.specs[-1], classifier, config, store.probes, known, poll)
+    result = ProbeResult(label, results, peak, classifier, task.grid, baseline, name)
     store.write_probe(name, result)
     return result
 

@@ -225,7 +225,7 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """One probe of every finished stage, as probes/LABEL.json holds it."""
+    """One probe of every finished stage, as probes/NAME.json holds it."""
 
     __pydantic_config__ = STRICT
 
@@ -239,6 +239,12 @@ class ProbeResult:
     """Features of a sample are means over so many cells a side."""
     baseline: Baseline | None = None
     """None of data that are neither pictures nor recordings."""
+    name: str = ""
+    """The label, and the classifier and the grid where these are not those of default. "" in records of older versions."""
+
+    @property
+    def title(self) -> str:
+        return self.name or self.label
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,16 @@ def test_several_labels_are_told_apart_one_after_another(finished: Path, call: C
     assert [probe["label"] for probe in json.loads(out)] == ["speaker"]  # what was known is told
 
 
+def test_a_probe_of_another_grid_is_kept_beside_the_first(finished: Path, call: Callable) -> None:
+    kept = finished / "run" / "probes" / "digit.json"
+    before = kept.read_bytes()
+    code, out, _ = call("probe", finished / "run", "--label", "digit", "--grid", 2)
+    assert code == 0
+    assert "digit-grid2 error" in out
+    assert kept.read_bytes() == before
+    assert json.loads(kept.with_name("digit-grid2.json").read_text())["grid"] == 2
+
+
 def test_compare_prints_the_contracts_json_and_a_table(digits: Path, call: Callable) -> None:
     command = ["compare", *TINY, "--data", f"fsdd:{digits}", "--label", "digit", "--seeds", "1"]
     code, out, err = call(*command, "--methods", "cpc,untrained", "--json")
