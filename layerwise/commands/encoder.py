@@ -24,6 +24,7 @@ FORMATS = ("npy", "h5", "npz", "parquet")
 @click.option("--mean", is_flag=True, help="One row per file, the mean of its frames.")
 @click.option("--gpu-mem", help="Most device memory, such as 4GB; default: that of the run.")
 @network_option
+@click.option("--labels", default="", help="CSV file of labels, as run takes it, to be written beside the features.")
 @click.option("--device", help="auto, cpu, cuda or cuda:N; default: that of the run.")
 def extract(directory: Path, source: str, output: Path, format: str | None, **options: Any) -> None:
     """Pass INPUT through the trained encoder in DIR, stage by stage, and write what comes out.

@@ -12,13 +12,14 @@ import torch
 from layerwise.cache.export import FeatureFile, MeanFile
 from layerwise.config import Config, with_options
 from layerwise.data.batches import Batch, Group, at_length, collate, group_renderings, read_ahead
+from layerwise.data.labels import with_labels
 from layerwise.data.open import open_input
 from layerwise.data.source import DataSet, Skipped, Subset
 from layerwise.encoder.entry import row_places
 from layerwise.encoder.load import Given, entry_of, load_stages
 from layerwise.encoder.model import Encoder
 from layerwise.errors import BudgetError, DataError
-from layerwise.events import NotifyProgress, Progress, unseen
+from layerwise.events import Message, NotifyProgress, Progress, unseen
 from layerwise.nets.module import Geometry
 from layerwise.run_store import RunStore
 from layerwise.stop import StopFlag
@@ -52,15 +53,17 @@ def extract(
     gpu_mem: str | int | None = None,
     device: str | None = None,
     network: Given = None,
+    labels: str | Path = "",
     stop: StopFlag | None = None,
     notify: NotifyProgress = unseen,
 ) -> Extracted:
     """Writes the features of new samples as .npy, .h5, .npz or .parquet, by the name of `output`; see cache/feature_formats.py.
 
     source: a file, a folder, or KIND:PATH as --data takes it. stage: whose outputs; default: the last. mean: one row per
-    sample instead of its frames. gpu_mem, device: default: those of the run, where it is one. network: as in `load`. A file
-    that cannot be used is skipped and named. Raises RunError, ConfigError, DataError, BudgetError or CacheError where the
-    request cannot be met, and Interrupted between two pieces; then nothing is left of the output.
+    sample instead of its frames. gpu_mem, device: default: those of the run, where it is one. network: as in `load`. labels: a
+    CSV file, as `run` takes it, of labels to be written beside the features. notify: is told what was found in it, and how far
+    the work is. A file that cannot be used is skipped and named. Raises RunError, ConfigError, DataError, BudgetError or
+    CacheError where the request cannot be met, and Interrupted between two pieces; then nothing is left of the output.
     """
     output, stop = Path(output), stop or StopFlag()
     origin, stages = load_stages(Path(run_directory), stage, network)
@@ -70,6 +73,10 @@ def extract(
     encoder = Encoder(entry_of(origin), [each.module for each in stages])
     shape = tuple(origin.frame_shape)
     data = open_input(str(source), config, origin.takes, shape, origin.level, encoder.shortest)
+    if labels:
+        data = with_labels(data, str(labels))
+        for line in getattr(data, "notes", ()):
+            notify(Message(line))
     dtype = np.dtype(np.float16 if stages[-1].output_format.dtype == "float16" else np.float32)
     with torch.no_grad():
         *_, outputs = encoder.frames_of_stages(

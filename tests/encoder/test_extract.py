@@ -17,7 +17,7 @@ from layerwise.data.source import SampleSet
 from layerwise.encoder import extract as extracting
 from layerwise.engines.run import RunResult
 from layerwise.errors import BudgetError, CacheError, DataError, Interrupted
-from layerwise.events import Progress
+from layerwise.events import Message, Progress
 from layerwise.stop import StopFlag
 
 
@@ -109,6 +109,26 @@ def test_a_lower_stage_and_means(speech_run: RunResult, digits: Path, tmp_path: 
         np.testing.assert_allclose(frames[name], cached[name], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(means[name], cached[name].mean(0, keepdims=True), rtol=1e-5, atol=1e-5)
     assert np.load(tmp_path / "means.index.npz")["labels_digit"].tolist() == [name[0] for name in cached]
+
+
+def test_labels_of_a_table_are_written_beside_the_features(speech_run: RunResult, digits: Path, tmp_path: Path) -> None:
+    names = sorted(path.name for path in digits.rglob("*.wav"))
+    moods = {name: f"mood {number % 3}" for number, name in enumerate(names)}
+    table = "".join(f"{name},{mood}\n" for name, mood in moods.items())
+    (tmp_path / "moods.csv").write_text(f"file,mood\n{table}")
+    said: list[Message | Progress] = []
+    layerwise.extract(
+        speech_run.paths.out,
+        digits,
+        tmp_path / "means.npy",
+        mean=True,
+        labels=tmp_path / "moods.csv",
+        notify=said.append,
+    )
+    index = np.load(tmp_path / "means.index.npz")
+    kept = [Path(str(name)).with_suffix(".wav").name for name in index["ids"]]
+    assert index["labels_mood"].tolist() == [moods[name] for name in kept]
+    assert any(isinstance(line, Message) and "mood" in line.text for line in said)
 
 
 def test_one_file_needs_no_others(speech_run: RunResult, vision_run: RunResult, digits: Path, pictures: Path) -> None:
