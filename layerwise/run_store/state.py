@@ -35,6 +35,8 @@ class EarlierTraining:
     """Of its trained weights, which it goes on from where the checkpoint is gone; None where it had not ended."""
     same_input: bool
     """Whether it reads what it has read before, so that its losses can be compared; else a stage below has learnt more."""
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    """That the stage has been worked on until then."""
 
 
 @dataclass(slots=True)

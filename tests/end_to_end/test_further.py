@@ -90,11 +90,12 @@ def test_more_epochs_of_a_single_stage_give_the_bits_of_as_many_at_once(
     tiny_speech: Tiny, digits: Path, tmp_path: Path
 ) -> None:
     one = {"training.stages": 1}
-    run(tiny_speech(f"fsdd:{digits}", **one))
+    before = run(tiny_speech(f"fsdd:{digits}", **one))
     further = run(tiny_speech(f"fsdd:{digits}", **one, **MORE))
     at_once = run(tiny_speech(f"fsdd:{digits}", **one, **MORE, out=str(tmp_path / "at-once")))
     assert bits(further.paths.encoder) == bits(at_once.paths.encoder)
     assert further.state.stages[0].best_loss == at_once.state.stages[0].best_loss
+    assert further.state.stages[0].seconds > before.state.stages[0].seconds, "all that it was worked on"
 
 
 def test_more_epochs_from_a_stage_on_leave_those_below(further: Callable[[str], Config]) -> None:
