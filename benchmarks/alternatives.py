@@ -12,7 +12,7 @@ same shape, and on the network itself with --full.
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,10 +22,10 @@ from host import Host
 from resident import AdamInBackward, MicroBatches, Plain
 from steps import machine, seconds_in_turn
 from streaming import Streaming
-from workloads import SMALLER, WORKLOADS, Workload
+from workloads import SMALLER, WORKLOADS, Stages, Workload
 
 from layerwise.cache.dtypes import STORED
-from layerwise.config import with_options
+from layerwise.config import Config, with_options
 from layerwise.data.batches import Batch
 from layerwise.memory.meter import REHEARSED_ON, meter_for, rehearsal
 from layerwise.memory.plan import MemoryPlan
@@ -103,12 +103,15 @@ def rows_of(workload: Workload) -> Iterator[Row]:
         words = ", ".join(map(str, workload.together))
         options = {"together": workload.together, "contexts_on_host": workload.contexts_on_host}
         yield whole(f"the same, layers together by {words}", Streaming, predictors_at_once=1, **options)
-    for layers, budget in workload.stages:
-        yield layerwise(workload, layers, budget)
+    for stages in workload.stages:
+        yield layerwise(workload, stages)
 
 
-def layerwise(workload: Workload, layers: int, budget: str | None) -> Row:
-    """Stages of so many layers, as the planner lays them out. budget: a value of --gpu-mem, or smallest; None for no limit."""
+def layerwise(workload: Workload, stages: Stages) -> Row:
+    """Stages as the planner lays them out."""
+    layers, budget, projection = stages
+    if projection is not None:
+        workload = replace(workload, config=with_options(workload.config, {"objective.projection": projection}))
     count, device = len(workload.network.layers), REHEARSED_ON
     sizes = [layers] * (count // layers) + [count % layers] * (count % layers > 0)
     specs = stage_specs(workload.config, workload.data, workload.network, ranges(sizes))
@@ -127,22 +130,23 @@ def layerwise(workload: Workload, layers: int, budget: str | None) -> Row:
         plan = fit_stage(config, alike[0], device)
         if plan is None:
             raise SystemExit(f"stage {alike[0].stage} does not fit into {budget}")
-        parts.append((len(alike), partial(LayerwiseStage, spec=alike[0], plan=plan)))
+        parts.append((len(alike), partial(LayerwiseStage, config=config, spec=alike[0], plan=plan)))
         peak = max(peak, training_peak(config, alike[0], plan).bytes)
         flops += len(alike) * step_flops(config, alike[0], plan)
         moved += len(alike) * step_moved(config, alike[0], plan)
     under = "whole batch" if budget is None else f"--gpu-mem {budget}" if budget != "smallest" else "smallest budget"
-    name = f"layerwise, {layers} layer{'s' if layers > 1 else ''} a stage, {under}"
+    projected = "" if projection is None else f", projection {projection}"
+    name = f"layerwise, {layers} layer{'s' if layers > 1 else ''} a stage{projected}, {under}"
     return Row(name, parts, end_to_end=False, predicted=Rehearsed(peak, flops, moved))
 
 
 class LayerwiseStage:
     """A stage of a run; its batch is read from data or a cache."""
 
-    def __init__(self, workload: Workload, host: Host, spec: StageSpec, plan: MemoryPlan) -> None:
+    def __init__(self, workload: Workload, host: Host, config: Config, spec: StageSpec, plan: MemoryPlan) -> None:
         context = RunContext(host.device, meter_for(host.device, None))
-        self.trainer = StageTrainer(spec, workload.config, plan, context)
-        dtype = torch.float32 if spec.stage == 1 else STORED[workload.config.cache.dtype].tensor
+        self.trainer = StageTrainer(spec, config, plan, context)
+        dtype = torch.float32 if spec.stage == 1 else STORED[config.cache.dtype].tensor
         shape = workload.batch_size, spec.window.frames, *spec.frame_shape
         self.batch = Batch(host.build(lambda: torch.randn(shape).to(dtype)), np.full(shape[0], shape[1]))
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import isqrt
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,8 +42,8 @@ class Workload:
     """Whether it saves memory in streaming to make gradients of inputs before those of weights, at no more work."""
     contexts_on_host: bool = False
     """Whether the contexts of the loss would be the peak of streaming if they were on the device."""
-    stages: tuple[tuple[int, str | None], ...] = ()
-    """Rows of layerwise: layers of a stage, and the budget; None for no limit."""
+    stages: tuple["Stages", ...] = ()
+    """Rows of layerwise."""
 
     @property
     def batch_size(self) -> int:
@@ -104,9 +105,28 @@ class Workload:
         return shapes
 
 
-SPEECH = ((1, None), (1, "40MB"), (1, "smallest"))
-LAYERS = ((1, None), (4, None), (12, None), (1, "10.5MB"), (1, "smallest"))
-BLOCKS = ((1, None), (2, None), (4, None), (1, "137MB"), (1, "smallest"), (2, "smallest"), (4, "smallest"))
+class Stages(NamedTuple):
+    """How layerwise cuts and lays out a network."""
+
+    layers: int
+    """Of a stage."""
+    budget: str | None = None
+    """A value of --gpu-mem, or smallest; None for no limit."""
+    projection: int | None = None
+    """objective.projection, as the recipes have it; None for predictors of whole channels, as in the paper."""
+
+
+SPEECH = (Stages(1), Stages(1, "40MB"), Stages(1, "smallest"), Stages(1, None, 128), Stages(1, "smallest", 128))
+LAYERS = (
+    *(Stages(layers) for layers in (1, 4, 12)),
+    *(Stages(1, budget) for budget in ("10.5MB", "smallest")),
+    *(Stages(1, budget, 128) for budget in (None, "10.5MB", "smallest")),
+)
+BLOCKS = (
+    *(Stages(layers) for layers in (1, 2, 4)),
+    Stages(1, "137MB"),
+    *(Stages(layers, "smallest") for layers in (1, 2, 4)),
+)
 
 
 def speech(batch_size: int, width: int = 512) -> Workload:

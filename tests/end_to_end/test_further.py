@@ -103,7 +103,8 @@ def test_more_epochs_from_a_stage_on_leave_those_below(further: Callable[[str], 
     before = bits(Path(config.out) / "encoder.safetensors")
     assert started(config, from_stage=3) == [(3, 2, 0), (4, 2, 0)]
     after = bits(Path(config.out) / "encoder.safetensors")
-    assert {name.split(".")[1] for name in before if before[name] != after[name]} == {"2", "3"}
+    changed = {name.split(".")[1] for name in before if before[name] != after[name]}
+    assert changed and changed <= {"2", "3"}  # each keeps its best epoch, which may be an earlier one
     assert started(config) == []
 
 
