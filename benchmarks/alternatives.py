@@ -32,9 +32,9 @@ from layerwise.memory.plan import MemoryPlan
 from layerwise.nets.network import ranges
 from layerwise.training.budget import fit_stage, smallest_budget
 from layerwise.training.context import RunContext
-from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec, stage_specs
 from layerwise.training.trainer import StageTrainer, StepRandomness
+from layerwise.training.training_peak import training_peak
 from layerwise.training.work import step_flops, step_moved
 
 CLOSE = 1e-4

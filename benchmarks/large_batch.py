@@ -10,7 +10,7 @@ import torch
 from steps import end_to_end, machine, metered_step, natural_stages, our_stage, paper, peak_of, seconds_in_turn
 
 from layerwise.training.budget import fit_stage
-from layerwise.training.peaks import training_peak
+from layerwise.training.training_peak import training_peak
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 from layerwise.training.budget import fit_stage, smallest_budget
 from layerwise.training.cut import cut_network
-from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec
+from layerwise.training.training_peak import training_peak
 from layerwise.training.work import step_cost
 
 BUDGETS = (1.0, 0.7, 0.45, 0.3, 0.0)

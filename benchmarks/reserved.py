@@ -21,9 +21,9 @@ from layerwise.memory.driver import possible_segments, segments_used, take_works
 from layerwise.memory.meter import meter_for
 from layerwise.memory.plan import NARROW_ROOM, ROOMS, ROOMS_OF_GPU, WIDE_ROOM, MemoryPlan
 from layerwise.memory.reserved import Allocations, Segments
-from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StepRandomness
+from layerwise.training.training_peak import training_peak
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "simulated_gpu"))
 

@@ -33,11 +33,11 @@ from layerwise.training.cache_plan import (
 )
 from layerwise.training.cut import cut_network
 from layerwise.training.optimizer import Optimization
-from layerwise.training.peaks import training_peak
 from layerwise.training.recompute import BLOCK_BYTES
 from layerwise.training.resident import rows_of_input
 from layerwise.training.samples import TRAIN, split_samples
 from layerwise.training.spec import StageSpec
+from layerwise.training.training_peak import training_peak
 from layerwise.training.work import step_flops, step_moved, step_operations, waiting_bytes
 from layerwise.units import size
 

@@ -30,9 +30,10 @@ from layerwise.nets.network import memoised_per
 from layerwise.stop import StopFlag
 from layerwise.training.cache_plan import CachePlan
 from layerwise.training.forward import longest_piece, shortest_piece
-from layerwise.training.peaks import Below, caching_peak, recomputing_peak, training_fits, training_peak
+from layerwise.training.inference_peak import Below, caching_peak, recomputing_peak
 from layerwise.training.resident import rows_of_input
 from layerwise.training.spec import StageSpec, batch_effects
+from layerwise.training.training_peak import training_fits, training_peak
 from layerwise.training.work import stage_work, step_cost, step_least_bytes
 
 REFUSED_FIRST = 16

@@ -1,7 +1,7 @@
 """Where a network is cut: the cut whose largest stage takes the least memory, and the fewest stages that a budget holds.
 
 Each layer runs once on fake tensors. What a stage of several layers takes is estimated from what its layers keep and what
-they need for a moment; what the stages of the chosen cut take is then predicted exactly (`training.peaks`)."""
+they need for a moment; what the stages of the chosen cut take is then predicted exactly (`training.training_peak`)."""
 
 import math
 import operator
@@ -22,8 +22,8 @@ from layerwise.nets import build_network
 from layerwise.nets.network import Network, memoised_per, ranges
 from layerwise.training.budget import held_at_all, smallest_budget
 from layerwise.training.optimizer import Optimization
-from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec, stage_specs
+from layerwise.training.training_peak import training_peak
 from layerwise.training.work import scored_rows
 
 StagesOf = Callable[[Sequence[range]], list[StageSpec]]

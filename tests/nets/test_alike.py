@@ -14,8 +14,8 @@ from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.nets.traced import traced_network
 from layerwise.training.budget import allowed_plans
-from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec
+from layerwise.training.training_peak import training_peak
 from layerwise.training.work import step_moved
 
 Planned = Callable[..., tuple[Config, list[StageSpec]]]

@@ -17,7 +17,7 @@ from layerwise.memory.caching_allocator import BEYOND_CAP
 from layerwise.memory.driver import MARGIN, beside_tensors, possible_segments
 from layerwise.memory.plan import NARROW_ROOM, MemoryPlan
 from layerwise.training.budget import fit_stage
-from layerwise.training.peaks import training_peak
+from layerwise.training.training_peak import training_peak
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

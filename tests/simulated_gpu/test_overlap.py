@@ -32,10 +32,11 @@ from layerwise.training import task
 from layerwise.training.budget import fit_stage
 from layerwise.training.context import RunContext
 from layerwise.training.forward import InferenceStage, OutputFormat
+from layerwise.training.inference_peak import caching_peak
 from layerwise.training.loader import SourceLoader
 from layerwise.training.overlapped import overlapped_rows
-from layerwise.training.peaks import caching_peak, training_peak
 from layerwise.training.trainer import StepRandomness
+from layerwise.training.training_peak import training_peak
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

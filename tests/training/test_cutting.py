@@ -25,8 +25,8 @@ from layerwise.run_store import RunState
 from layerwise.stop import StopFlag
 from layerwise.training.budget import allowed_plans, fit_stage, held_at_all, smallest_budget
 from layerwise.training.cut import LayerCost, StagesOf, _costs, cut_network, partition, stage_cost
-from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec, stage_specs
+from layerwise.training.training_peak import training_peak
 
 CPU = torch.device("cpu")
 Tiny = Callable[..., Config]

@@ -30,8 +30,9 @@ from layerwise.training.budget import (
 )
 from layerwise.training.cache_plan import CachePlan
 from layerwise.training.cut import cut_network
-from layerwise.training.peaks import caching_peak, training_peak
+from layerwise.training.inference_peak import caching_peak
 from layerwise.training.spec import StageSpec
+from layerwise.training.training_peak import training_peak
 
 CPU = torch.device("cpu")
 Planned = Callable[..., tuple[Config, list[StageSpec]]]

@@ -17,8 +17,8 @@ from layerwise.data.source import DataSet
 from layerwise.memory.meter import Meter
 from layerwise.nets.module import Module
 from layerwise.training.forward import InferenceStage, OutputFormat
+from layerwise.training.inference_peak import recomputing_peak
 from layerwise.training.loader import SourceLoader
-from layerwise.training.peaks import recomputing_peak
 from layerwise.training.recompute import RecomputingLoader
 from layerwise.training.spec import StageSpec
 

@@ -24,9 +24,9 @@ from layerwise.nets.traced import traced_network
 from layerwise.training.budget import allowed_plans
 from layerwise.training.context import RunContext
 from layerwise.training.cut import cut_network
-from layerwise.training.peaks import training_peak
 from layerwise.training.spec import StageSpec
 from layerwise.training.trainer import StageTrainer, StepRandomness
+from layerwise.training.training_peak import training_peak
 from layerwise.training.work import step_moved, waiting_bytes
 
 CPU = torch.device("cpu")

@@ -1,0 +1,202 @@
+"""Predicts what a stage takes at its peak where it is not trained: in the caching pass, and while outputs are recomputed.
+
+As in `training_peak`, the passes themselves are rehearsed on fake tensors; of many like pieces only the first.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_iter
+
+from layerwise.cache.dtypes import STORED, largest
+from layerwise.config import Config
+from layerwise.data.batches import gathered
+from layerwise.memory.device import autocast, brought, on_device
+from layerwise.memory.meter import REHEARSED_ON, rehearsal
+from layerwise.memory.reserved import Allocations, Segments
+from layerwise.nets.module import Module
+from layerwise.nets.network import memoised_per
+from layerwise.training.overlapped import contiguous
+from layerwise.training.rehearsed_input import resident_rows, stored_input
+from layerwise.training.spec import StageSpec
+
+REHEARSED_STEPS = 16
+"""Frames of a recurrent layer in the caching pass."""
+
+Below = tuple[StageSpec, ...]
+"""The stages whose outputs are recomputed, lowest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What passing frames through a module takes."""
+
+    peak: int
+    """Most bytes that tensors request."""
+    allocations: tuple[Allocations, ...]
+    """Of what is rehearsed by itself."""
+    more: int = 0
+    """Bytes that the first of them may take on top."""
+
+    def bytes(self, segments: Segments | None) -> int:
+        """Of the peak, as they count on the device."""
+        return self.peak if segments is None else self.reserved(segments, 1)
+
+    def reserved(self, segments: Segments, times: float) -> int:
+        """Where as many frames pass at once, times as many as were rehearsed."""
+        first, *others = (each.scaled(times).least(segments) for each in self.allocations)
+        return max(first + self.more, *others)
+
+
+@memoised_per(StageSpec)
+def caching_peak(
+    config: Config,
+    spec: StageSpec,
+    piece: int,
+    segments: Segments | None = None,
+    overlapped: bool = False,
+    resident: int = 0,
+) -> int:
+    """Predicted bytes of the caching pass of a stage: of a long sample that is streamed, or of a short one with padding.
+
+    segments: how the device reserves memory, None: what tensors request is what counts; overlapped, resident: as in a plan.
+    """
+    module = spec.shapes
+    *below, last = module.layers.values()
+    if not last.recurrent or module.out_length(piece) <= 2 * REHEARSED_STEPS:
+        return _rehearsed_caching(config, spec, piece, len(module.layers), overlapped, resident).bytes(segments)
+    # A recurrent layer takes its time for every frame, fake ones too, and the same room: two short pieces give the line
+    # that a long one lies on, and the layers below it are rehearsed at full length.
+    short = -(-REHEARSED_STEPS * piece // int(module.out_length(piece)))
+    first, second = (
+        _rehearsed_caching(config, spec, n * short, len(module.layers), overlapped, resident) for n in (1, 2)
+    )
+    if segments is None:
+        whole = first.peak + math.ceil((second.peak - first.peak) * (piece - short) / short)
+    else:
+        whole = second.reserved(segments, piece / (2 * short))
+    if not below:
+        return whole
+    return max(whole, _rehearsed_caching(config, spec, piece, len(below), overlapped, resident).bytes(segments))
+
+
+@memoised_per(StageSpec)
+def _rehearsed_caching(
+    config: Config, spec: StageSpec, piece: int, layers: int, overlapped: bool, resident: int
+) -> _Pass:
+    """Of the first layers of a stage."""
+    cached, precision = STORED[config.cache.dtype].tensor, config.training.precision
+
+    def sent(frames: int) -> torch.Tensor:
+        return brought(stored_input(config, spec, 1, frames, resident), REHEARSED_ON)
+
+    def go_through(
+        ways: Iterable[Callable[[torch.Tensor], torch.Tensor]], frames: int, rows: torch.Tensor | None
+    ) -> None:
+        """Pieces, each in its way. Overlapped, the next one is there meanwhile, and what the one before has made."""
+        coming = leaving = None
+        with torch.no_grad(), autocast(REHEARSED_ON, precision):
+            for way in ways:
+                there = sent(frames) if coming is None else coming
+                coming = sent(frames) if overlapped else None
+                x = gathered(there, rows).float()
+                del there
+                outputs = way(x)
+                del x
+                if overlapped:
+                    largest(outputs)
+                    leaving = contiguous(outputs, cached)
+                else:
+                    largest(outputs.to(cached))
+                del outputs
+            del leaving
+
+    def build() -> Module:
+        module = spec.build_module(config.training.seed, REHEARSED_ON).eval()
+        return Module({int(name): layer for name, layer in list(module.layers.items())[:layers]})
+
+    with rehearsal() as streaming:
+        module, states, rows = build(), None, resident_rows(config, spec, resident)
+
+        def push(x: torch.Tensor) -> torch.Tensor:
+            nonlocal states
+            outputs, states = module.push(x, states, False)
+            return outputs
+
+        def end(x: torch.Tensor) -> torch.Tensor:
+            return module.push(x, states, True)[0]
+
+        def ways() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+            """How much input a layer carries over depends on where a piece ends within its stride: every place once. Where it
+            carries as much as before, what follows takes the same room. A last piece differs where something is padded.
+            """
+            layers, carried = [*module.layers.values()], set[tuple[int, ...]]()
+            padded = any(layer.padding for layer in layers)
+            for _ in range(2 + max(layer.stride for layer in layers)):
+                yield push
+                yield from [end] * padded
+                now = tuple(t.untyped_storage().nbytes() for t in tree_iter(states) if isinstance(t, torch.Tensor))
+                if now in carried:
+                    break
+                carried.add(now)
+
+        streaming.allocations.begin_step()
+        go_through(ways(), piece, rows)
+    with rehearsal() as padding:
+        module, rows = build(), resident_rows(config, spec, resident)
+        padding.allocations.begin_step()
+        shortest, longest = spec.lengths.min(), spec.lengths.max()
+        lengths = np.array([0 if shortest < min(longest, piece) else piece])  # 0: every layer's outputs are masked
+        if module.out_length(piece) >= 1:
+            pieces = 2 if overlapped else 1
+            go_through([lambda x: module(x, lengths)[1]] * pieces, piece, rows)
+    more = _carried_more(spec, layers)
+    return _Pass(max(streaming.peak + more, padding.peak), (streaming.allocations, padding.allocations), more)
+
+
+def _carried_more(spec: StageSpec, layers: int) -> int:
+    """Bytes by which what layers carry over may exceed what they carried in the rehearsal.
+
+    With strides above each other the places where pieces end repeat only after their product. A layer then has at most
+    as many frames more as its stride, in its input and in the copy that is joined to it, and puts one more out.
+    """
+    built = list(spec.shapes.layers.values())[:layers]
+    if sum(layer.stride > 1 for layer in built) < 2:
+        return 0
+    x, more = torch.empty(1, spec.window.frames, *spec.frame_shape, device="meta"), 0
+    for layer in built:
+        before = x[0, 0].numel()
+        x = layer(x)
+        more += 4 * (2 * layer.stride * before + x[0, 0].numel())
+    return more
+
+
+def recomputing_peak(config: Config, below: Below, windows: int, frames: int, segments: Segments | None = None) -> int:
+    """Predicted bytes of passing windows up through the stages below, each alone on the device; 0 where there are none.
+
+    windows: on the device at once; frames: of the outcome; segments: as in `caching_peak`.
+    """
+    peak = 0
+    firsts, stops = 0, frames
+    for spec in reversed(below):
+        firsts, stops = spec.shapes.inputs_of(firsts, stops)
+        peak = max(peak, _passing(config, spec, windows, stops - firsts).bytes(segments))
+    return peak
+
+
+@memoised_per(StageSpec)
+def _passing(config: Config, spec: StageSpec, windows: int, frames: int) -> _Pass:
+    """Of windows of `frames` input frames through one stage, at the beginning of their samples, where they are masked."""
+    with rehearsal() as meter:
+        module = spec.build_module(config.training.seed, REHEARSED_ON).eval()
+        meter.allocations.begin_step()
+        firsts, lengths = np.full(windows, -module.inputs_of(0, 1)[1]), np.full(windows, 2 * frames)
+        with torch.no_grad(), autocast(REHEARSED_ON, config.training.precision):
+            x = on_device(stored_input(config, spec, windows, frames), REHEARSED_ON)
+            outputs = module.window(x, firsts, lengths)[0]
+            del x
+            largest(outputs.to(STORED[config.cache.dtype].tensor))
+    return _Pass(meter.peak, (meter.allocations,))
