@@ -1,9 +1,8 @@
-"""The methods of the paper on real data: writes docs/results.md and its figures.
+"""The methods of the paper on real data: prints sections of docs/results.md, and draws its figures.
 
 python benchmarks/results.py [--fsdd DIR] [--cifar10 DIR] [--demo] [--rounds] [--seeds 3] [--out runs/results]
 
-Takes hours; the same command goes on where it was stopped, and writes the page anew after every data set.
-What an earlier start has compared in --out stays on the page.
+Takes hours; the same command goes on where it was stopped. What an earlier start has compared in --out is printed, too.
 """
 
 import argparse
@@ -78,21 +77,13 @@ def main() -> None:
             compare(config, experiment.label, seeds=range(options.seeds), methods=tuple(METHODS), tell=print)
             write_report(out)
             shutil.copy(out / "plots" / "errors.svg", DOCS / f"results-{experiment.name}.svg")
-        write_page(options.out)
     for rounds in ROUNDS[1:] if options.rounds else ():
         changes = {"training.rounds": rounds, "training.max_epochs": EXPERIMENTS[0].epochs}
         overrides = {"out": str(rounds_folder(options.out, rounds)), "data.source": sources["fsdd"], **changes}
         config = resolve("fsdd", overrides=overrides)
         compare(config, EXPERIMENTS[0].label, seeds=range(options.seeds), methods=[GREEDY], tell=print)
-        write_page(options.out)
-
-
-def write_page(out: Path) -> None:
-    """docs/results.md from all that is known. What benchmarks/fine_tuning.py has found stands at its end, and stays."""
-    sections = [section(each, out / each.name) for each in EXPERIMENTS if known(out / each.name)]
-    page = [*BEGINNING, on_machine(), "", *sections, *rounds_section(out)]
-    _, heading, fine_tuning = (DOCS / "results.md").read_text().partition("\n## Fine-tuning\n")
-    (DOCS / "results.md").write_text("\n".join(page).rstrip() + "\n" + heading + fine_tuning)
+    sections = [section(each, options.out / each.name) for each in EXPERIMENTS if known(options.out / each.name)]
+    print("\n".join([on_machine(), "", *sections, *rounds_section(options.out)]))
 
 
 def rounds_folder(out: Path, rounds: int) -> Path:
@@ -133,38 +124,6 @@ ROUNDS = (1, 2, 4, 8)
 def known(out: Path) -> bool:
     """Whether a comparison lies there, of this start or of an earlier one."""
     return (out / "compare.json").exists()
-
-
-BEGINNING = """# Results
-
-## Pictures beside published figures
-
-CIFAR-10, test pictures told right by a linear probe on features that were learnt without labels, %. Their figures are of all
-10,000 test pictures and of networks that were trained on GPUs for tens or hundreds of epochs; ours is of 2000, after less
-than an hour on a CPU.
-
-| method | trained | right, % | source |
-| --- | --- | --- | --- |
-| contrastive hinge loss | layer by layer | 72.8 | Frontiers in Comp. Neuroscience 2022, 789253, table 1 |
-| the same | end to end | 71.4 | the same |
-| SimCLR on that network | end to end | 72.4 | the same |
-| CLAPP | layer by layer | 68.9 | the same |
-| that network, random weights | - | 61.2 | the same |
-| SoftHebb | layer by layer | 80.3 | Nature Communications 2025, s41467-025-61037-0, table 2 |
-| self-contrastive forward-forward | layer by layer | 80.8 | the same |
-| layerwise, recipe `cifar10` | layer by layer | 75.6 | mean of three seeds, 45 CPU minutes |
-
-## By module
-
-Made by `python benchmarks/results.py --fsdd DIR --cifar10 DIR --demo`. Test error, in %, of a linear probe on the frozen
-features after each module: mean and standard deviation over the seeds. Every module of every method is trained for the same
-number of epochs with the same cut, batches and learning rate, but for what is trained to convergence: until the held-out loss
-has stopped falling for the patience of the recipe. Untrained is the same network with random weights. Peaks are of the device,
-disk is what the caches take at once; medians over the seeds.
-
-Training stage by stage keeps each stage's epoch of lowest held-out loss. Trained all at once, modules of different epochs do
-not fit together, so the epoch with the lowest mean loss of all of them is kept; in these runs it was always the last one.
-""".splitlines()
 
 
 def on_machine() -> str:

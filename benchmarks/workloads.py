@@ -113,7 +113,7 @@ class Stages(NamedTuple):
     budget: str | None = None
     """A value of --gpu-mem, or smallest; None for no limit."""
     projection: int | None = None
-    """objective.projection, as the recipes have it; None for predictors of whole channels, as in the paper."""
+    """objective.projection, as recipe fsdd has it; None for predictors of whole channels, as in the paper."""
 
 
 SPEECH = (Stages(1), Stages(1, "40MB"), Stages(1, "smallest"), Stages(1, None, 128), Stages(1, "smallest", 128))

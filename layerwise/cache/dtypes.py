@@ -5,6 +5,7 @@ channels are the leading axis of a frame. x is stored as round(x / scale), where
 channel in the group, over 127; so an error is at most half a scale.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,9 +43,9 @@ def largest(values: torch.Tensor) -> torch.Tensor:
     """
     if not values.numel():
         return values.new_zeros(())
-    as_they_lie = values.permute(
-        sorted(range(values.dim()), key=values.stride, reverse=True)
-    )  # of others it makes a copy
+    as_they_lie = values.permute(sorted(range(values.dim()), key=values.stride, reverse=True))
+    if not as_they_lie.is_contiguous():  # aminmax would make a copy that no meter sees
+        return torch.linalg.vector_norm(values, math.inf)
     return torch.stack(torch.aminmax(as_they_lie)).abs().max()
 
 

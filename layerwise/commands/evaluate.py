@@ -46,21 +46,23 @@ from layerwise.units import size
 @data_option
 @click.option("--labels", help="CSV file of labels, as run takes it; default: that of the run.")
 @json_option
-def probe(directory: Path, names: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def probe(
+    directory: Path, names: tuple[str, ...], classifier: str, grid: int | None, as_json: bool, **of_run: Any
+) -> None:
     """Fit a classifier for a label on every frozen stage of the run in DIR.
 
     Prints the error on the test samples, beside that of the same network with random weights. With several labels there is a
     table for each; --json then prints a list.
     """
-    from layerwise.evaluate.probe import probes  # imports torch, which --help need not wait for
+    from layerwise.evaluate.probe import open_to_probe, probe_label  # imports torch, which --help need not wait for
 
-    results, labels = [], list(dict.fromkeys(names))
+    results, labels, opened = [], list(dict.fromkeys(names)), None
     try:
         with stop_on_signals() as stop:
-            found = probes(directory, labels, stop=stop, notify=lambda at: show(at), **options)
             for label in labels:
                 with measuring(f"probing {label}") as show:
-                    results.append(next(found))
+                    opened = opened or open_to_probe(directory, notify=show, **of_run)
+                    results.append(probe_label(opened, label, classifier, grid, stop, show))
                 if not as_json:
                     _tell(results[-1])
     finally:  # what is known is told, whatever became of the next label

@@ -4,7 +4,7 @@ The test samples were never seen by the encoder's training nor by the classifier
 are there; those of other stages are made again from the data.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -38,18 +38,9 @@ from layerwise.training.forward import InferenceStage, OutputFormat, random_stag
 from layerwise.training.spec import StageSpec, stage_specs
 
 
-def probe(run_directory: str | Path, label: str, **options: Any) -> ProbeResult:
-    """How well a classifier on the frozen features of each stage tells a label, beside the same stage with random weights.
-
-    Also written to probes/LABEL.json; LABEL-knn.json with another classifier, LABEL-grid4.json with a grid. options and what is
-    raised: of `probes`.
-    """
-    return next(probes(run_directory, [label], **options))
-
-
-def probes(
+def probe(
     run_directory: str | Path,
-    labels_to_tell: Iterable[str],
+    label: str,
     *,
     classifier: str = "linear",
     grid: int | None = None,
@@ -58,28 +49,25 @@ def probes(
     labels: str | Path | None = None,
     stop: StopFlag | None = None,
     notify: NotifyProgress = unseen,
-) -> Iterator[ProbeResult]:
-    """A probe of each label, of a run and data that are opened once.
+) -> ProbeResult:
+    """How well a classifier on the frozen features of each stage tells a label, beside the same stage with random weights.
 
-    classifier: linear, or knn (nearest neighbours). grid: features are means over so many cells a side of a picture, or over so
-    many stretches of a sequence; None: 2 of pictures, else 1. network, data: those of the run, where it was given objects or a
+    Also written to probes/LABEL.json; LABEL-knn.json with another classifier, LABEL-grid4.json with another grid. classifier:
+    linear, or knn (nearest neighbours). grid: features are means over so many cells a side of a picture, or over so many
+    stretches of a sequence; None: 2 of pictures, else 1. network, data: those of the run, where it was given objects or a
     package.module:function, which is not called otherwise; data may also say where they lie now. labels: a CSV file in place
     of the run's, "" for none. stop: ends it when its reason is set. notify: is told what it is at, what was found in labels,
     and which caches cannot be used; their stages are passed through anew.
     Raises RunError where no stage is done, ConfigError for network, data and grid, DataError where the label does not exist
     or has one value only.
     """
-    if classifier not in CLASSIFIERS:
-        raise ConfigError(
-            f"There is no probe {classifier!r}; there are {', '.join(CLASSIFIERS)}.{did_you_mean(classifier, CLASSIFIERS)}"
-        )
-    frozen = _open(Path(run_directory), network, data, labels, notify)
-    for label in labels_to_tell:
-        yield _probe(frozen, label, classifier, grid, stop or StopFlag(), notify)
+    return probe_label(
+        open_to_probe(run_directory, network, data, labels, notify), label, classifier, grid, stop, notify
+    )
 
 
 @dataclass(frozen=True)
-class _Frozen:
+class OpenedRun:
     """A run whose stages are to be probed, and its data."""
 
     store: RunStore
@@ -89,10 +77,6 @@ class _Frozen:
     network: Network
     specs: list[StageSpec]
     """Of the stages up to the last one that is done."""
-
-    @property
-    def done(self) -> list[int]:
-        return _done(self.state)
 
     @property
     def records(self) -> list[StageRecord]:
@@ -120,14 +104,15 @@ def _done(state: RunState) -> list[int]:
     return [record.stage for record in state.stages if record.status == "done"]
 
 
-def _open(
-    run_directory: Path,
-    network: nn.Module | Network | str | None,
-    data: Any,
-    labels: str | Path | None,
-    notify: NotifyProgress,
-) -> _Frozen:
-    """The arguments are those of `probes`."""
+def open_to_probe(
+    run_directory: str | Path,
+    network: nn.Module | Network | str | None = None,
+    data: Any = None,
+    labels: str | Path | None = None,
+    notify: NotifyProgress = unseen,
+) -> OpenedRun:
+    """Arguments, and what is raised for them: those of `probe`."""
+    run_directory = Path(run_directory)
     if isinstance(network, Config):
         raise ConfigError("A probe knows the options of its run; give it a network alone, or leave it out.")
     store, state = open_run(run_directory)
@@ -161,44 +146,57 @@ def _open(
     if not is_network_of(state, store, network):
         raise RunError(f"The network given is not the one that {run_directory} was trained with; give that one.")
     specs = stage_specs(config, data, network, ranges(state.cut))[: max(_done(state))]
-    return _Frozen(store, state, config, data, network, specs)
+    return OpenedRun(store, state, config, data, network, specs)
 
 
-def _probe(
-    frozen: _Frozen, label: str, classifier: str, grid: int | None, stop: StopFlag, notify: NotifyProgress
+def probe_label(
+    opened: OpenedRun,
+    label: str,
+    classifier: str = "linear",
+    grid: int | None = None,
+    stop: StopFlag | None = None,
+    notify: NotifyProgress = unseen,
 ) -> ProbeResult:
-    store, config = frozen.store, frozen.config
-    task = probe_task(label, frozen.data, config, grid)
+    """Arguments, and what is raised for them: those of `probe`."""
+    if classifier not in CLASSIFIERS:
+        raise ConfigError(
+            f"There is no probe {classifier!r}; there are {', '.join(CLASSIFIERS)}.{did_you_mean(classifier, CLASSIFIERS)}"
+        )
+    stop = stop or StopFlag()
+    store, config = opened.store, opened.config
+    task = probe_task(label, opened.data, config, grid)
 
     def show(doing: str) -> Callable[[int], None]:
         notify(Progress(doing, 0, len(task.samples)))
         return lambda done: notify(Progress(doing, done, len(task.samples)))
 
     show_samples = show("features of the same network with random weights")
-    untrained, peak = features_under_budget(config, task, frozen.untrained(), store.probes, stop, show_samples)
+    untrained, peak = features_under_budget(config, task, opened.untrained(), store.probes, stop, show_samples)
     recomputed: list[FeatureRows] = []
-    cached = {stage: _cached_features(store, frozen.state, stage, task, stop, notify) for stage in frozen.done}
+    cached = {stage: _cached_features(store, opened.state, stage, task, stop, notify) for stage in _done(opened.state)}
     if missing := [stage for stage, features in cached.items() if features is None]:
         show_samples = show("features of stages that are not cached")
-        trained = frozen.trained(max(missing))
+        trained = opened.trained(max(missing))
         recomputed, more = features_under_budget(config, task, trained, store.probes, stop, show_samples)
         peak = max(peak, more)
     results = []
     for number, (stage, features) in enumerate(cached.items()):
         poll = partial(stop.raise_if_set, f"in the probe of stage {stage}")
         notify(Progress("classifiers", number, len(cached)))
-        targets = probe_targets(task, frozen.specs[stage - 1])
+        targets = probe_targets(task, opened.specs[stage - 1])
         of_stage = recomputed[stage - 1] if features is None else features
         error, confusion = fit_and_test(of_stage, targets, classifier, poll)
         untrained_error, _ = fit_and_test(untrained[stage - 1], targets, classifier, poll)
         train, test = len(targets.parts.fitted), len(targets.parts.test)
-        weights = str(frozen.state.record(stage).weights)
+        weights = str(opened.state.record(stage).weights)
         results.append(StageError(stage, error, untrained_error, train, test, confusion, weights))
-    name = label + f"-{classifier}" * (classifier != "linear") + f"-grid{grid}" * (grid is not None)
+    name = label if classifier == "linear" else f"{label}-{classifier}"
     poll = partial(stop.raise_if_set, "in the baseline of the probe")
-    known = _known_baseline(store, name)
-    baseline = baseline_of(task, targets, frozen.specs[-1], classifier, config, store.probes, known, poll)
-    result = ProbeResult(label, results, peak, classifier, task.grid, baseline, name)
+    known = _known_baseline(store, name)  # of any grid: it has its own
+    baseline = baseline_of(task, targets, opened.specs[-1], classifier, config, store.probes, known, poll)
+    if task.grid != probe_task(label, opened.data, config).grid:
+        name = f"{name}-grid{task.grid}"
+    result = ProbeResult(label, results, peak, classifier, task.grid, baseline)
     store.write_probe(name, result)
     return result
 

@@ -72,9 +72,8 @@ def mask_outside(x: torch.Tensor, firsts: np.ndarray, lengths: np.ndarray) -> to
     """x (B, n, *frame) holds frames firsts[b] on of samples of lengths[b] frames: sets those outside of these to zero."""
     if (firsts >= 0).all() and (firsts + x.shape[1] <= lengths).all():
         return x
-    frames = torch.arange(x.shape[1], device=x.device)
-    start, stop = (torch.as_tensor(edge, device=x.device)[:, None] for edge in (-firsts, lengths - firsts))
-    outside = (frames < start) | (frames >= stop)
+    frames, start, stop = np.arange(x.shape[1]), -firsts[:, None], (lengths - firsts)[:, None]
+    outside = torch.tensor((frames < start) | (frames >= stop), device=x.device)
     # Not masked_fill, which takes twice the time on a CPU.
     return torch.where(outside.reshape(*outside.shape, *[1] * (x.dim() - 2)), x.new_zeros(()), x)
 

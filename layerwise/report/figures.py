@@ -191,7 +191,7 @@ def draw_probe(probe: ProbeResult) -> Plot:
         level = [ModuleError(entry.stage, baseline.error, 0.0) for entry in probe.stages]
         curves.append((baseline.name, ORANGE, "_", level))
     caption = f"Error of a {probe.classifier} probe on each frozen stage, on test samples; the axis is logarithmic."
-    return _draw_errors(f"errors-{probe.title}", f"Error: {probe.title}", caption, curves)
+    return _draw_errors(f"errors-{probe.label}", f"Error: {probe.label}", caption, curves)
 
 
 def draw_comparison(comparison: Comparison) -> Plot | None:
@@ -296,7 +296,7 @@ def draw_confusion(probe: ProbeResult) -> Plot | None:
         f"Test samples of each class (rows) and what stage {probe.stages[-1].stage} took them for; the fuller the colour, "
         f"the larger their part of the row.{few}"
     )
-    return Plot(f"confusion-{probe.title}", f"Confusion: {probe.title}", caption, figure)
+    return Plot(f"confusion-{probe.label}", f"Confusion: {probe.label}", caption, figure)
 
 
 _Curve = tuple[str, str, str, Sequence[ModuleError]]

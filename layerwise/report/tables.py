@@ -114,7 +114,7 @@ def headline(state: RunState, probes: Sequence[ProbeResult]) -> list[tuple[str, 
             others.append(f"{percent(probe.baseline.error)} with {probe.baseline.name}")
         told = f"{percent(last.error)} after module {last.stage}; {', '.join(others)}"
         worse = no_better(probe)
-        results.append((f"error, {probe.title}", f"{told}. {worse}" if worse else told))
+        results.append((f"error, {probe.label}", f"{told}. {worse}" if worse else told))
     budget = f" of {size(state.budget_bytes)}" if state.budget_bytes else ", without a budget"
     results.append(("device peak", f"{size(_peak(state))}{budget}, on {state.device}"))
     results.append(("time", duration(sum(record.seconds for record in state.stages))))
@@ -261,7 +261,7 @@ def _rounded_up(count: int) -> str:
 
 def probe_table(result: ProbeResult) -> Table:
     """Error of each stage beside its untrained twin; below them that of features which nobody has learnt."""
-    error = f"{result.title} error"
+    error = f"{result.label} error"
     rows = [
         {
             "stage": str(stage.stage),

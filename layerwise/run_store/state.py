@@ -162,7 +162,8 @@ class RunState:
 
     def train_further(self, stage: int, earlier: EarlierTraining | None) -> None:
         """Sets a stage back so that it is trained again from where it stands."""
-        self.stages[stage - 1] = StageRecord(stage, cached=self.record(stage).cached, earlier=earlier)
+        seconds = earlier.seconds if earlier else 0.0
+        self.stages[stage - 1] = StageRecord(stage, cached=self.record(stage).cached, earlier=earlier, seconds=seconds)
 
     def save(self, path: Path) -> None:
         """Replaces run.json atomically. Raises RunError."""
@@ -241,12 +242,6 @@ class ProbeResult:
     """Features of a sample are means over so many cells a side."""
     baseline: Baseline | None = None
     """None of data that are neither pictures nor recordings."""
-    name: str = ""
-    """The label, and the classifier and the grid where these are not those of default. "" in records of older versions."""
-
-    @property
-    def title(self) -> str:
-        return self.name or self.label
 
 
 @dataclass(frozen=True, slots=True)

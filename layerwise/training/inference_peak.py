@@ -6,6 +6,7 @@ As in `training_peak`, the passes themselves are rehearsed on fake tensors; of m
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from layerwise.cache.dtypes import STORED, largest
 from layerwise.config import Config
 from layerwise.data.batches import gathered
 from layerwise.memory.device import autocast, brought, on_device
-from layerwise.memory.meter import REHEARSED_ON, rehearsal
+from layerwise.memory.meter import REHEARSED_ON, RehearsalMeter, rehearsal
 from layerwise.memory.reserved import Allocations, Segments
 from layerwise.nets.module import Module
 from layerwise.nets.network import memoised_per
@@ -66,42 +67,69 @@ def caching_peak(
     """
     module = spec.shapes
     *below, last = module.layers.values()
-    if not last.recurrent or module.out_length(piece) <= 2 * REHEARSED_STEPS:
-        return _rehearsed_caching(config, spec, piece, len(module.layers), overlapped, resident).bytes(segments)
-    # A recurrent layer takes its time for every frame, fake ones too, and the same room: two short pieces give the line
-    # that a long one lies on, and the layers below it are rehearsed at full length.
-    short = -(-REHEARSED_STEPS * piece // int(module.out_length(piece)))
-    first, second = (
-        _rehearsed_caching(config, spec, n * short, len(module.layers), overlapped, resident) for n in (1, 2)
+    shortest, longest = int(spec.lengths.min()), int(spec.lengths.max())
+    streamed = longest > piece
+    rehearsed = partial(
+        _rehearsed_caching,
+        config,
+        spec,
+        padded=shortest < min(longest, piece),
+        overlapped=overlapped,
+        resident=resident,
     )
-    if segments is None:
-        whole = first.peak + math.ceil((second.peak - first.peak) * (piece - short) / short)
-    else:
-        whole = second.reserved(segments, piece / (2 * short))
+    beside = tuple(sorted({1, 2, max(piece // shortest, 1)}))
+    if not last.recurrent or module.out_length(piece) <= 2 * REHEARSED_STEPS:
+        return rehearsed(piece, len(module.layers), beside, streamed).bytes(segments)
+
+    def on_the_line(short: int, beside: tuple[int, ...], streamed: bool) -> int:
+        """A recurrent layer takes its time for every frame, fake ones too, and the same room: two short pieces give the line
+        that a long one lies on, and the layers below it are rehearsed at full length."""
+        first, second = (rehearsed(n * short, len(module.layers), beside, streamed) for n in (1, 2))
+        if segments is None:
+            return first.peak + math.ceil((second.peak - first.peak) * (piece - short) / short)
+        return second.reserved(segments, piece / (2 * short))
+
+    short = -(-REHEARSED_STEPS * piece // int(module.out_length(piece)))
+    samples = max(min(piece // shortest, piece // short), 2)
+    whole = on_the_line(samples * short, (samples,), False)
+    if streamed:
+        whole = max(whole, on_the_line(short, (), True))
     if not below:
         return whole
-    return max(whole, _rehearsed_caching(config, spec, piece, len(below), overlapped, resident).bytes(segments))
+    return max(whole, rehearsed(piece, len(below), beside, streamed).bytes(segments))
 
 
 @memoised_per(StageSpec)
 def _rehearsed_caching(
-    config: Config, spec: StageSpec, piece: int, layers: int, overlapped: bool, resident: int
+    config: Config,
+    spec: StageSpec,
+    piece: int,
+    layers: int,
+    beside: tuple[int, ...],
+    streamed: bool,
+    *,
+    padded: bool,
+    overlapped: bool,
+    resident: int,
 ) -> _Pass:
-    """Of the first layers of a stage."""
+    """Of the first layers of a stage: of a sample that is streamed, and of so many that fill a piece side by side.
+
+    streamed: whether there are such; padded: whether some of the others are shorter than their neighbours.
+    """
     cached, precision = STORED[config.cache.dtype].tensor, config.training.precision
 
-    def sent(frames: int) -> torch.Tensor:
-        return brought(stored_input(config, spec, 1, frames, resident), REHEARSED_ON)
+    def sent(samples: int, frames: int) -> torch.Tensor:
+        return brought(stored_input(config, spec, samples, frames, resident), REHEARSED_ON)
 
     def go_through(
-        ways: Iterable[Callable[[torch.Tensor], torch.Tensor]], frames: int, rows: torch.Tensor | None
+        ways: Iterable[Callable[[torch.Tensor], torch.Tensor]], samples: int, frames: int, rows: torch.Tensor | None
     ) -> None:
         """Pieces, each in its way. Overlapped, the next one is there meanwhile, and what the one before has made."""
         coming = leaving = None
         with torch.no_grad(), autocast(REHEARSED_ON, precision):
             for way in ways:
-                there = sent(frames) if coming is None else coming
-                coming = sent(frames) if overlapped else None
+                there = sent(samples, frames) if coming is None else coming
+                coming = sent(samples, frames) if overlapped else None
                 x = gathered(there, rows).float()
                 del there
                 outputs = way(x)
@@ -118,43 +146,56 @@ def _rehearsed_caching(
         module = spec.build_module(config.training.seed, REHEARSED_ON).eval()
         return Module({int(name): layer for name, layer in list(module.layers.items())[:layers]})
 
-    with rehearsal() as streaming:
-        module, states, rows = build(), None, resident_rows(config, spec, resident)
+    def in_pieces() -> RehearsalMeter:
+        with rehearsal() as meter:
+            module, states, rows = build(), None, resident_rows(config, spec, resident)
 
-        def push(x: torch.Tensor) -> torch.Tensor:
-            nonlocal states
-            outputs, states = module.push(x, states, False)
-            return outputs
+            def push(x: torch.Tensor) -> torch.Tensor:
+                nonlocal states
+                outputs, states = module.push(x, states, False)
+                return outputs
 
-        def end(x: torch.Tensor) -> torch.Tensor:
-            return module.push(x, states, True)[0]
+            def end(x: torch.Tensor) -> torch.Tensor:
+                return module.push(x, states, True)[0]
 
-        def ways() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-            """How much input a layer carries over depends on where a piece ends within its stride: every place once. Where it
-            carries as much as before, what follows takes the same room. A last piece differs where something is padded.
-            """
-            layers, carried = [*module.layers.values()], set[tuple[int, ...]]()
-            padded = any(layer.padding for layer in layers)
-            for _ in range(2 + max(layer.stride for layer in layers)):
-                yield push
-                yield from [end] * padded
-                now = tuple(t.untyped_storage().nbytes() for t in tree_iter(states) if isinstance(t, torch.Tensor))
-                if now in carried:
-                    break
-                carried.add(now)
+            def ways() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+                """How much input a layer carries over depends on where a piece ends within its stride: every place once.
 
-        streaming.allocations.begin_step()
-        go_through(ways(), piece, rows)
-    with rehearsal() as padding:
-        module, rows = build(), resident_rows(config, spec, resident)
-        padding.allocations.begin_step()
-        shortest, longest = spec.lengths.min(), spec.lengths.max()
-        lengths = np.array([0 if shortest < min(longest, piece) else piece])  # 0: every layer's outputs are masked
-        if module.out_length(piece) >= 1:
-            pieces = 2 if overlapped else 1
-            go_through([lambda x: module(x, lengths)[1]] * pieces, piece, rows)
-    more = _carried_more(spec, layers)
-    return _Pass(max(streaming.peak + more, padding.peak), (streaming.allocations, padding.allocations), more)
+                Where it carries as much as before, what follows takes the same room. A last piece differs where something is
+                padded.
+                """
+                layers, carried = [*module.layers.values()], set[tuple[int, ...]]()
+                padded = any(layer.padding for layer in layers)
+                for _ in range(2 + max(layer.stride for layer in layers)):
+                    yield push
+                    yield from [end] * padded
+                    now = tuple(t.untyped_storage().nbytes() for t in tree_iter(states) if isinstance(t, torch.Tensor))
+                    if now in carried:
+                        break
+                    carried.add(now)
+
+            meter.allocations.begin_step()
+            go_through(ways(), 1, piece, rows)
+        return meter
+
+    def side_by_side(samples: int) -> RehearsalMeter:
+        frames = (
+            -(-piece // 2) if samples == 2 else piece // samples
+        )  # two for all numbers between, which may fill it better
+        lengths = np.full(samples, 0 if padded else frames)  # 0: the outputs of every layer are masked
+        with rehearsal() as meter:
+            module, rows = build(), resident_rows(config, spec, resident)
+            meter.allocations.begin_step()
+            if module.out_length(frames) >= 1:  # otherwise no samples are that short
+                pieces = 2 if overlapped else 1
+                go_through([lambda x: module(x, lengths)[1]] * pieces, samples, frames, rows)
+        return meter
+
+    passes, more = [*map(side_by_side, beside)], 0
+    if streamed:
+        passes, more = [in_pieces(), *passes], _carried_more(spec, layers)
+    peak = max(passes[0].peak + more, *(each.peak for each in passes))
+    return _Pass(peak, tuple(each.allocations for each in passes), more)
 
 
 def _carried_more(spec: StageSpec, layers: int) -> int:

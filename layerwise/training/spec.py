@@ -151,6 +151,7 @@ def stage_specs(
                         frame_shape,
                         window,
                         int(lengths.min()),
+                        int(lengths.max()),
                         classes,
                         renderings,
                         cells,
