@@ -163,6 +163,7 @@ TINY_SPEECH = {
     "net.centred": False,
     "net.dense": False,
     "objective.projection": "none",
+    "objective.gap": 0,
     "net.context": 8,
     "net.kernels": [10, 8, 8],
     "net.strides": [5, 4, 4],

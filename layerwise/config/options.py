@@ -196,6 +196,9 @@ class ObjectiveOptions(Section):
     """rows ahead that are predicted"""
     skip: int = _option(0, "training", ge=0, le=10**6)
     """rows left out between context and first target"""
+    gap: int = _option(0, "training", ge=0, le=10**9)
+    """recordings and arrays: steps of the data left out between context and first target, by as many rows as a stage makes of
+    them, so that no stage predicts what the nearest samples tell; or `skip` where that is more"""
     negatives: int = _option(10, "training", ge=1, le=10**6)
     """negatives of each target, drawn from the whole batch"""
     anchors: int = _option(128, "training", ge=2, le=10**7)
@@ -207,9 +210,13 @@ class ObjectiveOptions(Section):
     in the paper; default: 0, and 128 for the projection of ntxent, which always has one"""
 
     @model_validator(mode="after")
-    def _what_ntxent_compares(self) -> "ObjectiveOptions":
+    def _what_is_compared(self) -> "ObjectiveOptions":
         if self.name in ("ntxent", "infonce+ntxent") and self.projection == 0:
             raise ValueError("projection 0: ntxent always projects what it compares; give the width, such as 128")
+        if self.skip + 2 > self.anchors:
+            raise ValueError(
+                f"skip {self.skip} leaves no target among anchors {self.anchors}; give a lower skip, or more anchors"
+            )
         return self
 
     @property

@@ -56,4 +56,4 @@ def shortest_sample(config: Config) -> int:
     if config.data.frames != "steps":
         return 1
     data, frames = config.data, shortest_window(config.net, config.objective.skip + 2)
-    return (frames - 1) * (data.frame_step or data.frame_length) + data.frame_length
+    return (frames - 1) * (data.frame_step or data.frame_length) + data.frame_length + config.objective.gap

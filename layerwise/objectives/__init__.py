@@ -31,7 +31,7 @@ class Scored:
     shared: bool
     """Whether the contexts are the targets."""
     rows_between: int = 0
-    """Least rows between a context and its target: of pictures, so that no pixel is in both."""
+    """Least rows between a context and its target: of pictures, so that no pixel is in both; of steps, `objective.gap`."""
 
 
 C = TypeVar("C", bound=Contrastive)

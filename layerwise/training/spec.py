@@ -128,6 +128,9 @@ def stage_specs(
         _check_lengths(stage, output_lengths, data)
         geometry = module.geometry(geometry)
         cells, between = compared.of_stage(network, layers, frame_shape, tuple(outputs.shape[2:]))
+        behind = Window(int(module.out_length(window.rows)), window.columns)
+        if config.data.frames == "steps" and predicts_rows(config.objective.name):
+            between = _rows_of_gap(config, stage, geometry, behind.rows)
         stages.append(
             StageSpec(
                 stage=stage,
@@ -165,8 +168,7 @@ def stage_specs(
                 optimization=optimization,
             )
         )
-        window = Window(int(module.out_length(window.rows)), window.columns)
-        frame_shape, lengths = tuple(outputs.shape[2:]), output_lengths
+        window, frame_shape, lengths = behind, tuple(outputs.shape[2:]), output_lengths
     if not compared.wanted:
         _check_rows(config, window.rows, int(data.lengths.max()))
     return stages
@@ -312,6 +314,19 @@ class _Compared:
 
 def _rows(shape: tuple[int, ...]) -> int:
     return shape[1] if len(shape) > 1 else 1
+
+
+def _rows_of_gap(config: Config, stage: int, geometry: Geometry, rows: int) -> int:
+    """objective.gap in rows of a stage's output. rows: of a window. Raises ConfigError where it leaves no target."""
+    step = config.data.frame_step or config.data.frame_length
+    between = int(config.objective.gap // (geometry.hop * step))
+    if between and between + 2 > min(rows, config.objective.anchors):
+        raise ConfigError(
+            f"objective.gap {config.objective.gap} is {between} rows of stage {stage}, which leaves no target in a window of "
+            f"{rows} with objective.anchors {config.objective.anchors}; give a lower gap, a larger data.window, or more "
+            "anchors."
+        )
+    return between
 
 
 def _check_rows(config: Config, rows: int, longest: int) -> None:

@@ -23,7 +23,14 @@ def small(**net: object) -> Config:
     options = {f"net.{name}": value for name, value in net.items()}
     window = {"data.window": 60, "objective.steps": 1, "objective.negatives": 1}
     return resolve(
-        overrides={"net.centred": False, "net.dense": False, "objective.projection": "none", **window, **options}
+        overrides={
+            "net.centred": False,
+            "net.dense": False,
+            "objective.projection": "none",
+            "objective.gap": 0,
+            **window,
+            **options,
+        }
     )
 
 
