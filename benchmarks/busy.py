@@ -33,7 +33,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "simulated_g
 from simulated_gpu import CPU, GPU, Counts, SimulatedGPU
 from torch_cuda import installed
 
-SHORT = {"data.window": 2560, "objective.anchors": 16}
+SHORT = {"data.window": 2560, "objective.anchors": 16, "objective.gap": 0}
 
 
 def main() -> None:

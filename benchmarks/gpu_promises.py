@@ -65,6 +65,7 @@ SMALL = {
     "objective.steps": 1,
     "objective.negatives": 4,
     "objective.anchors": 8,
+    "objective.gap": 0,
     "cache.block": "4kB",
 }
 AS_IT_IS = {"memory.recompute": "never", "memory.optimizer": "device"}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -19,7 +20,9 @@ from layerwise import commands
 from layerwise import config as configuration
 from layerwise.commands import layerwise as group
 from layerwise.commands import main
+from layerwise.data.open import open_data
 from layerwise.errors import Interrupted, RunError
+from layerwise.evaluate import probe as probing
 from layerwise.files import exclusive
 
 TINY = [
@@ -101,11 +104,21 @@ def test_probe_prints_the_contracts_json(finished: Path, call: Callable) -> None
         assert (stage["train"], stage["test"]) == (24, 24)
 
 
-def test_several_labels_are_told_apart_one_after_another(finished: Path, call: Callable) -> None:
+def test_several_labels_are_told_apart_on_data_that_are_opened_once(
+    finished: Path, call: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def counted(*arguments: Any) -> Any:
+        opened.append(arguments)
+        return open_data(*arguments)
+
+    monkeypatch.setattr(probing, "open_data", counted)
     asked = ("probe", finished / "run", "--label", "speaker", "--label", "digit", "--label", "speaker")
     code, out, _ = call(*asked)
     assert code == 0
     assert [out.count(f"{label} error") for label in ("speaker", "digit")] == [1, 1]
+    assert len(opened) == 1
     assert [probe["label"] for probe in json.loads(call(*asked, "--json")[1])] == ["speaker", "digit"]
     code, out, err = call(*asked[:4], "--label", "mood", "--json")
     assert code == 2

@@ -28,6 +28,7 @@ SMALL = {
     "net.blocks": [1, 1, 1],
     "objective.steps": 2,
     "objective.anchors": 8,
+    "objective.gap": 0,
     "training.max_epochs": 1,
     "training.batch_size": 8,
     "cache.keep": "all",
