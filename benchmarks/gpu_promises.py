@@ -21,7 +21,7 @@ from driver_watch import DriverWatch
 from gpu_trace import Traced, Tracer
 from safetensors.numpy import load_file
 from steps import natural_stages, our_stage, paper
-from workloads import Workload
+from workloads import Stages, Workload
 
 from layerwise import load
 from layerwise.cache import ActivationCache
@@ -491,7 +491,7 @@ def others(bench: Bench, findings: Findings) -> None:
     batch = bench.size.batches[0]
     config, data = paper("speech", batch, **bench.size.changes)
     network = build_network(config.net, (1,))
-    stages = ((1, None), (1, "smallest"))
+    stages = Stages(1), Stages(1, "smallest")
     workload = Workload(config, data, network, inputs_first=True, stages=stages)
     rows = [row for row in alternatives.rows_of(workload) if row.name in ROWS or not row.end_to_end]
     findings.raise_if_over()

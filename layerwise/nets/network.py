@@ -30,8 +30,8 @@ T = TypeVar("T")
 def memoised_per(owner: type) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Makes a function work out each answer once, and remember it for as long as its argument of this type lives.
 
-    Where an argument has an attribute `alike`, all arguments with the same one share their answers. The function is called
-    with positional arguments; the others, or what they are alike in, must be hashable.
+    Where an argument has an attribute `alike`, all arguments with the same one share their answers. The function is given it by
+    position; the others, or what they are alike in, must be hashable.
     """
 
     def memoised(function: Callable[P, T]) -> Callable[P, T]:
@@ -39,7 +39,8 @@ def memoised_per(owner: type) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
         @wraps(function)
         def remembered(*args: P.args, **kwargs: P.kwargs) -> T:
-            key = tuple(getattr(arg, "alike", arg) for arg in args if not isinstance(arg, owner))
+            others = tuple(getattr(arg, "alike", arg) for arg in args if not isinstance(arg, owner))
+            key = others, tuple(sorted(kwargs.items()))
             owned = next(arg for arg in args if isinstance(arg, owner))
             of_owner = answers.setdefault(getattr(owned, "alike", owned), {})
             if key not in of_owner:

@@ -49,7 +49,7 @@ class _Pass:
     def reserved(self, segments: Segments, times: float) -> int:
         """Where as many frames pass at once, times as many as were rehearsed."""
         first, *others = (each.scaled(times).least(segments) for each in self.allocations)
-        return max(first + self.more, *others)
+        return max([first + self.more, *others])
 
 
 @memoised_per(StageSpec)
@@ -77,23 +77,28 @@ def caching_peak(
         overlapped=overlapped,
         resident=resident,
     )
-    beside = tuple(sorted({1, 2, max(piece // shortest, 1)}))
+    fitting = piece // shortest
+    # One sample, two for all numbers between, and as many as there can be; none is longer than the longest.
+    counts = ((1, piece), (2, -(-piece // 2)), (fitting, piece // max(fitting, 1)))
+    beside = tuple(sorted({(samples, min(frames, longest)) for samples, frames in counts})) if fitting else ()
     if not last.recurrent or module.out_length(piece) <= 2 * REHEARSED_STEPS:
         return rehearsed(piece, len(module.layers), beside, streamed).bytes(segments)
 
-    def on_the_line(short: int, beside: tuple[int, ...], streamed: bool) -> int:
+    def on_the_line(samples: int, streamed: bool) -> int:
         """A recurrent layer takes its time for every frame, fake ones too, and the same room: two short pieces give the line
         that a long one lies on, and the layers below it are rehearsed at full length."""
-        first, second = (rehearsed(n * short, len(module.layers), beside, streamed) for n in (1, 2))
+        first, second = (
+            rehearsed(n * short, len(module.layers), () if streamed else ((samples, n * short),), streamed)
+            for n in (1, 2)
+        )
         if segments is None:
-            return first.peak + math.ceil((second.peak - first.peak) * (piece - short) / short)
-        return second.reserved(segments, piece / (2 * short))
+            return first.peak + math.ceil((second.peak - first.peak) * (piece / samples - short) / short)
+        return second.reserved(segments, piece / (2 * samples * short))
 
     short = -(-REHEARSED_STEPS * piece // int(module.out_length(piece)))
-    samples = max(min(piece // shortest, piece // short), 2)
-    whole = on_the_line(samples * short, (samples,), False)
-    if streamed:
-        whole = max(whole, on_the_line(short, (), True))
+    whole = on_the_line(1, streamed=True) if streamed else 0
+    if fitting:
+        whole = max(whole, on_the_line(max(min(fitting, piece // short), 2), streamed=False))
     if not below:
         return whole
     return max(whole, rehearsed(piece, len(below), beside, streamed).bytes(segments))
@@ -105,16 +110,17 @@ def _rehearsed_caching(
     spec: StageSpec,
     piece: int,
     layers: int,
-    beside: tuple[int, ...],
+    beside: tuple[tuple[int, int], ...],
     streamed: bool,
     *,
     padded: bool,
     overlapped: bool,
     resident: int,
 ) -> _Pass:
-    """Of the first layers of a stage: of a sample that is streamed, and of so many that fill a piece side by side.
+    """Of the first layers of a stage: of a sample that is streamed, and of samples side by side.
 
-    streamed: whether there are such; padded: whether some of the others are shorter than their neighbours.
+    beside: so many of so many frames; streamed: whether some are; padded: whether some of the others are shorter than their
+    neighbours.
     """
     cached, precision = STORED[config.cache.dtype].tensor, config.training.precision
 
@@ -178,10 +184,7 @@ def _rehearsed_caching(
             go_through(ways(), 1, piece, rows)
         return meter
 
-    def side_by_side(samples: int) -> RehearsalMeter:
-        frames = (
-            -(-piece // 2) if samples == 2 else piece // samples
-        )  # two for all numbers between, which may fill it better
+    def side_by_side(samples: int, frames: int) -> RehearsalMeter:
         lengths = np.full(samples, 0 if padded else frames)  # 0: the outputs of every layer are masked
         with rehearsal() as meter:
             module, rows = build(), resident_rows(config, spec, resident)
@@ -191,10 +194,10 @@ def _rehearsed_caching(
                 go_through([lambda x: module(x, lengths)[1]] * pieces, samples, frames, rows)
         return meter
 
-    passes, more = [*map(side_by_side, beside)], 0
+    passes, more = [side_by_side(*each) for each in beside], 0
     if streamed:
         passes, more = [in_pieces(), *passes], _carried_more(spec, layers)
-    peak = max(passes[0].peak + more, *(each.peak for each in passes))
+    peak = max([passes[0].peak + more, *(each.peak for each in passes)])
     return _Pass(peak, tuple(each.allocations for each in passes), more)
 
 

@@ -86,3 +86,10 @@ def test_what_is_predicted_of_one_data_set_is_not_said_of_another() -> None:
     network, piece = even.network, 120
     mixed = first_stage(config, [60, 100] * 4, network)
     assert caching_peak(config, even, piece) < caching_peak(config, mixed, piece)
+
+
+def test_what_is_asked_by_keyword_is_not_answered_for_something_else() -> None:
+    config = small(**CONVOLUTION)
+    spec = first_stage(config, [60, 100] * 4)
+    alone = caching_peak(config, spec, 240)
+    assert caching_peak(config, spec, 240, overlapped=True) > alone == caching_peak(config, spec, 240, overlapped=False)
