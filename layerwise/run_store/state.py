@@ -35,8 +35,6 @@ class EarlierTraining:
     """Of its trained weights, which it goes on from where the checkpoint is gone; None where it had not ended."""
     same_input: bool
     """Whether it reads what it has read before, so that its losses can be compared; else a stage below has learnt more."""
-    seconds: Annotated[float, Field(ge=0)] = 0.0
-    """That the stage has been worked on until then."""
 
 
 @dataclass(slots=True)
@@ -162,8 +160,9 @@ class RunState:
 
     def train_further(self, stage: int, earlier: EarlierTraining | None) -> None:
         """Sets a stage back so that it is trained again from where it stands."""
-        seconds = earlier.seconds if earlier else 0.0
-        self.stages[stage - 1] = StageRecord(stage, cached=self.record(stage).cached, earlier=earlier, seconds=seconds)
+        before = self.record(stage)
+        seconds = before.seconds if earlier else 0.0
+        self.stages[stage - 1] = StageRecord(stage, cached=before.cached, earlier=earlier, seconds=seconds)
 
     def save(self, path: Path) -> None:
         """Replaces run.json atomically. Raises RunError."""

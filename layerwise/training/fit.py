@@ -293,13 +293,13 @@ def _resume_further(round: Round, trainer: AnyTrainer) -> tuple[Progress, Arrays
         saved = load_checkpoint(store.checkpoint(stage), purpose, trainer)
         assert saved is not None
         progress, best = saved if earlier.same_input else (saved[0].on_other_input(), None)
-        return replace(progress, seconds=max(progress.seconds, earlier.seconds)), best
+        return replace(progress, seconds=max(progress.seconds, record.seconds)), best
     if earlier.weights is None:
         raise RunError(
             f"{store.checkpoint(stage)} is gone, from which stage {stage} goes on; train it anew with --from-stage {stage}."
         )
     load_weights(trainer.module, load_stages(store, [replace(record, weights=earlier.weights)]))
-    return Progress(epoch=earlier.epochs, first_epoch=earlier.epochs, seconds=earlier.seconds), None
+    return Progress(epoch=earlier.epochs, first_epoch=earlier.epochs, seconds=record.seconds), None
 
 
 def _close_epoch(progress: Progress, entry: dict[str, Any], config: Config) -> bool:

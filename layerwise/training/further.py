@@ -45,15 +45,13 @@ def set_back(state: RunState, store: RunStore, config: Config, from_stage: int |
 def _earlier(record: StageRecord, store: RunStore, same_input: bool) -> EarlierTraining | None:
     """What a stage that is begun has learnt; None where nothing of it is left."""
     saved_for, weights, epochs = purpose_of(store.checkpoint(record.stage)), record.weights, record.epochs
-    seconds = record.seconds
     if saved_for and record.is_trained and fingerprint(saved_for, str(weights)) != record.fingerprint:
         saved_for = None  # of another training than the one that has ended
     if earlier := record.earlier:  # it has been asked for more epochs before, and may not have ended
         if not weights and saved_for in (None, earlier.checkpoint):  # nothing was saved since: its losses are as old
             same_input = same_input and earlier.same_input
         weights, epochs = weights or earlier.weights, max(epochs, earlier.epochs)
-        seconds = max(seconds, earlier.seconds)
-    return EarlierTraining(epochs, saved_for, weights, same_input, seconds) if saved_for or weights else None
+    return EarlierTraining(epochs, saved_for, weights, same_input) if saved_for or weights else None
 
 
 def is_more_epochs(change: Change, config: Config) -> bool:

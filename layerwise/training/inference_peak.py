@@ -61,7 +61,7 @@ def caching_peak(
     overlapped: bool = False,
     resident: int = 0,
 ) -> int:
-    """Predicted bytes of the caching pass of a stage: of a long sample that is streamed, or of a short one with padding.
+    """Predicted bytes of the caching pass of a stage: of a long sample that is streamed, or of short ones side by side.
 
     segments: how the device reserves memory, None: what tensors request is what counts; overlapped, resident: as in a plan.
     """
