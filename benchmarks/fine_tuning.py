@@ -3,7 +3,7 @@
 python benchmarks/fine_tuning.py [--fsdd DIR] [--cifar10 DIR] [--seeds 3] [--out runs/fine-tuning]
 
 The encoder learns from all training samples without labels: of Free Spoken Digits from the 2700 that are no customary test
-recordings, of CIFAR-10 from --pictures of the training pictures. Then encoder and a linear layer on the mean of its frames are
+recordings, of CIFAR-10 from all training pictures. Then encoder and a linear layer on the mean of its frames are
 trained together, in plain PyTorch, on a tenth of these samples with their labels, the same ones for both starts. The learning
 rate is the better of two on a fifth of the labelled samples; with it the training is repeated on all of them. Nothing is chosen
 by the test samples. Goes on where it was stopped: what is done stands in OUT/results.json. The tables belong at the end of
@@ -100,21 +100,15 @@ def fsdd(folder: Path) -> Experiment:
     return Experiment("fsdd", f"fsdd:{folder}", 8, 60, _samples(parts[False]), _samples(parts[True]))
 
 
-def cifar10(folder: Path, pictures: int, out: Path) -> Experiment:
-    """The first training pictures of each class, linked below `out`, and all test pictures."""
+def cifar10(folder: Path) -> Experiment:
+    """Training and test pictures in one folder per class."""
     parts: dict[str, list[tuple[torch.Tensor, int]]] = defaultdict(list)
-    for part, most in (("train", pictures // 10), ("test", None)):
+    for part in ("train", "test"):
         for number, kind in enumerate(sorted((folder / part).iterdir())):
-            for path in sorted(kind.iterdir())[:most]:
-                link = out / "pictures" / part / kind.name / path.name
-                link.parent.mkdir(parents=True, exist_ok=True)
-                if not link.exists():
-                    link.symlink_to(path.resolve())
+            for path in sorted(kind.iterdir()):
                 pixels = np.array(Image.open(path).convert("RGB"))
                 parts[part].append((torch.from_numpy(pixels).permute(2, 0, 1), number))
-    return Experiment(
-        "cifar10-patches", f"images:{out / 'pictures'}", 2, 30, _samples(parts["train"]), _samples(parts["test"])
-    )
+    return Experiment("cifar10", f"images:{folder}", 2, 8, _samples(parts["train"]), _samples(parts["test"]))
 
 
 def _samples(pairs: list[tuple[torch.Tensor, int]]) -> Samples:
@@ -207,12 +201,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fsdd", type=Path)
     parser.add_argument("--cifar10", type=Path)
-    parser.add_argument("--pictures", type=int, default=10_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--module-epochs", type=int, help="without labels, of each module; default: 8 for FSDD, 2 for CIFAR-10"
     )
-    parser.add_argument("--epochs", type=int, help="with labels; default: 60 for FSDD, 30 for CIFAR-10")
+    parser.add_argument("--epochs", type=int, help="with labels; default: 60 for FSDD, 8 for CIFAR-10")
     parser.add_argument("--out", type=Path, default=Path("runs/fine-tuning"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -220,7 +213,7 @@ def main() -> None:
     found = json.loads(path.read_text()) if path.exists() else {}
     experiments = [
         *([fsdd(options.fsdd)] if options.fsdd else []),
-        *([cifar10(options.cifar10, options.pictures, options.out)] if options.cifar10 else []),
+        *([cifar10(options.cifar10)] if options.cifar10 else []),
     ]
     changes = {"epochs": options.epochs, "module_epochs": options.module_epochs}
     changes = {name: value for name, value in changes.items() if value}

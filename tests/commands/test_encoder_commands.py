@@ -57,6 +57,17 @@ def test_extract_says_what_it_wrote_and_what_it_skipped(
         assert len(file["ids"]) == 48
 
 
+def test_extract_writes_the_labels_of_a_table(finished: RunResult, digits: Path, call: Call, tmp_path: Path) -> None:
+    names = sorted(path.name for path in digits.rglob("*.wav"))
+    (tmp_path / "moods.csv").write_text("file,mood\n" + "".join(f"{name},{name[0]} pm\n" for name in names[:-1]))
+    arguments = ("-o", tmp_path / "features.h5", "--mean", "--labels", tmp_path / "moods.csv")
+    code, _, err = call("extract", finished.paths.out, digits, *arguments)
+    assert code == 0 and f"no row for 1 of 48 samples: {names[-1]}" in err
+    with h5py.File(tmp_path / "features.h5") as file:
+        moods = dict(zip(file["ids"].asstr()[:], file["labels/mood"].asstr()[:], strict=True))
+    assert moods == {name: f"{name[0]} pm" for name in names[:-1]} | {names[-1]: ""}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

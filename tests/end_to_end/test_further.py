@@ -1,5 +1,6 @@
 """Going on differently: more epochs from where the stages stand, and more data from what another run has learnt."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,7 @@ def test_more_epochs_that_were_stopped_anywhere_end_with_the_same_bits(
     further: Callable[[str], Config], undisturbed: dict[str, bytes], kind: type, number: int
 ) -> None:
     config, stop, seen = further("stopped"), StopFlag(), 0
+    before = json.loads((Path(config.out) / "run.json").read_text())["stages"]
 
     def notify(event: Event) -> None:
         nonlocal seen
@@ -71,6 +73,8 @@ def test_more_epochs_that_were_stopped_anywhere_end_with_the_same_bits(
     result = run(config)
     assert bits(result.paths.encoder) == undisturbed
     assert [[line["epoch"] for line in json_lines(result.paths.metrics(stage))] for stage in (1, 4)] == [[1, 2, 3]] * 2
+    both = zip(before, result.state.stages, strict=True)
+    assert all(after.seconds > stage["seconds"] for stage, after in both), "all that it was worked on, stopped or not"
     assert started(config) == []
 
 
