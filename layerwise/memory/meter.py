@@ -14,11 +14,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, UnsupportedOperatorException
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
-from layerwise.errors import BudgetError
+from layerwise.errors import BudgetError, ConfigError
 from layerwise.memory.recurrence import FoldedFrames
 from layerwise.memory.reserved import Allocations
 
@@ -269,10 +269,24 @@ def rehearsal(limit: int | None = None) -> Iterator[RehearsalMeter]:
             gc.enable()
 
 
-def fake_tensors() -> FakeTensorMode:
-    """Tensors that are made inside have no values; what cannot do without these raises an error."""
+@contextlib.contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Tensors that are made inside have no values; what cannot do without these raises an error.
+
+    Raises ConfigError where torch does not know what an operation makes of such tensors.
+    """
     first_backward_pass()
-    return FakeTensorMode(allow_fallback_kernels=False)
+    try:
+        with FakeTensorMode(allow_fallback_kernels=False):
+            yield
+    except RuntimeError as error:
+        if not isinstance(error, UnsupportedOperatorException) and "no fake impl" not in str(error):
+            raise
+        raise ConfigError(
+            f"torch {torch.__version__} cannot plan the memory of an operation of this network: it does not know the shapes "
+            f"that come out ({str(error).splitlines()[0]}); take a newer torch, or, for an operation of your own, say them by "
+            "torch.library.register_fake."
+        ) from error
 
 
 @cache

@@ -148,8 +148,14 @@ def _digest(units: Iterable[fx.GraphModule], without_values: Set[str]) -> str:
     return total.hexdigest()
 
 
+OF_A_GRAPH = str({"meta": "[]", "shape_env": "None"})
+"""The settings of a graph itself, as torch 2.12 has them: other versions keep other things there, and none changes what it does."""
+
+
 def _settings(part: nn.Module) -> str:
     """The public attributes that are plain values; the mode is none, since units have their own."""
+    if isinstance(part, fx.GraphModule):
+        return OF_A_GRAPH
     public = (item for item in sorted(vars(part).items()) if not item[0].startswith("_") and item[0] != "training")
     return str({name: _written(value) for name, value in public})
 

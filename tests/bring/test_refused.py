@@ -310,6 +310,28 @@ def test_what_cannot_be_trained_is_refused_with_a_way_that_works(what: str) -> N
         assert len(layerwise.cut(mended(), EXAMPLE).layers) >= 1
 
 
+@torch.library.custom_op("test_refused::halved", mutates_args=())
+def halved(x: torch.Tensor) -> torch.Tensor:
+    return x / 2
+
+
+@torch.library.custom_op("test_refused::gradient_of_halved", mutates_args=())
+def gradient_of_halved(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient / 2
+
+
+halved.register_fake(torch.empty_like)
+halved.register_autograd(lambda context, gradient: gradient_of_halved(gradient))
+
+
+def test_an_operation_whose_shapes_torch_does_not_know_is_refused_when_its_memory_is_planned() -> None:
+    model, data = Forward(lambda net, x: net.b(halved(net.a(x)))), torch.randn(16, 6)
+    with pytest.raises(ConfigError, match=r"gradient_of_halved.*a newer torch, or.* by torch\.library\.register_fake"):
+        layerwise.plan(model, data)
+    gradient_of_halved.register_fake(torch.empty_like)
+    assert layerwise.plan(model, data).stages
+
+
 @pytest.mark.parametrize("where", ["compiled in place", "a hook at the root", "a parametrization at the root"])
 def test_what_is_no_other_network_is_taken(where: str) -> None:
     model = plain()
