@@ -149,7 +149,7 @@ def _digest(units: Iterable[fx.GraphModule], without_values: Set[str]) -> str:
 
 
 OF_A_GRAPH = str({"meta": "[]", "shape_env": "None"})
-"""The settings of a graph itself, as torch 2.12 has them: other versions keep other things there, and none changes what it does."""
+"""The settings of a graph itself, as torch 2.12 has them. Other versions keep other things there; none changes what it does."""
 
 
 def _settings(part: nn.Module) -> str:
