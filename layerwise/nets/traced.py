@@ -135,12 +135,17 @@ def structure(units: Iterable[fx.GraphModule]) -> str:
     return _digest(units, {name for unit in units for name in unit.state_dict()})
 
 
+OF_A_UNIT = str({"meta": "[]", "shape_env": "None"})
+"""The settings of a unit itself, as torch 2.12 has them. Other versions keep other things there; none changes what it does."""
+
+
 def _digest(units: Iterable[fx.GraphModule], without_values: Set[str]) -> str:
     total = hashlib.sha256()
     for unit in units:
         total.update(unit.code.encode())
         for name, part in unit.named_modules():
-            total.update(f"{name} {_named(type(part))} {_settings(part)}".encode())
+            settings = OF_A_UNIT if part is unit else _settings(part)
+            total.update(f"{name} {_named(type(part))} {settings}".encode())
         first: dict[int, str] = {}  # a tensor of two names says so
         for name, tensor in named_tensors(unit):
             total.update(f"{name} is {first.setdefault(id(tensor), name)}".encode())
@@ -148,14 +153,8 @@ def _digest(units: Iterable[fx.GraphModule], without_values: Set[str]) -> str:
     return total.hexdigest()
 
 
-OF_A_GRAPH = str({"meta": "[]", "shape_env": "None"})
-"""The settings of a graph itself, as torch 2.12 has them. Other versions keep other things there; none changes what it does."""
-
-
 def _settings(part: nn.Module) -> str:
     """The public attributes that are plain values; the mode is none, since units have their own."""
-    if isinstance(part, fx.GraphModule):
-        return OF_A_GRAPH
     public = (item for item in sorted(vars(part).items()) if not item[0].startswith("_") and item[0] != "training")
     return str({name: _written(value) for name, value in public})
 
