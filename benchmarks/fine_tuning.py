@@ -35,6 +35,8 @@ from layerwise.nets.network import copied
 RATES = (1e-3, 3e-4)
 BATCH = 32
 STARTS = ("layerwise", "random")
+STATISTICS_EVERY = 2
+"""Of the labelled samples, those of which random weights take statistics."""
 
 
 @dataclass(frozen=True)
@@ -159,11 +161,18 @@ def fine_tuned(encoder: layerwise.Encoder, samples: Samples, rate: float, epochs
     return classifier
 
 
-def with_random_weights(encoder: layerwise.Encoder, config: layerwise.Config, seed: int) -> layerwise.Encoder:
-    """The same network as it is before any training."""
+def with_random_weights(
+    encoder: layerwise.Encoder, config: layerwise.Config, seed: int, inputs: list[torch.Tensor]
+) -> layerwise.Encoder:
+    """The same network before any training, but for what its layers take of their inputs without it: statistics and patches."""
     network = build_network(config.net, tuple(encoder.entry.frame_shape))
+    module = network.build(range(len(network.layers)), seed, "cpu")
+    if module.begins_with_data:
+        shortest = min(each.shape[-1] for each in inputs)
+        some = encoder.entry(torch.stack([each[..., :shortest] for each in inputs[::STATISTICS_EVERY]]))
+        module.first_weights_from(some, np.random.default_rng(seed))
     fresh = copy.deepcopy(encoder)
-    fresh.load_state_dict(network.build(range(len(network.layers)), seed, "cpu").state_dict())
+    fresh.load_state_dict(module.state_dict())
     return fresh
 
 
@@ -185,7 +194,8 @@ def measure(experiment: Experiment, seed: int, out: Path, done: Collection[str])
     labelled = experiment.train.some(a_part(experiment.train, 10, seed)[0])
     held_out, fitted = (labelled.some(numbers) for numbers in a_part(labelled, 5, seed))
     for start in (each for each in STARTS if each not in done):
-        encoder = trained if start == "layerwise" else with_random_weights(trained, config, seed + 1000)
+        twin = with_random_weights(trained, config, seed + 1000, labelled.inputs)
+        encoder = trained if start == "layerwise" else twin
         tune = partial(fine_tuned, encoder, epochs=experiment.epochs, seed=seed)
         rate = min(RATES, key=lambda rate: error_of(tune(fitted, rate), held_out))
         error = error_of(tune(labelled, rate), experiment.test)

@@ -283,9 +283,9 @@ def fake_tensors() -> Iterator[None]:
         if not isinstance(error, UnsupportedOperatorException) and "no fake impl" not in str(error):
             raise
         raise ConfigError(
-            f"torch {torch.__version__} cannot plan the memory of an operation of this network: it does not know the shapes "
-            f"that come out ({str(error).splitlines()[0]}); take a newer torch, or, for an operation of your own, say them by "
-            "torch.library.register_fake."
+            f"The memory of this run cannot be planned: torch {torch.__version__} does not know the shapes that come out of "
+            f"one of its operations ({str(error).partition('. ')[0]}); take a newer torch, or, where the operation is your "
+            "own, give it a function for torch.library.register_fake."
         ) from error
 
 

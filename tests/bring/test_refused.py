@@ -323,12 +323,26 @@ def gradient_of_halved(gradient: torch.Tensor) -> torch.Tensor:
 halved.register_fake(torch.empty_like)
 halved.register_autograd(lambda context, gradient: gradient_of_halved(gradient))
 
+library = torch.library.Library("test_refused", "FRAGMENT")
+library.define("third(Tensor x) -> Tensor")
+library.define("gradient_of_third(Tensor x) -> Tensor")
+for name in ("third", "gradient_of_third"):
+    library.impl(name, lambda x: x / 3, "CPU")
+torch.library.register_fake("test_refused::third", torch.empty_like, lib=library)
+torch.library.register_autograd(
+    "test_refused::third",
+    lambda context, gradient: torch.ops.test_refused.gradient_of_third(gradient),
+    lib=library,
+)
 
-def test_an_operation_whose_shapes_torch_does_not_know_is_refused_when_its_memory_is_planned() -> None:
-    model, data = Forward(lambda net, x: net.b(halved(net.a(x)))), torch.randn(16, 6)
-    with pytest.raises(ConfigError, match=r"gradient_of_halved.*a newer torch, or.* by torch\.library\.register_fake"):
+
+@pytest.mark.parametrize("name", ["halved", "third"])
+def test_an_operation_whose_shapes_torch_does_not_know_is_refused_when_its_memory_is_planned(name: str) -> None:
+    operation = getattr(torch.ops.test_refused, name)
+    model, data = Forward(lambda net, x: net.b(operation(net.a(x)))), torch.randn(16, 6)
+    with pytest.raises(ConfigError, match=rf"gradient_of_{name}.*a newer torch, or.* torch\.library\.register_fake"):
         layerwise.plan(model, data)
-    gradient_of_halved.register_fake(torch.empty_like)
+    torch.library.register_fake(f"test_refused::gradient_of_{name}", torch.empty_like, lib=library)
     assert layerwise.plan(model, data).stages
 
 

@@ -17,7 +17,7 @@ from layerwise.errors import ConfigError
 from layerwise.memory.meter import Meter
 from layerwise.nets.batch_effects import find_batch_norm
 from layerwise.nets.network import copied
-from layerwise.nets.traced import FrameUnit, traced_network
+from layerwise.nets.traced import FrameUnit, identity, traced_network
 from layerwise.nets.tracing import trace, why_uncut
 
 PICTURES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -607,3 +607,10 @@ def test_older_runs_and_encoders_know_their_network_by_the_same_hash() -> None:
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5))
     written = "0e15f9d859174dc5c6ecb317657ffae866fab7cb8aef1bcb22e918dde7e57313"  # in the files of earlier versions
     assert traced_network(model, (2, 8)).structure == written
+
+
+def test_what_a_version_of_torch_keeps_of_a_graph_does_not_change_the_hash() -> None:
+    units = [fx.symbolic_trace(nn.Linear(3, 2))]
+    before = identity(units)
+    units[0].kept_by_another_version = 1
+    assert identity(units) == before
