@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,25 +123,64 @@ def _rehearsed_caching(
     beside: so many of so many frames; streamed: whether some are; padded: whether some of the others are shorter than their
     neighbours.
     """
-    cached, precision = STORED[config.cache.dtype].tensor, config.training.precision
+    caching = _Caching(config, spec, layers, overlapped, resident)
+    passes, more = [caching.side_by_side(samples, frames, padded) for samples, frames in beside], 0
+    if streamed:
+        passes, more = [caching.streamed(piece), *passes], _carried_more(spec, layers)
+    peak = max([passes[0].peak + more, *(each.peak for each in passes)])
+    return _Pass(peak, tuple(each.allocations for each in passes), more)
 
-    def sent(samples: int, frames: int) -> torch.Tensor:
-        return brought(stored_input(config, spec, samples, frames, resident), REHEARSED_ON)
 
-    def go_through(
-        ways: Iterable[Callable[[torch.Tensor], torch.Tensor]], samples: int, frames: int, rows: torch.Tensor | None
-    ) -> None:
+Way = Callable[[torch.Tensor], torch.Tensor]
+"""From a piece of the input to what comes out."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Caching:
+    """The caching pass of the first layers of a stage."""
+
+    config: Config
+    spec: StageSpec
+    layers: int
+    overlapped: bool
+    resident: int
+
+    def streamed(self, piece: int) -> RehearsalMeter:
+        """A sample in pieces of so many frames."""
+        with rehearsal() as meter:
+            stream, rows = _Stream(self._build()), resident_rows(self.config, self.spec, self.resident)
+            meter.allocations.begin_step()
+            self._go_through(stream.ways(), 1, piece, rows)
+        return meter
+
+    def side_by_side(self, samples: int, frames: int, padded: bool) -> RehearsalMeter:
+        """So many samples of so many frames, each pass by itself."""
+        lengths = np.full(samples, 0 if padded else frames)  # 0: the outputs of every layer are masked
+        with rehearsal() as meter:
+            module, rows = self._build(), resident_rows(self.config, self.spec, self.resident)
+            meter.allocations.begin_step()
+            if module.out_length(frames) >= 1:  # otherwise no samples are that short
+                pieces = 2 if self.overlapped else 1
+                self._go_through([lambda x: module(x, lengths)[1]] * pieces, samples, frames, rows)
+        return meter
+
+    def _build(self) -> Module:
+        module = self.spec.build_module(self.config.training.seed, REHEARSED_ON).eval()
+        return Module({int(name): layer for name, layer in list(module.layers.items())[: self.layers]})
+
+    def _go_through(self, ways: Iterable[Way], samples: int, frames: int, rows: torch.Tensor | None) -> None:
         """Pieces, each in its way. Overlapped, the next one is there meanwhile, and what the one before has made."""
+        cached = STORED[self.config.cache.dtype].tensor
         coming = leaving = None
-        with torch.no_grad(), autocast(REHEARSED_ON, precision):
+        with torch.no_grad(), autocast(REHEARSED_ON, self.config.training.precision):
             for way in ways:
-                there = sent(samples, frames) if coming is None else coming
-                coming = sent(samples, frames) if overlapped else None
+                there = self._sent(samples, frames) if coming is None else coming
+                coming = self._sent(samples, frames) if self.overlapped else None
                 x = gathered(there, rows).float()
                 del there
                 outputs = way(x)
                 del x
-                if overlapped:
+                if self.overlapped:
                     largest(outputs)
                     leaving = contiguous(outputs, cached)
                 else:
@@ -148,57 +188,39 @@ def _rehearsed_caching(
                 del outputs
             del leaving
 
-    def build() -> Module:
-        module = spec.build_module(config.training.seed, REHEARSED_ON).eval()
-        return Module({int(name): layer for name, layer in list(module.layers.items())[:layers]})
+    def _sent(self, samples: int, frames: int) -> torch.Tensor:
+        return brought(stored_input(self.config, self.spec, samples, frames, self.resident), REHEARSED_ON)
 
-    def in_pieces() -> RehearsalMeter:
-        with rehearsal() as meter:
-            module, states, rows = build(), None, resident_rows(config, spec, resident)
 
-            def push(x: torch.Tensor) -> torch.Tensor:
-                nonlocal states
-                outputs, states = module.push(x, states, False)
-                return outputs
+class _Stream:
+    """A sample that goes through a module piece by piece."""
 
-            def end(x: torch.Tensor) -> torch.Tensor:
-                return module.push(x, states, True)[0]
+    def __init__(self, module: Module) -> None:
+        self._module = module
+        self._states: list[Any] | None = None
+        """What each layer carries over to the next piece."""
 
-            def ways() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-                """How much input a layer carries over depends on where a piece ends within its stride: every place once.
+    def ways(self) -> Iterator[Way]:
+        """How much input a layer carries over depends on where a piece ends within its stride: every place once.
 
-                Where it carries as much as before, what follows takes the same room. A last piece differs where something is
-                padded.
-                """
-                layers, carried = [*module.layers.values()], set[tuple[int, ...]]()
-                padded = any(layer.padding for layer in layers)
-                for _ in range(2 + max(layer.stride for layer in layers)):
-                    yield push
-                    yield from [end] * padded
-                    now = tuple(t.untyped_storage().nbytes() for t in tree_iter(states) if isinstance(t, torch.Tensor))
-                    if now in carried:
-                        break
-                    carried.add(now)
+        Where it carries as much as before, what follows takes the same room. A last piece differs where something is padded.
+        """
+        layers, carried = [*self._module.layers.values()], set[tuple[int, ...]]()
+        padded = any(layer.padding for layer in layers)
+        for _ in range(2 + max(layer.stride for layer in layers)):
+            yield self._push
+            yield from [self._end] * padded
+            now = tuple(t.untyped_storage().nbytes() for t in tree_iter(self._states) if isinstance(t, torch.Tensor))
+            if now in carried:
+                break
+            carried.add(now)
 
-            meter.allocations.begin_step()
-            go_through(ways(), 1, piece, rows)
-        return meter
+    def _push(self, x: torch.Tensor) -> torch.Tensor:
+        outputs, self._states = self._module.push(x, self._states, False)
+        return outputs
 
-    def side_by_side(samples: int, frames: int) -> RehearsalMeter:
-        lengths = np.full(samples, 0 if padded else frames)  # 0: the outputs of every layer are masked
-        with rehearsal() as meter:
-            module, rows = build(), resident_rows(config, spec, resident)
-            meter.allocations.begin_step()
-            if module.out_length(frames) >= 1:  # otherwise no samples are that short
-                pieces = 2 if overlapped else 1
-                go_through([lambda x: module(x, lengths)[1]] * pieces, samples, frames, rows)
-        return meter
-
-    passes, more = [side_by_side(*each) for each in beside], 0
-    if streamed:
-        passes, more = [in_pieces(), *passes], _carried_more(spec, layers)
-    peak = max([passes[0].peak + more, *(each.peak for each in passes)])
-    return _Pass(peak, tuple(each.allocations for each in passes), more)
+    def _end(self, x: torch.Tensor) -> torch.Tensor:
+        return self._module.push(x, self._states, True)[0]
 
 
 def _carried_more(spec: StageSpec, layers: int) -> int:
