@@ -194,8 +194,8 @@ def measure(experiment: Experiment, seed: int, out: Path, done: Collection[str])
     labelled = experiment.train.some(a_part(experiment.train, 10, seed)[0])
     held_out, fitted = (labelled.some(numbers) for numbers in a_part(labelled, 5, seed))
     for start in (each for each in STARTS if each not in done):
-        twin = with_random_weights(trained, config, seed + 1000, labelled.inputs)
-        encoder = trained if start == "layerwise" else twin
+        made = partial(with_random_weights, trained, config, seed + 1000, labelled.inputs)
+        encoder = trained if start == "layerwise" else made()
         tune = partial(fine_tuned, encoder, epochs=experiment.epochs, seed=seed)
         rate = min(RATES, key=lambda rate: error_of(tune(fitted, rate), held_out))
         error = error_of(tune(labelled, rate), experiment.test)
