@@ -6,7 +6,7 @@ One's own is a class that keeps to `Objective`, and one line before the run that
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar, cast
 
@@ -30,6 +30,8 @@ class Scored:
     """Of the label that `objective.label` names; 0 where it names none."""
     shared: bool
     """Whether the contexts are the targets."""
+    cells: int = 1
+    """Vectors of each sample that is read whole: one for each of the cells that are compared."""
     rows_between: int = 0
     """Least rows between a context and its target: of pictures, so that no pixel is in both; of steps, `objective.gap`."""
 
@@ -53,11 +55,12 @@ def _contrastive(kind: type[C], options: ObjectiveOptions, scored: Scored) -> C:
 
 
 def _ntxent(options: ObjectiveOptions, scored: Scored) -> NTXent:
-    return NTXent(scored.context_channels, options.projection or 128, options.temperature)
+    return NTXent(scored.context_channels, options.projection or 128, options.temperature, scored.cells)
 
 
 def _both(options: ObjectiveOptions, scored: Scored) -> PositionsAndRenderings:
-    return PositionsAndRenderings(_contrastive(InfoNCE, options, scored), _ntxent(options, scored))
+    # The cells are for the positions; renderings are compared by the mean over all of them.
+    return PositionsAndRenderings(_contrastive(InfoNCE, options, scored), _ntxent(options, replace(scored, cells=1)))
 
 
 _BUILD: dict[str, Build] = {
@@ -71,6 +74,8 @@ _BUILD: dict[str, Build] = {
 _RENDERINGS = {"ntxent": 2, "infonce+ntxent": 2}
 
 _PREDICTS = {"infonce", "hinge", "infonce+ntxent"}
+
+_SEES_CELLS = _PREDICTS | {"ntxent"}
 
 
 def register_objective(name: str, build: Build, renderings: int = 1) -> None:
@@ -93,6 +98,11 @@ def renderings_compared(name: str) -> int:
 def predicts_rows(name: str) -> bool:
     """Whether an objective predicts some rows of frames from others, so that one row is not enough."""
     return name in _PREDICTS
+
+
+def sees_cells(name: str) -> bool:
+    """Whether an objective scores the cells of a sample that is read whole; else it scores the mean over all of it."""
+    return name in _SEES_CELLS
 
 
 def check_objective(name: str) -> None:

@@ -1,4 +1,5 @@
-"""Objectives that score one vector per sample, the mean over its frames: NT-Xent and the supervised objective."""
+"""Objectives that score samples: the mean over their frames, or the cells of a picture side by side. NT-Xent and the supervised
+objective."""
 
 from dataclasses import dataclass
 
@@ -42,12 +43,21 @@ def _pooled(lengths: np.ndarray, frames: int, samples: np.ndarray) -> tuple[np.n
 
 def _means(vectors: torch.Tensor, draw: Draw) -> torch.Tensor:
     """vectors (R, C) at the rows of the draw to means (B, C), in float32 at least."""
-    device, dtype = vectors.device, torch.promote_types(vectors.dtype, torch.float32)
+    device, dtype = vectors.device, _at_least_float32(vectors)
     # Worked out from the rows, of which a rehearsal has more than are drawn.
     samples = torch.as_tensor(draw.rows // draw.frames - draw.first, device=device)
     lengths = torch.as_tensor(draw.lengths, device=device)
     total = torch.zeros(len(lengths), vectors.shape[1], dtype=dtype, device=device)
     return total.index_add(0, samples, vectors.to(dtype)) / lengths[:, None]
+
+
+def _at_least_float32(vectors: torch.Tensor) -> torch.dtype:
+    """What vectors of a lower precision are scored in, or their own."""
+    return torch.promote_types(vectors.dtype, torch.float32)
+
+
+OF_A_CELL = 2
+"""Times the projection's width that is kept of each cell before the cells meet."""
 
 
 def _cross_entropy(logits: torch.Tensor, draw: Draw) -> Score:
@@ -65,17 +75,19 @@ class NTXent(nn.Module):
         loss = mean over i of  -log( exp(s(i, j) / T) / sum over k other than i of exp(s(i, k) / T) )
 
     i and j are the two renderings of a sample, k runs through all other windows of the batch, and s is the cosine of what a
-    small network g makes of two windows' means. Windows 2m and 2m + 1 of a batch are renderings of one sample. It needs
-    no order of frames to predict along, such as whole pictures do not have.
+    small network g makes of two windows' means, or of the cells of each, side by side, which tell where something is.
+    Windows 2m and 2m + 1 of a batch are renderings of one sample. It needs no order of frames to predict along, such as
+    whole pictures do not have.
 
-    g is a linear layer, ReLU and a linear layer. channels: of the contexts; projection: width of what is compared;
-    temperature: T.
+    g is a linear layer, ReLU and a linear layer. The first one sees each cell by itself, so that its width is that of a cell.
+    channels: of the contexts; projection: width of what is compared; temperature: T; cells: of each window, 1 for the mean.
     """
 
-    def __init__(self, channels: int, projection: int, temperature: float) -> None:
+    def __init__(self, channels: int, projection: int, temperature: float, cells: int = 1) -> None:
         super().__init__()
-        self.project = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, projection))
-        self.temperature = temperature
+        seen = channels if cells == 1 else OF_A_CELL * projection
+        self.project = nn.Sequential(nn.Linear(channels, seen), nn.ReLU(), nn.Linear(cells * seen, projection))
+        self.temperature, self.cells = temperature, cells
 
     def draw(
         self,
@@ -97,7 +109,9 @@ class NTXent(nn.Module):
 
     def forward(self, targets: torch.Tensor, contexts: torch.Tensor, draw: Draw, room: int) -> Score:
         """contexts (R, D) at the rows of the draw; computed in float32 at least. Targets and room are not needed."""
-        compared = F.normalize(self.project(_means(contexts, draw)), dim=1)
+        vectors = _means(contexts, draw) if self.cells == 1 else contexts.to(_at_least_float32(contexts))
+        of_cells = self.project[:-1](vectors).unflatten(0, (-1, self.cells))
+        compared = F.normalize(self.project[-1](of_cells.flatten(1)), dim=1)
         scored = torch.as_tensor(draw.scored, device=contexts.device)
         similarity = compared[scored] @ compared.T / self.temperature
         itself = scored[:, None] == torch.arange(len(compared), device=contexts.device)

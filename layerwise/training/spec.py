@@ -23,7 +23,14 @@ from layerwise.nets.batch_effects import BatchEffects, module_effects
 from layerwise.nets.module import Geometry, Module
 from layerwise.nets.network import Network, weight_seed, with_first_weights, without_values
 from layerwise.nets.receptive_field import rows_between, rows_seen
-from layerwise.objectives import Scored, build_objective, check_objective, predicts_rows, renderings_compared
+from layerwise.objectives import (
+    Scored,
+    build_objective,
+    check_objective,
+    predicts_rows,
+    renderings_compared,
+    sees_cells,
+)
 from layerwise.objectives.protocol import ObjectiveModule
 from layerwise.training.optimizer import Optimization
 from layerwise.training.samples import count_classes
@@ -95,7 +102,7 @@ class StageSpec:
         """The objective with its first weights, on the device."""
         shared = self.shapes.targets_are_outputs
         channels = self.target_channels, self.output_shape[0]
-        scored = Scored(*channels, self.classes, shared, self.rows_between)
+        scored = Scored(*channels, self.classes, shared, math.prod(self.cells), self.rows_between)
         build = partial(build_objective, config.objective, scored)
         return with_first_weights(build, weight_seed(config.training.seed, self.stage, 1), device)
 
@@ -278,7 +285,7 @@ class _Compared:
     def __init__(self, config: Config) -> None:
         options = config.objective
         self._name, self._cells, self._skip = options.name, options.cells, options.skip
-        self.wanted = config.data.frames == "whole" and self._cells > 1 and predicts_rows(self._name)
+        self.wanted = config.data.frames == "whole" and self._cells > 1 and sees_cells(self._name)
         self._seen: np.ndarray | None = None
         """bool [rows of the output, rows of the sample]"""
 
@@ -289,13 +296,15 @@ class _Compared:
         in common, and the objective does nothing but compare such."""
         if not self.wanted:
             return (), 0
+        cells = tuple(min(self._cells, size) for size in output_shape[1:])
+        if not predicts_rows(self._name):
+            return cells, 0
         if min(len(frame_shape), len(output_shape)) > 1:
             with uncounted():
                 seen = rows_seen(network, layers, frame_shape)
         else:  # a vector has no rows
             seen = np.ones((_rows(output_shape), _rows(frame_shape)), dtype=bool)
         self._seen = seen if self._seen is None else seen @ self._seen
-        cells = tuple(min(self._cells, size) for size in output_shape[1:])
         rows = cells[0] if cells else 1
         between = rows_between(self._seen, rows)
         if (between is None or self._skip >= rows - 1) and renderings_compared(self._name) == 1:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from layerwise.objectives.pooled import NTXent
 
@@ -35,6 +36,19 @@ def test_it_is_the_formula_of_the_paper(objective: NTXent, lengths: list[int]) -
     (draw,) = drawn(objective, lengths)
     score = objective(torch.cat(samples), torch.cat(samples), draw, 0)
     assert float(score.loss) == pytest.approx(by_the_formula(objective, samples), rel=1e-5)
+
+
+def test_cells_are_compared_side_by_side_so_that_it_counts_where_something_is() -> None:
+    objective, samples = NTXent(5, 3, 0.5, cells=4), torch.randn(6, 4, 5)
+    (draw,) = drawn(objective, [4] * 6)
+    score = objective(samples.flatten(0, 1), samples.flatten(0, 1), draw, 0)
+    first, relu, last = objective.project
+    seen = [relu(first(sample)).reshape(1, -1) for sample in samples]
+    objective.project = nn.Sequential(last)
+    assert float(score.loss) == pytest.approx(by_the_formula(objective, seen), rel=1e-5)
+    objective.project = nn.Sequential(first, relu, last)
+    moved = torch.cat([samples[:1].flip(1), samples[1:]]).flatten(0, 1)
+    assert float(objective(moved, moved, draw, 0).loss) != float(score.loss)
 
 
 def test_the_losses_and_gradients_of_the_parts_add_up_to_the_batch(objective: NTXent) -> None:

@@ -146,7 +146,7 @@ CASES = {
         SPEECH | NO_RECURRENCE | SUPERVISED | {"training.rounds": 2, "training.max_epochs": 2, "cache.dtype": "int8"}
     ),
     "patches": Case(PATCHES),
-    "whole, own network": Case(WHOLE, convolutions, (3, 2)),
+    "whole, own network": Case(WHOLE | {"objective.cells": 2}, convolutions, (3, 2)),
     "whole, own network that reads, supervised": Case(WHOLE | SUPERVISED, reading, None),
     "whole, first weights from the data": Case(
         WHOLE
