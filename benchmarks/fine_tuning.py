@@ -245,9 +245,9 @@ def main() -> None:
             entries = [found[named(experiment, seed)][start] for seed in range(options.seeds)]
             errors = [100 * entry["error"] for entry in entries]
             spread = f" ± {statistics.stdev(errors):.1f}" if len(errors) > 1 else ""
-            rates = ", ".join(f"{entry['rate']:g}" for entry in entries)
+            learning_rates = ", ".join(f"{entry['rate']:g}" for entry in entries)
             title = f"{experiment.name}, {entries[0]['labelled']}"
-            print(f"| {title} | {start} | {statistics.mean(errors):.1f}{spread} | {rates} |")
+            print(f"| {title} | {start} | {statistics.mean(errors):.1f}{spread} | {learning_rates} |")
 
 
 if __name__ == "__main__":

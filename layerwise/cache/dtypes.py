@@ -46,7 +46,8 @@ def largest(values: torch.Tensor) -> torch.Tensor:
     as_they_lie = values.permute(sorted(range(values.dim()), key=values.stride, reverse=True))
     if not as_they_lie.is_contiguous():  # aminmax would make a copy that no meter sees
         return torch.linalg.vector_norm(values, math.inf)
-    return torch.stack(torch.aminmax(as_they_lie)).abs().max()
+    low, high = torch.aminmax(as_they_lie)
+    return torch.maximum(low.abs(), high.abs())
 
 
 def as_array(rows: torch.Tensor) -> np.ndarray:

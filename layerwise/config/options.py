@@ -188,8 +188,8 @@ class ObjectiveOptions(Section):
     name: str = _option("infonce", "training", "--objective")
     """local objective of each stage: infonce, hinge, ntxent, infonce+ntxent or supervised"""
     cells: int = _option(1, "training", ge=1, le=1000)
-    """whole samples: cells on a side of a stage's output, whose averages infonce and hinge predict from one another, and ntxent
-    compares side by side; 1: one average of it all"""
+    """whole samples: cells on a side of a stage's output, whose averages infonce, hinge and infonce+ntxent predict from one
+    another; ntxent compares them side by side; 1: one average of it all, as supervised has it"""
     label: str = _option("", "training", "--label")
     """supervised: the label that is learnt"""
     steps: int = _option(12, "training", ge=1, le=10**4)

@@ -56,8 +56,8 @@ def _at_least_float32(vectors: torch.Tensor) -> torch.dtype:
     return torch.promote_types(vectors.dtype, torch.float32)
 
 
-OF_A_CELL = 2
-"""Times the projection's width that is kept of each cell before the cells meet."""
+CELL_WIDTH = 2
+"""Hidden width of each cell, as a multiple of the projection."""
 
 
 def _cross_entropy(logits: torch.Tensor, draw: Draw) -> Score:
@@ -75,17 +75,18 @@ class NTXent(nn.Module):
         loss = mean over i of  -log( exp(s(i, j) / T) / sum over k other than i of exp(s(i, k) / T) )
 
     i and j are the two renderings of a sample, k runs through all other windows of the batch, and s is the cosine of what a
-    small network g makes of two windows' means, or of the cells of each, side by side, which tell where something is.
+    small network g makes of two windows' means, or of the cells of each side by side, by which the place of a thing matters.
     Windows 2m and 2m + 1 of a batch are renderings of one sample. It needs no order of frames to predict along, such as
     whole pictures do not have.
 
-    g is a linear layer, ReLU and a linear layer. The first one sees each cell by itself, so that its width is that of a cell.
-    channels: of the contexts; projection: width of what is compared; temperature: T; cells: of each window, 1 for the mean.
+    g is a linear layer, ReLU and a linear layer. Of several cells, the first layer is the same for each of them and gives
+    CELL_WIDTH times as much as g does, and the second one reads what it made of all. channels: of the contexts; projection:
+    width of what is compared; temperature: T; cells: of each window, 1 for the mean.
     """
 
     def __init__(self, channels: int, projection: int, temperature: float, cells: int = 1) -> None:
         super().__init__()
-        seen = channels if cells == 1 else OF_A_CELL * projection
+        seen = channels if cells == 1 else CELL_WIDTH * projection
         self.project = nn.Sequential(nn.Linear(channels, seen), nn.ReLU(), nn.Linear(cells * seen, projection))
         self.temperature, self.cells = temperature, cells
 

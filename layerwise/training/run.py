@@ -103,12 +103,16 @@ class Round:
                 _options_in_key(config),
                 spec.optimization.identity if spec.optimization else None,
                 *([PICTURES_SINCE] if self.run.data.columns > 1 else []),
+                *([CONVNET_SINCE] if config.net.name == "convnet" else []),
             ]
         )
 
 
 PICTURES_SINCE = "windows begin at any pixel, negatives are targets of their step"
 """Earlier versions trained pictures otherwise: what they have half trained is not gone on with."""
+
+CONVNET_SINCE = "maps are halved by means"
+"""Earlier versions halved them by a stride."""
 
 OPTIONS_SINCE = {
     "training.warmup_steps": 0,

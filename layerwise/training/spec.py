@@ -176,6 +176,7 @@ def stage_specs(
             )
         )
         window, frame_shape, lengths = behind, tuple(outputs.shape[2:]), output_lengths
+    compared.check_pairs()
     if not compared.wanted:
         _check_rows(config, window.rows, int(data.lengths.max()))
     return stages
@@ -288,6 +289,8 @@ class _Compared:
         self.wanted = config.data.frames == "whole" and self._cells > 1 and sees_cells(self._name)
         self._seen: np.ndarray | None = None
         """bool [rows of the output, rows of the sample]"""
+        self._pairs = False
+        """Whether a stage so far has cells that may be predicted from others."""
 
     def of_stage(
         self, network: Network, layers: range, frame_shape: tuple[int, ...], output_shape: tuple[int, ...]
@@ -307,6 +310,7 @@ class _Compared:
         self._seen = seen if self._seen is None else seen @ self._seen
         rows = cells[0] if cells else 1
         between = rows_between(self._seen, rows)
+        self._pairs |= between is not None and self._skip < rows - 1
         if (between is None or self._skip >= rows - 1) and renderings_compared(self._name) == 1:
             why = (
                 "see a part of it in common"
@@ -319,6 +323,15 @@ class _Compared:
                 "objective.cells where the output has more rows."
             )
         return cells, rows if between is None else between
+
+    def check_pairs(self) -> None:
+        """Raises ConfigError where the objective should predict cells and no stage has any to predict, though it does more."""
+        if self.wanted and predicts_rows(self._name) and not self._pairs:
+            raise ConfigError(
+                f"--objective {self._name} predicts nothing: with objective.cells {self._cells}, objective.skip {self._skip} "
+                "no stage has two cells that see no row of the sample in common; give --objective ntxent, or more cells and a "
+                "larger data.picture."
+            )
 
 
 def _rows(shape: tuple[int, ...]) -> int:

@@ -177,7 +177,7 @@ def test_the_demo_needs_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (result.paths.out / "probes" / "phone.json").exists()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_reduced_precision_and_other_cache_dtypes_train(tiny_speech: Tiny, digits: Path, dtype: str) -> None:
     changes = {"training.precision": "bfloat16", "cache.dtype": dtype, "memory.gpu_mem": "20MB", "training.stages": 4}
     result = run(tiny_speech(f"fsdd:{digits}", **changes))

@@ -97,6 +97,7 @@ def test_what_comes_from_the_data_is_no_part_of_the_network_with_random_weights(
         ({"objective.name": "infonce", "objective.cells": 4}, "all see a part of it in common"),
         ({"objective.name": "infonce", "objective.cells": 2, "objective.skip": 3}, "give --objective ntxent"),
         ({"objective.name": "infonce", "objective.cells": 1}, "objective.cells=4 to compare cells"),
+        ({"objective.name": "infonce+ntxent"}, "predicts nothing: .* no stage has two cells"),
         ({"objective.name": "infonce+ntxent", "objective.projection": 0}, "always projects"),
     ],
 )

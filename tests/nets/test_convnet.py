@@ -114,6 +114,16 @@ def test_what_a_module_reads_is_a_part_of_what_it_gives(module: Module, pictures
     torch.testing.assert_close(halved[:, :3, 0, 0], pictures[:, 0, :, :2, :2].mean((2, 3)))
 
 
+def test_what_a_convolution_adds_is_halved_by_means_over_4_x_4_places(pictures: torch.Tensor) -> None:
+    layer, maps = MapConvolution(3, 4, halves=True), pictures[:, 0, :, :8, :8]
+    small = MapConvolution(3, 4, halves=False)
+    small.load_state_dict(layer.state_dict())
+    whole, halved = small.of_maps(maps)[:, 3:], layer.of_maps(maps)[:, 3:]
+    assert halved.shape[2:] == (4, 4)
+    torch.testing.assert_close(halved[:, :, 1, 2], whole[:, :, 1:5, 3:7].mean((2, 3)))
+    torch.testing.assert_close(halved[:, :, 0, 3], whole[:, :, :3, 5:].sum((2, 3)) / 16)
+
+
 def test_an_offset_of_the_pictures_changes_nothing(module: Module, pictures: torch.Tensor) -> None:
     stem, x = begun(module, pictures).layers["0"], pictures.flatten(0, 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):

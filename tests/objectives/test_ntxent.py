@@ -30,6 +30,12 @@ def objective() -> NTXent:
     return NTXent(5, 3, 0.5)
 
 
+@pytest.fixture
+def of_cells() -> NTXent:
+    torch.manual_seed(0)
+    return NTXent(5, 3, 0.5, cells=4)
+
+
 @pytest.mark.parametrize("lengths", [[1, 1, 1, 1], [3, 1, 2, 3, 1, 1]])
 def test_it_is_the_formula_of_the_paper(objective: NTXent, lengths: list[int]) -> None:
     samples = [torch.randn(length, 5) for length in lengths]
@@ -38,25 +44,26 @@ def test_it_is_the_formula_of_the_paper(objective: NTXent, lengths: list[int]) -
     assert float(score.loss) == pytest.approx(by_the_formula(objective, samples), rel=1e-5)
 
 
-def test_cells_are_compared_side_by_side_so_that_it_counts_where_something_is() -> None:
-    objective, samples = NTXent(5, 3, 0.5, cells=4), torch.randn(6, 4, 5)
-    (draw,) = drawn(objective, [4] * 6)
-    score = objective(samples.flatten(0, 1), samples.flatten(0, 1), draw, 0)
-    first, relu, last = objective.project
-    seen = [relu(first(sample)).reshape(1, -1) for sample in samples]
-    objective.project = nn.Sequential(last)
-    assert float(score.loss) == pytest.approx(by_the_formula(objective, seen), rel=1e-5)
-    objective.project = nn.Sequential(first, relu, last)
+def test_cells_are_compared_side_by_side_so_that_their_place_matters(of_cells: NTXent) -> None:
+    samples = torch.randn(6, 4, 5)
+    (draw,) = drawn(of_cells, [4] * 6)
+    score = of_cells(samples.flatten(0, 1), samples.flatten(0, 1), draw, 0)
     moved = torch.cat([samples[:1].flip(1), samples[1:]]).flatten(0, 1)
-    assert float(objective(moved, moved, draw, 0).loss) != float(score.loss)
+    assert abs(float(of_cells(moved, moved, draw, 0).loss) - float(score.loss)) > 1e-3
+    *first, last = of_cells.project
+    seen = [nn.Sequential(*first)(sample).reshape(1, -1) for sample in samples]
+    of_cells.project = last
+    assert float(score.loss) == pytest.approx(by_the_formula(of_cells, seen), rel=1e-5)
 
 
-def test_the_losses_and_gradients_of_the_parts_add_up_to_the_batch(objective: NTXent) -> None:
-    frames = torch.randn(6, 5, requires_grad=True)
-    (whole,) = drawn(objective, [1] * 6)
+@pytest.mark.parametrize("name", ["objective", "of_cells"])
+def test_the_losses_and_gradients_of_the_parts_add_up_to_the_batch(name: str, request: pytest.FixtureRequest) -> None:
+    objective = request.getfixturevalue(name)
+    frames = torch.randn(6 * objective.cells, 5, requires_grad=True)
+    (whole,) = drawn(objective, [objective.cells] * 6)
     objective(frames, frames, whole, 0).loss.backward()
     gradient, frames.grad = frames.grad, None
-    for draw in drawn(objective, [1] * 6, parts=4):
+    for draw in drawn(objective, [objective.cells] * 6, parts=4):
         objective(frames, frames, draw, 0).loss.backward()
     assert torch.allclose(frames.grad, gradient, atol=1e-6)
 

@@ -150,7 +150,7 @@ CASES = {
     "whole, own network that reads, supervised": Case(WHOLE | SUPERVISED, reading, None),
     "whole, first weights from the data": Case(
         WHOLE
-        | {"net.name": "convnet", "net.width": 8, "net.blocks": [1, 1], "data.picture": 32}
+        | {"net.name": "convnet", "net.width": 8, "net.blocks": [1, 1], "data.picture": 48}
         | {"objective.name": "infonce+ntxent", "objective.cells": 8, "training.cosine": True}
     ),
     "simultaneous": Case(SPEECH | {"training.schedule": "simultaneous"}),

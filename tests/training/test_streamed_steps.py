@@ -108,8 +108,8 @@ WHOLE = PICTURES | {
     "objective.cells": 8,
 }
 """Pictures of which the objective compares the positions."""
-CONVNET = WHOLE | {"net.name": "convnet", "net.width": 16, "net.blocks": [1], "data.picture": 32, "data.patch": 32}
-CONVNET |= {"data.crop": 32}
+CONVNET = WHOLE | {"net.name": "convnet", "net.width": 16, "net.blocks": [1], "data.picture": 48, "data.patch": 48}
+CONVNET |= {"data.crop": 48}
 STAGES: dict[str, tuple[str, int, dict[str, object], Callable[[], Network] | None]] = {
     "convolution": ("speech", 2, SPEECH, None),
     "convolutions": ("speech", 1, SPEECH | {"training.stages": 2, "net.context": 0}, None),
