@@ -31,7 +31,7 @@ class Scored:
     shared: bool
     """Whether the contexts are the targets."""
     cells: int = 1
-    """Vectors of each sample that is read whole: one for each of the cells that are compared; 1 for an objective of one's own."""
+    """Vectors of each sample that is read whole, one for each cell that is compared; 1 for an objective of one's own."""
     rows_between: int = 0
     """Least rows between a context and its target: of pictures, so that no pixel is in both; of steps, `objective.gap`."""
 

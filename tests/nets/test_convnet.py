@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from layerwise.config import NetOptions
 from layerwise.nets.convnet import FLAT, MapConvolution, _centres, convnet
 from layerwise.nets.module import Module
+from layerwise.nets.receptive_field import rows_seen
 
 OPTIONS = NetOptions(name="convnet", width=8, blocks=(1, 2))
 ONE = np.ones(40, dtype=np.int64)
@@ -122,6 +123,14 @@ def test_what_a_convolution_adds_is_halved_by_means_over_4_x_4_places(pictures: 
     assert halved.shape[2:] == (4, 4)
     torch.testing.assert_close(halved[:, :, 1, 2], whole[:, :, 1:5, 3:7].mean((2, 3)))
     torch.testing.assert_close(halved[:, :, 0, 3], whole[:, :, :3, 5:].sum((2, 3)) / 16)
+
+
+def test_a_place_sees_the_pixels_around_it_alone() -> None:
+    network = convnet(NetOptions(name="convnet", width=8, blocks=(1,)), 3)
+    seen = rows_seen(network, range(1), (3, 48, 48))
+    # Four rows of a convolution of three, of means over five, of patches of six, the stem's places three pixels apart.
+    assert seen.sum(1).max() == 3 * (4 + 3 - 1 - 1) + 5 + 6 - 1
+    assert not seen[0, 24:].any()
 
 
 def test_an_offset_of_the_pictures_changes_nothing(module: Module, pictures: torch.Tensor) -> None:
