@@ -66,6 +66,11 @@ def test_a_resolved_configuration_round_trips_through_toml(tmp_path: Path) -> No
     assert config.load(tmp_path / "config.toml") == resolved
 
 
+def test_places_may_be_paths() -> None:
+    resolved = config.resolve(overrides={"out": Path("runs/mine"), "cache.dir": Path("cache")})
+    assert (resolved.out, resolved.cache.dir) == ("runs/mine", "cache")
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("4GB", 4 * 10**9), ("4GiB", 4 * 2**30), ("3.5 GB", 35 * 10**8), ("800mb", 8 * 10**8)]
 )

@@ -147,6 +147,9 @@ class NetOptions(Section):
     that a stage adds to what those below have found; needs net.centred; the paper has not"""
     context: int = _option(256, "shape", ge=0, le=2**24)
     """speech: width of the recurrent layer; 0: none"""
+    mirrored: bool = _option(False, "shape")
+    """convnet: whether a picture and its mirror image are to give the same, as the mean of what both give: for pictures whose
+    mirror image shows the same thing"""
     blocks: tuple[int, ...] = _option((3, 4, 6), "shape")
     """vision, convnet: residual blocks, or convolutions, of each module"""
     stem_stride: int = _option(1, "shape", ge=1)

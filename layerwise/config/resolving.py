@@ -1,5 +1,6 @@
 """Resolves one Config from a recipe, TOML files and single options; later ones win. A wrong option becomes one sentence."""
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -211,9 +212,10 @@ def _toml(text: str) -> dict[str, Any]:
 
 
 def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested dicts."""
+    """Dotted keys as nested dicts, and paths as strings, which is how the options of a run are kept."""
     tree: dict[str, Any] = {}
     for key, value in options.items():
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
         for part in reversed(key.split(".")):
             value = {part: value}
         tree = _merge(tree, value)

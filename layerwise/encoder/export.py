@@ -114,22 +114,36 @@ def write_pt2(encoder: Encoder, origin: Origin, network: Given, folder: Path) ->
 
 
 def write_onnx(encoder: Encoder, origin: Origin, network: Given, folder: Path) -> Written:
-    """encoder.onnx, a graph for any ONNX runtime. Raises ExportError where packages are missing."""
+    """encoder.onnx, a graph for any ONNX runtime.
+
+    Raises ExportError where packages are missing, or cannot do what the encoder does.
+    """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise ExportError(f"--format onnx needs {' and '.join(missing)}: pip install 'layerwise[onnx]'")
     path, takes = folder / "encoder.onnx", encoder.entry.takes
     program, inputs, fixed = record(encoder)
-    graph = torch.onnx.export(program, dynamo=True, input_names=[takes], output_names=["features"], verbose=False)
+    try:
+        graph = torch.onnx.export(program, dynamo=True, input_names=[takes], output_names=["features"], verbose=False)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise _not_in_onnx("torch.onnx", error) from error
     assert graph is not None  # as it is where the exporter is torch.export's
     graph.save(path)
     return Written(_onnx_session(path, takes), inputs, fixed)
 
 
+def _not_in_onnx(what: str, error: Exception) -> ExportError:
+    reason = str(error).strip().splitlines()[0]
+    return ExportError(f"{what} cannot do what the encoder does ({reason}); export it as pt2 or safetensors.")
+
+
 def _onnx_session(path: Path, takes: str) -> Computes:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own classes have no base in common; of an operation that it lacks for a dtype
+        raise _not_in_onnx("onnxruntime", error) from error
     return lambda x: torch.from_numpy(session.run(None, {takes: x.numpy()})[0])
 
 

@@ -22,9 +22,9 @@ from layerwise.nets.network import Network
 
 def convnet(net: NetOptions, channels_in: int) -> Network:
     """One layer per convolution that is trained; module m has net.blocks[m] of them. Half as many filters of patches as
-    net.width, and net.width channels more with each convolution."""
-    patches = net.width // 2
-    layers: list[Callable[[], Layer]] = [partial(Stem, channels_in, patches, net.width)]
+    net.width, up to MOST_FILTERS, and net.width channels more with each convolution."""
+    patches = min(net.width // 2, MOST_FILTERS)
+    layers: list[Callable[[], Layer]] = [partial(Stem, channels_in, patches, net.width, net.mirrored)]
     channels = patches + net.width
     for module, blocks in enumerate(net.blocks):
         for block in range(blocks):
@@ -91,16 +91,21 @@ class Stem(MapConvolution):
     side = 6
     pooled, every = 5, 3
 
-    def __init__(self, channels_in: int, patches: int, channels: int) -> None:
-        """patches: filters that are not trained."""
+    def __init__(self, channels_in: int, patches: int, channels: int, mirrored: bool = False) -> None:
+        """patches: filters that are not trained; mirrored: whether a picture and its mirror image are to give the same."""
         super().__init__(patches, channels, halves=True)
+        self.mirrored = mirrored
         filters = F.normalize(torch.randn(patches, channels_in * self.side**2))
         self.register_buffer("filters", filters - filters.mean(0))
         self.register_buffer("shift", torch.zeros(patches))
 
     def of_maps(self, maps: torch.Tensor) -> torch.Tensor:
         """Pictures (N, C, H, W) to (N, patches + channels, H', W')."""
-        return super().of_maps(self._similar(maps))
+        found = super().of_maps(self._similar(maps))
+        if not self.mirrored:
+            return found
+        # Not mirrored back: which filter was found on which side would be lost, and with it all of the gain.
+        return (found + super().of_maps(self._similar(maps.flip(3)))) / 2
 
     def first_weights_from(self, x: torch.Tensor, rng: np.random.Generator) -> None:
         """Centres of whitened patches of the pictures (B, L, C, H, W), and what they make of the pictures."""
@@ -138,12 +143,15 @@ class Stem(MapConvolution):
         """filters (patches, C, side, side)."""
         # In float64, for contrasts that are low beside the level.
         exact = pictures.double()
-        mean, squares = (F.avg_pool2d(x.mean(1, keepdim=True), self.side, 1) for x in (exact, exact.square()))
+        mean, squares = (_means_over(x.mean(1, keepdim=True), self.side) for x in (exact, exact.square()))
         contrast = (squares - mean.square()).clamp_(min=0).add_(FLAT).sqrt_().float()
         products = F.conv2d(pictures.contiguous(memory_format=torch.channels_last), filters)
         similar = F.relu_(products.div_(contrast).add_(self.shift[:, None, None]))
         return F.avg_pool2d(similar, self.pooled, self.every)
 
+
+MOST_FILTERS = 128
+"""Of patches: below a wide convolution, more of them brought nothing."""
 
 PATCHES = 50_000
 """Whose covariance is taken, and whose centres become filters."""
@@ -162,6 +170,14 @@ THRESHOLD = 0.5
 
 LEAST_VARIANCE = 0.1
 """What every direction of the patches has at least, before they are whitened."""
+
+
+def _means_over(maps: torch.Tensor, side: int) -> torch.Tensor:
+    """(N, 1, H, W) to the means over each square of so many places a side, (N, 1, H', W').
+
+    As average pooling, which onnxruntime has not in float64.
+    """
+    return maps.unfold(2, side, 1).mean(-1).unfold(3, side, 1).mean(-1)
 
 
 def _patches(pictures: torch.Tensor, side: int) -> torch.Tensor:

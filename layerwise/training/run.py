@@ -111,14 +111,15 @@ class Round:
 PICTURES_SINCE = "windows begin at any pixel, negatives are targets of their step"
 """Earlier versions trained pictures otherwise: what they have half trained is not gone on with."""
 
-CONVNET_SINCE = "maps are halved by means"
-"""Earlier versions halved them by a stride."""
+CONVNET_SINCE = "maps are halved by means, at most 128 filters are patches"
+"""Earlier versions halved them by a stride, and half of net.width were patches."""
 
 OPTIONS_SINCE = {
     "training.warmup_steps": 0,
     "training.cosine": False,
     "training.weight_decay": 0.0,
     "objective.cells": 1,
+    "net.mirrored": False,
 }
 """Options that earlier versions did not have, with the values at which they change nothing: there they are left out."""
 

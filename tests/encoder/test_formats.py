@@ -220,6 +220,28 @@ def test_what_a_kill_leaves_of_an_export_is_cleared_and_what_a_link_leads_to_is_
     assert not (tmp_path / "encoder" / "half").exists()
 
 
+class PooledInDouble(nn.Module):
+    """An average that onnxruntime has in float32 alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.avg_pool2d(x.double(), 2).float()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_an_onnx_runtime_cannot_do_is_a_sentence(tmp_path: Path) -> None:
+    needs("onnx")
+    pictures = [np.random.default_rng(i).random((1, 8, 8), dtype=np.float32) for i in range(8)]
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), PooledInDouble())
+    places = {"out": tmp_path / "run", "options": {"cache.dir": str(tmp_path / "cache")}}
+    layerwise.run(model, pictures, frames="whole", max_epochs=1, batch_size=4, views=2, **places)
+    with pytest.raises(
+        ExportError, match=r"onnxruntime cannot do .* \(.*AveragePool.*\); export it as pt2 or safetensors"
+    ):
+        layerwise.export(tmp_path / "run", tmp_path / "encoder", "onnx", network=model)
+    assert not (tmp_path / "encoder").exists()
+    layerwise.export(tmp_path / "run", tmp_path / "encoder", "pt2", network=model)
+
+
 def test_a_second_export_to_the_same_folder_is_refused(
     speech_run: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,6 +96,22 @@ def test_a_picture_gives_the_same_alone_and_among_others(module: Module, picture
     assert torch.allclose(among[7:8], alone, atol=1e-5)
 
 
+def test_a_picture_and_its_mirror_image_give_the_same_where_they_are_to(pictures: torch.Tensor) -> None:
+    plain = begun(convnet(OPTIONS, 3).build(range(1), 0, "cpu"), pictures)
+    mirrored = begun(convnet(OPTIONS.model_copy(update={"mirrored": True}), 3).build(range(1), 0, "cpu"), pictures)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in mirrored.state_dict().items())
+    image = pictures.flip(4)
+    one, other = plain(pictures, ONE)[1], plain(image, ONE)[1]
+    assert not torch.allclose(one, other, atol=0.1)
+    torch.testing.assert_close(mirrored(pictures, ONE)[1], (one + other) / 2)
+    torch.testing.assert_close(mirrored(image, ONE)[1], mirrored(pictures, ONE)[1])
+
+
+def test_a_wide_network_has_no_more_patches_than_a_convolution_can_use() -> None:
+    stem = convnet(NetOptions(name="convnet", width=400, blocks=(1,)), 3).build(range(1), 0, "cpu").layers["0"]
+    assert (len(stem.filters), len(stem.weight)) == (128, 400)
+
+
 def test_each_convolution_adds_its_channels_and_modules_halve_maps_of_eight_places_or_more() -> None:
     network = convnet(NetOptions(name="convnet", width=8, blocks=(1, 2, 1)), 3)
     assert network.natural_cut == (1, 2, 1)
