@@ -67,8 +67,9 @@ def test_a_resolved_configuration_round_trips_through_toml(tmp_path: Path) -> No
 
 
 def test_places_may_be_paths() -> None:
-    resolved = config.resolve(overrides={"out": Path("runs/mine"), "cache.dir": Path("cache")})
-    assert (resolved.out, resolved.cache.dir) == ("runs/mine", "cache")
+    for cache in ({"cache.dir": Path("caches")}, {"cache": {"dir": Path("caches")}}):
+        resolved = config.resolve(overrides={"out": Path("runs/mine"), **cache})
+        assert (resolved.out, resolved.cache.dir) == ("runs/mine", "caches")
 
 
 @pytest.mark.parametrize(

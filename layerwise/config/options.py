@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -70,10 +71,11 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _nothing(cls, given: Any) -> Any:
-        """NONE takes away what a recipe says: TOML has no word for it."""
+    def _as_written(cls, given: Any) -> Any:
+        """Paths as strings; and NONE takes away what a recipe says: TOML has no word for it."""
         if not isinstance(given, dict):
             return given
+        given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
         return given | {name: None for name, value in given.items() if value == NONE and _may_be_none(cls, name)}
 
 

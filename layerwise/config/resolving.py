@@ -1,6 +1,5 @@
 """Resolves one Config from a recipe, TOML files and single options; later ones win. A wrong option becomes one sentence."""
 
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -212,10 +211,9 @@ def _toml(text: str) -> dict[str, Any]:
 
 
 def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested dicts, and paths as strings, which is how the options of a run are kept."""
+    """Dotted keys as nested dicts."""
     tree: dict[str, Any] = {}
     for key, value in options.items():
-        value = os.fspath(value) if isinstance(value, os.PathLike) else value
         for part in reversed(key.split(".")):
             value = {part: value}
         tree = _merge(tree, value)

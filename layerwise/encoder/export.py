@@ -132,17 +132,20 @@ def write_onnx(encoder: Encoder, origin: Origin, network: Given, folder: Path) -
     return Written(_onnx_session(path, takes), inputs, fixed)
 
 
-def _not_in_onnx(what: str, error: Exception) -> ExportError:
-    reason = str(error).strip().splitlines()[0]
+def _not_in_onnx(what: str, error: BaseException) -> ExportError:
+    while error.__cause__ is not None:  # torch.onnx tells last what it was at, and first what was missing
+        error = error.__cause__
+    reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
     return ExportError(f"{what} cannot do what the encoder does ({reason}); export it as pt2 or safetensors.")
 
 
 def _onnx_session(path: Path, takes: str) -> Computes:
     import onnxruntime
+    from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph, NotImplemented
 
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its own classes have no base in common; of an operation that it lacks for a dtype
+    except (NotImplemented, InvalidGraph) as error:
         raise _not_in_onnx("onnxruntime", error) from error
     return lambda x: torch.from_numpy(session.run(None, {takes: x.numpy()})[0])
 

@@ -92,7 +92,8 @@ class Stem(MapConvolution):
     pooled, every = 5, 3
 
     def __init__(self, channels_in: int, patches: int, channels: int, mirrored: bool = False) -> None:
-        """patches: filters that are not trained; mirrored: whether a picture and its mirror image are to give the same."""
+        """patches: filters that are not trained; mirrored: whether a picture and its mirror image give the same, the mean of
+        both, standardised by pictures as they are."""
         super().__init__(patches, channels, halves=True)
         self.mirrored = mirrored
         filters = F.normalize(torch.randn(patches, channels_in * self.side**2))
@@ -151,7 +152,7 @@ class Stem(MapConvolution):
 
 
 MOST_FILTERS = 128
-"""Of patches: below a wide convolution, more of them brought nothing."""
+"""Of patches: more of them bring nothing below a wide convolution."""
 
 PATCHES = 50_000
 """Whose covariance is taken, and whose centres become filters."""

@@ -12,6 +12,7 @@ from layerwise.data.source import DataSet
 from layerwise.errors import RunError
 from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.ranks import ALONE, Ranks
+from layerwise.nets.convnet import MOST_FILTERS
 from layerwise.run_store import RunState, RunStore
 from layerwise.training.cache_plan import CachePlan
 from layerwise.training.spec import StageSpec
@@ -103,7 +104,7 @@ class Round:
                 _options_in_key(config),
                 spec.optimization.identity if spec.optimization else None,
                 *([PICTURES_SINCE] if self.run.data.columns > 1 else []),
-                *([CONVNET_SINCE] if config.net.name == "convnet" else []),
+                *(_convnet_since(config) if config.net.name == "convnet" else []),
             ]
         )
 
@@ -111,8 +112,11 @@ class Round:
 PICTURES_SINCE = "windows begin at any pixel, negatives are targets of their step"
 """Earlier versions trained pictures otherwise: what they have half trained is not gone on with."""
 
-CONVNET_SINCE = "maps are halved by means, at most 128 filters are patches"
-"""Earlier versions halved them by a stride, and half of net.width were patches."""
+CONVNET_SINCE = "maps are halved by means"
+"""Earlier versions halved them by a stride."""
+
+PATCHES_SINCE = "at most 128 filters are patches"
+"""Earlier versions had half as many as net.width, however many that were."""
 
 OPTIONS_SINCE = {
     "training.warmup_steps": 0,
@@ -122,6 +126,10 @@ OPTIONS_SINCE = {
     "net.mirrored": False,
 }
 """Options that earlier versions did not have, with the values at which they change nothing: there they are left out."""
+
+
+def _convnet_since(config: Config) -> list[str]:
+    return [CONVNET_SINCE, *([PATCHES_SINCE] if config.net.width // 2 > MOST_FILTERS else [])]
 
 
 def _options_in_key(config: Config) -> dict[str, object]:

@@ -24,6 +24,7 @@ from layerwise.encoder.load import load
 from layerwise.encoder.program import StepwiseGRU
 from layerwise.engines.run import RunResult, UserObjects
 from layerwise.errors import ExportError, LayerwiseError, RunError
+from layerwise.events import silent
 from layerwise.nets.layer import Layer
 from layerwise.nets.network import Network
 from layerwise.nets.speech import Recurrence
@@ -220,26 +221,35 @@ def test_what_a_kill_leaves_of_an_export_is_cleared_and_what_a_link_leads_to_is_
     assert not (tmp_path / "encoder" / "half").exists()
 
 
-class PooledInDouble(nn.Module):
-    """An average that onnxruntime has in float32 alone."""
+class InFloat64(nn.Module):
+    """What onnxruntime has in float32 alone."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.avg_pool2d(x.double(), 2).float()
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_what_an_onnx_runtime_cannot_do_is_a_sentence(tmp_path: Path) -> None:
+class Bessel(nn.Module):
+    """What ONNX has not at all."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j1(x)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [(InFloat64(), r"onnxruntime cannot .*AveragePool"), (Bessel(), r"torch.onnx cannot .*bessel_j1")],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_onnx_cannot_do_is_a_sentence_that_names_it(tmp_path: Path, lacking: nn.Module, message: str) -> None:
     needs("onnx")
     pictures = [np.random.default_rng(i).random((1, 8, 8), dtype=np.float32) for i in range(8)]
-    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), PooledInDouble())
-    places = {"out": tmp_path / "run", "options": {"cache.dir": str(tmp_path / "cache")}}
+    model, run = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), lacking), tmp_path / "run"
+    places = {"out": run, "cache_dir": tmp_path / "cache", "notify": silent}
     layerwise.run(model, pictures, frames="whole", max_epochs=1, batch_size=4, views=2, **places)
-    with pytest.raises(
-        ExportError, match=r"onnxruntime cannot do .* \(.*AveragePool.*\); export it as pt2 or safetensors"
-    ):
-        layerwise.export(tmp_path / "run", tmp_path / "encoder", "onnx", network=model)
+    with pytest.raises(ExportError, match=message + r".*\); export it as pt2 or safetensors"):
+        layerwise.export(run, tmp_path / "encoder", "onnx", network=model)
     assert not (tmp_path / "encoder").exists()
-    layerwise.export(tmp_path / "run", tmp_path / "encoder", "pt2", network=model)
 
 
 def test_a_second_export_to_the_same_folder_is_refused(

@@ -164,17 +164,24 @@ def test_first_weights_are_taken_from_real_frames_alone() -> None:
     )
 
 
+@pytest.fixture
+def mirrored(config: Callable[..., Config]) -> Path:
+    """The folder of a run whose pictures and their mirror images give the same."""
+    run(config("exported", **{"training.max_epochs": 1, "net.mirrored": True}))
+    return Path(config("exported").out)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_exported_programs_take_more_pictures_than_the_network_takes_at_once_and_onnx_runs_it(
-    config: Callable[..., Config], tmp_path: Path
-) -> None:
-    made = config("exported", **{"training.max_epochs": 1, "net.mirrored": True})
-    run(made)
-    layerwise.export(made.out, tmp_path / "encoder", "pt2")
+def test_an_exported_program_takes_more_pictures_than_the_network_takes_at_once(mirrored: Path, tmp_path: Path) -> None:
+    layerwise.export(mirrored, tmp_path / "encoder", "pt2")
     program, x = torch.export.load(tmp_path / "encoder" / "encoder.pt2").module(), torch.randn(AT_ONCE + 8, 3, 16, 16)
     with torch.no_grad():
-        torch.testing.assert_close(program(x), layerwise.load(made.out)(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(program(x), layerwise.load(mirrored)(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_onnx_runtime_has_every_operation_of_convnet(mirrored: Path, tmp_path: Path) -> None:
+    """In the float64 of contrasts, too."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    # A comparison with the encoder is a part of it: not every operation is there in the float64 of contrasts.
-    assert layerwise.export(made.out, tmp_path / "graph", "onnx").difference < 1e-5
+    assert layerwise.export(mirrored, tmp_path / "graph", "onnx").difference < 1e-5
