@@ -1,5 +1,6 @@
 """Whole runs of the network that takes its first weights from the pictures."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from safetensors.numpy import load_file
 import layerwise
 from layerwise.config import Config, resolve
 from layerwise.engines.run import run
-from layerwise.errors import ConfigError, Interrupted
+from layerwise.errors import CacheError, ConfigError, Interrupted
 from layerwise.evaluate.compare import compare
 from layerwise.evaluate.probe import probe
 from layerwise.evaluate.results import EQUALLY_LONG, GREEDY, UNTRAINED
-from layerwise.events import Event, StepDone
-from layerwise.nets.convnet import AT_ONCE
+from layerwise.events import Event, StageDone, StepDone
+from layerwise.nets import _preset
+from layerwise.nets.convnet import AT_ONCE, Stem
 from layerwise.run_store import RunState
 from layerwise.stop import StopFlag
 from layerwise.training.first_weights import _in_equal_pieces
@@ -76,6 +78,26 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(config: Callable[..., Con
     assert {name: value.tobytes() for name, value in ours.items()} == {
         name: value.tobytes() for name, value in theirs.items()
     }
+
+
+def test_a_stage_of_another_network_is_not_trained_upon(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a version with other filters has left."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(sys.modules[Stem.__module__], "MOST_FILTERS", 2)
+        _preset.cache_clear()
+        flag = StopFlag()
+
+        def notify(event: Event) -> None:
+            flag.reason = "the test" if isinstance(event, StageDone) else flag.reason
+
+        with pytest.raises(Interrupted):
+            run(config("run"), stop=flag, notify=notify)
+    _preset.cache_clear()
+    with pytest.raises(CacheError, match=r"gives 10 x 3 x 3 and stage 2 reads 12 x 3 x 3: .* --overwrite"):
+        run(config("run"))
+    run(config("run"), overwrite=True)
 
 
 def test_what_comes_from_the_data_is_no_part_of_the_network_with_random_weights(
