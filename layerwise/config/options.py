@@ -71,11 +71,18 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _as_written(cls, given: Any) -> Any:
-        """Paths as strings; and NONE takes away what a recipe says: TOML has no word for it."""
+    def _paths(cls, given: Any) -> Any:
+        """As strings, which is how the options of a run are kept."""
         if not isinstance(given, dict):
             return given
-        given = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing(cls, given: Any) -> Any:
+        """NONE takes away what a recipe says: TOML has no word for it."""
+        if not isinstance(given, dict):
+            return given
         return given | {name: None for name, value in given.items() if value == NONE and _may_be_none(cls, name)}
 
 

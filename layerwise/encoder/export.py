@@ -141,11 +141,11 @@ def _not_in_onnx(what: str, error: BaseException) -> ExportError:
 
 def _onnx_session(path: Path, takes: str) -> Computes:
     import onnxruntime
-    from onnxruntime.capi.onnxruntime_pybind11_state import InvalidGraph, NotImplemented
+    from onnxruntime.capi import onnxruntime_pybind11_state as raised
 
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except (NotImplemented, InvalidGraph) as error:
+    except (raised.NotImplemented, raised.InvalidGraph) as error:
         raise _not_in_onnx("onnxruntime", error) from error
     return lambda x: torch.from_numpy(session.run(None, {takes: x.numpy()})[0])
 

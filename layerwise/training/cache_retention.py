@@ -17,15 +17,17 @@ from layerwise.training.run import Round
 
 def open_cache(stage: int, round: Round) -> ActivationCache:
     """Raises UnusableCache where it cannot be used, CacheError where it is another run's or of another network."""
-    cache = ActivationCache(round.store.cache(stage), str(round.state.record(stage).fingerprint))
-    for above in round.run.specs[stage : stage + 1]:
-        if cache.frame_shape != above.frame_shape:
-            cache.close()
-            found, expected = (" x ".join(map(str, shape)) for shape in (cache.frame_shape, above.frame_shape))
-            raise CacheError(
-                f"Stage {stage} of {round.store.out} gives {found} and stage {above.stage} reads {expected}: an earlier "
-                "version of layerwise built the network otherwise. Begin anew with --overwrite, or with another --out."
-            )
+    cache, specs = (
+        ActivationCache(round.store.cache(stage), str(round.state.record(stage).fingerprint)),
+        round.run.specs,
+    )
+    if stage < len(specs) and cache.frame_shape != specs[stage].frame_shape:
+        cache.close()
+        found, expected = (" x ".join(map(str, shape)) for shape in (cache.frame_shape, specs[stage].frame_shape))
+        raise CacheError(
+            f"Stage {stage} of {round.store.out} gives {found} and stage {stage + 1} reads {expected}: an earlier version of "
+            "layerwise built the network otherwise. Begin anew with --overwrite, or with another --out."
+        )
     return cache
 
 

@@ -12,7 +12,6 @@ from layerwise.data.source import DataSet
 from layerwise.errors import RunError
 from layerwise.memory.plan import MemoryPlan
 from layerwise.memory.ranks import ALONE, Ranks
-from layerwise.nets.convnet import MOST_FILTERS
 from layerwise.run_store import RunState, RunStore
 from layerwise.training.cache_plan import CachePlan
 from layerwise.training.spec import StageSpec
@@ -104,7 +103,7 @@ class Round:
                 _options_in_key(config),
                 spec.optimization.identity if spec.optimization else None,
                 *([PICTURES_SINCE] if self.run.data.columns > 1 else []),
-                *(_convnet_since(config) if config.net.name == "convnet" else []),
+                *([CONVNET_SINCE] if config.net.name == "convnet" else []),
             ]
         )
 
@@ -115,9 +114,6 @@ PICTURES_SINCE = "windows begin at any pixel, negatives are targets of their ste
 CONVNET_SINCE = "maps are halved by means"
 """Earlier versions halved them by a stride."""
 
-PATCHES_SINCE = "at most 128 filters are patches"
-"""Earlier versions had half as many as net.width, however many that were."""
-
 OPTIONS_SINCE = {
     "training.warmup_steps": 0,
     "training.cosine": False,
@@ -126,10 +122,6 @@ OPTIONS_SINCE = {
     "net.mirrored": False,
 }
 """Options that earlier versions did not have, with the values at which they change nothing: there they are left out."""
-
-
-def _convnet_since(config: Config) -> list[str]:
-    return [CONVNET_SINCE, *([PATCHES_SINCE] if config.net.width // 2 > MOST_FILTERS else [])]
 
 
 def _options_in_key(config: Config) -> dict[str, object]:
